@@ -1,0 +1,1 @@
+"""The exporter's command line modules, found by the runtime's `edgelm` through entry points."""

@@ -1,0 +1,111 @@
+"""`edgelm export`: a model becomes a bundle, stage by stage before the user's eyes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.errors import MissingExtraError
+from ...targets.profile import KV_TYPES, SCHEMES
+from ..config import ExportConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..pipeline import ExportResult
+    from ..stages import StageRecord
+
+SUMMARY = "turn a Hugging Face model into a bundle"
+_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "rich")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", help="model folder, hub id such as owner/name, or builtin:tales")
+    parser.add_argument("--target", help="machine that the bundle is for, see  edgelm targets  (this machine)")
+    parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
+    parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (MODEL-TARGET)")
+    parser.add_argument("--force", action="store_true", help="replace a bundle that stands there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export and print the report."""
+    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+        raise MissingExtraError("edgelm export", "export")
+    names = ("model", "target", "scheme", "kv", "revision", "text", "out", "force")
+    config = ExportConfig(**{name: getattr(arguments, name) for name in names})
+    from rich.console import Console
+
+    progress = _RichProgress(Console(stderr=True, highlight=False))
+    from ..pipeline import export_model
+
+    _quiet_libraries()
+    try:
+        result = export_model(config, progress)
+    finally:
+        progress.stop()
+    if arguments.json:
+        print(json.dumps({"bundle": str(result.path), "digest": result.manifest.digest, **result.report}))
+    else:
+        _print_table(Console(highlight=False), result)
+    return 0
+
+
+class _RichProgress:
+    """One line a stage: a spinner while it runs, its time and peak memory when it is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Any = None
+
+    def started(self, name: str) -> None:
+        if self._console.is_terminal:
+            self._status = self._console.status(name)
+            self._status.start()
+
+    def finished(self, record: StageRecord) -> None:
+        self.stop()
+        self._console.print(f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak")
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _print_table(console: Console, result: ExportResult) -> None:
+    from rich.table import Table
+
+    report = result.report
+    table = Table(title=f"{report['model']} for {report['target']}")
+    table.add_column("")
+    table.add_column("fp32 graph", justify="right")
+    table.add_column(f"{report['scheme']}, {report['kv']} cache", justify="right")
+    sizes, speed, quality = report["bytes"], report["speed"], report["against_fp32"]
+    table.add_row("parameters", f"{report['parameters']:,}", f"{report['parameters']:,}")
+    table.add_row("size", f"{sizes['before'] / 1e6:,.1f} MB", f"{sizes['after'] / 1e6:,.1f} MB")
+    for title, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
+        table.add_row(title, *(f"{speed[side][key]:,.0f} tokens/s" for side in ("before", "after")))
+    if quality:
+        table.add_row("perplexity", f"{quality['perplexity_before']:.3f}", f"{quality['perplexity_after']:.3f}")
+        table.add_row("same most likely token", "", f"{quality['agreement_percent']:.1f} %")
+        table.add_row("same, where fp32 is clear", "", f"{quality['decided_percent']:.1f} %")
+    source = report["against_source"]
+    table.add_row("greedy tokens as torch", f"{source['equal_steps']} of {source['steps']}", "")
+    console.print(table)
+    console.print(f'Wrote {result.path}. Try:  edgelm run {result.path} "Once upon a time"', soft_wrap=True)
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,62 @@
+"""What an export is asked to do: a frozen dataclass that resolves its defaults from the target, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from ..targets import Profile, TargetError, load_target, native_target
+from ..targets.profile import KV_TYPES, SCHEMES
+from .errors import RecipeError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export.
+
+    model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or path
+    of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or branch of
+    a hub id; text: UTF-8 file to calibrate and judge with (None: the one that comes with edgelm); out: folder to write
+    (None: NAME-TARGET in the current folder); force: replace a bundle that stands there.
+    """
+
+    model: str
+    target: str | None = None
+    scheme: str | None = None
+    kv: str | None = None
+    revision: str | None = None
+    text: Path | None = None
+    out: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises: RecipeError, for a scheme or KV type that does not exist."""
+        _check("scheme", self.scheme, SCHEMES)
+        _check("kv", self.kv, KV_TYPES)
+
+    def profile(self) -> Profile:
+        """The target's profile. Raises: RecipeError."""
+        name = self.target or native_target()
+        if name is None:
+            raise RecipeError("no target fits this machine: name the machine that the bundle is for with --target")
+        try:
+            return load_target(name)
+        except TargetError as error:
+            raise RecipeError(str(error)) from error
+
+    def read_text(self) -> str:
+        """The text to calibrate and judge with. Raises: RecipeError."""
+        if self.text is None:
+            return (resources.files(__package__) / "text" / "default.txt").read_text(encoding="utf-8")
+        try:
+            return self.text.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{self.text} cannot be read ({error.strerror}): give a text file") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _check(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise RecipeError(f"unknown {name} {value!r}: there is {', '.join(known)}")

@@ -1,0 +1,33 @@
+"""Reshapes that only undo each other go: heads split and joined again on the way into and out of attention.
+
+Case: a Reshape whose result has the very shape of a value further up a chain of Reshapes is that value.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .graph import GraphPass, nodes_of, producer, replace_value, same_shape
+
+
+class DropReshapes(GraphPass):
+    """See the module."""
+
+    def apply(self, model: ir.Model) -> bool:
+        modified = False
+        for reshape in nodes_of(model, "Reshape"):
+            source = _same_further_up(reshape)
+            if source is not None:
+                replace_value(reshape.outputs[0], source)
+                modified = True
+        return modified
+
+
+def _same_further_up(reshape: ir.Node) -> ir.Value | None:
+    step: ir.Node | None = reshape
+    while step is not None:
+        source = step.inputs[0]
+        if source is not None and same_shape(source, reshape.outputs[0]) and not source.is_graph_input():
+            return source
+        step = producer(source, "Reshape")
+    return None

@@ -1,0 +1,43 @@
+"""`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators.
+
+Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask has
+ones for all tokens of the row, cached and new; rows are filled from the left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import Builder, GraphPass, add_weight, nodes_of, replace_value
+
+POSITIONS = "Positions"
+POSITIONS_DOMAIN = "edgelm"
+
+
+class LowerPositions(GraphPass):
+    """See the module."""
+
+    def apply(self, model: ir.Model) -> bool:
+        modified = False
+        for node in nodes_of(model, POSITIONS, POSITIONS_DOMAIN):
+            _lower(model, node)
+            modified = True
+        model.graph.opset_imports.pop(POSITIONS_DOMAIN, None)
+        return modified
+
+    def ensures(self, model: ir.Model) -> None:
+        if any(True for _ in nodes_of(model, POSITIONS, POSITIONS_DOMAIN)):
+            raise ir.passes.PostconditionError("a Positions node is left")
+
+
+def _lower(model: ir.Model, node: ir.Node) -> None:
+    input_ids, mask = node.inputs
+    zero = add_weight(model, "positions.zero", np.array(0, np.int64))
+    one = add_weight(model, "positions.one", np.array(1, np.int64))
+    axis = add_weight(model, "positions.axis", np.array([1], np.int64))
+    op = Builder(model, node, "positions")
+    new = op("Squeeze", op("Shape", input_ids, start=1, end=2))
+    counts = op("ReduceSum", mask, axis, keepdims=1)
+    positions = op("Add", op("Sub", counts, new), op("Range", zero, new, one), like=node.outputs[0])
+    replace_value(node.outputs[0], positions)

@@ -1,0 +1,266 @@
+"""The way of a model from its source to a bundle: named stages over one context.
+
+    load -> trace -> fuse -> compare with torch -> calibrate -> quantize -> judge -> measure -> write
+
+The fp32 graph is written to a scratch folder first, because it is what torch is compared with, what calibrates the
+cache, and what the quantized graph is judged by. All of that runs in the runtime that ships.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..runtime import bundle as names
+from ..runtime import machine
+from ..runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    CacheType,
+    Manifest,
+    Model,
+    Quantization,
+    Target,
+)
+from ..runtime.measure import Speed, measure_speed
+from ..runtime.scoring import DEFAULT_WINDOW
+from ..runtime.session import OrtSession
+from ..runtime.tokenizer import Tokenizer
+from ..targets import Profile
+from . import package, verify
+from .calibrate import cache_ranges
+from .config import ExportConfig
+from .errors import RecipeError, SourceError
+from .passes import fusing_passes, quantizing_passes
+from .source import LoadedModel, find_source, load_source
+from .stages import Progress, StageRecord, run_stages
+from .trace import TracedModel, trace_model
+
+_CALIBRATION_WINDOW = 1024
+_MEASURED_PROMPT = 128
+_MIN_TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export: where the bundle is, its manifest, and report.json's content."""
+
+    path: Path
+    manifest: Manifest
+    report: dict[str, Any]
+
+
+@dataclass
+class _Context:
+    """What the stages hand on. Fields without a default are set by the stage that is named beside them."""
+
+    config: ExportConfig
+    profile: Profile
+    scheme: str
+    kv: str
+    folder: Path
+    work: Path
+    loaded: LoadedModel = field(init=False)  # load
+    text_ids: list[int] = field(init=False)  # load
+    traced: TracedModel = field(init=False)  # trace
+    ranges: dict[str, Any] = field(default_factory=dict)  # calibrate
+    source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
+    quantized_agreement: verify.QuantizedAgreement | None = None  # judge
+    speeds: dict[str, Speed] = field(default_factory=dict)  # measure
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the bundle."""
+        return self.work / "bundle"
+
+    @property
+    def reference(self) -> Path:
+        """The scratch folder of the fp32 graph."""
+        return self.work / "fp32"
+
+    def model(self, kv: str) -> Model:
+        """The manifest's description of the model with a cache of this type."""
+        return Model(
+            vocab_size=int(self.loaded.module.config.get_text_config().vocab_size),
+            context_length=self.loaded.context_length,
+            parameters=self.loaded.module.num_parameters(),
+            layers=self.traced.layers,
+            kv=CacheType(kv, "channel" if kv == "int8" else None),
+        )
+
+    @contextmanager
+    def session(self, folder: Path, kv: str) -> Iterator[OrtSession]:
+        """The shipping runtime over a graph that was written."""
+        session = OrtSession(folder / names.GRAPH_NAME, self.model(kv), machine.default_threads(), [self.profile.provider])
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def export_model(config: ExportConfig, progress: Progress | None = None) -> ExportResult:
+    """Export a model to a bundle. Either the whole bundle is in place afterwards, or nothing is.
+
+    Raises: SourceError, RecipeError, TraceError, VerificationError (outside the target's tolerances), OutputError,
+    StageError. Cost: two to four times the size of the fp32 weights in memory; one minute for 135M parameters.
+    """
+    profile = config.profile()
+    folder = find_source(config.model, config.revision)
+    out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
+    package.check_output(out, config.force)
+    config.read_text()
+    scheme = config.scheme or profile.scheme
+    with package.partial_folder(out) as work:
+        context = _Context(config, profile, scheme, config.kv or profile.kv[scheme], folder, work)
+        stages = [
+            ("load", _load),
+            ("trace", _trace),
+            ("fuse", _fuse),
+            ("compare with torch", _compare),
+            ("calibrate", _calibrate),
+            ("quantize", _quantize),
+            ("judge", _judge),
+            ("measure", _measure),
+        ]
+        records = run_stages(context, stages, f"{config.model} for {profile.name}", progress)
+        report: dict[str, Any] = {}
+
+        def write(context: _Context) -> None:
+            report.update(_report(context, records))
+            _write(context, report)
+            package.put_in_place(context.result, out)
+
+        run_stages(context, [("write", write)], f"{config.model} for {profile.name}", progress)
+    return ExportResult(out, names.Bundle.open(out).manifest, report)
+
+
+def _load(context: _Context) -> None:
+    context.loaded = load_source(context.config.model, context.folder, context.config.revision)
+    context.result.mkdir()
+    context.reference.mkdir()
+    package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
+    text = context.config.read_text()
+    context.text_ids = Tokenizer(context.result / names.TOKENIZER_NAME).encode(text)
+    if context.text_ids != list(context.loaded.tokenizer(text)["input_ids"]):
+        raise SourceError("the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer")
+    vocab_size = context.loaded.module.config.get_text_config().vocab_size
+    if max(context.text_ids) >= vocab_size:
+        raise SourceError(
+            f"the tokenizer gives id {max(context.text_ids)}, the model has ids 0 to {vocab_size - 1} only: "
+            "give the tokenizer that belongs to the model"
+        )
+    if len(context.text_ids) < _MIN_TEXT_TOKENS:
+        raise RecipeError(
+            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: give one of {_MIN_TEXT_TOKENS} or more"
+        )
+
+
+def _trace(context: _Context) -> None:
+    context.traced = trace_model(context.loaded.module)
+
+
+def _fuse(context: _Context) -> None:
+    ir.passes.PassManager(fusing_passes(context.loaded.context_length))(context.traced.graph)
+    _save(context.traced.graph, context.reference)
+
+
+def _compare(context: _Context) -> None:
+    with context.session(context.reference, "float32") as session:
+        context.source_agreement = verify.compare_with_source(
+            context.loaded.module, session, context.text_ids, context.profile.gate
+        )
+
+
+def _calibrate(context: _Context) -> None:
+    if context.kv == "int8":
+        window = verify.usable_window(context.loaded.context_length, len(context.text_ids), _CALIBRATION_WINDOW)
+        with context.session(context.reference, "float32") as session:
+            context.ranges = cache_ranges(session, context.text_ids, window)
+
+
+def _quantize(context: _Context) -> None:
+    passes = quantizing_passes(context.scheme, context.profile.weight_bits, context.ranges)
+    if passes:
+        ir.passes.PassManager(passes)(context.traced.graph)
+    _save(context.traced.graph, context.result)
+
+
+def _judge(context: _Context) -> None:
+    if context.scheme == "fp32" and context.kv == "float32":
+        return
+    window = verify.usable_window(context.loaded.context_length, len(context.text_ids), DEFAULT_WINDOW)
+    with context.session(context.reference, "float32") as before, context.session(context.result, context.kv) as after:
+        context.quantized_agreement = verify.compare_quantized(before, after, context.text_ids, window, context.profile.gate)
+
+
+def _measure(context: _Context) -> None:
+    room = max(1, min(_MEASURED_PROMPT, context.loaded.context_length - 1))
+    prompt = (context.text_ids * (1 + room // len(context.text_ids)))[:room]
+    for name, folder, kv in (("before", context.reference, "float32"), ("after", context.result, context.kv)):
+        with context.session(folder, kv) as session:
+            context.speeds[name] = measure_speed(session, prompt)
+
+
+def _write(context: _Context, report: dict[str, Any]) -> None:
+    package.write_json(context.result / names.REPORT_NAME, report)
+    loaded = context.loaded
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=loaded.name,
+        source=loaded.source,
+        target=Target(context.profile.name, context.profile.settings()),
+        compression=(),
+        quantization=Quantization(context.scheme, excluded=()),
+        model=context.model(context.kv),
+        tokens=loaded.tokens,
+        quality={key: report[key] for key in ("against_source", "against_fp32")},
+        files=package.digest_files(context.result),
+        versions={name: importlib.metadata.version(name) for name in ("edgelm", "torch", "transformers", "onnx", "onnxruntime")},
+    )
+    (context.result / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
+    sizes = {name: sum(path.stat().st_size for path in folder.iterdir()) for name, folder in _folders(context)}
+    return {
+        "model": context.loaded.name,
+        "target": context.profile.name,
+        "scheme": context.scheme,
+        "kv": context.kv,
+        "parameters": context.loaded.module.num_parameters(),
+        "bytes": sizes,
+        "speed": {
+            name: {
+                "prompt_tokens": speed.prompt_tokens,
+                "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
+                "decode_tokens_per_s": round(speed.decode_tokens_per_s, 1),
+                "threads": machine.default_threads(),
+            }
+            for name, speed in context.speeds.items()
+        },
+        "against_source": verify.measured(context.source_agreement),
+        "against_fp32": verify.measured(context.quantized_agreement),
+        "stages": [dataclasses.asdict(record) for record in records],
+    }
+
+
+def _folders(context: _Context) -> list[tuple[str, Path]]:
+    return [("before", context.reference), ("after", context.result)]
+
+
+def _save(graph: ir.Model, folder: Path) -> None:
+    """Write graph and weights. Weights are made one at a time, as they are written. The exporter's notes on nodes (stack
+    traces with paths of this machine) stay out."""
+    ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    ir.save(graph, folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)
+
+
+def _short_name(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]

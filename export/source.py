@@ -1,0 +1,183 @@
+"""Where a model comes from: a local folder, a model of the hub, or the one that comes with edgelm.
+
+Only safetensors are read and remote code is never run. The network is touched for hub ids alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.manifest import Source, Tokens
+from .errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN_PREFIX = "builtin:"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with float32 weights, its tokenizer, and where both came from."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    tokens: Tokens
+    name: str
+    context_length: int
+
+
+def find_source(model: str, revision: str | None) -> Path:
+    """The folder that holds a model: builtin, local, or downloaded from the hub.
+
+    Checks what can be told without loading weights. Raises: SourceError.
+    """
+    folder = _builtin(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+            raise SourceError(f"{model} is no folder: give a model folder, a hub id such as owner/name, or builtin:tales")
+        folder = _download(model, revision)
+    elif revision is not None:
+        raise SourceError(f"a revision was given, but {model} is a local folder: leave --revision out")
+    _check_folder(folder, read_config(folder))
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises: SourceError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format") from error
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON ({error}): download the model again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds no JSON object: download the model again")
+    return config
+
+
+def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
+    """Load weights and tokenizer of a folder from `find_source`. Raises: SourceError."""
+    import torch
+    import transformers
+
+    config = read_config(folder)
+    try:
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
+        raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
+        raise SourceError(f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again")
+    module.eval()
+    source = Source(model, revision, type(module).__name__, _license(folder))
+    return LoadedModel(
+        module=module,
+        tokenizer=_load_tokenizer(folder),
+        source=source,
+        tokens=_tokens(module, config),
+        name=model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
+        context_length=_context_length(module),
+    )
+
+
+def _builtin(model: str) -> Path:
+    root = Path(str(resources.files(__package__))) / "builtin"
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    name = model.removeprefix(BUILTIN_PREFIX)
+    if name not in names:
+        raise SourceError(f"no model {name!r} comes with edgelm: there is {', '.join(BUILTIN_PREFIX + item for item in names)}")
+    return root / name
+
+
+def _download(model: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f"{model} is no local folder and cannot be fetched from the hub ({_words(error)}): check the name, the "
+            "revision and the connection"
+        ) from error
+
+
+def _check_folder(folder: Path, config: dict[str, Any]) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise SourceError(f"{folder} needs code of its own ({config['auto_map']}), which edgelm never runs")
+        raise SourceError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+        raise SourceError(f"{folder} is no causal language model (model_type {kind!r}): edgelm exports causal models only")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+        if pickled:
+            raise SourceError(
+                f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: convert them to "
+                "safetensors (model.save_pretrained does) where you trust them"
+            )
+        raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
+        raise SourceError(f"{folder} has no tokenizer that can be loaded ({_words(error)}): add its tokenizer.json") from error
+    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
+        raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
+    return tokenizer
+
+
+def _tokens(module: PreTrainedModel, config: dict[str, Any]) -> Tokens:
+    generation = module.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = config.get("eos_token_id")
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
+
+
+def _context_length(module: PreTrainedModel) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(module.config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise SourceError(f"{type(module).__name__}: config.json does not say how long a context may be: add max_position_embeddings")
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the model card's header names, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,206 @@
+"""The gate: does the graph answer as the model does? Measured with the runtime that ships, never with a stand-in.
+
+`compare_with_source` holds the fp32 graph against torch, `compare_quantized` the quantized graph against the fp32 one.
+Both return what they measured; `hold` raises when it is outside the target's tolerances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.decode import Sequencer
+from ..runtime.errors import VerificationError
+from ..runtime.scoring import negative_log_likelihood, score
+from ..runtime.session import Session
+from ..targets import Gate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GREEDY_STEPS = 64
+_PROMPTS = 4
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class SourceAgreement:
+    """fp32 graph against torch.
+
+    logit_difference: largest absolute difference, over the prompts and their continuations, in units of torch's largest
+    magnitude; steps: greedy tokens compared; equal_steps: those that are the same; near_ties: prompts where the two part
+    at a step whose two candidates torch itself holds closer together than the tolerance.
+    """
+
+    logit_difference: float
+    steps: int
+    equal_steps: int
+    near_ties: int
+
+
+@dataclass(frozen=True)
+class QuantizedAgreement:
+    """Quantized graph against fp32 graph, on `tokens` tokens of a text in windows of `window`.
+
+    agreement_percent: positions with the same most likely token; decided_percent: the same among the positions where
+    fp32's first choice leads by the gate's margin, of which there are `decided_positions`.
+    """
+
+    perplexity_before: float
+    perplexity_after: float
+    perplexity_increase_percent: float
+    agreement_percent: float
+    decided_percent: float
+    decided_positions: int
+    tokens: int
+    window: int
+
+
+def compare_with_source(model: PreTrainedModel, session: Session, token_ids: Sequence[int], gate: Gate) -> SourceAgreement:
+    """Greedy tokens of 64 steps and logits, from prompts that are cut out of a text at even distances.
+
+    The graph gets each text in pieces of unlike lengths. Raises: VerificationError outside the tolerance.
+    """
+    largest, difference, equal, total, ties = 0.0, 0.0, 0, 0, 0
+    for prompt in _prompts(token_ids):
+        expected = _torch_greedy(model, prompt)
+        reference = _torch_logits(model, prompt + expected)
+        got = _logits_in_pieces(session, prompt + expected)
+        difference = max(difference, float(np.abs(got - reference).max()))
+        largest = max(largest, float(np.abs(reference).max()))
+        session.rewind(0)
+        tokens = list(Sequencer(session).greedy(prompt, len(expected), ()))
+        same = next((i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1]), len(expected))
+        if same < len(expected):
+            row = reference[len(prompt) + same - 1]
+            gap = float(row[expected[same]] - row[tokens[same]])
+            if not gap <= gate.logit_difference * float(np.abs(reference).max()):
+                raise VerificationError(
+                    f"the traced graph does not answer as the model does: step {same + 1} from the prompt {prompt} gives "
+                    f"token {tokens[same]}, torch gives {expected[same]}, ahead by {gap:.3g}: this model cannot be exported"
+                )
+            ties += 1
+        equal += same
+        total += same if same < len(expected) else len(expected)
+    result = SourceAgreement(difference / largest, total, equal, ties)
+    if not result.logit_difference <= gate.logit_difference:
+        raise VerificationError(
+            f"the traced graph's logits are off by {result.logit_difference:.3g} of the largest, the target allows "
+            f"{gate.logit_difference:.3g}: this model cannot be exported"
+        )
+    return result
+
+
+def compare_quantized(before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate) -> QuantizedAgreement:
+    """Perplexity of both graphs and agreement of their most likely tokens on a text.
+
+    Raises: VerificationError outside the tolerances, with all that was measured.
+    """
+    losses = np.zeros(2)
+    count = agree = decided = agree_decided = 0
+    stride = window // 2
+    for (targets, left), (_, right) in zip(score(before, token_ids, window, stride), score(after, token_ids, window, stride), strict=True):
+        losses += [float(negative_log_likelihood(logits, targets).sum()) for logits in (left, right)]
+        same = left.argmax(axis=1) == right.argmax(axis=1)
+        clear = _lead(left) >= gate.decided_margin
+        count, agree = count + len(targets), agree + int(same.sum())
+        decided, agree_decided = decided + int(clear.sum()), agree_decided + int((same & clear).sum())
+    perplexities = np.exp(losses / count)
+    result = QuantizedAgreement(
+        perplexity_before=float(perplexities[0]),
+        perplexity_after=float(perplexities[1]),
+        perplexity_increase_percent=float(100 * (perplexities[1] / perplexities[0] - 1)),
+        agreement_percent=100 * agree / count,
+        decided_percent=100 * agree_decided / decided if decided else 100.0,
+        decided_positions=decided,
+        tokens=count,
+        window=window,
+    )
+    _hold(result, gate)
+    return result
+
+
+def _hold(result: QuantizedAgreement, gate: Gate) -> None:
+    faults = []
+    # Written so that a perplexity that is not a number fails too.
+    if not result.perplexity_increase_percent <= gate.perplexity_increase_percent:
+        faults.append(
+            f"perplexity rises by {result.perplexity_increase_percent:.2f} % ({result.perplexity_before:.4g} to "
+            f"{result.perplexity_after:.4g}), the target allows {gate.perplexity_increase_percent} %"
+        )
+    if not result.decided_percent >= gate.agreement_percent:
+        faults.append(
+            f"the most likely token is the same at {result.decided_percent:.2f} % of the {result.decided_positions} clear "
+            f"positions, the target asks for {gate.agreement_percent} %"
+        )
+    if faults:
+        raise VerificationError(f"the quantized model is too far from the original: {'; '.join(faults)}: use --scheme fp32")
+
+
+def measured(result: SourceAgreement | QuantizedAgreement | None) -> dict[str, Any] | None:
+    """The figures as plain data for a report."""
+    return None if result is None else asdict(result)
+
+
+def _prompts(token_ids: Sequence[int]) -> list[list[int]]:
+    step = max(1, (len(token_ids) - _PROMPT_TOKENS) // _PROMPTS)
+    starts = range(0, max(1, len(token_ids) - _PROMPT_TOKENS), step)
+    return [list(token_ids[start : start + _PROMPT_TOKENS]) for start in list(starts)[:_PROMPTS]]
+
+
+def _torch_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """The most likely tokens of 64 steps. Not by `generate`: the model's own generation configuration may ask for
+    penalties and end tokens, and fills in whatever another one leaves open."""
+    import torch
+
+    room = getattr(model.config, "max_position_embeddings", None) or GREEDY_STEPS + len(prompt)
+    tokens: list[int] = []
+    step, cache = prompt, None
+    with torch.no_grad():
+        for _ in range(max(1, min(GREEDY_STEPS, room - len(prompt)))):
+            output = model(torch.tensor([step]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens.append(int(output.logits[0, -1].argmax()))
+            step = tokens[-1:]
+    return tokens
+
+
+def _torch_logits(model: PreTrainedModel, token_ids: list[int]) -> NDArray[np.float32]:
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    return np.asarray(logits.float().numpy(), np.float32)
+
+
+def _logits_in_pieces(session: Session, token_ids: list[int]) -> NDArray[np.float32]:
+    """Logits (n, vocab_size) of a whole text, fed as 1, 2, 3, ... tokens."""
+    session.rewind(0)
+    rows, begin, size = [], 0, 1
+    while begin < len(token_ids):
+        piece = token_ids[begin : begin + size]
+        rows.append(session.step(piece, len(piece)).copy())
+        begin, size = begin + size, size + 1
+    return np.concatenate(rows)
+
+
+def _lead(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How far the first choice is ahead of the second, in probability, for each row."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
+    top = np.partition(exponentials, -2, axis=1)[:, -2:]
+    return np.asarray((top[:, 1] - top[:, 0]) / exponentials.sum(axis=1))
+
+
+def usable_window(context_length: int, tokens: int, default: int) -> int:
+    """The window to score a text with: the default, or less where the context or the text is shorter."""
+    return max(2, min(default, context_length, tokens))
+
+
+def perplexity_text(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:.3f}" if math.isfinite(value) else "not a number"

@@ -1,0 +1,101 @@
+"""`edgelm`: finds a command, parses its arguments, runs it, turns errors into one line and an exit status.
+
+Only the module of the command that was asked for is imported, so that `edgelm run` starts as fast as it can. Commands of
+other packages are found through the entry point group `edgelm.commands`.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import EdgelmError
+
+_ENTRY_POINTS = "edgelm.commands"
+_OWN = ("run", "inspect", "verify", "bench")
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `edgelm` program. Returns the exit status; prints nothing but what the command prints and one error line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((word for word in words if not word.startswith("-")), None)
+    debug = "--debug" in words
+    try:
+        return _dispatch(name, words)
+    except EdgelmError as error:
+        return _fail(str(error), error, debug)
+    except BrokenPipeError as error:
+        # Whoever read our output is gone. Point standard output elsewhere, or the interpreter complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("the output was closed before everything was written", error, debug)
+    except KeyboardInterrupt:
+        print("edgelm: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except OSError as error:
+        return _fail(f"the system refused: {error}", error, debug)
+
+
+def _dispatch(name: str | None, words: list[str]) -> int:
+    if name is None:
+        return _general(words)
+    module = _find(name)
+    if module is None:
+        print(f"edgelm: unknown command {name!r}: there is {', '.join(_names())}", file=sys.stderr)
+        return _USAGE
+    parser = argparse.ArgumentParser(prog=f"edgelm {name}", description=module.SUMMARY)
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    words.remove(name)
+    status: int = module.run(parser.parse_args(words))
+    sys.stdout.flush()
+    return status
+
+
+def _general(words: list[str]) -> int:
+    """`edgelm` without a command: --help and --version."""
+    parser = argparse.ArgumentParser(
+        prog="edgelm",
+        description="Compress a language model to INT8 for the machine it will run on, and run it without PyTorch.",
+        epilog="\n".join(["commands:", *(f"  {name:10}{_find(name).SUMMARY}" for name in _names())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="edgelm COMMAND ...  (edgelm COMMAND --help tells more)",
+    )
+    parser.add_argument("--version", action="version", version=f"edgelm {importlib.metadata.version('edgelm')}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.parse_args(words)
+    parser.print_help()
+    return 0 if not words else _USAGE
+
+
+def _names() -> list[str]:
+    return sorted({*_OWN, *(entry.name for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS))})
+
+
+def _find(name: str) -> Any:
+    """The module of a command, or None."""
+    if name in _OWN:
+        return importlib.import_module(f".commands.{name}", __package__)
+    for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS, name=name):
+        return entry.load()
+    return None
+
+
+def _fail(message: str, error: BaseException, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"edgelm: error: {message}", file=sys.stderr)
+    return _FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""`edgelm run`: answer one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..engine import DEFAULT_MAX_TOKENS, Engine, Stats, load
+from ..errors import PromptError
+
+SUMMARY = "answer a prompt with a bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input if it is missing or -")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message through the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="most tokens to generate (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
+    parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, generate, print."""
+    prompt = _prompt(arguments.prompt)
+    with load(arguments.bundle, threads=arguments.threads, response_cache=False) as engine:
+        request = _request(arguments, prompt)
+        if arguments.json:
+            done = engine.generate(**request)
+            print(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+        else:
+            stats = _print_stream(engine, request)
+            if arguments.stats:
+                print(_summary(stats), file=sys.stderr)
+    return 0
+
+
+def _request(arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
+    request: dict[str, Any] = {"max_tokens": arguments.max_tokens}
+    if not arguments.chat and arguments.system is None:
+        return {**request, "prompt": prompt}
+    messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
+    if arguments.system is not None:
+        messages = [{"role": "system", "content": arguments.system}, *messages]
+    return {**request, "messages": messages}
+
+
+def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
+    stats = None
+    for chunk in engine.stream(**request):
+        print(chunk.text, end="", flush=True)
+        stats = chunk.stats
+    print()
+    return stats
+
+
+def _prompt(given: str | None) -> str:
+    if given is not None and given != "-":
+        return given
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _summary(stats: Stats | None) -> str:
+    if stats is None:
+        return ""
+    return (
+        f"{stats.prompt_tokens} prompt tokens, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
+        f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "
+        f"{stats.resident_bytes / 1e6:.0f} MB resident"
+    )

@@ -1,0 +1,107 @@
+"""`edgelm verify`: is this bundle what was exported, and does it compute on this machine what it promises?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import TOKENIZER_NAME, Bundle
+from ..errors import PromptError, VerificationError
+from ..scoring import DEFAULT_WINDOW, perplexity
+from ..manifest import Model
+from ..session import Session, open_session
+from ..tokenizer import Tokenizer
+
+SUMMARY = "check a bundle's files and its answers on this machine"
+
+EXACT_SCHEME = "int8-rowwise"
+_CUT_TOKENS = 384
+_CUTS = ((1,), (2, 3), (257,), (64, 1, 31))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on as well")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check digests by loading, exactness under cuts by computing, perplexity on a text if one is given."""
+    text = _read(arguments.text)
+    bundle = Bundle.open(arguments.bundle)
+    manifest = bundle.manifest
+    session = open_session(bundle, arguments.threads)
+    findings: dict[str, Any] = {"digest": manifest.digest, "files": len(manifest.files)}
+    findings["cut_difference"] = cut_difference(session, _sample_ids(manifest.model))
+    if text is not None:
+        findings["perplexity"] = _perplexity(session, bundle, text)
+    exact = findings["cut_difference"] == 0
+    promised = manifest.quantization.scheme == EXACT_SCHEME
+    if promised and not exact:
+        raise VerificationError(
+            f"a text fed in pieces gives other logits than the whole, by up to {findings['cut_difference']:.3g}: onnxruntime "
+            "computes differently on this machine; the answers are still valid, but depend on how a prompt is cut"
+        )
+    if arguments.json:
+        print(json.dumps({**findings, "exact_under_cuts": exact}))
+        return 0
+    print(f"files          {findings['files']}, all as exported ({manifest.digest[:23]}...)")
+    print(f"any cut        {_cut_words(exact, findings['cut_difference'])}")
+    if "perplexity" in findings:
+        figures = findings["perplexity"]
+        print(f"perplexity     {figures['value']:.4f} on {figures['tokens']:,} tokens (window {figures['window']}, stride {figures['stride']})")
+    return 0
+
+
+def cut_difference(session: Session, token_ids: Sequence[int]) -> float:
+    """Largest absolute difference of the logits of a text fed at once and fed in pieces of several sizes."""
+    whole = _logits(session, token_ids, (len(token_ids),))
+    return max(float(np.abs(_logits(session, token_ids, sizes) - whole).max()) for sizes in _CUTS)
+
+
+def _logits(session: Session, token_ids: Sequence[int], sizes: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    session.rewind(0)
+    rows, begin, turn = [], 0, 0
+    while begin < len(token_ids):
+        piece = token_ids[begin : begin + sizes[turn % len(sizes)]]
+        rows.append(session.step(piece, len(piece)).copy())
+        begin, turn = begin + len(piece), turn + 1
+    session.rewind(0)
+    return np.concatenate(rows)
+
+
+def _sample_ids(model: Model) -> list[int]:
+    """Token ids from all over the vocabulary: they need not make sense to be computed with."""
+    count = min(_CUT_TOKENS, model.context_length)
+    return [int(token) for token in np.random.default_rng(0).integers(0, model.vocab_size, count)]
+
+
+def _perplexity(session: Session, bundle: Bundle, text: str) -> dict[str, Any]:
+    ids = Tokenizer(bundle.path / TOKENIZER_NAME).encode(text)
+    if len(ids) < 2:
+        raise PromptError("the text has fewer than two tokens: give a longer one")
+    window = min(DEFAULT_WINDOW, bundle.manifest.model.context_length)
+    return dataclasses.asdict(perplexity(session, ids, window))
+
+
+def _read(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}): give a text file") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _cut_words(exact: bool, difference: float) -> str:
+    return "the same logits, bit for bit" if exact else f"logits differ by up to {difference:.3g} (this scheme does not promise equality)"

@@ -1,0 +1,91 @@
+"""The exception tree of edgelm. Everything raised on purpose derives from `EdgelmError`.
+
+    EdgelmError
+    |- BundleError            a bundle cannot be used
+    |  |- BundleMissingError      the folder or one of its files is not there
+    |  |- BundleCorruptError      a file is truncated, changed or not what the manifest says
+    |  `- BundleVersionError      written by a newer edgelm
+    |- InputError             the caller asked for something impossible
+    |  |- PromptError             empty, not text, ids out of range
+    |  |- ContextLengthError      longer than the model's context
+    |  `- SettingsError           a generation setting out of range
+    |- TemplateError          the chat template is missing or fails
+    |- EngineError            the engine cannot serve this call
+    |  |- EngineBusyError         used again from inside its own stream
+    |  `- EngineClosedError       used after close()
+    |- SessionError           onnxruntime refused or failed
+    |- VerificationError      measured answers are outside the tolerance
+    `- MissingExtraError      an optional dependency is not installed
+
+Each message says what happened, with what, and what to do about it. `edgelm.export` adds its own branch below
+`EdgelmError`. Foreign exceptions are mapped where they arise (`edgelm.runtime.ort` for onnxruntime).
+"""
+
+from __future__ import annotations
+
+
+class EdgelmError(Exception):
+    """Base of all errors that edgelm raises on purpose."""
+
+
+class BundleError(EdgelmError):
+    """A bundle cannot be used."""
+
+
+class BundleMissingError(BundleError):
+    """The bundle's folder, or a file that its manifest names, is not there or cannot be read."""
+
+
+class BundleCorruptError(BundleError):
+    """A file of the bundle is truncated, changed, or not what the manifest says."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle's schema version is not one that this edgelm reads."""
+
+
+class InputError(EdgelmError):
+    """The caller asked for something that cannot be done."""
+
+
+class PromptError(InputError):
+    """The prompt is empty, is not text, or holds token ids that the model does not have."""
+
+
+class ContextLengthError(InputError):
+    """The prompt does not fit into the model's context."""
+
+
+class SettingsError(InputError):
+    """A generation setting is out of its range."""
+
+
+class TemplateError(EdgelmError):
+    """The bundle has no chat template, or the template failed on these messages."""
+
+
+class EngineError(EdgelmError):
+    """The engine cannot serve this call."""
+
+
+class EngineBusyError(EngineError):
+    """A thread used the engine again while it still held one of the engine's streams open."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was used after `close()`."""
+
+
+class SessionError(EdgelmError):
+    """onnxruntime could not load or run the graph."""
+
+
+class VerificationError(EdgelmError):
+    """Measured answers differ from the expected ones by more than the tolerance."""
+
+
+class MissingExtraError(EdgelmError):
+    """A feature needs an optional dependency that is not installed; the message holds the pip command."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f'{feature} needs packages that are not installed: run  pip install "edgelm[{extra}]"')

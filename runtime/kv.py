@@ -1,0 +1,76 @@
+"""The KV cache: one growing buffer per layer and side, which the graph reads and writes in place.
+
+A buffer starts small and doubles; it is never sized to the context length, so a model with a context of 128k tokens
+costs what the conversation needs. Rewinding is setting a length back: nothing is erased, later steps overwrite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import LayerCache, Model
+
+_FIRST_CAPACITY = 256
+_DTYPES = {"int8": np.int8, "float32": np.float32}
+
+
+class KVCache:
+    """Keys and values of all layers for one sequence. Not safe between threads.
+
+    `length` counts the positions in use, `capacity` those that the buffers can hold; bytes grow with capacity.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._dtype = np.dtype(_DTYPES[model.kv.type])
+        self._buffers: dict[str, NDArray[np.generic]] = {}
+        self.capacity = 0
+        self.length = 0
+
+    def reserve(self, positions: int) -> bool:
+        """Make room for `positions`; True if the buffers moved, so that they must be bound again.
+
+        Cost: nothing while the room suffices, else a copy of what is in use. Doubles, at most to the context length
+        plus one spare position (a padding row may stand behind the last token).
+        """
+        if positions <= self.capacity:
+            return False
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
+        self.capacity = max(positions, min(wanted, self._model.context_length + 1))
+        for index, layer in self._layers():
+            for side, size in (("key", layer.key_size), ("value", layer.value_size)):
+                fresh = np.zeros((1, layer.kv_heads, self.capacity, size), self._dtype)
+                name = f"{index}.{side}"
+                if name in self._buffers:
+                    fresh[:, :, : self.length] = self._buffers[name][:, :, : self.length]
+                self._buffers[name] = fresh
+        return True
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on. Cost: none."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
+        self.length = length
+
+    def buffers(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Pairs of name ("N.key" or "N.value") and array (1, kv_heads, capacity, head_size), valid until `reserve`
+        answers True. The positions from `length` on hold nothing of meaning."""
+        yield from self._buffers.items()
+
+    def bytes_per_position(self) -> int:
+        """What one more token costs, in bytes, over all layers."""
+        return sum(layer.kv_heads * (layer.key_size + layer.value_size) for _, layer in self._layers()) * self._dtype.itemsize
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold. For tests."""
+        assert 0 <= self.length <= self.capacity
+        for index, layer in self._layers():
+            if self.capacity:
+                assert self._buffers[f"{index}.key"].shape == (1, layer.kv_heads, self.capacity, layer.key_size)
+                assert self._buffers[f"{index}.value"].shape == (1, layer.kv_heads, self.capacity, layer.value_size)
+
+    def _layers(self) -> Iterator[tuple[int, LayerCache]]:
+        return ((index, layer) for index, layer in enumerate(self._model.layers) if layer is not None)

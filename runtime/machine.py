@@ -1,0 +1,57 @@
+"""What this machine is: cores that may be used, instruction sets that change results, memory in use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def default_threads() -> int:
+    """Threads to compute with: physical cores, bounded by the process's affinity and by the container's quota.
+
+    Hyper-threads share the units that matrix products keep busy, so logical cores beyond the physical ones only slow
+    each other down.
+    """
+    limits = [psutil.cpu_count(logical=False) or psutil.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    quota = _cgroup_cpus()
+    if quota is not None:
+        limits.append(quota)
+    return max(1, min(limits))
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs that a version 2 control group grants, or None without a limit."""
+    try:
+        quota, period = _CGROUP_CPU_MAX.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, int(quota) // int(period))
+
+
+def saturates_int8() -> bool:
+    """Whether onnxruntime's uint8 x int8 kernel may saturate its 16-bit sums here, giving wrong products.
+
+    True on x86 without a VNNI instruction set (AVX2 multiplies pairs into 16 bits), and on x86 systems that do not
+    tell their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        text = _CPU_INFO.read_text()
+    except OSError:
+        return True
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+
+
+def resident_bytes() -> int:
+    """Physical memory that this process holds now, in bytes (shared file pages included)."""
+    return int(psutil.Process().memory_info().rss)

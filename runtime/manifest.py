@@ -1,0 +1,199 @@
+"""`manifest.json`: what a bundle is, as frozen dataclasses that are written by the exporter and read by the runtime.
+
+Reading is strict: a missing, unknown or wrongly typed key is an error that names the key, because a manifest that is
+half understood gives wrong answers later. The schema version is looked at before anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union
+
+from .errors import BundleCorruptError, BundleVersionError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model came from. `revision` is a commit of the hub, or null for a local folder."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    license: str | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that the bundle was made for, with every setting as it was resolved at export."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A matrix that is stored in a wider type than the scheme's, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The scheme of the weights and activations."""
+
+    scheme: str
+    excluded: tuple[Exclusion, ...]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The KV cache of one layer. `window` is the sliding window in tokens, or null for full attention."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """The element type of all keys and values: "int8" or "float32"; granularity of the scales: "channel" or null."""
+
+    type: str
+    granularity: str | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of the model. `layers[N]` is null where layer N of the source has no attention, hence no cache."""
+
+    vocab_size: int
+    context_length: int
+    parameters: int
+    layers: tuple[LayerCache | None, ...]
+    kv: CacheType
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Special token ids. Generation stops at any of `eos`, which may be empty."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and tagged digest ("sha256:" and 64 hexadecimal digits) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field."""
+
+    schema_version: int
+    name: str
+    source: Source
+    target: Target
+    compression: tuple[dict[str, Any], ...]
+    quantization: Quantization
+    model: Model
+    tokens: Tokens
+    quality: dict[str, Any]
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """ "sha256:" and the hash of the canonical form of `files`: JSON, keys sorted, no blanks, ASCII only.
+
+        Two bundles with the same digest hold the same bytes. Every cache key starts with it.
+        """
+        files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
+        canonical = json.dumps(files, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`, indented, ending in a line feed."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Read the text of a `manifest.json`.
+
+    Raises: BundleCorruptError, if it is not JSON, or a key is missing, unknown or of the wrong type;
+    BundleVersionError, if it was written in another schema version.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise BundleCorruptError(f"{MANIFEST_NAME} is not valid JSON ({error}): copy or export the bundle again") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+        raise BundleCorruptError(f"{MANIFEST_NAME} has no schema_version: this is not an edgelm bundle")
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise BundleVersionError(
+            f"the bundle has schema version {data['schema_version']}, this edgelm reads version {SCHEMA_VERSION}: "
+            "use a matching edgelm, or export the bundle again"
+        )
+    return _build(Manifest, data, "")
+
+
+def _build(cls: type[T], data: Any, where: str) -> T:
+    """Make the dataclass `cls` of a JSON object, strictly. `where` is the dotted path for messages."""
+    if not isinstance(data, dict):
+        raise _mismatch(where or "the whole", "an object", data)
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise BundleCorruptError(f"{MANIFEST_NAME}: unknown key {_join(where, key)}")
+    for key in hints:
+        if key not in data:
+            raise BundleCorruptError(f"{MANIFEST_NAME}: key {_join(where, key)} is missing")
+    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one JSON value against a type hint of the dataclasses above, and turn lists into tuples."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(item for item in arguments if item is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _mismatch(where, "a list", value)
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _mismatch(where, "an object", value)
+        return {key: _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise _mismatch(where, hint.__name__, value)
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _mismatch(where: str, expected: str, value: Any) -> BundleCorruptError:
+    return BundleCorruptError(f"{MANIFEST_NAME}: {where} must be {expected}, found {value!r:.80}")

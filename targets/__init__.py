@@ -1,0 +1,7 @@
+"""edgelm.targets: what each kind of machine wants, as data. `load_target("x86-cpu")` or a path of one's own."""
+
+from __future__ import annotations
+
+from .profile import Gate, Profile, TargetError, available_targets, load_target, native_target
+
+__all__ = ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"]

@@ -1,0 +1,138 @@
+"""The reader of target profiles: TOML in, a frozen dataclass out, strictly. Standard library only.
+
+Every key is required and unknown keys are errors, so a spelling mistake never means a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import platform
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SCHEMES = ("int8-rowwise", "int8-tensor", "fp32")
+KV_TYPES = ("int8", "float32")
+
+T = TypeVar("T")
+
+
+class TargetError(Exception):
+    """A target is unknown, or its file is not a valid profile. The message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far the exported model may be from the original before the export fails.
+
+    logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
+    magnitude of torch's logits; perplexity_increase_percent: quantized against fp32 graph, on the text;
+    agreement_percent: positions where both choose the same token, among those where the fp32 graph's first choice leads
+    by at least `decided_margin` in probability.
+    """
+
+    logit_difference: float
+    perplexity_increase_percent: float
+    agreement_percent: float
+    decided_margin: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One target, with every setting resolved.
+
+    provider: onnxruntime's execution provider; scheme: the default of --scheme; weight_bits: 8, or 7 where integer
+    products saturate; kv: {scheme: type of the KV cache}, the default of --kv; opset: ONNX operator set of the graph.
+    """
+
+    name: str
+    description: str
+    machines: tuple[str, ...]
+    provider: str
+    scheme: str
+    weight_bits: int
+    kv: dict[str, str]
+    opset: int
+    gate: Gate
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain data, for a manifest."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "description")}
+
+
+def available_targets() -> list[str]:
+    """Names of the profiles that come with edgelm, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def native_target() -> str | None:
+    """The name of the target for the machine this runs on, or None where there is none."""
+    machine = platform.machine().lower()
+    return next((name for name in available_targets() if machine in load_target(name).machines), None)
+
+
+def load_target(name: str) -> Profile:
+    """Read a profile by name, or from a path that ends in .toml. Raises: TargetError."""
+    path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, available_targets(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(available_targets())}, or a path of a .toml file"
+        raise TargetError(f"unknown target {name!r}: {hint}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TargetError(f"{path} cannot be read as TOML ({error})") from error
+    profile = _build(Profile, data, path, "")
+    _check(profile, path)
+    return profile
+
+
+def _folder() -> Path:
+    return Path(__file__).parent
+
+
+def _build(cls: type[T], data: dict[str, Any], path: Path, where: str) -> T:
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            raise TargetError(f"{path}: unknown key {where}{key}" + (f", did you mean {near[0]}?" if near else ""))
+    missing = sorted(set(hints) - set(data))
+    if missing:
+        raise TargetError(f"{path}: key {where}{missing[0]} is missing")
+    return cls(**{key: _value(hint, data[key], path, f"{where}{key}") for key, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast("type[Any]", hint), value, path, f"{where}.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return value
+    if isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    raise TargetError(f"{path}: {where} has the wrong type: found {value!r}")
+
+
+def _check(profile: Profile, path: Path) -> None:
+    if profile.scheme not in SCHEMES:
+        raise TargetError(f"{path}: scheme {profile.scheme!r} is unknown: there is {', '.join(SCHEMES)}")
+    if profile.weight_bits not in (7, 8):
+        raise TargetError(f"{path}: weight_bits must be 7 or 8, found {profile.weight_bits}")
+    for scheme in SCHEMES:
+        if profile.kv.get(scheme) not in KV_TYPES:
+            raise TargetError(f"{path}: kv.{scheme} must be one of {', '.join(KV_TYPES)}, found {profile.kv.get(scheme)!r}")
+    unknown = sorted(set(profile.kv) - set(SCHEMES))
+    if unknown:
+        raise TargetError(f"{path}: unknown key kv.{unknown[0]}")

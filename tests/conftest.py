@@ -1,0 +1,123 @@
+"""Fixtures that many tests share: tiny models built in code, bundles exported once a run, the optional shared data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Tests never use the network; transformers and huggingface_hub read this at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+# Two paragraphs of simple English: long enough to calibrate and judge tiny models on.
+TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+def shared(path: str) -> Path:
+    """A file or folder of the shared data, or skip the test."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"the shared data are not here ({path})")
+    return found
+
+
+def byte_tokenizer(folder: Path, vocab_size: int = 257) -> None:
+    """Write a tokenizer of single bytes (ids 0 to 255) and an end token (256) in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert vocab_size >= len(alphabet) + 1
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """A random Llama of two layers, head size 16, whose logits are spread widely enough to have no near-ties."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Hugging Face's format with a tiny random Llama and a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export the tiny model with some settings, once a run for each set of settings; returns the bundle's folder."""
+    from edgelm.export import ExportConfig, export_model
+
+    done: dict[tuple[tuple[str, Any], ...], Path] = {}
+
+    def export(**settings: Any) -> Path:
+        key = tuple(sorted(settings.items()))
+        if key not in done:
+            out = tmp_path_factory.mktemp("bundle") / "tiny"
+            done[key] = export_model(ExportConfig(str(tiny_model), target="x86-cpu", out=out, **settings)).path
+        return done[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(export_tiny: Callable[..., Path]) -> Path:
+    """The tiny model with the default scheme, row-wise INT8 and an INT8 cache. Read only: copy it to change it."""
+    return export_tiny()
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Export the shared stories260k with a scheme, once a run; returns the bundle's folder."""
+    from edgelm.export import ExportConfig, export_model
+
+    done: dict[str, Path] = {}
+
+    def export(scheme: str) -> Path:
+        if scheme not in done:
+            model = shared("models/stories260k")
+            out = tmp_path_factory.mktemp("stories") / scheme
+            done[scheme] = export_model(ExportConfig(str(model), target="x86-cpu", scheme=scheme, out=out)).path
+        return done[scheme]
+
+    return export
