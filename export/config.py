@@ -15,9 +15,9 @@ from .errors import RecipeError
 class ExportConfig:
     """One export.
 
-    model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or path
-    of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or branch of
-    a hub id; text: UTF-8 file to calibrate and judge with (None: the one that comes with edgelm); out: folder to write
+    model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or
+    path of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or
+    branch of a hub id; text: UTF-8 file to calibrate and judge with (None: the one that comes with edgelm); out: folder to write
     (None: NAME-TARGET in the current folder); force: replace a bundle that stands there.
     """
 
@@ -54,7 +54,9 @@ class ExportConfig:
         except OSError as error:
             raise RecipeError(f"{self.text} cannot be read ({error.strerror}): give a text file") from error
         except UnicodeDecodeError as error:
-            raise RecipeError(f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+            raise RecipeError(
+                f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
+            ) from error
 
 
 def _check(name: str, value: str | None, known: tuple[str, ...]) -> None:

@@ -1,12 +1,12 @@
 """The exporter's branch of the exception tree (the root and its rules: `edgelm.runtime.errors`).
 
-    EdgelmError
-    `- ExportError            an export cannot go on
-       |- SourceError             the model cannot be used: missing, not a causal model, pickled, remote code, ...
-       |- RecipeError             a setting of the export is unknown or contradicts another
-       |- OutputError             the result cannot be written, or is in the way
-       |- TraceError              the model cannot be turned into a graph
-       `- StageError              a stage failed in a way nobody foresaw; names the stage and those before it
+EdgelmError
+`- ExportError            an export cannot go on
+   |- SourceError             the model cannot be used: missing, not a causal model, pickled, remote code, ...
+   |- RecipeError             a setting of the export is unknown or contradicts another
+   |- OutputError             the result cannot be written, or is in the way
+   |- TraceError              the model cannot be turned into a graph
+   `- StageError              a stage failed in a way nobody foresaw; names the stage and those before it
 """
 
 from __future__ import annotations

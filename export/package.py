@@ -39,7 +39,9 @@ def check_output(out: Path, force: bool) -> None:
     if not force:
         raise OutputError(f"{out} exists: choose another place with --out, or replace it with --force")
     if not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists and is no bundle, so --force does not replace it: choose another place with --out")
+        raise OutputError(
+            f"{out} exists and is no bundle, so --force does not replace it: choose another place with --out"
+        )
 
 
 @contextmanager
@@ -64,8 +66,8 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Rename a finished folder to the output. A bundle that stands there is moved aside first and removed afterwards, so
-    that at no time a mixture of the two can be seen. Raises: OSError."""
+    """Rename a finished folder to the output. A bundle that stands there is moved aside first and removed afterwards,
+    so that at no time a mixture of the two can be seen. Raises: OSError."""
     for path in [*folder.iterdir(), folder]:
         _flush(path)
     aside = out.parent / f".{out.name}{_PARTIAL}{os.getpid()}-replaced"
@@ -127,5 +129,7 @@ def _flush(path: Path) -> None:
 
 def _output_error(out: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(f"no room to write {out} ({error.strerror}): free some space or choose another place with --out")
+        return OutputError(
+            f"no room to write {out} ({error.strerror}): free some space or choose another place with --out"
+        )
     return OutputError(f"{out} cannot be written ({error}): choose another place with --out")

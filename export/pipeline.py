@@ -98,7 +98,9 @@ class _Context:
     @contextmanager
     def session(self, folder: Path, kv: str) -> Iterator[OrtSession]:
         """The shipping runtime over a graph that was written."""
-        session = OrtSession(folder / names.GRAPH_NAME, self.model(kv), machine.default_threads(), [self.profile.provider])
+        session = OrtSession(
+            folder / names.GRAPH_NAME, self.model(kv), machine.default_threads(), [self.profile.provider]
+        )
         try:
             yield session
         finally:
@@ -149,7 +151,9 @@ def _load(context: _Context) -> None:
     text = context.config.read_text()
     context.text_ids = Tokenizer(context.result / names.TOKENIZER_NAME).encode(text)
     if context.text_ids != list(context.loaded.tokenizer(text)["input_ids"]):
-        raise SourceError("the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer")
+        raise SourceError(
+            "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
+        )
     vocab_size = context.loaded.module.config.get_text_config().vocab_size
     if max(context.text_ids) >= vocab_size:
         raise SourceError(
@@ -158,7 +162,8 @@ def _load(context: _Context) -> None:
         )
     if len(context.text_ids) < _MIN_TEXT_TOKENS:
         raise RecipeError(
-            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: give one of {_MIN_TEXT_TOKENS} or more"
+            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: "
+            f"give one of {_MIN_TEXT_TOKENS} or more"
         )
 
 
@@ -197,7 +202,9 @@ def _judge(context: _Context) -> None:
         return
     window = verify.usable_window(context.loaded.context_length, len(context.text_ids), DEFAULT_WINDOW)
     with context.session(context.reference, "float32") as before, context.session(context.result, context.kv) as after:
-        context.quantized_agreement = verify.compare_quantized(before, after, context.text_ids, window, context.profile.gate)
+        context.quantized_agreement = verify.compare_quantized(
+            before, after, context.text_ids, window, context.profile.gate
+        )
 
 
 def _measure(context: _Context) -> None:
@@ -222,7 +229,10 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
         tokens=loaded.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},
         files=package.digest_files(context.result),
-        versions={name: importlib.metadata.version(name) for name in ("edgelm", "torch", "transformers", "onnx", "onnxruntime")},
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("edgelm", "torch", "transformers", "onnx", "onnxruntime")
+        },
     )
     (context.result / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -256,8 +266,8 @@ def _folders(context: _Context) -> list[tuple[str, Path]]:
 
 
 def _save(graph: ir.Model, folder: Path) -> None:
-    """Write graph and weights. Weights are made one at a time, as they are written. The exporter's notes on nodes (stack
-    traces with paths of this machine) stay out."""
+    """Write graph and weights. Weights are made one at a time, as they are written. torch's notes on nodes, stack
+    traces with paths of this machine, stay out."""
     ir.passes.common.ClearMetadataAndDocStringPass()(graph)
     ir.save(graph, folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)
 

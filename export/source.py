@@ -44,7 +44,9 @@ def find_source(model: str, revision: str | None) -> Path:
     folder = _builtin(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
-            raise SourceError(f"{model} is no folder: give a model folder, a hub id such as owner/name, or builtin:tales")
+            raise SourceError(
+                f"{model} is no folder: give a model folder, a hub id such as owner/name, or builtin:tales"
+            )
         folder = _download(model, revision)
     elif revision is not None:
         raise SourceError(f"a revision was given, but {model} is a local folder: leave --revision out")
@@ -58,7 +60,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format") from error
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"
+        ) from error
     except ValueError as error:
         raise SourceError(f"{path} is not valid JSON ({error}): download the model again") from error
     if not isinstance(config, dict):
@@ -73,7 +77,7 @@ def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
 
     config = read_config(folder)
     try:
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -83,9 +87,12 @@ def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
+    module, info = loaded
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
-        raise SourceError(f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again")
+        raise SourceError(
+            f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again"
+        )
     module.eval()
     source = Source(model, revision, type(module).__name__, _license(folder))
     return LoadedModel(
@@ -103,7 +110,9 @@ def _builtin(model: str) -> Path:
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
     name = model.removeprefix(BUILTIN_PREFIX)
     if name not in names:
-        raise SourceError(f"no model {name!r} comes with edgelm: there is {', '.join(BUILTIN_PREFIX + item for item in names)}")
+        raise SourceError(
+            f"no model {name!r} comes with edgelm: there is {', '.join(BUILTIN_PREFIX + item for item in names)}"
+        )
     return root / name
 
 
@@ -121,22 +130,26 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _check_folder(folder: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
         if "auto_map" in config:
             raise SourceError(f"{folder} needs code of its own ({config['auto_map']}), which edgelm never runs")
-        raise SourceError(f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it")
+        raise SourceError(
+            f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it"
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
-        raise SourceError(f"{folder} is no causal language model (model_type {kind!r}): edgelm exports causal models only")
+        raise SourceError(
+            f"{folder} is no causal language model (model_type {kind!r}): edgelm exports causal models only"
+        )
     if not any(folder.glob("*.safetensors")):
         pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
         if pickled:
             raise SourceError(
-                f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: convert them to "
-                "safetensors (model.save_pretrained does) where you trust them"
+                f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: "
+                "convert them to safetensors (model.save_pretrained does) where you trust them"
             )
         raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
 
@@ -147,7 +160,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
-        raise SourceError(f"{folder} has no tokenizer that can be loaded ({_words(error)}): add its tokenizer.json") from error
+        raise SourceError(
+            f"{folder} has no tokenizer that can be loaded ({_words(error)}): add its tokenizer.json"
+        ) from error
     if not tokenizer.is_fast or tokenizer.vocab_size == 0:
         raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
     return tokenizer
@@ -167,7 +182,9 @@ def _context_length(module: PreTrainedModel) -> int:
         length = getattr(module.config, name, None)
         if isinstance(length, int) and length > 0:
             return length
-    raise SourceError(f"{type(module).__name__}: config.json does not say how long a context may be: add max_position_embeddings")
+    raise SourceError(
+        f"{type(module).__name__}: config.json does not say how long a context may be: add max_position_embeddings"
+    )
 
 
 def _license(folder: Path) -> str | None:

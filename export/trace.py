@@ -237,7 +237,7 @@ def _routed_attention(model: PreTrainedModel) -> Iterator[None]:
 def _activated(state: _Trace | _Probe) -> Iterator[None]:
     # The registry's function has no argument for this, and torch.export runs the model more than once. Exports do not
     # run side by side in one process: torch's exporter does not allow it either.
-    global _active
+    global _active  # noqa: PLW0603
     before, _active = _active, state
     try:
         yield

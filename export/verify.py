@@ -33,8 +33,8 @@ class SourceAgreement:
     """fp32 graph against torch.
 
     logit_difference: largest absolute difference, over the prompts and their continuations, in units of torch's largest
-    magnitude; steps: greedy tokens compared; equal_steps: those that are the same; near_ties: prompts where the two part
-    at a step whose two candidates torch itself holds closer together than the tolerance.
+    magnitude; steps: greedy steps of torch; equal_steps: those that the graph took too, up to the first other token of
+    each prompt; near_ties: prompts where the two part at a token that torch holds as likely, up to the tolerance.
     """
 
     logit_difference: float
@@ -61,12 +61,15 @@ class QuantizedAgreement:
     window: int
 
 
-def compare_with_source(model: PreTrainedModel, session: Session, token_ids: Sequence[int], gate: Gate) -> SourceAgreement:
+def compare_with_source(
+    model: PreTrainedModel, session: Session, token_ids: Sequence[int], gate: Gate
+) -> SourceAgreement:
     """Greedy tokens of 64 steps and logits, from prompts that are cut out of a text at even distances.
 
     The graph gets each text in pieces of unlike lengths. Raises: VerificationError outside the tolerance.
     """
-    largest, difference, equal, total, ties = 0.0, 0.0, 0, 0, 0
+    largest = difference = 0.0
+    equal = total = ties = 0
     for prompt in _prompts(token_ids):
         expected = _torch_greedy(model, prompt)
         reference = _torch_logits(model, prompt + expected)
@@ -75,18 +78,8 @@ def compare_with_source(model: PreTrainedModel, session: Session, token_ids: Seq
         largest = max(largest, float(np.abs(reference).max()))
         session.rewind(0)
         tokens = list(Sequencer(session).greedy(prompt, len(expected), ()))
-        same = next((i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1]), len(expected))
-        if same < len(expected):
-            row = reference[len(prompt) + same - 1]
-            gap = float(row[expected[same]] - row[tokens[same]])
-            if not gap <= gate.logit_difference * float(np.abs(reference).max()):
-                raise VerificationError(
-                    f"the traced graph does not answer as the model does: step {same + 1} from the prompt {prompt} gives "
-                    f"token {tokens[same]}, torch gives {expected[same]}, ahead by {gap:.3g}: this model cannot be exported"
-                )
-            ties += 1
-        equal += same
-        total += same if same < len(expected) else len(expected)
+        same = _equal_steps(prompt, tokens, expected, reference, gate)
+        equal, total, ties = equal + same, total + len(expected), ties + (same < len(expected))
     result = SourceAgreement(difference / largest, total, equal, ties)
     if not result.logit_difference <= gate.logit_difference:
         raise VerificationError(
@@ -96,7 +89,28 @@ def compare_with_source(model: PreTrainedModel, session: Session, token_ids: Seq
     return result
 
 
-def compare_quantized(before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate) -> QuantizedAgreement:
+def _equal_steps(
+    prompt: list[int], tokens: list[int], expected: list[int], reference: NDArray[np.float32], gate: Gate
+) -> int:
+    """How many steps give torch's token. After the first other one the texts differ, so it must be a near-tie: a token
+    that torch holds as likely as its own, up to the tolerance of the logits. Raises: VerificationError."""
+    pairs = enumerate(zip(tokens, expected, strict=True))
+    step = next((index for index, (got, wanted) in pairs if got != wanted), len(expected))
+    if step == len(expected):
+        return step
+    row = reference[len(prompt) + step - 1]
+    gap = float(row[expected[step]] - row[tokens[step]])
+    if not gap <= gate.logit_difference * float(np.abs(reference).max()):
+        raise VerificationError(
+            f"the traced graph does not answer as the model does: after the prompt {prompt}, step {step + 1} gives "
+            f"token {tokens[step]}, torch gives {expected[step]}, ahead by {gap:.3g}: this model cannot be exported"
+        )
+    return step
+
+
+def compare_quantized(
+    before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate
+) -> QuantizedAgreement:
     """Perplexity of both graphs and agreement of their most likely tokens on a text.
 
     Raises: VerificationError outside the tolerances, with all that was measured.
@@ -104,7 +118,9 @@ def compare_quantized(before: Session, after: Session, token_ids: Sequence[int],
     losses = np.zeros(2)
     count = agree = decided = agree_decided = 0
     stride = window // 2
-    for (targets, left), (_, right) in zip(score(before, token_ids, window, stride), score(after, token_ids, window, stride), strict=True):
+    for (targets, left), (_, right) in zip(
+        score(before, token_ids, window, stride), score(after, token_ids, window, stride), strict=True
+    ):
         losses += [float(negative_log_likelihood(logits, targets).sum()) for logits in (left, right)]
         same = left.argmax(axis=1) == right.argmax(axis=1)
         clear = _lead(left) >= gate.decided_margin
@@ -135,11 +151,13 @@ def _hold(result: QuantizedAgreement, gate: Gate) -> None:
         )
     if not result.decided_percent >= gate.agreement_percent:
         faults.append(
-            f"the most likely token is the same at {result.decided_percent:.2f} % of the {result.decided_positions} clear "
-            f"positions, the target asks for {gate.agreement_percent} %"
+            f"the most likely token is the same at {result.decided_percent:.2f} % of the {result.decided_positions} "
+            f"positions where fp32 is clear, the target asks for {gate.agreement_percent} %"
         )
     if faults:
-        raise VerificationError(f"the quantized model is too far from the original: {'; '.join(faults)}: use --scheme fp32")
+        raise VerificationError(
+            f"the quantized model is too far from the original: {'; '.join(faults)}: use --scheme fp32"
+        )
 
 
 def measured(result: SourceAgreement | QuantizedAgreement | None) -> dict[str, Any] | None:

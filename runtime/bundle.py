@@ -83,7 +83,8 @@ class Bundle:
             ) from error
         if size != entry.bytes:
             raise BundleCorruptError(
-                f"{self.path / name} has {size:,} bytes, the manifest says {entry.bytes:,}: copy or export the bundle again"
+                f"{self.path / name} has {size:,} bytes, the manifest says {entry.bytes:,}: "
+                "copy or export the bundle again"
             )
 
 
@@ -95,7 +96,9 @@ def file_digest(path: Path) -> str:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:
-        raise BundleMissingError(f"{path} cannot be read ({error.strerror}): copy or export the bundle again") from error
+        raise BundleMissingError(
+            f"{path} cannot be read ({error.strerror}): copy or export the bundle again"
+        ) from error
     return "sha256:" + digest.hexdigest()
 
 

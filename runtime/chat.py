@@ -27,7 +27,7 @@ class ChatTemplate:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        # The environment of transformers' `_compile_jinja_template` (utils/chat_template_utils.py): templates rely on it.
+        # As in transformers' `_compile_jinja_template` (utils/chat_template_utils.py): templates rely on it.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -38,7 +38,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the bundle's chat template cannot be parsed ({error}): give a plain prompt") from error
+            raise TemplateError(
+                f"the bundle's chat template cannot be parsed ({error}): give a plain prompt"
+            ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation, up to where the assistant's answer begins.

@@ -1,7 +1,7 @@
 """`edgelm`: finds a command, parses its arguments, runs it, turns errors into one line and an exit status.
 
-Only the module of the command that was asked for is imported, so that `edgelm run` starts as fast as it can. Commands of
-other packages are found through the entry point group `edgelm.commands`.
+Only the module of the command that was asked for is imported, so that `edgelm run` starts as fast as it can. Commands
+of other packages are found through the entry point group `edgelm.commands`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """

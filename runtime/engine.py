@@ -129,8 +129,8 @@ class Engine:
     ) -> Completion:
         """The greedy continuation of a prompt, as a whole. Exactly one of prompt, messages and token_ids is given.
 
-        prompt: plain text; messages: [{"role": ..., "content": ...}, ...] for the model's chat template; token_ids: used
-        as they are. max_tokens: the most tokens to generate.
+        prompt: plain text; messages: [{"role": ..., "content": ...}, ...] for the model's chat template; token_ids:
+        used as they are. max_tokens: the most tokens to generate.
         Raises: PromptError, ContextLengthError, SettingsError, TemplateError, EngineError, SessionError.
         """
         chunks = list(self.stream(prompt, messages=messages, token_ids=token_ids, max_tokens=max_tokens))
@@ -162,9 +162,15 @@ class Engine:
         token_ids: Sequence[int] | None = None,
     ) -> list[int]:
         """The token ids that `generate` would feed for these arguments. Raises: as `generate`."""
-        given = [name for name, value in (("prompt", prompt), ("messages", messages), ("token_ids", token_ids)) if value is not None]
+        given = [
+            name
+            for name, value in (("prompt", prompt), ("messages", messages), ("token_ids", token_ids))
+            if value is not None
+        ]
         if len(given) != 1:
-            raise PromptError(f"give exactly one of prompt, messages and token_ids, found {' and '.join(given) or 'none'}")
+            raise PromptError(
+                f"give exactly one of prompt, messages and token_ids, found {' and '.join(given) or 'none'}"
+            )
         if prompt is not None:
             ids = self.tokenizer.encode(prompt) if prompt else []
         elif messages is not None:
@@ -186,7 +192,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _request(
@@ -204,7 +212,9 @@ class Engine:
         ids = self.encode(prompt, messages=messages, token_ids=token_ids)
         context = self.bundle.manifest.model.context_length
         if len(ids) > context:
-            raise ContextLengthError(f"the prompt has {len(ids):,} tokens, the model's context holds {context:,}: shorten it")
+            raise ContextLengthError(
+                f"the prompt has {len(ids):,} tokens, the model's context holds {context:,}: shorten it"
+            )
         # The last token that is chosen needs no place in the context, since nothing follows it.
         return _Request(ids, max_tokens, min(max_tokens, context - len(ids) + 1), started)
 
@@ -283,7 +293,9 @@ class Engine:
 
     def _take_turn(self) -> None:
         if self._owner == threading.get_ident():
-            raise EngineBusyError("this thread still iterates over another stream of the engine: finish or close it first")
+            raise EngineBusyError(
+                "this thread still iterates over another stream of the engine: finish or close it first"
+            )
         self._turn.acquire()
         if self._closed:
             self._turn.release()

@@ -62,7 +62,10 @@ class KVCache:
 
     def bytes_per_position(self) -> int:
         """What one more token costs, in bytes, over all layers."""
-        return sum(layer.kv_heads * (layer.key_size + layer.value_size) for _, layer in self._layers()) * self._dtype.itemsize
+        return (
+            sum(layer.kv_heads * (layer.key_size + layer.value_size) for _, layer in self._layers())
+            * self._dtype.itemsize
+        )
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold. For tests."""

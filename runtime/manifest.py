@@ -142,7 +142,9 @@ def parse_manifest(text: str) -> Manifest:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise BundleCorruptError(f"{MANIFEST_NAME} is not valid JSON ({error}): copy or export the bundle again") from error
+        raise BundleCorruptError(
+            f"{MANIFEST_NAME} is not valid JSON ({error}): copy or export the bundle again"
+        ) from error
     if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
         raise BundleCorruptError(f"{MANIFEST_NAME} has no schema_version: this is not an edgelm bundle")
     if data["schema_version"] != SCHEMA_VERSION:
@@ -167,7 +169,7 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items()})
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one return for each kind of hint
     """Check one JSON value against a type hint of the dataclasses above, and turn lists into tuples."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):

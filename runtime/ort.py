@@ -8,6 +8,7 @@ results depend on how a prompt is cut into pieces from about 300 tokens on (and 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,10 +26,9 @@ def load_onnxruntime() -> ModuleType:
     """
     os.environ.update(_ENVIRONMENT)
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise SessionError(f"onnxruntime cannot be loaded ({error}): run  pip install onnxruntime") from error
-    return onnxruntime
 
 
 def onnxruntime_errors() -> tuple[type[Exception], ...]:

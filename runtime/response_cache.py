@@ -42,7 +42,7 @@ class CachedAnswer:
 
 
 def response_key(bundle_digest: str, token_ids: Sequence[int], settings: Mapping[str, Any]) -> str:
-    """ "sha256:" and the hash of the canonical JSON of [bundle digest, token ids, settings] (sorted keys, no blanks)."""
+    """ "sha256:" and the hash of the canonical JSON of [bundle digest, token ids, settings], keys sorted, no blanks."""
     canonical = json.dumps([bundle_digest, list(token_ids), dict(settings)], sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()
 

@@ -31,7 +31,9 @@ class Perplexity:
     stride: int
 
 
-def score(session: Session, token_ids: Sequence[int], window: int, stride: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def score(
+    session: Session, token_ids: Sequence[int], window: int, stride: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Run a text through a session, from an empty cache.
 
     Yields: pairs of the next token at each scored position, (n) int64, and the logits that predict it,
@@ -39,7 +41,9 @@ def score(session: Session, token_ids: Sequence[int], window: int, stride: int) 
     Raises: SettingsError unless 1 <= stride < window.
     """
     if not 1 <= stride < window:
-        raise SettingsError(f"the stride must be at least 1 and less than the window of {window} tokens, found {stride}")
+        raise SettingsError(
+            f"the stride must be at least 1 and less than the window of {window} tokens, found {stride}"
+        )
     scored = 1
     for begin in range(0, len(token_ids), stride):
         end = min(begin + window, len(token_ids))
@@ -56,7 +60,9 @@ def score(session: Session, token_ids: Sequence[int], window: int, stride: int) 
             return
 
 
-def perplexity(session: Session, token_ids: Sequence[int], window: int = DEFAULT_WINDOW, stride: int | None = None) -> Perplexity:
+def perplexity(
+    session: Session, token_ids: Sequence[int], window: int = DEFAULT_WINDOW, stride: int | None = None
+) -> Perplexity:
     """Perplexity of a text of at least two tokens. stride: half of the window, if not given."""
     stride = stride or max(1, window // 2)
     total, count = 0.0, 0
@@ -70,4 +76,5 @@ def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int
     """-log softmax(logits)[target] of each row: logits (n, vocab_size), targets (n) -> (n) float64."""
     largest = logits.max(axis=1)
     sums = np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64)
-    return np.log(sums) + largest - logits[np.arange(len(targets)), targets]
+    chosen = logits[np.arange(len(targets)), targets]
+    return np.asarray(np.log(sums) + largest - chosen, np.float64)

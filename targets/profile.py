@@ -84,7 +84,11 @@ def load_target(name: str) -> Profile:
     path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
     if not path.is_file():
         near = difflib.get_close_matches(name, available_targets(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(available_targets())}, or a path of a .toml file"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"there is {', '.join(available_targets())}, or a path of a .toml file"
+        )
         raise TargetError(f"unknown target {name!r}: {hint}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +136,9 @@ def _check(profile: Profile, path: Path) -> None:
         raise TargetError(f"{path}: weight_bits must be 7 or 8, found {profile.weight_bits}")
     for scheme in SCHEMES:
         if profile.kv.get(scheme) not in KV_TYPES:
-            raise TargetError(f"{path}: kv.{scheme} must be one of {', '.join(KV_TYPES)}, found {profile.kv.get(scheme)!r}")
+            raise TargetError(
+                f"{path}: kv.{scheme} must be one of {', '.join(KV_TYPES)}, found {profile.kv.get(scheme)!r}"
+            )
     unknown = sorted(set(profile.kv) - set(SCHEMES))
     if unknown:
         raise TargetError(f"{path}: unknown key kv.{unknown[0]}")

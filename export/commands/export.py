@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (MODEL-TARGET)")
     parser.add_argument("--force", action="store_true", help="replace a bundle that stands there")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -72,7 +74,9 @@ class _RichProgress:
 
     def finished(self, record: StageRecord) -> None:
         self.stop()
-        self._console.print(f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak")
+        self._console.print(
+            f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
+        )
 
     def stop(self) -> None:
         if self._status is not None:
@@ -107,5 +111,5 @@ def _quiet_libraries() -> None:
     """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -19,10 +19,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the profiles and print them."""
     profiles = [load_target(name) for name in available_targets()]
     if arguments.json:
-        print(json.dumps({profile.name: {"description": profile.description, **profile.settings()} for profile in profiles}))
+        print(
+            json.dumps(
+                {profile.name: {"description": profile.description, **profile.settings()} for profile in profiles}
+            )
+        )
         return 0
     here = native_target()
     for profile in profiles:
         print(f"{profile.name:10}{profile.description}{'  (this machine)' if profile.name == here else ''}")
-        print(f"{'':10}scheme {profile.scheme}, KV cache {profile.kv[profile.scheme]}, {profile.weight_bits}-bit weights, {profile.provider}")
+        settings = (f"scheme {profile.scheme}", f"KV cache {profile.kv[profile.scheme]}", profile.provider)
+        print(f"{'':10}{', '.join(settings)}")
     return 0

@@ -12,7 +12,10 @@ import onnx_ir as ir
 
 from .graph import MICROSOFT, Builder, GraphPass, nodes_of, producer, replace_value, same_shape, use_domain
 
-_FUSED = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
+_FUSED = {
+    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
 
 
 class FuseResidualNorms(GraphPass):

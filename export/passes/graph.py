@@ -8,7 +8,7 @@ whose manager names the passes that ran before a failure).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -77,7 +77,8 @@ def same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
     """Whether two values are known to have the same shape, dimension by dimension, so that no broadcast is needed."""
     if first is None or second is None or first.shape is None or second.shape is None:
         return False
-    return first.shape == second.shape
+    known = all(isinstance(size, int) or size.value is not None for size in first.shape)
+    return known and first.shape == second.shape
 
 
 def add_weight(model: ir.Model, name: str, tensor: ir.TensorProtocol | NDArray[Any]) -> ir.Value:
@@ -89,7 +90,10 @@ def add_weight(model: ir.Model, name: str, tensor: ir.TensorProtocol | NDArray[A
         count += 1
         unique = f"{name}.{count}"
     value = ir.Value(
-        name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        name=unique,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(cast("Sequence[int]", tensor.shape)),
+        const_value=tensor,
     )
     model.graph.register_initializer(value)
     return value
@@ -100,7 +104,9 @@ def lazy_weight(
 ) -> ir.Value:
     """Register an initializer that is computed when the file is written, and not kept: large weights pass through
     memory one at a time."""
-    tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(compute())), dtype=dtype, shape=ir.Shape(shape), name=name)
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(compute())), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
     return add_weight(model, name, tensor)
 
 
@@ -126,7 +132,9 @@ class Builder:
         """Insert a node; `like` lends type and shape to its first output."""
         names = [f"{self._prefix}.{op_type}.{self._count}.{index}" for index in range(outputs)]
         self._count += 1
-        node = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs, version=1 if domain else None)
+        node = ir.node(
+            op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs, version=1 if domain else None
+        )
         node.name = names[0]
         for value, name in zip(node.outputs, names, strict=True):
             value.name = name
@@ -135,7 +143,9 @@ class Builder:
         self._graph.insert_before(self._anchor, node)
         return list(node.outputs)
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", like: ir.Value | None = None, **attributes: Any) -> ir.Value:
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", like: ir.Value | None = None, **attributes: Any
+    ) -> ir.Value:
         """Insert a node with one output and return that output."""
         return self.node(op_type, inputs, attributes, domain=domain, like=like)[0]
 

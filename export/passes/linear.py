@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +28,7 @@ class Weight:
     def shape(self) -> tuple[int, int]:
         """(inputs, outputs)"""
         assert self.value.const_value is not None
-        rows, columns = (int(size) for size in self.value.const_value.shape)
+        rows, columns = cast("tuple[int, int]", tuple(self.value.const_value.shape))
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
@@ -96,7 +96,12 @@ def merge(model: ir.Model, linears: Sequence[Linear], anchor: ir.Node) -> ir.Val
     """
     weights = [linear.weight for linear in linears]
     inputs, widths = weights[0].shape[0], [weight.shape[1] for weight in weights]
-    name = "+".join([weights[0].name, *(weight.name.split(".")[-2] if "." in weight.name else weight.name for weight in weights[1:])])
+    name = "+".join(
+        [
+            weights[0].name,
+            *(weight.name.split(".")[-2] if "." in weight.name else weight.name for weight in weights[1:]),
+        ]
+    )
     merged = lazy_weight(
         model,
         name,

@@ -36,9 +36,9 @@ class QuantizeCache(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         for value in (*model.graph.inputs, *model.graph.outputs):
-            if value.name is not None and value.name.startswith(("past_key_values.", "present.")):
-                if value.dtype != ir.DataType.INT8:
-                    raise ir.passes.PostconditionError(f"{value.name} is still {value.dtype}")
+            is_cache = value.name is not None and value.name.startswith(("past_key_values.", "present."))
+            if is_cache and value.dtype != ir.DataType.INT8:
+                raise ir.passes.PostconditionError(f"{value.name} is still {value.dtype}")
 
     def _quantize(self, model: ir.Model, attention: ir.Node) -> None:
         if len(attention.inputs) < 14:
@@ -48,7 +48,9 @@ class QuantizeCache(GraphPass):
             assert past is not None and past.name is not None, "a traced attention has a cache"
             name = past.name.removeprefix("past_key_values.")
             scales = (np.maximum(self._largest[name], np.finfo(np.float32).tiny * _LIMIT) / _LIMIT).astype(np.float32)
-            attention.replace_input_with(_SCALE_INPUTS[side], add_weight(model, f"cache.{name}.scale", scales.reshape(-1)))
+            attention.replace_input_with(
+                _SCALE_INPUTS[side], add_weight(model, f"cache.{name}.scale", scales.reshape(-1))
+            )
             attention.attributes[f"{side[0]}_quant_type"] = ir.AttrString(f"{side[0]}_quant_type", "PER_CHANNEL")
             for value in (past, present):
                 value.type = ir.TensorType(ir.DataType.INT8)

@@ -75,12 +75,12 @@ def column_scales(array: NDArray[np.float32], limit: int) -> NDArray[np.float32]
 
 def quantize_columns(array: NDArray[np.float32], limit: int) -> NDArray[np.int8]:
     """int8 matrix (rows, columns), which times `column_scales` is about the array."""
-    return np.rint(array / column_scales(array, limit)).astype(np.int8)
+    return np.asarray(np.rint(array / column_scales(array, limit)), np.int8)
 
 
 def quantized_weight(model: ir.Model, weight: Weight, limit: int) -> tuple[ir.Value, ir.Value]:
-    """Initializers of a weight's int8 matrix (inputs, outputs) and its scales (outputs). The matrix is computed when the
-    file is written, the scales now."""
+    """Initializers of a weight's int8 matrix (inputs, outputs) and its scales (outputs). The matrix is computed when
+    the file is written, the scales now."""
     matrix = lazy_weight(
         model, f"{weight.name}.int8", lambda: quantize_columns(weight.array(), limit), ir.DataType.INT8, weight.shape
     )

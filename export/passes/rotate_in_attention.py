@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime.ort import load_onnxruntime
-from .graph import ATTENTION, Builder, GraphPass, add_weight, constant, nodes_of, producer
+from .graph import ATTENTION, Builder, GraphPass, add_weight, constant, nodes_of, producer, same_shape
 from .lower_positions import POSITIONS, POSITIONS_DOMAIN
 
 _HEAD_MULTIPLE = 16
@@ -82,7 +82,7 @@ def _rotation(model: ir.Model, attention: ir.Node, index: int) -> _Rotation | No
     flat = producer(attention.inputs[index], "Reshape")
     transposed = producer(flat.inputs[0], "Transpose") if flat is not None else None
     total = producer(transposed.inputs[0], "Add") if transposed is not None else None
-    if flat is None or transposed is None or total is None:
+    if flat is None or transposed is None or total is None or not _swaps_heads(transposed):
         return None
     for plain, rotated in (total.inputs, total.inputs[::-1]):
         found = _match(plain, rotated)
@@ -109,6 +109,11 @@ def _match(plain: ir.Value | None, rotated: ir.Value | None) -> tuple[ir.Value, 
         if cos_source is not None and sin_source is not None and cos_source.inputs[0] and sin_source.inputs[0]:
             return heads, cos_source.inputs[0], sin_source.inputs[0]
     return None
+
+
+def _swaps_heads(transpose: ir.Node) -> bool:
+    """Whether a Transpose swaps (batch, heads, new, size) and (batch, new, heads, size)."""
+    return list(transpose.attributes.get_ints("perm", [])) == [0, 2, 1, 3]
 
 
 def _half_rotated(value: ir.Value | None) -> ir.Value | None:
@@ -148,9 +153,8 @@ def _flatten(model: ir.Model, attention: ir.Node, heads: ir.Value, flat: ir.Node
     split = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
     source = split.inputs[0] if split is not None else None
     output = flat.outputs[0]
-    if source is not None and source.shape is not None and output.shape is not None:
-        if len(source.shape) == 3 and source.shape[-1] == output.shape[-1]:
-            return source
+    if source is not None and transpose is not None and _swaps_heads(transpose) and same_shape(source, output):
+        return source
     op = Builder(model, attention, f"{attention.name}.unrotated")
     return op("Reshape", op("Transpose", heads, perm=[0, 2, 1, 3]), flat.inputs[1], like=output)
 

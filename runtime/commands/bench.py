@@ -19,8 +19,12 @@ SUMMARY = "measure a bundle on this machine"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", help="folder that  edgelm export  wrote")
-    parser.add_argument("--context", type=int, nargs="+", metavar="N", help="prompt lengths to measure at (128 1024 1900, as fit)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, the median counts (%(default)s)")
+    parser.add_argument(
+        "--context", type=int, nargs="+", metavar="N", help="prompt lengths to measure at (128 1024 1900, as fit)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="runs of each, the median counts (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -36,10 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     session = open_session(bundle, arguments.threads)
     load_s = time.perf_counter() - started
     # Any ids will do: speed does not depend on them.
-    speeds = [measure_speed(session, [i % model.vocab_size for i in range(n)], repeats=arguments.repeats) for n in lengths]
+    speeds = [
+        measure_speed(session, [i % model.vocab_size for i in range(n)], repeats=arguments.repeats) for n in lengths
+    ]
+    resident = machine.resident_bytes()
     figures = {
         "load_s": load_s,
-        "resident_bytes": machine.resident_bytes(),
+        "resident_bytes": resident,
         "bundle_bytes": bundle.total_bytes(),
         "threads": arguments.threads or machine.default_threads(),
         "speed": [_as_data(speed) for speed in speeds],
@@ -48,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(figures))
         return 0
     print(
-        f"load {load_s:.2f} s, resident {figures['resident_bytes'] / 1e6:.0f} MB, bundle {figures['bundle_bytes'] / 1e6:.1f} MB, "
-        f"{figures['threads']} threads"
+        f"load {load_s:.2f} s, resident {resident / 1e6:.0f} MB, "
+        f"bundle {bundle.total_bytes() / 1e6:.1f} MB, {figures['threads']} threads"
     )
     print(f"{'context':>10}{'prefill tokens/s':>20}{'decode tokens/s':>20}")
     for speed in speeds:

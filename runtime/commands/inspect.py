@@ -74,7 +74,9 @@ def _layer(layer: LayerCache | None) -> str:
 def _cache(manifest: Manifest) -> str:
     kv = manifest.model.kv
     width = 1 if kv.type == "int8" else 4
-    sizes = [layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.model.layers if layer is not None]
+    sizes = [
+        layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.model.layers if layer is not None
+    ]
     return f"{kv.type}{' per ' + kv.granularity if kv.granularity else ''}, {sum(sizes) * width:,} bytes a token"
 
 
@@ -84,5 +86,6 @@ def _quality(manifest: Manifest) -> dict[str, str]:
         return {}
     return {
         "quality": f"perplexity {quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f} "
-        f"({quality['perplexity_increase_percent']:+.2f} %), same most likely token at {quality['agreement_percent']:.1f} %"
+        f"({quality['perplexity_increase_percent']:+.2f} %), "
+        f"same most likely token at {quality['agreement_percent']:.1f} %"
     }

@@ -19,9 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", help="folder that  edgelm export  wrote")
     parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input if it is missing or -")
-    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message through the chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
-    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="most tokens to generate (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="most tokens to generate (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
@@ -68,7 +72,9 @@ def _prompt(given: str | None) -> str:
     try:
         return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise PromptError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+        raise PromptError(
+            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
+        ) from error
 
 
 def _summary(stats: Stats | None) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..bundle import TOKENIZER_NAME, Bundle
 from ..errors import PromptError, VerificationError
-from ..scoring import DEFAULT_WINDOW, perplexity
 from ..manifest import Model
+from ..scoring import DEFAULT_WINDOW, perplexity
 from ..session import Session, open_session
 from ..tokenizer import Tokenizer
 
@@ -47,8 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     promised = manifest.quantization.scheme == EXACT_SCHEME
     if promised and not exact:
         raise VerificationError(
-            f"a text fed in pieces gives other logits than the whole, by up to {findings['cut_difference']:.3g}: onnxruntime "
-            "computes differently on this machine; the answers are still valid, but depend on how a prompt is cut"
+            f"a text fed in pieces gives other logits than the whole, by up to {findings['cut_difference']:.3g}: "
+            "onnxruntime computes differently on this machine; "
+            "the answers are still valid, but depend on how a prompt is cut"
         )
     if arguments.json:
         print(json.dumps({**findings, "exact_under_cuts": exact}))
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"any cut        {_cut_words(exact, findings['cut_difference'])}")
     if "perplexity" in findings:
         figures = findings["perplexity"]
-        print(f"perplexity     {figures['value']:.4f} on {figures['tokens']:,} tokens (window {figures['window']}, stride {figures['stride']})")
+        where = f"window {figures['window']}, stride {figures['stride']}"
+        print(f"perplexity     {figures['value']:.4f} on {figures['tokens']:,} tokens ({where})")
     return 0
 
 
@@ -104,4 +106,8 @@ def _read(path: Path | None) -> str | None:
 
 
 def _cut_words(exact: bool, difference: float) -> str:
-    return "the same logits, bit for bit" if exact else f"logits differ by up to {difference:.3g} (this scheme does not promise equality)"
+    return (
+        "the same logits, bit for bit"
+        if exact
+        else f"logits differ by up to {difference:.3g} (this scheme does not promise equality)"
+    )
