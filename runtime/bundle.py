@@ -73,7 +73,7 @@ class Bundle:
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", "..") or not name.isprintable():
             raise BundleCorruptError(f"{MANIFEST_NAME}: {name!r} is not a plain file name")
         try:
             size = (self.path / name).stat().st_size

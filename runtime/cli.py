@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), None)
     debug = "--debug" in words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An output whose encoding lacks a character gets an escape in its place.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(name, words)
     except EdgelmError as error:
@@ -54,8 +58,9 @@ def _dispatch(name: str | None, words: list[str]) -> int:
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     words.remove(name)
-    status: int = module.run(parser.parse_args(words))
-    sys.stdout.flush()
+    status: int = module.run(parser.parse_intermixed_args(words))
+    if sys.stdout is not None:  # closed before we started
+        sys.stdout.flush()
     return status
 
 
@@ -93,7 +98,7 @@ def _fail(message: str, error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"edgelm: error: {message}", file=sys.stderr)
+    print(f"edgelm: error: {' '.join(message.split())}", file=sys.stderr)
     return _FAILED
 
 

@@ -6,17 +6,18 @@ Three tiers: `decode.Sequencer` (ids to ids), `Engine.stream` (chunks of text), 
 from __future__ import annotations
 
 import json
+import operator
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from . import bundle as bundle_files
 from . import machine
 from .bundle import Bundle
-from .chat import ChatTemplate, Message, find_template
 from .decode import Sequencer
 from .errors import (
     BundleCorruptError,
@@ -30,6 +31,9 @@ from .errors import (
 from .response_cache import CachedAnswer, FinishReason, ResponseCache, response_key
 from .session import Session, open_session
 from .tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate, Message
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -176,7 +180,7 @@ class Engine:
         elif messages is not None:
             ids = self.tokenizer.encode(self._render(messages), special=False) if messages else []
         else:
-            ids = self._checked_ids(token_ids or ())
+            ids = self._checked_ids(token_ids if token_ids is not None else ())
         if not ids:
             raise PromptError(f"the {given[0]} is empty: give at least one token to continue from")
         return ids
@@ -304,7 +308,10 @@ class Engine:
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         vocab_size = self.bundle.manifest.model.vocab_size
-        ids = [int(token) for token in token_ids]
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise PromptError(f"token_ids must be a sequence of whole numbers ({error})") from error
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise PromptError(f"token id {token} is out of range: the model has ids 0 to {vocab_size - 1}")
@@ -323,9 +330,17 @@ def _answer_of(chunks: Sequence[Chunk]) -> CachedAnswer:
 
 
 def _bundle_template(bundle: Bundle) -> ChatTemplate | None:
-    config = bundle.read_text(bundle_files.TOKENIZER_CONFIG_NAME)
+    text = bundle.read_text(bundle_files.TOKENIZER_CONFIG_NAME)
+    name = bundle.path / bundle_files.TOKENIZER_CONFIG_NAME
     try:
-        return find_template(bundle.read_text(bundle_files.CHAT_TEMPLATE_NAME), json.loads(config or "{}"))
-    except ValueError as error:
-        name = bundle.path / bundle_files.TOKENIZER_CONFIG_NAME
+        config = json.loads("{}" if text is None else text)
+    except (ValueError, RecursionError) as error:
         raise BundleCorruptError(f"{name} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(config, dict):
+        raise BundleCorruptError(f"{name} is not a JSON object: export the bundle again")
+    template = bundle.read_text(bundle_files.CHAT_TEMPLATE_NAME)
+    if not template and not config.get("chat_template"):
+        return None
+    from .chat import find_template
+
+    return find_template(template, config)

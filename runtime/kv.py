@@ -39,14 +39,17 @@ class KVCache:
         if positions <= self.capacity:
             return False
         wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
-        self.capacity = max(positions, min(wanted, self._model.context_length + 1))
+        capacity = max(positions, min(wanted, self._model.context_length + 1))
+        # Memory may run out: nothing changes before all buffers are there.
+        grown: dict[str, NDArray[np.generic]] = {}
         for index, layer in self._layers():
             for side, size in (("key", layer.key_size), ("value", layer.value_size)):
-                fresh = np.zeros((1, layer.kv_heads, self.capacity, size), self._dtype)
+                fresh = np.zeros((1, layer.kv_heads, capacity, size), self._dtype)
                 name = f"{index}.{side}"
                 if name in self._buffers:
                     fresh[:, :, : self.length] = self._buffers[name][:, :, : self.length]
-                self._buffers[name] = fresh
+                grown[name] = fresh
+        self._buffers, self.capacity = grown, capacity
         return True
 
     def truncate(self, length: int) -> None:

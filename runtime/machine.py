@@ -31,9 +31,9 @@ def _cgroup_cpus() -> int | None:
     """Whole CPUs that a version 2 control group grants, or None without a limit."""
     try:
         quota, period = _CGROUP_CPU_MAX.read_text().split()
-    except (OSError, ValueError):
+        return None if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError, ZeroDivisionError):
         return None
-    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def saturates_int8() -> bool:

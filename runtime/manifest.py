@@ -18,6 +18,7 @@ from .errors import BundleCorruptError, BundleVersionError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+CACHE_TYPES = ("int8", "float32")
 
 T = TypeVar("T")
 
@@ -141,7 +142,7 @@ def parse_manifest(text: str) -> Manifest:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleCorruptError(
             f"{MANIFEST_NAME} is not valid JSON ({error}): copy or export the bundle again"
         ) from error
@@ -152,7 +153,27 @@ def parse_manifest(text: str) -> Manifest:
             f"the bundle has schema version {data['schema_version']}, this edgelm reads version {SCHEMA_VERSION}: "
             "use a matching edgelm, or export the bundle again"
         )
-    return _build(Manifest, data, "")
+    manifest = _build(Manifest, data, "")
+    _check_values(manifest)
+    return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Refuse values of the right type that no bundle can have."""
+    model = manifest.model
+    counts = {"model.vocab_size": model.vocab_size, "model.context_length": model.context_length}
+    for index, layer in enumerate(model.layers):
+        if layer is not None:
+            sizes = {"kv_heads": layer.kv_heads, "key_size": layer.key_size, "value_size": layer.value_size}
+            counts.update({f"model.layers[{index}].{key}": size for key, size in sizes.items()})
+    for where, value in counts.items():
+        if value < 1:
+            raise _mismatch(where, "1 or more", value)
+    for name, entry in manifest.files.items():
+        if entry.bytes < 0:
+            raise _mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
+    if model.kv.type not in CACHE_TYPES:
+        raise _mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
 
 
 def _build(cls: type[T], data: Any, where: str) -> T:

@@ -59,6 +59,7 @@ class OrtSession:
         self._inference = _load(graph, threads, providers)
         self.cache = KVCache(model)
         self._binding = self._inference.io_binding()
+        self._unbound = False
         self._ids = np.zeros((1, 0), np.int64)
         self._mask = np.ones((1, 0), np.int64)
         self._keep = np.zeros(1, np.int64)
@@ -74,14 +75,15 @@ class OrtSession:
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         padding = max(0, self._min_rows - len(token_ids))
         rows = len(token_ids) + padding
-        self._prepare(rows, keep + padding)
-        self._ids[0, : len(token_ids)] = token_ids
-        self._ids[0, len(token_ids) :] = token_ids[-1]
         try:
+            self._prepare(rows, keep + padding)
+            self._ids[0, : len(token_ids)] = token_ids
+            self._ids[0, len(token_ids) :] = token_ids[-1]
             self._inference.run_with_iobinding(self._binding)
         except self._errors as error:
+            reason = " ".join(str(error).split())
             raise SessionError(
-                f"a step of {rows} tokens at position {self.length} failed: {error}; {_REPAIR}"
+                f"a step of {rows} tokens at position {self.length} failed: {reason}; {_REPAIR}"
             ) from error
         self.cache.length += len(token_ids)
         return self._logits[0, :keep]
@@ -95,11 +97,13 @@ class OrtSession:
 
     def _prepare(self, rows: int, keep: int) -> None:
         """Bind what changed since the last step: most steps only the mask's length."""
-        if self.cache.reserve(self.length + rows):
+        self._unbound |= self.cache.reserve(self.length + rows)
+        if self._unbound:
             self._mask = np.ones((1, self.cache.capacity), np.int64)
             for name, buffer in self.cache.buffers():
                 self._bind_input(f"past_key_values.{name}", buffer)
                 self._bind_output(f"present.{name}", buffer)
+            self._unbound = False
         if rows != self._ids.shape[1]:
             self._ids = np.zeros((1, rows), np.int64)
             self._bind_input("input_ids", self._ids)

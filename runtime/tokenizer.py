@@ -65,9 +65,11 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         """prompt_ids: what stands before the new tokens, so that the first of them is not taken for a text's first."""
         self._tokenizer = tokenizer
-        self._window = self._clean_tail(prompt_ids)
-        self._shown = tokenizer.decode(self._window).rstrip(REPLACEMENT)
-        self._pending: list[int] = []
+        tail = self._clean_tail(prompt_ids)
+        end = self._clean_end(tail)
+        # What the prompt holds of an unfinished character waits like new tokens, so that the window stays clean.
+        self._window, self._pending = tail[:end], tail[end:]
+        self._shown = max(tokenizer.decode(self._window), tokenizer.decode(tail).rstrip(REPLACEMENT), key=len)
 
     def add(self, token_id: int) -> str:
         """The text that this token completes: empty while a character is unfinished."""
@@ -83,6 +85,13 @@ class Detokenizer:
     def finish(self) -> str:
         """The text that was held back with an unfinished character, without that character."""
         return self._tokenizer.decode(self._window + self._pending).rstrip(REPLACEMENT)[len(self._shown) :]
+
+    def _clean_end(self, token_ids: list[int]) -> int:
+        """Where the whole characters end. An unfinished one has at most three bytes; more is no character at all."""
+        for end in range(len(token_ids), max(-1, len(token_ids) - 4), -1):
+            if not self._tokenizer.decode(token_ids[:end]).endswith(REPLACEMENT):
+                return end
+        return len(token_ids)
 
     def _clean_tail(self, prompt_ids: Sequence[int]) -> list[int]:
         """The last tokens of the prompt, from a place that is not inside a character."""

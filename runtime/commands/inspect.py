@@ -82,7 +82,8 @@ def _cache(manifest: Manifest) -> str:
 
 def _quality(manifest: Manifest) -> dict[str, str]:
     quality = manifest.quality.get("against_fp32")
-    if not quality:
+    keys = ("perplexity_before", "perplexity_after", "perplexity_increase_percent", "agreement_percent")
+    if not isinstance(quality, dict) or not all(isinstance(quality.get(key), (int, float)) for key in keys):
         return {}
     return {
         "quality": f"perplexity {quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f} "

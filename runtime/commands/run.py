@@ -68,7 +68,7 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
 def _prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
     try:
         return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -1,0 +1,374 @@
+"""Chat templates: the same prompt as transformers makes, and no way out of the sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgelm.runtime.chat import ChatTemplate, find_template
+from edgelm.runtime.errors import TemplateError
+
+from .conftest import byte_tokenizer, shared
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+CHATML = """{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+LLAMA_3 = """{%- set loop_messages = messages %}
+{%- for message in loop_messages %}
+    {%- set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' %}
+    {%- set content = header + message['content'] | trim + '<|eot_id|>' %}
+    {%- if loop.index0 == 0 %}
+        {%- set content = bos_token + content %}
+    {%- endif %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("Roles must alternate: user, assistant, user, ...") }}
+    {%- endif %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
+GEMMA = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for message in messages %}
+    {% if (message['role'] == 'assistant') %}{% set role = 'model' %}
+    {% else %}{% set role = message['role'] %}{% endif %}
+{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+PHI_3 = """{% for message in messages %}
+{% if message['role'] == 'system' and message['content'] %}{{ '<|system|>\\n' + message['content'] + '<|end|>\\n' }}
+{% elif message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + '<|end|>\\n' }}
+{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' + message['content'] + '<|end|>\\n' }}
+{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+TOJSON = """{{ messages | tojson }}|{{ messages | tojson(indent=2) }}
+{{ messages | tojson(ensure_ascii=True, sort_keys=True) }}
+{{ messages[0] | tojson(separators=(',', ':')) }}{{ '<b> & "q" é' | tojson }}"""
+
+LOOP_CONTROLS = """{% for message in messages %}
+{% if message['role'] == 'system' %}{% continue %}{% endif %}
+{% if loop.index > 3 %}{% break %}{% endif %}
+{{ loop.index }}:{{ message['content'] }}
+{% endfor %}"""
+
+DATED = """{{ 'Today is ' + strftime_now('%Y') + '-' + strftime_now('%m-%d') + '.' }}{{ messages[0]['content'] }}"""
+
+NAMESPACES = """{%- set ns = namespace(count=0, last='') -%}
+{%- for message in messages if message.role != 'system' -%}
+    {%- set ns.count = ns.count + 1 -%}{%- set ns.last = message.content -%}
+{%- endfor -%}
+{%- macro show(value, width=3) -%}[{{ value }}/{{ width }}]{%- endmacro -%}
+{{ show(ns.count) }}{{ show(ns.last, width=5) }}{{ dict(a=1, b=ns.count) }}
+{{- messages | map(attribute='role') | join(',') }}
+{%- if tools is none %}no tools{% endif %}{% if documents %}documents{% endif %}
+{%- if unknown is defined %}?{% endif %}{{ unknown }}"""
+
+GENERATION_BLOCK = """{% for message in messages %}
+{% if message['role'] == 'assistant' %}<a>{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}
+{% else %}<u>{{ message['content'] }}{% endif %}
+{% endfor %}"""
+
+WHITESPACE = """   {# a comment #}
+  {% if messages %}
+  kept
+     {%- if true +%}
+  also
+  {% endif %}
+  {% endif %}
+{{- messages[0].content }}
+end
+"""
+
+TEMPLATES = {
+    "ChatML": CHATML,
+    "Llama 3": LLAMA_3,
+    "Mistral": MISTRAL,
+    "Gemma": GEMMA,
+    "Phi-3": PHI_3,
+    "Zephyr": ZEPHYR,
+    "tojson": TOJSON,
+    "loop controls": LOOP_CONTROLS,
+    "dated": DATED,
+    "namespaces": NAMESPACES,
+    "generation block": GENERATION_BLOCK,
+    "whitespace": WHITESPACE,
+}
+
+USER = {"role": "user", "content": "Hello <b>, how are you? 你好 \n "}
+ASSISTANT = {"role": "assistant", "content": " Fine, thanks. é"}
+SYSTEM = {"role": "system", "content": "Be brief & kind."}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one question": [USER],
+    "three turns": [USER, ASSISTANT, USER],
+    "with a system message": [SYSTEM, USER],
+    "all of them": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
+    "twice the user": [USER, USER],
+    "an unknown role": [{"role": "wizard", "content": "poof"}, USER],
+    "no content": [{"role": "user"}],
+    "empty content": [{"role": "user", "content": ""}],
+    "further keys": [{"role": "user", "content": "a", "name": "Ann", "tool_calls": [{"id": 1}]}],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of transformers that has our special tokens and no template of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("reference")
+    byte_tokenizer(folder)
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_file=str(folder / "tokenizer.json"), **SPECIAL)
+
+
+def outcome_of_transformers(
+    reference: Any, template: str, messages: list[dict[str, Any]], prompt: bool, **special: Any
+) -> str | None:
+    """The text, or None where transformers raises for these messages."""
+    import jinja2
+
+    settings = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt, **special}
+    try:
+        return str(reference.apply_chat_template(messages, **settings))
+    except (jinja2.TemplateError, TypeError):
+        return None
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["with prompt", "without"])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_the_one_of_transformers(reference: Any, name: str, conversation: str, prompt: bool) -> None:
+    messages = CONVERSATIONS[conversation]
+    expected = outcome_of_transformers(reference, TEMPLATES[name], messages, prompt)
+    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+    if expected is None:
+        with pytest.raises(TemplateError):
+            template.render(messages, add_generation_prompt=prompt)
+    else:
+        assert template.render(messages, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen2"])
+def test_published_templates_give_the_prompt_of_transformers(reference: Any, name: str, conversation: str) -> None:
+    config = json.loads(shared(f"tokenizers/{name}/tokenizer_config.json").read_text(encoding="utf-8"))
+    messages = CONVERSATIONS[conversation]
+    template = find_template(None, config)
+    assert template is not None
+    for prompt in (True, False):
+        expected = outcome_of_transformers(
+            reference, config["chat_template"], messages, prompt, eos_token=config["eos_token"]
+        )
+        if expected is None:
+            with pytest.raises(TemplateError):
+                template.render(messages, add_generation_prompt=prompt)
+        else:
+            assert template.render(messages, add_generation_prompt=prompt) == expected
+
+
+def test_the_templates_answer_as_their_models_expect() -> None:
+    """What transformers says is not all: three of the prompts, written out."""
+    hello = [{"role": "user", "content": "Hello"}]
+    assert ChatTemplate(CHATML, SPECIAL).render(hello) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert ChatTemplate(MISTRAL, SPECIAL).render(hello) == "<s>[INST] Hello[/INST]"
+    assert ChatTemplate(PHI_3, SPECIAL).render(hello, add_generation_prompt=False) == "<|user|>\nHello<|end|>\n\n</s>"
+
+
+def test_the_date_is_todays() -> None:
+    before = datetime.now().strftime("%Y-%m-%d")
+    text = ChatTemplate(DATED, {}).render([USER])
+    after = datetime.now().strftime("%Y-%m-%d")
+    assert any(text.startswith(f"Today is {day}.") for day in (before, after))
+
+
+def test_a_templates_own_words_are_in_the_error() -> None:
+    with pytest.raises(TemplateError, match="Roles must alternate"):
+        ChatTemplate(MISTRAL, SPECIAL).render([USER, USER])
+    with pytest.raises(TemplateError, match="System role not supported"):
+        ChatTemplate(GEMMA, SPECIAL).render([SYSTEM, USER])
+
+
+# ---- the sandbox
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ messages.__class__.__base__ }}",
+    "{{ (messages | attr('__class__')).__mro__ }}",
+    "{{ ''['__class__']['__mro__'] }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ '{0.__class__.__mro__}' | format(messages) ~ ''.format.__self__.__class__ }}",
+    "{{ messages.append(1) }}",
+    "{{ messages.clear() }}",
+    "{{ messages[0].update(role='system') }}",
+    "{{ messages[0].pop('role') }}",
+    "{{ messages[0].__setitem__('role', 'x') }}",
+    "{{ raise_exception.__globals__['sys'] }}",
+    "{{ strftime_now.__globals__.__builtins__ }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ lipsum.__globals__['os'].popen('true') }}",
+    "{% for x in range(1000000000) %}{% endfor %}",
+    "{% include 'secret.txt' %}",
+    "{% import 'os' as os %}",
+]
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_templates_cannot_leave_the_sandbox(source: str) -> None:
+    messages = [dict(USER)]
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, SPECIAL).render(messages)
+    assert messages == [USER]
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content.__class__ }}", "{{ raise_exception.__globals__ }}"])
+def test_an_unsafe_attribute_alone_is_nothing(source: str) -> None:
+    assert ChatTemplate(source, SPECIAL).render([USER]) == ""
+
+
+def test_a_namespace_cannot_hold_underscored_names() -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate("{% set ns = namespace(__class__=1) %}x", SPECIAL).render([USER])
+
+
+def test_rendering_changes_neither_the_messages_nor_the_next_rendering() -> None:
+    template = ChatTemplate(
+        "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ messages | length }}", {}
+    )
+    messages = [dict(USER)]
+    assert [template.render(messages) for _ in range(3)] == ["11"] * 3
+    assert messages == [USER]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 / 0 }}",
+        "{{ '{0}{1}'.format(1) }}",
+        "{{ '{name}'.format() }}",
+        "{{ messages[0]['content'].missing() }}",
+        "{{ messages[7]['content'] + 'x' }}",
+        "{{ messages[0] + 1 }}",
+        "{{ 'a'.encode().decode('no such encoding') }}",
+        "{{ '%d' | format('x') }}",
+        "{{ [1] | slice(0) | list }}",
+        "{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}",
+        "{{ messages | tojson(indent={}) }}",
+    ],
+)
+def test_whatever_fails_while_rendering_is_a_template_error(source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, SPECIAL).render([USER])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' if }}",
+        "{% for message in messages %}",
+        "{% endfor %}",
+        "{{ message",
+        "{% unknown_tag %}",
+        "{{ 'a' | no_such_filter }}",
+        "{{ messages is no_such_test }}",
+        "{% break %}",
+        "{{ " + "9" * 5_000 + " }}",
+        "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "(" * 3_000 + "1" + ")" * 3_000 + " }}",
+    ],
+    ids=lambda source: source[:30],
+)
+def test_broken_templates_are_refused_when_they_are_compiled(source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, SPECIAL)
+
+
+@pytest.mark.parametrize("messages", [[5], ["text"], 5, [None]])
+def test_messages_that_are_none_are_refused(messages: Any) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(CHATML, SPECIAL).render(messages)
+
+
+# ---- which template a bundle has
+
+
+def rendered(template: ChatTemplate | None) -> str:
+    assert template is not None
+    return template.render([{"role": "user", "content": "hi"}])
+
+
+def test_the_file_wins_over_the_configuration() -> None:
+    config = {"chat_template": "configuration"}
+    assert rendered(find_template("file", config)) == "file"
+    assert rendered(find_template(None, config)) == "configuration"
+
+
+def test_of_several_named_templates_the_default_is_taken() -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert rendered(find_template(None, {"chat_template": named})) == "plain"
+    assert find_template(None, {"chat_template": named[:1]}) is None
+
+
+@pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": ""}, {"chat_template": []}])
+def test_a_bundle_may_have_no_template(config: dict[str, Any]) -> None:
+    assert find_template(None, config) is None
+
+
+def test_special_tokens_come_from_the_configuration_in_either_form() -> None:
+    config = {
+        "chat_template": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token is defined }}",
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+        "pad_token": None,
+        "model_max_length": 5,
+    }
+    assert rendered(find_template(None, config)) == "<s>|</s>||False"
+
+
+def test_a_broken_template_in_a_bundle_is_a_template_error(tmp_path: Path) -> None:
+    with pytest.raises(TemplateError):
+        find_template("{% for %}", {})

@@ -1,0 +1,457 @@
+"""The command line of the runtime: exit statuses, what stands on which stream, JSON, and never a traceback.
+
+Most tests call `main` in this process; those about broken streams need a process of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgelm.runtime import Stats, load
+from edgelm.runtime.bundle import file_digest
+from edgelm.runtime.cli import main
+
+from .conftest import TEXT
+
+COMMANDS = ["run", "inspect", "verify", "bench"]
+Captured = pytest.CaptureFixture[str]
+
+
+def call(*arguments: str | Path) -> int:
+    """The exit status, whether `main` returns it or argparse exits with it."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+
+
+def refused(capsys: Captured, *arguments: str | Path) -> str:
+    """Run a command that must fail; returns its one line of error."""
+    capsys.readouterr()
+    assert call(*arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("edgelm: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def process(*arguments: str | Path, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "edgelm.runtime.cli", *map(str, arguments)]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120, **settings}
+    return subprocess.run(command, check=False, **settings)
+
+
+def answer(bundle: Path, prompt: str, max_tokens: int) -> str:
+    with load(bundle) as engine:
+        return engine.generate(prompt, max_tokens=max_tokens).text
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input that holds some bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+# ---- the program itself
+
+
+def test_help_lists_every_command(capsys: Captured) -> None:
+    assert call("--help") == 0
+    out, err = capsys.readouterr()
+    listed = [line.split()[0] for line in out.partition("commands:")[2].splitlines() if line.strip()]
+    assert listed == sorted([*COMMANDS, "export", "targets"])
+    assert err == ""
+
+
+def test_without_arguments_help_is_printed(capsys: Captured) -> None:
+    assert call() == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_the_version_is_the_distributions(capsys: Captured) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"edgelm {importlib.metadata.version('edgelm')}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_that_names_its_arguments(command: str, capsys: Captured) -> None:
+    assert call(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert f"usage: edgelm {command}" in out
+    assert "bundle" in out and "--debug" in out and "--json" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dance"],
+        [""],
+        ["--no-such-option"],
+        ["run"],
+        ["run", "bundle", "prompt", "more"],
+        ["run", "bundle", "--max-tokens", "many"],
+        ["inspect", "bundle", "--no-such-option"],
+        ["bench", "bundle", "--context"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2_and_says_so_on_standard_error(arguments: list[str], capsys: Captured) -> None:
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "edgelm" in err and "Traceback" not in err
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(capsys: Captured) -> None:
+    assert call("dance") == 2
+    err = capsys.readouterr().err
+    assert "'dance'" in err
+    assert all(command in err for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bundle_that_is_not_there_is_one_line(command: str, tmp_path: Path, capsys: Captured) -> None:
+    prompt = ["hello"] if command == "run" else []
+    assert str(tmp_path / "absent") in refused(capsys, command, tmp_path / "absent", *prompt)
+    (tmp_path / "empty").mkdir()
+    assert "manifest.json" in refused(capsys, command, tmp_path / "empty", *prompt)
+
+
+def test_a_traceback_is_shown_only_with_debug(tmp_path: Path, capsys: Captured) -> None:
+    refused(capsys, "inspect", tmp_path / "absent")
+    absent = str(tmp_path / "absent")
+    for arguments in (["inspect", absent, "--debug"], ["--debug", "inspect", absent]):
+        assert call(*arguments) == 1
+        err = capsys.readouterr().err
+        assert "Traceback" in err and "BundleMissingError" in err
+        assert err.splitlines()[-1].startswith("edgelm: error: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_is_status_130(
+    command: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgelm.runtime.bundle.Bundle.open", interrupt)
+    assert call(command, tiny_bundle, *(["hello"] if command == "run" else [])) == 130
+    assert capsys.readouterr().err == "edgelm: interrupted\n"
+
+
+# ---- run
+
+
+def test_run_prints_the_answer_and_nothing_else(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("run", tiny_bundle, "Once upon", "--max-tokens", "12") == 0
+    out, err = capsys.readouterr()
+    assert out == answer(tiny_bundle, "Once upon", 12) + "\n"
+    assert err == ""
+
+
+def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("run", tiny_bundle, "Once upon", "--max-tokens", "12", "--json") == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert err == ""
+    assert set(data) == {"text", "token_ids", "finish_reason", "stats"}
+    assert set(data["stats"]) == {field.name for field in dataclasses.fields(Stats)}
+    assert data["text"] == answer(tiny_bundle, "Once upon", 12)
+    assert data["stats"]["prompt_tokens"] == 9
+    assert data["stats"]["generated_tokens"] == len(data["token_ids"])
+    assert data["finish_reason"] in ("stop", "length")
+
+
+def test_run_with_stats_keeps_standard_output_clean(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("run", tiny_bundle, "Once upon", "--max-tokens", "12", "--stats", "--threads", "1") == 0
+    out, err = capsys.readouterr()
+    assert out == answer(tiny_bundle, "Once upon", 12) + "\n"
+    assert "9 prompt tokens" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [[], ["-"]])
+@pytest.mark.parametrize("data", ["Once upon", "Once upon\n"])
+def test_run_reads_the_prompt_from_standard_input(
+    tiny_bundle: Path, given: list[str], data: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(data.encode()))
+    assert call("run", tiny_bundle, *given, "--max-tokens", "12") == 0
+    assert capsys.readouterr().out == answer(tiny_bundle, "Once upon", 12) + "\n"
+
+
+def test_options_may_stand_before_between_and_after(tiny_bundle: Path, capsys: Captured) -> None:
+    option = ["--max-tokens", "3"]
+    for arguments in (
+        [*option, str(tiny_bundle), "hello"],
+        [str(tiny_bundle), *option, "hello"],
+        [str(tiny_bundle), "hello", *option],
+    ):
+        assert call("run", *arguments) == 0
+        assert capsys.readouterr().out == answer(tiny_bundle, "hello", 3) + "\n"
+
+
+def test_a_prompt_may_begin_with_a_dash(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("run", "--max-tokens", "3", tiny_bundle, "--", "-5 degrees") == 0
+    assert capsys.readouterr().out == answer(tiny_bundle, "-5 degrees", 3) + "\n"
+
+
+def test_the_prompt_may_be_the_commands_name(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("--debug", "run", tiny_bundle, "run", "--max-tokens", "3") == 0
+    assert capsys.readouterr().out == answer(tiny_bundle, "run", 3) + "\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\n"])
+def test_an_empty_prompt_is_refused(
+    tiny_bundle: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert "empty" in refused(capsys, "run", tiny_bundle, "")
+    monkeypatch.setattr(sys, "stdin", Stdin(data))
+    assert "empty" in refused(capsys, "run", tiny_bundle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hello", "--max-tokens", "0"], "max_tokens"),
+        (["hello", "--max-tokens", "-3"], "-3"),
+        (["hello", "--threads", "0"], "threads"),
+        (["word " * 200], "1,000 tokens"),
+        (["half \udcff"], "Unicode"),
+        (["hello", "--chat"], "chat template"),
+        (["hello", "--system", "be brief"], "chat template"),
+    ],
+    ids=["no tokens", "negative", "no threads", "too long", "surrogate", "chat", "system"],
+)
+def test_requests_that_cannot_be_met_are_one_line(
+    tiny_bundle: Path, arguments: list[str], words: str, capsys: Captured
+) -> None:
+    assert words in refused(capsys, "run", tiny_bundle, *arguments)
+
+
+def test_chat_and_system_go_through_the_bundles_template(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    bundle = with_template(tiny_bundle, tmp_path, "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    for arguments, prompt in (
+        (["--chat"], "user:hello;"),
+        (["--system", "be brief"], "system:be brief;user:hello;"),
+        (["--system", "", "--chat"], "system:;user:hello;"),
+    ):
+        assert call("run", bundle, "hello", "--max-tokens", "6", *arguments) == 0
+        assert capsys.readouterr().out == answer(tiny_bundle, prompt, 6) + "\n"
+
+
+def test_a_template_that_refuses_is_one_line(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    bundle = with_template(tiny_bundle, tmp_path, "{{ raise_exception('only in verse\\nplease') }}")
+    assert "only in verse" in refused(capsys, "run", bundle, "hello", "--chat")
+
+
+def with_template(source: Path, folder: Path, template: str) -> Path:
+    bundle = Path(shutil.copytree(source, folder / "bundle"))
+    path = bundle / "chat_template.jinja"
+    path.write_text(template, encoding="utf-8")
+    entry = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    edit_manifest(bundle, lambda data: data["files"].update({path.name: entry}))
+    return bundle
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+# ---- inspect, verify, bench
+
+
+def test_inspect_with_json_is_the_manifest_and_the_digest(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("inspect", tiny_bundle, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))
+    assert data.pop("digest").startswith("sha256:")
+    assert data == manifest
+
+
+def test_inspect_shows_what_a_person_asks_for(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("inspect", tiny_bundle) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "int8-rowwise",
+        "x86-cpu",
+        "2 x 2 KV heads of 16",
+        "512 tokens",
+        "128 bytes a token",
+        "model.onnx.data",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize("quality", [{}, {"against_fp32": {}}, {"against_fp32": {"other": 1}}, {"against_fp32": None}])
+def test_inspect_survives_whatever_the_exporter_measured(
+    tiny_bundle: Path, tmp_path: Path, quality: dict[str, Any], capsys: Captured
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    edit_manifest(bundle, lambda data: data.update(quality=quality))
+    assert call("inspect", bundle) == 0
+    assert "int8-rowwise" in capsys.readouterr().out
+
+
+def test_verify_finds_the_promise_kept(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:600], encoding="utf-8")
+    assert call("verify", tiny_bundle, "--json", "--text", text) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == {"digest", "files", "cut_difference", "perplexity", "exact_under_cuts"}
+    assert data["exact_under_cuts"] is True
+    assert data["cut_difference"] == 0
+    assert set(data["perplexity"]) == {"value", "tokens", "window", "stride"}
+    assert data["perplexity"]["tokens"] == 599
+    assert data["perplexity"]["value"] > 1
+    assert call("verify", tiny_bundle) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_verify_fails_where_the_promise_is_broken(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr("edgelm.runtime.commands.verify.cut_difference", lambda *_: 0.25)
+    assert "0.25" in refused(capsys, "verify", tiny_bundle)
+    assert "0.25" in refused(capsys, "verify", tiny_bundle, "--json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read"), (b"a\xff", "byte 1"), (b"", "two tokens"), (b"a", "two tokens")]
+)
+def test_verify_refuses_texts_that_cannot_be_scored(
+    tiny_bundle: Path, tmp_path: Path, content: bytes | None, words: str, capsys: Captured
+) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    assert words in refused(capsys, "verify", tiny_bundle, "--text", tmp_path / "text.txt")
+
+
+def test_verify_sees_a_changed_file(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    weights = bytearray((bundle / "model.onnx.data").read_bytes())
+    weights[-1] ^= 1
+    (bundle / "model.onnx.data").write_bytes(weights)
+    assert "model.onnx.data" in refused(capsys, "verify", bundle)
+
+
+def test_bench_with_json_measures_each_length(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("bench", tiny_bundle, "--json", "--context", "8", "300", "511", "--repeats", "1", "--threads", "1") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == {"load_s", "resident_bytes", "bundle_bytes", "threads", "speed"}
+    assert data["threads"] == 1
+    assert data["bundle_bytes"] == sum(
+        path.stat().st_size for path in tiny_bundle.iterdir() if path.name != "manifest.json"
+    )
+    assert [speed["prompt_tokens"] for speed in data["speed"]] == [8, 300, 511]
+    for speed in data["speed"]:
+        assert set(speed) == {"prompt_tokens", "prefill_s", "step_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+        assert all(value > 0 for value in speed.values())
+
+
+def test_bench_prints_a_row_for_each_length(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("bench", tiny_bundle, "--repeats", "1") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[2:]] == ["128"], "1024 and 1900 do not fit into this bundle's context"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--context", "0"], ["--context", "512"], ["--context", "8", "-1"], ["--repeats", "0"]]
+)
+def test_bench_refuses_what_it_cannot_measure(tiny_bundle: Path, arguments: list[str], capsys: Captured) -> None:
+    assert arguments[0] in refused(capsys, "bench", tiny_bundle, *arguments)
+
+
+# ---- streams of a process of its own
+
+
+def check_one_line(done: subprocess.CompletedProcess[bytes], words: str) -> None:
+    err = done.stderr.decode()
+    assert done.returncode == 1, err
+    assert err.startswith("edgelm: error: ") and err.count("\n") == 1, err
+    assert words in err
+
+
+def test_a_process_answers_and_exits_with_0(tiny_bundle: Path) -> None:
+    done = process("run", tiny_bundle, "--max-tokens", "12", input=b"Once upon")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == answer(tiny_bundle, "Once upon", 12) + os.linesep
+
+
+def test_standard_input_that_is_no_text_is_refused(tiny_bundle: Path) -> None:
+    check_one_line(process("run", tiny_bundle, input=b"caf\xe9"), "byte 3")
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_a_reader_that_is_gone_is_one_line(tiny_bundle: Path, command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = process(command, tiny_bundle, *(["Once"] if command == "run" else []), stdout=writing)
+    finally:
+        os.close(writing)
+    check_one_line(done, "output was closed")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        check_one_line(process("inspect", tiny_bundle, stdout=full), "No space left")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as POSIX shells do")
+@pytest.mark.parametrize(("arguments", "closed"), [(["run", "Once"], "1"), (["inspect"], "1"), (["run"], "0")])
+def test_streams_that_were_never_open_give_no_traceback(tiny_bundle: Path, arguments: list[str], closed: str) -> None:
+    command, *more = arguments
+    redirect = ">&-" if closed == "1" else "<&-"
+    program = [sys.executable, "-m", "edgelm.runtime.cli", command, str(tiny_bundle), *more]
+    shell = ["/bin/sh", "-c", f'"$@" {redirect}', "sh", *program]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, check=False, timeout=120)
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"\n") <= 1
+    assert done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_an_output_that_cannot_hold_the_answer_gives_no_traceback(
+    tiny_bundle: Path, tmp_path: Path, encoding: str
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    edit_manifest(bundle, lambda data: data.update(name="małe 模型"))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for arguments in (
+        ["inspect", str(bundle)],
+        ["inspect", str(bundle), "--json"],
+        ["run", str(bundle), "Once", "--max-tokens", "40"],
+    ):
+        done = process(*arguments, env=environment)
+        assert b"Traceback" not in done.stderr
+        assert done.returncode in (0, 1)
+        assert done.stderr.count(b"\n") == done.returncode
+
+
+def test_the_module_runs_without_the_exporters_packages(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from edgelm.runtime.cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(status)"
+    )
+    for arguments in (["run", str(tiny_bundle), "a", "--max-tokens", "2"], ["inspect", str(tiny_bundle)], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=120)
+        assert b"AssertionError" not in done.stderr, done.stderr.decode()
+        assert done.returncode == 0, done.stderr.decode()

@@ -1,0 +1,119 @@
+"""What imports what: the direction between the packages, heavy imports late, public names locked."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+# export -> runtime, targets; runtime -> nothing of ours; targets -> nothing.
+ALLOWED = {"export": {"export", "runtime", "targets"}, "runtime": {"runtime"}, "targets": {"targets"}}
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "rich")
+
+PUBLIC = {
+    "edgelm.runtime": [
+        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "Manifest", "Stats", "load",
+    ],
+    "edgelm.export": ["ExportConfig", "ExportResult", "export_model"],
+    "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],
+}  # fmt: skip
+
+
+def _imports(path: Path) -> list[str]:
+    """Every imported module of a file, relative ones written out as edgelm.PACKAGE..."""
+    package = ["edgelm", *path.relative_to(ROOT).parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.append(".".join([*base, *([node.module] if node.module else [])]))
+    return found
+
+
+def _sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_go_one_way(package: str) -> None:
+    for path in _sources(package):
+        for name in _imports(path):
+            if name.startswith("edgelm."):
+                assert name.split(".")[1] in ALLOWED[package], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["runtime", "targets"])
+def test_no_heavy_import_in_the_packages_of_the_device(package: str) -> None:
+    for path in _sources(package):
+        assert not {name.split(".")[0] for name in _imports(path)} & set(HEAVY), path
+
+
+def test_targets_need_the_standard_library_only() -> None:
+    for path in _sources("targets"):
+        for name in _imports(path):
+            root = name.split(".")[0]
+            assert root in sys.stdlib_module_names or root in ("edgelm", "tomli"), f"{path} imports {name}"
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ImportError(name + " must not be imported here")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_the_runtime_works_where_the_heavy_packages_cannot_be_imported(tiny_bundle: Path) -> None:
+    code = BLOCKER.format(names=set(HEAVY)) + (
+        "import edgelm.runtime\n"
+        f"with edgelm.runtime.load({str(tiny_bundle)!r}) as engine:\n"
+        "    assert engine.generate('Once', max_tokens=4).stats.generated_tokens >= 0\n"
+        "print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize(
+    "package", ["edgelm.runtime", "edgelm.export", "edgelm.runtime.cli", "edgelm.export.commands.export"]
+)
+def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
+    late = [*HEAVY, "onnxruntime", "tokenizers", "jinja2", *(["numpy"] if package != "edgelm.runtime.cli" else [])]
+    code = f"import sys, {package}; print([name for name in {late!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_public_names_are_locked(module: str) -> None:
+    package = __import__(module, fromlist=["__all__"])
+    assert sorted(package.__all__) == sorted(PUBLIC[module])
+    for name in PUBLIC[module]:
+        assert getattr(package, name).__doc__, f"{module}.{name} has no docstring"
+    with pytest.raises(AttributeError):
+        _ = package.no_such_name
+
+
+def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
+    code = (
+        "import os, sys, builtins\n"
+        "real = builtins.__import__\n"
+        "from edgelm.runtime.ort import load_onnxruntime\n"
+        "import importlib; plain = importlib.import_module\n"
+        "def watch(name, *rest):\n"
+        "    if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY'), 'onnxruntime' in sys.modules)\n"
+        "    return plain(name, *rest)\n"
+        "importlib.import_module = watch\n"
+        "load_onnxruntime()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1 False"

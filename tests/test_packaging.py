@@ -1,0 +1,117 @@
+"""The distribution: what is declared, what is on the disk, what is in the wheel, what a base install brings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = ("export", "runtime", "targets")
+MAX_BASE_MB = 200
+NOT_OURS = {"pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack", "__pycache__"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, object]:
+    data: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return data
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project built from a copy, so that no build folder of the working tree leaks in."""
+    source = tmp_path_factory.mktemp("source") / "edgelm"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__"))
+    out = source / "dist"
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def _declared(project: dict[str, object]) -> list[str]:
+    packages: list[str] = project["tool"]["setuptools"]["packages"]  # type: ignore[index]
+    return packages
+
+
+def test_declared_packages_are_those_on_the_disk(project: dict[str, object]) -> None:
+    folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    on_disk = {".".join(("edgelm", *folder.relative_to(ROOT).parts)) for folder in folders}
+    assert set(_declared(project)) == on_disk
+
+
+def test_the_wheel_holds_every_file_of_the_packages(project: dict[str, object], wheel: Path) -> None:
+    on_disk = {
+        "edgelm/" + path.relative_to(ROOT).as_posix()
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert in_wheel == on_disk
+
+
+def test_the_builtin_model_is_small() -> None:
+    files = [path for path in (ROOT / "export" / "builtin").rglob("*") if path.is_file()]
+    assert files
+    assert sum(path.stat().st_size for path in files) <= 8e6
+
+
+def test_a_base_install_is_small_has_no_torch_and_runs(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Installs from the package index, in the tested versions."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        str(ROOT / "constraints.txt"),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    sizes = {
+        entry.name: sum(
+            path.stat().st_size for path in ([entry] if entry.is_file() else entry.rglob("*")) if path.is_file()
+        )
+        for entry in packages.iterdir()
+        if not any(entry.name == name or entry.name.startswith(f"{name}-") for name in NOT_OURS)
+    }
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    assert sum(sizes.values()) < MAX_BASE_MB * 1e6, largest
+    assert not {"torch", "transformers", "onnx"} & sizes.keys()
+    command = [str(venv / "bin" / "edgelm"), "run", str(tiny_bundle), "Once", "--max-tokens", "4", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["stats"]["prompt_tokens"] == 4
+    refused = subprocess.run(
+        [str(venv / "bin" / "edgelm"), "export", "builtin:tales"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.strip().endswith('pip install "edgelm[export]"') and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_run_opens_no_socket(tiny_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    command = ["strace", "-f", "-e", "trace=%network", "-o", str(log), sys.executable, "-m", "edgelm.runtime.cli"]
+    subprocess.run([*command, "run", str(tiny_bundle), "Once", "--max-tokens", "4"], check=True, capture_output=True)
+    calls = [line for line in log.read_text().splitlines() if "socket(" in line or "connect(" in line]
+    assert calls == []

@@ -1,0 +1,335 @@
+"""Text to ids and back, and the stream of chunks in between: whole characters only, and nothing lost or said twice.
+
+The tokenizers differ in what makes streaming hard: single bytes, bytes as a fallback inside runs, blanks that are
+stripped at the start of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+from edgelm.runtime.errors import BundleCorruptError, PromptError
+from edgelm.runtime.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from .conftest import byte_tokenizer, shared
+
+SHARED_FILES = {
+    "gpt2": "tokenizers/gpt2/tokenizer.json",
+    "smollm2": "tokenizers/smollm2/tokenizer.json",
+    "gpt-neox": "tokenizers/gpt-neox-20b/tokenizer.json",
+    "phi-3": "tokenizers/phi-3-mini/tokenizer.json",
+    "stories260k": "models/stories260k/tokenizer.json",
+}
+BYTE_LEVEL = ["bytes", "gpt2", "smollm2", "gpt-neox"]
+BYTE_FALLBACK = ["fallback", "phi-3", "stories260k"]
+ALL = BYTE_LEVEL + BYTE_FALLBACK
+
+# One of each kind of trouble: emoji with joiners and skin tones, flags, Chinese, combining marks, right-to-left text,
+# characters of one to four bytes next to each other, blanks in a row, blanks at both ends.
+HARD = [
+    "Once upon a time, there was the end.",
+    "👩🏽‍🚀 and 👨‍👩‍👧‍👦 flew 🇵🇱.",
+    "你好\uff0c世界! 日本語のテキスト",
+    "e\u0301a\u0308o\u0302 naïve façade",
+    "Zażółć gęślą jaźń — שלום עולם مرحبا",
+    "a\n\n\tb\r\n  c   d    ",
+    "   leading blanks",
+    "😀\n你\n😀 the 你好the😀",
+    "\x00\x7f\x80\u07ff\u0800\uffff\U00010000\U0010fffe",
+    "\U0001d573\U0001d58a\U0001d591 x\u0338\u0322\u031by",
+]
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT), max_size=30)
+mixed_texts = st.lists(st.sampled_from([*HARD, " ", "the ", "\n", "你", "😀", "a", "é", "."]) | texts, max_size=5).map(
+    "".join
+)
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def fallback_tokenizer(path: Path) -> None:
+    """Write a BPE tokenizer in SentencePiece's style: U+2581 for blanks, one in front, bytes for unknown characters."""
+    from tokenizers import Tokenizer as Builder
+    from tokenizers import decoders, models, normalizers
+
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzOT.,!é"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("a", "n"), ("an", "d"), ("i", "n"), ("▁", "▁")]
+    vocab = {name: index for index, name in enumerate([*names, *("".join(pair) for pair in merges)])}
+    tokenizer = Builder(models.BPE(vocab=vocab, merges=merges, unk_token=names[0], byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path))
+
+
+@cache
+def _loaded(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    byte_tokenizer(folder)
+    fallback_tokenizer(folder / "fallback.json")
+    return {"bytes": folder / "tokenizer.json", "fallback": folder / "fallback.json"}
+
+
+Get = Callable[[str], Tokenizer]
+
+
+@pytest.fixture
+def get(built: dict[str, Path]) -> Get:
+    """A tokenizer by its name; skips the test where the shared data are absent."""
+    return lambda name: _loaded(built[name] if name in built else shared(SHARED_FILES[name]))
+
+
+def chunks_of(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return [*[detokenizer.add(token) for token in new], detokenizer.finish()]
+
+
+def whole(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids up to the last whole character. For texts without U+FFFD.
+
+    A byte-level token may end one character and begin the next; with byte fallback one byte too few spoils its whole
+    run. An unfinished character has at most three bytes, hence at most three tokens.
+    """
+    ends = range(max(0, len(ids) - 3), len(ids) + 1)
+    return max((tokenizer.decode(ids[:end]).rstrip(REPLACEMENT) for end in ends), key=len)
+
+
+def check_stream(tokenizer: Tokenizer, ids: Sequence[int], cut: int, end: int) -> None:
+    chunks = chunks_of(tokenizer, ids[:cut], ids[cut:end])
+    before, after = whole(tokenizer, ids[:cut]), whole(tokenizer, ids[:end])
+    assert after.startswith(before)
+    assert "".join(chunks) == after[len(before) :]
+    assert not any(REPLACEMENT in chunk for chunk in chunks)
+
+
+# ---- streaming
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("text", HARD)
+def test_a_text_cut_between_characters_streams_exactly(get: Get, name: str, text: str) -> None:
+    tokenizer = get(name)
+    ids = tokenizer.encode(text)
+    cuts = [cut for cut in range(len(ids) + 1) if not tokenizer.decode(ids[:cut]).endswith(REPLACEMENT)]
+    for cut in cuts:
+        for end in (len(ids), len(ids) - 1, (cut + len(ids)) // 2):
+            check_stream(tokenizer, ids, cut, max(cut, end))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("text", HARD)
+def test_a_prompt_that_ends_inside_a_character_is_continued_exactly(get: Get, name: str, text: str) -> None:
+    """As when an answer that max_tokens cut is fed back as ids."""
+    tokenizer = get(name)
+    ids = tokenizer.encode(text)
+    for cut in range(len(ids)):
+        if tokenizer.decode(ids[:cut]).endswith(REPLACEMENT):
+            check_stream(tokenizer, ids, cut, len(ids))
+
+
+@pytest.mark.parametrize("name", ALL)
+@relaxed
+@given(data=st.data())
+def test_any_text_streams_exactly(get: Get, name: str, data: st.DataObject) -> None:
+    tokenizer = get(name)
+    ids = tokenizer.encode(data.draw(mixed_texts))
+    assume(REPLACEMENT not in tokenizer.decode(ids))  # SmolLM2 has no token for some bytes
+    cut = data.draw(st.integers(0, len(ids)))
+    while tokenizer.decode(ids[:cut]).endswith(REPLACEMENT):
+        cut -= 1
+    check_stream(tokenizer, ids, cut, data.draw(st.integers(cut, len(ids))))
+
+
+@pytest.mark.parametrize("name", ALL)
+@relaxed
+@given(data=st.data())
+def test_a_text_after_another_text_streams_exactly(get: Get, name: str, data: st.DataObject) -> None:
+    """What a model answers is not what the tokenizer would make of prompt and answer together."""
+    tokenizer = get(name)
+    prompt = tokenizer.encode(data.draw(mixed_texts.filter(bool)))
+    ids = [*prompt, *tokenizer.encode(data.draw(mixed_texts), special=False)]
+    assume(REPLACEMENT not in tokenizer.decode(ids))
+    check_stream(tokenizer, ids, len(prompt), data.draw(st.integers(len(prompt), len(ids))))
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@relaxed
+@given(data=st.data())
+def test_random_ids_of_a_byte_level_tokenizer_stream_as_they_decode(get: Get, name: str, data: st.DataObject) -> None:
+    tokenizer = get(name)
+    prompt = tokenizer.encode(data.draw(mixed_texts.filter(bool)))
+    assume(REPLACEMENT not in tokenizer.decode(prompt))
+    new = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=25))
+    added = tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+    chunks = chunks_of(tokenizer, prompt, new)
+    assert "".join(chunks) == added.rstrip(REPLACEMENT)
+    assert not any(chunk.endswith(REPLACEMENT) for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", ALL)
+@relaxed
+@given(data=st.data())
+def test_any_ids_are_survived_and_what_follows_them_is_right(get: Get, name: str, data: st.DataObject) -> None:
+    tokenizer = get(name)
+    ids = st.lists(st.integers(0, tokenizer.vocab_size + 50), max_size=20)
+    prompt, noise = data.draw(ids), data.draw(ids)
+    chunks = chunks_of(tokenizer, prompt, [*noise, *tokenizer.encode("x the end", special=False)])
+    assert "".join(chunks).endswith("the end")
+    assert not any(chunk.endswith(REPLACEMENT) for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", BYTE_FALLBACK)
+def test_bytes_that_are_no_text_do_not_hide_what_follows(get: Get, name: str) -> None:
+    tokenizer = get(name)
+    four_bytes = tokenizer.encode("\U0010fffe", special=False)[-4:]
+    rest = tokenizer.encode("the end 你", special=False)
+    text = "".join(chunks_of(tokenizer, tokenizer.encode("so"), [*four_bytes[:2], *rest]))
+    assert text.startswith(REPLACEMENT)
+    assert text.endswith("the end 你")
+
+
+def test_an_unfinished_character_is_held_back_and_then_shown_whole(get: Get) -> None:
+    tokenizer = get("bytes")
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode("x"))
+    assert [detokenizer.add(token) for token in tokenizer.encode("é😀!")] == ["", "é", "", "", "", "😀", "!"]
+    assert detokenizer.finish() == ""
+    for token in tokenizer.encode("😀")[:3]:
+        assert detokenizer.add(token) == ""
+    assert detokenizer.finish() == ""
+
+
+def test_special_tokens_are_not_shown(get: Get) -> None:
+    for name in ("bytes", "fallback"):
+        tokenizer = get(name)
+        special = 256 if name == "bytes" else 2
+        ids = [special, *tokenizer.encode("a the"), special, special]
+        assert "".join(chunks_of(tokenizer, tokenizer.encode("so"), ids)).strip(" ") == "a the"
+
+
+def test_the_first_new_word_keeps_its_blank_after_a_prompt(get: Get) -> None:
+    tokenizer = get("fallback")
+    prompt, both = tokenizer.encode("the"), tokenizer.encode("the and")
+    assert both[: len(prompt)] == prompt
+    assert "".join(chunks_of(tokenizer, prompt, both[len(prompt) :])) == " and"
+    assert "".join(chunks_of(tokenizer, [1], both)) == "the and"
+
+
+def test_a_long_prompt_costs_no_more_decoding_than_a_short_one(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = get("bytes")
+    lengths: list[int] = []
+    decode = Tokenizer.decode
+
+    def counting(self: Tokenizer, token_ids: Sequence[int]) -> str:
+        lengths.append(len(token_ids))
+        return decode(self, token_ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", counting)
+    chunks_of(tokenizer, tokenizer.encode("word " * 1_000), tokenizer.encode("more words " * 50))
+    assert max(lengths) <= 16
+
+
+# ---- ids
+
+
+@pytest.fixture(scope="module")
+def reference() -> Callable[[str], list[int]]:
+    """transformers' own ids for stories260k."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(shared("models/stories260k")))
+    return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
+
+
+@relaxed
+@given(text=mixed_texts)
+def test_ids_are_those_of_transformers(get: Get, reference: Callable[[str], list[int]], text: str) -> None:
+    tokenizer = get("stories260k")
+    assert tokenizer.encode(text) == reference(text)
+    assert tokenizer.encode(text)[:1] == [1]
+    assert tokenizer.encode(text, special=False) == reference(text)[1:]
+
+
+@pytest.mark.parametrize(("name", "case"), [("gpt2", "gpt-2"), ("phi-3", "phi-3")])
+def test_ids_of_hard_strings_are_the_published_ones(get: Get, name: str, case: str) -> None:
+    given_texts = shared(f"tokenizers/parity/ggml-vocab-{case}.gguf.inp").read_text(encoding="utf-8")
+    published = shared(f"tokenizers/parity/ggml-vocab-{case}.gguf.out").read_text(encoding="utf-8").splitlines()
+    cases = list(zip(given_texts.split("\n__ggml_vocab_test__\n"), published, strict=False))
+    assert len(cases) >= 46
+    tokenizer = get(name)
+    for text, ids in cases:
+        assert tokenizer.encode(text, special=False) == [int(token) for token in ids.split()], repr(text)
+
+
+@pytest.mark.parametrize("name", ["bytes", "fallback", "gpt2", "phi-3", "stories260k"])
+@relaxed
+@given(text=mixed_texts)
+def test_decoding_gives_the_text_again(get: Get, name: str, text: str) -> None:
+    tokenizer = get(name)
+    assume("<" not in text and "▁" not in text)  # special tokens are left out, and "▁" stands for a blank
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_settings_for_batches_in_the_file_are_ignored(built: dict[str, Path], tmp_path: Path) -> None:
+    data = json.loads(built["bytes"].read_text(encoding="utf-8"))
+    data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    data["padding"] = {
+        "strategy": {"Fixed": 12},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 256,
+        "pad_type_id": 0,
+        "pad_token": "<end>",
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    plain = Tokenizer(built["bytes"])
+    for text in ("a", "exactly twelve tokens or more"):
+        assert Tokenizer(path).encode(text) == plain.encode(text)
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udc00b", "\udcff"])
+def test_half_a_surrogate_pair_is_refused(get: Get, text: str) -> None:
+    for name in ("bytes", "fallback"):
+        with pytest.raises(PromptError, match="surrogate"):
+            get(name).encode(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"null", b"\xff\xfe\x00", b'{"version": "1.0"}', b'"' * 1000])
+def test_what_is_no_tokenizer_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(BundleCorruptError) as caught:
+        Tokenizer(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(BundleCorruptError):
+        Tokenizer(tmp_path / "absent.json")
+
+
+def test_the_vocabulary_counts_added_tokens(get: Get) -> None:
+    assert get("bytes").vocab_size == 257
+    assert get("fallback").vocab_size == 3 + 256 + 33 + 8
+
+
+def test_long_random_texts_stream_exactly(get: Get) -> None:
+    source = random.Random(5)  # noqa: S311
+    for name in ("bytes", "fallback"):
+        tokenizer = get(name)
+        for _ in range(20):
+            ids = tokenizer.encode("".join(source.choice(HARD)[: source.randint(1, 20)] for _ in range(12)))
+            cut = source.randrange(len(ids))
+            while tokenizer.decode(ids[:cut]).endswith(REPLACEMENT):
+                cut -= 1
+            check_stream(tokenizer, ids, cut, len(ids))
