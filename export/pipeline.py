@@ -144,7 +144,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 
 def _load(context: _Context) -> None:
-    context.loaded = load_source(context.config.model, context.folder, context.config.revision)
+    context.loaded = load_source(context.config.model, context.folder)
     context.result.mkdir()
     context.reference.mkdir()
     package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
@@ -154,16 +154,16 @@ def _load(context: _Context) -> None:
         raise SourceError(
             "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
         )
+    if len(context.text_ids) < _MIN_TEXT_TOKENS:
+        raise RecipeError(
+            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: "
+            f"give one of {_MIN_TEXT_TOKENS} or more"
+        )
     vocab_size = context.loaded.module.config.get_text_config().vocab_size
     if max(context.text_ids) >= vocab_size:
         raise SourceError(
             f"the tokenizer gives id {max(context.text_ids)}, the model has ids 0 to {vocab_size - 1} only: "
             "give the tokenizer that belongs to the model"
-        )
-    if len(context.text_ids) < _MIN_TEXT_TOKENS:
-        raise RecipeError(
-            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: "
-            f"give one of {_MIN_TEXT_TOKENS} or more"
         )
 
 

@@ -50,7 +50,8 @@ def find_source(model: str, revision: str | None) -> Path:
         folder = _download(model, revision)
     elif revision is not None:
         raise SourceError(f"a revision was given, but {model} is a local folder: leave --revision out")
-    _check_folder(folder, read_config(folder))
+    _check_architecture(folder, read_config(folder))
+    _check_weights(folder)
     return folder
 
 
@@ -70,7 +71,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
+def load_source(model: str, folder: Path) -> LoadedModel:
     """Load weights and tokenizer of a folder from `find_source`. Raises: SourceError."""
     import torch
     import transformers
@@ -83,6 +84,7 @@ def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are looked for below, where their names can be told
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
@@ -94,7 +96,7 @@ def load_source(model: str, folder: Path, revision: str | None) -> LoadedModel:
             f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again"
         )
     module.eval()
-    source = Source(model, revision, type(module).__name__, _license(folder))
+    source = Source(model, _commit(folder), type(module).__name__, _license(folder))
     return LoadedModel(
         module=module,
         tokenizer=_load_tokenizer(folder),
@@ -129,29 +131,39 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_folder(folder: Path, config: dict[str, Any]) -> None:
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         if "auto_map" in config:
             raise SourceError(f"{folder} needs code of its own ({config['auto_map']}), which edgelm never runs")
         raise SourceError(
             f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = {name for names in mapped for name in ([names] if isinstance(names, str) else names)}
+    # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
+    saved = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)]
+    is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and bool(causal.intersection(saved))
+    if not is_causal or config.get("is_encoder_decoder"):
         raise SourceError(
-            f"{folder} is no causal language model (model_type {kind!r}): edgelm exports causal models only"
+            f"{folder} is no causal language model (model_type {kind!r}, {', '.join(map(str, saved))}): edgelm exports "
+            "causal models only"
         )
-    if not any(folder.glob("*.safetensors")):
-        pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
-        if pickled:
-            raise SourceError(
-                f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: "
-                "convert them to safetensors (model.save_pretrained does) where you trust them"
-            )
-        raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+    if pickled:
+        raise SourceError(
+            f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: "
+            "convert them to safetensors (model.save_pretrained does) where you trust them"
+        )
+    raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -185,6 +197,11 @@ def _context_length(module: PreTrainedModel) -> int:
     raise SourceError(
         f"{type(module).__name__}: config.json does not say how long a context may be: add max_position_embeddings"
     )
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a model that was downloaded: the hub's cache names its folders so."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _license(folder: Path) -> str | None:

@@ -208,12 +208,18 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:
     """Run the model once on a few tokens and note each layer's cache, by the layer's index."""
     probe = _Probe()
-    with _activated(probe), torch.no_grad():
-        model(input_ids=torch.zeros(_BATCH, _NEW, dtype=torch.int64), past_key_values=_CacheStandIn(), use_cache=True)
+    ids = torch.zeros(_BATCH, _NEW, dtype=torch.int64)
+    reason = "no layer calls it"
+    try:
+        with _activated(probe), torch.no_grad():
+            model(input_ids=ids, past_key_values=_CacheStandIn(), use_cache=True)
+    except Exception as error:  # noqa: BLE001, modeling code that wants another cache than our stand-in fails in its own ways
+        probe.layers.clear()
+        reason = _first_line(error)
     if not probe.layers:
         raise TraceError(
-            f"{type(model).__name__} does not call transformers' attention registry, so its attention cannot be routed "
-            "to the fused operator: this edgelm cannot export it"
+            f"{type(model).__name__} does not call transformers' attention registry as others do ({reason}), so its "
+            "attention cannot be routed to the fused operator: this edgelm cannot export it"
         )
     return probe.layers
 

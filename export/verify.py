@@ -74,6 +74,10 @@ def compare_with_source(
         expected = _torch_greedy(model, prompt)
         reference = _torch_logits(model, prompt + expected)
         got = _logits_in_pieces(session, prompt + expected)
+        if not (np.isfinite(reference).all() and np.isfinite(got).all() and reference.any()):
+            raise VerificationError(
+                "the model's logits are not all finite numbers, or all zero: its weights are damaged, download it again"
+            )
         difference = max(difference, float(np.abs(got - reference).max()))
         largest = max(largest, float(np.abs(reference).max()))
         session.rewind(0)

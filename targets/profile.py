@@ -82,7 +82,7 @@ def native_target() -> str | None:
 def load_target(name: str) -> Profile:
     """Read a profile by name, or from a path that ends in .toml. Raises: TargetError."""
     path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
-    if not path.is_file():
+    if not path.is_file() or (not name.endswith(".toml") and name not in available_targets()):
         near = difflib.get_close_matches(name, available_targets(), 1)
         hint = (
             f"did you mean {near[0]}?"

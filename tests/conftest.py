@@ -74,6 +74,14 @@ def tiny_llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Tiny models gain nothing from more, and torch's and onnxruntime's threads get into each other's way."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Hugging Face's format with a tiny random Llama and a byte tokenizer."""

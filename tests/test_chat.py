@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from edgelm.runtime.chat import ChatTemplate, find_template
 from edgelm.runtime.errors import TemplateError
 

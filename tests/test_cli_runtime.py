@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from edgelm.runtime import Stats, load
 from edgelm.runtime.bundle import file_digest
 from edgelm.runtime.cli import main

@@ -14,6 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from edgelm.runtime import Bundle, Chunk, Engine
 from edgelm.runtime.decode import Sequencer
 from edgelm.runtime.errors import (
@@ -39,9 +43,6 @@ from edgelm.runtime.manifest import (
 )
 from edgelm.runtime.response_cache import ResponseCache
 from edgelm.runtime.tokenizer import Tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from .conftest import byte_tokenizer
 

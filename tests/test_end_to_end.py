@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from edgelm.runtime import load
 
 from .conftest import TEXT, tiny_llama

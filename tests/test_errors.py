@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from edgelm.runtime import EdgelmError, errors
 from edgelm.runtime.errors import MissingExtraError, SessionError
 from edgelm.runtime.manifest import CacheType, LayerCache, Model

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgelm.runtime.kv import KVCache
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from edgelm.runtime.kv import KVCache
+from edgelm.runtime.manifest import CacheType, LayerCache, Model
 
 # Layers that are not alike, and one without attention.
 LAYERS = (LayerCache(2, 3, 5, None), None, LayerCache(1, 4, 4, 16))

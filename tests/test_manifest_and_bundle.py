@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgelm.runtime import Bundle, load
 from edgelm.runtime.bundle import file_digest
 from edgelm.runtime.cli import main
@@ -33,8 +36,6 @@ from edgelm.runtime.manifest import (
     Tokens,
     parse_manifest,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MANIFEST = Manifest(
     schema_version=SCHEMA_VERSION,

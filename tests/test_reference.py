@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgelm.runtime import Bundle
-from edgelm.runtime.session import OrtSession, open_session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from edgelm.runtime import Bundle
+from edgelm.runtime.session import OrtSession, open_session
 
 from .conftest import ROOT
 

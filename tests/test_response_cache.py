@@ -7,10 +7,11 @@ import threading
 from typing import Any
 
 import pytest
-from edgelm.runtime.response_cache import DEFAULT_BUDGET_BYTES, CachedAnswer, FinishReason, ResponseCache, response_key
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from edgelm.runtime.response_cache import DEFAULT_BUDGET_BYTES, CachedAnswer, FinishReason, ResponseCache, response_key
 
 
 def answer(words: int, letter: str = "a", reason: FinishReason = "stop") -> CachedAnswer:

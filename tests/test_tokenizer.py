@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from edgelm.runtime.errors import BundleCorruptError, PromptError
-from edgelm.runtime.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
+from edgelm.runtime.errors import BundleCorruptError, PromptError
+from edgelm.runtime.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 from .conftest import byte_tokenizer, shared
 

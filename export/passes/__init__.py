@@ -14,6 +14,7 @@ from .fuse_residual_norms import FuseResidualNorms
 from .keep_last_logits import KeepLastLogits
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
+from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
 from .quantize_cache import QuantizeCache
 from .quantize_embedding import QuantizeEmbedding
@@ -27,6 +28,7 @@ def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
     """From the graph as it was traced to the fp32 graph that runs. Each pass works on what those before it made."""
     return [
         FoldConstants(),
+        NormalizeLinears(),
         FuseRMSNorm(),
         FuseResidualNorms(),
         RotateInAttention(context_length),

@@ -19,13 +19,13 @@ class FoldConstants(ir.passes.InPlacePass):
     """See the module."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        before = len(model.graph)
+        before = (len(model.graph), len(model.functions))
         optimizer.optimize_ir(
             model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS, should_fold=_may_fold
         )
         ir.passes.common.CommonSubexpressionEliminationPass()(model)
         ir.passes.common.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, len(model.graph) != before)
+        return ir.passes.PassResult(model, (len(model.graph), len(model.functions)) != before)
 
     def ensures(self, model: ir.Model) -> None:
         if model.functions:

@@ -27,7 +27,9 @@ class FuseRMSNorm(GraphPass):
 def _fuse(model: ir.Model, mean: ir.Node) -> bool:
     source = _squared(mean.inputs[0])
     axes = constant(mean.inputs[1]) if len(mean.inputs) > 1 else None
-    if source is None or source.shape is None or axes is None or axes.tolist() not in ([-1], [len(source.shape) - 1]):
+    if source is None or source.shape is None or axes is None or mean.attributes.get_int("keepdims", 1) != 1:
+        return False
+    if axes.tolist() not in ([-1], [len(source.shape) - 1]):
         return False
     add = only_user(mean.outputs[0])
     epsilon = _other_scalar(add, mean.outputs[0])
@@ -39,7 +41,7 @@ def _fuse(model: ir.Model, mean: ir.Node) -> bool:
     if normed is None or scaled is None or scaled.op_type != "Mul":
         return False
     weight = next(value for value in scaled.inputs if value is not normed)
-    if weight is None or weight.shape is None or len(weight.shape) != 1:
+    if weight is None or weight.shape is None or list(weight.shape) != [source.shape[-1]]:
         return False
     fused = Builder(model, scaled, scaled.name or "norm")(
         "SimplifiedLayerNormalization", source, weight, like=scaled.outputs[0], axis=-1, epsilon=epsilon, stash_type=1

@@ -34,7 +34,7 @@ def _fuse(model: ir.Model, norm: ir.Node, fused: str) -> bool:
     axis = norm.attributes.get_int("axis", -1)
     if total is None or not same_shape(*total.inputs) or len(total.outputs[0].shape or ()) != 3 or axis not in (-1, 2):
         return False
-    if len(norm.outputs) > 1 and any(value.uses() for value in norm.outputs[1:]):
+    if len(norm.outputs) > 1 and any(value.uses() or value.is_graph_output() for value in norm.outputs[1:]):
         return False
     if any(weight is None or weight.const_value is None for weight in norm.inputs[1:]):
         return False  # a weight that is computed may stand behind the sum, where the fused node cannot read it

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common
 from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"

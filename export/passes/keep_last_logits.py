@@ -49,5 +49,8 @@ def _head(model: ir.Model) -> ir.Node | None:
             return node
         if node.op_type not in _ROW_WISE:
             return None
-        value = next((item for item in node.inputs if item is not None and item.const_value is None), None)
+        computed = [item for item in node.inputs if item is not None and item.const_value is None]
+        if len(computed) != 1:
+            return None
+        value = computed[0]
     return None

@@ -123,4 +123,4 @@ def merge(model: ir.Model, linears: Sequence[Linear], anchor: ir.Node) -> ir.Val
 def _bias(linear: Linear) -> NDArray[Any]:
     if linear.bias is None or linear.bias.const_value is None:
         return np.zeros(linear.weight.shape[1], np.float32)
-    return linear.bias.const_value.numpy()
+    return np.broadcast_to(linear.bias.const_value.numpy(), (linear.weight.shape[1],))

@@ -20,8 +20,8 @@ class LowerPositions(GraphPass):
 
     def apply(self, model: ir.Model) -> bool:
         modified = False
-        for node in nodes_of(model, POSITIONS, POSITIONS_DOMAIN):
-            _lower(model, node)
+        for count, node in enumerate(nodes_of(model, POSITIONS, POSITIONS_DOMAIN)):
+            _lower(model, node, f"positions.{count}")
             modified = True
         model.graph.opset_imports.pop(POSITIONS_DOMAIN, None)
         return modified
@@ -31,12 +31,12 @@ class LowerPositions(GraphPass):
             raise ir.passes.PostconditionError("a Positions node is left")
 
 
-def _lower(model: ir.Model, node: ir.Node) -> None:
+def _lower(model: ir.Model, node: ir.Node, prefix: str) -> None:
     input_ids, mask = node.inputs
     zero = add_weight(model, "positions.zero", np.array(0, np.int64))
     one = add_weight(model, "positions.one", np.array(1, np.int64))
     axis = add_weight(model, "positions.axis", np.array([1], np.int64))
-    op = Builder(model, node, "positions")
+    op = Builder(model, node, prefix)
     new = op("Squeeze", op("Shape", input_ids, start=1, end=2))
     counts = op("ReduceSum", mask, axis, keepdims=1)
     positions = op("Add", op("Sub", counts, new), op("Range", zero, new, one), like=node.outputs[0])

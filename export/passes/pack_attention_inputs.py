@@ -1,6 +1,8 @@
 """Queries, keys and values of a layer come from one MatMul, whose output goes into the attention operator as it is.
 
-Case: all three inputs of GroupQueryAttention are linear layers over the same value (biases are put side by side).
+Cases:
+1. the three inputs of GroupQueryAttention are linear layers over the same value: they become one, biases side by side
+2. the three inputs are the three parts of one Split, in order: the Split goes
 Layers that norm queries or keys in between, or rotate outside of the operator, keep three inputs.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .graph import ATTENTION, GraphPass, nodes_of
+from .graph import ATTENTION, GraphPass, nodes_of, producer
 from .linear import linear_of, merge
 
 
@@ -23,10 +25,24 @@ class PackAttentionInputs(GraphPass):
 
 
 def _pack(model: ir.Model, attention: ir.Node) -> bool:
-    linears = [linear for linear in map(linear_of, attention.inputs[:3]) if linear is not None]
-    if len(linears) < 3 or any(linear.input is not linears[0].input for linear in linears):
+    packed = _split_source(attention) or _merged(model, attention)
+    if packed is None:
         return False
-    attention.replace_input_with(0, merge(model, linears, attention))
+    attention.replace_input_with(0, packed)
     attention.replace_input_with(1, None)
     attention.replace_input_with(2, None)
     return True
+
+
+def _merged(model: ir.Model, attention: ir.Node) -> ir.Value | None:
+    linears = [linear for linear in map(linear_of, attention.inputs[:3]) if linear is not None]
+    if len(linears) < 3 or any(linear.input is not linears[0].input for linear in linears):
+        return None
+    return merge(model, linears, attention)
+
+
+def _split_source(attention: ir.Node) -> ir.Value | None:
+    split = producer(attention.inputs[0], "Split")
+    if split is None or split.attributes.get_int("axis", 0) not in (-1, 2) or len(split.outputs) != 3:
+        return None
+    return split.inputs[0] if list(split.outputs) == list(attention.inputs[:3]) else None

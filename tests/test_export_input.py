@@ -1,0 +1,421 @@
+"""What `edgelm export` says to bad input, a full disk, a kill, an interrupt: one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.cli import main
+
+from .conftest import byte_tokenizer, tiny_llama
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder: whatever appears in it was written by the command under test."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run `edgelm export` with arguments that it must refuse, and check all that each refusal has in common.
+
+    Returns: the message. A refusal is one line, without a traceback, with an exit status of 1 or 2; nothing is written.
+    """
+
+    def run(*arguments: str | Path, words: tuple[str, ...]) -> str:
+        before = contents(here)
+        capsys.readouterr()
+        status = main(["export", *map(str, arguments)])
+        output, errors = capsys.readouterr()
+        assert status in (1, 2)
+        assert output == ""
+        lines = [line for line in errors.splitlines() if not line.startswith("done ")]
+        assert len(lines) == 1, errors
+        assert lines[0].startswith("edgelm: error: ")
+        assert "Traceback" not in errors
+        assert "unexpected" not in errors, "nobody foresaw it"
+        for word in words:
+            assert word in lines[0]
+        assert contents(here) == before
+        return lines[0]
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a folder, hidden ones included, with the files' bytes."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return shutil.copytree(tiny_model, tmp_path / "spoiled")
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    """Set keys of a model's config.json; None removes a key."""
+    path = model / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+
+
+def test_a_missing_folder(refused: Refused) -> None:
+    refused("./no-such-folder", words=("no-such-folder", "is no folder", "give a model folder"))
+
+
+def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
+    refused(model / "model.safetensors", words=("model.safetensors", "is no folder", "give a model folder"))
+
+
+def test_an_unknown_builtin(refused: Refused) -> None:
+    refused("builtin:poems", words=("'poems'", "builtin:tales"))
+
+
+def test_a_folder_without_config(refused: Refused, model: Path) -> None:
+    (model / "config.json").unlink()
+    refused(model, words=("config.json", "No such file", "give a folder in Hugging Face's format"))
+
+
+@pytest.mark.parametrize("text", ["{", "", "not JSON", "[]", '"llama"', "null"])
+def test_a_config_that_is_no_json_object(refused: Refused, model: Path, text: str) -> None:
+    (model / "config.json").write_text(text, encoding="utf-8")
+    refused(model, words=("config.json", "JSON", "download the model again"))
+
+
+def test_a_config_that_is_no_text(refused: Refused, model: Path) -> None:
+    (model / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    refused(model, words=("config.json", "download the model again"))
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit", "clip"])
+def test_a_model_that_is_not_causal(refused: Refused, model: Path, kind: str) -> None:
+    change_config(model, model_type=kind)
+    refused(model, words=("no causal language model", kind, "edgelm exports causal models only"))
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel"])
+def test_a_bidirectional_model_that_transformers_can_also_load_as_a_decoder(
+    refused: Refused, tmp_path: Path, architecture: str
+) -> None:
+    """transformers lists bert among the causal models, for those who train it as a decoder. This one was not."""
+    import transformers
+
+    folder = tmp_path / "bert"
+    config = transformers.BertConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    getattr(transformers, architecture)(config).save_pretrained(folder)
+    byte_tokenizer(folder)
+    refused(folder, words=("no causal language model", "bert"))
+
+
+def test_an_encoder_and_decoder(refused: Refused, model: Path) -> None:
+    change_config(model, model_type="bart", is_encoder_decoder=True)
+    refused(model, words=("no causal language model", "bart"))
+
+
+@pytest.mark.parametrize("kind", ["from-the-future", None, ["llama"], 5])
+def test_an_unknown_kind_of_model(refused: Refused, model: Path, kind: Any) -> None:
+    change_config(model, model_type=kind)
+    refused(model, words=("config.json", "model_type", "update"))
+
+
+def test_a_model_with_code_of_its_own(refused: Refused, model: Path, here: Path) -> None:
+    code = "import pathlib\npathlib.Path('executed').touch()\n"
+    (model / "modeling_own.py").write_text(code, encoding="utf-8")
+    change_config(model, model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    refused(model, words=("code of its own", "modeling_own.Own", "never runs"))
+    assert not (here / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_pickled_weights(refused: Refused, model: Path, name: str) -> None:
+    (model / "model.safetensors").unlink()
+    (model / name).touch()
+    refused(model, words=(name, "pickle", "safetensors", "save_pretrained"))
+
+
+def test_no_weights_at_all(refused: Refused, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    refused(model, words=("no *.safetensors", "give a folder with weights"))
+
+
+def test_truncated_weights(refused: Refused, model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(model, words=("spoiled", "cannot be loaded"))
+
+
+def change_weights(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_missing_weight(refused: Refused, model: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_weights(model, lambda weights: weights.pop(name))
+    refused(model, words=("spoiled", name, "download the model again"))
+
+
+def test_a_weight_of_another_shape(refused: Refused, model: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_weights(model, lambda weights: weights.update({name: weights[name][:, :-1].contiguous()}))
+    refused(model, words=("spoiled", name))
+
+
+def test_no_tokenizer(refused: Refused, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    refused(model, words=("spoiled", "tokenizer", "tokenizer.json"))
+
+
+def test_a_spoiled_tokenizer(refused: Refused, model: Path) -> None:
+    (model / "tokenizer.json").write_text("{", encoding="utf-8")
+    refused(model, words=("spoiled", "tokenizer", "tokenizer.json"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "narrow"
+    tiny_llama(vocab_size=60, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    byte_tokenizer(folder)
+    refused(folder, words=("the tokenizer gives id", "0 to 59", "give the tokenizer that belongs to the model"))
+
+
+def test_a_model_that_does_not_say_how_long_its_context_is(refused: Refused, tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    folder = tmp_path / "endless"
+    BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    byte_tokenizer(folder)
+    refused(folder, words=("how long a context", "max_position_embeddings"))
+
+
+def test_an_unknown_target(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--target", "x86_cpu", words=("unknown target 'x86_cpu'", "did you mean x86-cpu?"))
+
+
+def test_a_target_file_that_is_not_there(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--target", "mine.toml", words=("unknown target 'mine.toml'", "x86-cpu"))
+
+
+def test_a_target_file_with_a_mistake(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("shceme = 'fp32'\n", encoding="utf-8")
+    refused(tiny_model, "--target", tmp_path / "mine.toml", words=("mine.toml", "shceme", "did you mean scheme?"))
+
+
+def test_a_provider_that_is_not_installed(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
+    from edgelm.targets import profile
+
+    text = (Path(profile.__file__).parent / "x86-cpu.toml").read_text(encoding="utf-8")
+    changed = text.replace('"CPUExecutionProvider"', '"ToasterExecutionProvider"')
+    (tmp_path / "toaster.toml").write_text(changed, encoding="utf-8")
+    arguments = ("--target", tmp_path / "toaster.toml")
+    refused(tiny_model, *arguments, words=("no ToasterExecutionProvider", "install"))
+
+
+def test_an_unknown_scheme(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--scheme", "int4", words=("unknown scheme 'int4'", "int8-rowwise", "fp32"))
+
+
+def test_an_unknown_kv_type(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--kv", "fp8", words=("unknown kv 'fp8'", "int8", "float32"))
+
+
+def test_a_machine_that_no_target_fits(refused: Refused, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    refused(tiny_model, words=("no target fits this machine", "--target"))
+
+
+def test_a_missing_text(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--text", "no.txt", words=("no.txt", "No such file", "give a text file"))
+
+
+def test_a_folder_as_text(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--text", tiny_model, words=(str(tiny_model), "directory", "give a text file"))
+
+
+def test_a_text_that_is_not_utf8(refused: Refused, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Käse und Brötchen".encode("latin-1"))
+    refused(tiny_model, "--text", tmp_path / "latin.txt", words=("latin.txt", "not UTF-8", "byte 1", "convert"))
+
+
+@pytest.mark.parametrize("text", ["", "Too short."])
+def test_a_text_that_is_too_short(refused: Refused, tiny_model: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "short.txt").write_text(text, encoding="utf-8")
+    refused(tiny_model, "--text", tmp_path / "short.txt", words=("the text has", "tokens", "64 or more"))
+
+
+def test_a_revision_of_a_local_folder(refused: Refused, tiny_model: Path) -> None:
+    refused(tiny_model, "--revision", "main", words=("revision", str(tiny_model), "leave --revision out"))
+
+
+def test_a_revision_of_a_builtin_model(refused: Refused) -> None:
+    refused("builtin:tales", "--revision", "main", words=("revision", "builtin:tales", "leave --revision out"))
+
+
+def test_a_hub_id_without_a_network(refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """conftest sets HF_HUB_OFFLINE, so nothing is asked of the hub."""
+    refused("nobody/no-such-model", words=("nobody/no-such-model", "cannot be fetched", "check the name"))
+
+
+def test_an_output_that_is_a_file(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "out").write_text("precious", encoding="utf-8")
+    refused(tiny_model, "--out", "out", words=("out exists", "--out"))
+    refused(tiny_model, "--out", "out", "--force", words=("out exists", "no bundle", "--out"))
+
+
+def test_an_output_that_is_a_folder_with_other_things(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("precious", encoding="utf-8")
+    refused(tiny_model, "--out", "out", words=("out exists", "--out"))
+    refused(tiny_model, "--out", "out", "--force", words=("out exists", "no bundle", "--out"))
+
+
+def test_an_output_that_is_a_dangling_link(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "out").symlink_to(here / "nowhere")
+    refused(tiny_model, "--out", "out", words=("out exists", "--out"))
+    refused(tiny_model, "--out", "out", "--force", words=("out exists", "--out"))
+
+
+def test_an_output_that_is_a_bundle_needs_force(
+    refused: Refused, tiny_model: Path, tiny_bundle: Path, here: Path
+) -> None:
+    shutil.copytree(tiny_bundle, here / "out")
+    refused(tiny_model, "--out", "out", words=("out exists", "--force"))
+
+
+def test_a_refused_export_does_not_touch_the_bundle_that_force_would_replace(
+    refused: Refused, model: Path, tiny_bundle: Path, here: Path
+) -> None:
+    shutil.copytree(tiny_bundle, here / "out")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    refused(model, "--out", "out", "--force", words=("tokenizer.json",))
+
+
+def test_an_output_below_a_file(refused: Refused, tiny_model: Path, here: Path) -> None:
+    (here / "file").touch()
+    refused(tiny_model, "--out", "file/out", words=("file/out", "cannot be written", "--out"))
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", "b"), ("a", "--sheme", "fp32"), ("a", "--out")])
+def test_wrong_usage(here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *arguments])
+    assert caught.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.splitlines()[-1].startswith("edgelm export: error: ")
+    assert not contents(here)
+
+
+def test_force_replaces_a_bundle(tiny_model: Path, tiny_bundle: Path, here: Path) -> None:
+    shutil.copytree(tiny_bundle, here / "out")
+    (here / "out" / "notes.txt").write_text("of the old bundle", encoding="utf-8")
+    assert main(["export", str(tiny_model), "--target", "x86-cpu", "--scheme", "fp32", "--out", "out", "--force"]) == 0
+    bundle = Bundle.open(here / "out")
+    assert bundle.manifest.quantization.scheme == "fp32"
+    bundle.check_files(bundle.manifest.files)
+    assert [path.name for path in here.iterdir()] == ["out"]
+    assert {path.name for path in (here / "out").iterdir()} == {*bundle.manifest.files, "manifest.json"}
+
+
+# An export in a process of its own, which can be limited and killed. {before} runs ahead of the export.
+PROGRAM = """
+import os, resource, sys
+{before}
+from edgelm.runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(here: Path, model: Path, before: str = "") -> subprocess.Popen[str]:
+    """Start an export to here/out in a process of its own."""
+    arguments = ["export", str(model), "--target", "x86-cpu", "--scheme", "fp32", "--out", "out"]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(before=before), *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+def wait_for_partial(here: Path, process: subprocess.Popen[str]) -> Path:
+    """Wait until the export has written something into its hidden folder."""
+    while process.poll() is None:
+        for folder in here.glob(".out.partial-*"):
+            if any(path.is_file() for path in folder.rglob("*")):
+                return folder
+        time.sleep(0.01)
+    raise AssertionError(f"the export ended by itself: {process.communicate()}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_a_full_disk(here: Path, tiny_model: Path) -> None:
+    # Stands in for a full disk: a file may not grow beyond this many bytes. The tokenizer fits, the weights do not.
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    output, errors = start(here, tiny_model, limit).communicate(timeout=600)
+    assert output == ""
+    lines = [line for line in errors.splitlines() if not line.startswith("done ")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("edgelm: error: no room to write out")
+    assert "free some space" in lines[0]
+    assert not contents(here)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(here: Path, tiny_model: Path) -> None:
+    process = start(here, tiny_model)
+    partial = wait_for_partial(here, process)
+    process.kill()
+    process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in here.iterdir()] == [partial.name]
+    assert not list(here.rglob("manifest.json"))
+    # What belongs to others is left alone: names that only look alike, and an export that still runs.
+    bystanders = [here / ".out.partial-", here / ".out.partial-notes", here / f".out.partial-{os.getppid()}"]
+    bystanders += [here / ".other.partial-99999999"]
+    for folder in bystanders:
+        folder.mkdir()
+    assert main(["export", str(tiny_model), "--target", "x86-cpu", "--scheme", "fp32", "--out", "out"]) == 0
+    assert sorted(here.iterdir()) == sorted([here / "out", *bystanders])
+    bundle = Bundle.open(here / "out")
+    bundle.check_files(bundle.manifest.files)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
+    process = start(here, tiny_model)
+    wait_for_partial(here, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert output == ""
+    lines = [line for line in errors.splitlines() if not line.startswith("done ")]
+    assert lines == ["edgelm: interrupted"]
+    assert not contents(here)

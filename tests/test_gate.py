@@ -1,0 +1,404 @@
+"""The gate: faults planted in the fp32 graph and in the INT8 graph are caught, and right graphs pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from edgelm.export import verify
+from edgelm.export.calibrate import cache_ranges
+from edgelm.export.passes import fusing_passes, quantizing_passes
+from edgelm.export.passes.graph import ATTENTION
+from edgelm.export.trace import trace_model
+from edgelm.runtime.errors import VerificationError
+from edgelm.runtime.manifest import CacheType, LayerCache, Model
+from edgelm.runtime.session import OrtSession, Session
+from edgelm.targets import load_target
+
+from .conftest import TEXT, tiny_llama
+
+GATE = load_target("x86-cpu").gate
+CONTEXT = 512
+WINDOW = 128
+IDS = list(TEXT[:1200].encode())
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The tiny model, its fused fp32 graph as a file, and what calibration saw."""
+
+    model: Any
+    folder: Path
+    layers: tuple[LayerCache | None, ...]
+    ranges: dict[str, NDArray[np.float32]]
+
+    def described(self, kv: str) -> Model:
+        return Model(257, CONTEXT, self.model.num_parameters(), self.layers, CacheType(kv, None))
+
+    def session(self, folder: Path, kv: str = "float32") -> OrtSession:
+        return OrtSession(folder / "model.onnx", self.described(kv), 2)
+
+    def graph(self) -> ir.Model:
+        """The fp32 graph, to be changed."""
+        return ir.load(self.folder / "model.onnx")
+
+
+def save(graph: ir.Model, folder: Path) -> None:
+    ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Threads only get into each other's way in models this small."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("fp32")
+    model = tiny_llama()
+    traced = trace_model(model)
+    ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
+    save(traced.graph, folder)
+    without_ranges = Exported(model, folder, traced.layers, {})
+    session = without_ranges.session(folder)
+    return dataclasses.replace(without_ranges, ranges=cache_ranges(session, IDS, WINDOW))
+
+
+def nodes(graph: ir.Model, *kinds: str) -> list[ir.Node]:
+    found = [node for node in graph.graph if node.op_type in kinds]
+    assert found, f"the graph has no {kinds}, so the fault cannot be planted"
+    return found
+
+
+def change(graph: ir.Model, name: str, edit: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+    """Replace an initializer's data by what `edit` makes of them."""
+    value = graph.graph.initializers[name]
+    assert value.const_value is not None
+    before = value.const_value.numpy()
+    after = np.array(edit(before.copy()), order="C")
+    assert after.dtype == before.dtype
+    assert after.shape == before.shape
+    assert not np.array_equal(after, before), "the fault changes nothing"
+    value.const_value = ir.tensor(after, name=name)
+
+
+def named(graph: ir.Model, *parts: str) -> str:
+    """The one initializer whose name holds all the parts."""
+    (name,) = [name for name in graph.graph.initializers if all(part in name for part in parts)]
+    return name
+
+
+# Faults of the fp32 graph.
+
+
+def scaled_attention(graph: ir.Model) -> None:
+    for node in nodes(graph, ATTENTION):
+        node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes.get_float("scale", 0.0) * 1.1)
+
+
+def forgotten_rotation_of_a_layer(graph: ir.Model) -> None:
+    nodes(graph, ATTENTION)[1].attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+
+
+def interleaved_rotation(graph: ir.Model) -> None:
+    for node in nodes(graph, ATTENTION):
+        node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
+
+
+def swapped_halves_of_the_rotary_tables(graph: ir.Model) -> None:
+    for name in ("rotary.cos", "rotary.sin"):
+        change(graph, name, lambda table: np.roll(table, table.shape[1] // 2, axis=1))
+
+
+def swapped_rotary_tables(graph: ir.Model) -> None:
+    for node in nodes(graph, ATTENTION):
+        cos, sin = node.inputs[7], node.inputs[8]
+        node.replace_input_with(7, sin)
+        node.replace_input_with(8, cos)
+
+
+def wrong_epsilon(graph: ir.Model) -> None:
+    for node in nodes(graph, "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", node.attributes.get_float("epsilon", 0.0) * 1000)
+
+
+def lengths_off_by_one(graph: ir.Model) -> None:
+    (lengths,) = {node.inputs[5] for node in nodes(graph, ATTENTION)}
+    assert lengths is not None
+    one = ir.Value(
+        name="one", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32), const_value=ir.tensor(np.int32(1))
+    )
+    graph.graph.register_initializer(one)
+    first = nodes(graph, ATTENTION)[0]
+    later = ir.node("Add", [lengths, one])
+    later.outputs[0].name = "lengths.later"
+    graph.graph.insert_before(first, later)
+    for node in nodes(graph, ATTENTION):
+        node.replace_input_with(5, later.outputs[0])
+
+
+def a_column_of_zeros(graph: ir.Model) -> None:
+    def clear(weight: NDArray[Any]) -> NDArray[Any]:
+        weight[3] = 0
+        return weight
+
+    change(graph, named(graph, "layers.1", "down_proj", "weight"), clear)
+
+
+def swapped_query_heads(graph: ir.Model) -> None:
+    def swap(weight: NDArray[Any]) -> NDArray[Any]:
+        assert weight.shape == (64, 64 + 32 + 32), "queries, keys and values are not in one matrix"
+        weight[:, :32] = np.roll(weight[:, :32], 16, axis=1)
+        return weight
+
+    change(graph, named(graph, "layers.0", "q_proj"), swap)
+
+
+def forgotten_residual(graph: ir.Model) -> None:
+    node = nodes(graph, "SkipSimplifiedLayerNormalization")[1]
+    node.replace_input_with(0, node.inputs[1])
+
+
+def norm_weight_a_percent_off(graph: ir.Model) -> None:
+    weight = nodes(graph, "SimplifiedLayerNormalization")[0].inputs[1]
+    assert weight is not None
+    change(graph, str(weight.name), lambda values: values - np.float32(0.01))
+
+
+def a_window_that_the_model_does_not_have(graph: ir.Model) -> None:
+    for node in nodes(graph, ATTENTION):
+        node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 40)
+
+
+def another_activation(graph: ir.Model) -> None:
+    for node in nodes(graph, "Sigmoid"):
+        node.op_type = "Tanh"
+
+
+FP32_FAULTS = [
+    scaled_attention,
+    forgotten_rotation_of_a_layer,
+    interleaved_rotation,
+    swapped_halves_of_the_rotary_tables,
+    swapped_rotary_tables,
+    wrong_epsilon,
+    lengths_off_by_one,
+    a_column_of_zeros,
+    swapped_query_heads,
+    forgotten_residual,
+    norm_weight_a_percent_off,
+    a_window_that_the_model_does_not_have,
+    another_activation,
+]
+
+
+def test_a_right_fp32_graph_passes(exported: Exported) -> None:
+    session = exported.session(exported.folder)
+    found = verify.compare_with_source(exported.model, session, IDS, GATE)
+    assert found.logit_difference < GATE.logit_difference / 3
+    assert found.steps == found.equal_steps == 4 * 64
+    assert found.near_ties == 0
+
+
+@pytest.mark.parametrize("fault", FP32_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_fp32_graph_is_caught(exported: Exported, tmp_path: Path, fault: Callable[[ir.Model], None]) -> None:
+    graph = exported.graph()
+    fault(graph)
+    save(graph, tmp_path)
+    session = exported.session(tmp_path)
+    with pytest.raises(VerificationError, match=r"traced graph.* cannot be exported"):
+        verify.compare_with_source(exported.model, session, IDS, GATE)
+
+
+class Spoiled:
+    """A session whose logits are changed on the way out."""
+
+    def __init__(self, session: Session, spoil: Callable[[NDArray[np.float32]], None]) -> None:
+        self._session = session
+        self._spoil = spoil
+
+    @property
+    def length(self) -> int:
+        return self._session.length
+
+    def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        logits = self._session.step(token_ids, keep).copy()
+        self._spoil(logits)
+        return logits
+
+    def rewind(self, length: int) -> None:
+        self._session.rewind(length)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def test_logits_that_are_no_numbers_are_caught_where_nothing_is_chosen(exported: Exported) -> None:
+    """Only rows that no token is chosen from: the greedy tokens are torch's."""
+
+    def spoil(logits: NDArray[np.float32]) -> None:
+        logits[:-1] = np.nan
+
+    session = Spoiled(exported.session(exported.folder), spoil)
+    with pytest.raises(VerificationError):
+        verify.compare_with_source(exported.model, session, IDS, GATE)
+
+
+def test_a_model_whose_own_logits_are_no_numbers_is_caught(exported: Exported) -> None:
+    """Two graphs that both answer with nothing but NaN agree in every token, and are still no model."""
+    import torch
+
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+
+    def spoil(logits: NDArray[np.float32]) -> None:
+        logits[:] = np.nan
+
+    with pytest.raises(VerificationError):
+        verify.compare_with_source(model, Spoiled(exported.session(exported.folder), spoil), IDS, GATE)
+
+
+def test_a_near_tie_is_no_fault_but_is_counted(exported: Exported) -> None:
+    """Logits off by much less than the tolerance, in favour of another token that torch holds equal."""
+    import torch
+
+    model = tiny_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.load_state_dict({**exported.model.state_dict()})
+        model.lm_head.weight[1::2] = model.lm_head.weight[:-1:2]
+
+    def spoil(logits: NDArray[np.float32]) -> None:
+        # What the changed head would give: tokens in pairs, the odd one of each a hair ahead.
+        logits[:, 1::2] = logits[:, :-1:2] + 1e-5
+
+    found = verify.compare_with_source(model, Spoiled(exported.session(exported.folder), spoil), IDS, GATE)
+    assert 0 < found.near_ties <= 4
+    assert found.equal_steps < found.steps == 4 * 64
+
+
+def test_a_difference_beyond_the_tolerance_is_caught_though_all_tokens_are_the_same(exported: Exported) -> None:
+    largest = float(np.abs(exported.session(exported.folder).step(IDS[:64], 64)).max())
+
+    def spoil(logits: NDArray[np.float32]) -> None:
+        logits -= 3 * GATE.logit_difference * largest
+
+    session = Spoiled(exported.session(exported.folder), spoil)
+    with pytest.raises(VerificationError, match="logits are off by"):
+        verify.compare_with_source(exported.model, session, IDS, GATE)
+
+
+# Faults of the INT8 graph.
+
+
+def doubled_scales(graph: ir.Model) -> None:
+    change(graph, named(graph, "layers.0", "down_proj", ".scale"), lambda scales: scales * 2)
+
+
+def scales_of_a_neighbour(graph: ir.Model) -> None:
+    change(graph, named(graph, "layers.1", "q_proj", ".scale"), lambda scales: scales[::-1])
+
+
+def saturated_weights(graph: ir.Model) -> None:
+    def saturate(weight: NDArray[Any]) -> NDArray[Any]:
+        return np.clip(weight.astype(np.int32) * 3, -127, 127).astype(np.int8)
+
+    change(graph, named(graph, "layers.1", "gate_proj", ".int8"), saturate)
+
+
+def cache_scales_too_small(graph: ir.Model) -> None:
+    for name in [name for name in graph.graph.initializers if name.startswith("cache.")]:
+        change(graph, name, lambda scales: scales / 10)
+
+
+def cache_scales_too_large(graph: ir.Model) -> None:
+    for name in [name for name in graph.graph.initializers if name.startswith("cache.")]:
+        change(graph, name, lambda scales: scales * 100)
+
+
+def a_scale_that_is_no_number(graph: ir.Model) -> None:
+    change(graph, named(graph, "layers.0", "down_proj", ".scale"), lambda scales: scales * np.float32("nan"))
+
+
+INT8_FAULTS = [
+    doubled_scales,
+    scales_of_a_neighbour,
+    saturated_weights,
+    cache_scales_too_small,
+    cache_scales_too_large,
+    a_scale_that_is_no_number,
+]
+
+
+def quantized(exported: Exported) -> ir.Model:
+    graph = exported.graph()
+    ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, exported.ranges))(graph)
+    return graph
+
+
+@pytest.fixture
+def compare(exported: Exported, tmp_path: Path) -> Iterator[Callable[[ir.Model], verify.QuantizedAgreement]]:
+    """Judge a quantized graph with an INT8 cache as the export does."""
+
+    def judge(graph: ir.Model) -> verify.QuantizedAgreement:
+        save(graph, tmp_path)
+        before, after = exported.session(exported.folder), exported.session(tmp_path, "int8")
+        return verify.compare_quantized(before, after, IDS, WINDOW, GATE)
+
+    yield judge
+
+
+def test_a_right_int8_graph_passes(
+    exported: Exported, compare: Callable[[ir.Model], verify.QuantizedAgreement]
+) -> None:
+    found = compare(quantized(exported))
+    assert found.tokens == len(IDS) - 1
+    assert abs(found.perplexity_increase_percent) <= GATE.perplexity_increase_percent
+    assert found.decided_percent >= GATE.agreement_percent
+    assert 0 < found.decided_positions < found.tokens
+    assert found.agreement_percent < 100, "INT8 and fp32 compute the same, so INT8 is not INT8"
+
+
+@pytest.mark.parametrize("fault", INT8_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_int8_graph_is_caught(
+    exported: Exported,
+    compare: Callable[[ir.Model], verify.QuantizedAgreement],
+    fault: Callable[[ir.Model], None],
+) -> None:
+    graph = quantized(exported)
+    fault(graph)
+    with pytest.raises(VerificationError, match=r"too far from the original.*--scheme fp32"):
+        compare(graph)
+
+
+def test_the_tolerances_decide(exported: Exported) -> None:
+    """The same two graphs, held to what they measured and to a little less."""
+    before = exported.session(exported.folder)
+
+    def spoil(logits: NDArray[np.float32]) -> None:
+        logits *= np.float32(0.9)
+
+    def judge(gate: Any) -> verify.QuantizedAgreement:
+        after = Spoiled(exported.session(exported.folder), spoil)
+        return verify.compare_quantized(before, after, IDS[:400], WINDOW, gate)
+
+    wide = dataclasses.replace(GATE, perplexity_increase_percent=1e9)
+    rise = judge(wide).perplexity_increase_percent
+    assert rise != 0
+    judge(dataclasses.replace(GATE, perplexity_increase_percent=rise + 1e-6))
+    with pytest.raises(VerificationError, match="perplexity rises by"):
+        judge(dataclasses.replace(GATE, perplexity_increase_percent=rise - 1e-6))

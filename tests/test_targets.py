@@ -1,0 +1,251 @@
+"""Target profiles: those that come with edgelm load, a user's own are read strictly, and each mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+from pathlib import Path
+
+import pytest
+
+from edgelm.targets import Gate, Profile, TargetError, available_targets, load_target, native_target
+
+from .conftest import ROOT
+
+PROFILES = sorted((ROOT / "targets").glob("*.toml"))
+
+VALID = """
+name = "mine"
+description = "A board of my own"
+machines = ["riscv64"]
+provider = "CPUExecutionProvider"
+scheme = "int8-rowwise"
+weight_bits = 8
+opset = 20
+[kv]
+int8-rowwise = "int8"
+int8-tensor = "float32"
+fp32 = "float32"
+[gate]
+logit_difference = 1e-4
+perplexity_increase_percent = 3
+decided_margin = 0.2
+agreement_percent = 97.0
+"""
+
+
+def refusal(tmp_path: Path, text: str) -> str:
+    """The message with which a profile of this text is refused."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(TargetError) as caught:
+        load_target(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_profile_loads_under_its_own_name() -> None:
+    assert available_targets() == [path.stem for path in PROFILES]
+    assert {"x86-cpu", "arm-cpu"} <= set(available_targets())
+    for name in available_targets():
+        profile = load_target(name)
+        assert profile.name == name
+        assert profile.machines == tuple(machine.lower() for machine in profile.machines)
+
+
+def test_no_machine_is_native_to_two_profiles() -> None:
+    machines = [machine for name in available_targets() for machine in load_target(name).machines]
+    assert len(machines) == len(set(machines))
+
+
+def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID, encoding="utf-8")
+    profile = load_target(str(path))
+    assert profile == Profile(
+        name="mine",
+        description="A board of my own",
+        machines=("riscv64",),
+        provider="CPUExecutionProvider",
+        scheme="int8-rowwise",
+        weight_bits=8,
+        kv={"int8-rowwise": "int8", "int8-tensor": "float32", "fp32": "float32"},
+        opset=20,
+        gate=Gate(1e-4, 3.0, 97.0, 0.2),
+    )
+    assert isinstance(profile.gate.perplexity_increase_percent, float)
+
+
+def test_settings_are_all_there_is_besides_the_name() -> None:
+    profile = load_target("x86-cpu")
+    expected = {field.name for field in dataclasses.fields(Profile)} - {"name", "description"}
+    assert set(profile.settings()) == expected
+    assert profile.settings()["gate"]["logit_difference"] == profile.gate.logit_difference
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("weight_bit = 8\n", "weight_bits"),
+        ("shceme = 'fp32'\n", "scheme"),
+        ("opsets = 20\n", "opset"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_right_one(tmp_path: Path, wrong: str, right: str) -> None:
+    message = refusal(tmp_path, wrong + VALID)
+    assert f"unknown key {wrong.split(maxsplit=1)[0]}, did you mean {right}?" in message
+    assert "mine.toml" in message
+
+
+def test_an_unknown_key_of_the_gate_is_named_with_its_place(tmp_path: Path) -> None:
+    message = refusal(tmp_path, VALID + "decided_margins = 0.2\n")
+    assert "unknown key gate.decided_margins, did you mean decided_margin?" in message
+
+
+def test_an_unknown_scheme_in_the_kv_table_is_named(tmp_path: Path) -> None:
+    assert "kv.int4" in refusal(tmp_path, VALID.replace("[gate]", 'int4 = "int8"\n[gate]'))
+
+
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(Profile) if field.name not in ("kv", "gate")]
+)
+def test_a_missing_key_is_named(tmp_path: Path, field: str) -> None:
+    text = re.sub(rf"^{field} = .*\n", "", VALID, flags=re.MULTILINE)
+    assert text != VALID
+    assert f"key {field} is missing" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Gate)])
+def test_a_missing_key_of_the_gate_is_named_with_its_place(tmp_path: Path, field: str) -> None:
+    text = re.sub(rf"^{field} = .*\n", "", VALID, flags=re.MULTILINE)
+    assert f"key gate.{field} is missing" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("table", ["kv", "gate"])
+def test_a_missing_table_is_named(tmp_path: Path, table: str) -> None:
+    text = re.sub(rf"\[{table}\]\n([^\[]*)", "", VALID)
+    assert f"key {table} is missing" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("scheme", ["int8-rowwise", "int8-tensor", "fp32"])
+def test_a_missing_kv_type_is_named(tmp_path: Path, scheme: str) -> None:
+    text = re.sub(rf"^{scheme} = .*\n", "", VALID, flags=re.MULTILINE)
+    message = refusal(tmp_path, text)
+    assert f"kv.{scheme}" in message
+    assert "int8, float32" in message
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "where"),
+    [
+        ("weight_bits = 8", 'weight_bits = "8"', "weight_bits"),
+        ("weight_bits = 8", "weight_bits = true", "weight_bits"),
+        ("weight_bits = 8", "weight_bits = 8.0", "weight_bits"),
+        ("opset = 20", "opset = [20]", "opset"),
+        ('provider = "CPUExecutionProvider"', "provider = 1", "provider"),
+        ('machines = ["riscv64"]', 'machines = "riscv64"', "machines"),
+        ('machines = ["riscv64"]', "machines = [64]", "machines"),
+        ("logit_difference = 1e-4", 'logit_difference = "small"', "gate.logit_difference"),
+        ("decided_margin = 0.2", "decided_margin = false", "gate.decided_margin"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_was_found(
+    tmp_path: Path, good: str, bad: str, where: str
+) -> None:
+    assert good in VALID
+    message = refusal(tmp_path, VALID.replace(good, bad))
+    assert f"{where} has the wrong type" in message
+
+
+@pytest.mark.parametrize("table", ["kv", "gate"])
+def test_a_value_in_place_of_a_table_is_named(tmp_path: Path, table: str) -> None:
+    text = f"{table} = 1\n" + re.sub(rf"\[{table}\]\n([^\[]*)", "", VALID)
+    assert f"{table} has the wrong type" in refusal(tmp_path, text)
+
+
+def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
+    message = refusal(tmp_path, VALID.replace('scheme = "int8-rowwise"', 'scheme = "int4"'))
+    assert "'int4'" in message
+    assert "int8-rowwise, int8-tensor, fp32" in message
+
+
+@pytest.mark.parametrize("bits", [0, 4, 6, 9, 16])
+def test_weight_bits_are_7_or_8(tmp_path: Path, bits: int) -> None:
+    message = refusal(tmp_path, VALID.replace("weight_bits = 8", f"weight_bits = {bits}"))
+    assert f"weight_bits must be 7 or 8, found {bits}" in message
+
+
+def test_weight_bits_of_7_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.toml"
+    path.write_text(VALID.replace("weight_bits = 8", "weight_bits = 7"), encoding="utf-8")
+    assert load_target(str(path)).weight_bits == 7
+
+
+def test_an_unknown_kv_type_is_named_with_those_there_are(tmp_path: Path) -> None:
+    message = refusal(tmp_path, VALID.replace('int8-tensor = "float32"', 'int8-tensor = "float16"'))
+    assert "kv.int8-tensor must be one of int8, float32, found 'float16'" in message
+
+
+@pytest.mark.parametrize("text", ["name = ", "a = 1\na = 2\n", "[gate\n"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
+    message = refusal(tmp_path, text)
+    assert "mine.toml" in message
+    assert "TOML" in message
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"name = '\xff\xfe'\n")
+    with pytest.raises(TargetError, match=r"mine\.toml"):
+        load_target(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("x86", "x86-cpu"), ("x86_cpu", "x86-cpu"), ("arm", "arm-cpu"), ("arm-cpus", "arm-cpu")]
+)
+def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(TargetError, match=re.escape(f"unknown target {name!r}: did you mean {near}?")):
+        load_target(name)
+
+
+@pytest.mark.parametrize("name", ["toaster", "", "../targets/x86-cpu", "no/such/file.toml"])
+def test_an_unknown_name_lists_what_there_is(name: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        load_target(name)
+    assert f"unknown target {name!r}" in str(caught.value)
+    assert "x86-cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        ("x86_64", "x86-cpu"),
+        ("AMD64", "x86-cpu"),
+        ("aarch64", "arm-cpu"),
+        ("arm64", "arm-cpu"),
+        ("ARM64", "arm-cpu"),
+        ("riscv64", None),
+        ("", None),
+    ],
+)
+def test_the_native_target_is_the_one_that_names_the_machine(
+    monkeypatch: pytest.MonkeyPatch, machine: str, name: str | None
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert native_target() == name
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_number_of_a_profile_has_its_reason_in_front(path: Path) -> None:
+    number = re.compile(r"^\w[\w-]* = [-\d.e]+$")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbers = [index for index, line in enumerate(lines) if number.match(line)]
+    assert len(numbers) >= 5
+    for index in numbers:
+        # Numbers that one reason explains may stand in one block, without a blank line between them.
+        first = index
+        while number.match(lines[first]):
+            first -= 1
+        assert lines[first].startswith("# "), f"{path.name}: nothing says why {lines[index]!r}"
