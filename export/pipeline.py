@@ -150,7 +150,7 @@ def _load(context: _Context) -> None:
     package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
     text = context.config.read_text()
     context.text_ids = Tokenizer(context.result / names.TOKENIZER_NAME).encode(text)
-    if context.text_ids != list(context.loaded.tokenizer(text)["input_ids"]):
+    if context.text_ids != list(context.loaded.tokenizer(text, verbose=False)["input_ids"]):
         raise SourceError(
             "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
         )
