@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from ..runtime import bundle as names
 from ..runtime import machine
+from ..runtime.errors import SessionError, VerificationError
 from ..runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -31,18 +33,25 @@ from ..runtime.manifest import (
 )
 from ..runtime.measure import Speed, measure_speed
 from ..runtime.scoring import DEFAULT_WINDOW
-from ..runtime.session import OrtSession
+from ..runtime.session import OrtSession, Session, make_session
 from ..runtime.tokenizer import Tokenizer
 from ..targets import Profile
 from . import package, verify
 from .calibrate import cache_ranges
 from .config import ExportConfig
-from .errors import RecipeError, SourceError
+from .errors import RecipeError, SourceError, TraceError
 from .passes import fusing_passes, quantizing_passes
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
 from .trace import TracedModel, trace_model
+from .trace_plain import trace_plain
 
+# The ways to trace a model, the better first. Which one a model goes is found by trial, not by its name.
+_PATHS: tuple[tuple[str, Callable[[Any], TracedModel]], ...] = (
+    ("fused attention", trace_model),
+    ("plain attention", trace_plain),
+    ("plain attention, token by token", partial(trace_plain, step_tokens=1)),
+)
 _CALIBRATION_WINDOW = 1024
 _MEASURED_PROMPT = 128
 _MIN_TEXT_TOKENS = 64
@@ -64,11 +73,14 @@ class _Context:
     config: ExportConfig
     profile: Profile
     scheme: str
-    kv: str
     folder: Path
     work: Path
     loaded: LoadedModel = field(init=False)  # load
     text_ids: list[int] = field(init=False)  # load
+    kv: str = field(init=False)  # trace
+    paths: Iterator[tuple[str, Callable[[Any], TracedModel]]] = field(default_factory=lambda: iter(_PATHS))
+    path: str = field(init=False)  # trace
+    refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     traced: TracedModel = field(init=False)  # trace
     ranges: dict[str, Any] = field(default_factory=dict)  # calibrate
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
@@ -93,12 +105,15 @@ class _Context:
             parameters=self.loaded.module.num_parameters(),
             layers=self.traced.layers,
             kv=CacheType(kv, "channel" if kv == "int8" else None),
+            cache_layout=self.traced.layout,
+            states=self.traced.states,
+            step_tokens=self.traced.step_tokens,
         )
 
     @contextmanager
-    def session(self, folder: Path, kv: str) -> Iterator[OrtSession]:
+    def session(self, folder: Path, kv: str) -> Iterator[Session]:
         """The shipping runtime over a graph that was written."""
-        session = OrtSession(
+        session = make_session(
             folder / names.GRAPH_NAME, self.model(kv), machine.default_threads(), [self.profile.provider]
         )
         try:
@@ -120,7 +135,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     config.read_text()
     scheme = config.scheme or profile.scheme
     with package.partial_folder(out) as work:
-        context = _Context(config, profile, scheme, config.kv or profile.kv[scheme], folder, work)
+        context = _Context(config, profile, scheme, folder, work)
         stages = [
             ("load", _load),
             ("trace", _trace),
@@ -168,7 +183,26 @@ def _load(context: _Context) -> None:
 
 
 def _trace(context: _Context) -> None:
-    context.traced = trace_model(context.loaded.module)
+    """Trace on the first path, of those that were not tried yet, that the model can go."""
+    for name, trace in context.paths:
+        try:
+            context.path, context.traced = name, trace(context.loaded.module)
+        except TraceError as error:
+            context.refusals.append(f"{name}: {error}")
+            continue
+        context.kv = _cache_type(context)
+        return
+    raise TraceError(f"{context.config.model} cannot be exported. " + ". ".join(context.refusals))
+
+
+def _cache_type(context: _Context) -> str:
+    """What was asked for, else the scheme's default; but only a fused operator can read an INT8 cache."""
+    wanted = context.config.kv or context.profile.kv[context.scheme]
+    if context.traced.layout == "in_place" or wanted == "float32":
+        return wanted
+    if context.config.kv is not None:
+        raise RecipeError("this model's attention is not fused, so its cache cannot be int8: leave --kv out")
+    return "float32"
 
 
 def _fuse(context: _Context) -> None:
@@ -177,16 +211,25 @@ def _fuse(context: _Context) -> None:
 
 
 def _compare(context: _Context) -> None:
-    with context.session(context.reference, "float32") as session:
-        context.source_agreement = verify.compare_with_source(
-            context.loaded.module, session, context.text_ids, context.profile.gate
-        )
+    """The trial: a path on which the graph does not answer as torch does is given up for the next one."""
+    while True:
+        try:
+            with context.session(context.reference, "float32") as session:
+                context.source_agreement = verify.compare_with_source(
+                    context.loaded.module, session, context.text_ids, context.profile.gate
+                )
+            return
+        except (VerificationError, SessionError) as error:
+            context.refusals.append(f"{context.path}: {error}")
+        _trace(context)
+        _fuse(context)
 
 
 def _calibrate(context: _Context) -> None:
     if context.kv == "int8":
         window = verify.usable_window(context.loaded.context_length, len(context.text_ids), _CALIBRATION_WINDOW)
         with context.session(context.reference, "float32") as session:
+            assert isinstance(session, OrtSession), "an int8 cache is one that the operator writes in place"
             context.ranges = cache_ranges(session, context.text_ids, window)
 
 
@@ -242,6 +285,8 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
     return {
         "model": context.loaded.name,
         "target": context.profile.name,
+        "path": context.path,
+        "refused_paths": context.refusals,
         "scheme": context.scheme,
         "kv": context.kv,
         "parameters": context.loaded.module.num_parameters(),

@@ -5,6 +5,7 @@ Only safetensors are read and remote code is never run. The network is touched f
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 BUILTIN_PREFIX = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+_UNLIMITED_CONTEXT = 1 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -107,6 +109,12 @@ def load_source(model: str, folder: Path) -> LoadedModel:
     )
 
 
+def cache_argument(module: PreTrainedModel) -> str:
+    """The name under which a model takes and returns its cache: models with recurrences have one of their own."""
+    known = inspect.signature(module.forward).parameters
+    return "past_key_values" if "past_key_values" in known else "cache_params"
+
+
 def _builtin(model: str) -> Path:
     root = Path(str(resources.files(__package__))) / "builtin"
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -190,13 +198,13 @@ def _tokens(module: PreTrainedModel, config: dict[str, Any]) -> Tokens:
 
 
 def _context_length(module: PreTrainedModel) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(module.config, name, None)
+    """The most positions of the model. One whose configuration names none has no positions to run out of (a recurrence,
+    or attention that only looks at distances): it gets a length that no device reaches."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(module.config.get_text_config(), name, None)
         if isinstance(length, int) and length > 0:
             return length
-    raise SourceError(
-        f"{type(module).__name__}: config.json does not say how long a context may be: add max_position_embeddings"
-    )
+    return _UNLIMITED_CONTEXT
 
 
 def _commit(folder: Path) -> str | None:

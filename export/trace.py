@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 
-from ..runtime.manifest import LayerCache
+from ..runtime.manifest import CacheLayout, LayerCache, StateTensor
 from .errors import TraceError
+from .experts import traceable_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +32,18 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 
 @dataclass(frozen=True)
 class TracedModel:
-    """The graph with float32 weights (those of the torch module, not copied), and each layer's cache."""
+    """The graph with float32 weights (those of the torch module, not copied), and what it caches.
+
+    layers: each layer's keys and values; layout: "in_place" where a fused operator writes them into one buffer,
+    "concatenated" where the graph returns them grown; states: other tensors that a step hands to the next;
+    step_tokens: the number of new tokens that a step must have, or None for any.
+    """
 
     graph: ir.Model
     layers: tuple[LayerCache | None, ...]
+    layout: CacheLayout = "in_place"
+    states: tuple[StateTensor, ...] = ()
+    step_tokens: int | None = None
 
 
 @dataclass
@@ -117,14 +126,14 @@ def trace_model(model: PreTrainedModel) -> TracedModel:
     .value float32 (batch, kv_heads, past, size). Outputs: logits float32 (batch, new, vocabulary), present.N.key/value.
     Cost: some seconds per ten layers, no copy of the weights. Raises: TraceError.
     """
-    with _routed_attention(model), _quiet():
+    with _routed_attention(model), traceable_experts(model), quiet_exporter():
         layers = _probe_layers(model)
         try:
             program = _export(model, layers)
         except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
-            raise TraceError(f"{type(model).__name__} cannot be traced: {_first_line(error)}") from error
+            raise TraceError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
     graph = program.model
-    _name_weights(graph)
+    name_weights(graph)
     count = max(getattr(model.config, "num_hidden_layers", 0), max(layers) + 1)
     return TracedModel(graph, tuple(layers.get(index) for index in range(count)))
 
@@ -215,7 +224,7 @@ def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:
             model(input_ids=ids, past_key_values=_CacheStandIn(), use_cache=True)
     except Exception as error:  # noqa: BLE001, modeling code that wants another cache than our stand-in fails in its own ways
         probe.layers.clear()
-        reason = _first_line(error)
+        reason = first_line(error)
     if not probe.layers:
         raise TraceError(
             f"{type(model).__name__} does not call transformers' attention registry as others do ({reason}), so its "
@@ -252,7 +261,7 @@ def _activated(state: _Trace | _Probe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's warnings about missing torchvision and renamed dimensions from the user's screen."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
@@ -265,13 +274,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _name_weights(graph: ir.Model) -> None:
+def name_weights(graph: ir.Model) -> None:
     """Give weights their names in the source model, which reports and exclusions show."""
     for value in list(graph.graph.initializers.values()):
         if value.name is not None and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

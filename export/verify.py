@@ -19,6 +19,7 @@ from ..runtime.errors import VerificationError
 from ..runtime.scoring import negative_log_likelihood, score
 from ..runtime.session import Session
 from ..targets import Gate
+from .source import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,12 +182,13 @@ def _torch_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     import torch
 
     room = getattr(model.config, "max_position_embeddings", None) or GREEDY_STEPS + len(prompt)
+    name = cache_argument(model)
     tokens: list[int] = []
     step, cache = prompt, None
     with torch.no_grad():
         for _ in range(max(1, min(GREEDY_STEPS, room - len(prompt)))):
-            output = model(torch.tensor([step]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(torch.tensor([step]), use_cache=True, **{name: cache})
+            cache = getattr(output, name)
             tokens.append(int(output.logits[0, -1].argmax()))
             step = tokens[-1:]
     return tokens

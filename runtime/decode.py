@@ -35,8 +35,9 @@ class Sequencer:
         limit = min(len(self._cached), len(token_ids) - 1)
         for index in range(limit):
             if self._cached[index] != token_ids[index]:
-                return index
-        return max(limit, 0)
+                limit = index
+                break
+        return limit if limit > 0 and self._session.can_rewind(limit) else 0
 
     def feed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Bring the cache to hold exactly `token_ids`, reusing what it holds, piece by piece.

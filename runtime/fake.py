@@ -43,6 +43,9 @@ class FakeSession:
             logits[row, self._next_token(known)] = 1.0
         return logits
 
+    def can_rewind(self, length: int) -> bool:
+        return 0 <= length <= len(self.tokens)
+
     def rewind(self, length: int) -> None:
         if not 0 <= length <= len(self.tokens):
             raise ValueError(f"cannot rewind {len(self.tokens)} tokens to {length}")

@@ -12,13 +12,15 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 from .errors import BundleCorruptError, BundleVersionError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32")
+
+CacheLayout = Literal["in_place", "concatenated"]
 
 T = TypeVar("T")
 
@@ -76,14 +78,33 @@ class CacheType:
 
 
 @dataclass(frozen=True)
+class StateTensor:
+    """A tensor beside keys and values that a step hands to the next, such as a convolution's last inputs.
+
+    Inputs are past_key_values.NAME, outputs present.NAME; `shape` is without the batch; a text begins with zeros.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True)
 class Model:
-    """The shape of the model. `layers[N]` is null where layer N of the source has no attention, hence no cache."""
+    """The shape of the model. `layers[N]` is null where layer N of the source has no attention, hence no cache.
+
+    cache_layout: "in_place" (past and present may be one buffer) or "concatenated" (present is past and the new
+    tokens); step_tokens: how many new tokens a step must have, or null for any number.
+    """
 
     vocab_size: int
     context_length: int
     parameters: int
     layers: tuple[LayerCache | None, ...]
     kv: CacheType
+    cache_layout: CacheLayout = "in_place"
+    states: tuple[StateTensor, ...] = ()
+    step_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +227,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one re
             raise _mismatch(where, "an object", value)
         return {key: _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
     if hint is Any:
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise _mismatch(where, " or ".join(map(repr, arguments)), value)
         return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type[Any]", hint), value, where)

@@ -41,7 +41,9 @@ def measure_speed(session: Session, token_ids: Sequence[int], steps: int = 32, r
             session.step(token_ids[begin : begin + PIECE_TOKENS])
         prefills.append(time.perf_counter() - started)
         for _ in range(steps):
-            session.rewind(len(token_ids))
+            # A recurrence cannot go back, and its steps cost the same at any length.
+            if session.can_rewind(len(token_ids)):
+                session.rewind(len(token_ids))
             started = time.perf_counter()
             session.step(token_ids[-1:])
             decodes.append(time.perf_counter() - started)

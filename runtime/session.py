@@ -41,8 +41,11 @@ class Session(Protocol):
         len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError.
         """
 
+    def can_rewind(self, length: int) -> bool:
+        """Whether `rewind` can go back to this length. To 0 it always can; a recurrence knows no way back to others."""
+
     def rewind(self, length: int) -> None:
-        """Forget all positions from `length` on; 0 <= length <= self.length. Cost: none."""
+        """Forget all positions from `length` on; 0 <= length <= self.length, and `can_rewind(length)`."""
 
     def close(self) -> None:
         """Free the graph and the cache. Calling it again does nothing."""
@@ -56,7 +59,7 @@ class OrtSession:
     ) -> None:
         """graph: path of the ONNX file, whose weights lie beside it. Raises: SessionError."""
         self._model = model
-        self._inference = _load(graph, threads, providers)
+        self._inference = load_graph(graph, threads, providers)
         self.cache = KVCache(model)
         self._binding = self._inference.io_binding()
         self._unbound = False
@@ -87,6 +90,9 @@ class OrtSession:
             ) from error
         self.cache.length += len(token_ids)
         return self._logits[0, :keep]
+
+    def can_rewind(self, length: int) -> bool:
+        return 0 <= length <= self.length
 
     def rewind(self, length: int) -> None:
         self.cache.truncate(length)
@@ -121,7 +127,18 @@ class OrtSession:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def open_session(bundle: Bundle, threads: int | None = None) -> OrtSession:
+def make_session(
+    graph: Path, model: Model, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> Session:
+    """The session that fits the graph's way of caching. Raises: SessionError."""
+    if model.cache_layout == "in_place":
+        return OrtSession(graph, model, threads, providers)
+    from .concat_session import ConcatSession
+
+    return ConcatSession(load_graph(graph, threads, providers), model)
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """Check every file of a bundle against its digest and load the model. threads: None for the physical cores.
 
     The weights' digest is computed in a thread while onnxruntime prepares them; the small files, which onnxruntime and
@@ -133,12 +150,13 @@ def open_session(bundle: Bundle, threads: int | None = None) -> OrtSession:
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
         bundle.check_files(bundle.manifest.files.keys() - weights)
-        session = OrtSession(bundle.path / GRAPH_NAME, bundle.manifest.model, threads or machine.default_threads())
+        session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads or machine.default_threads())
         weights_checked.result()
     return session
 
 
-def _load(graph: Path, threads: int, providers: Sequence[str]) -> Any:
+def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:
+    """onnxruntime's session over a graph, with edgelm's settings. Raises: SessionError."""
     onnxruntime = load_onnxruntime()
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
     if missing:

@@ -1,0 +1,200 @@
+"""torch module to ONNX graph, the plain way: attention as the model writes it, the cache as inputs and outputs.
+
+For models whose attention does not go through transformers' registry, or that keep other state than keys and values
+(convolutions, recurrences). A real cache of transformers is filled with the graph's inputs, the model runs on it, and
+what the cache holds afterwards are the outputs: keys and values grown by concatenation, states replaced.
+No architecture is named here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.manifest import LayerCache, StateTensor
+from .errors import TraceError
+from .experts import traceable_experts
+from .source import cache_argument
+from .trace import TracedModel, first_line, name_weights, quiet_exporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
+
+# Unlike sizes above 1, or torch would take two of them for one, or a 1 for a constant.
+_BATCH, _NEW, _PAST = 2, 3, 5
+_KV = ("key", "value")
+_STATES = ("conv", "recurrent")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One tensor of a cache: its layer, its kind ("key", "value", "conv", "recurrent"), and which of them it is."""
+
+    layer: int
+    kind: str
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name behind `past_key_values.` and `present.`."""
+        return f"{self.layer}.{self.kind}" + (f".{self.index}" if self.index else "")
+
+    def read(self, cache: DynamicCache) -> torch.Tensor | None:
+        """The tensor in a cache, or None if there is none yet."""
+        layer: Any = cache.layers[self.layer]
+        if self.kind in _KV:
+            found = getattr(layer, f"{self.kind}s", None)
+        else:
+            found = getattr(layer, f"{self.kind}_states", {}).get(self.index)
+        return found if isinstance(found, torch.Tensor) else None
+
+    def write(self, cache: DynamicCache, tensor: torch.Tensor) -> None:
+        """Put a tensor into a cache, as if earlier tokens had left it there."""
+        layer: Any = cache.layers[self.layer]
+        layer.dtype, layer.device = tensor.dtype, tensor.device
+        if self.kind in _KV:
+            setattr(layer, f"{self.kind}s", tensor)
+            layer.is_initialized = True
+            return
+        # A copy: layers write into their states, which torch.export does not allow for inputs.
+        getattr(layer, f"{self.kind}_states")[self.index] = tensor.clone()
+        getattr(layer, f"is_{self.kind}_states_initialized")[self.index] = True
+        layer.has_previous_state[self.index] = True
+        if self.kind == "conv":
+            layer.conv_kernel_size[self.index] = tensor.shape[-1]
+
+
+class _Traceable(torch.nn.Module):
+    """The model with the bundle's inputs and outputs."""
+
+    def __init__(self, model: PreTrainedModel, slots: Sequence[_Slot]) -> None:
+        super().__init__()
+        self.model = model
+        self._slots = slots
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        cache = _empty_cache(self.model)
+        for slot, tensor in zip(self._slots, past, strict=True):
+            slot.write(cache, tensor)
+        new = input_ids.shape[1]
+        positions = attention_mask.sum(1, keepdim=True) - new + torch.arange(new)
+        logits = _run(self.model, cache, input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
+        return logits, [slot.read(cache) for slot in self._slots]
+
+
+def trace_plain(model: PreTrainedModel, step_tokens: int | None = None) -> TracedModel:
+    """Trace a model in evaluation mode, float32, with a cache that the graph concatenates.
+
+    step_tokens: None for any number of new tokens a step, or 1 for models that can go on from a state only token by
+    token. Inputs and outputs as `trace.trace_model`, with the layers' other states as past_key_values.N.conv and the
+    like, of fixed shapes. Raises: TraceError.
+    """
+    with _eager_attention(model), traceable_experts(model), quiet_exporter():
+        try:
+            examples = _probe(model)
+            graph = _export(model, examples, step_tokens).model
+        except TraceError:
+            raise
+        except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
+            raise TraceError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
+    name_weights(graph)
+    return TracedModel(
+        graph,
+        layers=_layers(model, examples),
+        layout="concatenated",
+        states=tuple(
+            StateTensor(slot.name, tuple(int(size) for size in tensor.shape[1:]), "float32")
+            for slot, tensor in examples.items()
+            if slot.kind in _STATES
+        ),
+        step_tokens=step_tokens,
+    )
+
+
+def _export(model: PreTrainedModel, examples: dict[_Slot, torch.Tensor], step_tokens: int | None) -> Any:
+    dynamic = torch.export.Dim.DYNAMIC
+    new = step_tokens or _NEW
+    names = [slot.name for slot in examples]
+    return torch.onnx.export(
+        _Traceable(model, list(examples)).eval(),
+        (
+            torch.ones(_BATCH, new, dtype=torch.int64),
+            torch.ones(_BATCH, _PAST + new, dtype=torch.int64),
+            list(examples.values()),
+        ),
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        dynamic_shapes={
+            "input_ids": {0: dynamic} if step_tokens else {0: dynamic, 1: dynamic},
+            "attention_mask": {0: dynamic, 1: dynamic},
+            "past": [{0: dynamic, 2: dynamic} if slot.kind in _KV else {0: dynamic} for slot in examples],
+        },
+    )
+
+
+def _probe(model: PreTrainedModel) -> dict[_Slot, torch.Tensor]:
+    """Run the model once on a few tokens; the tensors that it leaves in its cache, copied."""
+    cache = _empty_cache(model)
+    ids = torch.zeros(_BATCH, _PAST, dtype=torch.int64)
+    with torch.no_grad():
+        _run(model, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
+    found = {}
+    for layer, content in enumerate(cache.layers):
+        slots = [_Slot(layer, kind) for kind in _KV]
+        slots += [_Slot(layer, kind, index) for kind in _STATES for index in getattr(content, f"{kind}_states", {})]
+        found.update({slot: tensor.clone() for slot in slots if (tensor := slot.read(cache)) is not None})
+    if not found:
+        raise TraceError(f"{type(model).__name__} leaves nothing in transformers' cache: this edgelm cannot export it")
+    return found
+
+
+def _run(model: PreTrainedModel, cache: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits of a call with those of the inputs that the model takes."""
+    known = inspect.signature(model.forward).parameters
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    logits: torch.Tensor = model(use_cache=True, **{cache_argument(model): cache}, **inputs).logits
+    return logits
+
+
+def _empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """transformers' cache for a model, without its sliding windows: the mask sees to those, and a cache that drops
+    tokens has a length that the graph cannot follow."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    full: Any = DynamicLayer
+    cache.layers = [full() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _layers(model: PreTrainedModel, examples: dict[_Slot, torch.Tensor]) -> tuple[LayerCache | None, ...]:
+    shapes = {(slot.layer, slot.kind): tensor.shape for slot, tensor in examples.items()}
+    count = max(getattr(model.config.get_text_config(), "num_hidden_layers", 0), *(slot.layer + 1 for slot in examples))
+    return tuple(
+        LayerCache(int(key[1]), int(key[3]), int(shapes[layer, "value"][3]), None)
+        if (key := shapes.get((layer, "key"))) is not None
+        else None
+        for layer in range(count)
+    )
+
+
+@contextlib.contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention in plain operations; fused ones have no ONNX form that takes every mask. Restored afterwards."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
