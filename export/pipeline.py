@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from ..runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     CacheType,
+    Exclusion,
     Manifest,
     Model,
     Quantization,
@@ -40,7 +41,10 @@ from . import package, verify
 from .calibrate import cache_ranges
 from .config import ExportConfig
 from .errors import RecipeError, SourceError, TraceError
-from .passes import fusing_passes, quantizing_passes
+from .passes import fusing_passes
+from .quantize import Quantizer
+from .repair import repair
+from .sensitivity import Sensitivity, measure_sensitivity
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
 from .trace import TracedModel, trace_model
@@ -54,7 +58,10 @@ _PATHS: tuple[tuple[str, Callable[[Any], TracedModel]], ...] = (
 )
 _CALIBRATION_WINDOW = 1024
 _MEASURED_PROMPT = 128
-_MIN_TEXT_TOKENS = 64
+# Where the gate holds at once, sensitivities are for the report only, and measured if all probes together load no more
+# than this: seconds.
+_CHEAP_PROBE_BYTES = 1 << 30
+_PROBE_NAME = "probe.onnx"
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,11 @@ class _Context:
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     traced: TracedModel = field(init=False)  # trace
     ranges: dict[str, Any] = field(default_factory=dict)  # calibrate
+    quantizer: Quantizer = field(init=False)  # quantize
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: verify.QuantizedAgreement | None = None  # judge
+    sensitivity: list[Sensitivity] = field(default_factory=list)  # judge
+    excluded: tuple[Exclusion, ...] = ()  # judge
     speeds: dict[str, Speed] = field(default_factory=dict)  # measure
 
     @property
@@ -111,11 +121,9 @@ class _Context:
         )
 
     @contextmanager
-    def session(self, folder: Path, kv: str) -> Iterator[Session]:
+    def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
         """The shipping runtime over a graph that was written."""
-        session = make_session(
-            folder / names.GRAPH_NAME, self.model(kv), machine.default_threads(), [self.profile.provider]
-        )
+        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [self.profile.provider])
         try:
             yield session
         finally:
@@ -169,16 +177,12 @@ def _load(context: _Context) -> None:
         raise SourceError(
             "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
         )
-    if len(context.text_ids) < _MIN_TEXT_TOKENS:
+    # A text that fills no window of the scoring would give figures that say less than they seem to.
+    needed = min(DEFAULT_WINDOW, context.loaded.context_length)
+    if len(context.text_ids) < needed:
         raise RecipeError(
-            f"the text has {len(context.text_ids)} tokens, too few to judge a model by: "
-            f"give one of {_MIN_TEXT_TOKENS} or more"
-        )
-    vocab_size = context.loaded.module.config.get_text_config().vocab_size
-    if max(context.text_ids) >= vocab_size:
-        raise SourceError(
-            f"the tokenizer gives id {max(context.text_ids)}, the model has ids 0 to {vocab_size - 1} only: "
-            "give the tokenizer that belongs to the model"
+            f"{context.config.text or 'the text that comes with edgelm'} has {len(context.text_ids)} tokens, too few "
+            f"to judge this model by: give a text of {needed} or more with --text"
         )
 
 
@@ -216,7 +220,7 @@ def _compare(context: _Context) -> None:
         try:
             with context.session(context.reference, "float32") as session:
                 context.source_agreement = verify.compare_with_source(
-                    context.loaded.module, session, context.text_ids, context.profile.gate
+                    context.loaded.module, session, context.text_ids, context.model("float32"), context.profile.gate
                 )
             return
         except (VerificationError, SessionError) as error:
@@ -234,20 +238,54 @@ def _calibrate(context: _Context) -> None:
 
 
 def _quantize(context: _Context) -> None:
-    passes = quantizing_passes(context.scheme, context.profile.weight_bits, context.ranges)
-    if passes:
-        ir.passes.PassManager(passes)(context.traced.graph)
+    context.quantizer = Quantizer(
+        context.reference / names.GRAPH_NAME, context.scheme, context.profile.weight_bits, context.ranges
+    )
+    _write_quantized(context, ())
+
+
+def _write_quantized(context: _Context, excluded: Collection[str]) -> None:
+    """The bundle's graph and weights, with the matrices of these names left in float32."""
+    context.traced = dataclasses.replace(context.traced, graph=context.quantizer.quantized(excluded))
     _save(context.traced.graph, context.result)
+
+
+@contextmanager
+def _probe(context: _Context, quantized: Collection[str]) -> Iterator[Session]:
+    """A session on the fp32 graph with these matrices quantized, which reads all others in the fp32 graph's file."""
+    ir.save(context.quantizer.alone(quantized), context.reference / _PROBE_NAME)
+    try:
+        with context.session(context.reference, "float32", _PROBE_NAME) as session:
+            yield session
+    finally:
+        (context.reference / _PROBE_NAME).unlink()
 
 
 def _judge(context: _Context) -> None:
     if context.scheme == "fp32" and context.kv == "float32":
         return
+    gate = context.profile.gate
     window = verify.usable_window(context.loaded.context_length, len(context.text_ids), DEFAULT_WINDOW)
-    with context.session(context.reference, "float32") as before, context.session(context.result, context.kv) as after:
-        context.quantized_agreement = verify.compare_quantized(
-            before, after, context.text_ids, window, context.profile.gate
-        )
+    with context.session(context.reference, "float32") as before:
+
+        def compare() -> verify.QuantizedAgreement:
+            with context.session(context.result, context.kv) as after:
+                return verify.compare_quantized(before, after, context.text_ids, window, gate)
+
+        def attempt(excluded: Collection[str]) -> verify.QuantizedAgreement:
+            _write_quantized(context, excluded)
+            return compare()
+
+        agreement = compare()
+        holds = not verify.faults(agreement, gate)
+        matrices = context.quantizer.matrices
+        loaded = len(matrices) * (context.reference / names.WEIGHTS_NAME).stat().st_size
+        if not holds or loaded <= _CHEAP_PROBE_BYTES:
+            tokens = context.text_ids[: context.loaded.context_length]
+            context.sensitivity = measure_sensitivity(before, partial(_probe, context), matrices, tokens)
+        if not holds:
+            agreement, context.excluded = repair(agreement, context.sensitivity, attempt, gate)
+    context.quantized_agreement = agreement
 
 
 def _measure(context: _Context) -> None:
@@ -267,7 +305,7 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
         source=loaded.source,
         target=Target(context.profile.name, context.profile.settings()),
         compression=(),
-        quantization=Quantization(context.scheme, excluded=()),
+        quantization=Quantization(context.scheme, context.excluded),
         model=context.model(context.kv),
         tokens=loaded.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},
@@ -302,6 +340,7 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
         },
         "against_source": verify.measured(context.source_agreement),
         "against_fp32": verify.measured(context.quantized_agreement),
+        "sensitivity": [item.measured() for item in context.sensitivity],
         "stages": [dataclasses.asdict(record) for record in records],
     }
 

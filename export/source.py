@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +25,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ def load_source(model: str, folder: Path) -> LoadedModel:
             f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again"
         )
     module.eval()
+    _check_numbers(folder, module)
+    tokenizer = _load_tokenizer(folder)
+    _check_vocabulary(folder, module, tokenizer)
     source = Source(model, _commit(folder), type(module).__name__, _license(folder))
     return LoadedModel(
         module=module,
-        tokenizer=_load_tokenizer(folder),
+        tokenizer=tokenizer,
         source=source,
-        tokens=_tokens(module, config),
+        tokens=_tokens(folder, module, config),
         name=model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
         context_length=_context_length(module),
     )
@@ -174,6 +179,26 @@ def _check_weights(folder: Path) -> None:
     raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
 
 
+def _check_numbers(folder: Path, module: PreTrainedModel) -> None:
+    """Before anything is computed with them: are all weights numbers? Cost: one pass over the weights."""
+    import torch
+
+    for name, weight in module.named_parameters():
+        wrong = int((~torch.isfinite(weight)).sum())
+        if wrong:
+            raise SourceError(
+                f"{folder / _weight_file(folder, name)}: {wrong} of the {weight.numel()} values of {name} are NaN or "
+                "infinite: download the model again, or save it in a type that holds its values"
+            )
+
+
+def _weight_file(folder: Path, name: str) -> str:
+    """The file that holds a weight, as the index of a model in several files says, or whatever there is."""
+    index = folder / "model.safetensors.index.json"
+    files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}) if index.is_file() else {}
+    return str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     import transformers
 
@@ -188,12 +213,25 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _tokens(module: PreTrainedModel, config: dict[str, Any]) -> Tokens:
+def _check_vocabulary(folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fewer tokens than the model has rows are common, as rows are padded. More would be looked for where none are."""
+    vocab_size = module.config.get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise SourceError(
+            f"{folder}: the tokenizer gives id {highest}, the model has ids 0 to {vocab_size - 1} only: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def _tokens(folder: Path, module: PreTrainedModel, config: dict[str, Any]) -> Tokens:
     generation = module.generation_config
     eos = generation.eos_token_id if generation is not None else None
     if eos is None:
         eos = config.get("eos_token_id")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not ends:
+        _logger.warning("%s: config.json names no eos_token_id, so answers end at the limit of tokens only", folder)
     return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
 
 

@@ -18,7 +18,7 @@ import pytest
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 
-from .conftest import byte_tokenizer, tiny_llama
+from .conftest import TEXT, byte_tokenizer, tiny_llama
 
 Refused = Callable[..., str]
 
@@ -201,7 +201,71 @@ def test_a_tokenizer_with_more_tokens_than_the_model(refused: Refused, tmp_path:
     folder = tmp_path / "narrow"
     tiny_llama(vocab_size=60, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
     byte_tokenizer(folder)
-    refused(folder, words=("the tokenizer gives id", "0 to 59", "give the tokenizer that belongs to the model"))
+    refused(
+        folder,
+        words=(str(folder), "the tokenizer gives id 256", "0 to 59", "give the tokenizer that belongs to the model"),
+    )
+
+
+def test_a_tokenizer_with_one_token_too_many_that_the_text_does_not_use(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "narrow"
+    tiny_llama(vocab_size=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    byte_tokenizer(folder)
+    refused(folder, words=(str(folder), "gives id 256", "0 to 255", "give the tokenizer that belongs to the model"))
+
+
+def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_path: Path) -> None:
+    """Rows are often padded to a round number; nothing is wrong with that."""
+    folder = tmp_path / "padded"
+    tiny_llama(vocab_size=320).save_pretrained(folder)
+    byte_tokenizer(folder)
+    assert main(["export", str(folder), "--out", "bundle"]) == 0
+    assert Bundle.open(Path("bundle")).manifest.model.vocab_size == 320
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_a_number(refused: Refused, model: Path, value: float) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def spoil(weights: dict[str, Any]) -> None:
+        weights[name][3, 5] = value
+
+    change_weights(model, spoil)
+    refused(
+        model,
+        words=(
+            str(model / "model.safetensors"),
+            f"1 of the {64 * 96} values of {name}",
+            "NaN",
+            "download the model again",
+        ),
+    )
+
+
+def test_a_weight_that_is_not_a_number_in_one_of_several_files(refused: Refused, tmp_path: Path) -> None:
+    import torch
+
+    folder = tmp_path / "sharded"
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("inf")
+    broken.save_pretrained(folder, max_shard_size="100KB")
+    byte_tokenizer(folder)
+    files = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    assert len(set(files.values())) > 1
+    refused(folder, words=(str(folder / files["model.norm.weight"]), "model.norm.weight", "download the model again"))
+
+
+def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is wrong with it, but its answers end nowhere, so it is said."""
+    change_config(model, eos_token_id=None)
+    (model / "generation_config.json").unlink()
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    assert Bundle.open(Path("bundle")).manifest.tokens.eos == ()
+    (record,) = [record for record in caplog.records if record.name.startswith("edgelm.")]
+    assert record.levelname == "WARNING"
+    assert "eos_token_id" in record.getMessage()
+    assert str(model) in record.getMessage()
 
 
 def test_a_model_that_does_not_say_how_long_its_context_is(refused: Refused, tmp_path: Path) -> None:
@@ -262,10 +326,15 @@ def test_a_text_that_is_not_utf8(refused: Refused, tiny_model: Path, tmp_path: P
     refused(tiny_model, "--text", tmp_path / "latin.txt", words=("latin.txt", "not UTF-8", "byte 1", "convert"))
 
 
-@pytest.mark.parametrize("text", ["", "Too short."])
+@pytest.mark.parametrize("text", ["", "Too short.", 511 * "x"], ids=["empty", "short", "one token short of a window"])
 def test_a_text_that_is_too_short(refused: Refused, tiny_model: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "short.txt").write_text(text, encoding="utf-8")
-    refused(tiny_model, "--text", tmp_path / "short.txt", words=("the text has", "tokens", "64 or more"))
+    refused(tiny_model, "--text", tmp_path / "short.txt", words=("short.txt", f"has {len(text)} tokens", "512 or more"))
+
+
+def test_a_text_of_one_window_is_enough(tiny_model: Path, here: Path) -> None:
+    (here / "text.txt").write_text(TEXT[:512], encoding="ascii")
+    assert main(["export", str(tiny_model), "--text", "text.txt", "--out", "bundle", "--scheme", "fp32"]) == 0
 
 
 def test_a_revision_of_a_local_folder(refused: Refused, tiny_model: Path) -> None:

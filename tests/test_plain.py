@@ -73,7 +73,14 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 # Models that can go on from a state only token by token, or whose code cannot be traced for any number of tokens.
 STEPWISE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "mamba2": lambda: transformers.Mamba2Config(
-        **_COMMON, hidden_size=64, num_heads=8, head_dim=16, state_size=16, n_groups=1, num_hidden_layers=2
+        **_COMMON,
+        hidden_size=64,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        num_hidden_layers=2,
+        chunk_size=16,
     ),
     "mpt": lambda: transformers.MptConfig(**_COMMON, d_model=64, n_layers=2, n_heads=4, max_seq_len=512),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -41,12 +41,15 @@ def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
     ]
 
 
-def quantizing_passes(scheme: str, weight_bits: int, cache_ranges: Mapping[str, Any]) -> list[ir.passes.PassBase]:
-    """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache."""
+def quantizing_passes(
+    scheme: str, weight_bits: int, cache_ranges: Mapping[str, Any], excluded: Collection[str] = ()
+) -> list[ir.passes.PassBase]:
+    """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache; excluded: names of matrices
+    that stay float32."""
     limit = (1 << (weight_bits - 1)) - 1
     passes: list[ir.passes.PassBase] = []
     if scheme != "fp32":
-        passes += [QuantizeLinears(scheme, limit), QuantizeEmbedding(limit)]
+        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded)]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     return passes

@@ -1,0 +1,49 @@
+"""Quantized graphs, made of the fp32 graph's files as often as they are needed, each with other matrices left out.
+
+The fp32 weights stay in their file: onnx_ir maps them into memory as they are read, and int8 matrices are made one at a
+time, as they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .passes import quantizing_passes
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """graph: path of the fp32 graph; ranges: magnitudes for the scales of an INT8 cache, empty for a float32 one."""
+
+    graph: Path
+    scheme: str
+    weight_bits: int
+    ranges: Mapping[str, NDArray[np.float32]]
+
+    def quantized(self, excluded: Collection[str] = ()) -> ir.Model:
+        """The graph that ships, with the matrices of these names left in float32."""
+        return self._apply(excluded, self.ranges)
+
+    @cached_property
+    def matrices(self) -> list[str]:
+        """Names of all matrices that the scheme quantizes: those that a quantized graph has no more."""
+        left = self._apply((), {}).graph.initializers
+        return [name for name in ir.load(self.graph).graph.initializers if name not in left]
+
+    def alone(self, names: Collection[str]) -> ir.Model:
+        """The fp32 graph in which these matrices, and nothing else, are quantized."""
+        return self._apply([name for name in self.matrices if name not in names], {})
+
+    def _apply(self, excluded: Collection[str], ranges: Mapping[str, NDArray[np.float32]]) -> ir.Model:
+        graph = ir.load(self.graph)
+        passes = quantizing_passes(self.scheme, self.weight_bits, ranges, excluded)
+        if passes:
+            ir.passes.PassManager(passes)(graph)
+        return graph

@@ -1,0 +1,68 @@
+"""The gate's second half: a quantized graph that misses the target's tolerance gets its worst matrices back in float32.
+
+The fewest first, in the order of what INT8 costs each of them alone, until the tolerances hold. Half of the matrices is
+the limit: what needs more is no INT8 model, and the export fails with the figures. So it does where the INT8 cache
+alone misses the tolerances, which no matrix can mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from ..runtime.errors import VerificationError
+from ..runtime.manifest import Exclusion
+from ..targets import Gate
+from .sensitivity import Sensitivity
+from .verify import QuantizedAgreement, faults
+
+_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+# Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
+Attempt = Callable[[Collection[str]], QuantizedAgreement]
+
+
+def repair(
+    before: QuantizedAgreement, ranked: Sequence[Sensitivity], attempt: Attempt, gate: Gate
+) -> tuple[QuantizedAgreement, tuple[Exclusion, ...]]:
+    """Leave matrices in float32 until the gate holds. The last attempt made is the one that is returned.
+
+    before: what missed the gate; ranked: all matrices, worst first. Cost: at most 11 attempts. Raises:
+    VerificationError, with the figures of the first and the last attempt, if the gate never holds.
+    """
+    if not ranked:
+        raise _error(before, gate, "--kv float32")
+    after = attempt(_matrices(ranked))
+    if faults(after, gate):
+        raise _error(before, gate, "--kv float32", f"; with all matrices in float32: {'; '.join(faults(after, gate))}")
+    tried = ""
+    for count in _counts(len(ranked)):
+        worst = ranked[:count]
+        after = attempt(_matrices(worst))
+        if not faults(after, gate):
+            return after, tuple(_exclusions(worst, before))
+        tried = f"; with {', '.join(item.name for item in worst)} in float32: {'; '.join(faults(after, gate))}"
+    raise _error(before, gate, "--scheme fp32", tried)
+
+
+def _error(before: QuantizedAgreement, gate: Gate, remedy: str, tried: str = "") -> VerificationError:
+    missed = "; ".join(faults(before, gate))
+    return VerificationError(f"the quantized model is too far from the original: {missed}{tried}: use {remedy}")
+
+
+def _matrices(items: Sequence[Sensitivity]) -> set[str]:
+    return {name for item in items for name in item.matrices}
+
+
+def _counts(available: int) -> Iterator[int]:
+    return (count for count in _ROUNDS if count <= available // 2)
+
+
+def _exclusions(worst: Sequence[Sensitivity], before: QuantizedAgreement) -> Iterator[Exclusion]:
+    for item in worst:
+        alone = "it alone" if len(item.matrices) == 1 else f"{item.name} alone"
+        reason = (
+            f"left in float32: INT8 in {alone} costs {item.kl:.3g} nats of KL divergence a token; with all in INT8 "
+            f"perplexity rose by {before.perplexity_increase_percent:.2f} % and the most likely token was the same at "
+            f"{before.decided_percent:.2f} % of the positions where fp32 is clear"
+        )
+        yield from (Exclusion(name, reason) for name in item.matrices)

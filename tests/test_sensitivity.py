@@ -1,0 +1,208 @@
+"""The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from edgelm.export import ExportConfig, export_model
+from edgelm.export.repair import repair
+from edgelm.export.sensitivity import MOST_PROBES, Sensitivity, measure_sensitivity
+from edgelm.export.verify import QuantizedAgreement
+from edgelm.runtime import load
+from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.cli import main
+from edgelm.runtime.errors import VerificationError
+from edgelm.runtime.session import open_session
+from edgelm.targets import load_target
+
+from .conftest import ROOT, TEXT, byte_tokenizer, tiny_llama
+
+HOSTILE = "model.layers.1.mlp.down_proj.weight"
+GATE = load_target("x86-cpu").gate
+
+
+def hostile_model(folder: Path, layers: Collection[int]) -> Path:
+    """The tiny model, whose down projections in these layers have one huge input that is always zero: nothing in
+    float32, but in INT8 the scales of all columns are spoilt."""
+    import torch
+
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in layers:
+            mlp = model.model.layers[layer].mlp
+            mlp.gate_proj.weight[0] = 0
+            mlp.down_proj.weight[:, 0] = 1000
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
+
+
+def target_with_gate(folder: Path, **gate: float) -> str:
+    """A target's file like x86-cpu, with another gate."""
+    path = folder / "strict.toml"
+    text = (ROOT / "targets" / "x86-cpu.toml").read_text(encoding="utf-8")
+    for key, value in gate.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{key} = ")]
+        text = text.replace(line, f"{key} = {value}")
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a model with one matrix that INT8 spoils."""
+    folder = tmp_path_factory.mktemp("hostile")
+    model = hostile_model(folder / "model", [1])
+    return export_model(ExportConfig(str(model), target="x86-cpu", out=folder / "bundle")).path
+
+
+def test_the_one_hostile_matrix_is_left_in_float32(repaired: Path) -> None:
+    manifest = Bundle.open(repaired).manifest
+    (excluded,) = manifest.quantization.excluded
+    assert excluded.name == HOSTILE
+    assert "nats" in excluded.reason
+    assert "perplexity rose by" in excluded.reason
+    assert manifest.quality["against_fp32"]["perplexity_increase_percent"] <= GATE.perplexity_increase_percent
+    initializers = ir.load(repaired / "model.onnx").graph.initializers
+    assert initializers[HOSTILE].dtype == ir.DataType.FLOAT
+    assert initializers["model.layers.0.mlp.down_proj.weight.int8"].dtype == ir.DataType.INT8
+    assert f"{HOSTILE}.int8" not in initializers
+
+
+def test_the_report_ranks_all_matrices(repaired: Path) -> None:
+    found = json.loads((repaired / "report.json").read_text(encoding="utf-8"))["sensitivity"]
+    assert len(found) == 2 * 4 + 1, "four matrices a layer, and the embedding, which is the head too"
+    assert found[0]["name"] == HOSTILE
+    costs = [item["kl"] for item in found]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 10 * costs[1] > 0
+
+
+def test_the_repaired_bundle_runs_and_verifies(repaired: Path) -> None:
+    assert main(["verify", str(repaired)]) == 0
+    with load(repaired) as engine:
+        assert engine.generate("Once upon a time", max_tokens=8).stats.generated_tokens > 0
+
+
+def test_cuts_do_not_change_a_bit_of_the_repaired_bundle(repaired: Path) -> None:
+    session = open_session(Bundle.open(repaired), threads=2)
+    ids = list(TEXT[:150].encode())
+    whole = session.step(ids, len(ids)).copy()
+    for sizes in ([1] * 150, [7] * 22, [3, 1, 100, 2, 50]):
+        session.rewind(0)
+        rows: list[NDArray[np.float32]] = []
+        begin = 0
+        for size in sizes:
+            piece = ids[begin : begin + size]
+            if piece:
+                rows.append(session.step(piece, len(piece)).copy())
+            begin += size
+        assert np.array_equal(np.concatenate(rows), whole)
+
+
+def test_nothing_is_excluded_where_the_gate_holds(tiny_bundle: Path) -> None:
+    assert Bundle.open(tiny_bundle).manifest.quantization.excluded == ()
+    report = json.loads((tiny_bundle / "report.json").read_text(encoding="utf-8"))
+    assert len(report["sensitivity"]) == 2 * 4 + 1
+
+
+def test_an_fp32_export_has_no_sensitivity(export_tiny: Callable[..., Path]) -> None:
+    report = json.loads((export_tiny(scheme="fp32") / "report.json").read_text(encoding="utf-8"))
+    assert report["sensitivity"] == []
+
+
+def test_a_model_that_cannot_hold_fails_with_the_figures(tiny_model: Path, tmp_path: Path) -> None:
+    """Every token as in fp32, ties and all: half of the matrices in INT8 are too many for that."""
+    target = target_with_gate(tmp_path, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=0.0)
+    out = tmp_path / "bundle"
+    with pytest.raises(VerificationError, match=r"the same at .* %.*; with .* in float32: .*--scheme fp32"):
+        export_model(ExportConfig(str(tiny_model), target=target, kv="float32", out=out))
+    assert not out.exists()
+
+
+def test_where_the_cache_alone_misses_no_matrix_is_blamed(tiny_model: Path, tmp_path: Path) -> None:
+    target = target_with_gate(tmp_path, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=-9.0)
+    with pytest.raises(VerificationError, match=r"with all matrices in float32: .*--kv float32"):
+        export_model(ExportConfig(str(tiny_model), target=target, out=tmp_path / "bundle"))
+
+
+class Biased:
+    """A session of 4 tokens whose logits are pulled towards the first."""
+
+    def __init__(self, pull: float) -> None:
+        self._pull = pull
+        self.length = 0
+
+    def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        self.length += len(token_ids)
+        return np.tile(np.array([self._pull, 0, 0, 0], np.float32), (keep, 1))
+
+    def rewind(self, length: int) -> None:
+        self.length = length
+
+    def close(self) -> None:
+        pass
+
+
+def probing(pulls: dict[str, float], probed: list[tuple[str, ...]]) -> Any:
+    @contextmanager
+    def probe(names: Collection[str]) -> Iterator[Biased]:
+        probed.append(tuple(names))
+        yield Biased(sum(pulls[name] for name in names))
+
+    return probe
+
+
+def test_the_measure_is_the_divergence_of_the_next_token() -> None:
+    (found,) = measure_sensitivity(Biased(0), probing({"a": 1.0}, []), ["a"], range(100))
+    expected, got = np.full(4, 0.25), np.exp([1.0, 0, 0, 0]) / np.exp([1.0, 0, 0, 0]).sum()
+    assert found.kl == pytest.approx(float((expected * np.log(expected / got)).sum()), rel=1e-5)
+
+
+def test_what_is_not_a_number_is_worst() -> None:
+    found = measure_sensitivity(Biased(0), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"], range(10))
+    assert [item.name for item in found] == ["b", "a"]
+
+
+def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one() -> None:
+    names = [f"model.layers.{layer}.{side}.weight" for layer in range(40) for side in ("in", "out")] + ["head"]
+    pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
+    probed: list[tuple[str, ...]] = []
+    found = measure_sensitivity(Biased(0), probing(pulls, probed), names, range(10))
+    assert found[0].matrices == ("model.layers.7.out.weight",)
+    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
+    assert len(probed) <= 41 + MOST_PROBES
+    assert ("model.layers.3.in.weight", "model.layers.3.out.weight") in probed
+
+
+def agreement(rise: float) -> QuantizedAgreement:
+    return QuantizedAgreement(10.0, 10.0 + rise / 10, rise, 99.0, 99.0, 100, 500, 128)
+
+
+def test_the_fewest_matrices_that_hold_are_left_out() -> None:
+    ranked = [Sensitivity(name, (name,), cost) for name, cost in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5))]
+    tried: list[set[str]] = []
+
+    def attempt(excluded: Collection[str]) -> QuantizedAgreement:
+        tried.append(set(excluded))
+        return agreement(0.0 if {"a", "b"} <= set(excluded) else 50.0)
+
+    after, excluded = repair(agreement(80.0), ranked, attempt, GATE)
+    assert after.perplexity_increase_percent == 0
+    assert [item.name for item in excluded] == ["a", "b"]
+    assert tried == [{"a", "b", "c", "d"}, {"a"}, {"a", "b"}]
+
+
+def test_more_than_half_of_the_matrices_is_no_repair() -> None:
+    ranked = [Sensitivity(name, (name,), 1.0) for name in "abcd"]
+    with pytest.raises(VerificationError, match=r"80\.00 %.*with a, b in float32.*50\.00 %"):
+        repair(agreement(80.0), ranked, lambda names: agreement(0.0 if len(names) > 2 else 50.0), GATE)
