@@ -41,6 +41,7 @@ from .errors import RecipeError, SourceError
 from .passes import fusing_passes, quantizing_passes
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
+from .tokenizer_check import check_tokenizer
 from .trace import TracedModel, trace_model
 
 _CALIBRATION_WINDOW = 1024
@@ -149,11 +150,9 @@ def _load(context: _Context) -> None:
     context.reference.mkdir()
     package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
     text = context.config.read_text()
-    context.text_ids = Tokenizer(context.result / names.TOKENIZER_NAME).encode(text)
-    if context.text_ids != list(context.loaded.tokenizer(text, verbose=False)["input_ids"]):
-        raise SourceError(
-            "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
-        )
+    bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
+    check_tokenizer(context.loaded.tokenizer, bundled, text)
+    context.text_ids = bundled.encode(text)
     if len(context.text_ids) < _MIN_TEXT_TOKENS:
         raise RecipeError(
             f"the text has {len(context.text_ids)} tokens, too few to judge a model by: "
