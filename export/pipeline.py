@@ -40,13 +40,14 @@ from ..targets import Profile
 from . import package, verify
 from .calibrate import cache_ranges
 from .config import ExportConfig
-from .errors import RecipeError, SourceError, TraceError
+from .errors import RecipeError, TraceError
 from .passes import fusing_passes
 from .quantize import Quantizer
 from .repair import repair
 from .sensitivity import Sensitivity, measure_sensitivity
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
+from .tokenizer_check import check_tokenizer
 from .trace import TracedModel, trace_model
 from .trace_plain import trace_plain
 
@@ -172,11 +173,9 @@ def _load(context: _Context) -> None:
     context.reference.mkdir()
     package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
     text = context.config.read_text()
-    context.text_ids = Tokenizer(context.result / names.TOKENIZER_NAME).encode(text)
-    if context.text_ids != list(context.loaded.tokenizer(text, verbose=False)["input_ids"]):
-        raise SourceError(
-            "the model's tokenizer.json gives other ids than its transformers tokenizer: fix the tokenizer"
-        )
+    bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
+    check_tokenizer(context.loaded.tokenizer, bundled, text)
+    context.text_ids = bundled.encode(text)
     # A text that fills no window of the scoring would give figures that say less than they seem to.
     needed = min(DEFAULT_WINDOW, context.loaded.context_length)
     if len(context.text_ids) < needed:

@@ -5,6 +5,7 @@ Only safetensors are read and remote code is never run. The network is touched f
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import logging
@@ -206,7 +207,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
         raise SourceError(
-            f"{folder} has no tokenizer that can be loaded ({_words(error)}): add its tokenizer.json"
+            f"{folder} has no tokenizer that can be loaded ({_words(error)}): {_tokenizer_advice(folder)}"
         ) from error
     if not tokenizer.is_fast or tokenizer.vocab_size == 0:
         raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
@@ -222,6 +223,22 @@ def _check_vocabulary(folder: Path, module: PreTrainedModel, tokenizer: PreTrain
             f"{folder}: the tokenizer gives id {highest}, the model has ids 0 to {vocab_size - 1} only: "
             "give the tokenizer that belongs to the model"
         )
+
+
+def _tokenizer_advice(folder: Path) -> str:
+    """What is missing. transformers' own words name tiktoken wherever it cannot read a file of SentencePiece."""
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [package for module, package in packages.items() if not _installed(module)]
+    if missing and any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
+        return f"pip install {' '.join(missing)} if it is of SentencePiece, or add its tokenizer.json"
+    return "add its tokenizer.json"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around a submodule is missing
+        return False
 
 
 def _tokens(folder: Path, module: PreTrainedModel, config: dict[str, Any]) -> Tokens:

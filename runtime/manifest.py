@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from .errors import BundleCorruptError, BundleVersionError
 
@@ -162,7 +162,7 @@ def parse_manifest(text: str) -> Manifest:
     BundleVersionError, if it was written in another schema version.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleCorruptError(
             f"{MANIFEST_NAME} is not valid JSON ({error}): copy or export the bundle again"
@@ -177,6 +177,11 @@ def parse_manifest(text: str) -> Manifest:
     manifest = _build(Manifest, data, "")
     _check_values(manifest)
     return manifest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python reads NaN and Infinity, which JSON does not have and no other reader of a manifest takes."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _check_values(manifest: Manifest) -> None:

@@ -112,6 +112,14 @@ def test_round_trip_is_exact() -> None:
     assert text.endswith("}\n") and not text.endswith("\n\n")
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused(value: str) -> None:
+    data = {**as_data(), "quality": {"against_fp32": {"perplexity": 1.5}}}
+    assert parse_manifest(json.dumps(data)).quality == data["quality"]
+    with pytest.raises(BundleCorruptError, match=value):
+        parse_manifest(json.dumps(data).replace("1.5", value))
+
+
 numbers = st.integers(0, 2**40)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 sizes = st.integers(1, 2**40)
