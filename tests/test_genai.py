@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgelm.export import ExportConfig, export_model
+from edgelm.export import ExportConfig, export_model, genai
 from edgelm.export.genai import GENAI_CONFIG_NAME, GENAI_GRAPH_NAME, genai_config, why_irregular, write_genai_files
 from edgelm.export.passes.last_logits_only import LastLogitsOnly
 from edgelm.runtime import load
@@ -188,6 +188,18 @@ def test_an_irregular_model_gets_neither_file_and_a_reason(
     reason = write_genai_files(tmp_path, regular(*layers), Tokens(None, (), None))
     assert reason is not None and words in reason
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_says_why_the_files_are_not_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genai, "why_irregular", lambda model: "layer 1 has no attention")
+    config = ExportConfig(str(tiny_model), target="x86-cpu", scheme="fp32", out=tmp_path / "out")
+    result = export_model(config)
+    assert result.report["genai"] == {"written": False, "reason": "layer 1 has no attention"}
+    assert not {GENAI_GRAPH_NAME, GENAI_CONFIG_NAME} & result.manifest.files.keys()
+    with load(result.path) as engine:
+        assert engine.generate("Once", max_tokens=2).stats.prompt_tokens == 4
 
 
 def test_sliding_windows_do_not_make_a_model_irregular() -> None:
