@@ -1,6 +1,6 @@
 """The way of a model from its source to a bundle: named stages over one context.
 
-    load -> trace -> fuse -> compare with torch -> calibrate -> quantize -> judge -> measure -> write
+    load -> trace -> fuse -> compare with torch -> calibrate -> quantize -> judge -> measure -> other runtimes -> write
 
 The fp32 graph is written to a scratch folder first, because it is what torch is compared with, what calibrates the
 cache, and what the quantized graph is judged by. All of that runs in the runtime that ships.
@@ -41,6 +41,7 @@ from . import package, verify
 from .calibrate import cache_ranges
 from .config import ExportConfig
 from .errors import RecipeError, TraceError
+from .genai import write_genai_files
 from .passes import fusing_passes
 from .quantize import Quantizer
 from .repair import repair
@@ -97,6 +98,7 @@ class _Context:
     sensitivity: list[Sensitivity] = field(default_factory=list)  # judge
     excluded: tuple[Exclusion, ...] = ()  # judge
     speeds: dict[str, Speed] = field(default_factory=dict)  # measure
+    without_genai: str | None = None  # other runtimes: why onnxruntime-genai's files are not there
 
     @property
     def result(self) -> Path:
@@ -154,6 +156,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
             ("quantize", _quantize),
             ("judge", _judge),
             ("measure", _measure),
+            ("other runtimes", _other_runtimes),
         ]
         records = run_stages(context, stages, f"{config.model} for {profile.name}", progress)
         report: dict[str, Any] = {}
@@ -295,6 +298,10 @@ def _measure(context: _Context) -> None:
             context.speeds[name] = measure_speed(session, prompt)
 
 
+def _other_runtimes(context: _Context) -> None:
+    context.without_genai = write_genai_files(context.result, context.model(context.kv), context.loaded.tokens)
+
+
 def _write(context: _Context, report: dict[str, Any]) -> None:
     package.write_json(context.result / names.REPORT_NAME, report)
     loaded = context.loaded
@@ -340,6 +347,7 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
         "against_source": verify.measured(context.source_agreement),
         "against_fp32": verify.measured(context.quantized_agreement),
         "sensitivity": [item.measured() for item in context.sensitivity],
+        "genai": {"written": context.without_genai is None, "reason": context.without_genai},
         "stages": [dataclasses.asdict(record) for record in records],
     }
 
