@@ -8,7 +8,6 @@ cache, and what the quantized graph is judged by. All of that runs in the runtim
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from .calibrate import cache_ranges
 from .config import ExportConfig
 from .errors import RecipeError, SourceError
 from .passes import fusing_passes, quantizing_passes
+from .report import Measurements, build_report, write_report
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
 from .trace import TracedModel, trace_model
@@ -216,7 +216,7 @@ def _measure(context: _Context) -> None:
 
 
 def _write(context: _Context, report: dict[str, Any]) -> None:
-    package.write_json(context.result / names.REPORT_NAME, report)
+    write_report(report, context.result)
     loaded = context.loaded
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -238,31 +238,21 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
 
 
 def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
-    sizes = {name: sum(path.stat().st_size for path in folder.iterdir()) for name, folder in _folders(context)}
-    return {
-        "model": context.loaded.name,
-        "target": context.profile.name,
-        "scheme": context.scheme,
-        "kv": context.kv,
-        "parameters": context.loaded.module.num_parameters(),
-        "bytes": sizes,
-        "speed": {
-            name: {
-                "prompt_tokens": speed.prompt_tokens,
-                "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
-                "decode_tokens_per_s": round(speed.decode_tokens_per_s, 1),
-                "threads": machine.default_threads(),
-            }
-            for name, speed in context.speeds.items()
-        },
-        "against_source": verify.measured(context.source_agreement),
-        "against_fp32": verify.measured(context.quantized_agreement),
-        "stages": [dataclasses.asdict(record) for record in records],
-    }
-
-
-def _folders(context: _Context) -> list[tuple[str, Path]]:
-    return [("before", context.reference), ("after", context.result)]
+    return build_report(
+        Measurements(
+            name=context.loaded.name,
+            source=context.loaded.source,
+            target=context.profile.name,
+            scheme=context.scheme,
+            model=context.model(context.kv),
+            before=context.reference,
+            after=context.result,
+            speeds=context.speeds,
+            against_source=context.source_agreement,
+            against_fp32=context.quantized_agreement,
+            stages=records,
+        )
+    )
 
 
 def _save(graph: ir.Model, folder: Path) -> None:
