@@ -81,9 +81,9 @@ def lines(name: str, description: str, stop: int, series: Sequence[tuple[str, fl
         for index, (label, begin, end, color) in enumerate(series):
             axes.fill_between([0, stop], [begin, end], color=COLORS[color], alpha=0.18, linewidth=0)
             axes.plot([0, stop], [begin, end], color=COLORS[color], linewidth=2.2)
-            words = f"{label}: {begin:,.3g} to {end:,.3g} {unit}"
-            # The upper label stands above the end of its line, the lower one below it: they never meet.
-            offset, side = (4, "bottom") if index == 0 else (-5, "top")
+            words = f"{label}: {begin:,.1f} to {end:,.1f} {unit}"
+            # The upper label stands above its line. So does the lower one where its line is low, else it stands below.
+            offset, side = (4, "bottom") if index == 0 or end < 0.3 * top else (-5, "top")
             place = (1, end / axes.get_ylim()[1])
             _label(axes, words, place, (-2, offset), alignment=("right", side), color="ink", size=_TEXT)
         for share, words, side in (

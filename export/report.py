@@ -92,8 +92,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 def part_bytes(graph: Path) -> dict[str, int]:
     """Bytes of a graph's weights by part of the model: embedding and head, attention, MLP, norms, other.
 
-    A matrix that embedding and head share counts once. The scales of the cache belong to attention; position tables
-    and constants are other.
+    A matrix that embedding and head share counts once, one that was merged of two parts with the first of them. The
+    scales of the cache belong to attention; position tables and constants are other.
     """
     sizes = dict.fromkeys(("embedding and head", "attention", "MLP", "norms", _OTHER), 0)
     for value in ir.load(graph).graph.initializers.values():

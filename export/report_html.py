@@ -8,13 +8,22 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from ..runtime.figures import PERPLEXITY, Figure, bytes_text, count_text, main_figures, was_changed
+from ..runtime.figures import (
+    AGREEMENT,
+    PERPLEXITY,
+    Figure,
+    bytes_text,
+    count_text,
+    main_figures,
+    speed_text,
+    was_changed,
+)
 from . import charts
 from .charts import Row
 
 _TEMPLATE = "templates/report.html"
 _SHOWN_LAYERS = 20
-_TILES = ("Weights", "Writing an answer", "Cache, full context", "Same first choice as fp32")
+_TILES = ("Weights", "Writing an answer", "Cache, full context", AGREEMENT)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -28,7 +37,7 @@ def page(report: dict[str, Any]) -> str:
         report=report,
         changed=was_changed(report),
         figures=figures,
-        tiles=[_tile(figure) for figure in figures if figure.title in _TILES],
+        tiles=_tiles(figures),
         perplexity=next((figure for figure in figures if figure.title == PERPLEXITY), None),
         parts=_parts(report),
         charts=_charts(report),
@@ -39,16 +48,19 @@ def page(report: dict[str, Any]) -> str:
     )
 
 
-def _tile(figure: Figure) -> dict[str, Any]:
-    """The large word of a figure, and the smaller ones below it."""
-    if figure.before is None or figure.verdict in ("", "the same"):
-        return {"title": figure.title, "large": figure.after, "small": figure.verdict, "better": None}
-    return {
-        "title": figure.title,
-        "large": figure.verdict,
-        "small": f"{figure.after} instead of {figure.before}",
-        "better": figure.better,
-    }
+def _tiles(figures: list[Figure]) -> list[dict[str, Any]]:
+    """The figures that most people ask for: a title, a large line, a small one, and whether it is better."""
+    verdicts = {figure.title: figure.verdict for figure in figures}
+    tiles = []
+    for figure in figures:
+        tile = {"title": figure.title, "large": figure.after, "small": figure.verdict, "better": figure.better}
+        if figure.before is not None and figure.better is not None:
+            tile.update(large=figure.verdict, small=f"{figure.after} instead of {figure.before}")
+        if figure.title == AGREEMENT:
+            tile.update(small=f"perplexity: {verdicts[PERPLEXITY]}")
+        if figure.title in _TILES:
+            tiles.append(tile)
+    return tiles
 
 
 def _parts(report: dict[str, Any]) -> list[tuple[str, str, int, int]]:
@@ -92,14 +104,15 @@ def _speed(report: dict[str, Any]) -> str:
         fastest = max(report["speed"][side][key] for side, _ in _sides(report))
         for side, words in _sides(report):
             speed = report["speed"][side][key]
-            rows.append(Row(f"{title}, {words}", f"{speed:,.0f} tokens/s", [(speed / fastest, side)]))
+            rows.append(Row(f"{title}, {words}", speed_text(speed), [(speed / fastest, side)]))
     return charts.bars("speed", "Tokens a second", rows)
 
 
 def _memory(report: dict[str, Any]) -> str:
     sides = {side: report["memory"][side] for side, _ in _sides(report)}
     ends = {side: memory["weights_bytes"] + memory["kv_bytes_full_context"] for side, memory in sides.items()}
-    unit, size = ("GB", 1e9) if max(ends.values()) >= 1e9 else ("MB", 1e6)
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, size = next(((unit, size) for unit, size in units if max(ends.values()) >= size), units[-1])
     series = [(words, sides[side]["weights_bytes"] / size, ends[side] / size, side) for side, words in _sides(report)]
     series.sort(key=lambda item: -item[2])
     return charts.lines("memory", "Weights and cache by length of the text", report["context_length"], series, unit)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+AGREEMENT = "Same first choice as fp32"
 PERPLEXITY = "Perplexity, lower is better"
 _SAME_PERCENT = 2.0  # speeds and sizes closer than this are called the same
 _SAME_PERPLEXITY_PERCENT = 0.05
@@ -48,6 +49,11 @@ def bytes_text(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
+def speed_text(tokens_per_s: float) -> str:
+    """A speed: "155 tokens/s", below 100 with a decimal."""
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:,.1f} tokens/s"
+
+
 def count_text(count: float) -> str:
     """A large count: "2.8 million"."""
     for unit, size in (("billion", 1e9), ("million", 1e6)):
@@ -71,8 +77,8 @@ def _compared(report: dict[str, Any]) -> Iterator[Figure]:
     """What has a number before and after: title, where the two are, how they are written, what more and less mean."""
     rows = (
         ("Weights", ("memory", "weights_bytes"), bytes_text, ("larger", "smaller"), False),
-        ("Writing an answer", ("speed", "decode_tokens_per_s"), _speed_text, ("faster", "slower"), True),
-        ("Reading a prompt", ("speed", "prefill_tokens_per_s"), _speed_text, ("faster", "slower"), True),
+        ("Writing an answer", ("speed", "decode_tokens_per_s"), speed_text, ("faster", "slower"), True),
+        ("Reading a prompt", ("speed", "prefill_tokens_per_s"), speed_text, ("faster", "slower"), True),
         ("Cache, for each token", ("memory", "kv_bytes_per_token"), bytes_text, ("larger", "smaller"), False),
         ("Cache, full context", ("memory", "kv_bytes_full_context"), bytes_text, ("larger", "smaller"), False),
     )
@@ -96,7 +102,7 @@ def _quality(report: dict[str, Any]) -> Iterator[Figure]:
         yield Figure(PERPLEXITY, f"{before:.3f}", f"{after:.3f}", verdict, better)
     agreement = _number(report, "against_fp32", "agreement_percent")
     if agreement is not None:
-        yield Figure("Same first choice as fp32", None, f"{agreement:.1f} % of tokens")
+        yield Figure(AGREEMENT, None, f"{agreement:.1f} % of tokens")
     decided, positions = (_number(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
     if decided is not None and positions:
         yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
@@ -109,10 +115,6 @@ def _against_source(report: dict[str, Any]) -> Iterator[Figure]:
     difference = _number(report, "against_source", "logit_difference")
     if difference is not None:
         yield Figure("fp32 logits against PyTorch", None, f"{difference:.1e} of the largest apart")
-
-
-def _speed_text(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:,.1f} tokens/s"
 
 
 def _number(report: Any, *keys: str) -> float | None:
