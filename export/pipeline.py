@@ -8,11 +8,10 @@ cache, and what the quantized graph is judged by. All of that runs in the runtim
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from .genai import write_genai_files
 from .passes import fusing_passes
 from .quantize import Quantizer
 from .repair import repair
+from .report import Measurements, build_report, write_report
 from .sensitivity import Sensitivity, measure_sensitivity
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
@@ -248,7 +248,7 @@ def _quantize(context: _Context) -> None:
 
 def _write_quantized(context: _Context, excluded: Collection[str]) -> None:
     """The bundle's graph and weights, with the matrices of these names left in float32."""
-    context.traced = dataclasses.replace(context.traced, graph=context.quantizer.quantized(excluded))
+    context.traced = replace(context.traced, graph=context.quantizer.quantized(excluded))
     _save(context.traced.graph, context.result)
 
 
@@ -303,7 +303,7 @@ def _other_runtimes(context: _Context) -> None:
 
 
 def _write(context: _Context, report: dict[str, Any]) -> None:
-    package.write_json(context.result / names.REPORT_NAME, report)
+    write_report(report, context.result)
     loaded = context.loaded
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -325,35 +325,25 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
 
 
 def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
-    sizes = {name: sum(path.stat().st_size for path in folder.iterdir()) for name, folder in _folders(context)}
-    return {
-        "model": context.loaded.name,
-        "target": context.profile.name,
-        "path": context.path,
-        "refused_paths": context.refusals,
-        "scheme": context.scheme,
-        "kv": context.kv,
-        "parameters": context.loaded.module.num_parameters(),
-        "bytes": sizes,
-        "speed": {
-            name: {
-                "prompt_tokens": speed.prompt_tokens,
-                "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
-                "decode_tokens_per_s": round(speed.decode_tokens_per_s, 1),
-                "threads": machine.default_threads(),
-            }
-            for name, speed in context.speeds.items()
-        },
-        "against_source": verify.measured(context.source_agreement),
-        "against_fp32": verify.measured(context.quantized_agreement),
-        "sensitivity": [item.measured() for item in context.sensitivity],
-        "genai": {"written": context.without_genai is None, "reason": context.without_genai},
-        "stages": [dataclasses.asdict(record) for record in records],
-    }
-
-
-def _folders(context: _Context) -> list[tuple[str, Path]]:
-    return [("before", context.reference), ("after", context.result)]
+    return build_report(
+        Measurements(
+            name=context.loaded.name,
+            source=context.loaded.source,
+            target=context.profile.name,
+            scheme=context.scheme,
+            model=context.model(context.kv),
+            before=context.reference,
+            after=context.result,
+            speeds=context.speeds,
+            against_source=context.source_agreement,
+            against_fp32=context.quantized_agreement,
+            stages=records,
+            path=context.path,
+            refused_paths=context.refusals,
+            sensitivity=context.sensitivity,
+            without_genai=context.without_genai,
+        )
+    )
 
 
 def _save(graph: ir.Model, folder: Path) -> None:

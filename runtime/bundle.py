@@ -17,6 +17,7 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_CONFIG_NAME = "generation_config.json"
 REPORT_NAME = "report.json"
+REPORT_PAGE_NAME = "report.html"
 
 _REQUIRED = (GRAPH_NAME, TOKENIZER_NAME)
 _CHUNK_BYTES = 1 << 20

@@ -13,7 +13,17 @@ from .conftest import ROOT
 
 # export -> runtime, targets; runtime -> nothing of ours; targets -> nothing.
 ALLOWED = {"export": {"export", "runtime", "targets"}, "runtime": {"runtime"}, "targets": {"targets"}}
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+    "rich",
+)
 
 PUBLIC = {
     "edgelm.runtime": [

@@ -288,6 +288,7 @@ FILES = [
     "tokenizer_config.json",
     "generation_config.json",
     "report.json",
+    "report.html",
 ]
 SEEN_AT_OPEN: dict[str, tuple[Damage, type[BundleError], str]] = {
     "no folder": (shutil.rmtree, BundleMissingError, "bundle"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..stages import StageRecord
 
 SUMMARY = "turn a Hugging Face model into a bundle"
-_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "rich")
+_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`edgelm inspect`: what a bundle is, from its manifest, without loading the model."""
+"""`edgelm inspect`: what a bundle is, from its manifest, and what its export measured, without loading the model."""
 
 from __future__ import annotations
 
@@ -6,26 +6,81 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
+from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
+from ..errors import BundleCorruptError, BundleMissingError
+from ..figures import main_figures
 from ..manifest import LayerCache, Manifest
 
-SUMMARY = "show what a bundle is"
+SUMMARY = "show what a bundle is, or what its export measured"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", help="folder that  edgelm export  wrote")
-    parser.add_argument("--json", action="store_true", help="print the manifest and the digest as JSON")
+    parser.add_argument("--json", action="store_true", help="print the manifest and the digest as JSON, or the report")
+    parser.add_argument("--report", action="store_true", help="show what was measured at export")
+    parser.add_argument("--open", action="store_true", help="with --report: show its page in the browser too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the manifest and print it for a person or a program."""
+    """Print the manifest or the report, for a person or a program."""
     bundle = Bundle.open(arguments.bundle)
+    if arguments.report or arguments.open:
+        _show_report(bundle, arguments.json)
+        if arguments.open:
+            _open_page(bundle)
+    elif arguments.json:
+        digest = {"digest": bundle.manifest.digest}
+        print(json.dumps({**digest, **dataclasses.asdict(bundle.manifest)}, ensure_ascii=False))
+    else:
+        _show_manifest(bundle)
+    return 0
+
+
+def _show_report(bundle: Bundle, as_json: bool) -> None:
+    text = _listed(bundle, REPORT_NAME)
+    if as_json:
+        print(text, end="")
+        return
+    report = _parse(text)
     manifest = bundle.manifest
-    if arguments.json:
-        print(json.dumps({"digest": manifest.digest, **dataclasses.asdict(manifest)}, ensure_ascii=False))
-        return 0
+    print(f"{manifest.name} for {manifest.target.name}: {_quantization(manifest)}, {manifest.model.kv.type} cache")
+    for figure in main_figures(report):
+        amount = figure.after if figure.before is None else f"{figure.before} -> {figure.after}"
+        print(f"  {figure.title:30}{amount}{f'  ({figure.verdict})' if figure.verdict else ''}")
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        report = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleCorruptError(f"{REPORT_NAME} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(report, dict):
+        raise BundleCorruptError(f"{REPORT_NAME} holds no object: export the bundle again")
+    return report
+
+
+def _open_page(bundle: Bundle) -> None:
+    import webbrowser
+
+    _listed(bundle, REPORT_PAGE_NAME)
+    page = (bundle.path / REPORT_PAGE_NAME).resolve()
+    if not webbrowser.open(page.as_uri()):
+        raise BundleMissingError(f"no browser was found here: open it yourself: {page}")
+
+
+def _listed(bundle: Bundle, name: str) -> str:
+    """The text of a file that may be missing in bundles of an older edgelm, as it was exported."""
+    if name not in bundle.manifest.files:
+        raise BundleMissingError(f"{bundle.path} has no {name}: export it again with this edgelm to get one")
+    bundle.check_files([name])
+    return bundle.read_text(name) or ""
+
+
+def _show_manifest(bundle: Bundle) -> None:
+    manifest = bundle.manifest
     rows = {
         "name": manifest.name,
         "digest": manifest.digest,
@@ -45,7 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{key:14}{value}")
     for name, entry in manifest.files.items():
         print(f"  {entry.bytes:>14,}  {name}")
-    return 0
 
 
 def _source(manifest: Manifest) -> str:

@@ -1,0 +1,149 @@
+"""Charts of a report as SVG text that stands inside a page: no scripts, no fonts, the page's own colours.
+
+The same numbers give the same bytes. Colours are placeholders for matplotlib that become CSS variables, so that one
+drawing serves light and dark pages; text stays text, in the page's font. matplotlib is imported late.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The page's variables (see templates/report.html) by the colour that stands for each while drawing. Black is avoided:
+# matplotlib leaves it out, as SVG's default.
+_VARIABLES = ("ink", "muted", "track", "before", "after", "part0", "part1", "part2", "part3", "part4", "miss")
+COLORS = {name: f"#0000{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
+_WIDTH_IN = 3.9  # narrow, so that the text is readable where the page is as wide as a phone
+_TEXT, _SMALL = 10.5, 9.5
+_ROW_IN = 0.48
+_STYLE = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify": False}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bar: words above it on the left, its value on the right, and its segments as (share of the width, colour)."""
+
+    label: str
+    value: str
+    segments: Sequence[tuple[float, str]]
+
+
+def bars(name: str, description: str, rows: Sequence[Row]) -> str:
+    """Bars below each other, each on a track of the full width. name: unlike that of the page's other charts."""
+    with _style(name):
+        figure, axes = _canvas(len(rows) * _ROW_IN)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(rows), 0)
+        for index, row in enumerate(rows):
+            axes.text(0, index + 0.38, row.label, color=COLORS["ink"], size=_TEXT)
+            axes.text(1, index + 0.38, row.value, color=COLORS["ink"], size=_TEXT, ha="right")
+            axes.barh(index + 0.64, 1, 0.24, color=COLORS["track"])
+            begin = 0.0
+            for share, color in row.segments:
+                axes.barh(index + 0.64, share, 0.24, left=begin, color=COLORS[color])
+                begin += share
+        return _svg(figure, name, description)
+
+
+def squares(name: str, description: str, percent: float) -> str:
+    """A hundred squares, of which as many are filled as there are whole percent."""
+    with _style(name):
+        columns, rows, side = 20, 5, 0.8
+        figure, axes = _canvas(_WIDTH_IN * rows / columns)
+        axes.set_xlim(0, columns)
+        axes.set_ylim(rows, 0)
+        for index in range(columns * rows):
+            row, column = divmod(index, columns)
+            color = COLORS["after" if index < int(percent) else "miss"]
+            axes.bar(column + 0.5, side, side, row + 0.1, color=color)
+        return _svg(figure, name, description)
+
+
+def lines(name: str, description: str, stop: int, series: Sequence[tuple[str, float, float, str]], unit: str) -> str:
+    """Straight lines over 0 to `stop` tokens. series: label, height at 0, height at `stop` (in `unit`), colour; the
+    highest first."""
+    with _style(name):
+        figure, axes = _canvas(2.2, (0.0, 0.16, 1.0, 0.84))
+        top = max(end for _, _, end, _ in series)
+        axes.set_xlim(0, stop)
+        axes.set_ylim(0, 1.22 * top)
+        for share in (0, 0.5, 1):
+            axes.axhline(share * top, color=COLORS["track"], linewidth=0.8, zorder=0)
+        for index, (label, begin, end, color) in enumerate(series):
+            axes.fill_between([0, stop], [begin, end], color=COLORS[color], alpha=0.18, linewidth=0)
+            axes.plot([0, stop], [begin, end], color=COLORS[color], linewidth=2.2)
+            words = f"{label}: {begin:,.1f} to {end:,.1f} {unit}"
+            # The upper label stands above its line. So does the lower one where its line is low, else it stands below.
+            offset, side = (4, "bottom") if index == 0 or end < 0.3 * top else (-5, "top")
+            place = (1, end / axes.get_ylim()[1])
+            _label(axes, words, place, (-2, offset), alignment=("right", side), color="ink", size=_TEXT)
+        for share, words, side in (
+            (0, "empty", "left"),
+            (0.5, "half full", "center"),
+            (1, f"{stop:,} tokens", "right"),
+        ):
+            _label(axes, words, (share, 0), (0, -6), alignment=(side, "top"), color="muted", size=_SMALL)
+        return _svg(figure, name, description)
+
+
+def _label(
+    axes: Axes,
+    words: str,
+    place: tuple[float, float],
+    offset: tuple[float, float],
+    *,
+    alignment: tuple[str, str],
+    color: str,
+    size: float,
+) -> None:
+    """Words at a place (in shares of the axes), moved by an offset in points, aligned (horizontal, vertical)."""
+    axes.annotate(
+        words,
+        place,
+        offset,
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha=alignment[0],
+        va=alignment[1],
+        color=COLORS[color],
+        size=size,
+    )
+
+
+def _style(name: str) -> AbstractContextManager[None]:
+    """matplotlib's own defaults and ours, whatever the user's settings are, while something is drawn and written."""
+    from matplotlib import style
+
+    context: AbstractContextManager[None] = style.context(["default", {**_STYLE, "svg.hashsalt": name}])
+    return context
+
+
+def _canvas(height_in: float, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> tuple[Figure, Axes]:
+    """An empty drawing without axes. Not by pyplot, which would choose a window system."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_IN, height_in))
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = re.sub(r"^.*?(?=<svg )", "", out.getvalue(), flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # would hold for the whole page
+    text = re.sub(r' width="[^"]*" height="[^"]*"', f' role="img" aria-label="{description}"', text, count=1)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for variable, color in COLORS.items():
+        text = text.replace(color, f"var(--{variable})")
+    return text

@@ -1,0 +1,124 @@
+"""The main figures of a report.json in words, for the terminal and for report.html. Standard library only.
+
+A report may come from another version of edgelm: a figure whose numbers are not there is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+AGREEMENT = "Same first choice as fp32"
+PERPLEXITY = "Perplexity, lower is better"
+_SAME_PERCENT = 2.0  # speeds and sizes closer than this are called the same
+_SAME_PERPLEXITY_PERCENT = 0.05
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the report. before: what the fp32 graph had, or None where the export changed nothing; verdict: what
+    became of it, in words, or ""; better: True or False where the change is one for the better or the worse."""
+
+    title: str
+    before: str | None
+    after: str
+    verdict: str = ""
+    better: bool | None = None
+
+
+def was_changed(report: dict[str, Any]) -> bool:
+    """Whether the bundle's graph differs from the fp32 graph, so that there is a before and an after."""
+    return report.get("against_fp32") is not None
+
+
+def main_figures(report: dict[str, Any]) -> list[Figure]:
+    """Size, speed, memory and quality of an export."""
+    changed = was_changed(report)
+    figures = list(_compared(report))
+    if not changed:
+        figures = [Figure(figure.title, None, figure.after) for figure in figures]
+    return [*figures, *_quality(report), *_against_source(report)]
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that suits it: "68 bytes", "1.5 kB", "3.1 MB", "1.20 GB"."""
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:,.{digits}f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
+def speed_text(tokens_per_s: float) -> str:
+    """A speed: "155 tokens/s", below 100 with a decimal."""
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:,.1f} tokens/s"
+
+
+def count_text(count: float) -> str:
+    """A large count: "2.8 million"."""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,.0f}"
+
+
+def change_text(before: float, after: float, more: str, less: str) -> str:
+    """How two amounts compare: "3.6 times smaller", "12 % faster", "the same". more, less: "larger" and "smaller"."""
+    low, high = sorted((before, after))
+    if low <= 0 or 100 * (high / low - 1) < _SAME_PERCENT:
+        return "the same" if low > 0 or low == high else ""
+    word = more if after > before else less
+    if high / low >= 1.5:
+        return f"{high / low:.1f} times {word}"
+    return f"{100 * abs(after / before - 1):.0f} % {word}"
+
+
+def _compared(report: dict[str, Any]) -> Iterator[Figure]:
+    """What has a number before and after: title, where the two are, how they are written, what more and less mean."""
+    rows = (
+        ("Weights", ("memory", "weights_bytes"), bytes_text, ("larger", "smaller"), False),
+        ("Writing an answer", ("speed", "decode_tokens_per_s"), speed_text, ("faster", "slower"), True),
+        ("Reading a prompt", ("speed", "prefill_tokens_per_s"), speed_text, ("faster", "slower"), True),
+        ("Cache, for each token", ("memory", "kv_bytes_per_token"), bytes_text, ("larger", "smaller"), False),
+        ("Cache, full context", ("memory", "kv_bytes_full_context"), bytes_text, ("larger", "smaller"), False),
+    )
+    for title, (section, key), text, words, more_is_better in rows:
+        before, after = (_number(report, section, side, key) for side in ("before", "after"))
+        if before is None or after is None:
+            continue
+        verdict = change_text(before, after, *words)
+        better = None if verdict in ("", "the same") else (after > before) == more_is_better
+        yield Figure(title, text(before), text(after), verdict, better)
+
+
+def _quality(report: dict[str, Any]) -> Iterator[Figure]:
+    before, after, percent = (
+        _number(report, "against_fp32", f"perplexity_{key}") for key in ("before", "after", "increase_percent")
+    )
+    if before is not None and after is not None and percent is not None:
+        same = abs(percent) < _SAME_PERPLEXITY_PERCENT
+        verdict = "the same" if same else f"{abs(percent):.2f} % {'worse' if percent > 0 else 'better'}"
+        better = None if same or percent > 0 else True  # a small rise is what INT8 costs, and inside the tolerance
+        yield Figure(PERPLEXITY, f"{before:.3f}", f"{after:.3f}", verdict, better)
+    agreement = _number(report, "against_fp32", "agreement_percent")
+    if agreement is not None:
+        yield Figure(AGREEMENT, None, f"{agreement:.1f} % of tokens")
+    decided, positions = (_number(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
+    if decided is not None and positions:
+        yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
+
+
+def _against_source(report: dict[str, Any]) -> Iterator[Figure]:
+    equal, steps = (_number(report, "against_source", key) for key in ("equal_steps", "steps"))
+    if equal is not None and steps is not None:
+        yield Figure("fp32 graph writes as PyTorch", None, f"{equal:,.0f} of {steps:,.0f} tokens")
+    difference = _number(report, "against_source", "logit_difference")
+    if difference is not None:
+        yield Figure("fp32 logits against PyTorch", None, f"{difference:.1e} of the largest apart")
+
+
+def _number(report: Any, *keys: str) -> float | None:
+    """The number under a path of keys, or None."""
+    for key in keys:
+        report = report.get(key) if isinstance(report, dict) else None
+    return report if isinstance(report, (int, float)) and not isinstance(report, bool) else None

@@ -1,0 +1,254 @@
+"""The report of an export: its figures, its page, and what `edgelm inspect` says of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import webbrowser
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelm.export.report import part_bytes
+from edgelm.export.report_html import page
+from edgelm.runtime.cli import main
+from edgelm.runtime.figures import bytes_text, change_text, main_figures
+
+from .conftest import TEXT
+
+Report = dict[str, Any]
+
+
+@pytest.fixture
+def report(tiny_bundle: Path) -> Report:
+    return read_report(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def fp32_bundle(export_tiny: Callable[..., Path]) -> Path:
+    return export_tiny(scheme="fp32")
+
+
+def read_report(bundle: Path) -> Report:
+    data: Report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    return data
+
+
+def words_of(html: str) -> str:
+    """The text of a page as a reader sees it, which also proves that it is well-formed."""
+    body = ET.fromstring(html).find("{*}body")  # noqa: S314, our own page
+    assert body is not None
+    return " ".join(" ".join(body.itertext()).split())
+
+
+# ---- figures
+
+
+def test_the_parts_are_all_weights_of_the_graph(tiny_bundle: Path, report: Report) -> None:
+    parts = part_bytes(tiny_bundle / "model.onnx")
+    assert parts == report["parts"]["after"]
+    graph = sum((tiny_bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert 0.5 * graph < sum(parts.values()) < graph
+    assert sum(parts.values()) == report["memory"]["after"]["weights_bytes"]
+
+
+def test_each_weight_is_counted_with_its_part(report: Report) -> None:
+    """Two layers, hidden size 64, MLP 96, 4 heads and 2 KV heads of 16, a vocabulary of 257 that is tied, in fp32."""
+    before, after = report["parts"]["before"], report["parts"]["after"]
+    assert before["embedding and head"] == 4 * 257 * 64
+    assert before["attention"] == 4 * 2 * 64 * (64 + 2 * 32 + 64)
+    assert before["MLP"] == 4 * 2 * 3 * 64 * 96
+    assert before["norms"] == after["norms"] == 4 * 64  # those of a fresh model are alike and stored once
+    assert after["embedding and head"] == 257 * (64 + 4)
+    assert after["MLP"] == 2 * (3 * 64 * 96 + 4 * (2 * 96 + 64))
+
+
+def test_the_cache_is_counted_as_the_runtime_allocates_it(report: Report) -> None:
+    values = 2 * 2 * (16 + 16)  # layers, KV heads, key and value
+    assert report["memory"]["after"]["kv_bytes_per_token"] == values
+    assert report["memory"]["before"]["kv_bytes_per_token"] == 4 * values
+    assert report["memory"]["before"]["kv_bytes_full_context"] == 4 * values * 512
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (100, 101, "the same"),
+        (100, 88, "12 % smaller"),
+        (100, 112, "12 % larger"),
+        (100, 25, "4.0 times smaller"),
+        (25, 100, "4.0 times larger"),
+        (0, 0, "the same"),
+        (0, 5, ""),
+    ],
+)
+def test_changes_in_words(before: float, after: float, words: str) -> None:
+    assert change_text(before, after, "larger", "smaller") == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (3.14e6, "3.1 MB"), (2e9, "2.00 GB")]
+)
+def test_bytes_in_words(count: float, words: str) -> None:
+    assert bytes_text(count) == words
+
+
+def test_a_slower_bundle_is_called_worse_and_a_faster_one_better(report: Report) -> None:
+    report["speed"]["before"].update(decode_tokens_per_s=100.0, prefill_tokens_per_s=300.0)
+    report["speed"]["after"].update(decode_tokens_per_s=200.0, prefill_tokens_per_s=100.0)
+    found = {figure.title: figure for figure in main_figures(report)}
+    assert (found["Writing an answer"].verdict, found["Writing an answer"].better) == ("2.0 times faster", True)
+    assert (found["Reading a prompt"].verdict, found["Reading a prompt"].better) == ("3.0 times slower", False)
+    assert found["Weights"].better is True
+
+
+# ---- the page
+
+
+def test_the_page_is_a_listed_file_and_holds_the_figures(tiny_bundle: Path, report: Report) -> None:
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))
+    html = (tiny_bundle / "report.html").read_text(encoding="utf-8")
+    assert manifest["files"]["report.html"]["bytes"] == len(html.encode())
+    words = words_of(html)
+    for figure in main_figures(report):
+        assert figure.title in words and figure.after in words and figure.verdict in words
+    for stage in report["stages"]:
+        assert stage["name"] in words
+    for section in ("Size", "Speed", "Quality", "Memory while it runs", "The export"):
+        assert section in words
+    assert "Sensitivity" not in words
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tiny_bundle: Path) -> None:
+    html = (tiny_bundle / "report.html").read_text(encoding="utf-8")
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
+    for forbidden in ("http://", "https://", "<script", "@import", "@font-face", "<link", "<img", "src="):
+        assert forbidden not in without_namespaces
+    for target in re.findall(r'href="([^"]*)"|url\(([^)]*)\)', html):
+        assert "".join(target).startswith("#")
+
+
+def test_the_ids_of_the_page_are_unlike(report: Report) -> None:
+    ids = re.findall(r'\sid="([^"]*)"', page(report))
+    assert len(ids) == len(set(ids)) > 5
+
+
+def test_the_same_report_gives_the_same_page(report: Report) -> None:
+    assert page(copy.deepcopy(report)) == page(report)
+
+
+def test_a_matplotlibrc_of_the_user_changes_nothing(report: Report) -> None:
+    import matplotlib
+
+    expected = page(report)
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        assert page(report) == expected
+
+
+def test_an_fp32_bundle_has_a_page_without_a_comparison(fp32_bundle: Path) -> None:
+    report = read_report(fp32_bundle)
+    assert report["against_fp32"] is None
+    words = words_of((fp32_bundle / "report.html").read_text(encoding="utf-8"))
+    assert "nothing was rounded" in words and bytes_text(report["memory"]["after"]["weights_bytes"]) in words
+    for absent in ("Perplexity", "faster", "slower", "smaller", "instead of"):
+        assert absent not in words
+
+
+def test_names_are_shown_and_not_obeyed(report: Report) -> None:
+    report.update(model="<b>x</b>", license='"><script>', sensitivity=[{"name": "<i>&$x$</i>", "kl": 0.5}])
+    html = page(report)
+    assert "<b>x</b>" not in html and "<script" not in html and "<i>" not in html
+    words = words_of(html)
+    assert "<b>x</b>" in words and "<i>&$x$</i>" in words
+
+
+def test_a_model_folder_with_an_odd_name_is_exported(tiny_model: Path, tmp_path: Path) -> None:
+    from edgelm.export import ExportConfig, export_model
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:600], encoding="utf-8")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "<b>x & y"))
+    done = export_model(ExportConfig(str(model), target="x86-cpu", text=text, out=tmp_path / "out"))
+    assert "<b>x & y" in words_of((done.path / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("key", ["perplexity_increase_percent", "kl"])
+def test_sensitive_layers_come_first(report: Report, key: str) -> None:
+    report["sensitivity"] = [{"name": f"layer {index}", key: value} for index, value in enumerate((0.1, 0.7, -0.2))]
+    words = words_of(page(report))
+    assert words.index("layer 1") < words.index("layer 0") < words.index("layer 2")
+
+
+def test_no_layers_no_section(report: Report) -> None:
+    report["sensitivity"] = []
+    assert "Sensitivity" not in words_of(page(report))
+
+
+# ---- edgelm inspect --report
+
+
+def test_inspect_prints_the_main_figures(tiny_bundle: Path, report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle), "--report"]) == 0
+    out = capsys.readouterr().out
+    for figure in main_figures(report):
+        assert figure.title in out and figure.after in out and figure.verdict in out
+    assert "int8-rowwise" in out
+
+
+def test_inspect_prints_the_report_as_json(
+    tiny_bundle: Path, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tiny_bundle), "--report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_inspect_opens_the_page(
+    tiny_bundle: Path, found: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+
+    def browser(address: str) -> bool:
+        opened.append(address)
+        return found
+
+    monkeypatch.setattr(webbrowser, "open", browser)
+    assert main(["inspect", str(tiny_bundle), "--report", "--open"]) == (0 if found else 1)
+    assert opened == [(tiny_bundle / "report.html").resolve().as_uri()]
+    assert ("open it yourself" in capsys.readouterr().err) is not found
+
+
+def _without(bundle: Path, folder: Path, name: str) -> Path:
+    copied = Path(shutil.copytree(bundle, folder / "bundle"))
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["files"][name]
+    (copied / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (copied / name).unlink()
+    return copied
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_bundle_without_a_report_says_so(
+    tiny_bundle: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = _without(tiny_bundle, tmp_path, name)
+    assert main(["inspect", str(bundle), "--report", "--open"]) == 1
+    assert f"has no {name}" in capsys.readouterr().err
+
+
+def test_a_changed_report_is_refused(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    path = bundle / "report.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("x86", "x68"), encoding="utf-8")
+    assert main(["inspect", str(bundle), "--report"]) == 1
+    assert "changed after the export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("report", [{}, {"speed": 3}, {"against_fp32": {"perplexity_before": "x"}}, {"memory": None}])
+def test_figures_of_another_version_are_left_out(report: Report) -> None:
+    assert main_figures(report) == []
