@@ -3,7 +3,7 @@
     load -> trace -> fuse -> compare with torch -> calibrate -> quantize -> judge -> measure -> other runtimes -> write
 
 The fp32 graph is written to a scratch folder first, because it is what torch is compared with, what calibrates the
-cache, and what the quantized graph is judged by. All of that runs in the runtime that ships.
+cache, what the quantized graphs are made of, and what they are judged by. All of that runs in the runtime that ships.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ from .errors import RecipeError, TraceError
 from .genai import write_genai_files
 from .passes import fusing_passes
 from .quantize import Quantizer
-from .repair import repair
+from .repair import Candidate, judge
 from .report import Measurements, build_report, write_report
-from .sensitivity import Sensitivity, measure_sensitivity
+from .sensitivity import Sensitivity
 from .source import LoadedModel, find_source, load_source
 from .stages import Progress, StageRecord, run_stages
 from .tokenizer_check import check_tokenizer
@@ -60,9 +60,6 @@ _PATHS: tuple[tuple[str, Callable[[Any], TracedModel]], ...] = (
 )
 _CALIBRATION_WINDOW = 1024
 _MEASURED_PROMPT = 128
-# Where the gate holds at once, sensitivities are for the report only, and measured if all probes together load no more
-# than this: seconds.
-_CHEAP_PROBE_BYTES = 1 << 30
 _PROBE_NAME = "probe.onnx"
 
 
@@ -95,7 +92,7 @@ class _Context:
     quantizer: Quantizer = field(init=False)  # quantize
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: verify.QuantizedAgreement | None = None  # judge
-    sensitivity: list[Sensitivity] = field(default_factory=list)  # judge
+    sensitivity: tuple[Sensitivity, ...] = ()  # judge
     excluded: tuple[Exclusion, ...] = ()  # judge
     speeds: dict[str, Speed] = field(default_factory=dict)  # measure
     without_genai: str | None = None  # other runtimes: why onnxruntime-genai's files are not there
@@ -248,8 +245,7 @@ def _quantize(context: _Context) -> None:
 
 def _write_quantized(context: _Context, excluded: Collection[str]) -> None:
     """The bundle's graph and weights, with the matrices of these names left in float32."""
-    context.traced = replace(context.traced, graph=context.quantizer.quantized(excluded))
-    _save(context.traced.graph, context.result)
+    _save(context.quantizer.quantized(excluded), context.result)
 
 
 @contextmanager
@@ -266,28 +262,18 @@ def _probe(context: _Context, quantized: Collection[str]) -> Iterator[Session]:
 def _judge(context: _Context) -> None:
     if context.scheme == "fp32" and context.kv == "float32":
         return
-    gate = context.profile.gate
+    candidate = Candidate(
+        reference=partial(context.session, context.reference, "float32"),
+        reference_bytes=(context.reference / names.WEIGHTS_NAME).stat().st_size,
+        quantized=partial(context.session, context.result, context.kv),
+        write=partial(_write_quantized, context),
+        probe=partial(_probe, context),
+        matrices=context.quantizer.matrices,
+    )
     window = verify.usable_window(context.loaded.context_length, len(context.text_ids), DEFAULT_WINDOW)
-    with context.session(context.reference, "float32") as before:
-
-        def compare() -> verify.QuantizedAgreement:
-            with context.session(context.result, context.kv) as after:
-                return verify.compare_quantized(before, after, context.text_ids, window, gate)
-
-        def attempt(excluded: Collection[str]) -> verify.QuantizedAgreement:
-            _write_quantized(context, excluded)
-            return compare()
-
-        agreement = compare()
-        holds = not verify.faults(agreement, gate)
-        matrices = context.quantizer.matrices
-        loaded = len(matrices) * (context.reference / names.WEIGHTS_NAME).stat().st_size
-        if not holds or loaded <= _CHEAP_PROBE_BYTES:
-            tokens = context.text_ids[: context.loaded.context_length]
-            context.sensitivity = measure_sensitivity(before, partial(_probe, context), matrices, tokens)
-        if not holds:
-            agreement, context.excluded = repair(agreement, context.sensitivity, attempt, gate)
-    context.quantized_agreement = agreement
+    verdict = judge(candidate, context.text_ids, window, context.profile.gate)
+    context.quantized_agreement = verdict.agreement
+    context.sensitivity, context.excluded = verdict.sensitivity, verdict.excluded
 
 
 def _measure(context: _Context) -> None:

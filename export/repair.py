@@ -8,17 +8,74 @@ alone misses the tolerances, which no matrix can mend.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from ..runtime.errors import VerificationError
 from ..runtime.manifest import Exclusion
+from ..runtime.session import Session
 from ..targets import Gate
-from .sensitivity import Sensitivity
-from .verify import QuantizedAgreement, faults
+from .sensitivity import Probe, Sensitivity, measure_sensitivity
+from .verify import QuantizedAgreement, compare_quantized, faults
 
 _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Where the gate holds at once, sensitivities are for the report only. They are measured then if one probe a matrix
+# loads no more fp32 weights than this in all, which takes seconds.
+_CHEAP_PROBE_BYTES = 1 << 30
 
 # Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
 Attempt = Callable[[Collection[str]], QuantizedAgreement]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A quantized graph that was written, and how to make others in its place.
+
+    reference, quantized: open a session on the fp32 graph, of `reference_bytes`, and on the quantized one; write: write
+    the quantized graph anew, with the matrices of these names left in float32; matrices: all that are quantized.
+    """
+
+    reference: Callable[[], AbstractContextManager[Session]]
+    reference_bytes: int
+    quantized: Callable[[], AbstractContextManager[Session]]
+    write: Callable[[Collection[str]], None]
+    probe: Probe
+    matrices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the graph that is written now measured; sensitivity: worst first, empty where it was not measured."""
+
+    agreement: QuantizedAgreement
+    sensitivity: tuple[Sensitivity, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def judge(candidate: Candidate, token_ids: Sequence[int], window: int, gate: Gate) -> Verdict:
+    """Hold the quantized graph against the fp32 graph on a text, and repair it where it misses the tolerances.
+
+    Cost: one scoring of the text with both graphs, and with a repair up to 11 more and the probes of
+    `edgelm.export.sensitivity`. Raises: VerificationError.
+    """
+    with candidate.reference() as before:
+
+        def compare() -> QuantizedAgreement:
+            with candidate.quantized() as after:
+                return compare_quantized(before, after, token_ids, window, gate)
+
+        def attempt(excluded: Collection[str]) -> QuantizedAgreement:
+            candidate.write(excluded)
+            return compare()
+
+        first = compare()
+        holds = not faults(first, gate)
+        cheap = len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES
+        if holds and not cheap:
+            return Verdict(first, (), ())
+        ranked = tuple(measure_sensitivity(before, candidate.probe, candidate.matrices, token_ids[:window]))
+        agreement, excluded = (first, ()) if holds else repair(first, ranked, attempt, gate)
+        return Verdict(agreement, ranked, excluded)
 
 
 def repair(
