@@ -117,7 +117,7 @@ def trace_model(model: PreTrainedModel) -> TracedModel:
     .value float32 (batch, kv_heads, past, size). Outputs: logits float32 (batch, new, vocabulary), present.N.key/value.
     Cost: some seconds per ten layers, no copy of the weights. Raises: TraceError.
     """
-    with _routed_attention(model), _quiet():
+    with _routed_attention(model), _batched_experts(model), _quiet():
         layers = _probe_layers(model)
         try:
             program = _export(model, layers)
@@ -173,11 +173,18 @@ def _attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch, heads, new, size = query.shape
     kv_heads, value_size = key.shape[1], value.shape[3]
+    # The operator takes one size for keys and values: zeros fill up the smaller, as in multi-head latent attention.
+    wide = max(size, value_size)
     if isinstance(_active, _Probe):
-        _active.layers[layer] = LayerCache(kv_heads, key.shape[3], value_size, sliding_window)
+        if layer in _active.layers:
+            raise TraceError(f"layer {layer} calls attention more than once")
+        _active.layers[layer] = LayerCache(kv_heads, wide, wide, sliding_window)
         return query.new_zeros(batch, new, heads, value_size), None
     assert isinstance(_active, _Trace), "attention of the exporter was called outside a trace"
-    inputs: list[torch.Tensor | None] = [_flat(query), _flat(key), _flat(value), *_active.past[layer]]
+    inputs: list[torch.Tensor | None] = [
+        *(_flat(_filled(part, wide)) for part in (query, key, value)),
+        *_active.past[layer],
+    ]
     inputs += [_active.last_positions, _active.total]
     if s_aux is not None:
         inputs += [None, None, None, None, s_aux]
@@ -193,11 +200,18 @@ def _attention(
         inputs,
         attributes,  # type: ignore[arg-type]
         dtypes=(query.dtype,) * 3,
-        shapes=((batch, new, heads * value_size), (batch, kv_heads, total, size), (batch, kv_heads, total, value_size)),
+        shapes=((batch, new, heads * wide), (batch, kv_heads, total, wide), (batch, kv_heads, total, wide)),
         version=1,
     )
     _active.present[layer] = (present[0], present[1])
-    return output.reshape(batch, new, heads, value_size), None
+    output = output.reshape(batch, new, heads, wide)
+    return output[..., :value_size] if value_size < wide else output, None
+
+
+def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Zeros behind the last axis, up to a size."""
+    missing = size - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -237,6 +251,20 @@ def _routed_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def _batched_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let mixtures of experts compute by batched matrix products: their usual loops depend on the tokens' routes."""
+    if not model._can_set_experts_implementation():
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextlib.contextmanager
