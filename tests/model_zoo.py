@@ -62,6 +62,7 @@ SAME: tuple[str, ...] = (
     "apertus",
     "arcee",
     "cohere2",
+    "deepseek_v3",
     "gemma2",
     "gemma3_text",
     "gpt2",
@@ -69,9 +70,12 @@ SAME: tuple[str, ...] = (
     "gpt_oss",
     "granitemoe",
     "llama",
+    "ministral3",
+    "mistral",
     "mixtral",
     "olmoe",
     "phi",
+    "qwen2",
     "qwen3_moe",
 )
 
