@@ -182,11 +182,18 @@ def _attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch, heads, new, size = query.shape
     kv_heads, value_size = key.shape[1], value.shape[3]
+    # The operator takes one size for keys and values: zeros fill up the smaller, as in multi-head latent attention.
+    wide = max(size, value_size)
     if isinstance(_active, _Probe):
-        _active.layers[layer] = LayerCache(kv_heads, key.shape[3], value_size, sliding_window)
+        if layer in _active.layers:
+            raise TraceError(f"layer {layer} calls attention more than once")
+        _active.layers[layer] = LayerCache(kv_heads, wide, wide, sliding_window)
         return query.new_zeros(batch, new, heads, value_size), None
     assert isinstance(_active, _Trace), "attention of the exporter was called outside a trace"
-    inputs: list[torch.Tensor | None] = [_flat(query), _flat(key), _flat(value), *_active.past[layer]]
+    inputs: list[torch.Tensor | None] = [
+        *(_flat(_filled(part, wide)) for part in (query, key, value)),
+        *_active.past[layer],
+    ]
     inputs += [_active.last_positions, _active.total]
     if s_aux is not None:
         inputs += [None, None, None, None, s_aux]
@@ -202,11 +209,18 @@ def _attention(
         inputs,
         attributes,  # type: ignore[arg-type]
         dtypes=(query.dtype,) * 3,
-        shapes=((batch, new, heads * value_size), (batch, kv_heads, total, size), (batch, kv_heads, total, value_size)),
+        shapes=((batch, new, heads * wide), (batch, kv_heads, total, wide), (batch, kv_heads, total, wide)),
         version=1,
     )
     _active.present[layer] = (present[0], present[1])
-    return output.reshape(batch, new, heads, value_size), None
+    output = output.reshape(batch, new, heads, wide)
+    return output[..., :value_size] if value_size < wide else output, None
+
+
+def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Zeros behind the last axis, up to a size."""
+    missing = size - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
