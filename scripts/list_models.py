@@ -21,8 +21,11 @@ _HEAD = """# Model types
 Written by `python scripts/list_models.py`. Nothing in edgelm names an architecture: this is what was tried, not what is
 allowed. Each type runs in `tests/test_models.py` as a random model of two layers. *Same tokens*: the fused fp32 graph
 gives the very tokens of transformers' `generate(do_sample=False)` over 32 steps from two prompts, one longer than the
-sliding window, and row-wise INT8 with an INT8 cache stays near it. *Refused*: export ends with an error and writes
-nothing.
+sliding window, and row-wise INT8 with an INT8 cache stays near it. *Refused*: not by way of fused attention.
+
+What fused attention refuses is traced as the model writes it. `tests/test_plain.py` holds that for bloom, codegen,
+falcon, gemma4_text, gpt_neo, gptj, lfm2 and xglm, and token by token for mamba2 and mpt. Where neither way gives torch's
+tokens, the export ends with an error and writes nothing.
 """
 
 
@@ -31,7 +34,7 @@ def document() -> str:
     rows = [(name, "fused", "same tokens") for name in SAME]
     rows += [(name, "none", f"refused: {refusal.reason}") for name, refusal in REFUSED.items()]
     lines = [f"| `{name}` | {path} | {result} |" for name, path, result in sorted(rows)]
-    count = f"{len(SAME)} types give the same tokens, {len(REFUSED)} are refused."
+    count = f"{len(SAME)} types give the same tokens, {len(REFUSED)} are refused there."
     return "\n".join([_HEAD, count, "", "| model type | path | result |", "|---|---|---|", *lines]) + "\n"
 
 

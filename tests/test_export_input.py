@@ -268,15 +268,6 @@ def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.Lo
     assert str(model) in record.getMessage()
 
 
-def test_a_model_that_does_not_say_how_long_its_context_is(refused: Refused, tmp_path: Path) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    folder = tmp_path / "endless"
-    BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(folder)
-    byte_tokenizer(folder)
-    refused(folder, words=("how long a context", "max_position_embeddings"))
-
-
 def test_an_unknown_target(refused: Refused, tiny_model: Path) -> None:
     refused(tiny_model, "--target", "x86_cpu", words=("unknown target 'x86_cpu'", "did you mean x86-cpu?"))
 

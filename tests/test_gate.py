@@ -18,6 +18,7 @@ from edgelm.export.calibrate import cache_ranges
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.graph import ATTENTION
 from edgelm.export.trace import trace_model
+from edgelm.runtime.decode import PIECE_TOKENS
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.session import OrtSession, Session
@@ -265,7 +266,7 @@ def test_a_right_fp32_graph_passes(exported: Exported) -> None:
     assert found.steps == found.equal_steps == 4 * 64 + 3 * 16
     assert found.near_ties == 0
     assert found.prompts == 7
-    assert found.longest_prompt == 160
+    assert found.longest_prompt == PIECE_TOKENS + 40
     assert found.left_out == ()
 
 

@@ -138,6 +138,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_the_path_is_found_by_trial_and_the_bundle_answers(export: Callable[[str], Path], kind: str) -> None:
     with load(export(kind), response_cache=False) as engine:
         model = engine.bundle.manifest.model
+        assert (model.context_length == 512) == (kind == "lfm2"), "without positions there is no end to a context"
         assert model.cache_layout == "concatenated" and model.kv.type == "float32"
         assert (model.step_tokens == 1) == (kind in STEPWISE)
         assert bool(model.states) == (kind in ("lfm2", "mamba2"))
