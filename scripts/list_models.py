@@ -24,8 +24,8 @@ gives the very tokens of transformers' `generate(do_sample=False)` over 32 steps
 sliding window, and row-wise INT8 with an INT8 cache stays near it. *Refused*: not by way of fused attention.
 
 What fused attention refuses is traced as the model writes it. `tests/test_plain.py` holds that for bloom, codegen,
-falcon, gemma4_text, gpt_neo, gptj, lfm2 and xglm, and token by token for mamba2 and mpt. Where neither way gives torch's
-tokens, the export ends with an error and writes nothing.
+falcon, gemma4_text, gpt_neo, gptj, lfm2 and xglm, and token by token for mamba2 and mpt. Where neither way gives
+torch's tokens, the export ends with an error and writes nothing.
 """
 
 
