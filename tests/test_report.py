@@ -121,7 +121,7 @@ def test_the_page_is_a_listed_file_and_holds_the_figures(tiny_bundle: Path, repo
         assert stage["name"] in words
     for section in ("Size", "Speed", "Quality", "Memory while it runs", "The export"):
         assert section in words
-    assert "Sensitivity" not in words
+    assert "Sensitivity" in words
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tiny_bundle: Path) -> None:
