@@ -8,13 +8,14 @@ cache, what the quantized graphs are made of, and what they are judged by. All o
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -42,22 +43,19 @@ from .config import ExportConfig
 from .errors import RecipeError, TraceError
 from .genai import write_genai_files
 from .passes import fusing_passes
+from .paths import PATHS, TracePath
 from .quantize import Quantizer
 from .repair import Candidate, judge
 from .report import Measurements, build_report, write_report
 from .sensitivity import Sensitivity
-from .source import LoadedModel, find_source, load_source
+from .source import SourceModel, describe_source, find_source, load_module
 from .stages import Progress, StageRecord, run_stages
 from .tokenizer_check import check_tokenizer
-from .trace import TracedModel, trace_model
-from .trace_plain import trace_plain
+from .trace import TracedModel
 
-# The ways to trace a model, the better first. Which one a model goes is found by trial, not by its name.
-_PATHS: tuple[tuple[str, Callable[[Any], TracedModel]], ...] = (
-    ("fused attention", trace_model),
-    ("plain attention", trace_plain),
-    ("plain attention, token by token", partial(trace_plain, step_tokens=1)),
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _CALIBRATION_WINDOW = 1024
 _MEASURED_PROMPT = 128
 _PROBE_NAME = "probe.onnx"
@@ -81,13 +79,15 @@ class _Context:
     scheme: str
     folder: Path
     work: Path
-    loaded: LoadedModel = field(init=False)  # load
+    source: SourceModel = field(init=False)  # load
+    module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
     kv: str = field(init=False)  # trace
-    paths: Iterator[tuple[str, Callable[[Any], TracedModel]]] = field(default_factory=lambda: iter(_PATHS))
+    paths: Iterator[TracePath] = field(default_factory=lambda: iter(PATHS))
     path: str = field(init=False)  # trace
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
-    traced: TracedModel = field(init=False)  # trace
+    shape: Model = field(init=False)  # trace
+    graph: ir.Model | None = None  # trace, until it is written
     ranges: dict[str, Any] = field(default_factory=dict)  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
@@ -109,16 +109,7 @@ class _Context:
 
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
-        return Model(
-            vocab_size=int(self.loaded.module.config.get_text_config().vocab_size),
-            context_length=self.loaded.context_length,
-            parameters=self.loaded.module.num_parameters(),
-            layers=self.traced.layers,
-            kv=CacheType(kv, "channel" if kv == "int8" else None),
-            cache_layout=self.traced.layout,
-            states=self.traced.states,
-            step_tokens=self.traced.step_tokens,
-        )
+        return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
 
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
@@ -168,16 +159,17 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 
 def _load(context: _Context) -> None:
-    context.loaded = load_source(context.config.model, context.folder)
+    module = load_module(context.folder)
+    context.module, context.source = module, describe_source(context.config.model, context.folder, module)
     context.result.mkdir()
     context.reference.mkdir()
-    package.write_tokenizer(context.loaded.tokenizer, context.loaded.module, context.result)
+    package.write_tokenizer(context.source.tokenizer, module, context.result)
     text = context.config.read_text()
     bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
-    check_tokenizer(context.loaded.tokenizer, bundled, text)
+    check_tokenizer(context.source.tokenizer, bundled, text)
     context.text_ids = bundled.encode(text)
     # A text that fills no window of the scoring would give figures that say less than they seem to.
-    needed = min(DEFAULT_WINDOW, context.loaded.context_length)
+    needed = min(DEFAULT_WINDOW, context.source.context_length)
     if len(context.text_ids) < needed:
         raise RecipeError(
             f"{context.config.text or 'the text that comes with edgelm'} has {len(context.text_ids)} tokens, too few "
@@ -187,21 +179,37 @@ def _load(context: _Context) -> None:
 
 def _trace(context: _Context) -> None:
     """Trace on the first path, of those that were not tried yet, that the model can go."""
+    if context.module is None:
+        context.module = load_module(context.folder)
     for name, trace in context.paths:
         try:
-            context.path, context.traced = name, trace(context.loaded.module)
+            traced = trace(context.module)
         except TraceError as error:
             context.refusals.append(f"{name}: {error}")
             continue
+        context.path, context.graph, context.shape = name, traced.graph, _shape(context.source, traced)
         context.kv = _cache_type(context)
         return
     raise TraceError(f"{context.config.model} cannot be exported. " + ". ".join(context.refusals))
 
 
+def _shape(source: SourceModel, traced: TracedModel) -> Model:
+    return Model(
+        vocab_size=source.vocab_size,
+        context_length=source.context_length,
+        parameters=source.parameters,
+        layers=traced.layers,
+        kv=CacheType("float32", None),
+        cache_layout=traced.layout,
+        states=traced.states,
+        step_tokens=traced.step_tokens,
+    )
+
+
 def _cache_type(context: _Context) -> str:
     """What was asked for, else the scheme's default; but only a fused operator can read an INT8 cache."""
     wanted = context.config.kv or context.profile.kv[context.scheme]
-    if context.traced.layout == "in_place" or wanted == "float32":
+    if context.shape.cache_layout == "in_place" or wanted == "float32":
         return wanted
     if context.config.kv is not None:
         raise RecipeError("this model's attention is not fused, so its cache cannot be int8: leave --kv out")
@@ -209,18 +217,19 @@ def _cache_type(context: _Context) -> str:
 
 
 def _fuse(context: _Context) -> None:
-    ir.passes.PassManager(fusing_passes(context.loaded.context_length))(context.traced.graph)
-    _save(context.traced.graph, context.reference)
+    assert context.graph is not None, "set when the model was traced"
+    ir.passes.PassManager(fusing_passes(context.source.context_length))(context.graph)
+    _save(context.graph, context.reference)
+    context.graph = None  # it is read from its file from now on; this one holds on to torch's weights
 
 
 def _compare(context: _Context) -> None:
     """The trial: a path on which the graph does not answer as torch does is given up for the next one."""
     while True:
+        answers = _ask_torch(context)
         try:
             with context.session(context.reference, "float32") as session:
-                context.source_agreement = verify.compare_with_source(
-                    context.loaded.module, session, context.text_ids, context.model("float32"), context.profile.gate
-                )
+                context.source_agreement = verify.compare_with_source(answers, session, context.profile.gate)
             return
         except (VerificationError, SessionError) as error:
             context.refusals.append(f"{context.path}: {error}")
@@ -228,9 +237,19 @@ def _compare(context: _Context) -> None:
         _fuse(context)
 
 
+def _ask_torch(context: _Context) -> verify.SourceAnswers:
+    """torch's answers; its weights are let go then, so that the same weights are not in memory twice when onnxruntime
+    loads them. Another path, which few models need, loads them again."""
+    assert context.module is not None, "set when the model was traced"
+    answers = verify.ask_source(context.module, context.text_ids, context.model("float32"), context.reference)
+    context.module = None
+    gc.collect()  # torch's tracing leaves cycles behind that hold the model
+    return answers
+
+
 def _calibrate(context: _Context) -> None:
     if context.kv == "int8":
-        window = verify.usable_window(context.loaded.context_length, len(context.text_ids), _CALIBRATION_WINDOW)
+        window = verify.usable_window(context.source.context_length, len(context.text_ids), _CALIBRATION_WINDOW)
         with context.session(context.reference, "float32") as session:
             assert isinstance(session, OrtSession), "an int8 cache is one that the operator writes in place"
             context.ranges = cache_ranges(session, context.text_ids, window)
@@ -270,14 +289,14 @@ def _judge(context: _Context) -> None:
         probe=partial(_probe, context),
         matrices=context.quantizer.matrices,
     )
-    window = verify.usable_window(context.loaded.context_length, len(context.text_ids), DEFAULT_WINDOW)
+    window = verify.usable_window(context.source.context_length, len(context.text_ids), DEFAULT_WINDOW)
     verdict = judge(candidate, context.text_ids, window, context.profile.gate)
     context.quantized_agreement = verdict.agreement
     context.sensitivity, context.excluded = verdict.sensitivity, verdict.excluded
 
 
 def _measure(context: _Context) -> None:
-    room = max(1, min(_MEASURED_PROMPT, context.loaded.context_length - 1))
+    room = max(1, min(_MEASURED_PROMPT, context.source.context_length - 1))
     prompt = (context.text_ids * (1 + room // len(context.text_ids)))[:room]
     for name, folder, kv in (("before", context.reference, "float32"), ("after", context.result, context.kv)):
         with context.session(folder, kv) as session:
@@ -285,21 +304,21 @@ def _measure(context: _Context) -> None:
 
 
 def _other_runtimes(context: _Context) -> None:
-    context.without_genai = write_genai_files(context.result, context.model(context.kv), context.loaded.tokens)
+    context.without_genai = write_genai_files(context.result, context.model(context.kv), context.source.tokens)
 
 
 def _write(context: _Context, report: dict[str, Any]) -> None:
     write_report(report, context.result)
-    loaded = context.loaded
+    source = context.source
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        name=loaded.name,
-        source=loaded.source,
+        name=source.name,
+        source=source.source,
         target=Target(context.profile.name, context.profile.settings()),
         compression=(),
         quantization=Quantization(context.scheme, context.excluded),
         model=context.model(context.kv),
-        tokens=loaded.tokens,
+        tokens=source.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},
         files=package.digest_files(context.result),
         versions={
@@ -313,8 +332,8 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
 def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
     return build_report(
         Measurements(
-            name=context.loaded.name,
-            source=context.loaded.source,
+            name=context.source.name,
+            source=context.source.source,
             target=context.profile.name,
             scheme=context.scheme,
             model=context.model(context.kv),

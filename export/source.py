@@ -30,15 +30,16 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode with float32 weights, its tokenizer, and where both came from."""
+class SourceModel:
+    """What an export needs to know of a model beside its weights: they come and go by themselves."""
 
-    module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
     tokens: Tokens
     name: str
     context_length: int
+    vocab_size: int
+    parameters: int
 
 
 def find_source(model: str, revision: str | None) -> Path:
@@ -76,12 +77,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_source(model: str, folder: Path) -> LoadedModel:
-    """Load weights and tokenizer of a folder from `find_source`. Raises: SourceError."""
+def load_module(folder: Path) -> PreTrainedModel:
+    """The model of a folder from `find_source`, in evaluation mode, float32, every weight a number.
+
+    Cost: the weights in memory, read one at a time. Raises: SourceError.
+    """
     import torch
     import transformers
 
-    config = read_config(folder)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -94,24 +97,30 @@ def load_source(model: str, folder: Path) -> LoadedModel:
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
-    module, info = loaded
+    module: PreTrainedModel = loaded[0].eval()
+    info = loaded[1]
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise SourceError(
             f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again"
         )
-    module.eval()
     _check_numbers(folder, module)
+    return module
+
+
+def describe_source(model: str, folder: Path, module: PreTrainedModel) -> SourceModel:
+    """Tokenizer and description of a loaded model. Raises: SourceError."""
     tokenizer = _load_tokenizer(folder)
-    _check_vocabulary(folder, module, tokenizer)
-    source = Source(model, _commit(folder), type(module).__name__, _license(folder))
-    return LoadedModel(
-        module=module,
+    vocab_size = int(module.config.get_text_config().vocab_size)
+    _check_vocabulary(folder, vocab_size, tokenizer)
+    return SourceModel(
         tokenizer=tokenizer,
-        source=source,
-        tokens=_tokens(folder, module, config),
+        source=Source(model, _commit(folder), type(module).__name__, _license(folder)),
+        tokens=_tokens(folder, module, read_config(folder)),
         name=model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
         context_length=_context_length(module),
+        vocab_size=vocab_size,
+        parameters=module.num_parameters(),
     )
 
 
@@ -146,26 +155,43 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if "auto_map" in config:
             raise SourceError(f"{folder} needs code of its own ({config['auto_map']}), which edgelm never runs")
         raise SourceError(
             f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it"
         )
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    causal = {name for names in mapped for name in ([names] if isinstance(names, str) else names)}
+    causal = _causal_names(kind)
     # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
-    saved = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)]
-    is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and bool(causal.intersection(saved))
-    if not is_causal or config.get("is_encoder_decoder"):
+    saved = config.get("architectures") or causal
+    if not causal or not _all_causal_names(causal).intersection(saved) or config.get("is_encoder_decoder"):
         raise SourceError(
             f"{folder} is no causal language model (model_type {kind!r}, {', '.join(map(str, saved))}): edgelm exports "
             "causal models only"
         )
+
+
+def _causal_names(kind: str) -> list[str]:
+    """Names of a model type's causal classes: transformers' own, and those that the caller registered with it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = CONFIG_MAPPING[kind]
+    if known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return []
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[known]
+    return [item.__name__ for item in (found if isinstance(found, tuple) else (found,)) if item is not None]
+
+
+def _all_causal_names(own: list[str]) -> set[str]:
+    """A type's own names and those of all others, under which some models are saved."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return {*own, *(name for names in mapped for name in ([names] if isinstance(names, str) else names))}
 
 
 def _check_weights(folder: Path) -> None:
@@ -214,9 +240,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_vocabulary(folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Fewer tokens than the model has rows are common, as rows are padded. More would be looked for where none are."""
-    vocab_size = module.config.get_text_config().vocab_size
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         raise SourceError(

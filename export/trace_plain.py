@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..runtime.manifest import LayerCache, StateTensor
 from .errors import TraceError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Unlike sizes above 1, or torch would take two of them for one, or a 1 for a constant.
 _BATCH, _NEW, _PAST = 2, 3, 5
+# Both several chunks of a recurrence (64 or 128 tokens are usual), and not the same number of them.
+_LENGTHS = (131, 259)
 _KV = ("key", "value")
 _STATES = ("conv", "recurrent")
 
@@ -80,14 +83,20 @@ class _Traceable(torch.nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache = _empty_cache(self.model)
         for slot, tensor in zip(self._slots, past, strict=True):
             slot.write(cache, tensor)
         new = input_ids.shape[1]
         positions = attention_mask.sum(1, keepdim=True) - new + torch.arange(new)
         logits = _run(self.model, cache, input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
-        return logits, [slot.read(cache) for slot in self._slots]
+        return logits, [self._left(slot, cache) for slot in self._slots]
+
+    def _left(self, slot: _Slot, cache: DynamicCache) -> torch.Tensor:
+        tensor = slot.read(cache)
+        if tensor is None:
+            raise TraceError(f"{type(self.model).__name__} does not leave past_key_values.{slot.name} in its cache")
+        return tensor
 
 
 def trace_plain(model: PreTrainedModel, step_tokens: int | None = None) -> TracedModel:
@@ -99,12 +108,19 @@ def trace_plain(model: PreTrainedModel, step_tokens: int | None = None) -> Trace
     """
     with _eager_attention(model), traceable_experts(model), quiet_exporter():
         try:
+            if step_tokens is None:
+                _require_same_operations(model)
             examples = _probe(model)
             graph = _export(model, examples, step_tokens).model
         except TraceError:
             raise
         except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
             raise TraceError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
+    lost = [
+        slot.name for slot in examples if f"present.{slot.name}" not in {value.name for value in graph.graph.outputs}
+    ]
+    if lost:
+        raise TraceError(f"{type(model).__name__} cannot be traced: its graph does not return the cache's {lost[0]}")
     name_weights(graph)
     return TracedModel(
         graph,
@@ -157,6 +173,36 @@ def _probe(model: PreTrainedModel) -> dict[_Slot, torch.Tensor]:
     if not found:
         raise TraceError(f"{type(model).__name__} leaves nothing in transformers' cache: this edgelm cannot export it")
     return found
+
+
+def _require_same_operations(model: PreTrainedModel) -> None:
+    """Raise TraceError where modeling code loops over tokens: such a loop is unrolled for the length that is traced,
+    into a graph that takes minutes to make and is wrong for other lengths. Cost: two runs of some hundred tokens."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(_LENGTHS)
+    lengths = [min(length, longest) for length in _LENGTHS]
+    counts = [_count_operations(model, length) for length in lengths]
+    if len(set(counts)) > 1:
+        raise TraceError(
+            f"{type(model).__name__} loops over tokens: it computes {lengths[0]} of them in {counts[0]} operations and "
+            f"{lengths[1]} in {counts[1]}"
+        )
+
+
+def _count_operations(model: PreTrainedModel, length: int) -> int:
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    with torch.no_grad(), _Counter() as counter:  # type: ignore[no-untyped-call]
+        _run(model, _empty_cache(model), input_ids=ids, attention_mask=torch.ones_like(ids))
+    return int(counter.count)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that torch runs."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _run(model: PreTrainedModel, cache: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from ..runtime.decode import PIECE_TOKENS
 from ..runtime.manifest import Model
 
-_TEXT_PROMPTS, _TEXT_TOKENS, _TEXT_STEPS = 4, 16, 64
+_TEXT_PROMPTS, _TEXT_TOKENS, _TEXT_STEPS = 4, 16, 32
 _RANDOM_PROMPTS, _RANDOM_TOKENS, _RANDOM_STEPS = 2, 24, 16
 # Longer than the runtime's pieces, so that a prompt that takes two of them is among the trials.
 _LONG_TOKENS, _LONG_STEPS = PIECE_TOKENS + 40, 16
@@ -45,7 +45,7 @@ class Limit:
 def make_trials(token_ids: Sequence[int], shape: Model, config: Any) -> tuple[list[Trial], tuple[str, ...]]:
     """The prompts for a model, none longer than its context leaves room for, and what they could not reach.
 
-    token_ids: the text; config: of the model in transformers. Cost: 7 prompts, 304 greedy steps, at most 600 tokens in
+    token_ids: the text; config: of the model in transformers. Cost: 7 prompts, 176 greedy steps, at most 600 tokens in
     the longest prompt.
     """
     room = max(1, shape.context_length - 1)

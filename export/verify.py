@@ -1,14 +1,16 @@
 """The gate: does the graph answer as the model does? Measured with the runtime that ships, never with a stand-in.
 
-`compare_with_source` holds the fp32 graph against torch, `compare_quantized` the quantized graph against the fp32 one.
-Both return what they measured. The first raises when it is outside the target's tolerances; the second's result is
-judged by `faults`, since a quantized graph that misses them can be repaired.
+`ask_source` lets torch answer, `compare_with_source` holds the fp32 graph against these answers, and
+`compare_quantized` the quantized graph against the fp32 one. Both return what they measured. The first raises where it
+is outside the target's tolerances; the second's result is judged by `faults`, since a quantized graph that misses them
+can be repaired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,30 +66,57 @@ class QuantizedAgreement:
     window: int
 
 
-def compare_with_source(
-    model: PreTrainedModel, session: Session, token_ids: Sequence[int], shape: Model, gate: Gate
-) -> SourceAgreement:
-    """Greedy tokens and logits of the prompts of `edgelm.export.trials`, which says what they are and cost.
+@dataclass(frozen=True)
+class SourceAnswer:
+    """torch's answer to one prompt: greedy tokens, and logits float32 (tokens of prompt and answer, vocab_size)."""
 
-    token_ids: the text; shape: context, vocabulary and layers of the graph. The graph gets each prompt and its
-    continuation in pieces that are cut in random places. Raises: VerificationError outside the tolerance.
+    prompt: list[int]
+    tokens: list[int]
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SourceAnswers:
+    """torch's answers to the prompts of `edgelm.export.trials`, and what these prompts could not reach."""
+
+    answers: tuple[SourceAnswer, ...]
+    left_out: tuple[str, ...]
+
+
+def ask_source(model: PreTrainedModel, token_ids: Sequence[int], shape: Model, folder: Path) -> SourceAnswers:
+    """Let torch answer the prompts of `edgelm.export.trials`, which says what they are and cost.
+
+    token_ids: the text; shape: context, vocabulary and layers of the graph. The logits are written to the folder and
+    mapped from there: a thousand rows of a large vocabulary weigh as much as a model. Raises: VerificationError where
+    they are no numbers.
+    """
+    trials, left_out = make_trials(token_ids, shape, model.config)
+    answers = []
+    for index, trial in enumerate(trials):
+        tokens = _torch_greedy(model, trial, shape.context_length)
+        path = folder / f"logits-{index}.npy"
+        np.save(path, _require_numbers(_torch_logits(model, trial.prompt + tokens)))
+        answers.append(SourceAnswer(trial.prompt, tokens, np.load(path, mmap_mode="r")))
+    return SourceAnswers(tuple(answers), left_out)
+
+
+def compare_with_source(source: SourceAnswers, session: Session, gate: Gate) -> SourceAgreement:
+    """Hold greedy tokens and logits of the fp32 graph against torch's answers.
+
+    The graph gets each prompt and its continuation in pieces that are cut in random places. Raises: VerificationError
+    outside the tolerance.
     """
     draw = np.random.default_rng(0)
     difference = 0.0
     equal = total = ties = 0
-    trials, left_out = make_trials(token_ids, shape, model.config)
-    for trial in trials:
-        expected = _torch_greedy(model, trial, shape.context_length)
-        text = trial.prompt + expected
-        reference = _torch_logits(model, text)
-        _require_numbers(reference)
-        difference = max(difference, _difference(session, pieces(text, draw), reference))
+    for answer in source.answers:
+        difference = max(difference, _difference(session, answer, draw))
         session.rewind(0)
-        tokens = list(Sequencer(session).greedy(trial.prompt, len(expected), ()))
-        same = _equal_steps(trial.prompt, tokens, expected, reference, gate)
-        equal, total, ties = equal + same, total + len(expected), ties + (same < len(expected))
-    longest = max(len(trial.prompt) for trial in trials)
-    result = SourceAgreement(difference, total, equal, ties, len(trials), longest, left_out)
+        tokens = list(Sequencer(session).greedy(answer.prompt, len(answer.tokens), ()))
+        same = _equal_steps(answer, tokens, gate)
+        equal, total, ties = equal + same, total + len(answer.tokens), ties + (same < len(answer.tokens))
+    longest = max(len(answer.prompt) for answer in source.answers)
+    result = SourceAgreement(difference, total, equal, ties, len(source.answers), longest, source.left_out)
     if not result.logit_difference <= gate.logit_difference:
         raise VerificationError(
             f"the traced graph's logits are off by {result.logit_difference:.3g} of the largest, the target allows "
@@ -96,40 +125,38 @@ def compare_with_source(
     return result
 
 
-def _difference(session: Session, cut: Iterable[list[int]], reference: NDArray[np.float32]) -> float:
-    """Largest difference of a text in pieces to torch's logits (n, vocab_size), in units of their largest magnitude."""
+def _difference(session: Session, answer: SourceAnswer, draw: np.random.Generator) -> float:
+    """Largest difference to torch's logits of a text in random pieces, in units of their largest magnitude."""
     session.rewind(0)
     largest = 0.0
-    for piece in cut:
+    for piece in pieces(answer.prompt + answer.tokens, draw):
         begin = session.length
-        got = session.step(piece, len(piece))
-        _require_numbers(got)
-        largest = max(largest, float(np.abs(got - reference[begin : begin + len(piece)]).max()))
-    return largest / float(np.abs(reference).max())
+        got = _require_numbers(session.step(piece, len(piece)))
+        largest = max(largest, float(np.abs(got - answer.logits[begin : begin + len(piece)]).max()))
+    return largest / float(np.abs(answer.logits).max())
 
 
-def _require_numbers(logits: NDArray[np.float32]) -> None:
+def _require_numbers(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     if not (np.isfinite(logits).all() and logits.any()):
         raise VerificationError(
             "the model's logits are not all finite numbers, or all zero: its weights are damaged, download it again"
         )
+    return logits
 
 
-def _equal_steps(
-    prompt: list[int], tokens: list[int], expected: list[int], reference: NDArray[np.float32], gate: Gate
-) -> int:
+def _equal_steps(answer: SourceAnswer, tokens: list[int], gate: Gate) -> int:
     """How many steps give torch's token. After the first other one the texts differ, so it must be a near-tie: a token
     that torch holds as likely as its own, up to the tolerance of the logits. Raises: VerificationError."""
-    pairs = enumerate(zip(tokens, expected, strict=True))
-    step = next((index for index, (got, wanted) in pairs if got != wanted), len(expected))
-    if step == len(expected):
+    pairs = enumerate(zip(tokens, answer.tokens, strict=True))
+    step = next((index for index, (got, wanted) in pairs if got != wanted), len(tokens))
+    if step == len(tokens):
         return step
-    row = reference[len(prompt) + step - 1]
-    gap = float(row[expected[step]] - row[tokens[step]])
-    if not gap <= gate.logit_difference * float(np.abs(reference).max()):
+    row, got, wanted = answer.logits[len(answer.prompt) + step - 1], tokens[step], answer.tokens[step]
+    gap = float(row[wanted] - row[got])
+    if not gap <= gate.logit_difference * float(np.abs(answer.logits).max()):
         raise VerificationError(
-            f"the traced graph does not answer as the model does: after the prompt {prompt}, step {step + 1} gives "
-            f"token {tokens[step]}, torch gives {expected[step]}, ahead by {gap:.3g}: this model cannot be exported"
+            f"the traced graph does not answer as the model does: after the prompt {answer.prompt}, step {step + 1} "
+            f"gives token {got}, torch gives {wanted}, ahead by {gap:.3g}: this model cannot be exported"
         )
     return step
 

@@ -65,7 +65,7 @@ def main() -> None:
 def prepare(model: Path, bundle: Path, kv: str) -> None:
     """Build the reference model and export it, unless an earlier run did."""
     if not (model / "tokenizer.json").is_file():
-        build_reference(model)
+        build_model(model, _REFERENCE, "float32")
     if not (bundle / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 
@@ -74,14 +74,14 @@ def prepare(model: Path, bundle: Path, kv: str) -> None:
         print(f"exported in {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
-def build_reference(folder: Path) -> None:
-    """A model folder with random weights and a tokenizer of the full vocabulary."""
+def build_model(folder: Path, config_file: Path, dtype: str) -> None:
+    """A model folder with random weights, stored in this type, and a tokenizer of the full vocabulary."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(_REFERENCE)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(config_file)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(getattr(torch, dtype)).save_pretrained(folder)
     _build_tokenizer(folder, config.vocab_size)
 
 

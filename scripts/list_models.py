@@ -14,27 +14,37 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.model_zoo import REFUSED, SAME  # noqa: E402, the tests are no installed package
+from edgelm.export.paths import FUSED, PLAIN, STEPWISE  # noqa: E402
+from tests.model_zoo import NOT_TRIED, REFUSED, SAME, SAME_TOO  # noqa: E402, the tests are no installed package
 
 _HEAD = """# Model types
 
 Written by `python scripts/list_models.py`. Nothing in edgelm names an architecture: this is what was tried, not what is
-allowed. Each type runs in `tests/test_models.py` as a random model of two layers. *Same tokens*: the fused fp32 graph
-gives the very tokens of transformers' `generate(do_sample=False)` over 32 steps from two prompts, one longer than the
-sliding window, and row-wise INT8 with an INT8 cache stays near it. *Refused*: not by way of fused attention.
+allowed. Each type runs in `tests/test_models.py` as a random model of few layers, on the first way to trace it that
+gives the very tokens of transformers' `generate(do_sample=False)` over 32 steps from two prompts, one longer than
+the sliding window; the logits of a prompt in pieces are torch's within 1e-4; and in row-wise INT8, with an INT8
+cache where attention is fused, the model stays near that.
 
-What fused attention refuses is traced as the model writes it. `tests/test_plain.py` holds that for bloom, codegen,
-falcon, gemma4_text, gpt_neo, gptj, lfm2 and xglm, and token by token for mamba2 and mpt. Where neither way gives
-torch's tokens, the export ends with an error and writes nothing.
+- *Fused*: attention is ONNX Runtime's `GroupQueryAttention`, which writes an INT8 or float32 cache in place.
+- *Plain*: attention as the model writes it, a float32 cache that grows by concatenation, and whatever other states the
+  model keeps (convolutions, recurrences).
+- *Token by token*: plain, one token a step, also in the prompt: modeling code that loops over tokens.
+
+Where no way gives torch's tokens, the export ends with an error and writes nothing.
 """
 
 
 def document() -> str:
     """The whole text of docs/models.md."""
-    rows = [(name, "fused", "same tokens") for name in SAME]
-    rows += [(name, "none", f"refused: {refusal.reason}") for name, refusal in REFUSED.items()]
+    words = {FUSED: "fused", PLAIN: "plain", STEPWISE: "token by token"}
+    rows = [(name, words[path], "same tokens") for name, path in (SAME | SAME_TOO).items()]
+    rows += [(name, "none", f"refused: {reason}") for name, reason in REFUSED.items()]
+    rows += [(name, "", f"not tried: {reason}") for name, reason in NOT_TRIED.items()]
     lines = [f"| `{name}` | {path} | {result} |" for name, path, result in sorted(rows)]
-    count = f"{len(SAME)} types give the same tokens, {len(REFUSED)} are refused there."
+    count = (
+        f"Of transformers' types, {len(SAME | SAME_TOO)} give the same tokens, {len(REFUSED)} are refused, and "
+        f"{len(NOT_TRIED)} were not tried, most of which are no text decoders."
+    )
     return "\n".join([_HEAD, count, "", "| model type | path | result |", "|---|---|---|", *lines]) + "\n"
 
 

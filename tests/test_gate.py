@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +50,16 @@ class Exported:
 
     def compare(self, session: Session) -> verify.SourceAgreement:
         """Hold a session on the fp32 graph, or what was made of it, against the model."""
-        return verify.compare_with_source(self.model, session, IDS, self.described(), GATE)
+        return verify.compare_with_source(answers_of(self.model, self.described(), self.folder), session, GATE)
 
     def graph(self) -> ir.Model:
         """The fp32 graph, to be changed."""
         return ir.load(self.folder / "model.onnx")
+
+
+@functools.cache
+def answers_of(model: Any, shape: Model, folder: Path) -> verify.SourceAnswers:
+    return verify.ask_source(model, IDS, shape, folder)
 
 
 def save(graph: ir.Model, folder: Path) -> None:

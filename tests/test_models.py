@@ -1,12 +1,14 @@
-"""Every model type of the zoo answers as torch does, fused and quantized, or is refused for the reason in the table.
+"""Every model type of the zoo answers as torch does, by the first way that can trace it, and so near it in INT8.
 
 Prompts are longer than the sliding windows of the models that have one.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,93 +16,128 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from edgelm.export import ExportConfig, export_model
 from edgelm.export.calibrate import cache_ranges
 from edgelm.export.errors import TraceError
 from edgelm.export.passes import fusing_passes, quantizing_passes
-from edgelm.export.trace import TracedModel, trace_model
-from edgelm.export.verify import compare_quantized, compare_with_source
+from edgelm.export.paths import PATHS, TracePath
+from edgelm.export.trace import TracedModel
+from edgelm.export.verify import compare_quantized, faults
+from edgelm.runtime import load
 from edgelm.runtime.decode import Sequencer
-from edgelm.runtime.errors import VerificationError
+from edgelm.runtime.errors import SessionError
 from edgelm.runtime.manifest import CacheType, Model
-from edgelm.runtime.session import OrtSession
+from edgelm.runtime.session import OrtSession, Session, make_session
 from edgelm.targets import Gate
-from tests.conftest import ROOT
-from tests.model_zoo import CONTEXT, REFUSED, SAME, VOCABULARY, WINDOW, causal_types, tiny_model
+from tests.conftest import ROOT, byte_tokenizer
+from tests.model_zoo import CONTEXT, NOT_TRIED, REFUSED, SAME, SAME_TOO, VOCABULARY, WINDOW, causal_types, tiny_model
 
 STEPS = 32
 _RANDOM = np.random.default_rng(5)
 PROMPTS = [_RANDOM.integers(0, 256, length).tolist() for length in (40, 5)]
 FLOAT = CacheType("float32", None)
 INT8 = CacheType("int8", "channel")
-# Loose: 2 random layers spread their logits less evenly than trained ones, and 72 tokens make one position 1.4 %.
-GATE = Gate(logit_difference=1e-4, perplexity_increase_percent=20.0, agreement_percent=80.0, decided_margin=0.3)
+# Loose: 2 random layers spread their logits less evenly than trained ones, and of 71 positions few are decided.
+GATE = Gate(logit_difference=1e-4, perplexity_increase_percent=20.0, agreement_percent=75.0, decided_margin=0.3)
 
 
-def fused(model: Any) -> TracedModel:
-    traced = trace_model(model)
-    ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
-    return traced
+@dataclass(frozen=True)
+class Attempt:
+    """A model traced one way, as a session on its fused fp32 graph."""
+
+    path: str
+    traced: TracedModel
+    session: Session
 
 
-def session_of(traced: TracedModel, path: Path, kv: CacheType) -> OrtSession:
+def session_of(traced: TracedModel, path: Path, kv: CacheType) -> Session:
     ir.save(traced.graph, path, external_data=f"{path.name}.data")
-    return OrtSession(path, Model(VOCABULARY, CONTEXT, 1, traced.layers, kv), 1)
+    shape = Model(VOCABULARY, CONTEXT, 1, traced.layers, kv, traced.layout, traced.states, traced.step_tokens)
+    return make_session(path, shape, 1)
 
 
 def generated(model: Any, prompt: list[int]) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=STEPS, max_new_tokens=STEPS
-    )
+    # Without an end token, or it would be kept from being chosen, and ids of 0 are tokens here, no padding.
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": 0}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return [int(token) for token in output[0, len(prompt) :]]
 
 
-def logits(model: Any, token_ids: list[int]) -> Any:
+def first_right(model: Any, folder: Path) -> Attempt | list[str]:
+    """The first way on which the tokens are those of generate, or why none is."""
+    expected = [generated(model, prompt) for prompt in PROMPTS]
+    refusals = []
+    for path in PATHS:
+        found = attempt(model, path, folder / "model.onnx", expected)
+        if isinstance(found, Attempt):
+            return found
+        refusals.append(found)
+    return refusals
+
+
+def attempt(model: Any, path: TracePath, file: Path, expected: list[list[int]]) -> Attempt | str:
+    name, trace = path
+    try:
+        traced = trace(model)
+        ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
+        session = session_of(traced, file, FLOAT)
+        difference = cut_difference(model, session, PROMPTS[0])
+        tokens = [list(Sequencer(session).greedy(prompt, STEPS, ())) for prompt in PROMPTS]
+    except (TraceError, SessionError) as error:
+        return f"{name}: {error}"
+    if tokens != expected:
+        return f"{name}: other tokens than torch's"
+    if difference > GATE.logit_difference:
+        return f"{name}: logits are off by {difference:.3g} of the largest"
+    return Attempt(name, traced, session)
+
+
+def cut_difference(model: Any, session: Session, prompt: list[int]) -> float:
+    """Largest difference of a cut prompt's logits to torch's, in units of their largest magnitude."""
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor([token_ids]), use_cache=False).logits[0].numpy()
+        reference = model(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
+    pieces = [prompt[begin:end] for begin, end in itertools.pairwise((0, 7, 8, 9, 22, len(prompt)))]
+    logits = np.concatenate([session.step(piece, len(piece)).copy() for piece in pieces])
+    return float(np.abs(logits - reference).max() / np.abs(reference).max())
 
 
-@pytest.mark.parametrize("model_type", SAME)
+@pytest.mark.parametrize("model_type", [*SAME, *(pytest.param(name, marks=pytest.mark.slow) for name in SAME_TOO)])
 def test_tokens_are_those_of_generate_and_int8_stays_near(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type)
-    expected = [generated(model, prompt) for prompt in PROMPTS]
-    traced = fused(model)
-    before = session_of(traced, tmp_path / "model.onnx", FLOAT)
-    reference = logits(model, PROMPTS[0])
-    difference = np.abs(before.step(PROMPTS[0], len(PROMPTS[0])) - reference).max()
-    assert difference <= GATE.logit_difference * np.abs(reference).max()
-    assert [list(Sequencer(before).greedy(prompt, STEPS, ())) for prompt in PROMPTS] == expected
+    right = first_right(model, tmp_path)
+    assert isinstance(right, Attempt), right
+    assert right.path == {**SAME, **SAME_TOO}[model_type]
 
-    text = PROMPTS[0] + expected[0]
-    ranges = cache_ranges(before, text, len(text))
-    ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, ranges))(traced.graph)
-    after = session_of(traced, tmp_path / "quantized.onnx", INT8)
-    compare_quantized(before, after, text, len(text), GATE)
+    text = PROMPTS[0] + generated(model, PROMPTS[0])
+    ranges, kv = {}, FLOAT
+    if isinstance(right.session, OrtSession):
+        ranges, kv = cache_ranges(right.session, text, len(text)), INT8
+    ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, ranges))(right.traced.graph)
+    quantized = session_of(right.traced, tmp_path / "quantized.onnx", kv)
+    assert not faults(compare_quantized(right.session, quantized, text, len(text), GATE), GATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_a_refused_type_is_refused_for_the_reason_in_the_table(tmp_path: Path, model_type: str) -> None:
-    model = tiny_model(model_type)
-    try:
-        compare_with_source(model, session_of(fused(model), tmp_path / "model.onnx", FLOAT), PROMPTS[0], GATE)
-    except (TraceError, VerificationError) as error:
-        assert REFUSED[model_type].error in str(error)
-    else:
-        pytest.fail(f"{model_type} works now: move it from REFUSED to SAME, and run scripts/list_models.py")
+def test_a_type_in_the_table_of_refused_ones_is_refused(tmp_path: Path, model_type: str) -> None:
+    assert isinstance(first_right(tiny_model(model_type), tmp_path), list), (
+        f"{model_type} works now: move it from REFUSED to SAME, and run scripts/list_models.py"
+    )
 
 
 def test_the_prompt_is_longer_than_the_window() -> None:
     assert WINDOW < len(PROMPTS[0]) < CONTEXT
 
 
-def test_the_zoo_names_types_of_transformers_once() -> None:
-    assert not set(SAME) & set(REFUSED)
-    assert len(set(SAME)) == len(SAME)
-    assert set(SAME) | set(REFUSED) <= set(causal_types())
+def test_the_zoo_names_each_type_of_transformers_once() -> None:
+    named = [*SAME, *SAME_TOO, *REFUSED, *NOT_TRIED]
+    assert len(set(named)) == len(named)
+    assert sorted(named) == causal_types(), "a new transformers: say in tests/model_zoo.py what its new types do"
 
 
 def test_the_document_is_what_the_script_writes() -> None:
@@ -110,26 +147,35 @@ def test_the_document_is_what_the_script_writes() -> None:
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == written.stdout
 
 
-def test_a_type_that_nobody_listed_is_traced(tmp_path: Path) -> None:
+def test_a_type_that_nobody_listed_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     torch.manual_seed(0)
-    model = unlisted_model()
-    ids = PROMPTS[0]
-    expected = logits(model, ids)
-    session = session_of(fused(model), tmp_path / "model.onnx", FLOAT)
-    first = session.step(ids[:30], 30).copy()
-    second = session.step(ids[30:], 10)
-    assert abs(first - expected[:30]).max() <= 1e-4 * abs(expected).max()
-    assert abs(second - expected[30:]).max() <= 1e-4 * abs(expected).max()
+    model = unlisted_model(monkeypatch)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer(tmp_path / "model")
+    expected = generated(model, PROMPTS[0])
+    config = ExportConfig(str(tmp_path / "model"), target="x86-cpu", scheme="fp32", out=tmp_path / "bundle")
+    done = export_model(config)
+    assert done.manifest.source.architecture == "UnlistedModel" and done.manifest.model.cache_layout == "in_place"
+    with load(done.path, threads=1) as engine:
+        assert list(engine.generate(token_ids=PROMPTS[0], max_tokens=STEPS).token_ids) == until_end(expected)
+    export_model(ExportConfig(str(tmp_path / "model"), target="x86-cpu", out=tmp_path / "int8"))
 
 
-def unlisted_model() -> Any:
-    """Two attention layers of three heads and learned positions, written on transformers' public interfaces alone."""
+def until_end(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(256)] if 256 in tokens else tokens
+
+
+def unlisted_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two attention layers of three heads and learned positions, written on transformers' public interfaces alone and
+    registered with it."""
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     class UnlistedConfig(PreTrainedConfig):
         model_type = "unlisted"
@@ -149,7 +195,7 @@ def unlisted_model() -> Any:
             result, _ = attend(self, query, key, value, None, scaling=0.3, dropout=0.0)
             return hidden + self.out(result.reshape(hidden.shape).contiguous())
 
-    class UnlistedModel(PreTrainedModel):
+    class UnlistedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         config_class = UnlistedConfig
         _supports_sdpa = True
 
@@ -161,13 +207,27 @@ def unlisted_model() -> Any:
             self.post_init()
 
         def forward(
-            self, input_ids: Any, position_ids: Any = None, past_key_values: Any = None, use_cache: bool = False
+            self,
+            input_ids: Any,
+            attention_mask: Any = None,
+            position_ids: Any = None,
+            past_key_values: Any = None,
+            use_cache: bool = False,
+            **_: Any,
         ) -> Any:
             if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[1])[None]
+                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(past, past + input_ids.shape[1])[None]
             hidden = self.tokens(input_ids) + self.places(position_ids)
             for block in self.blocks:
                 hidden = block(hidden, past_key_values)
             return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
 
-    return UnlistedModel(UnlistedConfig(num_hidden_layers=2, vocab_size=VOCABULARY, attn_implementation="sdpa")).eval()
+    # Registered for this test alone.
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    AutoConfig.register("unlisted", UnlistedConfig)
+    AutoModelForCausalLM.register(UnlistedConfig, UnlistedModel)
+    return UnlistedModel(
+        UnlistedConfig(num_hidden_layers=2, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, eos_token_id=256)
+    ).eval()
