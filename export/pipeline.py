@@ -8,7 +8,6 @@ cache, what the quantized graphs are made of, and what they are judged by. All o
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -242,8 +241,10 @@ def _ask_torch(context: _Context) -> verify.SourceAnswers:
     loads them. Another path, which few models need, loads them again."""
     assert context.module is not None, "set when the model was traced"
     answers = verify.ask_source(context.module, context.text_ids, context.model("float32"), context.reference)
+    # By themselves they would stay: onnxscript's rules for rewriting remember the last graph that they saw.
+    for weight in context.module.parameters():
+        weight.data = weight.new_empty(0)
     context.module = None
-    gc.collect()  # torch's tracing leaves cycles behind that hold the model
     return answers
 
 
