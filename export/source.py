@@ -25,6 +25,10 @@ BUILTIN_PREFIX = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
+_NO_CAUSAL_MODEL = "no causal language model"
+_GIVE_CAUSAL_MODEL = "give one whose architecture ends in ForCausalLM"
+# Parts of a configuration that describe what a model reads besides text.
+_SENSES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _logger = logging.getLogger(__name__)
 
@@ -161,11 +165,28 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
     saved = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)]
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and bool(causal.intersection(saved))
-    if not is_causal or config.get("is_encoder_decoder"):
+    problem = _other_kind(kind, config) or (None if is_causal else (_NO_CAUSAL_MODEL, _GIVE_CAUSAL_MODEL))
+    if problem:
+        what, remedy = problem
         raise SourceError(
-            f"{folder} is no causal language model (model_type {kind!r}, {', '.join(map(str, saved))}): edgelm exports "
-            "causal models only"
+            f"{folder / 'config.json'}: {', '.join(map(str, saved))} (model_type {kind!r}) is {what}, and edgelm "
+            f"exports causal models only: {remedy}"
         )
+
+
+def _other_kind(kind: str, config: dict[str, Any]) -> tuple[str, str] | None:
+    """What a model is that has more than a decoder of text, and what to do; None for all others.
+
+    transformers has a few of these among its causal models, and some name a part that is one as their architecture.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)):
+        return "an encoder and a decoder", _GIVE_CAUSAL_MODEL
+    senses = [name for name in config if name in _SENSES and config[name] is not None]
+    if senses:
+        return f"a multimodal model ({', '.join(senses)})", "give a model of text alone"
+    return None
 
 
 def _check_weights(folder: Path) -> None:
