@@ -25,8 +25,6 @@ BUILTIN_PREFIX = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
-_NO_CAUSAL_MODEL = "no causal language model"
-_GIVE_CAUSAL_MODEL = "give one whose architecture ends in ForCausalLM"
 # Parts of a configuration that describe what a model reads besides text.
 _SENSES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -165,28 +163,25 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
     saved = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)]
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and bool(causal.intersection(saved))
-    problem = _other_kind(kind, config) or (None if is_causal else (_NO_CAUSAL_MODEL, _GIVE_CAUSAL_MODEL))
-    if problem:
-        what, remedy = problem
+    # Some models of text and images are among them as well.
+    senses = [name for name in config if name in _SENSES and config[name] is not None]
+    if not is_causal or senses or config.get("is_encoder_decoder"):
         raise SourceError(
-            f"{folder / 'config.json'}: {', '.join(map(str, saved))} (model_type {kind!r}) is {what}, and edgelm "
-            f"exports causal models only: {remedy}"
+            f"{folder / 'config.json'}: {', '.join(map(str, saved))} (model_type {kind!r}) is "
+            f"{_other_kind(kind, config, senses)}"
         )
 
 
-def _other_kind(kind: str, config: dict[str, Any]) -> tuple[str, str] | None:
-    """What a model is that has more than a decoder of text, and what to do; None for all others.
-
-    transformers has a few of these among its causal models, and some name a part that is one as their architecture.
-    """
+def _other_kind(kind: str, config: dict[str, Any], senses: list[str]) -> str:
+    """What a model is that is no decoder of text, and what to do about it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)):
-        return "an encoder and a decoder", _GIVE_CAUSAL_MODEL
-    senses = [name for name in config if name in _SENSES and config[name] is not None]
+    only = "edgelm exports causal models only"
     if senses:
-        return f"a multimodal model ({', '.join(senses)})", "give a model of text alone"
-    return None
+        return f"a multimodal model ({', '.join(senses)}), and {only}: give a model of text alone"
+    both = config.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False))
+    what = "an encoder and a decoder" if both else "no causal language model"
+    return f"{what}, and {only}: give one whose architecture ends in ForCausalLM"
 
 
 def _check_weights(folder: Path) -> None:

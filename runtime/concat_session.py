@@ -6,6 +6,7 @@ once, inside the graph.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ _CACHE_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _KV_KINDS = ("key", "value")
+_KV_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)", re.ASCII)
 _LENGTH_AXIS = 2
 
 
@@ -132,5 +134,5 @@ class ConcatSession:
 
 
 def known_input(name: str) -> bool:
-    """Whether a session can feed an input of this name."""
-    return name in _INPUTS or (name.startswith(_PAST) and name.endswith(_KV_KINDS))
+    """Whether a session can feed an input of this name, to a model whose only states are keys and values."""
+    return name in _INPUTS or _KV_INPUT.fullmatch(name) is not None

@@ -171,6 +171,17 @@ def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str,
     )
 
 
+def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
+    import transformers
+
+    from edgelm.export.source import find_source
+
+    config = transformers.BartConfig(vocab_size=257, d_model=16, decoder_layers=1, decoder_ffn_dim=16)
+    config.decoder_attention_heads = 2
+    transformers.BartForCausalLM(config).save_pretrained(tmp_path)
+    assert find_source(str(tmp_path), None) == tmp_path
+
+
 def test_an_encoder_and_a_decoder_by_its_type_alone(refused: Refused, model: Path) -> None:
     """The configuration says nothing of an encoder, and names an architecture that is causal."""
     change_config(model, model_type="t5")

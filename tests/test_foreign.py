@@ -24,6 +24,7 @@ from edgelm.runtime.errors import (
     BundleMissingError,
     BundleUnsupportedError,
     EdgelmError,
+    SessionError,
     SettingsError,
 )
 from edgelm.runtime.onnx_file import weight_files
@@ -122,6 +123,48 @@ def test_a_float16_cache(tmp_path: Path) -> None:
     found = logits(session, [IDS[:20], IDS[20:21], IDS[21:]])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, logits(full, [IDS]), atol=0.05)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("num_logits_to_keep", []), ("logits_to_keep", [1])])
+def test_a_graph_that_is_told_how_many_logits_to_keep(tmp_path: Path, name: str, shape: list[int]) -> None:
+    """As models of onnx-community are; without it they compute logits for a whole prompt."""
+    folder = lay_out(tmp_path / "model")
+    model = onnx.load(FIXTURE / "model.onnx")
+    (producer,) = [node for node in model.graph.node if "logits" in node.output]
+    producer.output[0] = "all_logits"
+    model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+    for constant, value in (("flat", -1), ("one", 1), ("end", 2**31)):
+        model.graph.initializer.append(helper.make_tensor(constant, TensorProto.INT64, [1], [value]))
+    model.graph.node.extend(
+        [
+            helper.make_node("Reshape", [name, "flat"], ["count"]),
+            helper.make_node("Neg", ["count"], ["begin"]),
+            helper.make_node("Slice", ["all_logits", "begin", "end", "one"], ["logits"]),
+        ]
+    )
+    onnx.save(model, folder / "model.onnx")
+    _, session = open_folder(folder)
+    _, plain = open_folder(lay_out(tmp_path / "plain", model="model"))
+    for keep in (1, 5):
+        assert (session.step(IDS[:9], keep) == plain.step(IDS[:9], keep)).all()
+
+
+def test_a_graph_of_the_last_logits_only_can_generate_but_not_score(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "model")
+    model = onnx.load(FIXTURE / "model.onnx")
+    (producer,) = [node for node in model.graph.node if "logits" in node.output]
+    producer.output[0] = "all_logits"
+    for constant, value in (("one", 1), ("begin", -1), ("end", 2**31)):
+        model.graph.initializer.append(helper.make_tensor(constant, TensorProto.INT64, [1], [value]))
+    model.graph.node.append(helper.make_node("Slice", ["all_logits", "begin", "end", "one"], ["logits"]))
+    onnx.save(model, folder / "model.onnx")
+    with load(folder) as engine:
+        done = engine.generate(EXPECTED[0]["prompt"], max_tokens=24)
+    assert done.token_ids == tuple(EXPECTED[0]["tokens"])
+    _, session = open_folder(folder)
+    with pytest.raises(SessionError, match="score"):
+        session.step(IDS[:9], 5)
+    assert session.length == 0
 
 
 def test_cuts_and_rewinds_do_not_change_a_float_model(folder: Path) -> None:
@@ -352,6 +395,7 @@ def other_graph(folder: Path, cache: int = TensorProto.FLOAT, **inputs: Sequence
         ({"inputs_embeds": ["b", "s", 8], "past_key_values__0__key": ["b", 1, "p", 4]}, "inputs_embeds"),
         ({"input_ids": ["b", "s"], "past_conv__0": ["b", 8, 3]}, "past_conv.0"),
         ({"input_ids": ["b", "s"]}, "text-generation-with-past"),
+        ({"input_ids": ["b", "s"], "past_key_values__0__decoder__key": ["b", 1, "p", 4]}, "0.decoder.key"),
         ({"input_ids": ["b", "s"], "past_key_values__0__key": ["b", 1, "p", 4]}, "past_key_values.0.value"),
         (
             {
