@@ -28,7 +28,6 @@ _CACHE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 _KV_KINDS = ("key", "value")
 _KV_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)", re.ASCII)
-_LENGTH_AXIS = 2
 
 
 class ConcatSession:

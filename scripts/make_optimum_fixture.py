@@ -1,9 +1,6 @@
 """Make tests/fixtures/optimum: a tiny random Llama, exported by optimum in the forms that people publish.
 
-    python -m venv VENV && VENV/bin/pip install torch==2.13.0 transformers==4.57.6 optimum-onnx==0.1.0 onnx onnxruntime
-    VENV/bin/python scripts/make_optimum_fixture.py
-
-It needs an environment of its own: optimum-onnx wants transformers before 4.58. Everything is written anew:
+Run by scripts/make_optimum_fixture, which makes the environment that it needs. Everything is written anew:
 
     model.onnx               `optimum-cli export onnx --task text-generation-with-past`: one graph that takes the past
     model_quantized.onnx     the same after onnxruntime's dynamic quantization, as optimum does it
