@@ -25,6 +25,8 @@ BUILTIN_PREFIX = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
+# Parts of a configuration that describe what a model reads besides text.
+_SENSES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _logger = logging.getLogger(__name__)
 
@@ -167,10 +169,13 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     causal = _causal_names(kind)
     # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
     saved = config.get("architectures") or causal
-    if not causal or not _all_causal_names(causal).intersection(saved) or config.get("is_encoder_decoder"):
+    is_causal = bool(causal) and not _all_causal_names(causal).isdisjoint(saved)
+    # Some models of text and images are among them as well.
+    senses = [name for name in config if name in _SENSES and config[name] is not None]
+    if not is_causal or senses or config.get("is_encoder_decoder"):
         raise SourceError(
-            f"{folder} is no causal language model (model_type {kind!r}, {', '.join(map(str, saved))}): edgelm exports "
-            "causal models only"
+            f"{folder / 'config.json'}: {', '.join(map(str, saved))} (model_type {kind!r}) is "
+            f"{_other_kind(kind, config, senses)}"
         )
 
 
@@ -192,6 +197,18 @@ def _all_causal_names(own: list[str]) -> set[str]:
 
     mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return {*own, *(name for names in mapped for name in ([names] if isinstance(names, str) else names))}
+
+
+def _other_kind(kind: str, config: dict[str, Any], senses: list[str]) -> str:
+    """What a model is that is no decoder of text, and what to do about it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    only = "edgelm exports causal models only"
+    if senses:
+        return f"a multimodal model ({', '.join(senses)}), and {only}: give a model of text alone"
+    both = config.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False))
+    what = "an encoder and a decoder" if both else "no causal language model"
+    return f"{what}, and {only}: give one whose architecture ends in ForCausalLM"
 
 
 def _check_weights(folder: Path) -> None:

@@ -28,10 +28,12 @@ class Bundle:
     """A folder with a manifest that was read. Immutable, safe between threads.
 
     The files' contents are checked by `check_files`, not by `open`, so that the caller decides when to pay for it.
+    has_manifest: False for the folder of another exporter, whose manifest was made from what is in it.
     """
 
     path: Path
     manifest: Manifest
+    has_manifest: bool = True
 
     @staticmethod
     def open(path: str | Path) -> Bundle:

@@ -14,7 +14,7 @@ import importlib.metadata
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import EdgelmError
@@ -28,12 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The `edgelm` program. Returns the exit status; prints nothing but what the command prints and one error line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), None)
-    debug = "--debug" in words
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An output whose encoding lacks a character gets an escape in its place.
         sys.stdout.reconfigure(errors="backslashreplace")
+    return one_line_errors(lambda: _dispatch(name, words), "--debug" in words)
+
+
+def one_line_errors(command: Callable[[], int], debug: bool) -> int:
+    """Run a command; what it raises on purpose, or the system, becomes one line and an exit status."""
     try:
-        return _dispatch(name, words)
+        return command()
     except EdgelmError as error:
         return _fail(str(error), error, debug)
     except BrokenPipeError as error:
@@ -56,12 +60,17 @@ def _dispatch(name: str | None, words: list[str]) -> int:
         return _USAGE
     parser = argparse.ArgumentParser(prog=f"edgelm {name}", description=module.SUMMARY)
     module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     words.remove(name)
     status: int = module.run(parser.parse_intermixed_args(words))
     if sys.stdout is not None:  # closed before we started
         sys.stdout.flush()
     return status
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Declare `--debug`, which each command has."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _general(words: list[str]) -> int:
@@ -74,7 +83,7 @@ def _general(words: list[str]) -> int:
         usage="edgelm COMMAND ...  (edgelm COMMAND --help tells more)",
     )
     parser.add_argument("--version", action="version", version=f"edgelm {importlib.metadata.version('edgelm')}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.parse_args(words)
     parser.print_help()
     return 0 if not words else _USAGE

@@ -1,11 +1,12 @@
 """`Session` over a graph that returns its cache grown: past keys and values in, past and new ones out.
 
-The way of models whose attention is not fused, and of most files that other exporters write. A step copies the cache
+The way of models whose attention is not fused, and of the files that other exporters write. A step copies the cache
 once, inside the graph.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,20 +18,32 @@ from .manifest import Model
 from .ort import onnxruntime_errors
 
 _PAST, _PRESENT = "past_key_values.", "present."
+# Inputs beside the cache that a graph may have, ours and those of other exporters.
+_LOGITS_TO_KEEP = ("logits_to_keep", "num_logits_to_keep")
+_USE_CACHE = "use_cache_branch"
+_INPUTS = {"input_ids", "attention_mask", "position_ids", _USE_CACHE, *_LOGITS_TO_KEEP}
+_CACHE_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 _KV_KINDS = ("key", "value")
-_LENGTH_AXIS = 2
+_KV_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)", re.ASCII)
 
 
 class ConcatSession:
     """See the module. Not safe between threads. Rewinding copies what is kept; a model with other states than keys and
     values can only go back to the beginning."""
 
-    def __init__(self, inference: Any, model: Model) -> None:
-        """inference: onnxruntime's session, from `session.load_graph`."""
+    def __init__(self, inference: Any, model: Model, first: Any = None) -> None:
+        """inference: onnxruntime's session, from `session.load_graph`; first: that of the graph for a text's first
+        step, where it is another one."""
         self._inference = inference
+        self._first = first or inference
         self._model = model
-        self._inputs = {item.name for item in inference.get_inputs()}
-        self._outputs = [item.name for item in inference.get_outputs()]
+        self._inputs = {item.name: item for item in inference.get_inputs()}
+        # Where the first step has a graph or a branch of its own, the other was traced with one token and may lack the
+        # mask among several.
+        self._one_by_one = first is not None or _USE_CACHE in self._inputs
         self._errors = onnxruntime_errors()
         self._state = self._beginning()
         self._length = 0
@@ -40,7 +53,7 @@ class ConcatSession:
         return self._length
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        size = self._model.step_tokens or len(token_ids)
+        size = 1 if self._one_by_one and self._length else self._model.step_tokens or len(token_ids)
         rows: list[NDArray[np.float32]] = []
         for begin in range(0, len(token_ids), size):
             piece = token_ids[begin : begin + size]
@@ -62,38 +75,63 @@ class ConcatSession:
         self._length = length
 
     def close(self) -> None:
-        self._inference = None
+        self._inference = self._first = None
         self._state = {}
 
     def _run(self, token_ids: Sequence[int], keep: int) -> NDArray[np.float32]:
-        total = self._length + len(token_ids)
-        feeds: dict[str, NDArray[Any]] = {
-            "input_ids": np.array([token_ids], np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
-            "logits_to_keep": np.array([keep], np.int64),
-            **{_PAST + name: array for name, array in self._state.items()},
-        }
-        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
+        inference = self._inference if self._length else self._first
+        feeds = self._feeds(token_ids, keep)
+        outputs = [item.name for item in inference.get_outputs()]
         try:
-            results = dict(zip(self._outputs, self._inference.run(self._outputs, feeds), strict=True))
+            feeds = {item.name: feeds[item.name] for item in inference.get_inputs()}
+            results = dict(zip(outputs, inference.run(outputs, feeds), strict=True))
         except self._errors as error:
             reason = " ".join(str(error).split())
             raise SessionError(
-                f"a step of {len(token_ids)} tokens at position {self._length} failed: {reason}; "
-                "export the bundle again"
+                f"a step of {len(token_ids)} tokens at position {self._length} failed: {reason}; export the model again"
             ) from error
+        logits = results["logits"][0, -keep:]
+        if len(logits) < keep:
+            raise SessionError(
+                f"the graph gave logits of {len(logits)} tokens where {keep} are needed: it can generate, but not score"
+            )
         self._state = {name: results[_PRESENT + name] for name in self._state}
-        self._length = total
-        return np.asarray(results["logits"][0, -keep:], np.float32)
+        self._length += len(token_ids)
+        return np.asarray(logits, np.float32)
 
-    def _beginning(self) -> dict[str, NDArray[np.float32]]:
+    def _feeds(self, token_ids: Sequence[int], keep: int) -> dict[str, NDArray[Any]]:
+        """Every input that a graph may have."""
+        total = self._length + len(token_ids)
+        counts = {
+            name: np.full([1] * len(self._inputs[name].shape), keep, np.int64)
+            for name in _LOGITS_TO_KEEP
+            if name in self._inputs
+        }
+        return {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+            _USE_CACHE: np.array([self._length > 0]),
+            **counts,
+            **{_PAST + name: array for name, array in self._state.items()},
+        }
+
+    def _beginning(self) -> dict[str, NDArray[Any]]:
         """Keys and values of no positions, and states of zeros."""
-        state: dict[str, NDArray[np.float32]] = {}
+        state: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(self._model.layers):
             for kind in _KV_KINDS if layer is not None else ():
                 assert layer is not None
                 size = layer.key_size if kind == "key" else layer.value_size
-                state[f"{index}.{kind}"] = np.zeros((1, layer.kv_heads, 0, size), np.float32)
+                state[f"{index}.{kind}"] = np.zeros((1, layer.kv_heads, 0, size), self._dtype(f"{index}.{kind}"))
         for tensor in self._model.states:
-            state[tensor.name] = np.zeros((1, *tensor.shape), np.float32)
+            state[tensor.name] = np.zeros((1, *tensor.shape), self._dtype(tensor.name))
         return state
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        return _CACHE_DTYPES[self._inputs[_PAST + name].type]
+
+
+def known_input(name: str) -> bool:
+    """Whether a session can feed an input of this name, to a model whose only states are keys and values."""
+    return name in _INPUTS or _KV_INPUT.fullmatch(name) is not None

@@ -29,7 +29,7 @@ from .errors import (
     TemplateError,
 )
 from .response_cache import CachedAnswer, FinishReason, ResponseCache, response_key
-from .session import Session, open_session
+from .session import Session, open_folder
 from .tokenizer import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -88,16 +88,18 @@ class _Request:
     started: float
 
 
-def load(path: str | Path, *, threads: int | None = None, response_cache: bool = True) -> Engine:
-    """Open a bundle and make it ready to generate.
+def load(
+    path: str | Path, *, graph: str | None = None, threads: int | None = None, response_cache: bool = True
+) -> Engine:
+    """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
+    graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
     threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
     answers in memory (16 MiB) and give them again for the same request.
     Every file is checked against the manifest's digests; the weights' are computed while onnxruntime prepares them.
     Raises: BundleError and below for the folder, SettingsError for threads, SessionError from onnxruntime.
     """
-    bundle = Bundle.open(path)
-    session = open_session(bundle, threads)
+    bundle, session = open_folder(path, threads, graph)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
     return Engine(bundle, session, tokenizer, ResponseCache() if response_cache else None)
 

@@ -4,7 +4,8 @@
     |- BundleError            a bundle cannot be used
     |  |- BundleMissingError      the folder or one of its files is not there
     |  |- BundleCorruptError      a file is truncated, changed or not what the manifest says
-    |  `- BundleVersionError      written by a newer edgelm
+    |  |- BundleVersionError      written by a newer edgelm
+    |  `- BundleUnsupportedError  of another exporter, in a form that edgelm does not run
     |- InputError             the caller asked for something impossible
     |  |- PromptError             empty, not text, ids out of range
     |  |- ContextLengthError      longer than the model's context
@@ -42,6 +43,10 @@ class BundleCorruptError(BundleError):
 
 class BundleVersionError(BundleError):
     """The bundle's schema version is not one that this edgelm reads."""
+
+
+class BundleUnsupportedError(BundleError):
+    """Another exporter wrote the folder, in a form that edgelm does not run."""
 
 
 class InputError(EdgelmError):

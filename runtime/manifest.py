@@ -71,7 +71,8 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheType:
-    """The element type of all keys and values: "int8" or "float32"; granularity of the scales: "channel" or null."""
+    """The element type of all keys and values: "int8" or "float32" ("float16" in files of other exporters only);
+    granularity of the scales: "channel" or null."""
 
     type: str
     granularity: str | None
@@ -94,7 +95,8 @@ class Model:
     """The shape of the model. `layers[N]` is null where layer N of the source has no attention, hence no cache.
 
     cache_layout: "in_place" (past and present may be one buffer) or "concatenated" (present is past and the new
-    tokens); step_tokens: how many new tokens a step must have, or null for any number.
+    tokens); step_tokens: how many new tokens a step must have, or null for any number. parameters: 0 where nobody
+    counted them, in files of other exporters.
     """
 
     vocab_size: int

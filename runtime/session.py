@@ -21,7 +21,7 @@ from .kv import KVCache
 from .manifest import Model
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
 
-_REPAIR = "export the bundle again, and check that onnxruntime is as new as the one that exported it"
+_REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
 # bits. With a float32 cache a step therefore always has two rows; with an int8 cache both kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
@@ -144,15 +144,37 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     The weights' digest is computed in a thread while onnxruntime prepares them; the small files, which onnxruntime and
     tokenizers parse, are checked before. Raises: SettingsError, BundleCorruptError, SessionError.
     """
-    if threads is not None and threads < 1:
-        raise SettingsError(f"threads must be 1 or more, found {threads}")
+    count = _thread_count(threads)
     weights = {name for name in bundle.manifest.files if name.endswith(".data")}
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
         bundle.check_files(bundle.manifest.files.keys() - weights)
-        session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads or machine.default_threads())
+        session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, count)
         weights_checked.result()
     return session
+
+
+def open_folder(path: str | Path, threads: int | None = None, graph: str | None = None) -> tuple[Bundle, Session]:
+    """Load the model of a folder, be it a bundle or what another exporter wrote (see `edgelm.runtime.foreign`).
+
+    graph: for the latter, which of several ONNX files, relative to the folder.
+    Raises: BundleError and below for the folder, SettingsError, SessionError.
+    """
+    from . import foreign
+
+    folder = Path(path)
+    if foreign.is_foreign(folder):
+        return foreign.open_foreign(folder, graph, _thread_count(threads))
+    bundle = Bundle.open(folder)
+    if graph is not None:
+        raise SettingsError(f"{folder} is a bundle, which has one graph: leave out  graph={graph}")
+    return bundle, open_session(bundle, threads)
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise SettingsError(f"threads must be 1 or more, found {threads}")
+    return threads or machine.default_threads()
 
 
 def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ TREE = {
     "BundleMissingError": "BundleError",
     "BundleCorruptError": "BundleError",
     "BundleVersionError": "BundleError",
+    "BundleUnsupportedError": "BundleError",
     "InputError": "EdgelmError",
     "PromptError": "InputError",
     "ContextLengthError": "InputError",

@@ -106,10 +106,28 @@ def test_a_config_that_is_no_text(refused: Refused, model: Path) -> None:
     refused(model, words=("config.json", "download the model again"))
 
 
-@pytest.mark.parametrize("kind", ["t5", "vit", "clip"])
+@pytest.mark.parametrize("kind", ["vit", "clip", "bert"])
 def test_a_model_that_is_not_causal(refused: Refused, model: Path, kind: str) -> None:
-    change_config(model, model_type=kind)
-    refused(model, words=("no causal language model", kind, "edgelm exports causal models only"))
+    change_config(model, model_type=kind, architectures=["SomeModel"])
+    refused(
+        model,
+        words=(
+            str(model / "config.json"),
+            "SomeModel",
+            "no causal language model",
+            kind,
+            "edgelm exports causal models only",
+            "ends in ForCausalLM",
+        ),
+    )
+
+
+def save_config(folder: Path, config: Any, architecture: str) -> Path:
+    """A model folder of a configuration alone: what is told from it must not need weights."""
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
 
 
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel"])
@@ -128,9 +146,73 @@ def test_a_bidirectional_model_that_transformers_can_also_load_as_a_decoder(
     refused(folder, words=("no causal language model", "bert"))
 
 
-def test_an_encoder_and_decoder(refused: Refused, model: Path) -> None:
-    change_config(model, model_type="bart", is_encoder_decoder=True)
-    refused(model, words=("no causal language model", "bart"))
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        ("T5Config", "T5ForConditionalGeneration"),
+        ("BartConfig", "BartForConditionalGeneration"),
+        ("WhisperConfig", "WhisperForConditionalGeneration"),
+        ("MarianConfig", "MarianMTModel"),
+    ],
+)
+def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str, architecture: str) -> None:
+    import transformers
+
+    folder = save_config(tmp_path / "both", getattr(transformers, config)(), architecture)
+    refused(
+        folder,
+        words=(
+            str(folder / "config.json"),
+            architecture,
+            "an encoder and a decoder",
+            "edgelm exports causal models only",
+            "give one whose architecture ends in ForCausalLM",
+        ),
+    )
+
+
+def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
+    import transformers
+
+    from edgelm.export.source import find_source
+
+    config = transformers.BartConfig(vocab_size=257, d_model=16, decoder_layers=1, decoder_ffn_dim=16)
+    config.decoder_attention_heads = 2
+    transformers.BartForCausalLM(config).save_pretrained(tmp_path)
+    assert find_source(str(tmp_path), None) == tmp_path
+
+
+def test_an_encoder_and_a_decoder_by_its_type_alone(refused: Refused, model: Path) -> None:
+    """The configuration says nothing of an encoder, and names an architecture that is causal."""
+    change_config(model, model_type="t5")
+    refused(model, words=(str(model / "config.json"), "'t5'", "an encoder and a decoder"))
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "sense"),
+    [
+        ("LlavaConfig", "LlavaForConditionalGeneration", "vision_config"),
+        ("Gemma3Config", "Gemma3ForConditionalGeneration", "vision_config"),
+        ("Gemma3nConfig", "Gemma3nForConditionalGeneration", "audio_config"),
+        ("Qwen2AudioConfig", "Qwen2AudioForConditionalGeneration", "audio_config"),
+        ("MllamaConfig", "MllamaForCausalLM", "vision_config"),
+    ],
+)
+def test_a_multimodal_model(refused: Refused, tmp_path: Path, config: str, architecture: str, sense: str) -> None:
+    """transformers itself lists some of them among the causal ones."""
+    import transformers
+
+    folder = save_config(tmp_path / "senses", getattr(transformers, config)(), architecture)
+    refused(
+        folder,
+        words=(
+            str(folder / "config.json"),
+            architecture,
+            "a multimodal model",
+            sense,
+            "edgelm exports causal models only: give a model of text alone",
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", ["from-the-future", None, ["llama"], 5])

@@ -8,17 +8,17 @@ import json
 import time
 
 from .. import machine
-from ..bundle import Bundle
 from ..errors import SettingsError
 from ..measure import Speed, measure_speed
-from ..session import open_session
+from ..session import open_folder
+from .folder import add_folder
 
 SUMMARY = "measure a bundle on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    add_folder(parser)
     parser.add_argument(
         "--context", type=int, nargs="+", metavar="N", help="prompt lengths to measure at (128 1024 1900, as fit)"
     )
@@ -33,12 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, measure, print."""
     if arguments.repeats < 1:
         raise SettingsError(f"--repeats must be 1 or more, found {arguments.repeats}")
-    bundle = Bundle.open(arguments.bundle)
+    started = time.perf_counter()
+    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph)
+    load_s = time.perf_counter() - started
     model = bundle.manifest.model
     lengths = _lengths(arguments.context, model.context_length)
-    started = time.perf_counter()
-    session = open_session(bundle, arguments.threads)
-    load_s = time.perf_counter() - started
     # Any ids will do: speed does not depend on them.
     speeds = [
         measure_speed(session, [i % model.vocab_size for i in range(n)], repeats=arguments.repeats) for n in lengths

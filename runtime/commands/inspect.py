@@ -1,4 +1,7 @@
-"""`edgelm inspect`: what a bundle is, from its manifest, and what its export measured, without loading the model."""
+"""`edgelm inspect`: what a bundle is, from its manifest, and what its export measured, without loading the model.
+
+A folder of another exporter has no manifest: its model is loaded to see what it takes.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,22 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from ..bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..errors import BundleCorruptError, BundleMissingError
 from ..figures import main_figures
 from ..manifest import LayerCache, Manifest
+from .folder import add_folder
 
+_CACHE_BYTES = {"int8": 1, "float16": 2, "float32": 4}
 SUMMARY = "show what a bundle is, or what its export measured"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    add_folder(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest and the digest as JSON, or the report")
     parser.add_argument("--report", action="store_true", help="show what was measured at export")
     parser.add_argument("--open", action="store_true", help="with --report: show its page in the browser too")
@@ -26,17 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the manifest or the report, for a person or a program."""
-    bundle = Bundle.open(arguments.bundle)
+    bundle = _open(arguments)
     if arguments.report or arguments.open:
         _show_report(bundle, arguments.json)
         if arguments.open:
             _open_page(bundle)
     elif arguments.json:
-        digest = {"digest": bundle.manifest.digest}
-        print(json.dumps({**digest, **dataclasses.asdict(bundle.manifest)}, ensure_ascii=False))
+        extra: dict[str, Any] = {"digest": bundle.manifest.digest}
+        if not bundle.has_manifest:
+            extra["has_manifest"] = False
+        print(json.dumps({**extra, **dataclasses.asdict(bundle.manifest)}, ensure_ascii=False))
     else:
         _show_manifest(bundle)
     return 0
+
+
+def _open(arguments: argparse.Namespace) -> Bundle:
+    from ..foreign import is_foreign
+    from ..session import open_folder
+
+    if arguments.graph is None and not is_foreign(Path(arguments.bundle)):
+        return Bundle.open(arguments.bundle)
+    bundle, session = open_folder(arguments.bundle, graph=arguments.graph)
+    session.close()
+    return bundle
 
 
 def _show_report(bundle: Bundle, as_json: bool) -> None:
@@ -85,21 +104,36 @@ def _show_manifest(bundle: Bundle) -> None:
         "name": manifest.name,
         "digest": manifest.digest,
         "source": _source(manifest),
-        "target": manifest.target.name,
-        "quantization": _quantization(manifest),
-        "parameters": f"{manifest.model.parameters:,}",
+        **(_export(manifest) if bundle.has_manifest else _no_manifest()),
         "vocabulary": f"{manifest.model.vocab_size:,} tokens",
         "context": f"{manifest.model.context_length:,} tokens",
         "layers": _layers(manifest),
         "cache": _cache(manifest),
         "size": f"{bundle.total_bytes() / 1e6:,.1f} MB",
         **_quality(manifest),
-        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        **_made_with(manifest),
     }
     for key, value in rows.items():
         print(f"{key:14}{value}")
     for name, entry in manifest.files.items():
         print(f"  {entry.bytes:>14,}  {name}")
+
+
+def _export(manifest: Manifest) -> dict[str, str]:
+    return {
+        "target": manifest.target.name,
+        "quantization": _quantization(manifest),
+        "parameters": f"{manifest.model.parameters:,}",
+    }
+
+
+def _no_manifest() -> dict[str, str]:
+    return {"manifest": "none, so the digest is that of the files as they are now; another exporter wrote them"}
+
+
+def _made_with(manifest: Manifest) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return {"made with": versions} if versions else {}
 
 
 def _source(manifest: Manifest) -> str:
@@ -127,7 +161,7 @@ def _layer(layer: LayerCache | None) -> str:
 
 def _cache(manifest: Manifest) -> str:
     kv = manifest.model.kv
-    width = 1 if kv.type == "int8" else 4
+    width = _CACHE_BYTES[kv.type]
     sizes = [
         layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.model.layers if layer is not None
     ]

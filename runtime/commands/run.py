@@ -11,13 +11,14 @@ from typing import Any
 
 from ..engine import DEFAULT_MAX_TOKENS, Engine, Stats, load
 from ..errors import PromptError
+from .folder import add_folder
 
 SUMMARY = "answer a prompt with a bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    add_folder(parser)
     parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input if it is missing or -")
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load, generate, print."""
     prompt = _prompt(arguments.prompt)
-    with load(arguments.bundle, threads=arguments.threads, response_cache=False) as engine:
+    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, response_cache=False) as engine:
         request = _request(arguments, prompt)
         if arguments.json:
             done = engine.generate(**request)

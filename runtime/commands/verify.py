@@ -15,8 +15,9 @@ from ..bundle import TOKENIZER_NAME, Bundle
 from ..errors import PromptError, VerificationError
 from ..manifest import Model
 from ..scoring import DEFAULT_WINDOW, perplexity
-from ..session import Session, open_session
+from ..session import Session, open_folder
 from ..tokenizer import Tokenizer
+from .folder import add_folder
 
 SUMMARY = "check a bundle's files and its answers on this machine"
 
@@ -27,7 +28,7 @@ _CUTS = ((1,), (2, 3), (257,), (64, 1, 31))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", help="folder that  edgelm export  wrote")
+    add_folder(parser)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on as well")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -36,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check digests by loading, exactness under cuts by computing, perplexity on a text if one is given."""
     text = _read(arguments.text)
-    bundle = Bundle.open(arguments.bundle)
+    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph)
     manifest = bundle.manifest
-    session = open_session(bundle, arguments.threads)
     findings: dict[str, Any] = {"digest": manifest.digest, "files": len(manifest.files)}
     findings["cut_difference"] = cut_difference(session, _sample_ids(manifest.model))
     if text is not None:
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**findings, "exact_under_cuts": exact}))
         return 0
-    print(f"files          {findings['files']}, all as exported ({manifest.digest[:23]}...)")
+    known = "all as exported" if bundle.has_manifest else "without a manifest to compare them with"
+    print(f"files          {findings['files']}, {known} ({manifest.digest[:23]}...)")
     print(f"any cut        {_cut_words(exact, findings['cut_difference'])}")
     if "perplexity" in findings:
         figures = findings["perplexity"]

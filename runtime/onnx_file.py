@@ -1,0 +1,86 @@
+"""Which files hold the weights of an ONNX file, read without the onnx package: tensors name files beside the graph.
+
+An ONNX file is a protobuf message: fields, each a number and a value, of which some are messages again. Only fields
+on the way to a tensor's `external_data` are entered; everything else, weights above all, is skipped unread.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import BundleCorruptError, BundleMissingError
+
+# For each message, the numbers of the fields to enter and what they hold (onnx.proto of the ONNX project).
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+    "tensor": {13: "entry"},
+}
+_KEY, _VALUE = 1, 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT_BITS = 70
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+
+
+def weight_files(graph: Path) -> list[str]:
+    """Names of the files, relative to the graph's folder, that hold weights of the graph; empty if it holds them all.
+
+    Cost: the file's structure is read, not its weights. Raises: BundleMissingError, BundleCorruptError.
+    """
+    try:
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return sorted(set(_locations(data, 0, len(data), "model")))
+    except OSError as error:
+        raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
+    # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
+    except (ValueError, IndexError, RecursionError) as error:
+        raise BundleCorruptError(f"{graph} is no ONNX file, or a truncated one: download or export it again") from error
+
+
+def _locations(data: mmap.mmap, begin: int, end: int, kind: str) -> Iterator[str]:
+    if kind == "entry":
+        entry = {number: data[start:stop] for number, start, stop in _fields(data, begin, end)}
+        if entry.get(_KEY) == b"location":
+            yield entry.get(_VALUE, b"").decode("utf-8")
+        return
+    inner = _FIELDS[kind]
+    for number, start, stop in _fields(data, begin, end):
+        if number in inner:
+            yield from _locations(data, start, stop, inner[number])
+
+
+def _fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each field that is a message or bytes."""
+    position = begin
+    while position < end:
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            _, position = _varint(data, position)
+        elif wire in _FIXED_SIZES:
+            position += _FIXED_SIZES[wire]
+        elif wire == _BYTES:
+            size, position = _varint(data, position)
+            if position + size > end:
+                raise ValueError("a field ends behind its message")
+            yield number, position, position + size
+            position += size
+        else:
+            raise ValueError(f"no field has the wire type {wire}")
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, least ones first, and the position behind it."""
+    value, shift = 0, 0
+    while shift < _VARINT_BITS:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a number is too long")

@@ -1,0 +1,73 @@
+"""`optimum-cli export edgelm`: found by optimum itself, and the same as `edgelm export`. And what an install without
+optimum has of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from edgelm.runtime.bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
+
+
+@pytest.fixture(scope="module")
+def optimum_cli() -> list[str]:
+    """The program, or skip the test where optimum is not installed."""
+    try:
+        importlib.metadata.version("optimum")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip('optimum is not installed: pip install "edgelm[optimum]"')
+    return [str(Path(sys.executable).with_name("optimum-cli"))]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_it_exports_as_edgelm_export_does(
+    optimum_cli: list[str], tiny_model: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_model), "--target", "x86-cpu", "--out", "made", "--json"]
+    done = run([*optimum_cli, "export", "edgelm", *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr
+    made, expected = Bundle.open(tmp_path / "made"), Bundle.open(tiny_bundle)
+    assert json.loads(done.stdout)["digest"] == made.manifest.digest
+    same = made.manifest.files.keys() - {REPORT_NAME, REPORT_PAGE_NAME}  # they hold times
+    assert {name: made.manifest.files[name] for name in same} == {name: expected.manifest.files[name] for name in same}
+
+
+def test_errors_are_one_line_and_help_names_the_arguments(optimum_cli: list[str], tmp_path: Path) -> None:
+    command = [*optimum_cli, "export", "edgelm"]
+    done = run([*command, "builtin:nothing"], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("edgelm: error: no model 'nothing' comes with edgelm")
+    assert "Traceback" not in done.stderr
+    told = run([*command, "--help"], tmp_path)
+    assert told.returncode == 0
+    assert all(name in told.stdout for name in ("model", "--target", "--scheme", "--kv", "--out", "--force"))
+    assert "edgelm" in run([*optimum_cli, "export", "--help"], tmp_path).stdout
+
+
+def test_without_optimum_there_is_an_empty_namespace_from_which_nothing_can_be_imported(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """Every install has the module that optimum-cli looks for. Those who try optimum find it missing as before."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import sys; sys.path[:0] = [{str(tmp_path)!r}]
+import optimum, importlib.metadata
+assert [name for name in vars(optimum) if not name.startswith("__")] == []
+for name in ("optimum.onnxruntime", "optimum.gptq", "optimum.exporters"):
+    try: __import__(name)
+    except ModuleNotFoundError: continue
+    raise AssertionError(name)
+try: importlib.metadata.version("optimum")
+except ImportError: print("fine")
+"""
+    done = run([sys.executable, "-I", "-S", "-c", code], tmp_path)
+    assert done.stdout.strip() == "fine", done.stderr
