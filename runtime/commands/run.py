@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine import DEFAULT_MAX_TOKENS, Engine, Stats, load
+from ..engine import Engine, load
 from ..errors import PromptError
+from ..results import Stats
+from ..settings import DEFAULT_MAX_TOKENS
 
 SUMMARY = "answer a prompt with a bundle"
 
