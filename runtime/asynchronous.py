@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 from .results import Chunk
@@ -13,7 +13,7 @@ from .turns import Caller
 
 async def in_worker(
     start: Callable[[Caller], Generator[Chunk, None, None]], cancelled: threading.Event
-) -> AsyncIterator[Chunk]:
+) -> AsyncGenerator[Chunk, None]:
     """The chunks of a stream that is started for this task and computed in a thread of its own.
 
     A chunk is computed only when it is asked for. When the iteration ends early, by `aclose`, by leaving the loop or

@@ -204,11 +204,10 @@ class Engine:
         finally:
             self._turns.release()
 
-    async def _run_in_worker(self, request: Request) -> AsyncGenerator[Chunk, None]:
+    def _run_in_worker(self, request: Request) -> AsyncGenerator[Chunk, None]:
         from .asynchronous import in_worker  # asyncio costs a start-up 30 ms
 
-        async for chunk in in_worker(lambda caller: self._run(request, caller), request.cancelled):
-            yield chunk
+        return in_worker(lambda caller: self._run(request, caller), request.cancelled)
 
 
 def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:

@@ -172,10 +172,8 @@ def log_probabilities(logits: NDArray[np.float32], token: int, alternatives: int
     total = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
     count = min(alternatives, len(logits))
     best = np.argpartition(logits, -count)[-count:] if count else np.zeros(0, np.int64)
-    ordered = sorted(
-        ((float(logits[index]) - total, int(index)) for index in best), key=lambda pair: (-pair[0], pair[1])
-    )
-    return TokenLogprob(token, float(logits[token]) - total, tuple((index, value) for value, index in ordered))
+    top = sorted(((int(index), float(logits[index]) - total) for index in best), key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprob(token, float(logits[token]) - total, tuple(top))
 
 
 def check_token_ids(settings: GenerationSettings, vocab_size: int) -> None:

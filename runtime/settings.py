@@ -106,9 +106,8 @@ class GenerationSettings:
         for name in keywords:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise SettingsError(
-                    f"there is no setting {name!r}: {f'did you mean {near[0]!r}?' if near else 'see docs/generation.md'}"
-                )
+                hint = f"did you mean {near[0]!r}?" if near else "docs/generation.md lists them"
+                raise SettingsError(f"there is no setting {name!r}: {hint}")
         if not isinstance(base, GenerationSettings | None):
             raise SettingsError(f"settings must be GenerationSettings, found {base!r:.60}")
         return dataclasses.replace(base or _DEFAULTS, **keywords) if keywords else base or _DEFAULTS
