@@ -169,10 +169,10 @@ class _Writer:
     def _show(self, text: str) -> tuple[str, tuple[int, ...]]:
         if text:
             self._read_length += len(text)
+            if self._matcher is not None and self._count - len(self._waiting) >= self._unmatched:
+                text = self._matcher.add(text)
             self._read.append((self._read_length, self._waiting))
             self._waiting = []
-            if self._matcher is not None and self._count > self._unmatched:
-                text = self._matcher.add(text)
             self._shown_length += len(text)
         ids: list[int] = []
         while self._read and self._read[0][0] <= self._shown_length:

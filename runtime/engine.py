@@ -7,7 +7,7 @@ the latter two also for asyncio.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ from .results import Chunk, Completion, Stats
 from .sampling import check_token_ids
 from .session import Session, open_session
 from .settings import GenerationSettings, SettingsKeywords
+from .structured import GrammarCompiler
 from .tokenizer import Tokenizer
 from .turns import Caller, Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .asynchronous import ChunkStream
     from .chat import Message
 
 
@@ -64,6 +66,7 @@ class Engine:
         self._sequencer = Sequencer(session)
         self._responses = responses
         self._prompts = PromptEncoder(bundle, tokenizer)
+        self._grammars = GrammarCompiler(bundle)
         self._turns = Turns()
 
     def generate(
@@ -123,7 +126,7 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         **keywords: Unpack[SettingsKeywords],
-    ) -> AsyncGenerator[Chunk, None]:
+    ) -> ChunkStream:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
         `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
         return self._run_in_worker(self._request(prompt, messages, token_ids, settings, keywords))
@@ -169,7 +172,7 @@ class Engine:
             raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
         ids = self._prompts.encode(prompt, messages, token_ids)
         self._prompts.check_length(ids)
-        return Request(ids, settings, started)
+        return Request(ids, settings, started, self._grammars.compile(settings))
 
     def _run(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """The chunks from the response cache, or computed. caller: None for the thread that iterates."""
@@ -204,10 +207,10 @@ class Engine:
         finally:
             self._turns.release()
 
-    def _run_in_worker(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        from .asynchronous import in_worker  # asyncio costs a start-up 30 ms
+    def _run_in_worker(self, request: Request) -> ChunkStream:
+        from .asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
 
-        return in_worker(lambda caller: self._run(request, caller), request.cancelled)
+        return ChunkStream(lambda caller: self._run(request, caller), request.cancelled)
 
 
 def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
