@@ -475,10 +475,11 @@ def test_run_takes_the_settings_as_options(tiny_bundle: Path, capsys: Captured) 
 
 
 def test_run_ends_in_front_of_a_stop_text(tiny_bundle: Path, capsys: Captured) -> None:
-    text = answer(tiny_bundle, "Once upon", 40)
-    stop = text[1:3]
+    with load(tiny_bundle) as engine:
+        text = engine.generate("Once upon", max_tokens=40, temperature=5, seed=1).text
+    stop, options = text[5:7], ["--max-tokens", "40", "--temperature", "5", "--seed", "1"]
     assert len(stop) == 2
-    assert call("run", tiny_bundle, "Once upon", "--max-tokens", "40", "--stop", stop, "--stop", "zzzzzz") == 0
+    assert call("run", tiny_bundle, "Once upon", *options, "--stop", stop, "--stop", "zzzzzz") == 0
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
 
 
