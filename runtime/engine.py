@@ -180,8 +180,7 @@ class Engine:
         if self._responses is None or not settings.deterministic or settings.logprobs is not None:
             yield from self._compute(request, caller)
             return
-        stop_ids = sorted({*self.bundle.manifest.tokens.eos, *settings.stop_token_ids})
-        key = response_key(self._digest, request.token_ids, {**settings.cache_key(), "stop_ids": stop_ids})
+        key = self._response_key(request)
         answer = self._responses.get(key)
         if answer is not None:
             yield from _replay(request, answer)
@@ -193,6 +192,10 @@ class Engine:
                 parts = tuple((chunk.text, chunk.token_ids) for chunk in chunks)
                 self._responses.put(key, CachedAnswer(parts, chunk.finish_reason))
             yield chunk
+
+    def _response_key(self, request: Request) -> str:
+        end_ids = sorted(self.bundle.manifest.tokens.eos)
+        return response_key(self._digest, request.token_ids, {**request.settings.cache_key(), "end_ids": end_ids})
 
     def _compute(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """Run the model while holding the turn, from the first `next` to the end or the closing of the iterator."""

@@ -73,7 +73,7 @@ class PromptEncoder:
     def _render(self, messages: Sequence[Message]) -> str:
         if self.template is None:
             raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
-        return self.template.render(messages)
+        return self.template.prompt(messages)
 
 
 def _bundle_template(bundle: Bundle) -> ChatTemplate | None:

@@ -101,14 +101,16 @@ class Sampler:
 
     def _drawn(self, logits: Row) -> int:
         settings = self._settings
-        row = with_temperature(logits, settings.temperature)
         if settings.top_k:
-            keep_top_k(row, settings.top_k)
+            keep_top_k(logits, settings.top_k)
+        # A temperature changes no order, so it may come after top-k, when there is less to compute.
+        tokens = np.flatnonzero(logits > _BANNED)
+        row = with_temperature(logits[tokens], settings.temperature)
         if settings.top_p < 1:
             keep_top_p(row, settings.top_p)
         if settings.min_p:
             keep_min_p(row, settings.min_p)
-        return draw(row, self._random.random())
+        return int(tokens[draw(row, self._random.random())])
 
 
 def penalize_repetition(row: Row, seen: NDArray[np.bool_], penalty: float) -> None:
