@@ -141,6 +141,11 @@ class Engine:
         """The token ids that `generate` would feed for these arguments. Raises: as `generate`."""
         return self._prompts.encode(prompt, messages, token_ids)
 
+    @property
+    def takes_messages(self) -> bool:
+        """Whether the bundle has a chat template, without which there are prompts only."""
+        return self._prompts.template is not None
+
     def close(self) -> None:
         """Free the model. Waits for a request that runs in another thread. Calling it again does nothing."""
         self._turns.close()

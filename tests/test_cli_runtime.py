@@ -25,7 +25,7 @@ from edgelm.runtime.cli import main
 
 from .conftest import TEXT
 
-COMMANDS = ["run", "inspect", "verify", "bench"]
+COMMANDS = ["run", "chat", "inspect", "verify", "bench"]
 Captured = pytest.CaptureFixture[str]
 
 

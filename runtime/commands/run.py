@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             stats = _print_stream(engine, request)
             if arguments.stats:
-                print(_summary(stats), file=sys.stderr)
+                print(summary(stats), file=sys.stderr)
     return 0
 
 
@@ -89,7 +89,8 @@ def _prompt(given: str | None) -> str:
         ) from error
 
 
-def _summary(stats: Stats | None) -> str:
+def summary(stats: Stats | None) -> str:
+    """The figures of an answer in one line."""
     if stats is None:
         return ""
     return (
