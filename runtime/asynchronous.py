@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from .results import Chunk
 from .turns import Caller
@@ -53,6 +54,7 @@ class ChunkStream(AsyncIterator[Chunk]):
         self._caller.gone = True
         self._cancelled.set()
         if self._worker is not None:
-            self._worker.submit(self._chunks.close)
+            with suppress(RuntimeError):  # the interpreter is ending, and the stream with it
+                self._worker.submit(self._chunks.close)
             self._worker.shutdown(wait=False)
             self._worker = None

@@ -71,8 +71,8 @@ class Sampler:
         """
         row = self._adjusted(logits)
         best = int(row.argmax())
-        if np.isnan(row[best]):
-            raise SessionError("the model's logits are NaN: export the bundle again, and check its source")
+        if not row[best] < np.inf:
+            raise SessionError("the model's logits are NaN or infinite: export the bundle again, and check its source")
         if row[best] == _BANNED:
             raise SettingsError("no token is left to choose: logit_bias, min_tokens, or schema and regex ban them all")
         token = best if self._settings.deterministic else self._drawn(row)

@@ -128,8 +128,10 @@ class GenerationSettings:
         return self.json_schema is not None or self.regex is not None
 
     def cache_key(self) -> dict[str, Any]:
-        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout."""
-        key = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "timeout"}
+        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout, and the seed where
+        nothing is drawn."""
+        without = ("timeout", "seed") if self.deterministic else ("timeout",)
+        key = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in without}
         bias = [[token, str(value)] for token, value in self.logit_bias.items()]
         return {**key, "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids), "logit_bias": bias}
 
@@ -154,6 +156,8 @@ class GenerationSettings:
             )
 
 
+# What is added to logits or multiplied with them stays so small that no sum overflows float32.
+_LARGEST = 1e6
 # The least and the most of each whole number.
 _WHOLE: dict[str, tuple[int, int]] = {
     "max_tokens": (1, sys.maxsize),
@@ -168,9 +172,9 @@ _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: 0 <= x < math.inf, "0 (greedy) or a number above it"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "a number above 0"),
-    "presence_penalty": (math.isfinite, "a finite number"),
-    "frequency_penalty": (math.isfinite, "a finite number"),
+    "repetition_penalty": (lambda x: 1 / _LARGEST <= x <= _LARGEST, "above 0 (from 1e-6 to 1e6; 1 is off)"),
+    "presence_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
+    "frequency_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
     "timeout": (lambda x: 0 < x < math.inf, "a number of seconds above 0"),
 }
 _MAY_BE_NONE = ("seed", "logprobs", "timeout")
@@ -243,8 +247,8 @@ def _bias(value: Any) -> dict[int, float]:
     for token, amount in bias.items():
         if token is None or token < 0:
             raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {list(value)!r:.60}")
-        if math.isnan(amount) or amount == math.inf:
-            raise SettingsError(f"logit_bias of token {token} must be a number, or -inf to ban it")
+        if not (abs(amount) <= _LARGEST or amount == -math.inf):
+            raise SettingsError(f"logit_bias of token {token} must be from -1e6 to 1e6, or -inf to ban it")
     return {token: bias[token] for token in sorted(token for token in bias if token is not None)}
 
 

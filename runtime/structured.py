@@ -42,10 +42,14 @@ class GrammarCompiler:
         if not settings.structured:
             return None
         guidance = _load()
-        if settings.json_schema is not None:
-            name, source = "json_schema", guidance.LLMatcher.grammar_from_json_schema(settings.json_schema)
-        else:
-            name, source = "regex", guidance.LLMatcher.grammar_from_regex(settings.regex)
+        name = "regex" if settings.json_schema is None else "json_schema"
+        try:
+            if settings.json_schema is not None:
+                source = guidance.LLMatcher.grammar_from_json_schema(settings.json_schema)
+            else:
+                source = guidance.LLMatcher.grammar_from_regex(settings.regex)
+        except ValueError as error:
+            raise SettingsError(f"{name} cannot be used: {error}") from error
         limits = guidance.LLParserLimits(verbose_errors=False)
         matcher = guidance.LLMatcher(self._prepared(guidance), source, log_level=0, limits=limits)
         if matcher.is_error():

@@ -40,7 +40,7 @@ class Turns:
         Raises: EngineBusyError where the caller would wait for itself, EngineClosedError.
         """
         self._refuse_waiting_for_itself(caller, "finish or close it first")
-        if not self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        if not self._lock.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)):
             return False
         if self.closed:
             self._lock.release()

@@ -272,15 +272,25 @@ def test_a_bias_of_minus_infinity_bans_a_token() -> None:
 
 
 @pytest.mark.parametrize("keywords", [{}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "min_p": 0.1}])
+def test_the_largest_settings_overflow_nothing(keywords: dict[str, Any]) -> None:
+    extremes = {"logit_bias": {1: 1e6, 2: -1e6}, "presence_penalty": -1e6, "frequency_penalty": -1e6}
+    for penalty in (1e-6, 1e6):
+        rows = [row_of(step, spread=1e4) for step in range(5)]
+        chosen = choices(rows, [0, 1], repetition_penalty=penalty, **extremes, **keywords)
+        assert all(0 <= token < VOCABULARY for token in chosen)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "min_p": 0.1}])
 def test_when_nothing_is_left_to_choose_it_is_said(keywords: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="no token is left"):
         choices([row_of(1)], [0], logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), **keywords)
 
 
 @pytest.mark.parametrize("keywords", [{"logprobs": 1}, {"temperature": 0.7}])
-def test_logits_that_are_nan_are_an_error(keywords: dict[str, Any]) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error(keywords: dict[str, Any], value: float) -> None:
     row = row_of(1)
-    row[4] = math.nan
+    row[4] = value
     sampler = Sampler(GenerationSettings(**keywords), [0], set(), VOCABULARY)
     with pytest.raises(SessionError, match="NaN"):
         sampler.choose(row)

@@ -25,7 +25,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "presence_penalty": {"presence_penalty": -0.1},
     "frequency_penalty": {"frequency_penalty": 0.1},
     "logit_bias": {"logit_bias": {3: -math.inf}},
-    "seed": {"seed": 1},
+    "seed": {"temperature": 0.5, "seed": 1},
     "stop": {"stop": ["a"]},
     "stop_token_ids": {"stop_token_ids": [3]},
     "logprobs": {"logprobs": 0},
@@ -53,11 +53,12 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"temperature": 1, "top_k": value} for value in (-1, 1.5, None, False)),
         *({"temperature": 1, "top_p": value} for value in (0, -0.1, 1.1, math.nan, None, "1")),
         *({"temperature": 1, "min_p": value} for value in (-0.1, 1.1, math.nan, None)),
-        *({"repetition_penalty": value} for value in (0, -1, math.nan, math.inf, None)),
-        *({"presence_penalty": value} for value in (math.nan, math.inf, None, "0")),
+        *({"repetition_penalty": value} for value in (0, -1, 1e-7, 1e7, math.nan, math.inf, None)),
+        *({"presence_penalty": value} for value in (1e7, -1e7, math.nan, math.inf, None, "0")),
         *({"frequency_penalty": value} for value in (math.nan, -math.inf, None)),
         *({"logit_bias": value} for value in (5, [1])),
-        *({"logit_bias": value} for value in ({"1": 2}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: "a"}, {True: 1})),
+        *({"logit_bias": value} for value in ({"1": 2}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: 1e7})),
+        *({"logit_bias": value} for value in ({1: "a"}, {True: 1})),
         *({"seed": value} for value in (-1, 2**64, 1.5, "1", True)),
         *({"stop": value} for value in ("", ["a", ""], [1], 5, None, b"a")),
         *({"stop_token_ids": value} for value in ([-1], ["1"], [1.5], 5, "12", [True], None)),
@@ -145,11 +146,16 @@ def test_every_setting_that_can_change_an_answer_is_in_the_cache_key(name: str) 
     assert json.loads(json.dumps(changed.cache_key(), allow_nan=False)) == changed.cache_key()
 
 
+def test_a_seed_is_no_part_of_a_greedy_request() -> None:
+    assert GenerationSettings(seed=1).cache_key() == GenerationSettings().cache_key()
+    assert GenerationSettings(seed=1).plain
+
+
 def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
     assert GenerationSettings().plain and GenerationSettings().deterministic
-    plain = {"max_tokens", "seed", "stop", "stop_token_ids", "timeout", "context_full", "keep"}
+    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep"}
     assert {name for name in NAMES if GenerationSettings(**OTHERS[name]).plain} == plain
-    sampled = {"temperature", "top_k", "top_p", "min_p"}
+    sampled = {"temperature", "top_k", "top_p", "min_p", "seed"}
     assert {name for name in NAMES if not GenerationSettings(**OTHERS[name]).deterministic} == sampled
 
 

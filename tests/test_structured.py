@@ -36,6 +36,11 @@ SCHEMA = {
 }
 
 
+def deep_schema(depth: int) -> dict[str, Any]:
+    """Deeper than parsers go."""
+    return {"properties": {"a": deep_schema(depth - 1)}} if depth else {}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
@@ -109,11 +114,14 @@ def test_structured_answers_are_cached_by_their_schema(folder: Path) -> None:
         ({"json_schema": {"not": {}}}, "not"),
         ({"json_schema": {"$ref": "http://example.com/schema"}}, "fetch"),
         ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "cannot be"),
+        ({"json_schema": {"const": "\ud800"}}, "cannot be used"),
+        ({"json_schema": deep_schema(300)}, "cannot be used"),
+        ({"regex": "\ud800"}, "cannot be used"),
         ({"regex": "(ab"}, "unclosed"),
         ({"regex": "a(?=b)"}, "look"),
         ({"regex": r"[^\s\S]"}, "cannot be met"),
     ],
-    ids=str,
+    ids=range(12),
 )
 def test_what_is_malformed_or_cannot_be_met_is_refused_at_the_call(
     folder: Path, keywords: dict[str, Any], words: str
