@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_context
 
 # A conversation of 10,000 messages, gone through five times, takes 50,000.
-BUDGET = 1_000_000
+BUDGET = 500_000
 # Of a repeated text or list, and of whole numbers that are multiplied or raised to a power.
 _LONGEST = 1_000_000
 _LARGEST_FACTOR = 10**12

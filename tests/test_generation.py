@@ -21,6 +21,7 @@ from edgelm.runtime import Bundle, Chunk, Completion, Engine, GenerationSettings
 from edgelm.runtime.decode import shortened
 from edgelm.runtime.errors import EngineBusyError, EngineClosedError, PromptError, SettingsError
 from edgelm.runtime.fake import FakeSession
+from edgelm.runtime.manifest import FileEntry
 from edgelm.runtime.response_cache import ResponseCache
 from edgelm.runtime.tokenizer import Tokenizer
 
@@ -169,6 +170,19 @@ def test_min_tokens_keeps_the_model_from_ending_at_once(new_engine: NewEngine) -
 
 
 # ---- sampling
+
+
+def test_the_models_own_generation_config_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = '{"do_sample": true, "temperature": 5.0, "repetition_penalty": 9.0, "max_new_tokens": 1}'
+    (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    bundle = Bundle(tmp_path, manifest(files={"generation_config.json": FileEntry(len(text), "")}))
+    done = Engine(bundle, random_session(), tokenizer, None).generate(token_ids=[5, 6], max_tokens=4)
+    session = random_session()
+    known = [5, 6]
+    for _ in range(4):
+        session.rewind(0)
+        known.append(int(session.step(known).argmax()))
+    assert list(done.token_ids) == known[2:]
 
 
 def test_a_seed_gives_the_same_answer_whatever_is_cached(new_engine: NewEngine) -> None:
@@ -458,6 +472,37 @@ def test_tasks_of_one_loop_take_turns(new_engine: NewEngine) -> None:
 
     for index, done in enumerate(asyncio.run(ask())):
         assert list(done.token_ids) == expected([index], 5, {END}, rule(END))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tasks_that_are_cancelled_anywhere_harm_no_other(new_engine: NewEngine, seed: int) -> None:
+    class Yielding(FakeSession):
+        """Lets the event loop run inside a step."""
+
+        def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+            time.sleep(0.0005)
+            return super().step(token_ids, keep)
+
+    random, session = np.random.default_rng(seed), Yielding(END + 1, rule(END))
+    engine = new_engine(session, ResponseCache() if seed else None)
+    finished: dict[int, Completion] = {}
+
+    async def one(index: int) -> None:
+        finished[index] = await engine.agenerate(token_ids=[1, index % 7], max_tokens=6)
+
+    async def ask() -> None:
+        tasks = [asyncio.create_task(one(index)) for index in range(40)]
+        for task in tasks[::2]:
+            await asyncio.sleep(float(random.uniform(0, 0.004)))
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(ask())
+    assert set(range(1, 40, 2)) <= set(finished)
+    for index, done in finished.items():
+        assert list(done.token_ids) == expected([1, index % 7], 6, {END}, rule(END))
+    engine.close()
+    assert session.closed
 
 
 def test_a_task_that_would_wait_for_itself_is_refused(new_engine: NewEngine) -> None:
