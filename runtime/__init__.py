@@ -14,22 +14,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle import Bundle
-    from .engine import Chunk, Completion, Engine, Stats, load
+    from .engine import Engine, load
     from .errors import EdgelmError
     from .manifest import Manifest
+    from .results import Chunk, Completion, Stats, TokenLogprob
+    from .settings import GenerationSettings
 
 _HOME = {
     "Bundle": "bundle",
-    "Chunk": "engine",
-    "Completion": "engine",
+    "Chunk": "results",
+    "Completion": "results",
     "EdgelmError": "errors",
     "Engine": "engine",
+    "GenerationSettings": "settings",
     "Manifest": "manifest",
-    "Stats": "engine",
+    "Stats": "results",
+    "TokenLogprob": "results",
     "load": "engine",
 }
 
-__all__ = ["Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "Manifest", "Stats", "load"]
+__all__ = [
+    "Bundle",
+    "Chunk",
+    "Completion",
+    "EdgelmError",
+    "Engine",
+    "GenerationSettings",
+    "Manifest",
+    "Stats",
+    "TokenLogprob",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Chat templates: messages to prompt text, rendered by jinja2's sandbox exactly as transformers renders them.
 
 Templates are data from a model's authors, so they run where they can reach no attribute that leads out of the sandbox
-and change nothing that they are given. Import this module late: jinja2 costs a start-up 30 ms.
+and change nothing that they are given (`sandbox`). Import this module late: jinja2 costs a start-up 30 ms.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from .errors import TemplateError
+from .sandbox import BoundedSandbox, budget
 
 Message = Mapping[str, Any]
 
@@ -71,7 +71,7 @@ class ChatTemplate:
         Raises: TemplateError, if the template cannot be parsed.
         """
         # As in transformers' `_compile_jinja_template` (utils/chat_template_utils.py): templates rely on it.
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedSandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
         )
         environment.globals["namespace"] = _PlainNamespace
@@ -80,11 +80,28 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _now
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(environment.bounded(source))
         except _FAILURES as error:
             raise TemplateError(
                 f"the bundle's chat template cannot be parsed ({error}): give a plain prompt"
             ) from error
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """`render`, where no system message is lost. Raises: TemplateError, also for a template that leaves one out."""
+        text = self.render(messages)
+        known = [dict(message) for message in messages]
+        for index, message in enumerate(known):
+            # With another text in its place, a template that shows it gives another prompt.
+            content = message.get("content")
+            if message.get("role") != "system" or not isinstance(content, str) or not content.strip():
+                continue
+            other = {**message, "content": f"{content} (altered)"}
+            if text == self.render([*known[:index], other, *known[index + 1 :]]):
+                raise TemplateError(
+                    "the model's chat template leaves this system message out: put the instruction into the first "
+                    "user message"
+                )
+        return text
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation, up to where the assistant's answer begins.
@@ -99,6 +116,7 @@ class ChatTemplate:
                     tools=None,
                     documents=None,
                     **self._special_tokens,
+                    **budget(),
                 )
             )
         except _FAILURES as error:

@@ -1,11 +1,12 @@
-"""Token ids to token ids: feed a prompt in pieces, then choose the most likely token until told to stop.
+"""Token ids to token ids: feed a prompt in pieces, then choose a token and feed it, until told to stop.
 
 Knows no text, no files and no onnxruntime: it works on any `Session`, and is tested on a fake one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,31 @@ from .session import Session
 # Pieces bound the memory of a step and are faster than a whole prompt at once, because attention computes nothing above
 # the diagonal of a piece. Measured at 1,900 tokens (docs/benchmarks.md): 64 to 512 tokens differ by 25 %.
 PIECE_TOKENS = 256
+
+
+class Chooser(Protocol):
+    """Chooses tokens from logits. It is asked once for each token of an answer, in their order, so it may remember."""
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token. logits: (vocab_size) float32, valid during the call, not to be changed."""
+
+
+class Greedy:
+    """Chooses the most likely token, the lowest id among equals."""
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        return int(logits.argmax())
+
+
+def never() -> bool:
+    """An answer that nothing interrupts."""
+    return False
+
+
+def shortened(token_ids: Sequence[int], keep: int) -> list[int]:
+    """The ids without the older half of those that follow the first `keep`; at least two must follow them."""
+    dropped = (len(token_ids) - keep) // 2
+    return [*token_ids[:keep], *token_ids[keep + dropped :]]
 
 
 class Sequencer:
@@ -51,20 +77,60 @@ class Sequencer:
         for begin in range(start, len(token_ids), self._piece_tokens):
             yield self._append(token_ids[begin : begin + self._piece_tokens])
 
-    def greedy(self, token_ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
-        """Token ids that follow a prompt, each the most likely one (the lowest id among equals).
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        chooser: Chooser,
+        stop_ids: Collection[int],
+        interrupted: Callable[[], bool] = never,
+    ) -> Iterator[int]:
+        """Token ids that follow a prompt.
 
         Ends after `max_tokens`, or after a token of `stop_ids`, which is yielded as the last one so that the caller
-        can tell the two ends apart.
+        can tell the two ends apart, or between two steps once `interrupted()`.
         """
         for logits in self.feed(token_ids):
+            if interrupted():
+                return
             last = logits
         for count in range(1, max_tokens + 1):
-            token = int(last[-1].argmax())
+            token = chooser.choose(last[-1])
             yield token
-            if token in stop_ids or count == max_tokens:
+            if token in stop_ids or count == max_tokens or interrupted():
                 return
             last = self._append([token])
+
+    def generate_sliding(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        chooser: Chooser,
+        stop_ids: Collection[int],
+        interrupted: Callable[[], bool],
+        *,
+        context_length: int,
+        keep: int,
+    ) -> Iterator[int]:
+        """As `generate`, but where the context is full, the older half of what follows the first `keep` tokens is
+        forgotten and what remains is fed again: what follows is exactly what follows those tokens in a fresh run.
+
+        The prompt fits into the context, and keep < context_length; both are the caller's to hold.
+        """
+        known, left = list(token_ids), max_tokens
+        while left:
+            room = min(left, context_length - len(known) + 1)
+            for token in self.generate(tuple(known), room, chooser, stop_ids, interrupted):
+                known.append(token)
+                left -= 1
+                yield token
+            if len(known) <= context_length or known[-1] in stop_ids:
+                return
+            known = shortened(known, keep)
+
+    def greedy(self, token_ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
+        """`generate` with the most likely token each time."""
+        return self.generate(token_ids, max_tokens, Greedy(), stop_ids)
 
     def _append(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         # A step that fails or is interrupted leaves the session at its old length; the record follows only after it.

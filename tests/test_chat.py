@@ -12,6 +12,7 @@ import pytest
 from edgelm.runtime.chat import ChatTemplate, find_template
 from edgelm.runtime.errors import TemplateError
 
+from .chat_templates import DEEPSEEK, GEMMA_3, LLAMA_2, MORE_TEMPLATES, QWEN_2
 from .conftest import byte_tokenizer, shared
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -95,6 +96,14 @@ LOOP_CONTROLS = """{% for message in messages %}
 {{ loop.index }}:{{ message['content'] }}
 {% endfor %}"""
 
+LOOPS = """{% for message in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.revindex0 }}{{ loop.first }}
+{{ loop.last }}{{ loop.previtem.role if loop.previtem }}{{ loop.nextitem.role if loop.nextitem }}
+{{ loop.cycle('a', 'b') }}{% for key, value in message.items() %}{{ key }}={{ loop.depth }}{% endfor %}
+{% for key in message %}{{ key }}{% endfor %}{% endfor %}{% for x in nothing %}{{ x }}{% else %}none{% endfor %}
+{% for x in [] if x %}{% else %}empty{% endfor %}
+{% for item in [1, [2, [3, []]]] recursive %}{{ loop(item) if item is iterable else item }}{{ loop.depth }}{% endfor %}
+{% for c in 'héy' if c != 'h' %}{{ c }}{{ loop.changed(c) }}{% endfor %}"""
+
 DATED = """{{ 'Today is ' + strftime_now('%Y') + '-' + strftime_now('%m-%d') + '.' }}{{ messages[0]['content'] }}"""
 
 NAMESPACES = """{%- set ns = namespace(count=0, last='') -%}
@@ -132,15 +141,18 @@ TEMPLATES = {
     "Zephyr": ZEPHYR,
     "tojson": TOJSON,
     "loop controls": LOOP_CONTROLS,
+    "loops": LOOPS,
     "dated": DATED,
     "namespaces": NAMESPACES,
     "generation block": GENERATION_BLOCK,
     "whitespace": WHITESPACE,
+    **MORE_TEMPLATES,
 }
 
 USER = {"role": "user", "content": "Hello <b>, how are you? 你好 \n "}
 ASSISTANT = {"role": "assistant", "content": " Fine, thanks. é"}
 SYSTEM = {"role": "system", "content": "Be brief & kind."}
+SHORT = {"role": "system", "content": "Brief."}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one question": [USER],
     "three turns": [USER, ASSISTANT, USER],
@@ -150,6 +162,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "an unknown role": [{"role": "wizard", "content": "poof"}, USER],
     "no content": [{"role": "user"}],
     "empty content": [{"role": "user", "content": ""}],
+    "content in parts": [{"role": "user", "content": [{"type": "text", "text": " parts "}]}],
+    "thoughts": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}, USER],
+    "a later system message": [USER, ASSISTANT, SYSTEM, USER],
     "further keys": [{"role": "user", "content": "a", "name": "Ann", "tool_calls": [{"id": 1}]}],
 }
 
@@ -211,10 +226,21 @@ def test_published_templates_give_the_prompt_of_transformers(reference: Any, nam
 
 
 def test_the_templates_answer_as_their_models_expect() -> None:
-    """What transformers says is not all: three of the prompts, written out."""
+    """What transformers says is not all: some of the prompts, written out."""
     hello = [{"role": "user", "content": "Hello"}]
     assert ChatTemplate(CHATML, SPECIAL).render(hello) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert ChatTemplate(MISTRAL, SPECIAL).render(hello) == "<s>[INST] Hello[/INST]"
+    assert (
+        ChatTemplate(LLAMA_2, SPECIAL).render([SHORT, *hello]) == "<s>[INST] <<SYS>>\nBrief.\n<</SYS>>\n\nHello [/INST]"
+    )
+    assert ChatTemplate(DEEPSEEK, SPECIAL).render([SHORT, *hello]) == "<s>Brief.\n\nUser: Hello\n\nAssistant:"
+    assert ChatTemplate(GEMMA_3, SPECIAL).render([SHORT, *hello]) == (
+        "<s><start_of_turn>user\nBrief.\n\nHello<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert ChatTemplate(QWEN_2, SPECIAL).render(hello) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     assert ChatTemplate(PHI_3, SPECIAL).render(hello, add_generation_prompt=False) == "<|user|>\nHello<|end|>\n\n</s>"
 
 
@@ -230,6 +256,33 @@ def test_a_templates_own_words_are_in_the_error() -> None:
         ChatTemplate(MISTRAL, SPECIAL).render([USER, USER])
     with pytest.raises(TemplateError, match="System role not supported"):
         ChatTemplate(GEMMA, SPECIAL).render([SYSTEM, USER])
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3", "Mistral", "Phi-3", "Zephyr", *MORE_TEMPLATES])
+def test_a_system_message_is_shown(name: str) -> None:
+    assert "Brief." in ChatTemplate(TEMPLATES[name], SPECIAL).prompt([SHORT, USER])
+
+
+USERS_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+FIRST_SYSTEM = "{{ messages[0].content }}" + USERS_ONLY
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (USERS_ONLY, [SHORT, USER]),
+        (USERS_ONLY, [USER, ASSISTANT, SHORT, USER]),
+        (FIRST_SYSTEM, [SYSTEM, SHORT, USER]),
+        (FIRST_SYSTEM, [SHORT, USER, SHORT]),
+    ],
+)
+def test_a_template_that_leaves_a_system_message_out_is_an_error(source: str, messages: list[dict[str, Any]]) -> None:
+    template = ChatTemplate(source, SPECIAL)
+    with pytest.raises(TemplateError, match="leaves this system message out"):
+        template.prompt(messages)
+    assert template.render(messages), "transformers says nothing"
+    for fine in ([USER], [{"role": "system", "content": " "}, USER], [{"role": "system"}, USER], [USER, ASSISTANT]):
+        assert template.prompt(fine) == template.render(fine)
 
 
 # ---- the sandbox
@@ -264,6 +317,35 @@ def test_templates_cannot_leave_the_sandbox(source: str) -> None:
     with pytest.raises(TemplateError):
         ChatTemplate(source, SPECIAL).render(messages)
     assert messages == [USER]
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in 'x' * 99999 %}{{ b }}{% endfor %}{% endfor %}",
+    "{% set x = range(2000) | list %}{% for a in x %}{% for b in x if b > a %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for a in [[1] * 99] recursive %}{% for b in range(999) %}{{ loop([1] * 99) if false }}{% endfor %}"
+    "{{ loop([a] * 99) if loop.depth < 9 }}{% endfor %}",
+    "{{ 10 ** (10 ** 10) }}",
+    "{{ 'x' * 10 ** 10 }}",
+    "{{ [messages] * 9999999 }}",
+    "{% set ns = namespace(x=10) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_templates_that_would_compute_for_hours_are_stopped(source: str) -> None:
+    template = ChatTemplate(source, SPECIAL)
+    with pytest.raises(TemplateError):
+        template.render([USER])
+
+
+def test_each_rendering_has_its_own_budget_and_long_conversations_fit() -> None:
+    template = ChatTemplate(LLAMA_3, SPECIAL)
+    messages = [{"role": "user", "content": "a"}] * 10_000
+    assert len({template.render(messages) for _ in range(3)}) == 1
+    loops = ChatTemplate("{% for a in range(600) %}{% for b in range(600) %}{% endfor %}{% endfor %}done", SPECIAL)
+    assert [loops.render([USER]) for _ in range(2)] == ["done"] * 2
 
 
 @pytest.mark.parametrize("source", ["{{ messages[0].content.__class__ }}", "{{ raise_exception.__globals__ }}"])

@@ -25,7 +25,7 @@ from edgelm.runtime.cli import main
 
 from .conftest import TEXT
 
-COMMANDS = ["run", "inspect", "verify", "bench"]
+COMMANDS = ["run", "chat", "inspect", "verify", "bench"]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -456,3 +456,61 @@ def test_the_module_runs_without_the_exporters_packages(tiny_bundle: Path) -> No
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=120)
         assert b"AssertionError" not in done.stderr, done.stderr.decode()
         assert done.returncode == 0, done.stderr.decode()
+
+
+# ---- generation settings
+
+
+def test_run_takes_the_settings_as_options(tiny_bundle: Path, capsys: Captured) -> None:
+    options = ["--max-tokens", "12", "--temperature", "1.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.01"]
+    options += ["--seed", "7", "--repetition-penalty", "1.1", "--presence-penalty", "0.1", "--frequency-penalty", "0.2"]
+    options += ["--min-tokens", "3", "--context-full", "slide", "--keep", "2", "--timeout", "60"]
+    assert call("run", tiny_bundle, "Once", *options) == 0
+    with load(tiny_bundle) as engine:
+        done = engine.generate(
+            "Once", max_tokens=12, temperature=1.5, top_p=0.9, top_k=40, min_p=0.01, seed=7, repetition_penalty=1.1,
+            presence_penalty=0.1, frequency_penalty=0.2, min_tokens=3, context_full="slide", keep=2,
+        )  # fmt: skip
+    assert capsys.readouterr().out == done.text + "\n"
+
+
+def test_run_ends_in_front_of_a_stop_text(tiny_bundle: Path, capsys: Captured) -> None:
+    with load(tiny_bundle) as engine:
+        text = engine.generate("Once upon", max_tokens=40, temperature=5, seed=1).text
+    stop, options = text[5:7], ["--max-tokens", "40", "--temperature", "5", "--seed", "1"]
+    assert len(stop) == 2
+    assert call("run", tiny_bundle, "Once upon", *options, "--stop", stop, "--stop", "zzzzzz") == 0
+    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+
+
+def test_run_reports_log_probabilities_as_json(tiny_bundle: Path, capsys: Captured) -> None:
+    assert call("run", tiny_bundle, "Once", "--max-tokens", "4", "--json", "--logprobs", "2") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [entry["token_id"] for entry in data["logprobs"]] == data["token_ids"]
+    assert all(len(entry["top"]) == 2 and entry["logprob"] <= 0 for entry in data["logprobs"])
+    assert "--json" in refused(capsys, "run", tiny_bundle, "Once", "--logprobs", "2")
+
+
+def test_run_writes_what_a_schema_or_an_expression_wants(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
+                      '"additionalProperties": false}', encoding="utf-8")  # fmt: skip
+    assert call("run", tiny_bundle, "Once", "--json-schema", schema, "--max-tokens", "200") == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["ok"]
+    assert call("run", tiny_bundle, "Once", "--regex", "[0-9]{3}") == 0
+    assert capsys.readouterr().out.strip().isdigit()
+    schema.write_text("{", encoding="utf-8")
+    assert "json_schema is not JSON" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", schema)
+    assert "absent" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--temperature -1", "--temperature nan", "--top-p 0.5", "--stop ", "--keep 5", "--seed -4", "--logprobs -1"],
+)
+def test_run_refuses_settings_that_are_none(tiny_bundle: Path, options: str, capsys: Captured) -> None:
+    option, value = options.split(" ")
+    assert option.removeprefix("--").replace("-", " ").split()[0] in refused(
+        capsys, "run", tiny_bundle, "Once", option, value
+    )

@@ -1,4 +1,4 @@
-"""The README says what is so: its commands and its Python blocks run as they stand."""
+"""The README and the document of generation settings say what is so: their commands and Python blocks run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import pytest
 from .conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+GENERATION = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCKS if kind == language]
+def _blocks(language: str, document: str = README) -> list[str]:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in blocks if kind == language]
+
+
+PYTHON = [*_blocks("python"), *_blocks("python", GENERATION)]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,9 @@ def test_commands_run(workplace: Path) -> None:
     assert any((path / "manifest.json").is_file() for path in workplace.iterdir())
 
 
-@pytest.mark.parametrize("number", range(len(_blocks("python"))))
+@pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_blocks_run(number: int, workplace: Path) -> None:
-    code = _blocks("python")[number]
+    code = PYTHON[number]
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

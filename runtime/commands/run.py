@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine import DEFAULT_MAX_TOKENS, Engine, Stats, load
-from ..errors import PromptError
+from ..engine import Engine, load
+from ..errors import PromptError, SettingsError
+from ..results import Stats
 from .folder import add_folder
+from .settings import add_settings, settings_of
 
 SUMMARY = "answer a prompt with a bundle"
 
@@ -24,37 +26,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="most tokens to generate (%(default)s)"
-    )
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
+    add_settings(parser)
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="with --json: log-probabilities of each token and of the N most likely ones",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, generate, print."""
+    settings = settings_of(arguments)
+    if settings.logprobs is not None and not arguments.json:
+        raise SettingsError("--logprobs belongs to --json: give both")
     prompt = _prompt(arguments.prompt)
     with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, response_cache=False) as engine:
-        request = _request(arguments, prompt)
+        request = {**_request(arguments, prompt), "settings": settings}
         if arguments.json:
             done = engine.generate(**request)
-            print(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+            answer = dataclasses.asdict(done)
+            if done.logprobs is None:
+                del answer["logprobs"]
+            print(json.dumps(answer, ensure_ascii=False))
         else:
             stats = _print_stream(engine, request)
             if arguments.stats:
-                print(_summary(stats), file=sys.stderr)
+                print(summary(stats), file=sys.stderr)
     return 0
 
 
 def _request(arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
-    request: dict[str, Any] = {"max_tokens": arguments.max_tokens}
     if not arguments.chat and arguments.system is None:
-        return {**request, "prompt": prompt}
+        return {"prompt": prompt}
     messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
     if arguments.system is not None:
         messages = [{"role": "system", "content": arguments.system}, *messages]
-    return {**request, "messages": messages}
+    return {"messages": messages}
 
 
 def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
@@ -78,7 +90,8 @@ def _prompt(given: str | None) -> str:
         ) from error
 
 
-def _summary(stats: Stats | None) -> str:
+def summary(stats: Stats | None) -> str:
+    """The figures of an answer in one line."""
     if stats is None:
         return ""
     return (

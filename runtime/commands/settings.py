@@ -1,0 +1,67 @@
+"""The generation settings as options of commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingsError
+from ..settings import DEFAULT_MAX_TOKENS, GenerationSettings
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Declare an option for each setting that a command line can hold. What is not given is not set."""
+    group = parser.add_argument_group("generation", "docs/generation.md tells more")
+
+    def add(option: str, kind: type, metavar: str, text: str) -> None:
+        group.add_argument(option, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+    add("--max-tokens", int, "N", f"most tokens to generate ({DEFAULT_MAX_TOKENS})")
+    add("--min-tokens", int, "N", "least tokens before the answer may end (0)")
+    add("--temperature", float, "T", "draw tokens; 0 takes the most likely one (0)")
+    add("--top-k", int, "K", "draw from the K most likely tokens")
+    add("--top-p", float, "P", "draw from the most likely tokens that have a share P together")
+    add("--min-p", float, "P", "draw from tokens at least P times as likely as the most likely one")
+    add("--repetition-penalty", float, "R", "make tokens of prompt and answer less likely (1: off)")
+    add("--presence-penalty", float, "R", "make tokens of the answer less likely (0: off)")
+    add("--frequency-penalty", float, "R", "the same for each time that they came (0: off)")
+    add("--seed", int, "N", "draw the same tokens again")
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
+        help="end the answer in front of this text; may be given several times",
+    )
+    add("--timeout", float, "S", "end the answer after S seconds with what is there")
+    group.add_argument(
+        "--context-full",
+        choices=("stop", "slide"),
+        default=argparse.SUPPRESS,
+        help="where the context is full: end the answer, or forget the older half of the text (stop)",
+    )
+    add("--keep", int, "N", "with --context-full slide: first tokens that are not forgotten (0)")
+    add("--json-schema", Path, "FILE", "make the answer follow a JSON schema")
+    add("--regex", str, "PATTERN", "make the answer follow a regular expression")
+
+
+_OPTIONS = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "stop", "timeout", "context_full", "keep", "json_schema", "regex", "logprobs",
+)  # fmt: skip
+
+
+def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
+    """The settings that were given. Raises: SettingsError."""
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS if hasattr(arguments, name)}
+    if "json_schema" in given:
+        given["json_schema"] = _read(given["json_schema"])
+    return GenerationSettings.of(None, given)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the schema {path} cannot be read: {error}") from error

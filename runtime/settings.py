@@ -1,0 +1,268 @@
+"""What a request may set: every generation setting, its range and its default, checked in one place.
+
+Knows no model: what depends on a vocabulary or a context is checked where the request meets the bundle (`requests`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal, TypedDict
+
+from .errors import SettingsError
+
+DEFAULT_MAX_TOKENS = 256
+ContextPolicy = Literal["stop", "slide"]
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """The settings as keywords of `Engine.generate` and its siblings; `GenerationSettings` says what each means."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    timeout: float | None
+    context_full: ContextPolicy
+    keep: int
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to continue a prompt. The defaults are greedy decoding. Immutable; `docs/generation.md` has the formulas.
+
+    max_tokens: the most tokens to generate. min_tokens: so many come before the answer may end.
+    temperature: 0 takes the most likely token; above 0 tokens are drawn. top_k (0: off), top_p (1: off) and min_p
+    (0: off) narrow what is drawn from, and need a temperature. seed: None draws another one for each request.
+    repetition_penalty (1: off) divides what prompt and answer hold already; presence_penalty and frequency_penalty
+    (0: off) are subtracted for what the answer holds. logit_bias: added to the logits of these ids; -inf bans one.
+    stop: texts that end the answer and are not part of it. stop_token_ids: the same for ids, besides the model's own.
+    logprobs: None, or how many alternatives to report beside each chosen token.
+    json_schema (object or JSON text), regex: the answer follows it (extra "structured").
+    timeout: seconds from the call after which the answer ends with what is there.
+    context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
+    first `keep` tokens and goes on.
+    Raises: SettingsError.
+    """
+
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    timeout: float | None = None
+    context_full: ContextPolicy = "stop"
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _WHOLE:
+            self._normalize(name, _whole(name, getattr(self, name)))
+        for name in _REAL:
+            self._normalize(name, _real(name, getattr(self, name)))
+        self._normalize("stop", _stop_strings(self.stop))
+        self._normalize("stop_token_ids", _ids(self.stop_token_ids))
+        self._normalize("logit_bias", _bias(self.logit_bias))
+        self._normalize("json_schema", _schema(self.json_schema))
+        if not isinstance(self.regex, str | None):
+            raise SettingsError(f"regex must be a text, found {self.regex!r}")
+        if self.context_full not in ("stop", "slide"):
+            raise SettingsError(f'context_full must be "stop" or "slide", found {self.context_full!r}')
+        self._check_conflicts()
+
+    @staticmethod
+    def of(base: GenerationSettings | None, keywords: Mapping[str, Any]) -> GenerationSettings:
+        """Settings from keywords, on top of a base or the defaults. Raises: SettingsError, also for unknown names."""
+        known = [item.name for item in dataclasses.fields(GenerationSettings)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else "docs/generation.md lists them"
+                raise SettingsError(f"there is no setting {name!r}: {hint}")
+        if not isinstance(base, GenerationSettings | None):
+            raise SettingsError(f"settings must be GenerationSettings, found {base!r:.60}")
+        return dataclasses.replace(base or _DEFAULTS, **keywords) if keywords else base or _DEFAULTS
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the answer depends on no random draw, so that it may be cached."""
+        return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is just the most likely one: nothing changes, constrains or reports the logits."""
+        return self.deterministic and all(getattr(self, name) == getattr(_DEFAULTS, name) for name in _TOUCH_LOGITS)
+
+    @property
+    def structured(self) -> bool:
+        """Whether a schema or a regular expression constrains the answer."""
+        return self.json_schema is not None or self.regex is not None
+
+    def cache_key(self) -> dict[str, Any]:
+        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout, and the seed where
+        nothing is drawn."""
+        without = ("timeout", "seed") if self.deterministic else ("timeout",)
+        key = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in without}
+        bias = [[token, str(value)] for token, value in self.logit_bias.items()]
+        return {**key, "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids), "logit_bias": bias}
+
+    def _normalize(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_conflicts(self) -> None:
+        if self.min_tokens > self.max_tokens:
+            raise SettingsError(f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}: lower the first")
+        if self.deterministic:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise SettingsError(f"{name} does nothing at temperature 0: give a temperature, such as 0.7, too")
+        if self.keep and self.context_full != "slide":
+            raise SettingsError('keep belongs to context_full="slide": give both')
+        if self.json_schema is not None and self.regex is not None:
+            raise SettingsError("json_schema and regex were both given: an answer follows one of them")
+        if self.structured and (self.stop or self.stop_token_ids or self.min_tokens):
+            raise SettingsError(
+                "stop, stop_token_ids and min_tokens would end the answer elsewhere than json_schema or regex does: "
+                "leave them out"
+            )
+
+
+# What is added to logits or multiplied with them stays so small that no sum overflows float32.
+_LARGEST = 1e6
+# The least and the most of each whole number.
+_WHOLE: dict[str, tuple[int, int]] = {
+    "max_tokens": (1, sys.maxsize),
+    "min_tokens": (0, sys.maxsize),
+    "top_k": (0, sys.maxsize),
+    "seed": (0, 2**64 - 1),
+    "logprobs": (0, sys.maxsize),
+    "keep": (0, sys.maxsize),
+}
+# What each other number has to fulfil (a NaN fulfils none), and how to say so.
+_REAL: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < math.inf, "0 (greedy) or a number above it"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda x: 1 / _LARGEST <= x <= _LARGEST, "above 0 (from 1e-6 to 1e6; 1 is off)"),
+    "presence_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
+    "frequency_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
+    "timeout": (lambda x: 0 < x < math.inf, "a number of seconds above 0"),
+}
+_MAY_BE_NONE = ("seed", "logprobs", "timeout")
+_TOUCH_LOGITS = (
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "json_schema",
+    "regex",
+)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    least, most = _WHOLE[name]
+    number = _index(value)
+    if number is None or not least <= number <= most:
+        raise SettingsError(f"{name} must be a whole number of {least} or more, found {value!r}")
+    return number
+
+
+def _real(name: str, value: Any) -> float | None:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    accepts, wanted = _REAL[name]
+    number = _number(value)
+    if not accepts(number):
+        raise SettingsError(f"{name} must be {wanted}, found {value!r}")
+    return number
+
+
+def _index(value: Any) -> int | None:
+    """A whole number of any integer type, or None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _number(value: Any) -> float:
+    """A number as float, NaN for what is none."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise SettingsError(f"stop must be a text or a list of texts, found {value!r:.60}")
+    if "" in texts:
+        raise SettingsError("a stop text is empty, which would end every answer at once: leave it out")
+    return tuple(dict.fromkeys(texts))
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    ids = [_index(token) for token in value] if isinstance(value, Iterable) else [None]
+    found = sorted({token for token in ids if token is not None and token >= 0})
+    if None in ids or len(found) != len(set(ids)):
+        raise SettingsError(f"stop_token_ids must be a list of token ids, found {value!r:.60}")
+    return tuple(found)
+
+
+def _bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"logit_bias must map token ids to numbers, found {value!r:.60}")
+    bias = {_index(token): _number(amount) for token, amount in value.items()}
+    for token, amount in bias.items():
+        if token is None or token < 0:
+            raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {list(value)!r:.60}")
+        if not (abs(amount) <= _LARGEST or amount == -math.inf):
+            raise SettingsError(f"logit_bias of token {token} must be from -1e6 to 1e6, or -inf to ban it")
+    return {token: bias[token] for token in sorted(token for token in bias if token is not None)}
+
+
+def _schema(value: Any) -> str | None:
+    """The schema as JSON text. The order of its keys stays: it is the order in which properties are written."""
+    if value is None:
+        return None
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(schema, Mapping):
+            raise SettingsError(f"json_schema must be an object, found {schema!r:.60}")
+        return json.dumps(schema, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"json_schema is not JSON ({error})") from error
+
+
+_DEFAULTS = GenerationSettings()

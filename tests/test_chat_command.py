@@ -1,0 +1,306 @@
+"""`edgelm chat`: the conversation behind it, its commands from a pipe, and a session in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelm.runtime import load
+from edgelm.runtime.bundle import file_digest
+from edgelm.runtime.cli import main
+from edgelm.runtime.conversation import Conversation
+from edgelm.runtime.errors import PromptError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+# Random weights say little that is text; drawn widely they say something each time.
+SETTINGS = ["--max-tokens", "12", "--temperature", "5", "--seed", "3"]
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def chat_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "tiny"
+    shutil.copytree(tiny_bundle, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][template.name] = {"bytes": template.stat().st_size, "sha256": file_digest(template)}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def answer(bundle: Path, messages: list[dict[str, str]], **changes: Any) -> str:
+    with load(bundle) as engine:
+        return engine.generate(messages=messages, **{"max_tokens": 12, "temperature": 5.0, "seed": 3, **changes}).text
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# ---- the conversation
+
+
+def test_a_conversation_keeps_its_messages_in_order() -> None:
+    conversation = Conversation("be kind")
+    conversation.ask("one")
+    conversation.answer("1")
+    conversation.ask("two")
+    system = {"role": "system", "content": "be kind"}
+    assert conversation.messages() == [system, user("one"), assistant("1"), user("two")]
+    other = conversation.copy()
+    assert conversation.undo() == "two"
+    assert conversation.undo() == "one"
+    with pytest.raises(PromptError, match="nothing to take back"):
+        conversation.undo()
+    assert conversation.messages() == [system] and len(other) == 3
+    other.reset()
+    assert other.messages() == [system]
+
+
+@pytest.mark.parametrize("system", [None, "be kind"])
+def test_a_saved_conversation_is_loaded_again_and_never_overwritten(tmp_path: Path, system: str | None) -> None:
+    path, conversation = tmp_path / "talk.json", Conversation(system)
+    conversation.ask("héllo 😀")
+    conversation.answer("1\n2")
+    conversation.save(path)
+    loaded = Conversation("other")
+    loaded.ask("gone")
+    loaded.load(path)
+    assert loaded.messages() == conversation.messages()
+    assert loaded.system == system
+    with pytest.raises(PromptError, match="exists already"):
+        Conversation().save(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == conversation.messages()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]', "[" * 9_999]
+)
+def test_what_is_no_saved_conversation_changes_nothing(tmp_path: Path, content: str) -> None:
+    path, conversation = tmp_path / "talk.json", Conversation("s")
+    path.write_text(content, encoding="utf-8")
+    conversation.ask("a")
+    with pytest.raises(PromptError, match=r"talk\.json"):
+        conversation.load(path)
+    with pytest.raises(PromptError, match="absent"):
+        conversation.load(tmp_path / "absent")
+    with pytest.raises(PromptError):
+        conversation.save(tmp_path / "no folder" / "file")
+    assert len(conversation) == 1 and conversation.system == "s"
+
+
+# ---- the command, from a pipe
+
+
+def chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, bundle: Path, *lines: str, options: list[str] | None = None
+) -> tuple[str, str]:
+    """What stands on standard output and standard error after these lines."""
+    data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    capsys.readouterr()
+    assert main(["chat", str(bundle), *(SETTINGS if options is None else options)]) == 0
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_answers_know_what_was_said_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    first = answer(chat_bundle, [user("hello")])
+    second = answer(chat_bundle, [user("hello"), assistant(first), user("and?")])
+    assert first and second and first != second
+    out, err = chat(monkeypatch, capsys, chat_bundle, "hello", "", "and?")
+    assert out == f"{first}\n{second}\n"
+    assert err == "\n[length]" * 2
+
+
+def test_the_system_message_is_part_of_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    expected = answer(chat_bundle, [{"role": "system", "content": "be kind"}, user("hello")])
+    options = [*SETTINGS, "--system", "be kind"]
+    assert chat(monkeypatch, capsys, chat_bundle, "hello", options=options)[0] == expected + "\n"
+    plain = answer(chat_bundle, [user("hello")])
+    lines = ("/system be kind", "hello", "/reset", "/system", "hello")
+    assert chat(monkeypatch, capsys, chat_bundle, *lines)[0] == f"{expected}\n{plain}\n"
+
+
+def test_undo_retry_and_edit_change_the_last_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    one, two = answer(chat_bundle, [user("one")]), answer(chat_bundle, [user("two")])
+    out, err = chat(monkeypatch, capsys, chat_bundle, "one", "/undo", "two", "/edit one", "/retry", "/edit two")
+    assert out.splitlines() == [line for text in (one, two, one, one, two) for line in text.splitlines()]
+    assert "taken back: one" in err
+    _, err = chat(monkeypatch, capsys, chat_bundle, "/undo", "/retry", "/edit x")
+    assert err.count("nothing to take back") == 3
+
+
+def test_settings_are_changed_and_wrong_ones_leave_the_old(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    lines = ("/set seed 8", "/set temperature -1", "/set nonsense 4", "/set top_p", "/set stop zz", "hello", "/set")
+    out, err = chat(monkeypatch, capsys, chat_bundle, *lines)
+    assert out == answer(chat_bundle, [user("hello")], seed=8, stop="zz") + "\n"
+    assert err.count("error: ") == 3
+    assert "temperature must be" in err and "nonsense" in err and "top_p must be" in err
+    assert "\n  seed = 8\n" in err and "\n  temperature = 5.0\n" in err and '\n  stop = ["zz"]\n' in err
+
+
+def test_a_conversation_is_saved_and_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "my talk.json"
+    out, err = chat(monkeypatch, capsys, chat_bundle, "hello", f"/save {path}", f"/save {path}", "/save")
+    first = out.removesuffix("\n")
+    assert "saved 2 messages" in err and "exists already" in err and "name is missing" in err
+    expected = answer(chat_bundle, [user("hello"), assistant(first), user("and?")]) + "\n"
+    assert chat(monkeypatch, capsys, chat_bundle, f"/load {path}", "and?")[0] == expected
+    assert chat(monkeypatch, capsys, chat_bundle, "and?", options=[*SETTINGS, "--load", str(path)])[0] == expected
+
+
+def test_help_names_every_command_and_unknown_ones_are_no_messages(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    out, err = chat(monkeypatch, capsys, chat_bundle, "/help", "/dance", "/stats", "/quit", "never asked")
+    assert out == ""
+    for name in ("help", "undo", "retry", "edit", "reset", "system", "set", "save", "load", "stats", "quit"):
+        assert f"  /{name}" in err
+    assert "no command /dance" in err and "no answer yet" in err
+    out, err = chat(monkeypatch, capsys, chat_bundle, "//path", "/stats")
+    assert out == answer(chat_bundle, [user("/path")]) + "\n"
+    assert "12 generated" in err
+
+
+def test_an_error_leaves_the_conversation_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    hello = answer(chat_bundle, [user("hello")])
+    out, err = chat(monkeypatch, capsys, chat_bundle, "long " * 500, "not \udcff text", "hello")
+    assert out == hello + "\n"
+    assert "context" in err and "Unicode" in err and err.count("error: ") == 2
+
+
+def test_a_model_without_a_template_is_sent_to_run(tiny_bundle: Path, capsys: Captured) -> None:
+    assert main(["chat", str(tiny_bundle)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "no chat template" in err and "edgelm run" in err
+
+
+# ---- in a terminal
+
+
+class Terminal:
+    """A process whose terminal is a pseudo-terminal of ours."""
+
+    def __init__(self, *arguments: str) -> None:
+        import pty
+
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "edgelm.runtime.cli", "chat", *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True, close_fds=True
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def expect(self, pattern: str) -> str:
+        """Wait until the output that was not yet expected has the pattern; returns it up to the pattern's end."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < deadline, f"{pattern!r} did not come: {self.seen!r}"
+            if select.select([self._ours], [], [], 0.5)[0]:
+                self.seen += os.read(self._ours, 65_536).decode("utf-8", "replace")
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text
+
+    def interrupt(self) -> None:
+        """What the terminal does for Ctrl-C to the process in the foreground."""
+        os.kill(self._process.pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        return self._process.wait(60)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def terminal(chat_bundle: Path) -> Iterator[Terminal]:
+    pytest.importorskip("pty", reason="there are no pseudo-terminals here")
+    opened = Terminal(str(chat_bundle), *SETTINGS)
+    yield opened
+    opened.close()
+
+
+def test_a_session_in_a_terminal(terminal: Terminal) -> None:
+    terminal.expect("/help lists the commands.*\n> ")
+    terminal.type("hello\n")
+    terminal.expect(r"hello\r\n")
+    terminal.expect(r"\[length\]\r\n> ")
+    terminal.type("/stats\n")
+    terminal.expect("prompt tokens.*\n> ")
+    # Ctrl-C at the prompt leaves the session; so does an interrupted answer, and the conversation goes on.
+    terminal.type("half a lin")
+    terminal.expect("half a lin")
+    terminal.interrupt()
+    terminal.expect("Ctrl-D or /quit leaves.*\n> ")
+    terminal.type("/set max_tokens 400\n")
+    terminal.expect("max_tokens = 400\r\n> ")
+    terminal.type("/set min_tokens 400\n")
+    terminal.expect("min_tokens = 400\r\n> ")
+    terminal.type("go on\n")
+    terminal.expect(r"go on\r\n")
+    terminal.expect(r"\S")
+    terminal.interrupt()
+    terminal.expect(r"\[interrupted\][\s\S]*> |\[context_full\][\s\S]*> ")
+    terminal.type("/undo\n")
+    terminal.expect("taken back: go on\r\n> ")
+    terminal.type("/undo\n")
+    terminal.expect("taken back: hello\r\n> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_the_last_message_is_edited_in_the_line(terminal: Terminal) -> None:
+    pytest.importorskip("readline", reason="there is no line editing here")
+    terminal.expect("> ")
+    terminal.type("hello\n")
+    terminal.expect(r"\[length\]\r\n> ")
+    terminal.type("/edit\n")
+    terminal.expect("> hello")
+    terminal.type(" you\n")
+    terminal.expect(r"\[length\]\r\n> ")
+    terminal.type("/undo\n")
+    terminal.expect("taken back: hello you\r\n> ")
+    terminal.type("/quit\n")
+    assert terminal.wait() == 0

@@ -1,0 +1,180 @@
+"""Answers that follow a JSON schema or a regular expression, whatever the model would like to say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelm.runtime import Bundle, Engine
+from edgelm.runtime.errors import MissingExtraError, SettingsError
+from edgelm.runtime.fake import FakeSession
+from edgelm.runtime.response_cache import ResponseCache
+from edgelm.runtime.tokenizer import Tokenizer
+
+from .conftest import byte_tokenizer, shared
+from .test_decode import fake, manifest
+from .test_generation import random_session
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "kind": {"enum": ["cat", "dog"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 30},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["name", "kind", "age", "tags"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+def deep_schema(depth: int) -> dict[str, Any]:
+    """Deeper than parsers go."""
+    return {"properties": {"a": deep_schema(depth - 1)}} if depth else {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer(folder)
+    return folder
+
+
+def engine_on(folder: Path, session: FakeSession, responses: ResponseCache | None = None, **changes: Any) -> Engine:
+    bundle = Bundle(folder, manifest(**{"context_length": 400, **changes}))
+    return Engine(bundle, session, Tokenizer(folder / "tokenizer.json"), responses)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1_000), st.booleans())
+def test_every_answer_follows_the_schema(folder: Path, seed: int, drawn: bool) -> None:
+    chosen: dict[str, Any] = {"temperature": 2.0, "seed": seed} if drawn else {"logit_bias": {seed % 200: 5.0}}
+    done = engine_on(folder, random_session()).generate("p", json_schema=SCHEMA, **chosen)
+    assert done.finish_reason == "stop"
+    data = json.loads(done.text)
+    assert list(data) == ["name", "kind", "age", "tags"], "the order of the schema"
+    assert isinstance(data["name"], str) and len(data["name"]) <= 5
+    assert data["kind"] in ("cat", "dog")
+    assert type(data["age"]) is int and 0 <= data["age"] <= 30
+    assert len(data["tags"]) <= 2 and all(type(tag) is bool for tag in data["tags"])
+    assert done.text.encode() == bytes(
+        byte for token in done.token_ids for byte in Tokenizer(folder / "tokenizer.json")._bytes(token)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1_000))
+def test_every_answer_follows_the_expression(folder: Path, seed: int) -> None:
+    pattern = r"(yes|no), [a-zé]{2,9}(!|\?)?"
+    done = engine_on(folder, random_session()).generate("p", regex=pattern, temperature=3.0, seed=seed)
+    assert re.fullmatch(pattern, done.text)
+    assert done.finish_reason == "stop"
+
+
+def test_the_most_likely_token_that_is_allowed_is_taken(folder: Path) -> None:
+    text = Tokenizer(folder / "tokenizer.json").encode("xbc")
+    session = fake(lambda tokens: text[min(len(tokens) - 1, 2)])
+    assert engine_on(folder, session).generate("p", regex="[ab][bd][ce]").text == "abc"
+
+
+def test_an_answer_ends_where_nothing_can_follow_without_a_further_step(folder: Path) -> None:
+    session = random_session()
+    done = engine_on(folder, session, eos=()).generate("p", regex="abc")
+    assert (done.text, done.finish_reason, len(session.steps)) == ("abc", "stop", 3)
+
+
+def test_max_tokens_may_cut_a_structured_answer(folder: Path) -> None:
+    done = engine_on(folder, random_session()).generate("p", json_schema=SCHEMA, max_tokens=4)
+    assert (done.finish_reason, done.text) == ("length", '{"na')
+
+
+def test_structured_answers_are_cached_by_their_schema(folder: Path) -> None:
+    engine = engine_on(folder, random_session(), ResponseCache())
+    first = engine.generate("p", regex="a|b")
+    assert engine.generate("p", regex="a|b").stats.response_cache_hit
+    assert not engine.generate("p", regex="b|c").stats.response_cache_hit
+    assert first.text in ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"json_schema": {"type": "nonsense"}}, "nonsense"),
+        ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "Unsatisfiable"),
+        ({"json_schema": {"enum": []}}, "Unsatisfiable"),
+        ({"json_schema": {"not": {}}}, "not"),
+        ({"json_schema": {"$ref": "http://example.com/schema"}}, "fetch"),
+        ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "cannot be"),
+        ({"json_schema": {"const": "\ud800"}}, "cannot be used"),
+        ({"json_schema": deep_schema(300)}, "cannot be used"),
+        ({"regex": "\ud800"}, "cannot be used"),
+        ({"regex": "(ab"}, "unclosed"),
+        ({"regex": "a(?=b)"}, "look"),
+        ({"regex": r"[^\s\S]"}, "cannot be met"),
+    ],
+    ids=range(12),
+)
+def test_what_is_malformed_or_cannot_be_met_is_refused_at_the_call(
+    folder: Path, keywords: dict[str, Any], words: str
+) -> None:
+    session = random_session()
+    with pytest.raises(SettingsError, match=words):
+        engine_on(folder, session).stream("p", **keywords)
+    assert session.steps == []
+
+
+def test_an_expression_that_leads_nowhere_is_an_error_and_no_wrong_answer(folder: Path) -> None:
+    engine = engine_on(folder, random_session())
+    with pytest.raises(SettingsError, match="cannot be met"):
+        engine.generate("p", regex=r"ab*[^\s\S]")
+    assert engine.generate("p", regex="ab").text == "ab"
+
+
+def test_a_model_that_cannot_write_the_answer_says_so(folder: Path) -> None:
+    bias = {token: -float("inf") for token in Tokenizer(folder / "tokenizer.json").encode("{")}
+    with pytest.raises(SettingsError, match="no token is left"):
+        engine_on(folder, random_session()).generate("p", json_schema=SCHEMA, logit_bias=bias)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2", "phi-3-mini", "gpt-neox-20b"])
+def test_real_vocabularies_write_what_the_schema_wants(name: str) -> None:
+    pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
+    import numpy as np
+
+    from edgelm.runtime.settings import GenerationSettings
+    from edgelm.runtime.structured import GrammarCompiler
+    from edgelm.runtime.tokenizer import Detokenizer
+
+    folder = shared(f"tokenizers/{name}")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    shape = manifest(eos=(0,))
+    padded = tokenizer.vocab_size + 40
+    model = type(shape.model)(padded, 512, 0, shape.model.layers, shape.model.kv)
+    bundle = Bundle(folder, type(shape)(**{**vars(shape), "model": model}))
+    grammar = GrammarCompiler(bundle).compile(GenerationSettings(json_schema=SCHEMA))
+    assert grammar is not None
+    detokenizer, random, text = Detokenizer(tokenizer, tokenizer.encode("p")), np.random.default_rng(1), ""
+    while not grammar.finished:
+        allowed = np.flatnonzero(grammar.allowed())
+        assert allowed.max() < tokenizer.vocab_size
+        token = int(random.choice(allowed))
+        if token == 0:
+            break
+        grammar.accept(token)
+        text += detokenizer.add(token)
+    assert set(json.loads(text)) == {"name", "kind", "age", "tags"}
+
+
+def test_without_the_extra_the_pip_command_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "edgelm\[structured\]"'):
+        engine_on(folder, random_session()).generate("p", regex="a")
