@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine import Chunk, Completion, Engine, Stats, load
     from .errors import EdgelmError
     from .manifest import Manifest
+    from .response_cache import ResponseCacheSettings
 
 _HOME = {
     "Bundle": "bundle",
@@ -25,11 +26,22 @@ _HOME = {
     "EdgelmError": "errors",
     "Engine": "engine",
     "Manifest": "manifest",
+    "ResponseCacheSettings": "response_cache",
     "Stats": "engine",
     "load": "engine",
 }
 
-__all__ = ["Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "Manifest", "Stats", "load"]
+__all__ = [
+    "Bundle",
+    "Chunk",
+    "Completion",
+    "EdgelmError",
+    "Engine",
+    "Manifest",
+    "ResponseCacheSettings",
+    "Stats",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

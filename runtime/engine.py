@@ -28,7 +28,14 @@ from .errors import (
     SettingsError,
     TemplateError,
 )
-from .response_cache import CachedAnswer, FinishReason, ResponseCache, response_key
+from .response_cache import (
+    CachedAnswer,
+    FinishReason,
+    ResponseCache,
+    ResponseCacheSettings,
+    open_response_cache,
+    response_key,
+)
 from .session import Session, open_session
 from .tokenizer import Detokenizer, Tokenizer
 
@@ -88,18 +95,23 @@ class _Request:
     started: float
 
 
-def load(path: str | Path, *, threads: int | None = None, response_cache: bool = True) -> Engine:
+def load(
+    path: str | Path, *, threads: int | None = None, response_cache: bool | ResponseCacheSettings = True
+) -> Engine:
     """Open a bundle and make it ready to generate.
 
     threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
-    answers in memory (16 MiB) and give them again for the same request.
+    answers and give them again for the same request: True in memory (16 MiB) and in a database below EDGELM_HOME
+    (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say.
     Every file is checked against the manifest's digests; the weights' are computed while onnxruntime prepares them.
-    Raises: BundleError and below for the folder, SettingsError for threads, SessionError from onnxruntime.
+    Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
+    MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error: it is warned of.
     """
+    responses = open_response_cache(response_cache)
     bundle = Bundle.open(path)
     session = open_session(bundle, threads)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    return Engine(bundle, session, tokenizer, ResponseCache() if response_cache else None)
+    return Engine(bundle, session, tokenizer, responses)
 
 
 class Engine:
@@ -122,6 +134,7 @@ class Engine:
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._closed = False
+        self._numerics = machine.numerics()
 
     def generate(
         self,
@@ -186,12 +199,15 @@ class Engine:
         return ids
 
     def close(self) -> None:
-        """Free the model. Waits for a request that runs in another thread. Calling it again does nothing."""
+        """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it
+        again does nothing."""
         if self._owner == threading.get_ident():
             raise EngineBusyError("this thread still iterates over a stream of the engine: close the stream first")
         with self._turn:
             self._closed = True
             self._session.close()
+        if self._responses is not None:
+            self._responses.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -226,18 +242,29 @@ class Engine:
         if self._responses is None:
             yield from self._compute(request)
             return
-        eos = self.bundle.manifest.tokens.eos
-        key = response_key(self._digest, request.token_ids, {"max_tokens": request.max_tokens, "stop_ids": sorted(eos)})
-        answer = self._responses.get(key)
-        if answer is not None:
-            yield from self._replay(request, answer)
-            return
-        chunks: list[Chunk] = []
-        for chunk in self._compute(request):
-            chunks.append(chunk)
-            if chunk.finish_reason is not None:
-                self._responses.put(key, _answer_of(chunks))
-            yield chunk
+        # A thread that holds the turn must not wait for another's computation, which may be waiting for the turn.
+        wait = self._owner != threading.get_ident()
+        with self._responses.look_up(self._response_key(request), wait=wait) as found:
+            known = found.answer
+            if known is None:
+                chunks: list[Chunk] = []
+                for chunk in self._compute(request):
+                    chunks.append(chunk)
+                    if chunk.finish_reason is not None:
+                        found.keep(_answer_of(chunks))
+                    yield chunk
+        if known is not None:
+            yield from self._replay(request, known)
+
+    def _response_key(self, request: _Request) -> str:
+        """Everything that can change the answer: what the manifest says beside the files' digest, too."""
+        settings = {
+            "max_tokens": request.max_tokens,
+            "limit": request.limit,
+            "stop_ids": sorted(self.bundle.manifest.tokens.eos),
+            "numerics": self._numerics,
+        }
+        return response_key(self._digest, request.token_ids, settings)
 
     def _compute(self, request: _Request) -> Iterator[Chunk]:
         """Run the model while holding the turn, from the first `next` to the end or the closing of the iterator."""

@@ -29,6 +29,9 @@ TREE = {
     "EngineBusyError": "EngineError",
     "EngineClosedError": "EngineError",
     "SessionError": "EdgelmError",
+    "CacheError": "EdgelmError",
+    "CacheCorruptError": "CacheError",
+    "CacheVersionError": "CacheError",
     "VerificationError": "EdgelmError",
     "MissingExtraError": "EdgelmError",
 }

@@ -27,7 +27,8 @@ HEAVY = (
 
 PUBLIC = {
     "edgelm.runtime": [
-        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "Manifest", "Stats", "load",
+        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "Manifest", "ResponseCacheSettings", "Stats",
+        "load",
     ],
     "edgelm.export": ["ExportConfig", "ExportResult", "export_model"],
     "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],

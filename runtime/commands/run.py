@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="most tokens to generate (%(default)s)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument(
+        "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
+    )
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
 
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load, generate, print."""
     prompt = _prompt(arguments.prompt)
-    with load(arguments.bundle, threads=arguments.threads, response_cache=False) as engine:
+    with load(arguments.bundle, threads=arguments.threads, response_cache=not arguments.no_response_cache) as engine:
         request = _request(arguments, prompt)
         if arguments.json:
             done = engine.generate(**request)
@@ -80,6 +83,8 @@ def _prompt(given: str | None) -> str:
 def _summary(stats: Stats | None) -> str:
     if stats is None:
         return ""
+    if stats.response_cache_hit:
+        return f"{stats.prompt_tokens} prompt tokens, {stats.generated_tokens} from the response cache"
     return (
         f"{stats.prompt_tokens} prompt tokens, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
         f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "
