@@ -243,8 +243,8 @@ class Engine:
             yield from self._compute(request)
             return
         # A thread that holds the turn must not wait for another's computation, which may be waiting for the turn.
-        wait = self._owner != threading.get_ident()
-        with self._responses.look_up(self._response_key(request), wait=wait) as found:
+        patience = 0.0 if self._owner == threading.get_ident() else None
+        with self._responses.look_up(self._response_key(request), timeout_s=patience) as found:
             known = found.answer
             if known is None:
                 chunks: list[Chunk] = []

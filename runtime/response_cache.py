@@ -16,11 +16,12 @@ from typing import TypeVar
 
 from .caches.answers import CachedAnswer, Clock, FinishReason, response_key
 from .caches.flights import Flight, Flights
+from .caches.forks import watch_forks
 from .caches.memory import MemoryStore
 from .caches.settings import ResponseCacheSettings
 from .caches.sqlite import DiskBudget, SqliteStore
 from .caches.store import AnswerStore, StoreStats
-from .errors import CacheError
+from .errors import CacheError, SettingsError
 from .home import home
 
 __all__ = [
@@ -71,6 +72,7 @@ class ResponseCache:
         self._count = threading.Lock()
         self.hits = 0
         self.misses = 0
+        watch_forks(self)
 
     def get(self, key: str) -> CachedAnswer | None:
         """The answer of a key or None; counts a hit or a miss. Cost: a dictionary's, or one read of the outer store."""
@@ -92,19 +94,20 @@ class ResponseCache:
         self._ask(lambda outer: outer.put(key, answer))
 
     @contextlib.contextmanager
-    def look_up(self, key: str, *, wait: bool = True) -> Iterator[Lookup]:
+    def look_up(self, key: str, *, timeout_s: float | None = None) -> Iterator[Lookup]:
         """Find an answer, or lead its computation until the block ends or its `keep` was called.
 
-        While another thread leads the same one, this blocks; it then has that answer, or leads itself if the other
-        failed or was cancelled. wait=False: look only, for a caller on whom that thread may be waiting.
+        While another thread leads the same one, this blocks, at most so many seconds; it then has that answer, or leads
+        itself if the other failed or was cancelled. timeout_s: 0 to look only, for a caller for whom that thread may be
+        waiting. Raises: what the block raises.
         """
+        deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
         flight, leads = self._flights.join(key)
-        while wait and not leads:
-            answer = flight.wait()
-            if answer is not None:
+        while not leads and flight.wait(None if deadline is None else max(0.0, deadline - self._clock.monotonic())):
+            if flight.answer is not None:
                 with self._count:
                     self.hits += 1
-                yield Lookup(answer, lambda _: None)
+                yield Lookup(flight.answer, lambda _: None)
                 return
             flight, leads = self._flights.join(key)
         if leads:
@@ -133,6 +136,10 @@ class ResponseCache:
     def close(self) -> None:
         """Write what waits to be written and free the outer store's file or connection. A later call opens it again."""
         self._ask(lambda outer: outer.close())
+
+    def after_fork(self) -> None:
+        """A thread that held the lock is not in the child."""
+        self._count = threading.Lock()
 
     def _lead(self, key: str, flight: Flight) -> Iterator[Lookup]:
         def keep(answer: CachedAnswer) -> None:
@@ -175,6 +182,8 @@ def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache |
     """
     if wanted is False:
         return None
+    if wanted is not True and not isinstance(wanted, ResponseCacheSettings):
+        raise SettingsError(f"response_cache must be True, False or ResponseCacheSettings, found {wanted!r}")
     settings = ResponseCacheSettings() if wanted is True else wanted
     memory = MemoryStore(settings.memory_bytes, settings.memory_entries, ttl_s=settings.ttl_s, policy=settings.policy)
     return ResponseCache(memory, _outer_store(settings))
@@ -188,7 +197,7 @@ def _outer_store(settings: ResponseCacheSettings) -> AnswerStore | None:
     if not settings.disk:
         return None
     try:
-        folder = settings.folder or default_folder()
+        folder = default_folder() if settings.folder is None else Path(settings.folder).absolute()
     except CacheError as error:
         log.warning("%s; answers are kept in memory only", error)
         return None

@@ -230,11 +230,15 @@ def test_a_hit_is_shared_at_once_and_blocks_nobody() -> None:
         assert first.answer == second.answer == answer()
 
 
-def test_who_must_not_wait_only_looks() -> None:
+@pytest.mark.parametrize("timeout", [0, 0.05])
+def test_who_waits_no_longer_only_looks(timeout: float) -> None:
     cache = ResponseCache()
-    with cache.look_up("key") as leader, cache.look_up("key", wait=False) as other:
+    with cache.look_up("key") as leader, cache.look_up("key", timeout_s=timeout) as other:
         assert leader.answer is other.answer is None
-    with cache.look_up("key") as free:
+        waiting = in_thread(lambda: cache.look_up("key").__enter__())
+        assert blocked(waiting), "the one that gave up is not the leader"
+    waiting.join(30)
+    with cache.look_up("key", timeout_s=0) as free:
         assert free.answer is None
 
 
@@ -265,6 +269,9 @@ def test_an_old_leader_does_not_end_the_flight_of_a_new_one() -> None:
         {"ttl_s": float("nan")},
         {"ttl_s": "1"},
         {"policy": "fifo"},
+        {"disk": 1},
+        {"folder": 5},
+        {"redis_url": b"redis://localhost"},
     ],
     ids=str,
 )
@@ -273,11 +280,17 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
         ResponseCacheSettings(**wrong)
 
 
+def test_anything_else_than_settings_is_refused() -> None:
+    with pytest.raises(SettingsError, match="response_cache"):
+        open_response_cache("yes")  # type: ignore[arg-type]
+
+
 def test_settings_decide_what_is_opened(edgelm_home: Path, tmp_path: Path) -> None:
     assert open_response_cache(False) is None
     for wanted, database in [
         (True, edgelm_home / "responses" / "responses.sqlite"),
         (ResponseCacheSettings(folder=tmp_path / "there"), tmp_path / "there" / "responses.sqlite"),
+        (ResponseCacheSettings(folder=str(tmp_path / "text")), tmp_path / "text" / "responses.sqlite"),
     ]:
         cache = open_response_cache(wanted)
         assert cache is not None and not database.exists()

@@ -20,6 +20,7 @@ from edgelm.runtime.caches.answers import CachedAnswer, encode_answer
 from edgelm.runtime.caches.database import mapped_errors
 from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, CacheVersionError
+from edgelm.runtime.response_cache import ResponseCache
 
 from .conftest import ROOT
 
@@ -74,6 +75,7 @@ def test_the_file_never_outgrows_its_budget_and_shrinks_with_it(folder: Path) ->
         if number % 7 == 0:
             store.get(f"key {max(0, number - 20)}")
         assert store.stats().bytes <= BUDGET.max_bytes
+        assert file_of(folder).with_suffix(".sqlite-wal").stat().st_size < 6e6
     store.check()
     assert store.get("key 599") is not None and store.get("key 0") is None
     store.close()
@@ -194,6 +196,24 @@ def test_a_forked_child_opens_its_own_connection(store: SqliteStore) -> None:
 
 
 @posix
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_lock_that_another_thread_holds_does_not_follow_into_a_child(store: SqliteStore) -> None:
+    cache = ResponseCache(outer=store)
+    cache.put("key", answer(1))
+    with store._lock, cache._memory._lock, cache._flights._lock, cache._count:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with cache.look_up("key") as found:
+                    status = 0 if found.answer == answer(1) else 2
+            finally:
+                os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@posix
 @pytest.mark.parametrize("part", ["memory", "sqlite", "kill", "evict", "full"])
 def test_a_short_run_of_the_stress_script(part: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "stress_caches.py"), "--seconds", "1.5", "--only", part]
@@ -304,6 +324,34 @@ def test_check_finds_what_breaks_the_rules(store: SqliteStore, folder: Path, sta
         store.check()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE state SET entries = 1000000",
+        "UPDATE state SET entries = -1",
+        "UPDATE state SET entries = 9223372036854775807, max_entries = -9223372036854775808",
+        "UPDATE state SET max_bytes = 'many'",
+        "UPDATE answers SET used = 9223372036854775807",
+        "UPDATE answers SET used = 'never'",
+        "DROP TRIGGER one_less",
+        "DROP TABLE state",
+        "DROP TABLE answers",
+    ],
+)
+def test_wrong_books_end_in_a_new_database(folder: Path, statement: str) -> None:
+    few = SqliteStore(folder, DiskBudget(2**20, 5))
+    fill(few, 5)
+    few.close()
+    with sqlite3.connect(file_of(folder)) as connection:
+        connection.execute(statement)
+    connection.close()
+    store = SqliteStore(folder)
+    fill(store, 10)
+    assert store.get("key 9") == answer(9)
+    assert list(folder.glob("*.corrupt-*"))
+    store.check()
+
+
 def test_someone_elses_database_is_set_aside_whole(folder: Path) -> None:
     folder.mkdir(parents=True)
     with sqlite3.connect(file_of(folder)) as connection:
@@ -392,10 +440,15 @@ for call in (lambda: store.put("x", answer(1)), lambda: SqliteStore(disk / "new"
     except CacheError as error: print("read-only:", error)
 mount("-o", "remount,rw")
 assert store.get("more") == answer(1)
+subprocess.run(["umount", "--lazy", str(disk)], check=True)
+assert store.get("more") is None
+store.put("more", answer(2))
+store.check()
+print("gone")
 """
 
 
-def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
+def test_a_full_a_read_only_and_a_vanished_disk(tmp_path: Path) -> None:
     """In a mount namespace of its own, which ends with the process."""
     alone = ["unshare", "--mount"]
     probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
@@ -405,7 +458,7 @@ def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kinds = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert kinds == ["full", "read-only", "read-only"], done.stdout
+    assert kinds == ["full", "read-only", "read-only", "gone"], done.stdout
 
 
 def test_every_error_of_sqlite_becomes_ours(folder: Path) -> None:

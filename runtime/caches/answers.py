@@ -86,7 +86,7 @@ def encode_answer(key: str, answer: CachedAnswer) -> bytes:
 
 def decode_answer(key: str, data: object) -> CachedAnswer:
     """What `encode_answer` was given. Raises: CacheCorruptError, unless the bytes are those written under this key."""
-    if not isinstance(data, bytes) or data[: len(_MAGIC)] != _MAGIC:
+    if not isinstance(key, str) or not isinstance(data, bytes) or data[: len(_MAGIC)] != _MAGIC:
         raise CacheCorruptError(f"the entry {key} does not start as an answer does")
     payload = data[_HEAD_BYTES:]
     if data[len(_MAGIC) : _HEAD_BYTES] != _checksum(key, payload):

@@ -13,18 +13,17 @@ class Flight:
 
     def __init__(self) -> None:
         self._landed = threading.Event()
-        self._answer: CachedAnswer | None = None
+        self.answer: CachedAnswer | None = None
 
     def land(self, answer: CachedAnswer | None) -> None:
         """Wake those who wait, with the answer or without one. Only the first call counts; one thread makes them."""
         if not self._landed.is_set():
-            self._answer = answer
+            self.answer = answer
             self._landed.set()
 
-    def wait(self) -> CachedAnswer | None:
-        """Block until it landed; the answer, or None if it failed or was cancelled."""
-        self._landed.wait()
-        return self._answer
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until it landed, at most so long; whether it did. Its `answer` is None if it failed or was cancelled."""
+        return self._landed.wait(timeout_s)
 
 
 class Flights:

@@ -7,6 +7,7 @@ settings bound the memory: `maxmemory` and a `maxmemory-policy` such as `allkeys
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from .store import StoreStats
 _PREFIX = b"edgelm:response:1:"
 _TIMEOUT_S = 1.0
 _BATCH = 500
+
+log = logging.getLogger(__name__)
 
 
 class RedisStore:
@@ -58,17 +61,18 @@ class RedisStore:
             ) from error
 
     def get(self, key: str) -> CachedAnswer | None:
-        """The answer, or None. A damaged one is removed and raised as CacheCorruptError. Cost: one round trip."""
+        """The answer, or None. A damaged one is removed, with a warning in the log. Cost: one round trip."""
         with self._mapped():
             data = self._client.get(_name(key))
         if data is None:
             return None
         try:
             answer = decode_answer(key, data)
-        except CacheCorruptError:
+        except CacheCorruptError as error:
+            log.warning("the Redis server at %s gave a damaged answer, which was removed (%s)", self._place, error)
             with self._mapped():
                 self._client.unlink(_name(key))
-            raise
+            return None
         return None if answer.expired(self._ttl_s, self._clock.wall()) else answer
 
     def touch(self, key: str) -> None:

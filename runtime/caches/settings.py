@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import get_args
 
 from ..errors import SettingsError
@@ -32,7 +33,7 @@ class ResponseCacheSettings:
     disk: bool = True
     disk_bytes: int = DEFAULT_DISK_BYTES
     disk_entries: int = DEFAULT_DISK_ENTRIES
-    folder: Path | None = None
+    folder: str | Path | None = None
     ttl_s: float | None = None
     policy: Policy = "lru"
     redis_url: str | None = None
@@ -43,6 +44,14 @@ class ResponseCacheSettings:
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise SettingsError(f"{name} must be a whole number of {lowest:,} or more, found {value!r}")
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "disk": bool,
+            "folder": (str, Path, NoneType),
+            "redis_url": (str, NoneType),
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise SettingsError(f"{name} cannot be {getattr(self, name)!r}")
         ttl = self.ttl_s
         if ttl is not None and (type(ttl) not in (int, float) or not (math.isfinite(ttl) and ttl > 0)):
             raise SettingsError(f"ttl_s must be a number of seconds above 0, or None, found {ttl!r}")

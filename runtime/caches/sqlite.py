@@ -27,6 +27,8 @@ _WAITING_USES = 256
 _MARGIN_PAGES = 8
 # An answer that takes more than this part of the budget would push out too many others.
 _LARGEST_PART = 4
+# Counters beyond this come from damage; below it, nothing that is added to them overflows SQLite's integers.
+_LARGEST_NUMBER = 2**60
 
 _VICTIMS: dict[Policy, str] = {"lru": "used", "lfu": "uses, used"}
 
@@ -245,24 +247,30 @@ class SqliteStore:
                 return
             # Half of what the average entry suggests, so that large ones do not take too many others with them.
             victims = max(excess, pages * entries // (2 * count), 1)
-            database.connection.execute(
+            deleted = database.connection.execute(
                 "DELETE FROM answers WHERE id IN (SELECT id FROM answers ORDER BY "  # noqa: S608, from our own table
                 f"{_VICTIMS[self._policy]} LIMIT ?)",
                 (victims,),
             )
+            if deleted.rowcount < 1:
+                raise CacheCorruptError(f"{database.path} counts {entries} answers, and there is none")
 
 
 def _state(database: Database) -> tuple[int, int, int]:
-    """Entries, most entries, most bytes."""
+    """Entries, most entries, most bytes. Raises: CacheCorruptError for what cannot be true."""
     row = database.connection.execute("SELECT entries, max_entries, max_bytes FROM state").fetchone()
-    if row is None or not all(isinstance(value, int) for value in row):
-        raise CacheCorruptError("its counters are gone")
+    if row is None or not all(type(value) is int and 0 <= value < _LARGEST_NUMBER for value in row):
+        raise CacheCorruptError(f"the counters of {database.path} are damaged")
     return row[0], row[1], row[2]
 
 
 def _next_use(connection: sqlite3.Connection) -> int:
-    last: int | None = connection.execute("SELECT max(used) FROM answers").fetchone()[0]
-    return 0 if last is None else last + 1
+    last = connection.execute("SELECT max(used) FROM answers").fetchone()[0]
+    if last is None:
+        return 0
+    if type(last) is not int or not 0 <= last < _LARGEST_NUMBER:
+        raise CacheCorruptError("the order of the uses is damaged")
+    return last + 1
 
 
 def _cut_file(database: Database) -> None:
