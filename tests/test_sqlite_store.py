@@ -338,14 +338,15 @@ def test_check_finds_what_breaks_the_rules(store: SqliteStore, folder: Path, sta
         "DROP TABLE answers",
     ],
 )
-def test_wrong_books_end_in_a_new_database(folder: Path, statement: str) -> None:
+@pytest.mark.parametrize("budget", [None, DiskBudget(2**20, 7)], ids=["", "new budget"])
+def test_wrong_books_end_in_a_new_database(folder: Path, statement: str, budget: DiskBudget | None) -> None:
     few = SqliteStore(folder, DiskBudget(2**20, 5))
     fill(few, 5)
     few.close()
     with sqlite3.connect(file_of(folder)) as connection:
         connection.execute(statement)
     connection.close()
-    store = SqliteStore(folder)
+    store = SqliteStore(folder, budget)
     fill(store, 10)
     assert store.get("key 9") == answer(9)
     assert list(folder.glob("*.corrupt-*"))

@@ -28,6 +28,8 @@ _LOCK_NAME = "responses.lock"
 _ASIDE = ".corrupt-"
 _BUSY_S = 2.0
 _LOG_BYTES = 4 * 2**20
+# SQLite has error codes for damage, but not for tables that are gone, text that is none, and a header out of range.
+_DAMAGE = ("no such", "decode", "unsupported file format")
 _VERSION_OFFSET = 60  # of PRAGMA user_version in the file's header, 4 bytes, big-endian
 
 # used: a number that grows with every use, so that recency needs no clock; state.entries: kept by triggers, since
@@ -186,10 +188,10 @@ def mapped_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.OperationalError, sqlite3.InterfaceError, sqlite3.ProgrammingError) as error:
-        if "no such" in str(error) or "decode" in str(error):
+        if any(words in str(error) for words in _DAMAGE):
             raise CacheCorruptError(f"{path} is damaged ({error})") from error
         raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes damaged text
         raise CacheCorruptError(f"{path} is damaged ({error})") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error

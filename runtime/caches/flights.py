@@ -22,7 +22,7 @@ class Flight:
             self._landed.set()
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Block until it landed, at most so long; whether it did. Its `answer` is None if it failed or was cancelled."""
+        """Block until it landed, at most so long; whether it did. `answer` is None if it failed or was cancelled."""
         return self._landed.wait(timeout_s)
 
 

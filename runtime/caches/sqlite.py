@@ -76,6 +76,7 @@ class SqliteStore:
         self._ttl_s, self._policy, self._clock = ttl_s, policy, clock or Clock()
         self._lock = threading.Lock()
         self._database: Database | None = None
+        self._budget_is_set = False
         self._waiting: dict[str, int] = {}
         watch_forks(self)
 
@@ -152,13 +153,11 @@ class SqliteStore:
             self._database.close()
             self._database = None
         if self._database is None:
-            database = Database(self._folder, rebuild=rebuild)
-            try:
-                self._set_budget(database)
-            except BaseException:
-                database.close()
-                raise
-            self._database = database
+            self._database = Database(self._folder, rebuild=rebuild)
+            self._budget_is_set = False
+        if not self._budget_is_set:
+            self._set_budget(self._database)
+            self._budget_is_set = True
         return self._database
 
     def _set_budget(self, database: Database) -> None:
