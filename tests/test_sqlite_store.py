@@ -431,6 +431,10 @@ def fill():
 try: fill()
 except CacheError as error: print("full:", error)
 assert stored and all(store.get(str(number)) == answer(number) for number in stored)
+SqliteStore(disk / "r").clear()
+assert store.get("1") is None
+store.put("1", answer(1))
+assert store.get("1") == answer(1)
 mount("-o", "remount,size=4m")
 store.put("more", answer(1))
 store.check()

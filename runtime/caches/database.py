@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 DEFAULT_DISK_BYTES = 256 * 2**20
 DEFAULT_DISK_ENTRIES = 100_000
 FILE_NAME = "responses.sqlite"
+# The log before the file: a new database must never find the log of an old one.
+_PARTS = (f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", FILE_NAME)
 _LOCK_NAME = "responses.lock"
 _ASIDE = ".corrupt-"
 _BUSY_S = 2.0
@@ -135,10 +137,6 @@ class Database:
             # Python's sqlite3 takes one step of this statement, which is one page, whatever number it is given.
             self.connection.execute("PRAGMA incremental_vacuum(1)")
 
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, and cut it, as far as others let us."""
-        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
     def moved(self) -> bool:
         """Whether the path leads elsewhere than when it was opened: deleted, replaced, or its disk is gone."""
         try:
@@ -162,18 +160,32 @@ class Database:
 
     def _rename_aside(self, reason: str) -> None:
         """One damaged copy is kept, the latest."""
-        remove_set_aside(self.path.parent)
+        _delete_set_aside(self.path.parent)
         kept = self.path.with_name(f"{FILE_NAME}{_ASIDE}{int(time.time())}")
-        # The log first: a new database must never find the log of the old one.
-        for ending in ("-wal", "-shm", ""):
-            part = self.path.with_name(FILE_NAME + ending)
+        for name in _PARTS:
+            part = self.path.with_name(name)
             if part.exists():
-                part.replace(kept.with_name(kept.name + ending))
+                part.replace(kept.with_name(name.replace(FILE_NAME, kept.name)))
         log.warning("the response cache was damaged (%s): it is now %s, and a new one is used", reason, kept)
 
 
-def remove_set_aside(folder: Path) -> None:
-    """Delete databases that were set aside. Raises: OSError."""
+def delete_database(folder: Path) -> None:
+    """Delete the database of a folder, and those that were set aside. Who has it open must look whether it `moved`.
+
+    Raises: OSError; CacheVersionError, nothing deleted.
+    """
+    path = folder / FILE_NAME
+    if not folder.exists():
+        return
+    with locked(folder / _LOCK_NAME, _BUSY_S):
+        if path.exists():
+            _refuse_newer(path)
+        for name in _PARTS:
+            path.with_name(name).unlink(missing_ok=True)
+        _delete_set_aside(folder)
+
+
+def _delete_set_aside(folder: Path) -> None:
     for old in folder.glob(f"{FILE_NAME}{_ASIDE}*"):
         old.unlink(missing_ok=True)
 

@@ -46,10 +46,8 @@ class ResponseKind:
             return store.stats()
 
     def clear(self) -> None:
-        """As `SqliteStore.clear`."""
-        if self.path.exists():
-            with contextlib.closing(SqliteStore(self.path.parent)) as store:
-                store.clear()
+        """As `SqliteStore.clear`, set aside ones included."""
+        SqliteStore(self.path.parent).clear()
 
     def check(self) -> None:
         """As `SqliteStore.check`."""

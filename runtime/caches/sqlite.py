@@ -7,6 +7,7 @@ killed process loses is the recency of its last hits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CacheCorruptError
 from .answers import CLOCK_SLACK_S, CachedAnswer, Clock, decode_answer, encode_answer
-from .database import FILE_NAME, Database, mapped_errors, remove_set_aside
+from .database import FILE_NAME, Database, delete_database, mapped_errors
 from .forks import watch_forks
 from .store import Policy, StoreStats
 
@@ -49,10 +50,10 @@ class DiskBudget:
 class SqliteStore:
     """Answers in FOLDER/responses.sqlite, readable by its owner alone.
 
-    Atomic: every method, in one transaction. Between threads: safe, one at a time. Between processes: safe; readers
-    never wait, writers wait for each other up to 2 s; a forked child opens its own connection. A `kill -9` at any
-    moment loses no answer whose `put` returned; a power cut may lose the last ones. Budgets hold in the file, whoever
-    writes and after a restart; who set them last set them for all processes.
+    Atomic: every method; `get` is one read, `put` one transaction. Between threads: safe, one at a time. Between
+    processes: safe; readers never wait, writers wait for each other up to 2 s; a forked child opens its own connection.
+    A `kill -9` at any moment loses no answer whose `put` returned; a power cut may lose the last ones. Budgets hold in
+    the file, whoever writes and after a restart; who set them last set them for all processes.
     Raises: CacheVersionError for the file of a newer edgelm, which stays untouched; CacheError, where the system
     refuses or another process holds the file for longer than 2 s. A damaged file is set aside with a warning in the
     log, and the method is done with a new one.
@@ -96,11 +97,17 @@ class SqliteStore:
         self._run(lambda database: self._put(database, key, answer))
 
     def clear(self) -> None:
-        """Forget all answers and shrink the file; damaged files that were set aside are deleted. Cost: O(entries).
+        """Delete the database and what was set aside. Works on a full disk. Cost: a few files'.
 
-        What other processes hold in memory stays there.
+        Other processes notice at their next request, and make a new one; what they hold in memory stays there. Raises:
+        CacheError also where the system does not delete open files (Windows).
         """
-        self._run(self._clear)
+        with self._lock, mapped_errors(self._folder / FILE_NAME):
+            database, self._database = self._database, None
+            self._waiting.clear()
+            if database is not None:
+                database.close()
+            delete_database(self._folder)
 
     def stats(self) -> StoreStats:
         """Entries, bytes of the file, budgets. Cost: O(1)."""
@@ -161,18 +168,14 @@ class SqliteStore:
         return self._database
 
     def _set_budget(self, database: Database) -> None:
-        budget = self._budget
-        if budget is None:
+        """In small steps where it is lowered: a single transaction would need the log to hold half of the file."""
+        if self._budget is None:
             return
-
-        def apply(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "UPDATE state SET max_bytes = ?, max_entries = ?", (budget.max_bytes, budget.max_entries)
-            )
-            self._evict(database, 0, 0)
-
-        if _state(database)[1:] != (budget.max_entries, budget.max_bytes):
-            self._write(database, apply)
+        wanted = (self._budget.max_entries, self._budget.max_bytes)
+        while _state(database)[1:] != wanted:
+            now = _stats(database)
+            step = (max(wanted[0], now.entries * 9 // 10), max(wanted[1], now.bytes * 9 // 10))
+            self._write(database, functools.partial(_write_budget, step=step))
 
     # ---- what the methods do
 
@@ -209,13 +212,6 @@ class SqliteStore:
             )
 
         self._write(database, insert)
-
-    def _clear(self, database: Database) -> None:
-        self._waiting.clear()
-        self._write(database, lambda connection: connection.execute("DELETE FROM answers"))
-        database.free_pages(database.pages()[1])
-        database.empty_log()
-        remove_set_aside(self._folder)
 
     def _write(self, database: Database, change: Callable[[sqlite3.Connection], object]) -> None:
         """A transaction: uses that wait, expired answers, the change, and then the byte budget holds."""
@@ -261,6 +257,10 @@ def _state(database: Database) -> tuple[int, int, int]:
     if row is None or not all(type(value) is int and 0 <= value < _LARGEST_NUMBER for value in row):
         raise CacheCorruptError(f"the counters of {database.path} are damaged")
     return row[0], row[1], row[2]
+
+
+def _write_budget(connection: sqlite3.Connection, step: tuple[int, int]) -> None:
+    connection.execute("UPDATE state SET max_entries = ?, max_bytes = ?", step)
 
 
 def _next_use(connection: sqlite3.Connection) -> int:
