@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from .caches.answers import CachedAnswer, Clock, FinishReason, response_key
+from .caches.database import FOLDER_NAME, DiskBudget
 from .caches.flights import Flight, Flights
 from .caches.forks import watch_forks
 from .caches.memory import MemoryStore
 from .caches.settings import ResponseCacheSettings
-from .caches.sqlite import DiskBudget, SqliteStore
+from .caches.sqlite import SqliteStore
 from .caches.store import AnswerStore, StoreStats
 from .errors import CacheError, SettingsError
 from .home import home
@@ -172,7 +173,7 @@ class ResponseCache:
 
 def default_folder() -> Path:
     """Where the database of answers is without another word: EDGELM_HOME/responses. Raises: CacheError."""
-    return home() / "responses"
+    return home() / FOLDER_NAME
 
 
 def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache | None:

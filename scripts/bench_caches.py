@@ -23,9 +23,10 @@ from typing import Any
 
 from stress_caches import redis_server
 
+from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.memory import MemoryStore
 from edgelm.runtime.caches.redis_store import RedisStore
-from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
+from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.caches.store import AnswerStore
 from edgelm.runtime.response_cache import CachedAnswer, ResponseCache, response_key
 

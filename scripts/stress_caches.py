@@ -30,9 +30,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgelm.runtime.caches.answers import CachedAnswer, response_key
+from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.memory import MemoryStore
 from edgelm.runtime.caches.redis_store import RedisStore
-from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
+from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.caches.store import AnswerStore, Policy
 from edgelm.runtime.errors import CacheError
 

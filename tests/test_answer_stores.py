@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgelm.runtime.caches.answers import CachedAnswer, FinishReason, decode_answer, encode_answer
+from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.memory import MemoryStore
-from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
+from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.caches.store import AnswerStore, Policy
 from edgelm.runtime.errors import CacheCorruptError
 

@@ -17,8 +17,8 @@ import pytest
 
 from edgelm.runtime.caches import database
 from edgelm.runtime.caches.answers import CachedAnswer, encode_answer
-from edgelm.runtime.caches.database import mapped_errors
-from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
+from edgelm.runtime.caches.database import DiskBudget, mapped_errors
+from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, CacheVersionError
 from edgelm.runtime.response_cache import ResponseCache
 
@@ -107,6 +107,14 @@ def test_the_last_budget_that_was_set_holds_for_all(store: SqliteStore, folder: 
         each.close()
 
 
+def test_a_budget_smaller_than_an_empty_database_stores_nothing(store: SqliteStore, folder: Path) -> None:
+    fill(store, 50)
+    tiny = SqliteStore(folder, DiskBudget(4096, 5))
+    tiny.put("key", answer(1))
+    assert (tiny.stats().entries, tiny.stats().max_bytes) == (0, 4096)
+    tiny.close()
+
+
 def test_many_hits_without_a_write_are_noted_all_the_same(store: SqliteStore, folder: Path) -> None:
     fill(store, 300)
     for number in range(256):
@@ -142,14 +150,14 @@ def test_readers_do_not_wait_for_a_writer_and_writers_give_up(
     store: SqliteStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_BUSY_S", 0.05)
-    fill(store, 2)
+    fill(store, 300)
     writer = sqlite3.connect(file_of(folder), isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
-    assert store.get("key 1") == answer(1)
+    assert all(store.get(f"key {number}") == answer(number) for number in range(300)), "uses that nobody can note"
     with pytest.raises(CacheError, match="locked"):
-        store.put("key 2", answer(2))
+        store.put("new", answer(2))
     writer.execute("ROLLBACK")
-    store.put("key 2", answer(2))
+    store.put("new", answer(2))
     store.check()
     writer.close()
 
@@ -415,7 +423,7 @@ ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
 from edgelm.runtime.caches.answers import CachedAnswer
-from edgelm.runtime.caches.sqlite import DiskBudget, SqliteStore
+from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheError
 
 disk = Path(sys.argv[1])

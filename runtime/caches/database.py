@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 DEFAULT_DISK_BYTES = 256 * 2**20
 DEFAULT_DISK_ENTRIES = 100_000
+FOLDER_NAME = "responses"  # below EDGELM_HOME
 FILE_NAME = "responses.sqlite"
 # The log before the file: a new database must never find the log of an old one.
 _PARTS = (f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", FILE_NAME)
@@ -51,6 +53,14 @@ _SCHEMA = (
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiskBudget:
+    """max_bytes: of the database file; the write-ahead log beside it takes about 4 MiB more. max_entries: answers."""
+
+    max_bytes: int
+    max_entries: int
 
 
 class Database:
@@ -152,10 +162,11 @@ class Database:
         """Close, and rename the damaged file so that a new one is made, unless another process did so meanwhile."""
         import sqlite3
 
-        with contextlib.suppress(sqlite3.Error):
-            self.connection.close()
         with mapped_errors(self.path), self._alone():
-            if not self.moved():
+            moved = self.moved()  # asked before closing: until then nobody else can get this file's number
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.close()
+            if not moved:
                 self._rename_aside(reason)
 
     def _rename_aside(self, reason: str) -> None:

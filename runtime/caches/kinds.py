@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Protocol
 
-from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME
+from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
 from .sqlite import SqliteStore
 from .store import StoreStats
 
@@ -36,7 +36,7 @@ class ResponseKind:
     name = "responses"
 
     def __init__(self, home: Path) -> None:
-        self.path = home / "responses" / FILE_NAME
+        self.path = home / FOLDER_NAME / FILE_NAME
 
     def stats(self) -> StoreStats:
         """As `SqliteStore.stats`; the default budgets where there is no database yet."""

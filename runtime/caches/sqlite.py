@@ -10,13 +10,12 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import CacheCorruptError
+from ..errors import CacheCorruptError, CacheError
 from .answers import CLOCK_SLACK_S, CachedAnswer, Clock, decode_answer, encode_answer
-from .database import FILE_NAME, Database, delete_database, mapped_errors
+from .database import FILE_NAME, Database, DiskBudget, delete_database, mapped_errors
 from .forks import watch_forks
 from .store import Policy, StoreStats
 
@@ -37,14 +36,6 @@ T = TypeVar("T")
 
 # Connections that forked children got from their parents. SQLite wants them neither used nor closed there.
 _inherited: list[Database] = []
-
-
-@dataclass(frozen=True)
-class DiskBudget:
-    """max_bytes: of the database file; the write-ahead log beside it takes about 4 MiB more. max_entries: answers."""
-
-    max_bytes: int
-    max_entries: int
 
 
 class SqliteStore:
@@ -172,10 +163,11 @@ class SqliteStore:
         if self._budget is None:
             return
         wanted = (self._budget.max_entries, self._budget.max_bytes)
-        while _state(database)[1:] != wanted:
+        while (budget := _state(database)[1:]) != wanted:
             now = _stats(database)
             step = (max(wanted[0], now.entries * 9 // 10), max(wanted[1], now.bytes * 9 // 10))
-            self._write(database, functools.partial(_write_budget, step=step))
+            # The file may be unable to shrink: a dozen pages are the least.
+            self._write(database, functools.partial(_write_budget, step=wanted if step == budget else step))
 
     # ---- what the methods do
 
@@ -192,8 +184,16 @@ class SqliteStore:
     def _note(self, database: Database, key: str) -> None:
         """Remember a use; the last one goes to the end, so that the order of the uses is kept."""
         self._waiting[key] = self._waiting.pop(key, 0) + 1
-        if len(self._waiting) >= _WAITING_USES:
-            self._write(database, lambda _: None)
+        if len(self._waiting) < _WAITING_USES:
+            return
+        try:
+            with mapped_errors(database.path):
+                self._write(database, lambda _: None)
+        except CacheCorruptError:
+            raise
+        except CacheError:
+            # A hit must not fail because its use cannot be noted: the disk may be full, or another process writing.
+            self._waiting.clear()
 
     def _put(self, database: Database, key: str, answer: CachedAnswer) -> None:
         value = encode_answer(key, answer)
