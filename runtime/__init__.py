@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine import Engine, load
     from .errors import EdgelmError
     from .manifest import Manifest
+    from .response_cache import ResponseCacheSettings
     from .results import Chunk, Completion, Stats, TokenLogprob
     from .settings import GenerationSettings
 
@@ -28,6 +29,7 @@ _HOME = {
     "Engine": "engine",
     "GenerationSettings": "settings",
     "Manifest": "manifest",
+    "ResponseCacheSettings": "response_cache",
     "Stats": "results",
     "TokenLogprob": "results",
     "load": "engine",
@@ -41,6 +43,7 @@ __all__ = [
     "Engine",
     "GenerationSettings",
     "Manifest",
+    "ResponseCacheSettings",
     "Stats",
     "TokenLogprob",
     "load",

@@ -19,7 +19,7 @@ from .bundle import Bundle
 from .decode import Sequencer
 from .errors import EngineClosedError, SettingsError
 from .prompts import PromptEncoder
-from .response_cache import CachedAnswer, ResponseCache, response_key
+from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
 from .results import Chunk, Completion, Stats
 from .sampling import check_token_ids
 from .session import Session, open_folder
@@ -36,19 +36,26 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, *, graph: str | None = None, threads: int | None = None, response_cache: bool = True
+    path: str | Path,
+    *,
+    graph: str | None = None,
+    threads: int | None = None,
+    response_cache: bool | ResponseCacheSettings = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
     graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
     threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
-    answers in memory (16 MiB) and give them again for the same request.
+    answers and give them again for the same request: True in memory (16 MiB) and in a database below EDGELM_HOME
+    (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say.
     Every file is checked against the manifest's digests; the weights' are computed while onnxruntime prepares them.
-    Raises: BundleError and below for the folder, SettingsError for threads, SessionError from onnxruntime.
+    Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
+    MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error: it is warned of.
     """
+    responses = open_response_cache(response_cache)
     bundle, session = open_folder(path, threads, graph)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    return Engine(bundle, session, tokenizer, ResponseCache() if response_cache else None)
+    return Engine(bundle, session, tokenizer, responses)
 
 
 class Engine:
@@ -70,6 +77,7 @@ class Engine:
         self._prompts = PromptEncoder(bundle, tokenizer)
         self._grammars = GrammarCompiler(bundle)
         self._turns = Turns()
+        self._numerics = machine.numerics()
 
     def generate(
         self,
@@ -149,9 +157,12 @@ class Engine:
         return self._prompts.template is not None
 
     def close(self) -> None:
-        """Free the model. Waits for a request that runs in another thread. Calling it again does nothing."""
+        """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it
+        again does nothing."""
         self._turns.close()
         self._session.close()
+        if self._responses is not None:
+            self._responses.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -187,22 +198,31 @@ class Engine:
         if self._responses is None or not settings.deterministic or settings.logprobs is not None:
             yield from self._compute(request, caller)
             return
-        key = self._response_key(request)
-        answer = self._responses.get(key)
-        if answer is not None:
-            yield from _replay(request, answer)
-            return
-        chunks: list[Chunk] = []
-        for chunk in self._compute(request, caller):
-            chunks.append(chunk)
-            if chunk.finish_reason is not None and chunk.finish_reason != "deadline":
-                parts = tuple((chunk.text, chunk.token_ids) for chunk in chunks)
-                self._responses.put(key, CachedAnswer(parts, chunk.finish_reason))
-            yield chunk
+        # A caller that holds the turn must not wait for another's computation, which may be waiting for the turn.
+        patience = 0.0 if self._turns.waits_for_itself(caller or Caller()) else request.seconds_left()
+        with self._responses.look_up(self._response_key(request), timeout_s=patience) as found:
+            known = found.answer
+            if known is None:
+                chunks: list[Chunk] = []
+                for chunk in self._compute(request, caller):
+                    chunks.append(chunk)
+                    if chunk.finish_reason is not None and chunk.finish_reason != "deadline":
+                        parts = tuple((chunk.text, chunk.token_ids) for chunk in chunks)
+                        found.keep(CachedAnswer(parts, chunk.finish_reason))
+                    yield chunk
+        if known is not None:
+            yield from _replay(request, known)
 
     def _response_key(self, request: Request) -> str:
-        end_ids = sorted(self.bundle.manifest.tokens.eos)
-        return response_key(self._digest, request.token_ids, {**request.settings.cache_key(), "end_ids": end_ids})
+        """Everything that can change the answer: what the manifest says beside the files' digest, too."""
+        model = self.bundle.manifest.model
+        settings = {
+            **request.settings.cache_key(),
+            "end_ids": sorted(self.bundle.manifest.tokens.eos),
+            "context_length": model.context_length,
+            "numerics": self._numerics,
+        }
+        return response_key(self._digest, request.token_ids, settings)
 
     def _compute(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """Run the model while holding the turn, from the first `next` to the end or the closing of the iterator."""

@@ -15,6 +15,9 @@
     |  |- EngineBusyError         used again from inside its own stream
     |  `- EngineClosedError       used after close()
     |- SessionError           onnxruntime refused or failed
+    |- CacheError             a cache on the disk or on a server cannot be used now
+    |  |- CacheCorruptError      it is damaged, or breaks its own rules
+    |  `- CacheVersionError      written by a newer edgelm
     |- VerificationError      measured answers are outside the tolerance
     `- MissingExtraError      an optional dependency is not installed
 
@@ -83,6 +86,18 @@ class EngineClosedError(EngineError):
 
 class SessionError(EdgelmError):
     """onnxruntime could not load or run the graph."""
+
+
+class CacheError(EdgelmError):
+    """A cache on the disk or on a server cannot be used now. `generate` and `stream` never raise it: they compute."""
+
+
+class CacheCorruptError(CacheError):
+    """A cache is damaged: it, or one of its entries, is not what was written."""
+
+
+class CacheVersionError(CacheError):
+    """A cache was written by a newer edgelm, and is left alone."""
 
 
 class VerificationError(EdgelmError):

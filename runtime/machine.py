@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import psutil
 
 _CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _CPU_INFO = Path("/proc/cpuinfo")
+# Prefixes of the instruction sets by which onnxruntime chooses its kernels, as Linux names them on x86 and Arm.
+_KERNEL_SETS = ("avx", "fma", "amx", "f16c", "sse4_1", "asimd", "i8mm", "sve", "bf16", "sme")
 
 
 def default_threads() -> int:
@@ -50,6 +53,21 @@ def saturates_int8() -> bool:
         return True
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return "avx512_vnni" not in flags and "avx_vnni" not in flags
+
+
+def numerics() -> str:
+    """What the last bits of logits depend on beside the bundle: processor, instruction sets, onnxruntime's version.
+
+    Two machines that say the same compute the same answers. The version is that of the onnxruntime that is loaded.
+    """
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split()
+    sets = "+".join(sorted(flag for flag in set(flags) if flag.startswith(_KERNEL_SETS))) or platform.processor()
+    version = getattr(sys.modules.get("onnxruntime"), "__version__", "none")
+    return f"{platform.machine().lower()} {sets} onnxruntime {version}"
 
 
 def resident_bytes() -> int:

@@ -59,7 +59,11 @@ class Turns:
         with self._lock:
             self.closed = True
 
-    def _refuse_waiting_for_itself(self, caller: Caller, remedy: str) -> None:
+    def waits_for_itself(self, caller: Caller) -> bool:
+        """Whether waiting for the turn would never end, because its holder goes on only when this caller does."""
         holder = self._holder
-        if holder is not None and caller.waits_for(holder):
+        return holder is not None and caller.waits_for(holder)
+
+    def _refuse_waiting_for_itself(self, caller: Caller, remedy: str) -> None:
+        if self.waits_for_itself(caller):
             raise EngineBusyError(f"this thread still iterates over another stream of the engine: {remedy}")

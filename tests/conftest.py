@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# No test reads or fills the user's own caches; this one serves fixtures that outlive a test.
+os.environ["EDGELM_HOME"] = tempfile.mkdtemp(prefix="edgelm-home-")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -24,6 +28,18 @@ TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["EDGELM_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def edgelm_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own for each test, or one test would answer from another's cache."""
+    home = tmp_path_factory.mktemp("home") / "edgelm"
+    monkeypatch.setenv("EDGELM_HOME", str(home))
+    return home
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

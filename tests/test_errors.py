@@ -30,6 +30,9 @@ TREE = {
     "EngineBusyError": "EngineError",
     "EngineClosedError": "EngineError",
     "SessionError": "EdgelmError",
+    "CacheError": "EdgelmError",
+    "CacheCorruptError": "CacheError",
+    "CacheVersionError": "CacheError",
     "VerificationError": "EdgelmError",
     "MissingExtraError": "EdgelmError",
 }

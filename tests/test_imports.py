@@ -32,8 +32,8 @@ HEAVY = (
 
 PUBLIC = {
     "edgelm.runtime": [
-        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest", "Stats",
-        "TokenLogprob", "load",
+        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest",
+        "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
     ],
     "edgelm.export": ["ExportConfig", "ExportResult", "export_model"],
     "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],

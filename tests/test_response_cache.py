@@ -1,162 +1,73 @@
-"""The response cache against a simple model of it: recency, byte budget, counters, keys, and use by many threads."""
+"""The response cache that an engine asks: keys, two stores behind one, equal requests at once, failing stores."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from edgelm.runtime.response_cache import DEFAULT_BUDGET_BYTES, CachedAnswer, FinishReason, ResponseCache, response_key
+from edgelm.runtime.caches.memory import MemoryStore
+from edgelm.runtime.caches.sqlite import SqliteStore
+from edgelm.runtime.caches.store import StoreStats
+from edgelm.runtime.errors import CacheError, SettingsError
+from edgelm.runtime.response_cache import (
+    CachedAnswer,
+    ResponseCache,
+    ResponseCacheSettings,
+    open_response_cache,
+    response_key,
+)
+
+from .fake_clock import FakeClock
 
 
-def answer(words: int, letter: str = "a", reason: FinishReason = "stop") -> CachedAnswer:
-    return CachedAnswer(tuple((letter, (index,)) for index in range(words)), reason)
+def answer(words: int = 1, letter: str = "a") -> CachedAnswer:
+    return CachedAnswer(tuple((letter, (index,)) for index in range(words)), "stop")
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """The model is a list of pairs, the least recently used one first."""
+class DictStore:
+    """An outer store of a dictionary, which fails while `fails` is set, and notes what it was asked."""
 
-    keys = Bundle("keys")
+    def __init__(self) -> None:
+        self.answers: dict[str, CachedAnswer] = {}
+        self.calls: list[str] = []
+        self.fails: str | None = None
 
-    @initialize(budget=st.integers(0, 6_000))
-    def start(self, budget: int) -> None:
-        self.cache = ResponseCache(budget)
-        self.budget = budget
-        self.model: list[tuple[str, CachedAnswer]] = []
-        self.hits = self.misses = 0
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if self.fails is not None:
+            raise CacheError(self.fails)
 
-    @rule(target=keys, name=st.sampled_from("abcdef"))
-    def key(self, name: str) -> str:
-        return name
+    def get(self, key: str) -> CachedAnswer | None:
+        self._called("get")
+        return self.answers.get(key)
 
-    @rule(key=keys, words=st.integers(1, 20), letter=st.sampled_from("xyz"))
-    def put(self, key: str, words: int, letter: str) -> None:
-        stored = answer(words, letter)
-        self.cache.put(key, stored)
-        self.model = [entry for entry in self.model if entry[0] != key]
-        if stored.size() <= self.budget:
-            self.model.append((key, stored))
-            while sum(kept.size() for _, kept in self.model) > self.budget:
-                del self.model[0]
+    def touch(self, key: str) -> None:
+        self._called("touch")
 
-    @rule(key=keys)
-    def get(self, key: str) -> None:
-        known = next((entry for entry in self.model if entry[0] == key), None)
-        assert self.cache.get(key) == (known[1] if known else None)
-        if known is None:
-            self.misses += 1
-        else:
-            self.hits += 1
-            self.model.remove(known)
-            self.model.append(known)
+    def put(self, key: str, answer: CachedAnswer) -> None:
+        self._called("put")
+        self.answers[key] = answer
 
-    @rule()
     def clear(self) -> None:
-        self.cache.clear()
-        self.model = []
+        self._called("clear")
+        self.answers.clear()
 
-    @invariant()
-    def agrees_with_the_model(self) -> None:
-        self.cache.check()
-        assert len(self.cache) == len(self.model)
-        assert self.cache.bytes == sum(kept.size() for _, kept in self.model) <= self.budget
-        assert (self.cache.hits, self.cache.misses) == (self.hits, self.misses)
+    def stats(self) -> StoreStats:
+        return StoreStats(len(self.answers), 0, None, None)
 
+    def check(self) -> None:
+        self._called("check")
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestCacheMachine = CacheMachine.TestCase
-
-
-def test_the_least_recently_used_answer_goes_first() -> None:
-    size = answer(2).size()
-    cache = ResponseCache(3 * size)
-    for key in "abc":
-        cache.put(key, answer(2))
-    cache.get("a")
-    cache.put("b", answer(2, "z"))
-    cache.put("d", answer(2))
-    assert cache.get("c") is None
-    assert [cache.get(key) is not None for key in "abd"] == [True, True, True]
-
-
-def test_an_answer_of_exactly_the_budget_is_stored_and_a_byte_more_is_not() -> None:
-    size = answer(5).size()
-    assert len(_filled(ResponseCache(size), answer(5))) == 1
-    assert len(_filled(ResponseCache(size - 1), answer(5))) == 0
-
-
-def test_an_oversized_answer_evicts_no_other_but_replaces_its_own_key() -> None:
-    cache = ResponseCache(answer(3).size() * 2)
-    cache.put("a", answer(3))
-    cache.put("b", answer(3))
-    cache.put("big", answer(1_000))
-    assert cache.get("a") == cache.get("b") == answer(3)
-    cache.put("a", answer(1_000))
-    assert cache.get("a") is None, "an outdated answer must not stay"
-    assert cache.get("b") == answer(3)
-    cache.check()
-
-
-def test_the_size_grows_with_text_ids_and_chunks() -> None:
-    base = CachedAnswer((("text", (1, 2)),), "stop")
-    for larger in (
-        CachedAnswer((("texts", (1, 2)),), "stop"),
-        CachedAnswer((("text", (1, 2, 3)),), "stop"),
-        CachedAnswer((("te", (1,)), ("xt", (2,))), "stop"),
-    ):
-        assert larger.size() > base.size()
-    assert base.token_ids == (1, 2)
-    assert CachedAnswer((("a", (1,)), ("", (2, 3)), ("b", ())), "length").token_ids == (1, 2, 3)
-
-
-def test_clearing_keeps_the_counters() -> None:
-    cache = _filled(ResponseCache(), answer(1))
-    cache.get("key")
-    cache.get("other")
-    cache.clear()
-    assert (len(cache), cache.bytes, cache.hits, cache.misses) == (0, 0, 1, 1)
-
-
-def test_threads_leave_the_cache_consistent_and_never_see_a_wrong_answer() -> None:
-    keys = [f"key {index}" for index in range(12)]
-    answers = {key: answer(index + 1, chr(97 + index)) for index, key in enumerate(keys)}
-    cache = ResponseCache(sum(kept.size() for kept in answers.values()) // 2)
-    start, wrong, asked = threading.Barrier(8), [], []
-
-    def work(seed: int) -> None:
-        start.wait(30)
-        count = 0
-        for turn in range(600):
-            key = keys[(seed * 7 + turn * (seed + 1)) % len(keys)]
-            if turn % 3 == 0:
-                cache.put(key, answers[key])
-            elif turn % 97 == 0:
-                cache.clear()
-            else:
-                found = cache.get(key)
-                count += 1
-                if found not in (None, answers[key]):
-                    wrong.append(key)
-        asked.append(count)
-
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    cache.check()
-    assert not wrong
-    assert len(asked) == 8
-    assert cache.hits + cache.misses == sum(asked)
-
-
-def test_the_default_budget_is_16_mebibytes() -> None:
-    assert DEFAULT_BUDGET_BYTES == 16 * 2**20
+    def close(self) -> None:
+        self._called("close")
 
 
 # ---- keys
@@ -183,6 +94,236 @@ def test_whatever_differs_gives_another_key(other: tuple[str, list[int], dict[st
     assert response_key(*other) != response_key("sha256:ab", [1, 2], {"max_tokens": 3})
 
 
-def _filled(cache: ResponseCache, stored: CachedAnswer) -> ResponseCache:
-    cache.put("key", stored)
-    return cache
+# ---- two stores
+
+
+def test_what_one_process_stored_another_finds_and_then_has_in_memory() -> None:
+    outer = DictStore()
+    ResponseCache(outer=outer).put("key", answer())
+    other = ResponseCache(outer=outer)
+    assert other.get("key") == answer()
+    del outer.answers["key"]
+    assert other.get("key") == answer()
+    assert (other.hits, other.misses, len(other)) == (2, 0, 1)
+
+
+def test_a_hit_in_memory_counts_as_a_use_outside() -> None:
+    outer = DictStore()
+    cache = ResponseCache(outer=outer)
+    cache.put("key", answer())
+    cache.get("key")
+    assert outer.calls == ["put", "touch"]
+
+
+def test_memory_keeps_an_answer_no_longer_than_the_outer_store_would() -> None:
+    clock = FakeClock()
+    outer = DictStore()
+    outer.answers["key"] = dataclasses.replace(answer(), created=clock.wall() - 8)
+    cache = ResponseCache(MemoryStore(ttl_s=10, clock=clock.clock), outer)
+    assert cache.get("key") == answer()
+    outer.answers.clear()
+    clock.pass_time(3)
+    assert cache.get("key") is None
+
+
+def test_clearing_and_closing_reach_both_stores_and_keep_the_counters() -> None:
+    outer = DictStore()
+    cache = ResponseCache(outer=outer)
+    cache.put("key", answer())
+    cache.get("key")
+    cache.get("other")
+    cache.clear()
+    assert cache.get("key") is None
+    assert (len(cache), outer.answers, cache.hits, cache.misses) == (0, {}, 1, 2)
+    cache.check()
+    cache.close()
+    assert outer.calls[-2:] == ["check", "close"]
+
+
+# ---- a store that fails
+
+
+def test_a_failing_store_is_warned_of_once_left_alone_for_a_minute_and_asked_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, outer = FakeClock(), DictStore()
+    cache = ResponseCache(outer=outer, clock=clock.clock)
+    outer.fails = "the disk is gone"
+    cache.put("key", answer())
+    assert cache.get("key") == answer() and cache.get("other") is None
+    cache.clear()
+    cache.close()
+    assert outer.calls == ["put"]
+    clock.pass_time(61)
+    assert cache.get("other") is None
+    assert outer.calls == ["put", "get"]
+    outer.fails = None
+    clock.pass_time(61)
+    cache.put("key", answer(2))
+    assert outer.answers == {"key": answer(2)}
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [record.getMessage() for record in warnings] == ["the disk is gone; answers are kept in memory only for now"]
+
+
+# ---- equal requests at once
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def blocked(thread: threading.Thread) -> bool:
+    thread.join(0.1)
+    return thread.is_alive()
+
+
+@pytest.mark.parametrize("budget", [10**6, 0], ids=["stored", "too large to be stored"])
+def test_a_second_equal_request_waits_and_gets_the_answer_of_the_first(budget: int) -> None:
+    cache = ResponseCache(MemoryStore(budget))
+    computed: list[CachedAnswer | None] = []
+
+    def second() -> None:
+        with cache.look_up("key") as found:
+            computed.append(found.answer)
+
+    with cache.look_up("key") as first:
+        assert first.answer is None
+        waiting = in_thread(second)
+        assert blocked(waiting)
+        with cache.look_up("other") as unlike:
+            assert unlike.answer is None
+        first.keep(answer(3))
+        waiting.join(30)
+        assert computed == [answer(3)], "it needs not wait for the end of the stream"
+
+
+def test_when_the_first_fails_exactly_one_of_those_who_wait_computes() -> None:
+    cache = ResponseCache()
+    led: list[int] = []
+    got: list[CachedAnswer | None] = []
+
+    def work(number: int) -> None:
+        with cache.look_up("key") as found:
+            if found.answer is None:
+                led.append(number)
+                time.sleep(0.05)
+                found.keep(answer(5))
+            else:
+                got.append(found.answer)
+
+    with pytest.raises(ValueError, match="failed"), cache.look_up("key"):
+        threads = [in_thread(lambda number=number: work(number)) for number in range(4)]  # type: ignore[misc]
+        assert all(blocked(thread) for thread in threads)
+        raise ValueError("failed")
+    for thread in threads:
+        thread.join(30)
+    assert len(led) == 1
+    assert got == [answer(5)] * 3
+
+
+def test_a_hit_is_shared_at_once_and_blocks_nobody() -> None:
+    cache = ResponseCache()
+    cache.put("key", answer())
+    with cache.look_up("key") as first, cache.look_up("key") as second:
+        assert first.answer == second.answer == answer()
+
+
+@pytest.mark.parametrize("timeout", [0, 0.05])
+def test_who_waits_no_longer_only_looks(timeout: float) -> None:
+    cache = ResponseCache()
+    with cache.look_up("key") as leader, cache.look_up("key", timeout_s=timeout) as other:
+        assert leader.answer is other.answer is None
+        waiting = in_thread(lambda: cache.look_up("key").__enter__())
+        assert blocked(waiting), "the one that gave up is not the leader"
+    waiting.join(30)
+    with cache.look_up("key", timeout_s=0) as free:
+        assert free.answer is None
+
+
+def test_an_old_leader_does_not_end_the_flight_of_a_new_one() -> None:
+    cache = ResponseCache(MemoryStore(0))
+    with cache.look_up("key") as first:
+        first.keep(answer())
+        with cache.look_up("key") as second:
+            assert second.answer is None
+            first.keep(answer())
+            waiting = in_thread(lambda: cache.look_up("key").__enter__())
+            assert blocked(waiting)
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory_bytes": -1},
+        {"memory_entries": True},
+        {"disk_bytes": 1000},
+        {"disk_entries": 1.5},
+        {"ttl_s": 0},
+        {"ttl_s": float("nan")},
+        {"ttl_s": "1"},
+        {"policy": "fifo"},
+        {"disk": 1},
+        {"folder": 5},
+        {"redis_url": b"redis://localhost"},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        ResponseCacheSettings(**wrong)
+
+
+def test_anything_else_than_settings_is_refused() -> None:
+    with pytest.raises(SettingsError, match="response_cache"):
+        open_response_cache("yes")  # type: ignore[arg-type]
+
+
+def test_settings_decide_what_is_opened(edgelm_home: Path, tmp_path: Path) -> None:
+    assert open_response_cache(False) is None
+    for wanted, database in [
+        (True, edgelm_home / "responses" / "responses.sqlite"),
+        (ResponseCacheSettings(folder=tmp_path / "there"), tmp_path / "there" / "responses.sqlite"),
+        (ResponseCacheSettings(folder=str(tmp_path / "text")), tmp_path / "text" / "responses.sqlite"),
+    ]:
+        cache = open_response_cache(wanted)
+        assert cache is not None and not database.exists()
+        cache.put("key", answer())
+        assert database.exists()
+        cache.close()
+    memory_only = open_response_cache(ResponseCacheSettings(disk=False, folder=tmp_path / "none"))
+    assert memory_only is not None
+    memory_only.put("key", answer())
+    assert not (tmp_path / "none").exists()
+
+
+def test_budgets_of_the_settings_reach_the_stores(tmp_path: Path) -> None:
+    cache = open_response_cache(ResponseCacheSettings(memory_entries=2, disk_entries=3, folder=tmp_path))
+    assert cache is not None
+    for number in range(6):
+        cache.put(f"key {number}", answer())
+    cache.close()
+    assert len(cache) == 2
+    assert SqliteStore(tmp_path).stats().entries == 3
+
+
+def test_without_a_home_answers_stay_in_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("EDGELM_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    cache = open_response_cache(True)
+    assert cache is not None
+    cache.put("key", answer())
+    assert cache.get("key") == answer()
+    assert "set EDGELM_HOME" in caplog.text

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument(
+        "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
+    )
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
     add_settings(parser)
@@ -45,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if settings.logprobs is not None and not arguments.json:
         raise SettingsError("--logprobs belongs to --json: give both")
     prompt = _prompt(arguments.prompt)
-    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, response_cache=False) as engine:
+    cached = not arguments.no_response_cache
+    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, response_cache=cached) as engine:
         request = {**_request(arguments, prompt), "settings": settings}
         if arguments.json:
             done = engine.generate(**request)
@@ -94,6 +98,8 @@ def summary(stats: Stats | None) -> str:
     """The figures of an answer in one line."""
     if stats is None:
         return ""
+    if stats.response_cache_hit:
+        return f"{stats.prompt_tokens} prompt tokens, {stats.generated_tokens} from the response cache"
     return (
         f"{stats.prompt_tokens} prompt tokens, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
         f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "

@@ -1,0 +1,46 @@
+"""A lock between processes that the system frees when its holder dies, whatever it dies of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PAUSE_S = 0.01
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold the lock that a file stands for; the file is made with mode 0600 and stays.
+
+    Not reentrant: a thread that holds it waits for itself. Raises: OSError, if the file cannot be made or locked;
+    TimeoutError among them.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not _try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{path} was locked by another process for {timeout_s:g} s")
+            time.sleep(_PAUSE_S)
+        yield
+    finally:
+        os.close(descriptor)  # which frees the lock
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter is Windows' way to say it
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""What `edgelm cache` shows, clears and checks: the kinds of caches below EDGELM_HOME.
+
+A further kind is a class with the methods of `CacheKind` and an entry in `cache_kinds`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Protocol
+
+from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
+from .sqlite import SqliteStore
+from .store import StoreStats
+
+
+class CacheKind(Protocol):
+    """One kind of cache on this machine. No method makes a file; all raise CacheError."""
+
+    name: str
+    path: Path
+
+    def stats(self) -> StoreStats:
+        """Numbers of this moment, and the budgets."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+    def check(self) -> None:
+        """Raise CacheCorruptError if it is damaged or beyond its budgets."""
+
+
+class ResponseKind:
+    """The database of answers, with the budgets that are in it."""
+
+    name = "responses"
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / FOLDER_NAME / FILE_NAME
+
+    def stats(self) -> StoreStats:
+        """As `SqliteStore.stats`; the default budgets where there is no database yet."""
+        if not self.path.exists():
+            return StoreStats(0, 0, DEFAULT_DISK_ENTRIES, DEFAULT_DISK_BYTES)
+        with contextlib.closing(SqliteStore(self.path.parent)) as store:
+            return store.stats()
+
+    def clear(self) -> None:
+        """As `SqliteStore.clear`, set aside ones included."""
+        SqliteStore(self.path.parent).clear()
+
+    def check(self) -> None:
+        """As `SqliteStore.check`."""
+        if self.path.exists():
+            with contextlib.closing(SqliteStore(self.path.parent)) as store:
+                store.check()
+
+
+def cache_kinds(home: Path) -> tuple[CacheKind, ...]:
+    """All kinds, in the order in which they are shown. home: what `edgelm.runtime.home.home()` gave."""
+    return (ResponseKind(home),)
