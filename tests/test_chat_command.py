@@ -209,6 +209,12 @@ def test_a_model_without_a_template_is_sent_to_run(tiny_bundle: Path, capsys: Ca
     assert out == "" and err.count("\n") == 1 and "no chat template" in err and "edgelm run" in err
 
 
+def test_a_closed_input_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(chat_bundle)]) == 1
+    assert "standard input is closed" in capsys.readouterr().err
+
+
 # ---- in a terminal
 
 

@@ -126,12 +126,13 @@ def test_a_token_that_holds_the_beginning_of_a_stop_string_is_dropped_but_its_te
 ) -> None:
     """One token may stand on both sides of the border."""
     from tokenizers import Tokenizer as Plain
-    from tokenizers import models
+    from tokenizers import decoders, models
 
     words = ["a", "b.\n", "\n", "c", "<unk>"]
-    Plain(models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>")).save(str(tmp_path / "t.json"))
-    tokenizer = Tokenizer(tmp_path / "t.json")
-    tokenizer._tokenizer.decoder = __import__("tokenizers").decoders.Fuse()
+    plain = Plain(models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>"))
+    plain.decoder = decoders.Fuse()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     follow = {0: 1, 1: 2, 2: 3, 3: 3}
     session = FakeSession(END + 1, lambda tokens: follow[tokens[-1]])
     done = Engine(Bundle(tmp_path, manifest()), session, tokenizer, None).generate(token_ids=[3, 0], stop="\n\n")
@@ -228,6 +229,53 @@ def test_penalties_change_the_answer_as_a_loop_over_transformers_does(new_engine
     assert list(done.token_ids) == known[3:]
 
 
+settings_of_all_kinds = st.fixed_dictionaries(
+    {"max_tokens": st.integers(4, 24)},
+    optional={
+        "min_tokens": st.integers(0, 4),
+        "temperature": st.floats(0.1, 3),
+        "repetition_penalty": st.floats(0.5, 2),
+        "presence_penalty": st.floats(-2, 2),
+        "frequency_penalty": st.floats(-2, 2),
+        "logit_bias": st.dictionaries(st.integers(0, END), st.floats(-5, 5) | st.just(-math.inf), max_size=5),
+        "stop": st.lists(st.text("abcdefgh ", min_size=1, max_size=2), max_size=3),
+        "stop_token_ids": st.lists(st.integers(0, END), max_size=4),
+        "logprobs": st.integers(0, 3),
+        "context_full": st.sampled_from(["stop", "slide"]),
+    },
+)
+narrowing = st.fixed_dictionaries(
+    {}, optional={"top_k": st.integers(0, 60), "top_p": st.floats(0.05, 1), "min_p": st.floats(0, 0.5)}
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(settings_of_all_kinds, narrowing, st.integers(0, 99), st.lists(st.integers(0, 255), min_size=1, max_size=6))
+def test_whatever_is_set_together_an_answer_can_be_repeated_and_keeps_its_word(
+    new_engine: NewEngine, chosen: dict[str, Any], narrowed: dict[str, Any], seed: int, prompt: list[int]
+) -> None:
+    if "temperature" in chosen:
+        chosen = {**chosen, **narrowed, "seed": seed}
+    engine = new_engine(random_session(), ResponseCache(), context_length=16)
+    done = engine.generate(token_ids=prompt, **chosen)
+    chunks = list(engine.stream(token_ids=prompt, **chosen))
+    assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (done.text, done.finish_reason)
+    fresh = new_engine(random_session(), context_length=16).generate(token_ids=prompt, **chosen)
+    assert answers(fresh) == answers(done) and fresh.logprobs == done.logprobs
+    assert len(done.token_ids) <= chosen["max_tokens"]
+    assert not {END, *chosen.get("stop_token_ids", ())} & set(done.token_ids)
+    assert not {token for token, bias in chosen.get("logit_bias", {}).items() if bias == -math.inf} & set(
+        done.token_ids
+    )
+    if not chosen.get("min_tokens"):
+        assert not any(stop in done.text for stop in chosen.get("stop", ()))
+    assert (done.finish_reason == "length") <= (len(done.token_ids) == chosen["max_tokens"])
+    assert (done.finish_reason == "context_full") <= (len(prompt) + len(done.token_ids) == 17)
+    assert (None if done.logprobs is None else len(done.logprobs)) == (
+        len(done.token_ids) if "logprobs" in chosen else None
+    )
+
+
 # ---- log-probabilities
 
 
@@ -310,7 +358,7 @@ def test_an_end_token_at_the_border_ends_a_sliding_answer(new_engine: NewEngine)
 
 
 class SlowSession(FakeSession):
-    """Each step takes a moment; `clock` counts the steps that began."""
+    """Each step takes a moment."""
 
     delay = 0.02
 

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load the bundle, then ask and answer until the end of the input."""
     settings = settings_of(arguments)
+    if sys.stdin is None:
+        raise PromptError("standard input is closed, so there is nobody to chat with: open it, or use  edgelm run")
     conversation = Conversation()
     if arguments.load is not None:
         conversation.load(arguments.load)
@@ -59,7 +61,7 @@ class _Chat:
         self._settings = settings
         self._stats: Stats | None = None
         self._leaving = False
-        self._terminal = sys.stdin is not None and sys.stdin.isatty()
+        self._terminal = sys.stdin.isatty()
         # Editing and history of `input` come with this module, which not every system has.
         self._readline = _readline() if self._terminal else None
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
