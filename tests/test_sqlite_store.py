@@ -423,6 +423,7 @@ ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
 from edgelm.runtime.caches.answers import CachedAnswer
+from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheError
 
