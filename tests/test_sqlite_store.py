@@ -419,10 +419,26 @@ def test_a_folder_that_vanishes_is_made_again(store: SqliteStore, folder: Path) 
     store.check()
 
 
+@posix
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_a_cache_error(store: SqliteStore, folder: Path) -> None:
+    fill(store, 3)
+    store.close()
+    folder.chmod(0o500)
+    try:
+        for path in (folder, folder / "new"):
+            with pytest.raises(CacheError, match="look after its folder"):
+                SqliteStore(path).put("key", answer(1))
+    finally:
+        folder.chmod(0o700)
+    assert store.get("key 1") == answer(1)
+
+
 ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
 from edgelm.runtime.caches.answers import CachedAnswer
+from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheError
 
