@@ -15,6 +15,7 @@
     |  |- EngineBusyError         used again from inside its own stream
     |  `- EngineClosedError       used after close()
     |- SessionError           onnxruntime refused or failed
+    |- MemoryShortageError    the machine has too little memory left
     |- CacheError             a cache on the disk or on a server cannot be used now
     |  |- CacheCorruptError      it is damaged, or breaks its own rules
     |  `- CacheVersionError      written by a newer edgelm
@@ -86,6 +87,10 @@ class EngineClosedError(EngineError):
 
 class SessionError(EdgelmError):
     """onnxruntime could not load or run the graph."""
+
+
+class MemoryShortageError(EdgelmError):
+    """The machine, or the process's control group, has too little memory left for what was asked."""
 
 
 class CacheError(EdgelmError):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import LayerCache, Model
+from .memory import available_bytes, require_bytes
 
 _FIRST_CAPACITY = 256
 _DTYPES = {"int8": np.int8, "float32": np.float32}
@@ -34,13 +35,21 @@ class KVCache:
         """Make room for `positions`; True if the buffers moved, so that they must be bound again.
 
         Cost: nothing while the room suffices, else a copy of what is in use. Doubles, at most to the context length
-        plus one spare position (a padding row may stand behind the last token).
+        plus one spare position (a padding row may stand behind the last token), and not where memory has no room for
+        twice as much. Raises: MemoryShortageError, which leaves the cache as it is.
         """
         if positions <= self.capacity:
             return False
         wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
         capacity = max(positions, min(wanted, self._model.context_length + 1))
-        # Memory may run out: nothing changes before all buffers are there.
+        if capacity * self.bytes_per_position() > available_bytes():
+            capacity = positions
+        # The old buffers stay until the new ones are filled. Nothing changes where memory does not suffice.
+        require_bytes(
+            capacity * self.bytes_per_position(),
+            f"a conversation of {positions:,} tokens",
+            "start a new conversation, shorten the prompt, or close other programs",
+        )
         grown: dict[str, NDArray[np.generic]] = {}
         for index, layer in self._layers():
             for side, size in (("key", layer.key_size), ("value", layer.value_size)):

@@ -5,29 +5,51 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 
 _CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _CPU_INFO = Path("/proc/cpuinfo")
+_CPUS = Path("/sys/devices/system/cpu")
+_SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
+# A core with less than this share of the fastest one's speed is a small one. Turbo frequencies of equal cores differ by
+# some percent; Arm's middle cores have 0.6 to 0.8 of the large one's capacity, small ones 0.2 to 0.5.
+_LARGE_SHARE = 0.6
 # Prefixes of the instruction sets by which onnxruntime chooses its kernels, as Linux names them on x86 and Arm.
 _KERNEL_SETS = ("avx", "fma", "amx", "f16c", "sse4_1", "asimd", "i8mm", "sve", "bf16", "sme")
 
 
 def default_threads() -> int:
-    """Threads to compute with: physical cores, bounded by the process's affinity and by the container's quota.
+    """Threads to compute with: physical cores, bounded by the process's affinity and by the container's quota, without
+    the small cores of a processor that has large ones.
 
     Hyper-threads share the units that matrix products keep busy, so logical cores beyond the physical ones only slow
-    each other down.
+    each other down. A matrix product is done when its slowest part is, so a small core slows the large ones down.
     """
     limits = [psutil.cpu_count(logical=False) or psutil.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
-        limits.append(len(os.sched_getaffinity(0)))
+        allowed = os.sched_getaffinity(0)
+        limits += [len(allowed), len(_large_cores(allowed))]
     quota = _cgroup_cpus()
     if quota is not None:
         limits.append(quota)
     return max(1, min(limits))
+
+
+def _large_cores(cores: Collection[int]) -> Collection[int]:
+    """Those of the logical cores that are about as fast as the fastest of them; all, where Linux does not tell."""
+    speeds = {core: _speed(core) for core in cores}
+    fastest = max(speeds.values(), default=0)
+    return [core for core, speed in speeds.items() if speed >= _LARGE_SHARE * fastest]
+
+
+def _speed(core: int) -> int:
+    """What the kernel tells about a core's speed: its capacity on Arm, else its highest frequency; 0 if neither."""
+    folder = _CPUS / f"cpu{core}"
+    file = next((file for name in _SPEEDS if (file := folder / name).is_file()), None)
+    return int(file.read_text()) if file is not None else 0
 
 
 def _cgroup_cpus() -> int | None:

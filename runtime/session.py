@@ -6,6 +6,7 @@ token ids and logits. The numpy stand-in behind the same protocol is `edgelm.run
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from .bundle import GRAPH_NAME, Bundle
 from .errors import SessionError, SettingsError
 from .kv import KVCache
 from .manifest import Model
+from .memory import require_bytes
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
 
 _REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
@@ -178,7 +180,7 @@ def _thread_count(threads: int | None) -> int:
 
 
 def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:
-    """onnxruntime's session over a graph, with edgelm's settings. Raises: SessionError."""
+    """onnxruntime's session over a graph, with edgelm's settings. Raises: MemoryShortageError, SessionError."""
     onnxruntime = load_onnxruntime()
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
     if missing:
@@ -192,5 +194,8 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:
     if machine.saturates_int8():
         # Weights become uint8 at load: slower, but sums do not overflow 16 bits on CPUs without VNNI.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    # onnxruntime maps the weights and keeps a copy of each matrix in its kernel's order, so as much again is needed.
+    weights = sum(file.stat().st_size for file in graph.parent.glob(f"{glob.escape(graph.name)}*"))
+    require_bytes(weights, f"the model of {graph.parent}", "close other programs, or export a smaller model")
     with mapped_errors(f"could not load {graph}", _REPAIR):
         return onnxruntime.InferenceSession(graph, options, providers=list(providers))

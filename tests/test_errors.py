@@ -30,6 +30,7 @@ TREE = {
     "EngineBusyError": "EngineError",
     "EngineClosedError": "EngineError",
     "SessionError": "EdgelmError",
+    "MemoryShortageError": "EdgelmError",
     "CacheError": "EdgelmError",
     "CacheCorruptError": "CacheError",
     "CacheVersionError": "CacheError",

@@ -20,6 +20,7 @@ def eight_free_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(machine, "_CGROUP_CPU_MAX", tmp_path / "cpu.max")
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "_CPUS", tmp_path / "cpu")
 
 
 def test_threads_are_physical_cores() -> None:
@@ -122,3 +123,23 @@ def test_resident_bytes_grow_with_what_is_held() -> None:
     held = np.ones(64 * 2**20, np.uint8)
     assert machine.resident_bytes() - before > 48 * 2**20
     assert held.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "speeds", "threads"),
+    [
+        ("cpu_capacity", [1024, 1024, 446, 446, 446, 446], 2),
+        ("cpu_capacity", [1024, 780, 780, 230], 3),
+        ("cpufreq/cpuinfo_max_freq", [5200000, 5000000, 5000000, 2800000, 2800000], 3),
+        ("cpufreq/cpuinfo_max_freq", [1500000] * 4, 4),
+    ],
+)
+def test_small_cores_get_no_thread(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, speeds: list[int], threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(len(speeds))), raising=False)
+    for core, speed in enumerate(speeds):
+        file = tmp_path / "cpu" / f"cpu{core}" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{speed}\n")
+    assert machine.default_threads() == threads

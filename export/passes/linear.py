@@ -37,9 +37,14 @@ class Weight:
         return self.value.name or ""
 
     def array(self) -> NDArray[Any]:
-        """The matrix (inputs, outputs), a view where the data are in memory."""
-        assert self.value.const_value is not None
-        array = self.value.const_value.numpy()
+        """The matrix (inputs, outputs): a view where the data are in memory, a copy where they are in a file, which
+        does not stay mapped. Otherwise all weights of a large model would be resident after one pass over them."""
+        tensor = self.value.const_value
+        assert tensor is not None
+        array = tensor.numpy()
+        if isinstance(tensor, ir.ExternalTensor):
+            array = array.copy()
+            tensor.release()
         return array.T if self.transposed else array
 
 

@@ -1,0 +1,109 @@
+"""Memory is asked for before it is taken: what is left is read right, and too little is an error with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from edgelm.runtime import kv, load, memory
+from edgelm.runtime.errors import MemoryShortageError
+from edgelm.runtime.kv import KVCache
+from edgelm.runtime.manifest import CacheType, LayerCache, Model
+
+GIB = 1 << 30
+Limits = dict[str, tuple[str, int, int]]
+
+
+@pytest.fixture
+def machine_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Sets the machine's free memory, the process's group, and each group's (limit, used, droppable file pages)."""
+
+    def build(free: int, own: str | None = None, limits: Limits | None = None) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path)
+        monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+        if own is not None:
+            (tmp_path / "own").write_text(f"1:name=systemd:/old\n0::{own}\n")
+        for group, (limit, used, droppable) in (limits or {}).items():
+            folder = tmp_path / group
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "memory.max").write_text(f"{limit}\n")
+            (folder / "memory.current").write_text(f"{used}\n")
+            (folder / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\nactive_file 7\n")
+
+    return build
+
+
+def test_the_machines_free_memory_counts_where_no_group_limits(machine_with: Callable[..., None]) -> None:
+    machine_with(3 * GIB)
+    assert memory.available_bytes() == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "left"),
+    [
+        ("/", {".": (str(2 * GIB), GIB, 0)}, GIB),
+        ("/a/b", {"a/b": ("max", GIB, 0), "a": (str(2 * GIB), GIB, 1000)}, GIB + 1000),
+        ("/a/b", {"a/b": (str(GIB), 1000, 0), "a": (str(9 * GIB), 1000, 0)}, GIB - 1000),
+        ("/a", {"a": (str(GIB), 2 * GIB, 0)}, 0),
+        ("/a", {"a": ("nonsense", 0, 0)}, 3 * GIB),
+        ("/gone", {}, 3 * GIB),
+    ],
+)
+def test_the_tightest_group_counts(machine_with: Callable[..., None], own: str, limits: Limits, left: int) -> None:
+    machine_with(3 * GIB, own, limits)
+    assert memory.available_bytes() == left
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_figures(
+    tiny_bundle: Path, machine_with: Callable[..., None]
+) -> None:
+    machine_with(50_000)
+    with pytest.raises(MemoryShortageError, match=r"takes \d+ MiB of memory, and 0 MiB are left"):
+        load(tiny_bundle)
+
+
+def cache_of(positions: int) -> KVCache:
+    layers = (LayerCache(2, 8, 8, None),)
+    return KVCache(Model(10, positions, 1, layers, CacheType("int8", "channel")))
+
+
+def test_a_cache_grows_by_what_is_needed_where_twice_as_much_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(100_000)
+    cache.reserve(256)
+    monkeypatch.setattr(kv, "available_bytes", lambda: 300 * cache.bytes_per_position())
+    cache.reserve(300)
+    assert cache.capacity == 300
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_is(machine_with: Callable[..., None]) -> None:
+    cache = cache_of(100_000)
+    cache.reserve(256)
+    cache.length = 200
+    before = dict(cache.buffers())
+    machine_with(1000)
+    with pytest.raises(MemoryShortageError, match="a conversation of 70,000 tokens takes"):
+        cache.reserve(70_000)
+    cache.check()
+    assert cache.length == 200
+    assert {name: id(buffer) for name, buffer in cache.buffers()} == {name: id(item) for name, item in before.items()}
+
+
+def test_an_answer_ends_in_an_error_and_the_engine_lives_on(
+    tiny_bundle: Path, machine_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt: dict[str, Any] = {"token_ids": [1, 2, 3] * 100, "max_tokens": 4}
+    with load(tiny_bundle, response_cache=False) as engine:
+        engine.generate("short", max_tokens=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+            with pytest.raises(MemoryShortageError):
+                engine.generate(**prompt)
+        after = engine.generate(**prompt)
+    with load(tiny_bundle, response_cache=False) as fresh:
+        assert fresh.generate(**prompt).token_ids == after.token_ids
