@@ -69,12 +69,27 @@ def saturates_int8() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
+    return not instruction_sets() & {"avx512_vnni", "avx_vnni"}
+
+
+def instruction_sets() -> frozenset[str]:
+    """What the processor can do, in Linux's words (flags on x86, features on Arm); empty where nothing is told."""
     try:
-        text = _CPU_INFO.read_text()
+        lines = _CPU_INFO.read_text().splitlines()
     except OSError:
-        return True
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+        return frozenset()
+    found = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(found.split())
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it, or its architecture."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next((name for name in named if name), "") or platform.processor() or platform.machine()
 
 
 def numerics() -> str:
@@ -82,12 +97,8 @@ def numerics() -> str:
 
     Two machines that say the same compute the same answers. The version is that of the onnxruntime that is loaded.
     """
-    try:
-        lines = _CPU_INFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split()
-    sets = "+".join(sorted(flag for flag in set(flags) if flag.startswith(_KERNEL_SETS))) or platform.processor()
+    sets = "+".join(sorted(name for name in instruction_sets() if name.startswith(_KERNEL_SETS)))
+    sets = sets or platform.processor()
     version = getattr(sys.modules.get("onnxruntime"), "__version__", "none")
     return f"{platform.machine().lower()} {sets} onnxruntime {version}"
 

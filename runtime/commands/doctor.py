@@ -1,0 +1,50 @@
+"""`edgelm doctor`: what this machine is, which target fits, what will be fast, what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from ..doctor import Diagnosis, diagnose
+
+SUMMARY = "say what this machine can do and what is missing"
+_GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look and print."""
+    found = diagnose()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return 0
+    for name, value in _lines(found):
+        print(f"{name:14}{value}")
+    for sentence in found.advice:
+        print(f"\n- {sentence}", end="")
+    print("\n" if found.advice else "\nNothing is missing.")
+    return 0
+
+
+def _lines(found: Diagnosis) -> list[tuple[str, str]]:
+    free = "" if found.home_free_bytes is None else f", {found.home_free_bytes / _GB:,.1f} GB free"
+    extras = ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in found.extras.items())
+    # A bundle's weights take a byte each, and onnxruntime's own copy of them has to fit.
+    largest = found.available_bytes / 1e9
+    return [
+        ("system", found.system),
+        ("processor", f"{found.processor}, {found.threads} threads"),
+        ("INT8", f"{found.int8}; {' '.join(found.instruction_sets) or 'no telling instruction sets'}"),
+        ("memory", f"{found.available_bytes / _GB:,.1f} GB free of {found.memory_bytes / _GB:,.1f} GB"),
+        ("models", f"up to about {largest:,.1f} billion parameters in INT8 fit into the free memory"),
+        ("target", f"edgelm export MODEL --target {found.target}" if found.target else "none"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
+        ("providers", ", ".join(found.providers)),
+        ("extras", extras),
+        ("caches", f"{found.home or 'none'}{free}"),
+    ]
