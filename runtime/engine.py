@@ -41,6 +41,7 @@ def load(
     graph: str | None = None,
     threads: int | None = None,
     response_cache: bool | ResponseCacheSettings = True,
+    prepare: bool = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
@@ -48,12 +49,16 @@ def load(
     threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
     answers and give them again for the same request: True in memory (16 MiB) and in a database below EDGELM_HOME
     (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say.
-    Every file is checked against the manifest's digests; the weights' are computed while onnxruntime prepares them.
+    prepare: keep the weights as onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's size, in
+    all at most 8 GiB), which the next load maps: faster, in less memory of its own, shared by the processes.
+    Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
+    digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
-    MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error: it is warned of.
+    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error:
+    it is warned of.
     """
     responses = open_response_cache(response_cache)
-    bundle, session = open_folder(path, threads, graph)
+    bundle, session = open_folder(path, threads, graph, prepare)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
     return Engine(bundle, session, tokenizer, responses)
 

@@ -39,7 +39,7 @@ from .manifest import (
     Tokens,
 )
 from .onnx_file import weight_files
-from .session import load_graph
+from .session import load_graph, require_memory
 
 CONFIG_NAME = "config.json"
 UNKNOWN = "unknown"
@@ -93,6 +93,8 @@ def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle,
     graphs = find_graphs(folder, graph)
     if not (folder / TOKENIZER_NAME).is_file():
         raise BundleMissingError(f"{folder} holds no {TOKENIZER_NAME}: download it too, or save it with transformers")
+    parts = [path.parent / name for path in graphs.files for name in (path.name, *weight_files(path))]
+    require_memory(sum(part.stat().st_size for part in parts if part.is_file()), folder)
     with ThreadPoolExecutor(1) as pool:
         files = pool.submit(_entries, folder, graphs)
         main, *first = (load_graph(path, threads, ("CPUExecutionProvider",)) for path in graphs.files)

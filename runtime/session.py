@@ -6,9 +6,9 @@ token ids and logits. The numpy stand-in behind the same protocol is `edgelm.run
 
 from __future__ import annotations
 
-import glob
+import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import machine
-from .bundle import GRAPH_NAME, Bundle
-from .errors import SessionError, SettingsError
+from .bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
+from .errors import CacheCorruptError, SessionError, SettingsError
 from .kv import KVCache
 from .manifest import Model
 from .memory import require_bytes
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
+from .prepared import Prepared, prepared_for
 
 _REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
 # bits. With a float32 cache a step therefore always has two rows; with an int8 cache both kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
+
+_PREPARING = {
+    "optimized_model_external_initializers_file_name": WEIGHTS_NAME,
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "save_external_prepacked_constant_initializers": "1",
+}
+_logger = logging.getLogger(__name__)
 
 
 class Session(Protocol):
@@ -57,11 +65,19 @@ class OrtSession:
     """`Session` over onnxruntime. Loading maps the weights and prepares them for this CPU (some 0.2 s for 135 MB)."""
 
     def __init__(
-        self, graph: Path, model: Model, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+        self,
+        graph: Path,
+        model: Model,
+        threads: int,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        preparing: Path | None = None,
     ) -> None:
-        """graph: path of the ONNX file, whose weights lie beside it. Raises: SessionError."""
+        """graph: path of the ONNX file, whose weights lie beside it; preparing: as `load_graph`.
+
+        Raises: SessionError.
+        """
         self._model = model
-        self._inference = load_graph(graph, threads, providers)
+        self._inference = load_graph(graph, threads, providers, preparing)
         self.cache = KVCache(model)
         self._binding = self._inference.io_binding()
         self._unbound = False
@@ -130,36 +146,81 @@ class OrtSession:
 
 
 def make_session(
-    graph: Path, model: Model, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+    graph: Path,
+    model: Model,
+    threads: int,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    preparing: Path | None = None,
 ) -> Session:
-    """The session that fits the graph's way of caching. Raises: SessionError."""
+    """The session that fits the graph's way of caching. preparing: as `load_graph`. Raises: SessionError."""
     if model.cache_layout == "in_place":
-        return OrtSession(graph, model, threads, providers)
+        return OrtSession(graph, model, threads, providers, preparing)
     from .concat_session import ConcatSession
 
-    return ConcatSession(load_graph(graph, threads, providers), model)
+    return ConcatSession(load_graph(graph, threads, providers, preparing), model)
 
 
-def open_session(bundle: Bundle, threads: int | None = None) -> Session:
-    """Check every file of a bundle against its digest and load the model. threads: None for the physical cores.
+def open_session(bundle: Bundle, threads: int | None = None, prepare: bool = False) -> Session:
+    """Check every file of a bundle against its digest and load the model.
 
-    The weights' digest is computed in a thread while onnxruntime prepares them; the small files, which onnxruntime and
-    tokenizers parse, are checked before. Raises: SettingsError, BundleCorruptError, SessionError.
+    threads: None for the physical cores; prepare: use the bundle's prepared form (`edgelm.runtime.prepared`), or make
+    it.
+    The weights are checked in a thread while onnxruntime loads them; the small files, which onnxruntime and tokenizers
+    parse, before. Raises: SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
     """
     count = _thread_count(threads)
-    weights = {name for name in bundle.manifest.files if name.endswith(".data")}
+    weights = [name for name in bundle.manifest.files if name.endswith(".data")]
+    bundle.check_files(bundle.manifest.files.keys() - set(weights))
+    prepared = prepared_for(bundle.manifest.digest) if prepare else None
+    if prepared is not None and prepared.is_there():
+        session = _open_prepared(bundle, prepared, count)
+        if session is not None:
+            return session
+    size = sum(bundle.manifest.files[name].bytes for name in weights)
+    require_memory(size, bundle.path)
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
-        bundle.check_files(bundle.manifest.files.keys() - weights)
-        session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, count)
+        if prepared is not None and prepared.is_worth_it(size):
+            session = _open_and_prepare(bundle, prepared, count, weights_checked)
+        else:
+            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, count)
         weights_checked.result()
     return session
 
 
-def open_folder(path: str | Path, threads: int | None = None, graph: str | None = None) -> tuple[Bundle, Session]:
+def _open_prepared(bundle: Bundle, prepared: Prepared, threads: int) -> Session | None:
+    """The session over a prepared form; None if that was damaged, which forgets it."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(prepared.check)
+            session = make_session(prepared.graph, bundle.manifest.model, threads)
+            checked.result()
+    except (CacheCorruptError, SessionError) as error:
+        _logger.warning("%s; the bundle itself is loaded, and prepared anew", error)
+        prepared.drop()
+        return None
+    return session
+
+
+def _open_and_prepare(bundle: Bundle, prepared: Prepared, threads: int, checked: Future[None]) -> Session:
+    """The session over the bundle, and its prepared form for the next time, once the weights are found right."""
+    graph, model = bundle.path / GRAPH_NAME, bundle.manifest.model
+    session: Session | None = None
+    try:
+        with prepared.making() as folder:
+            session = make_session(graph, model, threads, preparing=folder)
+            checked.result()
+    except (OSError, SessionError) as error:
+        _logger.warning("the model cannot be kept prepared for this machine (%s): it loads as slowly next time", error)
+    return session or make_session(graph, model, threads)
+
+
+def open_folder(
+    path: str | Path, threads: int | None = None, graph: str | None = None, prepare: bool = False
+) -> tuple[Bundle, Session]:
     """Load the model of a folder, be it a bundle or what another exporter wrote (see `edgelm.runtime.foreign`).
 
-    graph: for the latter, which of several ONNX files, relative to the folder.
+    graph: for the latter, which of several ONNX files, relative to the folder; prepare: as `open_session`.
     Raises: BundleError and below for the folder, SettingsError, SessionError.
     """
     from . import foreign
@@ -170,7 +231,13 @@ def open_folder(path: str | Path, threads: int | None = None, graph: str | None 
     bundle = Bundle.open(folder)
     if graph is not None:
         raise SettingsError(f"{folder} is a bundle, which has one graph: leave out  graph={graph}")
-    return bundle, open_session(bundle, threads)
+    return bundle, open_session(bundle, threads, prepare)
+
+
+def require_memory(weights_bytes: int, folder: Path) -> None:
+    """Raise MemoryShortageError if a model with so many bytes of weights cannot be loaded: onnxruntime maps their file
+    and keeps a copy of each matrix in the order of its kernel. (A prepared form is mapped alone.)"""
+    require_bytes(weights_bytes, f"the model of {folder}", "close other programs, or export a smaller model")
 
 
 def _thread_count(threads: int | None) -> int:
@@ -179,8 +246,12 @@ def _thread_count(threads: int | None) -> int:
     return threads or machine.default_threads()
 
 
-def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:
-    """onnxruntime's session over a graph, with edgelm's settings. Raises: MemoryShortageError, SessionError."""
+def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: Path | None = None) -> Any:
+    """onnxruntime's session over a graph, with edgelm's settings.
+
+    preparing: a folder to which the graph and the weights are written as they are prepared for this machine's kernels.
+    Raises: SessionError.
+    """
     onnxruntime = load_onnxruntime()
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
     if missing:
@@ -194,8 +265,9 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str]) -> Any:
     if machine.saturates_int8():
         # Weights become uint8 at load: slower, but sums do not overflow 16 bits on CPUs without VNNI.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    # onnxruntime maps the weights and keeps a copy of each matrix in its kernel's order, so as much again is needed.
-    weights = sum(file.stat().st_size for file in graph.parent.glob(f"{glob.escape(graph.name)}*"))
-    require_bytes(weights, f"the model of {graph.parent}", "close other programs, or export a smaller model")
+    if preparing is not None:
+        options.optimized_model_filepath = str(preparing / GRAPH_NAME)
+        for name, value in _PREPARING.items():
+            options.add_session_config_entry(f"session.{name}", value)
     with mapped_errors(f"could not load {graph}", _REPAIR):
         return onnxruntime.InferenceSession(graph, options, providers=list(providers))

@@ -25,19 +25,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("kind", "cpuinfo", "target", "int8"),
+    ("processor", "target", "int8"),
     [
-        ("x86_64", "flags : fpu avx2 avx512_vnni\n", "x86-cpu", "fast (VNNI)"),
-        ("AMD64", "flags : fpu avx2\n", "x86-cpu", "slower (no VNNI"),
-        ("aarch64", "Features : fp asimd asimddp\n", "arm-cpu", "fast (dot product)"),
-        ("aarch64", "Features : fp asimd\n", "arm-cpu", "slower (no dot product"),
-        ("arm64", None, "arm-cpu", "unknown"),
-        ("riscv64", None, None, "unknown"),
+        (("x86_64", "flags : fpu avx2 avx512_vnni\n"), "x86-cpu", "fast (VNNI)"),
+        (("AMD64", "flags : fpu avx2\n"), "x86-cpu", "slower (no VNNI"),
+        (("aarch64", "Features : fp asimd asimddp\n"), "arm-cpu", "fast (dot product)"),
+        (("aarch64", "Features : fp asimd\n"), "arm-cpu", "slower (no dot product"),
+        (("arm64", None), "arm-cpu", "unknown"),
+        (("riscv64", None), None, "unknown"),
     ],
 )
 def test_target_and_speed_follow_the_processor(
-    pretend: pytest.MonkeyPatch, tmp_path: Path, kind: str, cpuinfo: str | None, target: str | None, int8: str
+    pretend: pytest.MonkeyPatch, tmp_path: Path, processor: tuple[str, str | None], target: str | None, int8: str
 ) -> None:
+    kind, cpuinfo = processor
     pretend.setattr(platform, "machine", lambda: kind)
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)

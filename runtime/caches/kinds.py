@@ -6,9 +6,12 @@ A further kind is a class with the methods of `CacheKind` and an entry in `cache
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Protocol
 
+from .. import prepared
+from ..errors import CacheError
 from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
 from .sqlite import SqliteStore
 from .store import StoreStats
@@ -56,6 +59,34 @@ class ResponseKind:
                 store.check()
 
 
+class PreparedKind:
+    """Bundles prepared for this machine (`edgelm.runtime.prepared`)."""
+
+    name = "prepared"
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / prepared.FOLDER_NAME
+
+    def stats(self) -> StoreStats:
+        """An entry is a bundle."""
+        folders = prepared.folders(self.path)
+        size = sum(prepared.folder_bytes(folder) for folder in folders)
+        return StoreStats(len(folders), size, None, prepared.DEFAULT_BUDGET_BYTES)
+
+    def clear(self) -> None:
+        """Delete all; processes that have one mapped keep it."""
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be deleted ({error.strerror})") from error
+
+    def check(self) -> None:
+        """Compare every file with its checksum. Cost: reads them all."""
+        for folder in prepared.folders(self.path):
+            prepared.check_folder(folder)
+
+
 def cache_kinds(home: Path) -> tuple[CacheKind, ...]:
     """All kinds, in the order in which they are shown. home: what `edgelm.runtime.home.home()` gave."""
-    return (ResponseKind(home),)
+    return (ResponseKind(home), PreparedKind(home))
