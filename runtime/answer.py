@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import machine
+from .batch_decode import Row
+from .caches.answers import CachedAnswer
 from .decode import Greedy, Sequencer
 from .manifest import Manifest
-from .results import Chunk, FinishReason, Stats, TokenLogprob
+from .results import Chunk, Completion, FinishReason, Stats, TokenLogprob
 from .sampling import Grammar, Sampler
 from .settings import GenerationSettings
 from .stops import StopMatcher
@@ -57,38 +59,66 @@ class Answer:
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids), settings)
-        self._reported = 0
+        self._reported = self._chosen = self._generated = 0
+        self._first = 0.0
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token that was added ended the answer."""
+        return self._ended
 
     def chunks(self, sequencer: Sequencer) -> Iterator[Chunk]:
         """Compute. The last chunk has the reason and the figures. Raises: SessionError, SettingsError."""
         reused = sequencer.reusable(self._request.token_ids)
-        chosen, generated, first, ended = 0, 0, 0.0, False
         for token in self._tokens(sequencer):
-            first = first or time.perf_counter()
-            chosen += 1
-            ended = token in self._end_ids
-            if ended:
+            chunk = self.add(token)
+            if chunk is not None:
+                yield chunk
+            if self._ended:
                 break
-            text, ids = self._writer.add(token)
-            if text:
-                generated += len(ids)
-                yield Chunk(text, ids, logprobs=self._logprobs(ids))
-            ended = self._writer.stopped or (self._sampler is not None and self._sampler.finished)
-            if ended:
-                break
+        yield self.finish(reused)
+
+    def row(self) -> Row:
+        """The answer's row in a batch, whose tokens are to be given to `add`."""
+        settings = self._request.settings
+        slides = settings.context_full == "slide"
+        return Row(
+            self._request.token_ids,
+            settings.max_tokens if slides else self._limit(),
+            self._sampler or Greedy(),
+            self._end_ids,
+            self._request.interrupted,
+            settings.keep if slides else None,
+        )
+
+    def add(self, token: int) -> Chunk | None:
+        """The chunk that the next token completes, if any."""
+        self._first = self._first or time.perf_counter()
+        self._chosen += 1
+        self._ended = token in self._end_ids
+        if self._ended:
+            return None
+        text, ids = self._writer.add(token)
+        self._ended = self._writer.stopped or (self._sampler is not None and self._sampler.finished)
+        self._generated += len(ids)
+        return Chunk(text, ids, logprobs=self._logprobs(ids)) if text else None
+
+    def finish(self, reused: int) -> Chunk:
+        """The last chunk. reused: tokens of the prompt that were in the cache."""
         now = time.perf_counter()
         text, ids = self._writer.finish()
         stats = Stats(
             prompt_tokens=len(self._request.token_ids),
             reused_tokens=reused,
-            generated_tokens=generated + len(ids),
-            time_to_first_token_s=(first or now) - self._request.started,
-            decode_tokens_per_s=(chosen - 1) / (now - first) if chosen > 1 else 0.0,
+            generated_tokens=self._generated + len(ids),
+            time_to_first_token_s=(self._first or now) - self._request.started,
+            decode_tokens_per_s=(self._chosen - 1) / (now - self._first) if self._chosen > 1 else 0.0,
             resident_bytes=machine.resident_bytes(),
             response_cache_hit=False,
         )
-        reason = self._reason(chosen, ended or self._writer.stopped)
-        yield Chunk(text, ids, reason, stats, self._logprobs(ids))
+        reason = self._reason(self._ended or self._writer.stopped)
+        return Chunk(text, ids, reason, stats, self._logprobs(ids))
 
     def _tokens(self, sequencer: Sequencer) -> Iterator[int]:
         request, settings = self._request, self._request.settings
@@ -103,19 +133,21 @@ class Answer:
                 context_length=self._context,
                 keep=settings.keep,
             )
-        limit = min(settings.max_tokens, self._room())
-        return sequencer.generate(request.token_ids, limit, chooser, self._end_ids, request.interrupted)
+        return sequencer.generate(request.token_ids, self._limit(), chooser, self._end_ids, request.interrupted)
+
+    def _limit(self) -> int:
+        return min(self._request.settings.max_tokens, self._room())
 
     def _room(self) -> int:
         """How many tokens the context leaves: the last one that is chosen needs no place, since nothing follows it."""
         return self._context - len(self._request.token_ids) + 1
 
-    def _reason(self, chosen: int, ended: bool) -> FinishReason:
+    def _reason(self, ended: bool) -> FinishReason:
         if ended:
             return "stop"
-        if chosen == self._request.settings.max_tokens:
+        if self._chosen == self._request.settings.max_tokens:
             return "length"
-        full = self._request.settings.context_full == "stop" and chosen == self._room()
+        full = self._request.settings.context_full == "stop" and self._chosen == self._room()
         return "context_full" if full else "deadline"
 
     def _logprobs(self, ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
@@ -130,6 +162,35 @@ def unanswered(request: Request) -> Chunk:
     elapsed = time.perf_counter() - request.started
     stats = Stats(len(request.token_ids), 0, 0, elapsed, 0.0, machine.resident_bytes(), False)
     return Chunk("", (), "deadline", stats)
+
+
+def replay(request: Request, answer: CachedAnswer) -> Iterator[Chunk]:
+    """The chunks of an answer that is known."""
+    stats = Stats(
+        prompt_tokens=len(request.token_ids),
+        reused_tokens=len(request.token_ids),
+        generated_tokens=len(answer.token_ids),
+        time_to_first_token_s=time.perf_counter() - request.started,
+        decode_tokens_per_s=0.0,
+        resident_bytes=machine.resident_bytes(),
+        response_cache_hit=True,
+    )
+    *streamed, (text, ids) = answer.chunks
+    for part, part_ids in streamed:
+        yield Chunk(part, part_ids)
+    yield Chunk(text, ids, answer.finish_reason, stats)
+
+
+def completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
+    """All chunks of an answer as one."""
+    last = chunks[-1]
+    assert last.finish_reason is not None and last.stats is not None, "the last chunk of a stream carries both"
+    ids = tuple(token for chunk in chunks for token in chunk.token_ids)
+    logprobs = tuple(entry for chunk in chunks for entry in chunk.logprobs)
+    asked = request.settings.logprobs is not None
+    return Completion(
+        "".join(chunk.text for chunk in chunks), ids, last.finish_reason, last.stats, logprobs if asked else None
+    )
 
 
 class _Writer:

@@ -7,22 +7,24 @@ the latter two also for asyncio.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import bundle as bundle_files
 from . import machine
-from .answer import Answer, Request, unanswered
+from .answer import Answer, Request, completion, replay, unanswered
+from .batch import MAX_ROWS, Prompt, answer_rows, check_batch, kind_of, known_or_computed, naming, settings_of_each
+from .batch_session import rows_are_exact
 from .bundle import Bundle
 from .decode import Sequencer
 from .errors import EngineClosedError, SettingsError
 from .prompts import PromptEncoder
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
-from .results import Chunk, Completion, Stats
+from .results import Chunk, Completion
 from .sampling import check_token_ids
-from .session import Session, open_folder
+from .session import OrtSession, Session, open_folder
 from .settings import GenerationSettings, SettingsKeywords
 from .structured import GrammarCompiler
 from .tokenizer import Tokenizer
@@ -102,7 +104,7 @@ class Engine:
         MissingExtraError.
         """
         request = self._request(prompt, messages, token_ids, settings, keywords)
-        return _completion(request, list(self._run(request, None)))
+        return completion(request, list(self._run(request, None)))
 
     def stream(
         self,
@@ -131,7 +133,7 @@ class Engine:
         """`generate` for asyncio: computed in a thread, so that the event loop stays free. Cancelling the task frees
         the engine after the step that is running."""
         request = self._request(prompt, messages, token_ids, settings, keywords)
-        return _completion(request, [chunk async for chunk in self._run_in_worker(request)])
+        return completion(request, [chunk async for chunk in self._run_in_worker(request)])
 
     def astream(
         self,
@@ -145,6 +147,42 @@ class Engine:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
         `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
         return self._run_in_worker(self._request(prompt, messages, token_ids, settings, keywords))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        max_rows: int = MAX_ROWS,
+        **keywords: Unpack[SettingsKeywords],
+    ) -> list[Completion]:
+        """What `generate` gives for each of the prompts, in their order, computed several at once.
+
+        prompts: texts, lists of messages or lists of token ids, of any lengths. settings: for all, or one for each.
+        max_rows: so many are computed at once, the others wait for a place; the KV cache then takes the memory of so
+        many texts as long as the longest one. Every answer is the one that `generate` gives. Where a batch could not
+        hold that (`batch_session.rows_are_exact`), and for a session of your own, prompts are answered one by one.
+        Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
+        """
+        requests = self._requests(prompts, settings, max_rows, keywords)
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        for index, chunk in self._run_batch(requests, max_rows):
+            chunks[index].append(chunk)
+        return [completion(request, parts) for request, parts in zip(requests, chunks, strict=True)]
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        max_rows: int = MAX_ROWS,
+        **keywords: Unpack[SettingsKeywords],
+    ) -> Generator[tuple[int, Chunk], None, None]:
+        """The same as `generate_batch`, in chunks as they come, each with the index of its prompt.
+
+        Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
+        """
+        return self._run_batch(self._requests(prompts, settings, max_rows, keywords), max_rows)
 
     def encode(
         self,
@@ -200,7 +238,7 @@ class Engine:
     def _run(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """The chunks from the response cache, or computed. caller: None for the thread that iterates."""
         settings = request.settings
-        if self._responses is None or not settings.deterministic or settings.logprobs is not None:
+        if self._responses is None or not settings.cacheable:
             yield from self._compute(request, caller)
             return
         # A caller that holds the turn must not wait for another's computation, which may be waiting for the turn.
@@ -216,7 +254,51 @@ class Engine:
                         found.keep(CachedAnswer(parts, chunk.finish_reason))
                     yield chunk
         if known is not None:
-            yield from _replay(request, known)
+            yield from replay(request, known)
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings | Sequence[GenerationSettings] | None,
+        max_rows: int,
+        keywords: Mapping[str, Any],
+    ) -> list[Request]:
+        check_batch(prompts, max_rows)
+        each = settings_of_each(len(prompts), settings, keywords)
+        requests = []
+        for index, prompt in enumerate(prompts):
+            with naming(index):
+                requests.append(self._request(*kind_of(prompt), each[index], {}))
+        return requests
+
+    def _run_batch(self, requests: Sequence[Request], max_rows: int) -> Generator[tuple[int, Chunk], None, None]:
+        if isinstance(self._session, OrtSession) and rows_are_exact(self.bundle.manifest):
+            yield from known_or_computed(
+                requests, self._responses, self._response_key, lambda some: self._compute_batch(some, max_rows)
+            )
+        else:
+            for index, request in enumerate(requests):
+                for chunk in self._run(request, None):
+                    yield index, chunk
+
+    def _compute_batch(
+        self, requests: Mapping[int, Request], max_rows: int
+    ) -> Generator[tuple[int, Chunk], None, None]:
+        """As `_compute`, with several rows."""
+        if not requests:
+            return
+        left = [request.seconds_left() for request in requests.values()]
+        patience = None if None in left else max(seconds for seconds in left if seconds is not None)
+        if not self._turns.take(Caller(), patience):
+            for index, request in requests.items():
+                yield index, unanswered(request)
+            return
+        try:
+            assert isinstance(self._session, OrtSession)
+            rows = self._session.rows(min(max_rows, len(requests)))
+            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer)
+        finally:
+            self._turns.release()
 
     def _response_key(self, request: Request) -> str:
         """Everything that can change the answer: what the manifest says beside the files' digest, too."""
@@ -246,30 +328,3 @@ class Engine:
         from .asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
 
         return ChunkStream(lambda caller: self._run(request, caller), request.cancelled)
-
-
-def _completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.stats is not None, "the last chunk of a stream carries both"
-    ids = tuple(token for chunk in chunks for token in chunk.token_ids)
-    logprobs = tuple(entry for chunk in chunks for entry in chunk.logprobs)
-    asked = request.settings.logprobs is not None
-    return Completion(
-        "".join(chunk.text for chunk in chunks), ids, last.finish_reason, last.stats, logprobs if asked else None
-    )
-
-
-def _replay(request: Request, answer: CachedAnswer) -> Iterator[Chunk]:
-    stats = Stats(
-        prompt_tokens=len(request.token_ids),
-        reused_tokens=len(request.token_ids),
-        generated_tokens=len(answer.token_ids),
-        time_to_first_token_s=time.perf_counter() - request.started,
-        decode_tokens_per_s=0.0,
-        resident_bytes=machine.resident_bytes(),
-        response_cache_hit=True,
-    )
-    *streamed, (text, ids) = answer.chunks
-    for part, part_ids in streamed:
-        yield Chunk(part, part_ids)
-    yield Chunk(text, ids, answer.finish_reason, stats)

@@ -19,13 +19,15 @@ _DTYPES = {"int8": np.int8, "float32": np.float32}
 
 
 class KVCache:
-    """Keys and values of all layers for one sequence. Not safe between threads.
+    """Keys and values of all layers for one sequence, or for several rows. Not safe between threads.
 
-    `length` counts the positions in use, `capacity` those that the buffers can hold; bytes grow with capacity.
+    `length` counts the positions in use (of the longest row), `capacity` those that the buffers can hold; bytes grow
+    with capacity times rows.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, rows: int = 1) -> None:
         self._model = model
+        self._rows = rows
         self._dtype = np.dtype(_DTYPES[model.kv.type])
         self._buffers: dict[str, NDArray[np.generic]] = {}
         self.capacity = 0
@@ -53,7 +55,7 @@ class KVCache:
         grown: dict[str, NDArray[np.generic]] = {}
         for index, layer in self._layers():
             for side, size in (("key", layer.key_size), ("value", layer.value_size)):
-                fresh = np.zeros((1, layer.kv_heads, capacity, size), self._dtype)
+                fresh = np.zeros((self._rows, layer.kv_heads, capacity, size), self._dtype)
                 name = f"{index}.{side}"
                 if name in self._buffers:
                     fresh[:, :, : self.length] = self._buffers[name][:, :, : self.length]
@@ -68,8 +70,8 @@ class KVCache:
         self.length = length
 
     def buffers(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Pairs of name ("N.key" or "N.value") and array (1, kv_heads, capacity, head_size), valid until `reserve`
-        answers True. The positions from `length` on hold nothing of meaning."""
+        """Pairs of name ("N.key" or "N.value") and array (rows, kv_heads, capacity, head_size), valid until
+        `reserve` answers True. The positions from `length` on hold nothing of meaning."""
         yield from self._buffers.items()
 
     def bytes_per_position(self) -> int:
@@ -84,8 +86,18 @@ class KVCache:
         assert 0 <= self.length <= self.capacity
         for index, layer in self._layers():
             if self.capacity:
-                assert self._buffers[f"{index}.key"].shape == (1, layer.kv_heads, self.capacity, layer.key_size)
-                assert self._buffers[f"{index}.value"].shape == (1, layer.kv_heads, self.capacity, layer.value_size)
+                assert self._buffers[f"{index}.key"].shape == (
+                    self._rows,
+                    layer.kv_heads,
+                    self.capacity,
+                    layer.key_size,
+                )
+                assert self._buffers[f"{index}.value"].shape == (
+                    self._rows,
+                    layer.kv_heads,
+                    self.capacity,
+                    layer.value_size,
+                )
 
     def _layers(self) -> Iterator[tuple[int, LayerCache]]:
         return ((index, layer) for index, layer in enumerate(self._model.layers) if layer is not None)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import machine
+from .batch_session import OrtRowsSession
 from .bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
 from .errors import CacheCorruptError, SessionError, SettingsError
 from .kv import KVCache
@@ -114,6 +115,10 @@ class OrtSession:
 
     def rewind(self, length: int) -> None:
         self.cache.truncate(length)
+
+    def rows(self, max_rows: int) -> OrtRowsSession:
+        """Several sequences over the same graph, in a cache of their own."""
+        return OrtRowsSession(self._inference, self._model, max_rows)
 
     def close(self) -> None:
         self._binding = self._inference = None

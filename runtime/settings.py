@@ -114,8 +114,13 @@ class GenerationSettings:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the answer depends on no random draw, so that it may be cached."""
+        """Whether the answer depends on no random draw."""
         return self.temperature == 0
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the response cache may hold the answer: no random draw, and nothing that it does not store."""
+        return self.deterministic and self.logprobs is None
 
     @property
     def plain(self) -> bool:
