@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from . import machine
 from .decode import Greedy, Sequencer
+from .lookup import Lookup
 from .manifest import Manifest
 from .results import Chunk, FinishReason, Stats, TokenLogprob
 from .sampling import Grammar, Sampler
@@ -57,6 +58,8 @@ class Answer:
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids), settings)
+        # Guesses are exact for any chooser, since each row of logits is that of a plain run.
+        self._lookup = Lookup() if settings.lookup and manifest.exact_under_cuts else None
         self._reported = 0
 
     def chunks(self, sequencer: Sequencer) -> Iterator[Chunk]:
@@ -86,6 +89,8 @@ class Answer:
             decode_tokens_per_s=(chosen - 1) / (now - first) if chosen > 1 else 0.0,
             resident_bytes=machine.resident_bytes(),
             response_cache_hit=False,
+            guessed_tokens=self._lookup.guessed if self._lookup is not None else 0,
+            accepted_tokens=self._lookup.accepted if self._lookup is not None else 0,
         )
         reason = self._reason(chosen, ended or self._writer.stopped)
         yield Chunk(text, ids, reason, stats, self._logprobs(ids))
@@ -102,9 +107,12 @@ class Answer:
                 request.interrupted,
                 context_length=self._context,
                 keep=settings.keep,
+                lookup=self._lookup,
             )
         limit = min(settings.max_tokens, self._room())
-        return sequencer.generate(request.token_ids, limit, chooser, self._end_ids, request.interrupted)
+        return sequencer.generate(
+            request.token_ids, limit, chooser, self._end_ids, request.interrupted, lookup=self._lookup
+        )
 
     def _room(self) -> int:
         """How many tokens the context leaves: the last one that is chosen needs no place, since nothing follows it."""
