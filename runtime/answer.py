@@ -15,6 +15,7 @@ from . import machine
 from .batch_decode import Row
 from .caches.answers import CachedAnswer
 from .decode import Greedy, Sequencer
+from .lookup import Lookup
 from .manifest import Manifest
 from .results import Chunk, Completion, FinishReason, Stats, TokenLogprob
 from .sampling import Grammar, Sampler
@@ -59,6 +60,8 @@ class Answer:
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids), settings)
+        # Guesses are exact for any chooser, since each row of logits is that of a plain run.
+        self._lookup = Lookup() if settings.lookup and manifest.exact_under_cuts else None
         self._reported = self._chosen = self._generated = 0
         self._first = 0.0
         self._ended = False
@@ -116,6 +119,8 @@ class Answer:
             decode_tokens_per_s=(self._chosen - 1) / (now - self._first) if self._chosen > 1 else 0.0,
             resident_bytes=machine.resident_bytes(),
             response_cache_hit=False,
+            guessed_tokens=self._lookup.guessed if self._lookup is not None else 0,
+            accepted_tokens=self._lookup.accepted if self._lookup is not None else 0,
         )
         reason = self._reason(self._ended or self._writer.stopped)
         return Chunk(text, ids, reason, stats, self._logprobs(ids))
@@ -132,8 +137,11 @@ class Answer:
                 request.interrupted,
                 context_length=self._context,
                 keep=settings.keep,
+                lookup=self._lookup,
             )
-        return sequencer.generate(request.token_ids, self._limit(), chooser, self._end_ids, request.interrupted)
+        return sequencer.generate(
+            request.token_ids, self._limit(), chooser, self._end_ids, request.interrupted, lookup=self._lookup
+        )
 
     def _limit(self) -> int:
         return min(self._request.settings.max_tokens, self._room())

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .lookup import Lookup
 from .session import Session
 
 # Pieces bound the memory of a step and are faster than a whole prompt at once, because attention computes nothing above
@@ -84,22 +85,38 @@ class Sequencer:
         chooser: Chooser,
         stop_ids: Collection[int],
         interrupted: Callable[[], bool] = never,
+        *,
+        lookup: Lookup | None = None,
     ) -> Iterator[int]:
         """Token ids that follow a prompt.
 
         Ends after `max_tokens`, or after a token of `stop_ids`, which is yielded as the last one so that the caller
-        can tell the two ends apart, or between two steps once `interrupted()`.
+        can tell the two ends apart, or between two tokens once `interrupted()`.
+        lookup: guess tokens and check several in one step. The tokens are those of a run without it where the session
+        gives the same logits for a token alone as among others (`Manifest.exact_under_cuts`), whatever the chooser; the
+        chooser is asked for the same rows in the same order.
         """
         for logits in self.feed(token_ids):
             if interrupted():
                 return
-            last = logits
-        for count in range(1, max_tokens + 1):
-            token = chooser.choose(last[-1])
+            rows = logits[-1:]
+        if lookup is not None:
+            lookup.begin(token_ids)
+        guesses: list[int] = []
+        for left in range(max_tokens - 1, -1, -1):
+            token = chooser.choose(rows[0])
+            if lookup is not None:
+                lookup.add(token)
             yield token
-            if token in stop_ids or count == max_tokens or interrupted():
+            if token in stop_ids or not left or interrupted():
                 return
-            last = self._append([token])
+            if guesses and guesses[0] == token:
+                guesses, rows = guesses[1:], rows[1:]
+                continue
+            self._forget(len(guesses))
+            # The last token that is chosen needs no place, so that guesses stay within the context as answers do.
+            guesses = lookup.guess(left - 1) if lookup is not None else []
+            rows = self._append([token, *guesses], 1 + len(guesses))
 
     def generate_sliding(
         self,
@@ -111,6 +128,7 @@ class Sequencer:
         *,
         context_length: int,
         keep: int,
+        lookup: Lookup | None = None,
     ) -> Iterator[int]:
         """As `generate`, but where the context is full, the older half of what follows the first `keep` tokens is
         forgotten and what remains is fed again: what follows is exactly what follows those tokens in a fresh run.
@@ -120,7 +138,7 @@ class Sequencer:
         known, left = list(token_ids), max_tokens
         while left:
             room = min(left, context_length - len(known) + 1)
-            for token in self.generate(tuple(known), room, chooser, stop_ids, interrupted):
+            for token in self.generate(tuple(known), room, chooser, stop_ids, interrupted, lookup=lookup):
                 known.append(token)
                 left -= 1
                 yield token
@@ -132,8 +150,15 @@ class Sequencer:
         """`generate` with the most likely token each time."""
         return self.generate(token_ids, max_tokens, Greedy(), stop_ids)
 
-    def _append(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def _append(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         # A step that fails or is interrupted leaves the session at its old length; the record follows only after it.
-        logits = self._session.step(token_ids)
+        logits = self._session.step(token_ids, keep)
         self._cached.extend(token_ids)
         return logits
+
+    def _forget(self, count: int) -> None:
+        """Take back the last tokens of the cache: guesses that did not come. An answer that ends early leaves them
+        there, recorded as what they are."""
+        if count:
+            self._session.rewind(len(self._cached) - count)
+            del self._cached[-count:]

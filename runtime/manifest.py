@@ -19,6 +19,7 @@ from .errors import BundleCorruptError, BundleVersionError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32")
+EXACT_SCHEME = "int8-rowwise"
 
 CacheLayout = Literal["in_place", "concatenated"]
 
@@ -151,6 +152,12 @@ class Manifest:
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
         canonical = json.dumps(files, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    @property
+    def exact_under_cuts(self) -> bool:
+        """Whether a text is promised to give bit for bit the same logits however it is cut into steps. It takes
+        activations that are quantized row by row and ONNX Runtime's fused attention."""
+        return self.quantization.scheme == EXACT_SCHEME and self.model.cache_layout == "in_place"
 
     def to_json(self) -> str:
         """The text of `manifest.json`, indented, ending in a line feed."""

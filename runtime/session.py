@@ -29,6 +29,9 @@ _REPAIR = "export the model again, and check that onnxruntime is as new as the o
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
 # bits. With a float32 cache a step therefore always has two rows; with an int8 cache both kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
+# Rows of logits that a step may keep without a new buffer: a token and the guesses behind it (`lookup.MOST_GUESSES`).
+# The system gives memory only to the rows that are written.
+_SHARED_ROWS = 17
 
 _PREPARING = {
     "optimized_model_external_initializers_file_name": WEIGHTS_NAME,
@@ -86,6 +89,7 @@ class OrtSession:
         self._mask = np.ones((1, 0), np.int64)
         self._keep = np.zeros(1, np.int64)
         self._logits = np.zeros((1, 0, model.vocab_size), np.float32)
+        self._room = self._logits
         self._bind_input("logits_to_keep", self._keep)
         self._errors = onnxruntime_errors()
         self._min_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" else 1
@@ -137,7 +141,11 @@ class OrtSession:
             self._ids = np.zeros((1, rows), np.int64)
             self._bind_input("input_ids", self._ids)
         if keep != self._logits.shape[1]:
-            self._logits = np.zeros((1, keep, self._model.vocab_size), np.float32)
+            # Steps that check guesses keep more rows than others: they share one buffer. Larger ones do not stay.
+            size = max(keep, _SHARED_ROWS)
+            if size != self._room.shape[1]:
+                self._room = np.zeros((1, size, self._model.vocab_size), np.float32)
+            self._logits = self._room[:, :keep]
             self._bind_output("logits", self._logits)
         self._keep[0] = keep
         self._bind_input("attention_mask", self._mask[:, : self.length + rows])

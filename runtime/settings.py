@@ -44,6 +44,7 @@ class SettingsKeywords(TypedDict, total=False):
     timeout: float | None
     context_full: ContextPolicy
     keep: int
+    lookup: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class GenerationSettings:
     timeout: seconds from the call after which the answer ends with what is there.
     context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
     first `keep` tokens and goes on.
+    lookup: guess tokens where the text repeats itself and check several in one step; used only where answers stay the
+    same, bit for bit.
     Raises: SettingsError.
     """
 
@@ -83,6 +86,7 @@ class GenerationSettings:
     timeout: float | None = None
     context_full: ContextPolicy = "stop"
     keep: int = 0
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -97,6 +101,8 @@ class GenerationSettings:
             raise SettingsError(f"regex must be a text, found {self.regex!r}")
         if self.context_full not in ("stop", "slide"):
             raise SettingsError(f'context_full must be "stop" or "slide", found {self.context_full!r}')
+        if not isinstance(self.lookup, bool):
+            raise SettingsError(f"lookup must be True or False, found {self.lookup!r}")
         self._check_conflicts()
 
     @staticmethod
@@ -133,9 +139,9 @@ class GenerationSettings:
         return self.json_schema is not None or self.regex is not None
 
     def cache_key(self) -> dict[str, Any]:
-        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout, and the seed where
-        nothing is drawn."""
-        without = ("timeout", "seed") if self.deterministic else ("timeout",)
+        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout and the lookup,
+        and the seed where nothing is drawn."""
+        without = ("timeout", "lookup", "seed") if self.deterministic else ("timeout", "lookup")
         key = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in without}
         bias = [[token, str(value)] for token, value in self.logit_bias.items()]
         return {**key, "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids), "logit_bias": bias}

@@ -34,6 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "timeout": {"timeout": 3.0},
     "context_full": {"context_full": "slide"},
     "keep": {"context_full": "slide", "keep": 4},
+    "lookup": {"lookup": False},
 }
 NAMES = [item.name for item in dataclasses.fields(GenerationSettings)]
 
@@ -57,6 +58,7 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"presence_penalty": value} for value in (1e7, -1e7, math.nan, math.inf, None, "0")),
         *({"frequency_penalty": value} for value in (math.nan, -math.inf, None)),
         *({"logit_bias": value} for value in (5, [1])),
+        *({"lookup": value} for value in (None, 1, "no")),
         *({"logit_bias": value} for value in ({"1": 2}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: 1e7})),
         *({"logit_bias": value} for value in ({1: "a"}, {True: 1})),
         *({"seed": value} for value in (-1, 2**64, 1.5, "1", True)),
@@ -142,7 +144,7 @@ def test_every_setting_that_can_change_an_answer_is_in_the_cache_key(name: str) 
     changed = GenerationSettings(**others)
     del others[name]
     before = GenerationSettings(**others).cache_key()
-    assert (changed.cache_key() != before) == (name != "timeout")
+    assert (changed.cache_key() != before) == (name not in ("timeout", "lookup"))
     assert json.loads(json.dumps(changed.cache_key(), allow_nan=False)) == changed.cache_key()
 
 
@@ -153,7 +155,7 @@ def test_a_seed_is_no_part_of_a_greedy_request() -> None:
 
 def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
     assert GenerationSettings().plain and GenerationSettings().deterministic
-    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep"}
+    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep", "lookup"}
     assert {name for name in NAMES if GenerationSettings(**OTHERS[name]).plain} == plain
     sampled = {"temperature", "top_k", "top_p", "min_p", "seed"}
     assert {name for name in NAMES if not GenerationSettings(**OTHERS[name]).deterministic} == sampled

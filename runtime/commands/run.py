@@ -100,8 +100,9 @@ def summary(stats: Stats | None) -> str:
         return ""
     if stats.response_cache_hit:
         return f"{stats.prompt_tokens} prompt tokens, {stats.generated_tokens} from the response cache"
+    guesses = f"{stats.accepted_tokens} of {stats.guessed_tokens} guesses came, " if stats.guessed_tokens else ""
     return (
         f"{stats.prompt_tokens} prompt tokens, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
         f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "
-        f"{stats.resident_bytes / 1e6:.0f} MB resident"
+        f"{guesses}{stats.resident_bytes / 1e6:.0f} MB resident"
     )

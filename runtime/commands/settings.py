@@ -44,11 +44,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--keep", int, "N", "with --context-full slide: first tokens that are not forgotten (0)")
     add("--json-schema", Path, "FILE", "make the answer follow a JSON schema")
     add("--regex", str, "PATTERN", "make the answer follow a regular expression")
+    group.add_argument(
+        "--no-lookup",
+        dest="lookup",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="do not guess tokens where the text repeats itself (the answer is the same, only slower)",
+    )
 
 
 _OPTIONS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "timeout", "context_full", "keep", "json_schema", "regex", "logprobs",
+    "lookup",
 )  # fmt: skip
 
 

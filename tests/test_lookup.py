@@ -1,0 +1,386 @@
+"""Guessed tokens: answers are those of plain decoding, bit for bit, whatever is guessed; and guesses save steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edgelm.runtime import Bundle, Completion, Engine, load
+from edgelm.runtime.decode import Greedy, Sequencer
+from edgelm.runtime.errors import SessionError
+from edgelm.runtime.fake import FakeSession, NextToken
+from edgelm.runtime.lookup import MOST_GUESSES, Lookup, Pace, Text
+from edgelm.runtime.manifest import Quantization
+from edgelm.runtime.tokenizer import Tokenizer
+
+from .conftest import TEXT, byte_tokenizer
+from .test_decode import END, FailingSession, manifest, rule
+
+LETTERS = 5
+
+
+def repeating(period: int, noise: int, vocab_size: int = LETTERS) -> NextToken:
+    """A next token that is the one `period` tokens before, but for `noise` of 10 times, when it is any."""
+    anything = rule(vocab_size * 10)
+
+    def next_token(tokens: Sequence[int]) -> int:
+        value = anything(tokens)
+        return value // 10 if value % 10 < noise or len(tokens) < period else tokens[-period]
+
+    return next_token
+
+
+# ---- Text: where it repeats itself
+
+
+def slow_following(ids: Sequence[int], count: int) -> list[int]:
+    """What followed the last n-gram, found by looking at every place; without the memory of what was repeated."""
+    for size in (3, 2):
+        for end in range(len(ids) - 1, size - 1, -1):
+            if len(ids) >= size and ids[end - size : end] == ids[-size:]:
+                followed = list(ids[end:])
+                return [followed[index % len(followed)] for index in range(count)]
+    return []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40), st.integers(1, 20))
+def test_the_last_place_is_found_wherever_the_text_was_cut(ids: list[int], cut: int, count: int) -> None:
+    text = Text(ids[:cut])
+    for token in ids[cut:]:
+        text.add(token)
+    assert text.following(count) == slow_following(ids, count)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=60))
+def test_asking_after_each_token_finds_as_much_as_asking_once(ids: list[int]) -> None:
+    """What it proposes is always what followed a place whose last two tokens are the text's own."""
+    text, known = Text(()), []
+    for token in ids:
+        text.add(token)
+        known.append(token)
+        (*_, guess) = text.following(1) or [None]
+        places = [end for end in range(2, len(known)) if known[end - 2 : end] == known[-2:]]
+        assert (guess is None) == (not places)
+        assert guess is None or guess in {known[end] for end in places}
+
+
+def test_a_place_that_was_repeated_so_far_goes_before_a_later_one() -> None:
+    """1 2 3 stands twice; the copy of the first place goes on with what followed there."""
+    text = Text([7, 8, 1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 6, 7, 8])
+    assert text.following(5) == [1, 2, 3, 4, 5]
+    for token in (1, 2, 3):
+        text.add(token)
+    assert text.following(2) == [4, 5]
+    text.add(6)
+    assert text.following(2) == [6, 7]
+
+
+def test_a_loop_is_taken_to_go_on() -> None:
+    assert Text([9, 1, 2, 1, 2, 1]).following(5) == [2, 1, 2, 1, 2]
+    assert Text([1, 1, 1]).following(4) == [1, 1, 1, 1]
+
+
+# ---- Pace: how many to guess
+
+
+def run(pace: Pace, outcome: Callable[[int], int], steps: int) -> list[int]:
+    """How many were wanted at each step, where `outcome` says how many of them came."""
+    wanted = []
+    for _ in range(steps):
+        count = pace.wanted()
+        wanted.append(count)
+        if count:
+            pace.learn(count, outcome(count))
+    return wanted
+
+
+def test_guesses_that_come_make_more_of_them() -> None:
+    assert run(Pace(), lambda count: count, 7) == [1, 2, 4, 8, 16, 16, 16]
+    assert MOST_GUESSES == 16
+
+
+def test_guesses_that_come_in_part_are_as_many_as_came() -> None:
+    assert run(Pace(), lambda count: min(count, 3), 6) == [1, 2, 4, 3, 6, 3]
+
+
+def test_where_no_guess_comes_hardly_any_is_made() -> None:
+    wanted = run(Pace(), lambda _: 0, 1000)
+    assert wanted[:12] == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert max(wanted) == 1
+    assert sum(wanted) <= 1000 / 64 + 6
+
+
+def test_one_success_ends_the_pauses() -> None:
+    pace = Pace()
+    run(pace, lambda _: 0, 40)
+    while not pace.wanted():
+        pass
+    pace.learn(1, 1)
+    assert pace.wanted() == 2
+
+
+# ---- Sequencer: the same tokens, from the same rows, in fewer steps
+
+
+class Recorder:
+    """A chooser that notes the rows that it is asked for. It draws, so a row too many would change what follows."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = None if seed is None else np.random.default_rng(seed)
+        self.rows: list[bytes] = []
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        self.rows.append(logits.tobytes())
+        if self._random is None or self._random.random() < 0.7:
+            return int(logits.argmax())
+        return int(self._random.integers(len(logits)))
+
+
+rules = st.tuples(st.integers(1, 9), st.integers(0, 10))
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, LETTERS - 1), min_size=1, max_size=30),
+        st.integers(1, 60),
+        st.sets(st.integers(0, LETTERS - 1), max_size=1),
+        st.none() | st.integers(0, 3),
+        st.none() | st.integers(0, 60),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rules, requests, st.integers(1, 5))
+def test_tokens_and_rows_are_those_of_plain_decoding(
+    shape: tuple[int, int], asked: list[tuple[list[int], int, set[int], int | None, int | None]], piece_tokens: int
+) -> None:
+    """Several prompts after each other on one cache, some of which are left early."""
+    session = FakeSession(LETTERS, repeating(*shape))
+    sequencer, lookup = Sequencer(session, piece_tokens), Lookup()
+    for prompt, max_tokens, stop_ids, seed, taken in asked:
+        plain, guessing = Recorder(seed), Recorder(seed)
+        fresh = Sequencer(FakeSession(LETTERS, repeating(*shape)), piece_tokens)
+        wanted = list(fresh.generate(prompt, max_tokens, plain, stop_ids))[:taken]
+        session.steps.clear()
+        tokens = sequencer.generate(prompt, max_tokens, guessing, stop_ids, lookup=lookup)
+        got = [token for token, _ in zip(tokens, wanted, strict=False)]
+        tokens.close()  # type: ignore[attr-defined]
+        assert got == wanted
+        assert guessing.rows == plain.rows[: len(guessing.rows)]
+        assert len(guessing.rows) - len(wanted) in (0, 1)
+        assert all(len(step) <= max(piece_tokens, 1 + MOST_GUESSES) for step in session.steps)
+        assert session.length <= len(prompt) + max_tokens - 1, "guesses beyond what the answer may need"
+    assert lookup.accepted <= lookup.guessed
+
+
+@settings(max_examples=100, deadline=None)
+@given(rules, st.lists(st.integers(0, LETTERS - 1), min_size=1, max_size=12), st.integers(1, 60), st.integers(0, 7))
+def test_sliding_contexts_slide_the_same(shape: tuple[int, int], prompt: list[int], max_tokens: int, keep: int) -> None:
+    def answer(lookup: Lookup | None) -> list[int]:
+        session = FakeSession(LETTERS, repeating(*shape))
+        tokens = Sequencer(session).generate_sliding(
+            prompt, max_tokens, Greedy(), {0}, lambda: False, context_length=12, keep=keep, lookup=lookup
+        )
+        found = []
+        for token in tokens:
+            assert session.length <= 12
+            found.append(token)
+        return found
+
+    assert answer(Lookup()) == answer(None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rules, st.sets(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 3))
+def test_a_step_that_fails_leaves_a_sequencer_that_answers_right(
+    shape: tuple[int, int], fail_at: set[int], start: int
+) -> None:
+    session = FailingSession(LETTERS, repeating(*shape), fail_at)
+    sequencer = Sequencer(session)
+    for length in range(start + 1, start + 6):
+        prompt = [index % LETTERS for index in range(length)]
+        wanted = list(Sequencer(FakeSession(LETTERS, repeating(*shape))).greedy(prompt, 40, ()))
+        got: list[int] = []
+        try:
+            got.extend(sequencer.generate(prompt, 40, Greedy(), (), lookup=Lookup()))
+        except SessionError:
+            assert got == wanted[: len(got)]
+        else:
+            assert got == wanted
+
+
+def test_a_text_that_is_copied_takes_few_steps() -> None:
+    text = [(7 * index * index + index) % 211 for index in range(200)]  # nothing in it comes twice in a row of two
+    session = FakeSession(211, lambda tokens: tokens[-len(text)])
+    lookup = Lookup()
+    prompt = [*text, *text[:2]]
+    tokens = list(Sequencer(session).generate(prompt, 198, Greedy(), (), lookup=lookup))
+    assert tokens == text[2:]
+    # One for the prompt, 2 + 3 + 5 + 9 tokens while the guesses grow, then 17 a step.
+    assert len(session.steps) == 1 + 4 + 11
+    assert lookup.accepted == 198 - len(session.steps)
+
+
+def test_a_text_that_never_repeats_is_decoded_in_plain_steps() -> None:
+    session = FakeSession(300, lambda tokens: len(tokens) % 300)
+    list(Sequencer(session).generate([0, 1, 2], 250, Greedy(), (), lookup=Lookup()))
+    assert [len(step) for step in session.steps] == [3, *[1] * 249]
+
+
+# ---- Engine
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer(folder)
+    return folder
+
+
+def engine_on(session: FakeSession, folder: Path, **changes: Any) -> Engine:
+    described = dataclasses.replace(manifest(context_length=200), **changes)
+    return Engine(Bundle(folder, described), session, Tokenizer(folder / "tokenizer.json"), None)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"max_tokens": 7},
+    {"stop": ["ab", "c"]},
+    {"stop": ["b"], "min_tokens": 9},
+    {"stop_token_ids": [97]},
+    {"logprobs": 2},
+    {"temperature": 0.3, "seed": 3},
+    {"temperature": 1.0, "top_k": 3, "top_p": 0.9, "seed": 4, "logprobs": 1},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.1, "frequency_penalty": 0.05},
+    {"logit_bias": {97: -1.0}, "min_tokens": 20},
+    {"context_full": "slide", "keep": 3, "max_tokens": 400},
+]
+
+
+def answer(done: Completion) -> dict[str, Any]:
+    """Everything but the figures."""
+    return {**dataclasses.asdict(done), "stats": None}
+
+
+@pytest.mark.parametrize("chosen", SETTINGS)
+@settings(max_examples=8, deadline=None)
+@given(prompt=st.text("abc", min_size=1, max_size=20), shape=rules)
+def test_completions_are_the_same(
+    chosen: dict[str, Any], tokenizer_folder: Path, prompt: str, shape: tuple[int, int]
+) -> None:
+    engine = engine_on(FakeSession(END + 1, repeating(*shape, vocab_size=END + 1)), tokenizer_folder)
+    plain = engine.generate(prompt, lookup=False, **chosen)
+    assert answer(engine.generate(prompt, **chosen)) == answer(plain)
+    assert plain.stats.guessed_tokens == plain.stats.accepted_tokens == 0
+
+
+def test_the_figures_tell_of_guesses(tokenizer_folder: Path) -> None:
+    engine = engine_on(FakeSession(END + 1, lambda tokens: tokens[-3]), tokenizer_folder)
+    stats = engine.generate("abcabc", max_tokens=100).stats
+    assert stats.accepted_tokens == stats.guessed_tokens > 80
+
+
+@pytest.mark.parametrize(
+    "change", [{"quantization": Quantization("int8-tensor", ())}, {"quantization": Quantization("unknown", ())}]
+)
+def test_nothing_is_guessed_where_a_guess_could_change_an_answer(
+    tokenizer_folder: Path, change: dict[str, Any]
+) -> None:
+    session = FakeSession(END + 1, lambda tokens: tokens[-3])
+    engine = engine_on(session, tokenizer_folder, **change)
+    assert engine.generate("abcabc", max_tokens=50).stats.guessed_tokens == 0
+    assert [len(step) for step in session.steps] == [6, *[1] * 49]
+
+
+def test_caches_that_are_concatenated_promise_nothing() -> None:
+    described = manifest()
+    assert described.exact_under_cuts
+    concatenated = dataclasses.replace(described.model, cache_layout="concatenated")
+    assert not dataclasses.replace(described, model=concatenated).exact_under_cuts
+
+
+# ---- Real bundles
+
+BUNDLES = ["int8 cache", "float32 cache", "stories260k"]
+
+
+@pytest.fixture(scope="module")
+def engine_of(
+    export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
+) -> Iterator[Callable[[str], Engine]]:
+    """The engine of a name, loaded once for all tests of this file."""
+    opened: dict[str, Engine] = {}
+
+    def get(name: str) -> Engine:
+        if name not in opened:
+            folders = {
+                "int8 cache": export_tiny,
+                "float32 cache": lambda: export_tiny(kv="float32"),
+                "stories260k": lambda: stories_bundle("int8-rowwise"),
+            }
+            opened[name] = load(folders[name](), threads=1, response_cache=False)
+        return opened[name]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
+
+
+FEW_TOKENS = {token: -math.inf for token in range(257) if token not in (97, 98, 99)}
+REAL_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 1},
+    {"temperature": 0.4, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 2, "logprobs": 0},
+    {"repetition_penalty": 1.05},
+    {"stop": ["e"], "min_tokens": 30},
+    # A random model repeats itself where it has few tokens to choose from.
+    {"logit_bias": FEW_TOKENS},
+    {"logit_bias": FEW_TOKENS, "temperature": 2.0, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_models_answer_the_same(engine_of: Callable[[str], Engine], name: str, data: st.DataObject) -> None:
+    """Prompts that repeat themselves, of many lengths, after each other on one cache, one of them left early."""
+    engine = engine_of(name)
+    start, size = data.draw(st.integers(0, 500), label="start"), data.draw(st.integers(4, 120), label="size")
+    words = engine.encode(TEXT[start : start + 700])[:size]
+    prompt = (words * 3)[: data.draw(st.integers(1, 2 * size), label="prompt")]
+    chosen = data.draw(st.sampled_from(REAL_SETTINGS), label="settings")
+    max_tokens = data.draw(st.integers(30, 80), label="max_tokens")
+    if data.draw(st.booleans(), label="leave another one early"):
+        stream = engine.stream(token_ids=prompt[: size // 2 + 1], max_tokens=40)
+        for _ in zip(range(data.draw(st.integers(1, 20), label="chunks")), stream, strict=False):
+            pass
+        stream.close()
+    guessing = engine.generate(token_ids=prompt, max_tokens=max_tokens, **chosen)
+    plain = engine.generate(token_ids=prompt, max_tokens=max_tokens, lookup=False, **chosen)
+    assert answer(guessing) == answer(plain)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_models_accept_guesses(engine_of: Callable[[str], Engine], name: str) -> None:
+    """Else the test above would compare plain decoding with itself."""
+    engine = engine_of(name)
+    stats = engine.generate(TEXT[:100], max_tokens=100, min_tokens=100, logit_bias=FEW_TOKENS).stats
+    assert 0 < stats.accepted_tokens < stats.guessed_tokens
+
+
+def test_a_scheme_without_the_promise_guesses_nothing(export_tiny: Callable[..., Path]) -> None:
+    with load(export_tiny(scheme="int8-tensor"), threads=1, response_cache=False) as engine:
+        assert engine.generate("aaaaaaaaaaaaaaaaaaaa", max_tokens=40, min_tokens=40).stats.guessed_tokens == 0
