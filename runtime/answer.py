@@ -61,7 +61,7 @@ class Answer:
 
     def chunks(self, sequencer: Sequencer) -> Iterator[Chunk]:
         """Compute. The last chunk has the reason and the figures. Raises: SessionError, SettingsError."""
-        reused = sequencer.reusable(self._request.token_ids)
+        reused = sequencer.reuse(self._request.token_ids)
         chosen, generated, first, ended = 0, 0, 0.0, False
         for token in self._tokens(sequencer):
             first = first or time.perf_counter()

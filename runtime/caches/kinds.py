@@ -6,9 +6,13 @@ A further kind is a class with the methods of `CacheKind` and an entry in `cache
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import CacheError
+from ..prefixes import files
+from ..prefixes.settings import DEFAULT_DISK_BYTES as PREFIX_BYTES
 from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
 from .sqlite import SqliteStore
 from .store import StoreStats
@@ -56,6 +60,38 @@ class ResponseKind:
                 store.check()
 
 
+class PrefixKind:
+    """The files of computed beginnings of prompts, with the default budget."""
+
+    name = "prefixes"
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / files.FOLDER_NAME
+
+    def stats(self) -> StoreStats:
+        """Blocks, and bytes as the file system allocates them."""
+        with self._mapped_errors():
+            sizes = [file.bytes for file in files.found_files(self.path)]
+        return StoreStats(len(sizes), sum(sizes), None, PREFIX_BYTES)
+
+    def clear(self) -> None:
+        """As `files.delete_all`."""
+        with self._mapped_errors():
+            files.delete_all(self.path)
+
+    def check(self) -> None:
+        """As `files.check_all`."""
+        with self._mapped_errors():
+            files.check_all(self.path, PREFIX_BYTES)
+
+    @contextlib.contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be used ({error}): look after its folder and disk") from error
+
+
 def cache_kinds(home: Path) -> tuple[CacheKind, ...]:
     """All kinds, in the order in which they are shown. home: what `edgelm.runtime.home.home()` gave."""
-    return (ResponseKind(home),)
+    return ResponseKind(home), PrefixKind(home)
