@@ -157,7 +157,7 @@ def test_no_answer_depends_on_what_was_kept(
     asked: list[tuple[list[int], int, bool]], blocks: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Memory has room for a few blocks, forgets at random requests, and files get lost."""
-    random = Random(seed)
+    random = Random(seed)  # noqa: S311, nothing is encrypted
     folder = tmp_path_factory.mktemp("blocks")
     sequencer, session, prefixes = fake_sequencer(blocks * 500, folder)
     for prompt, max_tokens, restart in asked:
