@@ -7,19 +7,21 @@ back as it was, so logits are those of a cold run. Whatever happens to the files
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from . import machine
-from .bundle import Bundle
+from .bundle import GRAPH_NAME, Bundle
 from .errors import CacheError, SettingsError
 from .home import home
 from .manifest import Manifest
-from .prefixes.files import FOLDER_NAME, BlockFiles
+from .prefixes.files import FOLDER_NAME, BlockFiles, time_of_use
 from .prefixes.keys import BLOCK_TOKENS, block_keys, root_key
 from .prefixes.memory import Block, BlockMemory
 from .prefixes.settings import PrefixCacheSettings
+from .prefixes.watch import Watch
 from .prefixes.writer import BlockWriter
 from .session import OrtSession, Session
 
@@ -54,11 +56,21 @@ class PrefixCache:
     Between processes: files are shared. Raises: MemoryError, where the KV cache cannot grow; of files nothing.
     """
 
-    def __init__(self, session: BlockSession, root: bytes, memory: BlockMemory, files: BlockFiles | None) -> None:
-        """root: `prefixes.keys.root_key`; both stores belong to this cache from here on."""
+    def __init__(
+        self,
+        session: BlockSession,
+        root: bytes,
+        memory: BlockMemory,
+        files: BlockFiles | None,
+        model_files: Iterable[Path] = (),
+    ) -> None:
+        """root: `prefixes.keys.root_key`; both stores belong to this cache from here on. model_files: what the session
+        was loaded from; once one of them was written to, nothing is kept any more."""
         self._session, self._root = session, root
         self._memory, self._files = memory, files
         self._writer = None if files is None else BlockWriter(files, _WAITING_BYTES)
+        self._watch = Watch(model_files)
+        self._spoilt = False
         self._block_bytes = session.block_bytes(BLOCK_TOKENS)
 
     def restore(self, token_ids: Sequence[int], length: int) -> None:
@@ -85,17 +97,19 @@ class PrefixCache:
 
         Cost: a copy of the blocks that are new; files are written in the background.
         """
+        if self._is_spoilt():
+            return
         keys = block_keys(self._root, token_ids)
         self._memory.use(keys)
-        chain, room = frozenset(keys), True
+        chain, room, now = frozenset(keys), True, time.time()
+        wanted = frozenset() if self._writer is None else frozenset(key for key in keys if self._writer.wants(key))
         for index, key in enumerate(keys):
             block = self._memory.get(key)
-            wanted = self._writer is not None and self._writer.wants(key)
-            if block is None and (room or wanted):
+            if block is None and (room or key in wanted):
                 block = self._session.read(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
                 room = room and self._memory.put(key, block, chain)
-            if block is not None and wanted and self._writer is not None:
-                self._writer.add(key, index, block)
+            if wanted and self._writer is not None:
+                self._writer.add(key, time_of_use(now, index), block if key in wanted else None)
         self._memory.use(keys)
         if self._writer is not None:
             self._writer.start()
@@ -105,6 +119,13 @@ class PrefixCache:
         self._memory.clear()
         if self._writer is not None:
             self._writer.flush()
+
+    def _is_spoilt(self) -> bool:
+        written = None if self._spoilt else self._watch.written()
+        if written is not None:
+            self._spoilt = True
+            log.warning("%s was changed while its model is loaded: nothing is kept any more, load it again", written)
+        return self._spoilt
 
     def _find(self, key: bytes, chain: frozenset[bytes]) -> Block | None:
         block = self._memory.get(key)
@@ -134,7 +155,8 @@ def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, sess
     if settings is None or not isinstance(session, OrtSession) or not is_exact(bundle.manifest):
         return None
     root = root_key(bundle.manifest, machine.numerics())
-    return PrefixCache(session, root, BlockMemory(settings.memory_bytes), _files(settings))
+    model_files = [bundle.path / name for name in bundle.manifest.files if name.startswith(GRAPH_NAME)]
+    return PrefixCache(session, root, BlockMemory(settings.memory_bytes), _files(settings), model_files)
 
 
 def is_exact(manifest: Manifest) -> bool:

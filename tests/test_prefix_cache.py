@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -20,6 +24,7 @@ from edgelm.runtime.cli import main
 from edgelm.runtime.decode import Sequencer
 from edgelm.runtime.errors import SettingsError
 from edgelm.runtime.fake import FakeSession
+from edgelm.runtime.manifest import CacheType, FileEntry
 from edgelm.runtime.prefix_cache import PrefixCache, open_prefix_cache
 from edgelm.runtime.prefixes.files import BlockFiles
 from edgelm.runtime.prefixes.keys import BLOCK_TOKENS, block_keys, root_key
@@ -104,11 +109,14 @@ def test_texts_share_as_many_keys_as_blocks(first: list[int], second: list[int])
     assert not set(one[blocks:]) & set(other[blocks:])
 
 
-def test_whatever_decides_the_bits_is_in_the_key(export_tiny: Callable[..., Path]) -> None:
-    int8, float32 = (Bundle.open(export_tiny(**more)).manifest for more in ({}, {"kv": "float32"}))
-    roots = {root_key(int8, "one"), root_key(int8, "other"), root_key(float32, "one")}
-    assert len(roots) == 3
-    assert root_key(int8, "one") in roots
+def test_whatever_decides_the_bits_is_in_the_key(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    other_files = replace(manifest, files={**manifest.files, "model.onnx": FileEntry(1, "sha256:0")})
+    other_cache = replace(manifest, model=replace(manifest.model, kv=CacheType("float32", None)))
+    roots = {root_key(manifest, "one"), root_key(manifest, "other"), root_key(other_files, "one")}
+    roots |= {root_key(other_cache, "one")}
+    assert len(roots) == 4
+    assert root_key(Bundle.open(tiny_bundle).manifest, "one") in roots
 
 
 # ---- memory
@@ -209,6 +217,29 @@ def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
         assert engine.generate(token_ids=ids[:100], max_tokens=1).stats.reused_tokens == 96
 
 
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 120), st.integers(1, 30)), min_size=2, max_size=7),
+    blocks=st.integers(0, 20),
+)
+def test_logits_of_random_prompts_in_random_orders(
+    asked: list[tuple[int, int, int]], blocks: int, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of a real bundle, with memory for a few blocks: each prompt begins as others do and ends as none does."""
+    described = Bundle.open(tiny_bundle)
+    sequencer, session = opened(tiny_bundle)
+    alone = OrtSession(tiny_bundle / "model.onnx", described.manifest.model, 1)
+    files = BlockFiles(tmp_path_factory.mktemp("blocks"), 2**20)
+    memory = BlockMemory(blocks * session.block_bytes(BLOCK_TOKENS))
+    sequencer = Sequencer(session, prefixes=PrefixCache(session, ROOT, memory, files))
+    ids = ids_of(tiny_bundle, 130)
+    for beginning, shared, rest in asked:
+        prompt = [beginning] * 16 + ids[:shared] + ids[-rest:]
+        alone.rewind(0)
+        assert same_bits(logits_of(sequencer, prompt), alone.step(prompt)[-1])
+        memory.check()
+
+
 @pytest.mark.parametrize("kv", ["int8", "float32"])
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_logits_are_those_of_a_cold_run(
@@ -290,6 +321,56 @@ def test_other_arithmetic_finds_nothing(tiny_bundle: Path, monkeypatch: pytest.M
     monkeypatch.setattr(machine, "numerics", lambda: "another processor")
     with load(tiny_bundle, threads=1, response_cache=False) as engine:
         assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == 0
+
+
+def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
+    export_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    old, new, place = export_tiny(), export_tiny(kv="float32"), tmp_path / "bundle"
+    ids = ids_of(old)
+    shutil.copytree(old, place)
+    with load(place, threads=1, response_cache=False) as engine:
+        place.rename(tmp_path / "away")
+        shutil.copytree(new, place)
+        expected = engine.generate(token_ids=ids, max_tokens=20)
+    with load(place, threads=1, response_cache=False) as engine:
+        assert engine.generate(token_ids=ids, max_tokens=20).stats.reused_tokens == 0
+    with load(old, threads=1, response_cache=False) as engine:
+        again = engine.generate(token_ids=ids, max_tokens=20)
+    assert again.stats.reused_tokens == 288 and again.token_ids == expected.token_ids
+
+
+def test_nothing_is_kept_of_a_bundle_that_is_written_to_while_loaded(
+    tiny_bundle: Path, tmp_path: Path, edgelm_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, place)
+    ids = ids_of(tiny_bundle)
+    with load(place, threads=1, response_cache=False) as engine:
+        engine.generate(token_ids=ids[:64], max_tokens=1)
+        weights = place / "model.onnx.data"
+        with weights.open("r+b") as file:
+            file.write(weights.read_bytes()[:100])
+        for begin in (0, 100):
+            engine.generate(token_ids=ids[begin : begin + 100], max_tokens=1)
+    assert len(list(edgelm_home.glob("prefixes/*/*.kv"))) == 4
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "changed while its model is loaded" in warnings[0]
+
+
+def test_a_forked_child_goes_on_alone(tmp_path: Path) -> None:
+    sequencer, _, prefixes = fake_sequencer(2**20, tmp_path / "blocks")
+    prompt = [0, 1, 2] * 20
+    answer(sequencer, prompt, 1)
+    child = os.fork()
+    if child == 0:
+        answer(sequencer, [2, 1, 0] * 20, 1)
+        right = sequencer.reuse([*prompt, 1]) == 48
+        prefixes.close()
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    prefixes.close()
+    assert len(list((tmp_path / "blocks").glob("*/*.kv"))) == 6
 
 
 @pytest.mark.parametrize("scheme", ["int8-tensor", "fp32"])

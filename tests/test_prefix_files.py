@@ -23,7 +23,7 @@ from edgelm.runtime.cli import main
 from edgelm.runtime.errors import CacheCorruptError, CacheVersionError
 from edgelm.runtime.prefixes import files as files_module
 from edgelm.runtime.prefixes.block_file import HEADER_BYTES
-from edgelm.runtime.prefixes.files import BlockFiles, check_all, delete_all, found_files
+from edgelm.runtime.prefixes.files import BlockFiles, check_all, delete_all, found_files, read_budget, time_of_use
 from edgelm.runtime.prefixes.memory import Block
 from edgelm.runtime.prefixes.writer import BlockWriter
 
@@ -51,6 +51,10 @@ def stored(folder: Path) -> set[int]:
     return {int(file.path.stem, 16) for file in found_files(folder)}
 
 
+def put(files: BlockFiles, number: int) -> None:
+    files.put(key_of(number), files._clock.wall(), block_of(number))
+
+
 def holds(files: BlockFiles, number: int) -> bool:
     found = files.read(key_of(number), SIZE)
     assert found is None or np.array_equal(found, block_of(number)), "a wrong block"
@@ -70,7 +74,7 @@ def test_what_was_put_is_read_by_whoever_comes_later(folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
     assert not holds(files, 1)
     assert not folder.parent.exists(), "looking makes no folder"
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     assert holds(files, 1) and holds(BlockFiles(folder, 2**20), 1)
     check_all(folder, 2**20)
     delete_all(folder)
@@ -83,7 +87,7 @@ def test_what_was_put_is_read_by_whoever_comes_later(folder: Path) -> None:
 @pytest.mark.parametrize("place", [0, 9, 13, 20, HEADER_BYTES, HEADER_BYTES + SIZE - 1])
 def test_a_flipped_bit_anywhere_is_seen(place: int, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     path = file_of(folder, 1)
     data = bytearray(path.read_bytes())
     data[place] ^= 128
@@ -94,14 +98,14 @@ def test_a_flipped_bit_anywhere_is_seen(place: int, folder: Path, caplog: pytest
     assert not holds(files, 1)
     if place != 9:  # which makes it a newer version's
         assert not path.exists() and len(warnings(caplog)) == 1 and "damaged" in warnings(caplog)[0]
-        files.put(key_of(1), 0, block_of(1))
+        put(files, 1)
         assert holds(files, 1)
 
 
 @pytest.mark.parametrize("length", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, 5000, HEADER_BYTES + SIZE + 1])
 def test_another_length_is_seen(length: int, folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     path = file_of(folder, 1)
     path.write_bytes((path.read_bytes() + b"more")[:length])
     assert not holds(files, 1)
@@ -110,7 +114,7 @@ def test_another_length_is_seen(length: int, folder: Path) -> None:
 
 def test_a_file_under_another_name_is_seen(folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     file_of(folder, 1).rename(file_of(folder, 2))
     assert not holds(files, 2)
 
@@ -124,12 +128,12 @@ def make_newer(path: Path) -> bytes:
 
 def test_files_of_a_newer_version_stay(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     data = make_newer(file_of(folder, 1))
     assert not holds(files, 1)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     for number in range(2, 200):
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
     with pytest.raises(CacheVersionError, match="1 blocks"):
         delete_all(folder)
     assert stored(folder) == {1}
@@ -145,24 +149,25 @@ def test_the_files_hold_their_budget_and_the_least_used_go(folder: Path) -> None
     files = BlockFiles(folder, budget, clock.clock)
     for number in range(64):
         clock.pass_time(1)
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
     assert stored(folder) == set(range(64))
     for number in range(10):
         clock.pass_time(1)
-        files.put(key_of(number), 0, block_of(number))  # a use
+        put(files, number)  # a use
     for number in range(100, 140):
         clock.pass_time(1)
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
         assert sum(file.bytes for file in found_files(folder)) <= budget
     assert set(range(10)) | set(range(100, 140)) <= stored(folder)
     check_all(folder, budget)
 
 
 def test_a_texts_end_goes_before_its_beginning(folder: Path) -> None:
-    files = BlockFiles(folder, 16 * ON_DISK)
+    files, now = BlockFiles(folder, 16 * ON_DISK), time.time()
     for depth in range(16):
-        files.put(key_of(depth), depth, block_of(depth))
-    files.put(key_of(99), 0, block_of(99))
+        time.sleep(0.003)
+        files.put(key_of(depth), time_of_use(now, depth), block_of(depth))
+    put(files, 99)
     left = stored(folder) - {99}
     assert left == set(range(len(left))) and len(left) < 16
 
@@ -171,12 +176,25 @@ def test_several_processes_share_the_budget(folder: Path) -> None:
     budget = 64 * ON_DISK
     several = [BlockFiles(folder, budget) for _ in range(3)]
     for number in range(300):
-        several[number % 3].put(key_of(number), 0, block_of(number))
+        put(several[number % 3], number)
         assert sum(file.bytes for file in found_files(folder)) <= budget + 3 * budget // 16
 
 
+def test_who_comes_last_sets_the_budget_for_all(folder: Path) -> None:
+    first, second = (BlockFiles(folder, pages * ON_DISK) for pages in (64, 32))
+    for number in range(64):
+        put(first, number)
+    assert read_budget(folder) == 64 * ON_DISK
+    put(second, 100)
+    assert read_budget(folder) == 32 * ON_DISK
+    assert len(stored(folder)) <= 32
+    for number in range(200, 240):
+        put(first, number)
+    assert len(stored(folder)) <= 32 + 4
+
+
 def test_a_block_larger_than_the_budget_is_not_stored(folder: Path) -> None:
-    BlockFiles(folder, SIZE).put(key_of(1), 0, block_of(1))
+    put(BlockFiles(folder, SIZE), 1)
     assert stored(folder) == set()
 
 
@@ -186,11 +204,11 @@ def test_files_from_the_future_go_first(folder: Path) -> None:
     files = BlockFiles(folder, 16 * ON_DISK, clock.clock)
     clock.pass_time(1000)
     for number in range(8):
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
     clock.jump(-900)
     for number in range(100, 120):
         clock.pass_time(1)
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
     assert stored(folder) <= set(range(100, 120))
 
 
@@ -202,7 +220,7 @@ def test_a_full_disk_is_one_warning_and_a_minutes_rest(
 ) -> None:
     clock = FakeClock()
     files = BlockFiles(folder, 2**20, clock.clock)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     create, full = files_module._create, [True]
 
     class Full:
@@ -222,13 +240,13 @@ def test_a_full_disk_is_one_warning_and_a_minutes_rest(
 
     monkeypatch.setattr(files_module, "_create", Full)
     for number in range(2, 5):
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
         clock.pass_time(70)
     assert stored(folder) == {1} and holds(files, 1)
     assert not list(folder.glob("*/*.tmp"))
     assert len(warnings(caplog)) == 1 and "No space left" in warnings(caplog)[0]
     monkeypatch.setattr(files_module, "_create", create)
-    files.put(key_of(5), 0, block_of(5))
+    put(files, 5)
     assert holds(files, 5)
 
 
@@ -258,10 +276,10 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_still_gives_what_it_holds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     for path in (file_of(folder, 1).parent, folder):
         path.chmod(0o500)
-    files.put(key_of(2), 0, block_of(2))
+    put(files, 2)
     assert holds(files, 1) and not holds(files, 2)
     assert len(warnings(caplog)) == 1
     for path in (folder, file_of(folder, 1).parent):
@@ -270,10 +288,10 @@ def test_a_read_only_folder_still_gives_what_it_holds(folder: Path, caplog: pyte
 
 def test_a_folder_that_vanishes_is_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     shutil.rmtree(folder.parent)
     assert not holds(files, 1)
-    files.put(key_of(1), 0, block_of(1))
+    put(files, 1)
     assert holds(files, 1)
     assert not warnings(caplog)
 
@@ -284,7 +302,7 @@ def test_what_killed_processes_left_is_deleted_after_an_hour(folder: Path) -> No
     for path in (young, old):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 4000,) * 2)
-    BlockFiles(folder, 2**20).put(key_of(1), 0, block_of(1))
+    put(BlockFiles(folder, 2**20), 1)
     assert young.exists() and not old.exists()
     delete_all(folder)
     assert not young.exists()
@@ -296,11 +314,11 @@ _WRITER = """
 import sys
 from pathlib import Path
 from edgelm.runtime.prefixes.files import BlockFiles
-from tests.test_prefix_files import ON_DISK, block_of, key_of
+from tests.test_prefix_files import ON_DISK, put
 files = BlockFiles(Path(sys.argv[1]), 40 * ON_DISK)
 print("ready", flush=True)
 for number in range(int(sys.argv[2])):
-    files.put(key_of(number % 70), number % 70, block_of(number % 70))
+    put(files, number % 70)
 """
 
 
@@ -340,7 +358,7 @@ def test_what_waits_is_written_at_close_and_bounded(folder: Path) -> None:
     waiting = BlockWriter(files, 3 * SIZE)
     for number in range(5):
         assert waiting.wants(key_of(number))
-        waiting.add(key_of(number), number, block_of(number))
+        waiting.add(key_of(number), time.time(), block_of(number))
     waiting.flush()
     assert stored(folder) == {0, 1, 2}
     assert [waiting.wants(key_of(number)) for number in range(5)] == [False] * 3 + [True] * 2
@@ -350,7 +368,7 @@ def test_what_waits_is_written_at_close_and_bounded(folder: Path) -> None:
 def test_a_use_is_noted_once_a_minute(folder: Path) -> None:
     clock = FakeClock()
     waiting = BlockWriter(BlockFiles(folder, 2**20, clock.clock), 2**20, clock.clock)
-    waiting.add(key_of(1), 0, block_of(1))
+    waiting.add(key_of(1), clock.wall(), block_of(1))
     waiting.flush()
     clock.pass_time(30)
     waiting.flush()
@@ -367,7 +385,7 @@ def test_commands_see_newer_and_damaged_files(edgelm_home: Path, capsys: pytest.
     kind = PrefixKind(edgelm_home)
     files = BlockFiles(kind.path, 2**20)
     for number in (1, 2):
-        files.put(key_of(number), 0, block_of(number))
+        put(files, number)
     make_newer(file_of(kind.path, 1))
     for action in ("check", "clear"):
         assert main(["cache", action]) == 1

@@ -61,7 +61,7 @@ class ResponseKind:
 
 
 class PrefixKind:
-    """The files of computed beginnings of prompts, with the default budget."""
+    """The files of computed beginnings of prompts, with the budget that is in their folder."""
 
     name = "prefixes"
 
@@ -72,7 +72,7 @@ class PrefixKind:
         """Blocks, and bytes as the file system allocates them."""
         with self._mapped_errors():
             sizes = [file.bytes for file in files.found_files(self.path)]
-        return StoreStats(len(sizes), sum(sizes), None, PREFIX_BYTES)
+        return StoreStats(len(sizes), sum(sizes), None, self._budget())
 
     def clear(self) -> None:
         """As `files.delete_all`."""
@@ -82,7 +82,10 @@ class PrefixKind:
     def check(self) -> None:
         """As `files.check_all`."""
         with self._mapped_errors():
-            files.check_all(self.path, PREFIX_BYTES)
+            files.check_all(self.path, self._budget())
+
+    def _budget(self) -> int:
+        return files.read_budget(self.path) or PREFIX_BYTES
 
     @contextlib.contextmanager
     def _mapped_errors(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Blocks on the disk: one file each, written to a temporary name and renamed, within a budget that processes share.
 
-FOLDER/ab/abcdef....kv, where the name is the block's key in hexadecimal. A file's modification time is its last use, a
-millisecond earlier for each block in front of it, so that the beginning of a text is the last of it to go.
+FOLDER/ab/abcdef....kv, where the name is the block's key in hexadecimal, and FOLDER/budget, a number of bytes. A file's
+modification time is its last use, a millisecond earlier for each block in front of it, so that the beginning of a text
+is the last of it to go.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .memory import Block
 
 FOLDER_NAME = "prefixes"  # below EDGELM_HOME
 _SUFFIX, _TEMPORARY = ".kv", ".tmp"
+_BUDGET_NAME = "budget"
+_BUDGET_DIGITS = 20
 _NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
 # How long writing rests after it failed.
 _REST_S = 60.0
@@ -79,14 +82,16 @@ class BlockFiles:
                 path.unlink()
         return None
 
-    def put(self, key: bytes, depth: int, block: Block) -> None:
-        """Store a block, or count a use where it is stored. depth: blocks in front of it. Cost: one write, no fsync;
-        now and then a listing of the folder."""
+    def put(self, key: bytes, used: float, block: Block | None) -> None:
+        """Store a block, or count a use where it is stored. used: `time_of_use`; block: None to count only.
+
+        Cost: one write, no fsync; now and then a listing of the folder.
+        """
         if self._clock.monotonic() < self._rests_until:
             return
-        path, used = self._path(key), self._clock.wall() - depth * _DEPTH_S
+        path = self._path(key)
         try:
-            if not self._used(path, used):
+            if not self._used(path, used) and block is not None:
                 self._write(path, used, encode(key, block), block)
         except OSError as error:
             self._rests_until = self._clock.monotonic() + _REST_S
@@ -123,24 +128,44 @@ class BlockFiles:
 
     def _make_room(self, size: int) -> bool:
         """Delete the files that were used last the longest ago, until so many bytes more fit. Whether they do."""
-        slack = self._max_bytes // _SLACK
-        if self._known is not None and self._unseen < slack and self._known + self._unseen + size <= self._max_bytes:
+        if self._known is not None and self._unseen + size <= self._room():
             return True
         now = self._clock.wall()
+        self._agree_on_budget()
         _delete_abandoned(self._folder, now)
         found = sorted(found_files(self._folder), key=lambda file: _last_use(file, now))
         self._known, self._unseen = sum(file.bytes for file in found), 0
         if self._known + size > self._max_bytes:
             for file in found:
-                if self._known + size <= self._max_bytes - slack:
+                if self._known + size <= self._max_bytes - self._max_bytes // _SLACK:
                     break
                 self._known -= file.bytes if _delete(file.path) else 0
         return self._known + size <= self._max_bytes
+
+    def _room(self) -> int:
+        """Bytes that may be written after the folder was looked through, until it is looked through again."""
+        assert self._known is not None, "the folder was looked through"
+        return min(self._max_bytes - self._known, self._max_bytes // _SLACK)
+
+    def _agree_on_budget(self) -> None:
+        """Who comes to a folder sets its budget for all processes, which learn it when they look what others wrote."""
+        if self._known is not None:
+            self._max_bytes = read_budget(self._folder) or self._max_bytes
+        elif read_budget(self._folder) != self._max_bytes:
+            temporary = self._folder / f"{_BUDGET_NAME}-{secrets.token_hex(8)}{_TEMPORARY}"
+            with _create(temporary) as file:
+                file.write(str(self._max_bytes).encode("ascii"))
+            temporary.replace(self._folder / _BUDGET_NAME)
 
     def _warn(self, kind: object, message: str) -> None:
         level = logging.DEBUG if kind in self._warned else logging.WARNING
         self._warned.add(kind)
         log.log(level, "the prefix cache: %s", message)
+
+
+def time_of_use(now: float, depth: int) -> float:
+    """What stands for the use of a block at a time, both in seconds since 1970. depth: blocks of its text before it."""
+    return now - depth * _DEPTH_S
 
 
 def found_files(folder: Path) -> Iterator[FoundFile]:
@@ -150,6 +175,14 @@ def found_files(folder: Path) -> Iterator[FoundFile]:
             with contextlib.suppress(FileNotFoundError):  # another process evicted it
                 status = entry.stat(follow_symlinks=False)
                 yield FoundFile(Path(entry.path), status.st_mtime, _allocated(status.st_size))
+
+
+def read_budget(folder: Path) -> int | None:
+    """The bytes that the files of a folder may take, as who came to it last said; None where nobody did."""
+    try:
+        return int((folder / _BUDGET_NAME).read_bytes()[:_BUDGET_DIGITS]) or None
+    except (OSError, ValueError):
+        return None
 
 
 def delete_all(folder: Path) -> None:

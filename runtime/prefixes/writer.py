@@ -26,8 +26,12 @@ log = logging.getLogger(__name__)
 
 class _Waiting(NamedTuple):
     key: bytes
-    depth: int
-    block: Block
+    used: float
+    block: Block | None
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.block is None else self.block.nbytes
 
 
 class BlockWriter:
@@ -44,17 +48,20 @@ class BlockWriter:
         watch_forks(self)
 
     def wants(self, key: bytes) -> bool:
-        """Whether the block of a key should be added, be it to write it or to note a use: once a minute."""
+        """Whether the block of a key should be added, be it to write it or to note a use: once a minute. The uses of
+        all blocks before it should be noted with it, or they would seem older."""
         return key not in self._noted
 
-    def add(self, key: bytes, depth: int, block: Block) -> None:
-        """Have a block written. depth: blocks in front of it. Cost: a queue's."""
+    def add(self, key: bytes, used: float, block: Block | None) -> None:
+        """Have a block written, or a use of it noted, as `BlockFiles.put`. Cost: a queue's."""
+        item = _Waiting(key, used, block)
         with self._lock:
-            if self._bytes + block.nbytes > self._max_bytes:
+            if self._bytes + item.bytes > self._max_bytes:
                 return
-            self._noted[key] = self._clock.monotonic()
-            self._queue.append(_Waiting(key, depth, block))
-            self._bytes += block.nbytes
+            if block is not None:
+                self._noted[key] = self._clock.monotonic()
+            self._queue.append(item)
+            self._bytes += item.bytes
 
     def start(self) -> None:
         """Begin to write what was added. Cost: a thread's, unless it runs."""
@@ -94,7 +101,7 @@ class BlockWriter:
     def _work(self) -> None:
         while (item := self._next()) is not None:
             started = time.perf_counter()
-            self._files.put(item.key, item.depth, item.block)
+            self._files.put(item.key, item.used, item.block)
             if threading.main_thread().is_alive():  # else the process is ending
                 self._hurry.wait(_PAUSE * (time.perf_counter() - started))
 
@@ -104,5 +111,5 @@ class BlockWriter:
                 self._thread = None
                 return None
             item = self._queue.popleft()
-            self._bytes -= item.block.nbytes
+            self._bytes -= item.bytes
             return item
