@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine import Engine, load
     from .errors import EdgelmError
     from .manifest import Manifest
+    from .prefix_cache import PrefixCacheSettings
     from .response_cache import ResponseCacheSettings
     from .results import Chunk, Completion, Stats, TokenLogprob
     from .settings import GenerationSettings
@@ -29,6 +30,7 @@ _HOME = {
     "Engine": "engine",
     "GenerationSettings": "settings",
     "Manifest": "manifest",
+    "PrefixCacheSettings": "prefix_cache",
     "ResponseCacheSettings": "response_cache",
     "Stats": "results",
     "TokenLogprob": "results",
@@ -43,6 +45,7 @@ __all__ = [
     "Engine",
     "GenerationSettings",
     "Manifest",
+    "PrefixCacheSettings",
     "ResponseCacheSettings",
     "Stats",
     "TokenLogprob",

@@ -73,7 +73,7 @@ class Answer:
 
     def chunks(self, sequencer: Sequencer) -> Iterator[Chunk]:
         """Compute. The last chunk has the reason and the figures. Raises: SessionError, SettingsError."""
-        reused = sequencer.reusable(self._request.token_ids)
+        reused = sequencer.reuse(self._request.token_ids)
         for token in self._tokens(sequencer):
             chunk = self.add(token)
             if chunk is not None:

@@ -5,14 +5,18 @@ Knows no text, no files and no onnxruntime: it works on any `Session`, and is te
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .lookup import Lookup
 from .session import Session
+
+if TYPE_CHECKING:
+    from .prefix_cache import PrefixCache
 
 # Pieces bound the memory of a step and are faster than a whole prompt at once, because attention computes nothing above
 # the diagonal of a piece. Measured at 1,900 tokens (docs/benchmarks.md): 64 to 512 tokens differ by 25 %.
@@ -51,10 +55,13 @@ class Sequencer:
     Not safe between threads.
     """
 
-    def __init__(self, session: Session, piece_tokens: int = PIECE_TOKENS) -> None:
+    def __init__(self, session: Session, piece_tokens: int = PIECE_TOKENS, prefixes: PrefixCache | None = None) -> None:
+        """prefixes: where beginnings of texts are found that the session does not hold any more, of this session."""
         self._session = session
         self._piece_tokens = piece_tokens
+        self._prefixes = prefixes
         self._cached: list[int] = []
+        self._unkept = False
 
     def reusable(self, token_ids: Sequence[int]) -> int:
         """How many tokens of this prompt are in the cache: the longest common prefix, less than the whole prompt,
@@ -66,16 +73,36 @@ class Sequencer:
                 break
         return limit if limit > 0 and self._session.can_rewind(limit) else 0
 
+    def reuse(self, token_ids: Sequence[int]) -> int:
+        """Bring the cache to hold the longest known beginning of a prompt, its own or one of the prefix cache, and
+        nothing else; how many tokens that is, less than the whole prompt."""
+        start = self.reusable(token_ids)
+        if start < len(self._cached):
+            self._keep()
+        self._session.rewind(start)
+        del self._cached[start:]
+        if self._prefixes is not None:
+            try:
+                self._prefixes.restore(token_ids, start)
+            finally:  # whatever it came to, the session holds a beginning of this prompt
+                self._cached = list(token_ids[: self._session.length])
+        return len(self._cached)
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """A request: at its end, whatever it ends of, what the cache holds is stored in the prefix cache."""
+        try:
+            yield
+        finally:
+            self._keep()
+
     def feed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Bring the cache to hold exactly `token_ids`, reusing what it holds, piece by piece.
 
         Yields: the logits (1, vocab_size) of each piece's last token; the last ones yielded are the prompt's. Stop
         iterating to cancel: what ran stays in the cache and can be reused.
         """
-        start = self.reusable(token_ids)
-        self._session.rewind(start)
-        del self._cached[start:]
-        for begin in range(start, len(token_ids), self._piece_tokens):
+        for begin in range(self.reuse(token_ids), len(token_ids), self._piece_tokens):
             yield self._append(token_ids[begin : begin + self._piece_tokens])
 
     def generate(
@@ -150,10 +177,17 @@ class Sequencer:
         """`generate` with the most likely token each time."""
         return self.generate(token_ids, max_tokens, Greedy(), stop_ids)
 
+    def _keep(self) -> None:
+        """Costs a copy of what is new, so it is not done between steps."""
+        if self._prefixes is not None and self._unkept:
+            self._prefixes.keep(self._cached)
+            self._unkept = False
+
     def _append(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         # A step that fails or is interrupted leaves the session at its old length; the record follows only after it.
         logits = self._session.step(token_ids, keep)
         self._cached.extend(token_ids)
+        self._unkept = True
         return logits
 
     def _forget(self, count: int) -> None:

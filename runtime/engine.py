@@ -20,6 +20,7 @@ from .batch_session import rows_are_exact
 from .bundle import Bundle
 from .decode import Sequencer
 from .errors import EngineClosedError, SettingsError
+from .prefix_cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
 from .prompts import PromptEncoder
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
 from .results import Chunk, Completion
@@ -43,6 +44,7 @@ def load(
     graph: str | None = None,
     threads: int | None = None,
     response_cache: bool | ResponseCacheSettings = True,
+    prefix_cache: bool | PrefixCacheSettings = True,
     prepare: bool = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
@@ -50,19 +52,22 @@ def load(
     graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
     threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
     answers and give them again for the same request: True in memory (16 MiB) and in a database below EDGELM_HOME
-    (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say.
-    prepare: keep the weights as onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's size, in
-    all at most 8 GiB), which the next load maps: faster, in less memory of its own, shared by the processes.
+    (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say. prefix_cache:
+    keep what was computed for prompts, for later ones that start alike: True in memory (64 MiB) and in files below
+    EDGELM_HOME (512 MiB, as above), False not at all, or as settings say; only where it changes no bit, which is with
+    the scheme `int8-rowwise`. prepare: keep the weights as onnxruntime wants them on this machine below EDGELM_HOME
+    (twice the bundle's size, in all at most 8 GiB), which the next load maps: faster, in less memory of its own, shared
+    by the processes.
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
     MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error:
     it is warned of.
     """
-    responses = open_response_cache(response_cache)
+    responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
     bundle, session = open_folder(path, threads, graph, prepare)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    return Engine(bundle, session, tokenizer, responses)
+    return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 
 
 class Engine:
@@ -73,13 +78,21 @@ class Engine:
     fresh engine.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer, responses: ResponseCache | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        tokenizer: Tokenizer,
+        responses: ResponseCache | None,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         """For those who bring their own session; everyone else calls `load`."""
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._digest = bundle.manifest.digest
         self._session = session
-        self._sequencer = Sequencer(session)
+        self._sequencer = Sequencer(session, prefixes=prefixes)
+        self._prefixes = prefixes
         self._responses = responses
         self._prompts = PromptEncoder(bundle, tokenizer)
         self._grammars = GrammarCompiler(bundle)
@@ -203,6 +216,8 @@ class Engine:
         """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it
         again does nothing."""
         self._turns.close()
+        if self._prefixes is not None:
+            self._prefixes.close()
         self._session.close()
         if self._responses is not None:
             self._responses.close()
@@ -320,7 +335,8 @@ class Engine:
             if request.interrupted():
                 yield unanswered(request)
             else:
-                yield from Answer(request, self.bundle.manifest, self.tokenizer).chunks(self._sequencer)
+                with self._sequencer.keeping():
+                    yield from Answer(request, self.bundle.manifest, self.tokenizer).chunks(self._sequencer)
         finally:
             self._turns.release()
 

@@ -44,11 +44,12 @@ class KVCache:
             return False
         wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
         capacity = max(positions, min(wanted, self._model.context_length + 1))
-        if capacity * self.bytes_per_position() > available_bytes():
+        row_bytes = self._rows * self.bytes_per_position()
+        if capacity * row_bytes > available_bytes():
             capacity = positions
         # The old buffers stay until the new ones are filled. Nothing changes where memory does not suffice.
         require_bytes(
-            capacity * self.bytes_per_position(),
+            capacity * row_bytes,
             f"a conversation of {positions:,} tokens",
             "start a new conversation, shorten the prompt, or close other programs",
         )
@@ -74,6 +75,25 @@ class KVCache:
         `reserve` answers True. The positions from `length` on hold nothing of meaning."""
         yield from self._buffers.items()
 
+    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """A copy of positions begin to end - 1, as bytes: buffer after buffer in the order of `buffers`, of each
+        (kv_heads, positions, head_size). 0 <= begin <= end <= length. Cost: one copy."""
+        copy = np.empty(self.bytes_per_position() * (end - begin), np.uint8)
+        for part, buffer in self._parts(copy, end - begin):
+            part[...] = buffer[:, begin:end]
+        return copy
+
+    def append(self, block: NDArray[np.uint8], positions: int) -> None:
+        """Put what `read` gave for so many positions behind the last one. There is room: `reserve` was asked.
+
+        Raises: ValueError, if it has another size.
+        """
+        if block.nbytes != self.bytes_per_position() * positions:
+            raise ValueError(f"{positions} positions do not take {block.nbytes} bytes")
+        for part, buffer in self._parts(block, positions):
+            buffer[:, self.length : self.length + positions] = part
+        self.length += positions
+
     def bytes_per_position(self) -> int:
         """What one more token costs, in bytes, over all layers."""
         return (
@@ -98,6 +118,17 @@ class KVCache:
                     self.capacity,
                     layer.value_size,
                 )
+
+    def _parts(
+        self, block: NDArray[np.uint8], positions: int
+    ) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
+        """Pairs of a part of a block and the buffer that it belongs to, both (kv_heads, positions, head_size)."""
+        begin = 0
+        for buffer in self._buffers.values():
+            _, heads, _, size = buffer.shape
+            end = begin + heads * positions * size * self._dtype.itemsize
+            yield block[begin:end].view(self._dtype).reshape(heads, positions, size), buffer[0]
+            begin = end
 
     def _layers(self) -> Iterator[tuple[int, LayerCache]]:
         return ((index, layer) for index, layer in enumerate(self._model.layers) if layer is not None)

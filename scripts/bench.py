@@ -145,7 +145,7 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
     from edgelm.runtime import load
 
     started = time.perf_counter()
-    engine = load(bundle, threads=threads, response_cache=False)
+    engine = load(bundle, threads=threads, response_cache=False, prefix_cache=False)
     figures: dict[str, Any] = {"load_s": time.perf_counter() - started}
     inside = _clock_of(engine)
     engine.generate(token_ids=_ids(16), max_tokens=4)

@@ -222,7 +222,7 @@ def test_cache_shows_checks_and_clears(
         assert main(["cache", action, "--json"]) == 0
         printed = json.loads(capsys.readouterr().out)
         assert printed["home"] == str(edgelm_home)
-        (row,) = printed["caches"]
+        row = printed["caches"][0]
         assert row["kind"] == "responses" and row["max_entries"] == 100_000 and row["max_bytes"] == 256 * 2**20
         return dict(row)
 

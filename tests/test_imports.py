@@ -33,7 +33,7 @@ HEAVY = (
 PUBLIC = {
     "edgelm.runtime": [
         "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest",
-        "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
+        "PrefixCacheSettings", "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
     ],
     "edgelm.export": ["ExportConfig", "ExportResult", "export_model"],
     "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],

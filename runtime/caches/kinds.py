@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from .. import prepared
 from ..errors import CacheError
+from ..prefixes import files
+from ..prefixes.settings import DEFAULT_DISK_BYTES as PREFIX_BYTES
 from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
 from .sqlite import SqliteStore
 from .store import StoreStats
@@ -87,6 +90,41 @@ class PreparedKind:
             prepared.check_folder(folder)
 
 
+class PrefixKind:
+    """The files of computed beginnings of prompts, with the budget that is in their folder."""
+
+    name = "prefixes"
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / files.FOLDER_NAME
+
+    def stats(self) -> StoreStats:
+        """Blocks, and bytes as the file system allocates them."""
+        with self._mapped_errors():
+            sizes = [file.bytes for file in files.found_files(self.path)]
+        return StoreStats(len(sizes), sum(sizes), None, self._budget())
+
+    def clear(self) -> None:
+        """As `files.delete_all`."""
+        with self._mapped_errors():
+            files.delete_all(self.path)
+
+    def check(self) -> None:
+        """As `files.check_all`."""
+        with self._mapped_errors():
+            files.check_all(self.path, self._budget())
+
+    def _budget(self) -> int:
+        return files.read_budget(self.path) or PREFIX_BYTES
+
+    @contextlib.contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be used ({error}): look after its folder and disk") from error
+
+
 def cache_kinds(home: Path) -> tuple[CacheKind, ...]:
     """All kinds, in the order in which they are shown. home: what `edgelm.runtime.home.home()` gave."""
-    return (ResponseKind(home), PreparedKind(home))
+    return ResponseKind(home), PrefixKind(home), PreparedKind(home)

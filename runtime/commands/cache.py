@@ -11,7 +11,7 @@ from ..caches.kinds import CacheKind, cache_kinds
 from ..caches.store import StoreStats
 from ..home import home
 
-SUMMARY = "show, clear or check the answers that are kept between runs"
+SUMMARY = "show, clear or check what is kept between runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message for the conversation")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument(
+        "--no-prefix-cache", action="store_true", help="neither use nor keep what is computed beyond this conversation"
+    )
     add_settings(parser)
 
 
@@ -43,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         conversation.load(arguments.load)
     if arguments.system is not None:
         conversation.system = arguments.system
-    with load(arguments.bundle, threads=arguments.threads, response_cache=False) as engine:
+    known = not arguments.no_prefix_cache
+    with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=known) as engine:
         if not engine.takes_messages:
             raise TemplateError(
                 f"{arguments.bundle} has no chat template, so it cannot chat: continue a text with  edgelm run"

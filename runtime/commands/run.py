@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
     )
+    parser.add_argument(
+        "--no-prefix-cache", action="store_true", help="compute the whole prompt, and do not keep what was computed"
+    )
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
     add_settings(parser)
@@ -48,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if settings.logprobs is not None and not arguments.json:
         raise SettingsError("--logprobs belongs to --json: give both")
     prompt = _prompt(arguments.prompt)
-    cached = not arguments.no_response_cache
-    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, response_cache=cached) as engine:
+    caches = {"response_cache": not arguments.no_response_cache, "prefix_cache": not arguments.no_prefix_cache}
+    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, **caches) as engine:
         request = {**_request(arguments, prompt), "settings": settings}
         if arguments.json:
             done = engine.generate(**request)
@@ -101,8 +104,9 @@ def summary(stats: Stats | None) -> str:
     if stats.response_cache_hit:
         return f"{stats.prompt_tokens} prompt tokens, {stats.generated_tokens} from the response cache"
     guesses = f"{stats.accepted_tokens} of {stats.guessed_tokens} guesses came, " if stats.guessed_tokens else ""
+    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
     return (
-        f"{stats.prompt_tokens} prompt tokens, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
+        f"{stats.prompt_tokens} prompt tokens{reused}, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
         f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "
         f"{guesses}{stats.resident_bytes / 1e6:.0f} MB resident"
     )

@@ -1,0 +1,182 @@
+"""The prefix cache that a `Sequencer` asks: keys and values of texts' beginnings, in memory and in files.
+
+A block is found by a key of everything in front of it and everything that decides its bits (`prefixes.keys`), and put
+back as it was, so logits are those of a cold run. Whatever happens to the files, the engine goes on: it computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from . import machine
+from .bundle import GRAPH_NAME, Bundle
+from .errors import CacheError, SettingsError
+from .home import home
+from .manifest import Manifest
+from .prefixes.files import FOLDER_NAME, BlockFiles, time_of_use
+from .prefixes.keys import BLOCK_TOKENS, block_keys, root_key
+from .prefixes.memory import Block, BlockMemory
+from .prefixes.settings import PrefixCacheSettings
+from .prefixes.watch import Watch
+from .prefixes.writer import BlockWriter
+from .session import OrtSession, Session
+
+__all__ = ["BlockSession", "PrefixCache", "PrefixCacheSettings", "default_folder", "open_prefix_cache"]
+
+EXACT_SCHEME = "int8-rowwise"
+# What may wait for the disk. It is in memory anyway, unless that has a smaller budget.
+_WAITING_BYTES = 64 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+class BlockSession(Protocol):
+    """What of a session the cache uses; `OrtSession` has it."""
+
+    def rewind(self, length: int) -> None:
+        """As `Session.rewind`."""
+
+    def read(self, begin: int, end: int) -> Block:
+        """A copy of what the KV cache holds for these positions."""
+
+    def append(self, block: Block, positions: int) -> None:
+        """Put what `read` gave for so many positions behind the last one."""
+
+    def block_bytes(self, positions: int) -> int:
+        """The size of what `read` gives for so many positions."""
+
+
+class PrefixCache:
+    """Beginnings of texts for one session. Not safe between threads: the engine's turn is held.
+
+    Between processes: files are shared. Raises: MemoryError, where the KV cache cannot grow; of files nothing.
+    """
+
+    def __init__(
+        self,
+        session: BlockSession,
+        root: bytes,
+        memory: BlockMemory,
+        files: BlockFiles | None,
+        model_files: Iterable[Path] = (),
+    ) -> None:
+        """root: `prefixes.keys.root_key`; both stores belong to this cache from here on. model_files: what the session
+        was loaded from; once one of them was written to, nothing is kept any more."""
+        self._session, self._root = session, root
+        self._memory, self._files = memory, files
+        self._writer = None if files is None else BlockWriter(files, _WAITING_BYTES)
+        self._watch = Watch(model_files)
+        self._spoilt = False
+        self._block_bytes = session.block_bytes(BLOCK_TOKENS)
+
+    def restore(self, token_ids: Sequence[int], length: int) -> None:
+        """Lengthen what the session holds of a text by the blocks that are known.
+
+        length: positions of the session, which hold the first ones of token_ids. At least the last token stays to be
+        computed. Cost: about 0.1 ms a block from memory, 0.4 ms from files.
+        """
+        keys = block_keys(self._root, token_ids[:-1])
+        first = length // BLOCK_TOKENS
+        self._memory.use(keys)
+        chain = frozenset(keys)
+        for index in range(first, len(keys)):
+            block = self._find(keys[index], chain)
+            if block is None:
+                break
+            if index == first:
+                self._session.rewind(first * BLOCK_TOKENS)
+            self._session.append(block, BLOCK_TOKENS)
+        self._memory.use(keys)
+
+    def keep(self, token_ids: Sequence[int]) -> None:
+        """Store the whole blocks of what the session holds that are not stored yet. token_ids: all that it holds.
+
+        Cost: a copy of the blocks that are new; files are written in the background.
+        """
+        if self._is_spoilt():
+            return
+        keys = block_keys(self._root, token_ids)
+        self._memory.use(keys)
+        chain, room, now = frozenset(keys), True, time.time()
+        wanted = frozenset() if self._writer is None else frozenset(key for key in keys if self._writer.wants(key))
+        for index, key in enumerate(keys):
+            block = self._memory.get(key)
+            if block is None and (room or key in wanted):
+                block = self._session.read(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
+                room = room and self._memory.put(key, block, chain)
+            if wanted and self._writer is not None:
+                self._writer.add(key, time_of_use(now, index), block if key in wanted else None)
+        self._memory.use(keys)
+        if self._writer is not None:
+            self._writer.start()
+
+    def close(self) -> None:
+        """Forget what is in memory, and wait until the files are written."""
+        self._memory.clear()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _is_spoilt(self) -> bool:
+        written = None if self._spoilt else self._watch.written()
+        if written is not None:
+            self._spoilt = True
+            log.warning("%s was changed while its model is loaded: nothing is kept any more, load it again", written)
+        return self._spoilt
+
+    def _find(self, key: bytes, chain: frozenset[bytes]) -> Block | None:
+        block = self._memory.get(key)
+        if block is None and self._files is not None:
+            block = self._files.read(key, self._block_bytes)
+            if block is not None:
+                self._memory.put(key, block, chain)
+        return block
+
+
+def default_folder() -> Path:
+    """Where the files are without another word: EDGELM_HOME/prefixes. Raises: CacheError."""
+    return home() / FOLDER_NAME
+
+
+def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings | None:
+    """What `load` was asked for; None for False. Raises: SettingsError."""
+    if isinstance(wanted, PrefixCacheSettings):
+        return wanted
+    if not isinstance(wanted, bool):
+        raise SettingsError(f"prefix_cache must be True, False or PrefixCacheSettings, found {wanted!r}")
+    return PrefixCacheSettings() if wanted else None
+
+
+def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:
+    """The cache for a session, or None where it is not wanted or not promised to be exact. No file is opened."""
+    if settings is None or not isinstance(session, OrtSession) or not is_exact(bundle.manifest):
+        return None
+    root = root_key(bundle.manifest, machine.numerics())
+    model_files = [bundle.path / name for name in bundle.manifest.files if name.startswith(GRAPH_NAME)]
+    return PrefixCache(session, root, BlockMemory(settings.memory_bytes), _files(settings), model_files)
+
+
+def is_exact(manifest: Manifest) -> bool:
+    """Whether a text gives the same bits however it is cut, so that blocks of one cut serve another: not where scales
+    or kernels depend on how many tokens a step has."""
+    quantization = manifest.quantization
+    return (
+        quantization.scheme == EXACT_SCHEME
+        and not quantization.excluded
+        and manifest.model.cache_layout == "in_place"
+        and not manifest.model.states
+    )
+
+
+def _files(settings: PrefixCacheSettings) -> BlockFiles | None:
+    if not settings.disk:
+        return None
+    try:
+        folder = default_folder() if settings.folder is None else Path(settings.folder).absolute()
+    except CacheError as error:
+        log.warning("%s; beginnings of prompts are kept in memory only", error)
+        return None
+    return BlockFiles(folder, settings.disk_bytes)

@@ -1,0 +1,74 @@
+"""Blocks in this process's memory: the least recently used ones go first, within a budget of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What a block costs beside its bytes: key, array object, place in the table.
+_ENTRY_BYTES = 300
+
+Block = NDArray[np.uint8]
+
+
+class BlockMemory:
+    """Blocks under their keys. Not safe between threads: the engine's turn is held. Nothing is shared with other
+    processes; a forked child goes on with a copy. Cost: O(1) for each key. Raises: nothing, except `check`.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all blocks, the tables around them included, estimated."""
+        return self._bytes
+
+    def get(self, key: bytes) -> Block | None:
+        """The block or None. Does not count as a use."""
+        return self._blocks.get(key)
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Count a use of a chain. Its beginning counts as used last: without it the rest could not be found."""
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+
+    def put(self, key: bytes, block: Block, chain: Collection[bytes]) -> bool:
+        """Store a block of a chain whose other blocks were used just now; whether there was room.
+
+        Others go for it, blocks of the chain itself never: a text that is larger than the budget keeps its beginning.
+        """
+        size = block.nbytes + _ENTRY_BYTES
+        while self._bytes + size > self._max_bytes:
+            victim = next(iter(self._blocks), None)
+            if victim is None or victim in chain:
+                return False
+            self._drop(victim)
+        self._drop(key)
+        self._blocks[key] = block
+        self._bytes += size
+        return True
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._blocks.clear()
+        self._bytes = 0
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold. For tests."""
+        assert self._bytes == sum(block.nbytes + _ENTRY_BYTES for block in self._blocks.values())
+        assert 0 <= self._bytes <= self._max_bytes
+
+    def _drop(self, key: bytes) -> None:
+        block = self._blocks.pop(key, None)
+        if block is not None:
+            self._bytes -= block.nbytes + _ENTRY_BYTES
