@@ -21,10 +21,11 @@ class Lookup:
     guessed: tokens that were guessed; accepted: those of them that came. Not safe between threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, free: int = 0) -> None:
+        """free: so many guesses cost nothing, because a step computes rows for them anyway."""
         self.guessed = self.accepted = 0
         self._text = Text(())
-        self._pace = Pace()
+        self._pace = Pace(free)
         self._open: list[int] = []
         self._hits = 0
 
@@ -113,7 +114,9 @@ class Pace:
     without repetition the pauses keep that below 3 %; a single success ends them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, free: int = 0) -> None:
+        """free: guesses that cost nothing and are wanted always."""
+        self._free = free
         self._length = 1
         self._pause = self._wait = 0
 
@@ -121,14 +124,14 @@ class Pace:
         """How many to guess for the step that is next. Asked once for each step."""
         if self._wait:
             self._wait -= 1
-            return 0
+            return self._free
         return self._length
 
     def learn(self, guessed: int, accepted: int) -> None:
         """What became of the guesses of a step, of which there was one at least."""
         if accepted:
             self._length = min(2 * guessed, MOST_GUESSES) if accepted == guessed else accepted
-            self._pause = 0
-        else:
+            self._pause = self._wait = 0
+        elif guessed > self._free:
             self._length = 1
             self._pause = self._wait = min(2 * self._pause + 1, _LONGEST_PAUSE)

@@ -92,7 +92,7 @@ class OrtSession:
         self._room = self._logits
         self._bind_input("logits_to_keep", self._keep)
         self._errors = onnxruntime_errors()
-        self._min_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" else 1
+        self._min_rows = least_rows(model)
 
     @property
     def length(self) -> int:
@@ -169,6 +169,11 @@ class OrtSession:
 
     def _bind_output(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def least_rows(model: Model) -> int:
+    """Rows that each step of an `OrtSession` has, were it for one token; those beyond its tokens are padding."""
+    return _FLOAT_CACHE_ROWS if model.kv.type == "float32" else 1
 
 
 def make_session(

@@ -121,6 +121,11 @@ def test_where_no_guess_comes_hardly_any_is_made() -> None:
     assert sum(wanted) <= 1000 / 64 + 6
 
 
+def test_guesses_that_cost_nothing_are_always_made() -> None:
+    assert run(Pace(free=1), lambda _: 0, 100) == [1] * 100
+    assert run(Pace(free=1), lambda count: 1 if count == 1 else 0, 6) == [1, 2, 1, 2, 1, 2]
+
+
 def test_one_success_ends_the_pauses() -> None:
     pace = Pace()
     run(pace, lambda _: 0, 40)
