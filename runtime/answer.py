@@ -191,13 +191,13 @@ def replay(request: Request, answer: CachedAnswer) -> Iterator[Chunk]:
     yield Chunk(text, ids, answer.finish_reason, stats)
 
 
-def completion(request: Request, chunks: Sequence[Chunk]) -> Completion:
+def completion(settings: GenerationSettings, chunks: Sequence[Chunk]) -> Completion:
     """All chunks of an answer as one."""
     last = chunks[-1]
     assert last.finish_reason is not None and last.stats is not None, "the last chunk of a stream carries both"
     ids = tuple(token for chunk in chunks for token in chunk.token_ids)
     logprobs = tuple(entry for chunk in chunks for entry in chunk.logprobs)
-    asked = request.settings.logprobs is not None
+    asked = settings.logprobs is not None
     return Completion(
         "".join(chunk.text for chunk in chunks), ids, last.finish_reason, last.stats, logprobs if asked else None
     )

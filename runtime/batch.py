@@ -89,7 +89,7 @@ def answer_rows(
         index, answer = running[row]
         if token is None:
             del running[row]
-            yield index, answer.finish(reused=0)
+            yield index, answer.finish(row.reused)
         else:
             chunk = answer.add(token)
             row.ended = answer.ended

@@ -23,6 +23,9 @@ class RowsSession(Protocol):
     def add(self) -> None:
         """Begin an empty row behind the others; there are less than `max_rows`."""
 
+    def copy(self, row: int, target: int, length: int) -> None:
+        """Let an empty row begin with the first positions of another one."""
+
     def remove(self, row: int) -> None:
         """Forget a row. The last one moves into its place."""
 
@@ -53,9 +56,11 @@ class Row:
     interrupted: Callable[[], bool] = never
     keep: int | None = None
     ended: bool = False
-    # What the model is to know, how much of it was fed, and how many tokens were chosen.
+    # What the model is to know, how much of it is in the cache, how much of the prompt was taken over from another row,
+    # and how many tokens were chosen.
     known: list[int] = field(init=False)
     fed: int = field(default=0, init=False)
+    reused: int = field(default=0, init=False)
     chosen: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -82,13 +87,20 @@ class Batch:
             if self._unfed:
                 yield from self._feed(self._rows.index(self._unfed.pop()))
             elif len(self._rows) < self._session.max_rows and (row := next(self._waiting, None)) is not None:
-                self._session.add()
-                self._rows.append(row)
-                self._unfed.append(row)
+                self._admit(row)
             elif self._rows:
                 yield from self._step()
             else:
                 return
+
+    def _admit(self, row: Row) -> None:
+        self._session.add()
+        shared = [_common(row, other) for other in self._rows]
+        if any(shared):
+            row.fed = row.reused = max(shared)
+            self._session.copy(shared.index(row.fed), len(self._rows), row.fed)
+        self._rows.append(row)
+        self._unfed.append(row)
 
     def _feed(self, index: int) -> Iterator[tuple[Row, int | None]]:
         row = self._rows[index]
@@ -129,3 +141,9 @@ class Batch:
             self._rows[index] = last
         self._session.remove(index)
         yield row, None
+
+
+def _common(row: Row, other: Row) -> int:
+    """How many tokens at the beginning of a row another one has in the cache; the last one must run to give logits."""
+    limit = min(len(row.known) - 1, other.fed)
+    return next((index for index in range(limit) if row.known[index] != other.known[index]), limit)

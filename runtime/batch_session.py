@@ -19,14 +19,14 @@ from .ort import onnxruntime_errors
 
 
 def rows_are_exact(manifest: Manifest) -> bool:
-    """Whether a row of a batch gets the bits that it gets alone.
+    """Whether a row of a batch gets the bits that it gets alone: with the scheme that promises them, and an int8 cache.
 
-    Not with scales over all rows ("int8-tensor"), and not with a float32 cache: there one token takes another kernel
-    inside attention than two, and onnxruntime's attention refuses two tokens a row in a batch.
+    Not with a float32 cache: there one token takes another kernel inside attention than two, and onnxruntime's
+    attention refuses two tokens a row in a batch.
     """
     model = manifest.model
-    exact = model.cache_layout == "in_place" and model.kv.type == "int8" and model.step_tokens is None
-    return exact and manifest.quantization.scheme in ("int8-rowwise", "fp32")
+    in_place = model.cache_layout == "in_place" and model.step_tokens is None
+    return in_place and model.kv.type == "int8" and manifest.quantization.scheme == "int8-rowwise"
 
 
 class OrtRowsSession:
@@ -45,13 +45,15 @@ class OrtRowsSession:
     def add(self) -> None:
         self._lengths.append(0)
 
+    def copy(self, row: int, target: int, length: int) -> None:
+        for _, buffer in self.cache.buffers():
+            buffer[target, :, :length] = buffer[row, :, :length]
+        self._lengths[target] = length
+
     def remove(self, row: int) -> None:
         last = len(self._lengths) - 1
         if row != last:
-            length = self._lengths[last]
-            for _, buffer in self.cache.buffers():
-                buffer[row, :, :length] = buffer[last, :, :length]
-            self._lengths[row] = length
+            self.copy(last, row, self._lengths[last])
         self._lengths.pop()
 
     def rewind(self, row: int, length: int) -> None:

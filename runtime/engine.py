@@ -117,7 +117,7 @@ class Engine:
         MissingExtraError.
         """
         request = self._request(prompt, messages, token_ids, settings, keywords)
-        return completion(request, list(self._run(request, None)))
+        return completion(request.settings, list(self._run(request, None)))
 
     def stream(
         self,
@@ -146,7 +146,7 @@ class Engine:
         """`generate` for asyncio: computed in a thread, so that the event loop stays free. Cancelling the task frees
         the engine after the step that is running."""
         request = self._request(prompt, messages, token_ids, settings, keywords)
-        return completion(request, [chunk async for chunk in self._run_in_worker(request)])
+        return completion(request.settings, [chunk async for chunk in self._run_in_worker(request)])
 
     def astream(
         self,
@@ -181,7 +181,7 @@ class Engine:
         chunks: list[list[Chunk]] = [[] for _ in requests]
         for index, chunk in self._run_batch(requests, max_rows):
             chunks[index].append(chunk)
-        return [completion(request, parts) for request, parts in zip(requests, chunks, strict=True)]
+        return [completion(request.settings, parts) for request, parts in zip(requests, chunks, strict=True)]
 
     def stream_batch(
         self,

@@ -193,6 +193,42 @@ def test_run_reads_the_prompt_from_standard_input(
     assert capsys.readouterr().out == answer(tiny_bundle, "Once upon", 12) + "\n"
 
 
+def test_run_answers_each_line_of_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    lines = ["Once upon", "a \u2028 b", "The", "Once upon"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\r\n".join(lines).encode() + b"\n")
+    options = ["--prompts", file, "--max-rows", "2", "--max-tokens", "6", "--logprobs", "1", "--stats"]
+    assert call("run", tiny_bundle, *options) == 0
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    with load(tiny_bundle, response_cache=False) as engine:
+        alone = [engine.generate(line, max_tokens=6, logprobs=1) for line in lines]
+    assert [one["text"] for one in answers] == [one.text for one in alone]
+    assert [one["token_ids"] for one in answers] == [list(one.token_ids) for one in alone]
+    assert all(len(one["logprobs"]) == len(one["token_ids"]) for one in answers)
+    assert printed.err.startswith("4 answers, ")
+
+
+def test_lines_of_standard_input_are_prompts_too(tiny_bundle: Path) -> None:
+    done = process("run", tiny_bundle, "--prompts", "-", "--max-tokens", "2", input=b"Once\nThe\n")
+    assert len(done.stdout.splitlines()) == 2
+    assert process("run", tiny_bundle, "--prompts", "-", input=b"").stdout == b""
+
+
+def test_prompts_of_a_file_that_cannot_be_answered_are_one_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"a\n\nb\n")
+    assert "prompt 1 of the batch: the prompt is empty" in refused(capsys, "run", tiny_bundle, "--prompts", file)
+    assert "give one of them" in refused(capsys, "run", tiny_bundle, "a", "--prompts", file)
+    assert "--max-rows belongs to --prompts" in refused(capsys, "run", tiny_bundle, "a", "--max-rows", "2")
+    assert "max_rows must be" in refused(capsys, "run", tiny_bundle, "--prompts", file, "--max-rows", "0")
+    assert "the system refused" in refused(capsys, "run", tiny_bundle, "--prompts", tmp_path / "missing")
+    file.write_bytes(b"\xff\n")
+    assert "is not UTF-8 text" in refused(capsys, "run", tiny_bundle, "--prompts", file)
+
+
 def test_options_may_stand_before_between_and_after(tiny_bundle: Path, capsys: Captured) -> None:
     option = ["--max-tokens", "3"]
     for arguments in (

@@ -1,4 +1,4 @@
-"""`edgelm run`: answer one prompt."""
+"""`edgelm run`: answer one prompt, or those of a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..answer import completion
+from ..batch import MAX_ROWS
 from ..engine import Engine, load
 from ..errors import PromptError, SettingsError
-from ..results import Stats
+from ..results import Chunk, Completion, Stats
+from ..settings import GenerationSettings
 from .folder import add_folder
 from .settings import add_settings, settings_of
 
@@ -22,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_folder(parser)
     parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input if it is missing or -")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer each line of a file (- for standard input), several at once, each as one line of JSON",
+    )
+    parser.add_argument(
+        "--max-rows", type=int, metavar="N", help=f"with --prompts: how many at once ({MAX_ROWS}); each takes memory"
+    )
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
     )
@@ -48,23 +62,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load, generate, print."""
     settings = settings_of(arguments)
-    if settings.logprobs is not None and not arguments.json:
+    many = arguments.prompts is not None
+    if settings.logprobs is not None and not (arguments.json or many):
         raise SettingsError("--logprobs belongs to --json: give both")
-    prompt = _prompt(arguments.prompt)
+    if many and arguments.prompt is not None:
+        raise PromptError("there is a prompt and a file of prompts: give one of them")
+    if arguments.max_rows is not None and not many:
+        raise SettingsError("--max-rows belongs to --prompts: give both")
+    text = _text(arguments.prompts) if many else _prompt(arguments.prompt)
     caches = {"response_cache": not arguments.no_response_cache, "prefix_cache": not arguments.no_prefix_cache}
     with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, **caches) as engine:
-        request = {**_request(arguments, prompt), "settings": settings}
+        if many:
+            _answer_lines(engine, arguments, text, settings)
+            return 0
+        request = {**_request(arguments, text), "settings": settings}
         if arguments.json:
-            done = engine.generate(**request)
-            answer = dataclasses.asdict(done)
-            if done.logprobs is None:
-                del answer["logprobs"]
-            print(json.dumps(answer, ensure_ascii=False))
+            _print_json(engine.generate(**request))
         else:
             stats = _print_stream(engine, request)
             if arguments.stats:
                 print(summary(stats), file=sys.stderr)
     return 0
+
+
+def _answer_lines(engine: Engine, arguments: argparse.Namespace, text: str, settings: GenerationSettings) -> None:
+    """Answers in the order of the lines, each as soon as it and those before it are there."""
+    # Only line ends part lines: other characters that Python takes for some may stand in a prompt.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    prompts = [next(iter(_request(arguments, line).values())) for line in lines]
+    rows = MAX_ROWS if arguments.max_rows is None else arguments.max_rows
+    parts: dict[int, list[Chunk]] = defaultdict(list)
+    started, printed, tokens = time.perf_counter(), 0, 0
+    for index, chunk in engine.stream_batch(prompts, settings=settings, max_rows=rows):
+        parts[index].append(chunk)
+        tokens += len(chunk.token_ids)
+        while printed in parts and parts[printed][-1].finish_reason is not None:
+            _print_json(completion(settings, parts.pop(printed)))
+            printed += 1
+    if arguments.stats:
+        rate = tokens / (time.perf_counter() - started)
+        print(f"{printed} answers, {tokens} tokens generated at {rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _print_json(done: Completion) -> None:
+    answer = dataclasses.asdict(done)
+    if done.logprobs is None:
+        del answer["logprobs"]
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
 def _request(arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
@@ -86,15 +130,19 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
 
 
 def _prompt(given: str | None) -> str:
-    if given is not None and given != "-":
-        return given
-    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    return given if given is not None and given != "-" else _text("-").removesuffix("\n")
+
+
+def _text(name: str) -> str:
+    """What a file holds, or standard input for "-"."""
+    if name == "-":
+        data, source = sys.stdin.buffer.read() if sys.stdin is not None else b"", "standard input"
+    else:
+        data, source = Path(name).read_bytes(), name
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PromptError(
-            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
-        ) from error
+        raise PromptError(f"{source} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 
 
 def summary(stats: Stats | None) -> str:
