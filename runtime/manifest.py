@@ -155,9 +155,13 @@ class Manifest:
 
     @property
     def exact_under_cuts(self) -> bool:
-        """Whether a text is promised to give bit for bit the same logits however it is cut into steps. It takes
-        activations that are quantized row by row and ONNX Runtime's fused attention."""
-        return self.quantization.scheme == EXACT_SCHEME and self.model.cache_layout == "in_place"
+        """Whether a text is promised to give bit for bit the same logits however it is cut into steps.
+
+        It takes activations that are quantized row by row in every matrix product (float32 products of one row take
+        another kernel than those of several), ONNX Runtime's fused attention, and no state that is handed on.
+        """
+        exact = self.quantization.scheme == EXACT_SCHEME and not self.quantization.excluded
+        return exact and self.model.cache_layout == "in_place" and not self.model.states
 
     def to_json(self) -> str:
         """The text of `manifest.json`, indented, ending in a line feed."""

@@ -16,7 +16,6 @@ from . import machine
 from .bundle import GRAPH_NAME, Bundle
 from .errors import CacheError, SettingsError
 from .home import home
-from .manifest import Manifest
 from .prefixes.files import FOLDER_NAME, BlockFiles, time_of_use
 from .prefixes.keys import BLOCK_TOKENS, block_keys, root_key
 from .prefixes.memory import Block, BlockMemory
@@ -27,7 +26,6 @@ from .session import OrtSession, Session
 
 __all__ = ["BlockSession", "PrefixCache", "PrefixCacheSettings", "default_folder", "open_prefix_cache"]
 
-EXACT_SCHEME = "int8-rowwise"
 # What may wait for the disk. It is in memory anyway, unless that has a smaller budget.
 _WAITING_BYTES = 64 * 2**20
 
@@ -152,23 +150,11 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
 
 def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:
     """The cache for a session, or None where it is not wanted or not promised to be exact. No file is opened."""
-    if settings is None or not isinstance(session, OrtSession) or not is_exact(bundle.manifest):
+    if settings is None or not isinstance(session, OrtSession) or not bundle.manifest.exact_under_cuts:
         return None
     root = root_key(bundle.manifest, machine.numerics())
     model_files = [bundle.path / name for name in bundle.manifest.files if name.startswith(GRAPH_NAME)]
     return PrefixCache(session, root, BlockMemory(settings.memory_bytes), _files(settings), model_files)
-
-
-def is_exact(manifest: Manifest) -> bool:
-    """Whether a text gives the same bits however it is cut, so that blocks of one cut serve another: not where scales
-    or kernels depend on how many tokens a step has."""
-    quantization = manifest.quantization
-    return (
-        quantization.scheme == EXACT_SCHEME
-        and not quantization.excluded
-        and manifest.model.cache_layout == "in_place"
-        and not manifest.model.states
-    )
 
 
 def _files(settings: PrefixCacheSettings) -> BlockFiles | None:
