@@ -24,9 +24,7 @@ def rows_are_exact(manifest: Manifest) -> bool:
     Not with a float32 cache: there one token takes another kernel inside attention than two, and onnxruntime's
     attention refuses two tokens a row in a batch.
     """
-    model = manifest.model
-    in_place = model.cache_layout == "in_place" and model.step_tokens is None
-    return in_place and model.kv.type == "int8" and manifest.quantization.scheme == "int8-rowwise"
+    return manifest.exact_under_cuts and manifest.model.kv.type == "int8"
 
 
 class OrtRowsSession:
