@@ -3,8 +3,8 @@
     python scripts/soak.py BUNDLE [--tokens 20000] [--threads N] [--seed 0]
 
 Prompts share random beginnings, so that blocks are found, evicted and written all the time; the prefix cache has room
-for a tenth of the run's tokens in memory, and for twice as many on the disk. Every tenth answer is compared with that of
-an engine without caches. Prints resident memory as it goes; ends with status 1 where an answer differs, or where the
+for a tenth of the run's tokens in memory, and for twice as many on the disk. Every tenth answer is compared with that
+of an engine without caches. Prints resident memory as it goes; ends with status 1 where an answer differs, or where the
 last quarter of the run holds more than the second one by more than 8 MB.
 """
 
@@ -70,9 +70,7 @@ def _run(tokens: int, rng: random.Random, engine: Engine, plain: Engine) -> int:
             )
     quarter = len(resident) // 4
     before, after = (statistics.median(part) for part in (resident[quarter : 2 * quarter], resident[-quarter:]))
-    print(
-        f"{compared} answers compared; memory grew by {(after - before) / 1e6:.1f} MB from the second quarter to the last"
-    )
+    print(f"{compared} answers compared; from the second quarter to the last: {(after - before) / 1e6:+.1f} MB")
     return int(after > before + _ALLOWED_BYTES)
 
 
