@@ -22,7 +22,7 @@ class TokenLogprob:
 class Stats:
     """What a request cost. Times in seconds, measured from the call; rates over the tokens after the first one.
 
-    prompt_tokens: tokens of the prompt; reused_tokens: those of them that were in the cache already;
+    prompt_tokens: tokens of the prompt; reused_tokens: those of them that were not computed for it, but known;
     generated_tokens: tokens of the answer, an end token not counted; time_to_first_token_s: includes tokenization and
     waiting for another thread's request, and is the whole time where no token came before the deadline;
     decode_tokens_per_s: 0.0 where fewer than two tokens were computed; resident_bytes: physical memory of the process

@@ -70,8 +70,7 @@ def _run(tokens: int, rng: random.Random, engine: Engine, plain: Engine) -> int:
             )
     quarter = len(resident) // 4
     before, after = (statistics.median(part) for part in (resident[quarter : 2 * quarter], resident[-quarter:]))
-    growth = (after - before) / 1e6
-    print(f"{compared} answers compared; memory grew by {growth:.1f} MB from the second quarter to the last")
+    print(f"{compared} answers compared; from the second quarter to the last: {(after - before) / 1e6:+.1f} MB")
     return int(after > before + _ALLOWED_BYTES)
 
 

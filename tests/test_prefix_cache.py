@@ -413,3 +413,11 @@ def test_commands(tiny_bundle: Path, edgelm_home: Path, capsys: pytest.CaptureFi
     assert entries("check") == entries("stats") == 6
     assert entries("clear") == 0
     assert run() == 0
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_requests(tiny_bundle: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "soak.py"
+    command = [sys.executable, str(script), str(tiny_bundle), "--tokens", "60000", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
