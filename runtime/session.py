@@ -20,6 +20,7 @@ from .batch_session import OrtRowsSession
 from .bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
 from .errors import CacheCorruptError, SessionError, SettingsError
 from .kv import KVCache
+from .lookup import MOST_GUESSES
 from .manifest import Model
 from .memory import require_bytes
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
@@ -29,9 +30,9 @@ _REPAIR = "export the model again, and check that onnxruntime is as new as the o
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
 # bits. With a float32 cache a step therefore always has two rows; with an int8 cache both kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
-# Rows of logits that a step may keep without a new buffer: a token and the guesses behind it (`lookup.MOST_GUESSES`).
-# The system gives memory only to the rows that are written.
-_SHARED_ROWS = 17
+# Rows of logits that a step may keep without a new buffer: those of a token and the guesses behind it. The system gives
+# memory only to rows that are written.
+_SHARED_ROWS = 1 + MOST_GUESSES
 
 _PREPARING = {
     "optimized_model_external_initializers_file_name": WEIGHTS_NAME,

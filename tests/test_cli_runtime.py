@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,19 @@ def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured
     assert data["stats"]["prompt_tokens"] == 9
     assert data["stats"]["generated_tokens"] == len(data["token_ids"])
     assert data["finish_reason"] in ("stop", "length")
+
+
+def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
+    pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
+    command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
+    assert call(*command, "--stats") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"\b[1-9]\d* of \d+ guesses came", err)
+    assert call(*command, "--stats", "--no-lookup") == 0
+    plain, err = capsys.readouterr()
+    assert plain == out and "guesses" not in err
+    assert call(*command, "--json", "--no-lookup") == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["guessed_tokens"] == 0
 
 
 def test_run_with_stats_keeps_standard_output_clean(tiny_bundle: Path, capsys: Captured) -> None:
