@@ -23,9 +23,9 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from .chat import Message
 
-# A step of 8 rows takes about twice the time of one (docs/benchmarks.md); more rows gain less and less, and each takes
-# the memory of a text.
-MAX_ROWS = 8
+# onnxruntime's INT8 product takes six rows at a time on x86, so a step of 12 costs little more than one of 8
+# (docs/benchmarks.md). Beyond, rows gain less, and each takes the memory of a text.
+MAX_ROWS = 12
 Prompt: TypeAlias = Union[str, "Sequence[Message]", Sequence[int]]
 IndexedChunks = Iterator[tuple[int, Chunk]]
 
