@@ -75,13 +75,11 @@ class KVCache:
         `reserve` answers True. The positions from `length` on hold nothing of meaning."""
         yield from self._buffers.items()
 
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """A copy of positions begin to end - 1, as bytes: buffer after buffer in the order of `buffers`, of each
-        (kv_heads, positions, head_size). 0 <= begin <= end <= length. Cost: one copy."""
-        copy = np.empty(self.bytes_per_position() * (end - begin), np.uint8)
-        for part, buffer in self._parts(copy, end - begin):
+    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        """Copy positions begin to end - 1 as bytes: buffer after buffer in the order of `buffers`, of each (kv_heads,
+        positions, head_size). 0 <= begin <= end <= length; block: (bytes_per_position * positions), is filled."""
+        for part, buffer in self._parts(block, end - begin):
             part[...] = buffer[:, begin:end]
-        return copy
 
     def append(self, block: NDArray[np.uint8], positions: int) -> None:
         """Put what `read` gave for so many positions behind the last one. There is room: `reserve` was asked.

@@ -18,7 +18,7 @@ from .errors import CacheError, SettingsError
 from .home import home
 from .prefixes.files import FOLDER_NAME, BlockFiles, time_of_use
 from .prefixes.keys import BLOCK_TOKENS, block_keys, root_key
-from .prefixes.memory import Block, BlockMemory
+from .prefixes.memory import Block, BlockMemory, new_block
 from .prefixes.settings import PrefixCacheSettings
 from .prefixes.watch import Watch
 from .prefixes.writer import BlockWriter
@@ -38,14 +38,14 @@ class BlockSession(Protocol):
     def rewind(self, length: int) -> None:
         """As `Session.rewind`."""
 
-    def read(self, begin: int, end: int) -> Block:
-        """A copy of what the KV cache holds for these positions."""
+    def read(self, begin: int, end: int, block: Block) -> None:
+        """Copy what the KV cache holds for positions begin to end - 1 into a block of their size."""
 
     def append(self, block: Block, positions: int) -> None:
         """Put what `read` gave for so many positions behind the last one."""
 
     def block_bytes(self, positions: int) -> int:
-        """The size of what `read` gives for so many positions."""
+        """The size of a block of so many positions."""
 
 
 class PrefixCache:
@@ -104,7 +104,8 @@ class PrefixCache:
         for index, key in enumerate(keys):
             block = self._memory.get(key)
             if block is None and (room or key in wanted):
-                block = self._session.read(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
+                block = new_block(self._block_bytes)
+                self._session.read(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS, block)
                 room = room and self._memory.put(key, block, chain)
             if wanted and self._writer is not None:
                 self._writer.add(key, time_of_use(now, index), block if key in wanted else None)

@@ -125,9 +125,9 @@ class OrtSession:
         """Several sequences over the same graph, in a cache of their own."""
         return OrtRowsSession(self._inference, self._model, max_rows)
 
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """A copy of the keys and values of positions begin to end - 1, as `KVCache.read`."""
-        return self.cache.read(begin, end)
+    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        """Copy the keys and values of positions begin to end - 1, as `KVCache.read`."""
+        self.cache.read(begin, end, block)
 
     def append(self, block: NDArray[np.uint8], positions: int) -> None:
         """Put what `read` gave for so many positions behind the last one, as if their tokens had been run."""
@@ -135,7 +135,7 @@ class OrtSession:
         self.cache.append(block, positions)
 
     def block_bytes(self, positions: int) -> int:
-        """The size of what `read` gives for so many positions."""
+        """The size of a block of so many positions."""
         return self.cache.bytes_per_position() * positions
 
     def close(self) -> None:

@@ -5,7 +5,7 @@
 Prompts share random beginnings, so that blocks are found, evicted and written all the time; the prefix cache has room
 for a tenth of the run's tokens in memory, and for twice as many on the disk. Every tenth answer is compared with that
 of an engine without caches. Prints resident memory as it goes; ends with status 1 where an answer differs, or where the
-last quarter of the run holds more than the second one by more than 8 MB.
+last quarter of the run holds more than the second one by more than 16 MiB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 
 from edgelm.runtime import Engine, PrefixCacheSettings, load
 
-_ALLOWED_BYTES = 8 * 2**20
+# Without any cache resident memory goes up and down by 12 MB with the reference model; a leak of a tenth of what 20,000
+# tokens compute would be 23 MB.
+_ALLOWED_BYTES = 16 * 2**20
 _BEGINNINGS = 12
 _ANSWER_TOKENS = 12
 

@@ -43,8 +43,8 @@ LETTERS = 3
 class BlockFake(FakeSession):
     """A fake session whose blocks are its tokens, so that a wrong block gives other answers."""
 
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        return np.array(self.tokens[begin:end], np.int64).view(np.uint8)
+    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        block[:] = np.array(self.tokens[begin:end], np.int64).view(np.uint8)
 
     def append(self, block: NDArray[np.uint8], positions: int) -> None:
         assert block.nbytes == self.block_bytes(positions)
