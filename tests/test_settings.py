@@ -65,7 +65,7 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"stop": value} for value in ("", ["a", ""], [1], 5, None, b"a")),
         *({"stop_token_ids": value} for value in ([-1], ["1"], [1.5], 5, "12", [True], None)),
         *({"logprobs": value} for value in (-1, 1.5, True)),
-        *({"json_schema": value} for value in ([], "{", "5", 5, {"a": math.nan}, {"a": object()}, "\ud800")),
+        *({"json_schema": value} for value in ([], "{", "5", 5, {"a": math.nan}, {"a": {1, 2}}, "\ud800")),
         *({"regex": value} for value in (5, b"a", ["a"])),
         *({"timeout": value} for value in (0, -1, math.nan, math.inf, "1")),
         *({"context_full": value} for value in ("drop", None, 5, "Stop")),

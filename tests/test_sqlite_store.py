@@ -283,7 +283,11 @@ def test_a_damaged_file_is_set_aside_with_a_warning_and_replaced(
     assert "was damaged" in caplog.text and str(aside) in caplog.text
 
 
-@pytest.mark.parametrize("value", [encode_answer("key 2", answer(2)), b"A1" + bytes(40), b"", "text", 7], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [encode_answer("key 2", answer(2)), b"A1" + bytes(40), b"", "text", 7],
+    ids=["another", "zeros", "empty", "text", "number"],
+)
 def test_a_damaged_entry_is_found_by_a_check_and_set_aside_by_a_read(
     store: SqliteStore, folder: Path, value: object
 ) -> None:
