@@ -533,6 +533,21 @@ def test_run_ends_in_front_of_a_stop_text(tiny_bundle: Path, capsys: Captured) -
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
 
 
+def test_run_bans_and_stops_by_token(tiny_bundle: Path, capsys: Captured) -> None:
+    def ids(*options: object) -> list[int]:
+        assert call("run", tiny_bundle, "Once", "--max-tokens", "12", "--json", *options) == 0
+        found: list[int] = json.loads(capsys.readouterr().out)["token_ids"]
+        return found
+
+    plain = ids()
+    banned = ids(f"--logit-bias={plain[0]}=-inf")
+    assert plain[0] not in banned and len(banned) == len(plain)
+    assert set(ids(f"--logit-bias={plain[0]}=1000", "--logit-bias=3=0")) == {plain[0]}
+    stop = plain[5]
+    assert ids("--stop-token-id", stop, "--stop-token-id", "1") == plain[: plain.index(stop)]
+    assert call("run", tiny_bundle, "Once", "--logit-bias", "five") == 2
+
+
 def test_run_reports_log_probabilities_as_json(tiny_bundle: Path, capsys: Captured) -> None:
     assert call("run", tiny_bundle, "Once", "--max-tokens", "4", "--json", "--logprobs", "2") == 0
     data = json.loads(capsys.readouterr().out)

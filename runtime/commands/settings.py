@@ -34,6 +34,23 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="end the answer in front of this text; may be given several times",
     )
+    group.add_argument(
+        "--stop-token-id",
+        dest="stop_token_ids",
+        action="append",
+        type=int,
+        metavar="ID",
+        default=argparse.SUPPRESS,
+        help="the same for a token; may be given several times",
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=VALUE",
+        default=argparse.SUPPRESS,
+        help="add to a token's logit, -inf bans it; may be given several times",
+    )
     add("--timeout", float, "S", "end the answer after S seconds with what is there")
     group.add_argument(
         "--context-full",
@@ -53,10 +70,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    return int(token), float(value)
+
+
 _OPTIONS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "timeout", "context_full", "keep", "json_schema", "regex", "logprobs",
-    "lookup",
+    "lookup", "stop_token_ids", "logit_bias",
 )  # fmt: skip
 
 
@@ -65,6 +87,8 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
     given: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS if hasattr(arguments, name)}
     if "json_schema" in given:
         given["json_schema"] = _read(given["json_schema"])
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
     return GenerationSettings.of(None, given)
 
 
