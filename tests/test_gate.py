@@ -269,7 +269,7 @@ def test_a_right_fp32_graph_passes(exported: Exported) -> None:
     session = exported.session(exported.folder)
     found = exported.compare(session)
     assert found.logit_difference < GATE.logit_difference / 3
-    assert found.steps == found.equal_steps == 4 * 64 + 3 * 16
+    assert found.steps == found.equal_steps == 4 * 32 + 3 * 16
     assert found.near_ties == 0
     assert found.prompts == 7
     assert found.longest_prompt == PIECE_TOKENS + 40
@@ -452,7 +452,7 @@ def test_a_near_tie_is_no_fault_but_is_counted(exported: Exported) -> None:
 
     found = dataclasses.replace(exported, model=model).compare(Spoiled(exported.session(exported.folder), spoil))
     assert 0 < found.near_ties <= found.prompts
-    assert found.equal_steps < found.steps == 4 * 64 + 3 * 16
+    assert found.equal_steps < found.steps == 4 * 32 + 3 * 16
 
 
 def test_a_difference_beyond_the_tolerance_is_caught_though_all_tokens_are_the_same(exported: Exported) -> None:
