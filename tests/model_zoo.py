@@ -239,20 +239,20 @@ SAME_TOO: dict[str, str] = {
 
 # Cannot be exported, and why, in the words of docs/models.md. Their tests are marked as slow.
 REFUSED: dict[str, str] = {
-    "deepseek_v2": "rotates with complex numbers, which have no ONNX form",
-    "deepseek_v4": "its compressed cache does not come out of the trace",
-    "falcon_mamba": "loops over tokens, and goes on from a state unlike torch",
+    "deepseek_v2": "torch's exporter fails to convert it on each path (ConversionError)",
+    "deepseek_v4": "loops over tokens; token by token the graph lacks a tensor of its cache",
+    "falcon_mamba": "loops over tokens; token by token it gives other tokens than torch",
     "hrm_text": "its logits come out too far from torch's",
-    "inkling2_text": "cannot be traced",
-    "inkling_text": "cannot be traced",
-    "llama4_text": "rotates with complex numbers, which have no ONNX form",
-    "longcat_flash": "its code branches on data",
-    "mamba": "loops over tokens, and goes on from a state unlike torch",
-    "minimax": "needs a cache of its own, for linear attention",
-    "moshi": "its generate is not greedy decoding of text",
-    "openai-gpt": "has no cache",
-    "recurrent_gemma": "loops over tokens, and keeps its states outside the cache",
-    "rwkv": "loops over tokens, and keeps its states outside the cache",
+    "inkling2_text": "torch.export fails on the plain path (TorchExportError)",
+    "inkling_text": "torch.export fails on the plain path (TorchExportError)",
+    "llama4_text": "torch's exporter fails to convert it on each path (ConversionError)",
+    "longcat_flash": "torch.export fails on each path (TorchExportError)",
+    "mamba": "loops over tokens; token by token it gives other tokens than torch",
+    "minimax": "takes no cache but its own (ValueError)",
+    "moshi": "other tokens than generate's on each path, with logits of the prompt that are torch's",
+    "openai-gpt": "leaves nothing in transformers' cache",
+    "recurrent_gemma": "loops over tokens; token by token torch.export fails (TorchExportError)",
+    "rwkv": "loops over tokens, and leaves nothing in transformers' cache",
 }
 
 # Not tried, and why.
