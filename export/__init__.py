@@ -12,12 +12,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compress.run import compress_model
     from .config import ExportConfig
     from .pipeline import ExportResult, export_model
 
-_HOME = {"ExportConfig": "config", "ExportResult": "pipeline", "export_model": "pipeline"}
+_HOME = {
+    "ExportConfig": "config",
+    "ExportResult": "pipeline",
+    "compress_model": "compress.run",
+    "export_model": "pipeline",
+}
 
-__all__ = ["ExportConfig", "ExportResult", "export_model"]
+__all__ = ["ExportConfig", "ExportResult", "compress_model", "export_model"]
 
 
 def __getattr__(name: str) -> Any:

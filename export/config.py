@@ -18,7 +18,8 @@ class ExportConfig:
     model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or
     path of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or
     branch of a hub id; text: UTF-8 file to calibrate and judge with (None: the one that comes with edgelm); out:
-    folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there.
+    folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there; compress:
+    name of a recipe or path of a TOML file (None: the model as it is).
     """
 
     model: str
@@ -29,6 +30,7 @@ class ExportConfig:
     text: Path | None = None
     out: Path | None = None
     force: bool = False
+    compress: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: RecipeError, for a scheme or KV type that does not exist."""

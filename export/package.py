@@ -32,15 +32,16 @@ _TOKENIZER_FILES = (
 )
 
 
-def check_output(out: Path, force: bool) -> None:
-    """Before any work: may the bundle be written here? Raises: OutputError."""
+def check_output(out: Path, force: bool, mark: str = MANIFEST_NAME) -> None:
+    """Before any work: may a folder be written here? mark: the file by which one of its kind is known, the only kind
+    that is replaced. Raises: OutputError."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise OutputError(f"{out} exists: choose another place with --out, or replace it with --force")
-    if not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not (out / mark).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
-            f"{out} exists and is no bundle, so --force does not replace it: choose another place with --out"
+            f"{out} exists and has no {mark}, so --force does not replace it: choose another place with --out"
         )
 
 

@@ -2,13 +2,15 @@
 
     load -> trace -> fuse -> compare with torch -> calibrate -> quantize -> judge -> measure -> other runtimes -> write
 
-The fp32 graph is written to a scratch folder first, because it is what torch is compared with, what calibrates the
-cache, what the quantized graphs are made of, and what they are judged by. All of that runs in the runtime that ships.
+With a recipe, the model is first compressed to a scratch folder, which is then loaded. The fp32 graph is written to a
+scratch folder, because it is what torch is compared with, what calibrates the cache, what the quantized graphs are made
+of, and what they are judged by. All of that runs in the runtime that ships.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +40,9 @@ from ..runtime.tokenizer import Tokenizer
 from ..targets import Profile
 from . import package, verify
 from .calibrate import cache_ranges
+from .compress.folder import without_figures
+from .compress.recipe import Recipe, load_recipe
+from .compress.run import Task, checkpoint_folder, compress_folder
 from .config import ExportConfig
 from .errors import RecipeError, TraceError
 from .genai import write_genai_files
@@ -77,6 +82,7 @@ class _Context:
     profile: Profile
     scheme: str
     folder: Path
+    out: Path
     work: Path
     source: SourceModel = field(init=False)  # load
     module: PreTrainedModel | None = None  # load, until torch has answered
@@ -131,9 +137,12 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
     package.check_output(out, config.force)
     config.read_text()
+    recipe = None if config.compress is None else load_recipe(config.compress)
     scheme = config.scheme or profile.scheme
     with package.partial_folder(out) as work:
-        context = _Context(config, profile, scheme, folder, work)
+        context = _Context(config, profile, scheme, folder, out, work)
+        if recipe is not None:
+            context.folder = _compress(context, recipe, progress)
         stages = [
             ("load", _load),
             ("trace", _trace),
@@ -155,6 +164,17 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
         run_stages(context, [("write", write)], f"{config.model} for {profile.name}", progress)
     return ExportResult(out, names.Bundle.open(out).manifest, report)
+
+
+def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> Path:
+    """The folder of the compressed model, from which the export then goes on as from any other."""
+    config, folder = context.config, context.work / "compressed"
+    folder.mkdir()
+    task = Task(config.model, context.folder, recipe, context.profile, config.read_text())
+    checkpoints = checkpoint_folder(context.out)
+    compress_folder(task, folder, checkpoints, progress)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return folder
 
 
 def _load(context: _Context) -> None:
@@ -316,7 +336,7 @@ def _write(context: _Context, report: dict[str, Any]) -> None:
         name=source.name,
         source=source.source,
         target=Target(context.profile.name, context.profile.settings()),
-        compression=(),
+        compression=tuple(without_figures(step) for step in source.compression),
         quantization=Quantization(context.scheme, context.excluded),
         model=context.model(context.kv),
         tokens=source.tokens,
@@ -348,6 +368,7 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
             refused_paths=context.refusals,
             sensitivity=context.sensitivity,
             without_genai=context.without_genai,
+            compression=context.source.compression,
         )
     )
 

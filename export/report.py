@@ -42,7 +42,7 @@ class Measurements:
     model: with the bundle's type of cache; before, after: folders of the fp32 graph and of the bundle; speeds: of
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
     refused_paths: how the model was traced, and why not otherwise; without_genai: why onnxruntime-genai cannot open the
-    bundle, or None where it can.
+    bundle, or None where it can; compression: the steps that the model went through, with their figures.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Measurements:
     refused_paths: Sequence[str] = ()
     sensitivity: Sequence[Sensitivity] = ()
     without_genai: str | None = None
+    compression: Sequence[dict[str, Any]] = ()
 
 
 def build_report(found: Measurements) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "refused_paths": list(found.refused_paths),
         "sensitivity": [item.measured() for item in found.sensitivity],
         "genai": {"written": found.without_genai is None, "reason": found.without_genai},
+        "compression": list(found.compression),
         "stages": [dataclasses.asdict(record) for record in found.stages],
     }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.manifest import Source, Tokens
+from .compress.folder import load_compressed, read_record
 from .errors import SourceError
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceModel:
-    """What an export needs to know of a model beside its weights: they come and go by themselves."""
+    """What an export needs to know of a model beside its weights: they come and go by themselves.
+
+    compression: the steps that it went through, with settings, choices and figures; none for most models.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     source: Source
@@ -42,6 +46,7 @@ class SourceModel:
     context_length: int
     vocab_size: int
     parameters: int
+    compression: tuple[dict[str, Any], ...]
 
 
 def find_source(model: str, revision: str | None) -> Path:
@@ -84,6 +89,8 @@ def load_module(folder: Path) -> PreTrainedModel:
 
     Cost: the weights in memory, read one at a time. Raises: SourceError.
     """
+    if read_record(folder) is not None:
+        return _load_compressed(folder)
     import torch
     import transformers
 
@@ -110,19 +117,32 @@ def load_module(folder: Path) -> PreTrainedModel:
     return module
 
 
+def _load_compressed(folder: Path) -> PreTrainedModel:
+    try:
+        module = load_compressed(folder)
+    except SourceError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
+        raise SourceError(f"{folder} cannot be loaded: {_words(error)}: compress the model again") from error
+    _check_numbers(folder, module)
+    return module
+
+
 def describe_source(model: str, folder: Path, module: PreTrainedModel) -> SourceModel:
-    """Tokenizer and description of a loaded model. Raises: SourceError."""
+    """Tokenizer and description of a loaded model; a compressed one goes by its source's name. Raises: SourceError."""
     tokenizer = _load_tokenizer(folder)
+    record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
     _check_vocabulary(folder, vocab_size, tokenizer)
     return SourceModel(
         tokenizer=tokenizer,
-        source=Source(model, _commit(folder), type(module).__name__, _license(folder)),
+        source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
         tokens=_tokens(folder, module, read_config(folder)),
-        name=model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
+        name=record.name if record else model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
         context_length=_context_length(module),
         vocab_size=vocab_size,
         parameters=module.num_parameters(),
+        compression=record.steps if record else (),
     )
 
 

@@ -35,7 +35,7 @@ PUBLIC = {
         "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest",
         "PrefixCacheSettings", "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
     ],
-    "edgelm.export": ["ExportConfig", "ExportResult", "export_model"],
+    "edgelm.export": ["ExportConfig", "ExportResult", "compress_model", "export_model"],
     "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],
 }  # fmt: skip
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...runtime.errors import MissingExtraError
 from ...targets.profile import KV_TYPES, SCHEMES
 from ..config import ExportConfig
+from .progress import RichProgress, quiet_libraries, require_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..pipeline import ExportResult
-    from ..stages import StageRecord
 
 SUMMARY = "turn a Hugging Face model into a bundle"
-_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="machine that the bundle is for, see  edgelm targets  (this machine)")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
+    parser.add_argument("--compress", metavar="RECIPE", help="make the model smaller first, as  edgelm compress  does")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)"
@@ -39,16 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and print the report."""
-    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
-        raise MissingExtraError("edgelm export", "export")
-    names = ("model", "target", "scheme", "kv", "revision", "text", "out", "force")
+    require_extra("edgelm export")
+    names = ("model", "target", "scheme", "kv", "revision", "text", "out", "force", "compress")
     config = ExportConfig(**{name: getattr(arguments, name) for name in names})
     from rich.console import Console
 
-    progress = _RichProgress(Console(stderr=True, highlight=False))
+    progress = RichProgress(Console(stderr=True, highlight=False))
     from ..pipeline import export_model
 
-    _quiet_libraries()
+    quiet_libraries()
     try:
         result = export_model(config, progress)
     finally:
@@ -58,30 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_table(Console(highlight=False), result)
     return 0
-
-
-class _RichProgress:
-    """One line a stage: a spinner while it runs, its time and peak memory when it is done."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status: Any = None
-
-    def started(self, name: str) -> None:
-        if self._console.is_terminal:
-            self._status = self._console.status(name)
-            self._status.start()
-
-    def finished(self, record: StageRecord) -> None:
-        self.stop()
-        self._console.print(
-            f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
-        )
-
-    def stop(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
 
 
 def _print_table(console: Console, result: ExportResult) -> None:
@@ -105,11 +78,3 @@ def _print_table(console: Console, result: ExportResult) -> None:
     table.add_row("greedy tokens as torch", f"{source['equal_steps']} of {source['steps']}", "")
     console.print(table)
     console.print(f'Wrote {result.path}. Try:  edgelm run {result.path} "Once upon a time"', soft_wrap=True)
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .drop_reshapes import DropReshapes
+from .drop_zeros import DropZeros
 from .fold_constants import FoldConstants
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
@@ -28,6 +29,7 @@ def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
     """From the graph as it was traced to the fp32 graph that runs. Each pass works on what those before it made."""
     return [
         FoldConstants(),
+        DropZeros(),
         NormalizeLinears(),
         FuseRMSNorm(),
         FuseResidualNorms(),

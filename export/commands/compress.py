@@ -1,0 +1,77 @@
+"""`edgelm compress`: a recipe makes a model smaller, step by step before the user's eyes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import ExportConfig
+from .progress import RichProgress, quiet_libraries, require_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..compress.folder import Record
+
+SUMMARY = "make a model smaller by a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", help="model folder, hub id such as owner/name, or builtin:tales")
+    parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a TOML file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--target", help="machine that the figures are measured for (this machine)")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to choose by and to measure on")
+    parser.add_argument("--force", action="store_true", help="replace a compressed model that stands there")
+    parser.add_argument("--json", action="store_true", help="print the record as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compress and print what each step cost and bought."""
+    require_extra("edgelm compress")
+    names = ("model", "target", "revision", "text", "out", "force")
+    config = ExportConfig(**{name: getattr(arguments, name) for name in names}, compress=arguments.recipe)
+    from rich.console import Console
+
+    from ..compress.run import compress_model
+
+    progress = RichProgress(Console(stderr=True, highlight=False))
+    quiet_libraries()
+    try:
+        record = compress_model(config, progress, progress.say)
+    finally:
+        progress.stop()
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.out), **dataclasses.asdict(record)}))
+    else:
+        print_steps(Console(highlight=False), record)
+        print(f"Wrote {arguments.out}. Try:  edgelm export {arguments.out}")
+    return 0
+
+
+def print_steps(console: Console, record: Record) -> None:
+    """A row for the source and one for each step."""
+    from rich.table import Table
+
+    table = Table(title=f"{record.name}, recipe {record.recipe}")
+    table.add_column("after")
+    for title in ("parameters", "INT8 size", "perplexity", "same token", "tokens/s"):
+        table.add_column(title, justify="right")
+    for name, figures in [
+        ("source", record.steps[0]["before"]),
+        *((step["use"], step["after"]) for step in record.steps),
+    ]:
+        table.add_row(
+            name,
+            f"{figures['parameters']:,}",
+            f"{figures['bytes'] / 1e6:,.1f} MB",
+            f"{figures['perplexity']:.3f}",
+            f"{figures['agreement_percent']:.1f} %",
+            f"{figures['decode_tokens_per_s']:,.0f}",
+        )
+    console.print(table)

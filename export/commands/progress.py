@@ -1,0 +1,65 @@
+"""What the exporter's commands show while they work, and what they need to be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..stages import StageRecord
+
+_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich")
+
+
+def require_extra(command: str) -> None:
+    """Raises: MissingExtraError, unless the packages of the extra `export` are there."""
+    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+        raise MissingExtraError(command, "export")
+
+
+class RichProgress:
+    """One line a stage: a spinner while it runs, its time and peak memory when it is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Any = None
+        self._name = ""
+
+    def started(self, name: str) -> None:
+        """A stage begins."""
+        self._name = name
+        if self._console.is_terminal:
+            self._status = self._console.status(name)
+            self._status.start()
+
+    def say(self, line: str) -> None:
+        """How far a stage is: beside the spinner on a terminal, a line of its own elsewhere."""
+        if self._status is None:
+            self._console.print(f"{self._name}: {line}")
+        else:
+            self._status.update(f"{self._name}: {line}")
+
+    def finished(self, record: StageRecord) -> None:
+        """A stage is done."""
+        self.stop()
+        self._console.print(
+            f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
+        )
+
+    def stop(self) -> None:
+        """Take the spinner off the screen."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

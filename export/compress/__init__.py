@@ -1,0 +1,12 @@
+"""edgelm.export.compress: make a model smaller before it is traced, step by step as a recipe says.
+
+    recipe.py     a recipe: TOML in, frozen steps out, strictly
+    steps.py      what a step is, and which there are; each step is one file, named as the recipe names it
+    edits.py      changes of a module's structure, logged in its configuration so that they can be made again
+    structure.py  where a module's layers and attention sublayers are
+    folder.py     a compressed model as a folder of safetensors, written and read
+    measure.py    what a step bought and what it cost
+    run.py        a model and a recipe to a compressed folder
+
+Nothing of this imports torch or transformers before it runs.
+"""

@@ -1,0 +1,115 @@
+"""Changes of a module's structure, each logged in its configuration, so that a saved model can be built again.
+
+A Hugging Face configuration describes layers that are alike. What makes them unlike is a list of edits under the
+configuration's key `edgelm_edits`: names of functions of this file with their arguments, in order. Making the model of
+the configuration and then the same edits gives modules of the right shapes, into which the weights are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import SourceError
+from .structure import attention_sublayers, decoder_layers, observed, run_briefly
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEY = "edgelm_edits"
+
+
+class _Absent(torch.nn.Module):
+    """Stands where a layer or an attention sublayer was, and keeps transformers' count of the tokens in its cache
+    right, which it reads off the first layer."""
+
+    def __init__(self, original: torch.nn.Module, form: int | None) -> None:
+        super().__init__()
+        # Modeling code reads a layer's plain settings from outside, such as the kind of its attention.
+        for name, value in vars(original).items():
+            if not name.startswith("_") and isinstance(value, (int, float, str, bool, type(None))):
+                setattr(self, name, value)
+        self.index = getattr(original, "layer_idx", None)
+        self._form = form
+
+    def _formed(self, hidden: torch.Tensor) -> Any:
+        return hidden if self._form is None else (hidden, *[None] * (self._form - 1))
+
+    def _count(self, hidden: torch.Tensor, known: dict[str, Any]) -> None:
+        cache = known.get("past_key_values")
+        if cache is not None and self.index == 0:
+            keys = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(keys, keys, 0)
+
+
+class AbsentLayer(_Absent):
+    """What comes in goes out."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **known: Any) -> Any:
+        """hidden_states (batch, tokens, hidden), returned as they are in the form of the layer that was here."""
+        self._count(hidden_states, known)
+        return self._formed(hidden_states)
+
+
+class AbsentAttention(_Absent):
+    """Adds nothing: zeros that the residual is added to, which the exporter's passes take out."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **known: Any) -> Any:
+        """hidden_states (batch, tokens, hidden); returns zeros (1, 1, hidden) in the form of the attention that was
+        here."""
+        self._count(hidden_states, known)
+        return self._formed(hidden_states.new_zeros(1, 1, hidden_states.shape[-1]))
+
+
+def edit(module: PreTrainedModel, name: str, **arguments: Any) -> None:
+    """Change a module's structure in place and log it. name: of a function in `EDITS`; arguments: plain data."""
+    _EDITS[name](module, **arguments)
+    done = [*edits_of(module), {"edit": name, **arguments}]
+    setattr(module.config, KEY, done)
+
+
+def edits_of(module: PreTrainedModel) -> list[dict[str, Any]]:
+    """The edits that were made on a module since its configuration described it."""
+    return list(getattr(module.config, KEY, None) or [])
+
+
+def replay(module: PreTrainedModel, edits: list[dict[str, Any]]) -> None:
+    """Make logged edits again. Raises: SourceError for a log that this edgelm cannot follow."""
+    setattr(module.config, KEY, [])
+    for item in edits:
+        arguments = {key: value for key, value in item.items() if key != "edit"}
+        function = _EDITS.get(str(item.get("edit")))
+        if function is None or set(arguments) != set(list(inspect.signature(function).parameters)[1:]):
+            raise SourceError(f"the model's config.json asks for an edit that this edgelm does not know: {item!r:.100}")
+        edit(module, item["edit"], **arguments)
+
+
+def present_layers(module: PreTrainedModel) -> dict[int, str]:
+    """Index of each layer that was not left out -> name of its module. Raises: RecipeError."""
+    names = decoder_layers(module)
+    return {index: name for index, name in names.items() if not isinstance(module.get_submodule(name), AbsentLayer)}
+
+
+def _drop_layers(module: PreTrainedModel, layers: list[int]) -> None:
+    names = decoder_layers(module)
+    _replace(module, {index: names[index] for index in layers}, AbsentLayer)
+
+
+def _skip_attention(module: PreTrainedModel, layers: list[int]) -> None:
+    names = attention_sublayers(module)
+    _replace(module, {index: names[index] for index in layers}, AbsentAttention)
+
+
+def _replace(module: PreTrainedModel, names: dict[int, str], stand_in: type[_Absent]) -> None:
+    with observed(module, names) as seen:
+        run_briefly(module)
+    for index, name in names.items():
+        output = seen[index][0][1]
+        absent = stand_in(module.get_submodule(name), len(output) if isinstance(output, tuple) else None)
+        absent.index = index
+        module.set_submodule(name, absent)
+
+
+_EDITS = {"drop_layers": _drop_layers, "skip_attention": _skip_attention}

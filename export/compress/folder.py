@@ -1,0 +1,96 @@
+"""A compressed model as a folder: Hugging Face's files, the recipe, and a record of where it came from.
+
+    config.json          of the source, with the edits of its structure under `edgelm_edits`
+    model.safetensors    float32; a matrix that several modules share is in it once
+    compression.json     source, name, recipe, and what each step did, cost and bought
+    tokenizer files and generation_config.json, as the source has them
+
+Exporting such a folder gives the graph and the weights that exporting with the recipe gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.manifest import Source
+from ..errors import SourceError
+from ..package import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD_NAME = "compression.json"
+_WEIGHTS_NAME = "model.safetensors"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """compression.json. source, name: of the model that was compressed; recipe: its name; steps: each step's settings
+    with its `details`, and figures before and after it."""
+
+    source: Source
+    name: str
+    recipe: str
+    steps: tuple[dict[str, Any], ...]
+
+
+def without_figures(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's settings and choices, without what was measured: the part that is the same each time."""
+    return {key: value for key, value in step.items() if key not in ("before", "after")}
+
+
+def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, folder: Path) -> None:
+    """Fill an empty folder. Raises: OSError."""
+    from safetensors.torch import save_model
+
+    tokenizer.save_pretrained(folder)
+    module.config.save_pretrained(folder)
+    if module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
+    save_model(module, str(folder / _WEIGHTS_NAME), metadata={"format": "pt"})
+    write_json(folder / RECORD_NAME, {"version": _VERSION, **dataclasses.asdict(record)})
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a compressed folder, or None for a folder of any other kind. Raises: SourceError."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("version") != _VERSION:
+            raise SourceError(f"{path} was written by another version of edgelm: compress the model again")
+        return Record(Source(**data.pop("source")), steps=tuple(data.pop("steps")), **data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SourceError(f"{path} cannot be read ({error}): compress the model again") from error
+
+
+def load_compressed(folder: Path) -> PreTrainedModel:
+    """Build the model of the configuration, make its edits again, and read the weights. float32, evaluation mode.
+
+    Raises: SourceError for edits that are unknown or do not fit; whatever transformers, safetensors and torch raise for
+    files that are damaged.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import load_model
+    from transformers.initialization import no_init_weights
+
+    from .edits import KEY, replay
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    edits = list(getattr(config, KEY, None) or [])
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    with no_init_weights():
+        module: PreTrainedModel = make(config, dtype=torch.float32, trust_remote_code=False).eval()
+    module.tie_weights()
+    replay(module, edits)
+    load_model(module, folder / _WEIGHTS_NAME)
+    if (folder / "generation_config.json").is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return module

@@ -1,0 +1,34 @@
+"""`skip-attention`: leave attention sublayers out and keep the MLP beside them. Such a layer has no KV cache at all.
+
+Later sublayers are redundant more often than earlier ones (Tyukin et al., arXiv 2404.05741).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .selection import Selection
+from .steps import Applied, Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SkipAttention(Selection):
+    """See `Selection`. The influence of a sublayer is how far it turns the stream that it is added to."""
+
+    def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
+        """See `Step`."""
+        from .edits import edit
+        from .influence import attention_influence
+        from .structure import attention_sublayers
+
+        chosen, influence = self.choose(
+            attention_sublayers(module),
+            "attention sublayer",
+            lambda: attention_influence(module, bench.token_ids, bench.context_length),
+        )
+        edit(module, "skip_attention", layers=chosen)
+        return Applied(module, {"layers": chosen, "influence": {str(i): round(v, 6) for i, v in influence.items()}})

@@ -1,0 +1,73 @@
+"""What a step of a recipe is, and which there are.
+
+A step is a frozen dataclass whose fields are its keys in the recipe (`least_useful` is written `least-useful`), which
+checks them when it is made, and whose `apply` takes a module and returns one. Each is a file of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Name in recipes -> class. The file is named as the step is, with underscores.
+_STEPS = {
+    "drop-layers": "DropLayers",
+    "skip-attention": "SkipAttention",
+}
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What steps work with beside the module.
+
+    token_ids: of the text that decides what matters (calibration); tokenizer: the source's; source: folder of the
+    uncompressed model, for a step that needs a teacher; checkpoints: folder that outlives an interrupted run, made by
+    whoever writes into it; say: takes one line about how far a long step is.
+    """
+
+    token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+    source: Path
+    checkpoints: Path
+    context_length: int
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a step made: the module (the same one, or another), and what it chose, as plain data for the report."""
+
+    module: PreTrainedModel
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """One step with its settings."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
+        """Take a module in evaluation mode, float32, and return one. Raises: RecipeError where it cannot be done, in
+        which case the module is as it was."""
+
+
+def step_names() -> list[str]:
+    """Every step's name in recipes."""
+    return list(_STEPS)
+
+
+def step_class(name: str) -> Any:
+    """The dataclass of a step. name: one of `step_names`."""
+    return getattr(importlib.import_module(f".{name.replace('-', '_')}", __package__), _STEPS[name])
+
+
+def step_name(step: Step) -> str:
+    """A step's name in recipes."""
+    return next(name for name, class_name in _STEPS.items() if class_name == type(step).__name__)

@@ -1,0 +1,86 @@
+"""Where a module's layers and attention sublayers are, found by running it, not by its architecture's name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TRIED = 2  # tokens
+
+
+def decoder_layers(module: PreTrainedModel) -> dict[int, str]:
+    """Index of each layer -> name of its module. Raises: RecipeError where the model has no list of layers."""
+    count = int(getattr(module.config.get_text_config(), "num_hidden_layers", 0))
+    lists = [
+        name for name, item in module.named_modules() if isinstance(item, torch.nn.ModuleList) and len(item) == count
+    ]
+    if not lists:
+        raise RecipeError(f"{type(module).__name__} has no list of {count} layers, so none can be left out")
+    outer = min(lists, key=len)
+    return {index: f"{outer}.{index}" for index in range(count)}
+
+
+def attention_sublayers(module: PreTrainedModel) -> dict[int, str]:
+    """Index of each layer that has attention -> name of the attention module, in order.
+
+    An attention module is one that calls transformers' attention registry. Raises: RecipeError where none does.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    callers: list[torch.nn.Module] = []
+
+    def note(caller: torch.nn.Module, query: torch.Tensor, _: Any, value: torch.Tensor, *__: Any, **___: Any) -> Any:
+        callers.append(caller)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    name, before = "edgelm_note_callers", module.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, note)
+    module.config._attn_implementation = name
+    try:
+        run_briefly(module)
+    finally:
+        module.config._attn_implementation = before
+    names = {id(item): name for name, item in module.named_modules()}
+    found = {int(caller.layer_idx): names[id(caller)] for caller in callers if hasattr(caller, "layer_idx")}  # type: ignore[arg-type]
+    if not found:
+        raise RecipeError(
+            f"{type(module).__name__} does not call transformers' attention registry, so its attention cannot be told "
+            "apart: this step cannot be used with it"
+        )
+    return dict(sorted(found.items()))
+
+
+@contextlib.contextmanager
+def observed(module: PreTrainedModel, names: dict[int, str]) -> Iterator[dict[int, list[tuple[Any, Any]]]]:
+    """Note what goes into and comes out of submodules while the block runs: index -> (input, output) of each call, the
+    first tensor of each. names: index -> name of the submodule."""
+    seen: dict[int, list[tuple[Any, Any]]] = {index: [] for index in names}
+
+    def hook(index: int) -> Any:
+        def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen[index].append((args[0] if args else kwargs["hidden_states"], output))
+
+        return note
+
+    handles = [
+        module.get_submodule(name).register_forward_hook(hook(index), with_kwargs=True) for index, name in names.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_briefly(module: PreTrainedModel) -> None:
+    """A step of a few tokens, for what hooks then see."""
+    with torch.no_grad():
+        module(input_ids=torch.zeros(1, _TRIED, dtype=torch.int64), use_cache=False)
