@@ -426,14 +426,14 @@ def test_a_hub_id_without_a_network(refused: Refused, monkeypatch: pytest.Monkey
 def test_an_output_that_is_a_file(refused: Refused, tiny_model: Path, here: Path) -> None:
     (here / "out").write_text("precious", encoding="utf-8")
     refused(tiny_model, "--out", "out", words=("out exists", "--out"))
-    refused(tiny_model, "--out", "out", "--force", words=("out exists", "no bundle", "--out"))
+    refused(tiny_model, "--out", "out", "--force", words=("out exists", "has no manifest.json", "--out"))
 
 
 def test_an_output_that_is_a_folder_with_other_things(refused: Refused, tiny_model: Path, here: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "thesis.tex").write_text("precious", encoding="utf-8")
     refused(tiny_model, "--out", "out", words=("out exists", "--out"))
-    refused(tiny_model, "--out", "out", "--force", words=("out exists", "no bundle", "--out"))
+    refused(tiny_model, "--out", "out", "--force", words=("out exists", "has no manifest.json", "--out"))
 
 
 def test_an_output_that_is_a_dangling_link(refused: Refused, tiny_model: Path, here: Path) -> None:
