@@ -3,5 +3,15 @@
 from __future__ import annotations
 
 from .profile import Gate, Profile, TargetError, available_targets, load_target, native_target
+from .reasons import Setting, settings_of
 
-__all__ = ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"]
+__all__ = [
+    "Gate",
+    "Profile",
+    "Setting",
+    "TargetError",
+    "available_targets",
+    "load_target",
+    "native_target",
+    "settings_of",
+]

@@ -1,6 +1,7 @@
 """The reader of target profiles: TOML in, a frozen dataclass out, strictly. Standard library only.
 
-Every key is required and unknown keys are errors, so a spelling mistake never means a default.
+Every key is required and unknown keys are errors, so a spelling mistake never means a default. A profile of one's own
+may say `extends = "x86-cpu"`: what it leaves out is then that profile's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ else:
 
 SCHEMES = ("int8-rowwise", "int8-tensor", "fp32")
 KV_TYPES = ("int8", "float32")
+EXTENDS = "extends"
 
 T = TypeVar("T")
 
@@ -81,6 +83,14 @@ def native_target() -> str | None:
 
 def load_target(name: str) -> Profile:
     """Read a profile by name, or from a path that ends in .toml. Raises: TargetError."""
+    path = profile_path(name)
+    profile = _build(Profile, _extended(_read(path), path), path, "")
+    _check(profile, path)
+    return profile
+
+
+def profile_path(name: str) -> Path:
+    """The file of a profile by name, or the path itself if it ends in .toml. Raises: TargetError."""
     path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
     if not path.is_file() or (not name.endswith(".toml") and name not in available_targets()):
         near = difflib.get_close_matches(name, available_targets(), 1)
@@ -90,13 +100,31 @@ def load_target(name: str) -> Profile:
             else f"there is {', '.join(available_targets())}, or a path of a .toml file"
         )
         raise TargetError(f"unknown target {name!r}: {hint}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TargetError(f"{path} cannot be read as TOML ({error})") from error
-    profile = _build(Profile, data, path, "")
-    _check(profile, path)
-    return profile
+
+
+def _extended(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The keys of a profile over those of the one that it extends, table by table."""
+    if EXTENDS not in data:
+        return data
+    own = {key: value for key, value in data.items() if key != EXTENDS}
+    base = data[EXTENDS]
+    if base not in available_targets():
+        raise TargetError(f"{path}: {EXTENDS} must be one of {', '.join(available_targets())}, found {base!r}")
+    if "name" not in own:
+        raise TargetError(f"{path}: key name is missing: a profile that extends {base} has a name of its own")
+    whole = _read(profile_path(base))
+    for key, value in own.items():
+        tables = isinstance(value, dict) and isinstance(whole.get(key), dict)
+        whole[key] = {**whole[key], **value} if tables else value
+    return whole
 
 
 def _folder() -> Path:

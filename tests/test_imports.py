@@ -36,7 +36,16 @@ PUBLIC = {
         "PrefixCacheSettings", "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
     ],
     "edgelm.export": ["ExportConfig", "ExportResult", "compress_model", "export_model"],
-    "edgelm.targets": ["Gate", "Profile", "TargetError", "available_targets", "load_target", "native_target"],
+    "edgelm.targets": [
+        "Gate",
+        "Profile",
+        "Setting",
+        "TargetError",
+        "available_targets",
+        "load_target",
+        "native_target",
+        "settings_of",
+    ],
 }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.targets import Gate, Profile, TargetError, available_targets, load_target, native_target
+from edgelm.runtime.cli import main
+from edgelm.targets import Gate, Profile, TargetError, available_targets, load_target, native_target, settings_of
 
 from .conftest import ROOT
 
@@ -249,3 +250,64 @@ def test_every_number_of_a_profile_has_its_reason_in_front(path: Path) -> None:
         while number.match(lines[first]):
             first -= 1
         assert lines[first].startswith("# "), f"{path.name}: nothing says why {lines[index]!r}"
+
+
+EXTENDING = """
+extends = "x86-cpu"
+name = "kiosk"
+# Our answers are short and checked by people.
+weight_bits = 7
+[gate]
+perplexity_increase_percent = 5
+"""
+
+
+def test_a_profile_may_extend_one_that_comes_with_edgelm(tmp_path: Path) -> None:
+    path = tmp_path / "kiosk.toml"
+    path.write_text(EXTENDING, encoding="utf-8")
+    profile, base = load_target(str(path)), load_target("x86-cpu")
+    gate = dataclasses.replace(base.gate, perplexity_increase_percent=5.0)
+    assert profile == dataclasses.replace(base, name="kiosk", weight_bits=7, gate=gate)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (('"x86-cpu"', '"x86"'), "extends must be one of arm-cpu"),
+        (('"x86-cpu"', "[1]"), "extends must be one of arm-cpu"),
+        (('name = "kiosk"', ""), "key name is missing"),
+        (("weight_bits", "weight_bit"), "did you mean weight_bits?"),
+        (("perplexity_increase_percent", "perplexity_increase"), "did you mean perplexity_increase_percent?"),
+        (("[gate]", "[kv]"), "unknown key kv.perplexity_increase_percent"),
+    ],
+)
+def test_a_mistake_in_a_profile_that_extends_is_named(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    assert words in refusal(tmp_path, EXTENDING.replace(*change))
+
+
+@pytest.mark.parametrize("name", available_targets())
+def test_every_setting_but_the_description_has_a_reason(name: str) -> None:
+    settings = settings_of(name)
+    assert {setting.key.split(".")[0] for setting in settings} == {"description", *load_target(name).settings()}
+    assert [setting.key for setting in settings if not setting.reason] == ["description"]
+
+
+def test_reasons_follow_what_a_profile_extends(tmp_path: Path) -> None:
+    path = tmp_path / "kiosk.toml"
+    path.write_text(EXTENDING, encoding="utf-8")
+    found = {setting.key: setting for setting in settings_of(str(path))}
+    assert found["weight_bits"].value == 7
+    assert found["weight_bits"].reason == "Our answers are short and checked by people."
+    assert found["weight_bits"].origin == "kiosk"
+    assert found["gate.perplexity_increase_percent"].reason == ""
+    assert found["opset"].origin == "x86-cpu"
+    assert "onnxruntime" in found["opset"].reason
+
+
+def test_the_command_explains_a_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "arm-cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "weight_bits = 8" in shown
+    assert "do not saturate" in shown
+    assert main(["targets", "arm"]) == 1
+    assert "did you mean arm-cpu?" in capsys.readouterr().err
