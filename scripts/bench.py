@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,26 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
         figures[f"decode_tokens_per_s_{context}"] = statistics.median(rates)
         figures[f"python_share_{context}"] = statistics.median(shares)
         figures[f"resident_mb_{context}"] = done.stats.resident_bytes / 1e6
+    engine.close()
+    read = (bundle / "model.onnx.data").stat().st_size * figures[f"decode_tokens_per_s_{CONTEXTS[0]}"]
+    figures["memory_gb_per_s"] = _memory_bytes_per_s(threads) / 1e9
+    figures["weights_read_share"] = read / 1e9 / figures["memory_gb_per_s"]
     return figures
+
+
+def _memory_bytes_per_s(threads: int) -> float:
+    """How fast so many threads read memory that no processor cache holds: the limit of a decode step, which reads every
+    weight once. The best of several passes; numpy lets other threads run while it compares."""
+    import numpy as np
+
+    parts = [np.ones(1 << 25, np.int64) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(7):
+            started = time.perf_counter()
+            list(pool.map(np.ndarray.max, parts))
+            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started))
+    return best
 
 
 def _clock_of(engine: Any) -> list[float]:
