@@ -119,7 +119,8 @@ def _cache(report: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("Cache values beyond range", None, words, verdict)
     cache = report.get("cache")
     kinds = cache.get("kinds") if isinstance(cache, dict) else None
-    worst = max((_number(kind, "kl") or 0.0 for kind in kinds), default=None) if isinstance(kinds, (list, tuple)) else None
+    known = [_number(kind, "kl") for kind in kinds] if isinstance(kinds, (list, tuple)) else []
+    worst = max((kl for kl in known if kl is not None), default=None)
     if worst is not None:
         yield Figure("Answers, INT8 cache", None, f"{worst:.1e} nats from a float32 cache's, at worst")
 
