@@ -1,8 +1,8 @@
-"""Ranges of the keys and values on a text, for the scales of the INT8 cache."""
+"""Ranges of keys and values, for the scales of the INT8 cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,21 +11,33 @@ from ..runtime.session import OrtSession
 
 _PIECE_TOKENS = 128
 
+# For "N.key" and "N.value" of each layer N: magnitudes (kv_heads, size) float32.
+Ranges = dict[str, NDArray[np.float32]]
 
-def cache_ranges(session: OrtSession, token_ids: Sequence[int], window: int) -> dict[str, NDArray[np.float32]]:
-    """Largest magnitude of every channel, over all positions of a text that is fed in windows.
 
-    session: of the float32 graph, whose cache holds what attention would read. Returns: (kv_heads, size) float32 for
-    "N.key" and "N.value" of each layer N.
+def cache_ranges(session: OrtSession, prompts: Iterable[Sequence[int]]) -> Ranges:
+    """Largest magnitude of every channel, over all positions of prompts that fit into the context.
+
+    session: of the float32 graph, whose cache holds what attention would read.
     """
-    largest: dict[str, NDArray[np.float32]] = {}
-    for begin in range(0, len(token_ids), window):
-        part = token_ids[begin : begin + window]
+    largest: Ranges = {}
+    for prompt in prompts:
         session.rewind(0)
-        for start in range(0, len(part), _PIECE_TOKENS):
-            session.step(part[start : start + _PIECE_TOKENS])
-        for name, buffer in session.cache.buffers():
-            seen = np.abs(buffer[0, :, : session.length]).max(axis=1)
-            largest[name] = np.maximum(largest.get(name, seen), seen)
+        for start in range(0, len(prompt), _PIECE_TOKENS):
+            session.step(prompt[start : start + _PIECE_TOKENS])
+        seen = {name: values.max(axis=1) for name, values in magnitudes(session).items()}
+        largest = wider(largest, seen)
     session.rewind(0)
     return largest
+
+
+def magnitudes(session: OrtSession) -> Ranges:
+    """What the cache holds now, without signs: (kv_heads, positions, size) float32 for each of its buffers."""
+    return {
+        name: np.abs(np.asarray(buffer[0, :, : session.length], np.float32)) for name, buffer in session.cache.buffers()
+    }
+
+
+def wider(left: Mapping[str, NDArray[np.float32]], right: Mapping[str, NDArray[np.float32]]) -> Ranges:
+    """Ranges that hold both; what only one of them has counts as it is."""
+    return {**left, **{name: np.maximum(left.get(name, values), values) for name, values in right.items()}}

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
@@ -35,11 +35,13 @@ from ..runtime.manifest import (
 )
 from ..runtime.measure import Speed, measure_speed
 from ..runtime.scoring import DEFAULT_WINDOW
-from ..runtime.session import OrtSession, Session, make_session
+from ..runtime.session import Session, make_session
 from ..runtime.tokenizer import Tokenizer
 from ..targets import Profile
 from . import package, verify
-from .calibrate import cache_ranges
+from .cache_gate import CacheAgreement, calibrate_cache
+from .cache_prompts import UnusualTokens, cache_prompts, unusual_tokens
+from .calibrate import Ranges
 from .compress.folder import without_figures
 from .compress.recipe import Recipe, load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
@@ -58,9 +60,9 @@ from .tokenizer_check import check_tokenizer
 from .trace import TracedModel
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-_CALIBRATION_WINDOW = 1024
 _MEASURED_PROMPT = 128
 _PROBE_NAME = "probe.onnx"
 
@@ -87,13 +89,15 @@ class _Context:
     source: SourceModel = field(init=False)  # load
     module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
+    unusual: UnusualTokens = field(init=False)  # load
     kv: str = field(init=False)  # trace
     paths: Iterator[TracePath] = field(default_factory=lambda: iter(PATHS))
     path: str = field(init=False)  # trace
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     shape: Model = field(init=False)  # trace
     graph: ir.Model | None = None  # trace, until it is written
-    ranges: dict[str, Any] = field(default_factory=dict)  # calibrate
+    ranges: Ranges = field(default_factory=dict)  # calibrate
+    cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: verify.QuantizedAgreement | None = None  # judge
@@ -111,6 +115,11 @@ class _Context:
     def reference(self) -> Path:
         """The scratch folder of the fp32 graph."""
         return self.work / "fp32"
+
+    @property
+    def answers(self) -> Path:
+        """The scratch folder of answers that others are held against."""
+        return self.work / "answers"
 
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
@@ -180,13 +189,14 @@ def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> P
 def _load(context: _Context) -> None:
     module = load_module(context.folder)
     context.module, context.source = module, describe_source(context.config.model, context.folder, module)
-    context.result.mkdir()
-    context.reference.mkdir()
+    for folder in (context.result, context.reference, context.answers):
+        folder.mkdir()
     package.write_tokenizer(context.source.tokenizer, module, context.result)
     text = context.config.read_text()
     bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
     check_tokenizer(context.source.tokenizer, bundled, text)
     context.text_ids = bundled.encode(text)
+    context.unusual = _unusual_tokens(context, module)
     # A text that fills no window of the scoring would give figures that say less than they seem to.
     needed = min(DEFAULT_WINDOW, context.source.context_length)
     if len(context.text_ids) < needed:
@@ -194,6 +204,13 @@ def _load(context: _Context) -> None:
             f"{context.config.text or 'the text that comes with edgelm'} has {len(context.text_ids)} tokens, too few "
             f"to judge this model by: give a text of {needed} or more with --text"
         )
+
+
+def _unusual_tokens(context: _Context, module: PreTrainedModel) -> UnusualTokens:
+    """Rows behind the tokenizer's last token are padding, and in nobody's text."""
+    source, embedding = context.source, cast("torch.nn.Embedding", module.get_input_embeddings())
+    rows = embedding.weight.detach()[: min(source.vocab_size, len(source.tokenizer))]
+    return unusual_tokens(source.tokenizer, source.tokens.bos, rows, context.result)
 
 
 def _trace(context: _Context) -> None:
@@ -260,7 +277,7 @@ def _ask_torch(context: _Context) -> verify.SourceAnswers:
     """torch's answers; its weights are let go then, so that the same weights are not in memory twice when onnxruntime
     loads them. Another path, which few models need, loads them again."""
     assert context.module is not None, "set when the model was traced"
-    answers = verify.ask_source(context.module, context.text_ids, context.model("float32"), context.reference)
+    answers = verify.ask_source(context.module, context.text_ids, context.model("float32"), context.answers)
     # By themselves they would stay: onnxscript's rules for rewriting remember the last graph that they saw.
     for weight in context.module.parameters():
         weight.data = weight.new_empty(0)
@@ -270,10 +287,20 @@ def _ask_torch(context: _Context) -> verify.SourceAnswers:
 
 def _calibrate(context: _Context) -> None:
     if context.kv == "int8":
-        window = verify.usable_window(context.source.context_length, len(context.text_ids), _CALIBRATION_WINDOW)
-        with context.session(context.reference, "float32") as session:
-            assert isinstance(session, OrtSession), "an int8 cache is one that the operator writes in place"
-            context.ranges = cache_ranges(session, context.text_ids, window)
+        source = context.source
+        prompts = cache_prompts(context.text_ids, context.unusual, source.vocab_size, source.context_length)
+        reference = partial(context.session, context.reference, "float32")
+        context.ranges, context.cache_agreement = calibrate_cache(
+            reference, partial(_cache_probe, context), prompts, context.profile.gate, context.answers
+        )
+
+
+@contextmanager
+def _cache_probe(context: _Context, ranges: Ranges) -> Iterator[Session]:
+    """A session on the fp32 graph with an INT8 cache, which reads the weights in the fp32 graph's file."""
+    graph = Quantizer(context.reference / names.GRAPH_NAME, "fp32", context.profile.weight_bits, ranges).quantized()
+    with _written_probe(context, graph, "int8") as session:
+        yield session
 
 
 def _quantize(context: _Context) -> None:
@@ -291,9 +318,15 @@ def _write_quantized(context: _Context, excluded: Collection[str]) -> None:
 @contextmanager
 def _probe(context: _Context, quantized: Collection[str]) -> Iterator[Session]:
     """A session on the fp32 graph with these matrices quantized, which reads all others in the fp32 graph's file."""
-    ir.save(context.quantizer.alone(quantized), context.reference / _PROBE_NAME)
+    with _written_probe(context, context.quantizer.alone(quantized), "float32") as session:
+        yield session
+
+
+@contextmanager
+def _written_probe(context: _Context, graph: ir.Model, kv: str) -> Iterator[Session]:
+    ir.save(graph, context.reference / _PROBE_NAME)
     try:
-        with context.session(context.reference, "float32", _PROBE_NAME) as session:
+        with context.session(context.reference, kv, _PROBE_NAME) as session:
             yield session
     finally:
         (context.reference / _PROBE_NAME).unlink()
@@ -363,6 +396,7 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
             speeds=context.speeds,
             against_source=context.source_agreement,
             against_fp32=context.quantized_agreement,
+            cache=context.cache_agreement,
             stages=records,
             path=context.path,
             refused_paths=context.refusals,

@@ -20,6 +20,7 @@ from ..runtime.kv import KVCache
 from ..runtime.manifest import CacheType, Model, Source
 from ..runtime.measure import Speed
 from . import package, verify
+from .cache_gate import CacheAgreement
 from .report_html import page
 from .sensitivity import Sensitivity
 from .stages import StageRecord
@@ -41,8 +42,9 @@ class Measurements:
 
     model: with the bundle's type of cache; before, after: folders of the fp32 graph and of the bundle; speeds: of
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
-    refused_paths: how the model was traced, and why not otherwise; without_genai: why onnxruntime-genai cannot open the
-    bundle, or None where it can; compression: the steps that the model went through, with their figures.
+    refused_paths: how the model was traced, and why not otherwise; cache: None for a float32 cache; without_genai: why
+    onnxruntime-genai cannot open the bundle, or None where it can; compression: the steps that the model went through,
+    with their figures.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Measurements:
     path: str
     refused_paths: Sequence[str] = ()
     sensitivity: Sequence[Sensitivity] = ()
+    cache: CacheAgreement | None = None
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
 
@@ -87,6 +90,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "speed": {side: _speed(speed) for side, speed in found.speeds.items()},
         "against_source": verify.measured(found.against_source),
         "against_fp32": verify.measured(found.against_fp32),
+        "cache": None if found.cache is None else found.cache.measured(),
         "path": found.path,
         "refused_paths": list(found.refused_paths),
         "sensitivity": [item.measured() for item in found.sensitivity],

@@ -55,12 +55,12 @@ def measure_sensitivity(
     reference: of the fp32 graph; token_ids: at least two, not longer than the model's context.
     """
     tokens = list(token_ids[:_TOKENS])
-    expected = list(_log_probabilities(reference, tokens))
+    expected = list(log_probabilities(reference, tokens))
 
     def measure(name: str, names: tuple[str, ...]) -> Sensitivity:
         with probe(names) as session:
-            pairs = zip(expected, _log_probabilities(session, tokens), strict=True)
-            total = sum(float(_divergence(left, right).sum()) for left, right in pairs)
+            pairs = zip(expected, log_probabilities(session, tokens), strict=True)
+            total = sum(float(divergence(left, right).sum()) for left, right in pairs)
         # What is not a number is worst of all.
         return Sensitivity(name, names, total / len(tokens) if np.isfinite(total) else float("inf"))
 
@@ -89,7 +89,7 @@ def _ranked(found: Collection[Sensitivity] | Iterator[Sensitivity]) -> list[Sens
     return sorted(found, key=lambda item: (-item.kl, item.name))
 
 
-def _log_probabilities(session: Session, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+def log_probabilities(session: Session, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
     """log softmax of the logits at each token, in pieces (n, vocab_size)."""
     session.rewind(0)
     for begin in range(0, len(token_ids), _PIECE_TOKENS):
@@ -99,6 +99,6 @@ def _log_probabilities(session: Session, token_ids: Sequence[int]) -> Iterator[N
         yield shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
-def _divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
+def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL divergence of each row of log probabilities (n, vocab_size), in nats."""
     return np.asarray((np.exp(expected) * (expected - got)).sum(axis=1, dtype=np.float64))

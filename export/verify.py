@@ -176,7 +176,7 @@ def compare_quantized(
     ):
         losses += [float(negative_log_likelihood(logits, targets).sum()) for logits in (left, right)]
         same = left.argmax(axis=1) == right.argmax(axis=1)
-        clear = _lead(left) >= gate.decided_margin
+        clear = lead(left) >= gate.decided_margin
         count, agree = count + len(targets), agree + int(same.sum())
         decided, agree_decided = decided + int(clear.sum()), agree_decided + int((same & clear).sum())
     perplexities = np.exp(losses / count)
@@ -239,7 +239,7 @@ def _torch_logits(model: PreTrainedModel, token_ids: list[int]) -> NDArray[np.fl
     return np.asarray(logits.float().numpy(), np.float32)
 
 
-def _lead(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def lead(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """How far the first choice is ahead of the second, in probability, for each row."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
     top = np.partition(exponentials, -2, axis=1)[:, -2:]

@@ -55,9 +55,9 @@ def load(
     (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say. prefix_cache:
     keep what was computed for prompts, for later ones that start alike: True in memory (64 MiB) and in files below
     EDGELM_HOME (512 MiB, as above), False not at all, or as settings say; only where it changes no bit, which is with
-    the scheme `int8-rowwise`. prepare: keep the weights as onnxruntime wants them on this machine below EDGELM_HOME
-    (twice the bundle's size, in all at most 8 GiB), which the next load maps: faster, in less memory of its own, shared
-    by the processes.
+    the scheme `int8-rowwise`. `edgelm cache budget` changes what True means for both. prepare: keep the weights as
+    onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's size, in all at most 8 GiB), which the
+    next load maps: faster, in less memory of its own, shared by the processes.
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,

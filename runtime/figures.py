@@ -38,7 +38,7 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
     figures = list(_compared(report))
     if not changed:
         figures = [Figure(figure.title, None, figure.after) for figure in figures]
-    return [*figures, *_quality(report), *_against_source(report)]
+    return [*figures, *_quality(report), *_cache(report), *_against_source(report)]
 
 
 def bytes_text(count: float) -> str:
@@ -106,6 +106,23 @@ def _quality(report: dict[str, Any]) -> Iterator[Figure]:
     decided, positions = (_number(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
     if decided is not None and positions:
         yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
+
+
+def _cache(report: dict[str, Any]) -> Iterator[Figure]:
+    """What prompts that did not calibrate the INT8 cache found beyond its range, and its answers to them."""
+    clipped, excess, widened = (
+        _number(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
+    )
+    if clipped is not None and excess is not None and widened is not None:
+        verdict = f"{widened:,.0f} channels widened" if widened else ""
+        words = f"{clipped:.2g} % of values, up to {excess:.3g} times" if clipped else "none"
+        yield Figure("Cache values beyond range", None, words, verdict)
+    cache = report.get("cache")
+    kinds = cache.get("kinds") if isinstance(cache, dict) else None
+    known = [_number(kind, "kl") for kind in kinds] if isinstance(kinds, (list, tuple)) else []
+    worst = max((kl for kl in known if kl is not None), default=None)
+    if worst is not None:
+        yield Figure("Answers, INT8 cache", None, f"{worst:.1e} nats from a float32 cache's, at worst")
 
 
 def _against_source(report: dict[str, Any]) -> Iterator[Figure]:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from . import machine
 from .bundle import GRAPH_NAME, Bundle
+from .caches.budgets import default_budgets
 from .errors import CacheError, SettingsError
 from .home import home
 from .prefixes.files import FOLDER_NAME, BlockFiles, time_of_use
@@ -146,7 +147,7 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
         return wanted
     if not isinstance(wanted, bool):
         raise SettingsError(f"prefix_cache must be True, False or PrefixCacheSettings, found {wanted!r}")
-    return PrefixCacheSettings() if wanted else None
+    return default_budgets().prefixes if wanted else None
 
 
 def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .caches.answers import CachedAnswer, Clock, FinishReason, response_key
+from .caches.budgets import default_budgets
 from .caches.database import FOLDER_NAME, DiskBudget
 from .caches.flights import Flight, Flights
 from .caches.forks import watch_forks
@@ -185,7 +186,7 @@ def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache |
         return None
     if wanted is not True and not isinstance(wanted, ResponseCacheSettings):
         raise SettingsError(f"response_cache must be True, False or ResponseCacheSettings, found {wanted!r}")
-    settings = ResponseCacheSettings() if wanted is True else wanted
+    settings = default_budgets().responses if wanted is True else wanted
     memory = MemoryStore(settings.memory_bytes, settings.memory_entries, ttl_s=settings.ttl_s, policy=settings.policy)
     return ResponseCache(memory, _outer_store(settings))
 

@@ -31,6 +31,7 @@ GATE = load_target("x86-cpu").gate
 CONTEXT = 512
 WINDOW = 128
 IDS = list(TEXT[:1200].encode())
+WINDOWS = [IDS[begin : begin + WINDOW] for begin in range(0, len(IDS), WINDOW)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     fp32 = export_fp32(tiny_llama(), tmp_path_factory.mktemp("fp32"))
-    return dataclasses.replace(fp32, ranges=cache_ranges(fp32.session(fp32.folder), IDS, WINDOW))
+    return dataclasses.replace(fp32, ranges=cache_ranges(fp32.session(fp32.folder), WINDOWS))
 
 
 def export_fp32(model: Any, folder: Path) -> Exported:

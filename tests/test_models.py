@@ -116,7 +116,7 @@ def test_tokens_are_those_of_generate_and_int8_stays_near(tmp_path: Path, model_
     text = PROMPTS[0] + generated(model, PROMPTS[0])
     ranges, kv = {}, FLOAT
     if isinstance(right.session, OrtSession):
-        ranges, kv = cache_ranges(right.session, text, len(text)), INT8
+        ranges, kv = cache_ranges(right.session, [text]), INT8
     ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, ranges))(right.traced.graph)
     quantized = session_of(right.traced, tmp_path / "quantized.onnx", kv)
     assert not faults(compare_quantized(right.session, quantized, text, len(text), GATE), GATE)

@@ -14,8 +14,10 @@ from typing import Protocol
 from .. import prepared
 from ..errors import CacheError
 from ..prefixes import files
-from ..prefixes.settings import DEFAULT_DISK_BYTES as PREFIX_BYTES
-from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES, FILE_NAME, FOLDER_NAME
+from ..prefixes.settings import PrefixCacheSettings
+from .budgets import default_budgets
+from .database import FILE_NAME, FOLDER_NAME, DiskBudget
+from .settings import ResponseCacheSettings
 from .sqlite import SqliteStore
 from .store import StoreStats
 
@@ -45,9 +47,10 @@ class ResponseKind:
         self.path = home / FOLDER_NAME / FILE_NAME
 
     def stats(self) -> StoreStats:
-        """As `SqliteStore.stats`; the default budgets where there is no database yet."""
+        """As `SqliteStore.stats`; the budgets that it will have where there is no database yet."""
         if not self.path.exists():
-            return StoreStats(0, 0, DEFAULT_DISK_ENTRIES, DEFAULT_DISK_BYTES)
+            usual = default_budgets().responses
+            return StoreStats(0, 0, usual.disk_entries, usual.disk_bytes)
         with contextlib.closing(SqliteStore(self.path.parent)) as store:
             return store.stats()
 
@@ -60,6 +63,13 @@ class ResponseKind:
         if self.path.exists():
             with contextlib.closing(SqliteStore(self.path.parent)) as store:
                 store.check()
+
+    def limit(self, settings: ResponseCacheSettings) -> None:
+        """Set the budgets for all processes and evict what is beyond them. Raises: CacheError."""
+        if self.path.exists() and settings.disk:
+            budget = DiskBudget(settings.disk_bytes, settings.disk_entries)
+            with contextlib.closing(SqliteStore(self.path.parent, budget, policy=settings.policy)) as store:
+                store.stats()
 
 
 class PreparedKind:
@@ -114,8 +124,14 @@ class PrefixKind:
         with self._mapped_errors():
             files.check_all(self.path, self._budget())
 
+    def limit(self, settings: PrefixCacheSettings) -> None:
+        """Set the budget for all processes and delete what is beyond it. Raises: CacheError."""
+        with self._mapped_errors():
+            if self.path.exists() and settings.disk:
+                files.BlockFiles(self.path, settings.disk_bytes).trim()
+
     def _budget(self) -> int:
-        return files.read_budget(self.path) or PREFIX_BYTES
+        return files.read_budget(self.path) or default_budgets().prefixes.disk_bytes
 
     @contextlib.contextmanager
     def _mapped_errors(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ _LEAST_DISK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class ResponseCacheSettings:
-    """How answers are kept. `load(..., response_cache=True)` means these defaults.
+    """How answers are kept. `load(..., response_cache=True)` means these defaults, or what `edgelm cache budget` set.
 
     memory_bytes, memory_entries: budgets in memory (estimated bytes). disk: keep them in a database as well, across
     restarts and for all processes of this user. disk_bytes (of the file, 1 MiB or more), disk_entries: its budgets.

@@ -97,6 +97,10 @@ class BlockFiles:
             self._rests_until = self._clock.monotonic() + _REST_S
             self._warn(error.errno, f"{self._folder} cannot be written ({error}): look after its folder and disk")
 
+    def trim(self) -> None:
+        """Set the budget for all processes, and delete what is beyond it now. Raises: OSError. Cost: a listing."""
+        self._make_room(0)
+
     def _path(self, key: bytes) -> Path:
         name = key.hex()
         return self._folder / name[:2] / (name + _SUFFIX)

@@ -1,0 +1,128 @@
+"""`EDGELM_HOME/budgets.json`: what the caches may take when a caller says nothing about it, kept between runs.
+
+    {"version": 1, "responses": {"disk_bytes": 67108864}, "prefixes": {"memory_bytes": 0}}
+
+It holds what differs from edgelm's own defaults, in the words of `ResponseCacheSettings` and `PrefixCacheSettings`, but
+no places: a folder and a server are the caller's to name. It is read strictly and written by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import CacheCorruptError, CacheError, CacheVersionError, SettingsError
+from ..home import home, make_private_folder
+from ..prefixes.settings import PrefixCacheSettings
+from .settings import ResponseCacheSettings
+
+FILE_NAME = "budgets.json"  # below EDGELM_HOME
+_VERSION = 1
+_KEYS = {
+    "responses": ("memory_bytes", "memory_entries", "disk", "disk_bytes", "disk_entries", "ttl_s", "policy"),
+    "prefixes": ("memory_bytes", "disk", "disk_bytes"),
+}
+_warned: set[str] = set()
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", ResponseCacheSettings, PrefixCacheSettings)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The settings of both caches where nobody says otherwise."""
+
+    responses: ResponseCacheSettings = field(default_factory=ResponseCacheSettings)
+    prefixes: PrefixCacheSettings = field(default_factory=PrefixCacheSettings)
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """All that the file can hold, as plain data."""
+        return {part: {key: getattr(getattr(self, part), key) for key in keys} for part, keys in _KEYS.items()}
+
+
+def read_budgets(folder: Path) -> Budgets:
+    """What the file in a folder says, edgelm's own defaults for the rest, and for all where there is no file.
+
+    Raises: CacheCorruptError, CacheVersionError; CacheError, if the system refuses.
+    """
+    path = folder / FILE_NAME
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return Budgets()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"it is not valid JSON, {error}") from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if type(version) is not int:
+        raise _damaged(path, "it has no version")
+    if version != _VERSION:
+        raise CacheVersionError(f"{path} is of a newer edgelm (version {version}): use that one, or delete the file")
+    for key in data.keys() - {"version", *_KEYS}:
+        raise _damaged(path, f"unknown key {key}")
+    return Budgets(
+        _settings(ResponseCacheSettings, data, "responses", path),
+        _settings(PrefixCacheSettings, data, "prefixes", path),
+    )
+
+
+def default_budgets() -> Budgets:
+    """What `load` uses without another word. A file that cannot be used is warned of, once, and left out."""
+    try:
+        folder = home()
+    except CacheError:  # there is no place for a file either; the caches themselves warn of that
+        return Budgets()
+    try:
+        return read_budgets(folder)
+    except CacheError as error:
+        level = logging.DEBUG if str(error) in _warned else logging.WARNING
+        _warned.add(str(error))
+        log.log(level, "%s; the caches have their default budgets", error)
+        return Budgets()
+
+
+def write_budgets(folder: Path, budgets: Budgets) -> None:
+    """Replace the file by one that says this, mode 0600. Of two processes that write at once, the last one counts.
+
+    Raises: CacheError.
+    """
+    usual = Budgets().values()
+    data: dict[str, Any] = {"version": _VERSION}
+    for part, values in budgets.values().items():
+        data[part] = {key: value for key, value in values.items() if value != usual[part][key]}
+    path = folder / FILE_NAME
+    temporary = folder / f"{FILE_NAME}-{secrets.token_hex(8)}.tmp"
+    try:
+        make_private_folder(folder)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(json.dumps(data, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CacheError(f"{path} cannot be written ({error.strerror}): look after its folder and disk") from error
+
+
+def _settings(cls: type[S], data: Mapping[str, Any], part: str, path: Path) -> S:
+    values = data.get(part, {})
+    if not isinstance(values, dict):
+        raise _damaged(path, f"{part} is no object")
+    for key in values.keys() - set(_KEYS[part]):
+        raise _damaged(path, f"unknown key {part}.{key}")
+    try:
+        return cls(**values)
+    except SettingsError as error:
+        raise _damaged(path, f"{part}: {error}") from error
+
+
+def _damaged(path: Path, what: str) -> CacheCorruptError:
+    return CacheCorruptError(f"{path} is no file of budgets ({what}): correct it, or delete it for the defaults")
