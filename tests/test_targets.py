@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from edgelm.targets import Gate, Profile, TargetError, available_targets, load_target, native_target
@@ -249,3 +251,11 @@ def test_every_number_of_a_profile_has_its_reason_in_front(path: Path) -> None:
         while number.match(lines[first]):
             first -= 1
         assert lines[first].startswith("# "), f"{path.name}: nothing says why {lines[index]!r}"
+
+
+def test_int8_uses_integer_products_that_every_core_has(export_tiny: Callable[..., Path]) -> None:
+    """MatMulNBits has no fast kernel on cores without dot product instructions, such as the Raspberry Pi 4's."""
+    model = onnx.load(export_tiny() / "model.onnx", load_external_data=False)
+    operators = {node.op_type for node in model.graph.node}
+    assert "MatMulIntegerToFloat" in operators
+    assert "MatMulNBits" not in operators

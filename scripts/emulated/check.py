@@ -42,6 +42,7 @@ def main() -> int:
         models = arguments.models or ["builtin:tales", *([str(_STORIES)] if _STORIES.exists() else [])]
         broken = [sentence for model in models for sentence in check_model(model)]
         if arguments.count:
+            counting.report_products()
             for model in models:
                 counting.report({scheme: export(model, scheme) for scheme in _SCHEMES})
     except machines.NotHereError as error:

@@ -27,7 +27,19 @@ _HEADERS = [
 _CONFIGURE = ["--target-list=aarch64-linux-user", "--without-default-features", "--enable-plugins", "--disable-system"]
 _CONFIGURE += ["--disable-tools", "--disable-docs", "--disable-guest-agent", "--disable-install-blobs"]
 _STEPS = Path(__file__).with_name("steps.py")
+_PRODUCTS = Path(__file__).with_name("products.py")
 _CORES = ("cortex-a72", "cortex-a76", "neoverse-v1")
+
+
+def report_products() -> None:
+    """Print instructions for one product of a row with a matrix of 576 x 1,536, in thousands, for each way and core."""
+    build()
+    from . import kernels
+
+    for core in _CORES:
+        for name, graph in kernels.write(_FOLDER / "products").items():
+            once, often = (count(core, str(_PRODUCTS), str(graph), times) for times in ("1", "101"))
+            print(f"  {core:12} {name:14} {(often - once) / 100 / 1e3:9.0f} thousand a product", flush=True)
 
 
 def report(bundles: dict[str, Path]) -> None:
@@ -41,13 +53,13 @@ def report(bundles: dict[str, Path]) -> None:
 
 def per_token(core: str, bundle: Path) -> tuple[float, float]:
     """Instructions for one token that is decoded, and for one of a prompt of 64 tokens."""
-    started, decoded, prompted = (count(core, bundle, *steps) for steps in ((4, 0), (12, 0), (4, 2)))
+    runs = (("4", "0"), ("12", "0"), ("4", "2"))
+    started, decoded, prompted = (count(core, str(_STEPS), str(bundle), *steps) for steps in runs)
     return (decoded - started) / 8, (prompted - started) / (2 * 64)
 
 
-def count(core: str, bundle: Path, decoding: int, prompts: int) -> int:
-    """Instructions of a process that loads a bundle, decodes so many tokens and reads so many prompts of 64 tokens."""
-    arguments = [str(_STEPS), str(bundle), str(decoding), str(prompts)]
+def count(core: str, *arguments: str) -> int:
+    """Instructions of a whole process of Python with these arguments."""
     plugin = _FOLDER / "build" / _TARGETS[1]
     options = ("-plugin", str(plugin), "-d", "plugin")
     command = machines.command(core, *arguments, qemu=_FOLDER / "build" / _TARGETS[0], options=options)
