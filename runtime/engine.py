@@ -20,6 +20,7 @@ from .batch_session import rows_are_exact
 from .bundle import Bundle
 from .decode import Sequencer
 from .errors import EngineClosedError, SettingsError
+from .memory import give_back
 from .prefix_cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
 from .prompts import PromptEncoder
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
@@ -67,6 +68,7 @@ def load(
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
     bundle, session = open_folder(path, threads, graph, prepare)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
+    give_back()
     return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 
 

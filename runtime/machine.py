@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from . import cpuid
+
 _CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -65,7 +67,8 @@ def saturates_int8() -> bool:
     """Whether onnxruntime's uint8 x int8 kernel may saturate its 16-bit sums here, giving wrong products.
 
     True on x86 without a VNNI instruction set (AVX2 multiplies pairs into 16 bits), and on x86 systems that do not
-    tell their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate.
+    tell their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate. What counts is
+    what the processor can do, never its name.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -73,7 +76,13 @@ def saturates_int8() -> bool:
 
 
 def instruction_sets() -> frozenset[str]:
-    """What the processor can do, in Linux's words (flags on x86, features on Arm); empty where nothing is told."""
+    """What the processor can do, in Linux's words (flags on x86, features on Arm); empty where nothing is told.
+
+    An x86 processor is asked itself where that is possible, for what decides about kernels (`edgelm.runtime.cpuid`).
+    """
+    told = cpuid.instruction_sets()
+    if told is not None:
+        return told
     try:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--bundles", type=Path, help="folder of exported bundles, for machines that cannot export")
 
 
 def pytest_unconfigure() -> None:
@@ -96,9 +98,18 @@ def tiny_llama(**changes: Any) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     """Tiny models gain nothing from more, and torch's and onnxruntime's threads get into each other's way."""
-    import torch
+    if importlib.util.find_spec("torch") is not None:
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
+
+
+def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Where the bundle of a shared model lies in a folder that `--bundles` names; skips the test if it is not there."""
+    found = folder / "-".join([name, *(f"{key}-{value}" for key, value in sorted(settings.items()))])
+    if not found.exists():
+        pytest.skip(f"no bundle {found.name} was exported beforehand")
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -111,10 +122,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def export_tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def export_tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Export the tiny model with some settings, once a run for each set of settings; returns the bundle's folder."""
+    ready = request.config.getoption("--bundles")
+    if ready is not None:
+        return lambda **settings: ready_bundle(ready, "tiny", settings)
     from edgelm.export import ExportConfig, export_model
 
+    tiny_model = request.getfixturevalue("tiny_model")
     done: dict[tuple[tuple[str, Any], ...], Path] = {}
 
     def export(**settings: Any) -> Path:
@@ -134,8 +149,11 @@ def tiny_bundle(export_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def stories_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Export the shared stories260k with a scheme, once a run; returns the bundle's folder."""
+    ready = request.config.getoption("--bundles")
+    if ready is not None:
+        return lambda scheme: ready_bundle(ready, "stories260k", {"scheme": scheme})
     from edgelm.export import ExportConfig, export_model
 
     done: dict[str, Path] = {}

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgelm.runtime import doctor, machine
+from edgelm.runtime import cpuid, doctor, machine
 from edgelm.runtime.cli import main
 from edgelm.runtime.doctor import diagnose
 
@@ -20,6 +20,7 @@ from edgelm.runtime.doctor import diagnose
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine without GPU, whose instruction sets a test may set."""
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpuid, "instruction_sets", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     return monkeypatch
 

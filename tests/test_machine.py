@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgelm.runtime import machine
+from edgelm.runtime import cpuid, machine
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,7 @@ def eight_free_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_CGROUP_CPU_MAX", tmp_path / "cpu.max")
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(machine, "_CPUS", tmp_path / "cpu")
+    monkeypatch.setattr(cpuid, "instruction_sets", lambda: None)
 
 
 def test_threads_are_physical_cores() -> None:
@@ -110,6 +111,19 @@ def test_an_x86_that_tells_no_flags_is_taken_for_one_that_saturates(
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
     assert machine.saturates_int8()
+
+
+def test_the_processor_itself_is_believed_before_what_is_told_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under an emulator /proc/cpuinfo tells of the host."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_text(cpuinfo(AVX512_WITHOUT_VNNI + " avx512_vnni"))
+    monkeypatch.setattr(cpuid, "instruction_sets", lambda: frozenset({"avx2"}))
+    assert machine.saturates_int8()
+    assert machine.instruction_sets() == {"avx2"}
+    monkeypatch.setattr(cpuid, "instruction_sets", lambda: frozenset({"avx2", "avx_vnni"}))
+    assert not machine.saturates_int8()
 
 
 @pytest.mark.parametrize("name", ["aarch64", "arm64", "armv7l"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from edgelm.runtime.cli import main
@@ -311,3 +313,11 @@ def test_the_command_explains_a_target(capsys: pytest.CaptureFixture[str]) -> No
     assert "do not saturate" in shown
     assert main(["targets", "arm"]) == 1
     assert "did you mean arm-cpu?" in capsys.readouterr().err
+
+
+def test_int8_uses_integer_products_that_every_core_has(export_tiny: Callable[..., Path]) -> None:
+    """MatMulNBits has no fast kernel on cores without dot product instructions, such as the Raspberry Pi 4's."""
+    model = onnx.load(export_tiny() / "model.onnx", load_external_data=False)
+    operators = {node.op_type for node in model.graph.node}
+    assert "MatMulIntegerToFloat" in operators
+    assert "MatMulNBits" not in operators

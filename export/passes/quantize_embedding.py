@@ -1,9 +1,12 @@
 """The embedding table becomes int8, and one matrix with the head where the source ties the two.
 
-Cases, for Gather(table, input_ids) with a table (vocabulary, hidden):
-1. a quantized head reads the same table: the head's int8 matrix (hidden, vocabulary) serves both. A token's embedding
-   is a column of it times the column's scale.
-2. otherwise the table is quantized by row, one scale per token.
+Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale per
+token:
+1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned. onnxruntime
+   turns it once, at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens'
+   rows are ever read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the
+   matrix would be in memory twice.)
+2. otherwise nothing else reads it.
 A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks for.
 """
 
@@ -30,22 +33,25 @@ class QuantizeEmbedding(GraphPass):
         modified = False
         for gather in nodes_of(model, "Gather"):
             table = gather.inputs[0]
-            if table is not None and is_weight(table, 2) and table.name not in self._excluded and _reads_tokens(gather):
+            if table is None or not is_weight(table, 2) or table.dtype != ir.DataType.FLOAT:
+                continue
+            if table.name not in self._excluded and _reads_tokens(gather):
                 self._quantize(model, gather, table)
                 modified = True
         return modified
 
     def _quantize(self, model: ir.Model, gather: ir.Node, table: ir.Value) -> None:
         weight = Weight(table, transposed=True)
-        matrix = model.graph.initializers.get(f"{weight.name}.int8")
+        head = model.graph.initializers.get(f"{weight.name}.int8")
         op = Builder(model, gather, f"{gather.name}.int8")
         ids = gather.inputs[1]
-        if matrix is not None:  # case 1: the head was quantized under this name
-            scales = model.graph.initializers[f"{weight.name}.scale"]
-            rows = op("Transpose", op("Gather", matrix, ids, axis=1), perm=[1, 2, 0])
+        if head is not None:  # case 1: the head was quantized under this name
+            matrix, scales = _rows(model, weight, self._limit), model.graph.initializers[f"{weight.name}.scale"]
+            replace_value(head, op("Transpose", matrix, perm=[1, 0]))
         else:
-            matrix, scales = _by_row(model, weight, self._limit)
-            rows = op("Gather", matrix, ids, axis=0)
+            matrix = _rows(model, weight, self._limit)
+            scales = add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), self._limit))
+        rows = op("Gather", matrix, ids, axis=0)
         last = add_weight(model, "embedding.axis", np.array([-1], np.int64))
         scale = op("Unsqueeze", op("Gather", scales, ids, axis=0), last)
         values = op("Cast", rows, to=ir.DataType.FLOAT.value)
@@ -57,13 +63,13 @@ def _reads_tokens(gather: ir.Node) -> bool:
     return ids is not None and ids.is_graph_input() and gather.attributes.get_int("axis", 0) == 0
 
 
-def _by_row(model: ir.Model, weight: Weight, limit: int) -> tuple[ir.Value, ir.Value]:
+def _rows(model: ir.Model, weight: Weight, limit: int) -> ir.Value:
+    """The int8 table (vocabulary, hidden)."""
     inputs, outputs = weight.shape
-    rows = lazy_weight(
+    return lazy_weight(
         model,
-        f"{weight.name}.int8",
+        f"{weight.name}.rows.int8",
         lambda: quantize_columns(weight.array(), limit).T,
         ir.DataType.INT8,
         (outputs, inputs),
     )
-    return rows, add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), limit))

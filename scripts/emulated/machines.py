@@ -1,0 +1,214 @@
+"""Machines that are not here: processors that QEMU's user mode emulates, with a Python and the runtime's packages.
+
+Needs a 64-bit x86 machine with Debian. `prepare` fills one folder, as any user, and installs nothing: QEMU and the
+arm64 Python come from the sources that the machine's own apt is configured with, the packages from its pip's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "emulated"
+_QEMU = "qemu-user"
+# What the arm64 interpreter and onnxruntime link against; maintainer scripts are not run.
+_LIBRARIES = [
+    "libc6",
+    "libgcc-s1",
+    "libstdc++6",
+    "zlib1g",
+    "libbz2-1.0",
+    "liblzma5",
+    "libexpat1",
+    "libffi8",
+    "libsqlite3-0",
+    "libuuid1",
+]
+_PYTHON = ("python{0}-minimal", "libpython{0}-minimal", "libpython{0}-stdlib")
+_WHEELS = [
+    "numpy",
+    "onnxruntime",
+    "tokenizers",
+    "psutil",
+    "jinja2",
+    "markupsafe",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+    "packaging",
+    "pygments",
+]
+_WHEELS += ["hypothesis", "sortedcontainers"]
+_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+class NotHereError(Exception):
+    """The machines cannot be had on this computer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """A processor: QEMU's name of it, its architecture, and what it stands for."""
+
+    cpu: str
+    architecture: str
+    stands_for: str
+
+
+CORES = {
+    core.cpu: core
+    for core in (
+        Core("cortex-a72", "aarch64", "Raspberry Pi 4: no dot product instructions"),
+        Core("cortex-a76", "aarch64", "Raspberry Pi 5: dot product"),
+        Core("neoverse-v1", "aarch64", "a current core: dot product, i8mm, bf16, SVE"),
+        Core("Haswell-noTSX", "x86_64", "x86 with AVX2 and without VNNI"),
+    )
+}
+
+
+def is_ready() -> bool:
+    """Whether `prepare` was run, for these packages."""
+    stamp = FOLDER / "ready"
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == _fingerprint()
+
+
+def command(cpu: str, *arguments: str, qemu: Path | None = None, options: tuple[str, ...] = ()) -> list[str]:
+    """The command that runs Python with these arguments on a processor of `CORES`.
+
+    qemu: another build of QEMU than Debian's; options: of QEMU.
+    """
+    architecture = CORES[cpu].architecture
+    start = [str(qemu or FOLDER / "host" / "usr" / "bin" / f"qemu-{architecture}"), "-cpu", cpu, *options]
+    if architecture == "x86_64":
+        return [*start, sys.executable, *arguments]
+    root = FOLDER / "arm64"
+    paths = f"{FOLDER / 'packages'}:{FOLDER / 'tree'}"
+    start += ["-L", str(root), "-E", f"PYTHONHOME={root / 'usr'}", "-E", f"PYTHONPATH={paths}"]
+    (python,) = (root / "usr" / "bin").glob("python3.*")
+    return [*start, "-E", "PYTHONDONTWRITEBYTECODE=1", str(python), *arguments]
+
+
+def prepare() -> None:
+    """Fetch and unpack everything, unless that was done: about 15 seconds and 600 MB. Raises: NotHereError."""
+    if is_ready():
+        return
+    if platform.machine() != "x86_64" or shutil.which("apt-get") is None:
+        raise NotHereError("the emulated machines need Debian on x86-64")
+    for part in ("apt", "host", "arm64", "packages", "tree"):
+        shutil.rmtree(FOLDER / part, ignore_errors=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    apt = Apt(FOLDER / "apt")
+    apt.unpack([_QEMU], FOLDER / "host")
+    version = apt.version("python3:arm64")
+    names = [*_LIBRARIES, *(name.format(version) for name in _PYTHON)]
+    apt.unpack([f"{name}:arm64" for name in names], FOLDER / "arm64")
+    _install_wheels(version)
+    tree = FOLDER / "tree" / "edgelm"
+    tree.mkdir(parents=True)
+    for package in ("export", "runtime", "targets"):
+        (tree / package).symlink_to(ROOT / package)
+    (FOLDER / "ready").write_text(_fingerprint(), encoding="utf-8")
+
+
+def _fingerprint() -> str:
+    names = repr((_QEMU, _LIBRARIES, _PYTHON, _WHEELS, _PLATFORMS, _codename()))
+    return hashlib.sha256(names.encode() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
+
+
+def _install_wheels(version: str) -> None:
+    options = [item for name in _PLATFORMS for item in ("--platform", name)]
+    options += ["--only-binary=:all:", "--implementation", "cp", "--python-version", version, "--no-deps"]
+    constraints = ["-c", str(ROOT / "constraints.txt"), "--target", str(FOLDER / "packages")]
+    run([sys.executable, "-m", "pip", "install", "--quiet", *options, *constraints, *_WHEELS])
+
+
+class Apt:
+    """Debian's packages, with lists and downloads in a folder of its own: the machine's apt is read, never changed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: NotHereError, if the machine's sources hold no Debian."""
+        self._downloads = folder / "downloads"
+        for part in ("state/lists/partial", "cache/archives/partial", "parts", "downloads"):
+            (folder / part).mkdir(parents=True)
+        sources, preferences = folder / "sources.list", folder / "preferences"
+        sources.write_text("\n".join(_sources()) + "\n", encoding="utf-8")
+        # The release's own QEMU may be too old: bookworm's crashes when onnxruntime is imported.
+        pin = f"Package: {_QEMU}\nPin: release n={_codename()}-backports\nPin-Priority: 990\n"
+        preferences.write_text(pin, encoding="utf-8")
+        settings = {
+            "Dir::State": folder / "state",
+            "Dir::State::status": "/dev/null",
+            "Dir::Cache": folder / "cache",
+            "Dir::Etc::sourcelist": sources,
+            "Dir::Etc::sourceparts": folder / "parts",
+            "Dir::Etc::preferences": preferences,
+            "Dir::Etc::preferencesparts": folder / "parts",
+            "APT::Sandbox::User": "",
+        }
+        file = folder / "apt.conf"
+        file.write_text("".join(f'{key} "{value}";\n' for key, value in settings.items()), encoding="utf-8")
+        self._environment = {**os.environ, "APT_CONFIG": str(file)}
+        run(["apt-get", "update", "-q"], environment=self._environment)
+
+    def version(self, package: str) -> str:
+        """The first two numbers of a package's version."""
+        shown = run(["apt-cache", "show", "--no-all-versions", package], environment=self._environment)
+        version = next(line.split()[1] for line in shown.splitlines() if line.startswith("Version:"))
+        return ".".join(version.split(".")[:2])
+
+    def unpack(self, packages: list[str], target: Path) -> None:
+        """Download packages and unpack them below a folder. Raises: NotHereError."""
+        for old in self._downloads.iterdir():
+            old.unlink()
+        run(["apt-get", "download", "-q", *packages], self._downloads, self._environment)
+        (target / "usr" / "lib").mkdir(parents=True)
+        (target / "lib").symlink_to("usr/lib")
+        for file in self._downloads.glob("*.deb"):
+            run(["dpkg", "-x", str(file), str(target)])
+
+    def source(self, package: str) -> Path:
+        """Download a package's upstream source, and give its archive. Raises: NotHereError."""
+        # Debian's own changes to it are not needed.
+        run(["apt-get", "source", "-q", "--download-only", "--tar-only", package], self._downloads, self._environment)
+        return next(self._downloads.glob("*.orig.tar.*"))
+
+
+def run(arguments: list[str], folder: Path = ROOT, environment: dict[str, str] | None = None) -> str:
+    """What a command prints. Raises: NotHereError with its last words, if it fails."""
+    program = shutil.which(arguments[0])
+    if program is None:
+        raise NotHereError(f"there is no {arguments[0]} here")
+    command_line = [program, *arguments[1:]]
+    done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotHereError(f"{' '.join(arguments[:3])} failed: {(done.stderr or done.stdout).strip()[-600:]}")
+    return done.stdout
+
+
+def _codename() -> str:
+    return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+
+
+def _sources() -> list[str]:
+    """Lines for apt: the release's main archive where the machine's apt finds it, and its backports for QEMU."""
+    fields = "$(REPO_URI) $(RELEASE) $(COMPONENT) $(CREATED_BY)"
+    listed = run(["apt-get", "indextargets", "--no-release-info", "--format", fields]).splitlines()
+    release = _codename()
+    places = {line.split()[0] for line in listed if line.split()[1:] == [release, "main", "Packages"]}
+    if not places or not _KEYRING.is_file():
+        raise NotHereError(f"apt is configured with no Debian archive of {release or 'this system'}")
+    place = sorted(places)[0]
+    signed = f"signed-by={_KEYRING}"
+    return [
+        f"deb [arch=amd64,arm64 {signed}] {place} {release} main",
+        f"deb [arch=amd64 {signed}] {place} {release}-backports main",
+        f"deb-src [{signed}] {place} {release}-backports main",
+    ]

@@ -1,0 +1,103 @@
+"""What bundles promise across machines, on processors that QEMU emulates; `scripts/arm_check.sh --prepare` gets it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgelm.export import ExportConfig, export_model
+
+from .conftest import ROOT
+
+check = pytest.importorskip("scripts.emulated.check", reason="scripts/ is not here")
+machines, compare = check.machines, check.compare
+
+pytestmark = pytest.mark.skipif(
+    not machines.is_ready(),
+    reason="no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian",
+)
+HASWELL = "Haswell-noTSX"
+Run = Callable[..., "compare.Outcome"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What a processor makes of `builtin:tales` with a scheme, computed once for each."""
+    bundles: dict[str, Path] = {}
+    outcomes: dict[tuple[str, ...], compare.Outcome] = {}
+
+    def outcome(cpu: str, scheme: str = "int8-rowwise", *options: str) -> compare.Outcome:
+        if scheme not in bundles:
+            out = tmp_path_factory.mktemp("tales") / f"tales-{scheme}"
+            bundles[scheme] = export_model(ExportConfig("builtin:tales", target="arm-cpu", scheme=scheme, out=out)).path
+        key = (cpu, scheme, *options)
+        if key not in outcomes:
+            texts = check.cut_text(bundles[scheme], windows=2, tokens=150)
+            outcomes[key] = check.run_on(cpu, bundles[scheme], texts, *options)
+        return outcomes[key]
+
+    return outcome
+
+
+@pytest.mark.parametrize("cpu", list(machines.CORES))
+def test_int8_is_what_it_is_here(run: Run, cpu: str) -> None:
+    """Perplexity, most likely tokens, nothing systematic, and cuts that change no bit."""
+    broken = check.broken_int8(cpu, run(check.HOST), run(cpu), run(check.HOST, "fp32"))
+    assert not broken
+
+
+def test_both_raspberry_pi_give_the_same_bits(run: Run) -> None:
+    assert run("cortex-a72").digest == run("cortex-a76").digest
+    assert run("cortex-a72").tokens == run("cortex-a76").tokens
+
+
+def test_fp32_gives_the_same_tokens_on_arm_and_x86(run: Run) -> None:
+    assert not check.broken_fp32("cortex-a72", run(check.HOST, "fp32"), run("cortex-a72", "fp32"))
+
+
+def test_saturation_would_be_seen(run: Run) -> None:
+    """The runtime finds out by itself that this processor saturates; were that missed, the check above would fail."""
+    assert run(HASWELL).saturates
+    missed = run(HASWELL, "int8-rowwise", "--saturate")
+    assert not missed.saturates
+    assert check.broken_int8(HASWELL, run(check.HOST), missed, run(check.HOST, "fp32"))
+    assert compare.divergence(run(check.HOST), missed) > 5 * compare.divergence(run(check.HOST), run(HASWELL))
+
+
+def runtime_tests(cpu: str, bundles: Path, *arguments: str) -> str:
+    """The last line of pytest on an emulated processor, over bundles that were exported here."""
+    options = ("-m", "pytest", "-p", "no:cacheprovider", "--bundles", str(bundles), *arguments)
+    command = machines.command(cpu, *options)
+    home = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(bundles)}
+    done = subprocess.run(command, cwd=ROOT, env=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the option --bundles wants it."""
+    folder = tmp_path_factory.mktemp("ready")
+    (folder / "tiny").symlink_to(export_tiny())
+    (folder / "tiny-kv-float32").symlink_to(export_tiny(kv="float32"))
+    return folder
+
+
+def test_the_runtimes_own_tests_pass_on_arm(bundles: Path) -> None:
+    last = runtime_tests("cortex-a72", bundles, "tests/test_kv.py", "tests/test_exactness.py", "-k", _QUICK)
+    assert "passed" in last and "failed" not in last
+
+
+_QUICK = "test_kv or token_by_token or growth_by_a_single_token or types"
+_FILES = ("kv", "exactness", "decode", "prefix_cache", "prefix_files", "cached_engine", "stops")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["cortex-a72", "neoverse-v1"])
+def test_all_tests_of_decoding_and_caches_pass_on_arm(bundles: Path, cpu: str) -> None:
+    last = runtime_tests(cpu, bundles, *(f"tests/test_{name}.py" for name in _FILES))
+    assert "passed" in last and "failed" not in last
