@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 from . import bundle as bundle_files
 from . import machine
 from .answer import Answer, Request, completion, replay, unanswered
-from .batch import MAX_ROWS, Prompt, answer_rows, check_batch, kind_of, known_or_computed, naming, settings_of_each
+from .batch import (
+    MAX_ROWS,
+    Prompt,
+    answer_rows,
+    check_batch,
+    completions,
+    kind_of,
+    known_or_computed,
+    naming,
+    settings_of_each,
+)
 from .batch_session import rows_are_exact
 from .bundle import Bundle
 from .decode import Sequencer
 from .errors import EngineClosedError, SettingsError
-from .prefix_cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
+from .prefix_cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_prefix_cache, prefix_settings
 from .prompts import PromptEncoder
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
 from .results import Chunk, Completion
@@ -156,7 +166,7 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         **keywords: Unpack[SettingsKeywords],
-    ) -> ChunkStream:
+    ) -> ChunkStream[Chunk]:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
         `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
         return self._run_in_worker(self._request(prompt, messages, token_ids, settings, keywords))
@@ -178,10 +188,7 @@ class Engine:
         Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
         """
         requests = self._requests(prompts, settings, max_rows, keywords)
-        chunks: list[list[Chunk]] = [[] for _ in requests]
-        for index, chunk in self._run_batch(requests, max_rows):
-            chunks[index].append(chunk)
-        return [completion(request.settings, parts) for request, parts in zip(requests, chunks, strict=True)]
+        return completions(requests, list(self._run_batch(requests, max_rows)))
 
     def stream_batch(
         self,
@@ -196,6 +203,23 @@ class Engine:
         Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
         """
         return self._run_batch(self._requests(prompts, settings, max_rows, keywords), max_rows)
+
+    async def agenerate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        max_rows: int = MAX_ROWS,
+        **keywords: Unpack[SettingsKeywords],
+    ) -> list[Completion]:
+        """`generate_batch` for asyncio, as `agenerate`."""
+        from .asynchronous import ChunkStream
+
+        requests = self._requests(prompts, settings, max_rows, keywords)
+        chunks = ChunkStream(
+            lambda caller: self._run_batch(requests, max_rows, caller), [request.cancelled for request in requests]
+        )
+        return completions(requests, [item async for item in chunks])
 
     def encode(
         self,
@@ -286,32 +310,35 @@ class Engine:
                 requests.append(self._request(*kind_of(prompt), each[index], {}))
         return requests
 
-    def _run_batch(self, requests: Sequence[Request], max_rows: int) -> Generator[tuple[int, Chunk], None, None]:
+    def _run_batch(
+        self, requests: Sequence[Request], max_rows: int, caller: Caller | None = None
+    ) -> Generator[tuple[int, Chunk], None, None]:
         if isinstance(self._session, OrtSession) and rows_are_exact(self.bundle.manifest):
             yield from known_or_computed(
-                requests, self._responses, self._response_key, lambda some: self._compute_batch(some, max_rows)
+                requests, self._responses, self._response_key, lambda some: self._compute_batch(some, max_rows, caller)
             )
         else:
             for index, request in enumerate(requests):
-                for chunk in self._run(request, None):
+                for chunk in self._run(request, caller):
                     yield index, chunk
 
     def _compute_batch(
-        self, requests: Mapping[int, Request], max_rows: int
+        self, requests: Mapping[int, Request], max_rows: int, caller: Caller | None
     ) -> Generator[tuple[int, Chunk], None, None]:
         """As `_compute`, with several rows."""
         if not requests:
             return
         left = [request.seconds_left() for request in requests.values()]
         patience = None if None in left else max(seconds for seconds in left if seconds is not None)
-        if not self._turns.take(Caller(), patience):
+        if not self._turns.take(caller or Caller(), patience):
             for index, request in requests.items():
                 yield index, unanswered(request)
             return
         try:
             assert isinstance(self._session, OrtSession)
             rows = self._session.rows(min(max_rows, len(requests)))
-            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer)
+            prefixes = None if self._prefixes is None else RowPrefixes(self._prefixes, rows)
+            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer, prefixes)
         finally:
             self._turns.release()
 
@@ -340,7 +367,7 @@ class Engine:
         finally:
             self._turns.release()
 
-    def _run_in_worker(self, request: Request) -> ChunkStream:
+    def _run_in_worker(self, request: Request) -> ChunkStream[Chunk]:
         from .asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
 
-        return ChunkStream(lambda caller: self._run(request, caller), request.cancelled)
+        return ChunkStream(lambda caller: self._run(request, caller), [request.cancelled])
