@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Generic, TypeVar
 
-from .results import Chunk
 from .turns import Caller
 
+T = TypeVar("T")
 
-class ChunkStream(AsyncIterator[Chunk]):
-    """The chunks of a stream that is computed in a thread of its own, each only when it is asked for.
+
+class ChunkStream(AsyncIterator[T], Generic[T]):
+    """The chunks of a stream, or what a batch gives, computed in a thread of its own, each only when it is asked for.
 
     Where the iteration ends early, by `aclose`, by cancelling the task or by dropping the last reference (leaving the
     loop), the thread closes the stream after the step that is running; nobody waits for that. No asynchronous
     generator, because the event loop would close one only some time after the loop over it was left.
     """
 
-    def __init__(self, start: Callable[[Caller], Generator[Chunk, None, None]], cancelled: threading.Event) -> None:
-        """start: makes the stream for a caller. cancelled: to be set to end its computation early."""
+    def __init__(
+        self, start: Callable[[Caller], Generator[T, None, None]], cancelled: Sequence[threading.Event]
+    ) -> None:
+        """start: makes the stream for a caller. cancelled: to be set to end its computations early."""
         self._cancelled = cancelled
         self._caller = Caller()
         self._chunks = start(self._caller)
         self._worker: ThreadPoolExecutor | None = None
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> T:
         if self._caller.gone:
             raise StopAsyncIteration
         if self._worker is None:
@@ -52,7 +56,8 @@ class ChunkStream(AsyncIterator[Chunk]):
 
     def _leave(self) -> None:
         self._caller.gone = True
-        self._cancelled.set()
+        for event in self._cancelled:
+            event.set()
         if self._worker is not None:
             with suppress(RuntimeError):  # the interpreter is ending, and the stream with it
                 self._worker.submit(self._chunks.close)

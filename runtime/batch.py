@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from .answer import Answer, Request, replay
-from .batch_decode import Batch, Row, RowsSession
+from .answer import Answer, Request, completion, replay
+from .batch_decode import Batch, Row, RowPrefixes, RowsSession
 from .caches.answers import CachedAnswer
 from .errors import InputError, PromptError, SettingsError, TemplateError
 from .manifest import Manifest
 from .response_cache import ResponseCache
-from .results import Chunk
+from .results import Chunk, Completion
 from .settings import GenerationSettings
 from .tokenizer import Tokenizer
 
@@ -73,7 +73,11 @@ def naming(index: int) -> Iterator[None]:
 
 
 def answer_rows(
-    requests: Mapping[int, Request], session: RowsSession, manifest: Manifest, tokenizer: Tokenizer
+    requests: Mapping[int, Request],
+    session: RowsSession,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    prefixes: RowPrefixes | None = None,
 ) -> IndexedChunks:
     """Compute all requests. Yields: chunks with their request's key. Raises: SessionError, SettingsError."""
     running: dict[Row, tuple[int, Answer]] = {}
@@ -85,16 +89,26 @@ def answer_rows(
             running[row] = index, answer
             yield row
 
-    for row, token in Batch(session, rows(), manifest.model.context_length).tokens():
-        index, answer = running[row]
-        if token is None:
-            del running[row]
-            yield index, answer.finish(row.reused)
-        else:
-            chunk = answer.add(token)
-            row.ended = answer.ended
-            if chunk is not None:
-                yield index, chunk
+    batch = Batch(session, rows(), manifest.model.context_length, prefixes=prefixes)
+    with closing(batch.tokens()) as tokens:
+        for row, token in tokens:
+            index, answer = running[row]
+            if token is None:
+                del running[row]
+                yield index, answer.finish(row.reused)
+            else:
+                chunk = answer.add(token)
+                row.ended = answer.ended
+                if chunk is not None:
+                    yield index, chunk
+
+
+def completions(requests: Sequence[Request], chunks: Sequence[tuple[int, Chunk]]) -> list[Completion]:
+    """The whole answers, in the order of their requests."""
+    parts: list[list[Chunk]] = [[] for _ in requests]
+    for index, chunk in chunks:
+        parts[index].append(chunk)
+    return [completion(request.settings, some) for request, some in zip(requests, parts, strict=True)]
 
 
 def known_or_computed(

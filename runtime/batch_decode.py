@@ -5,7 +5,7 @@ A text's row leaves as it ends, and the next one that waits takes its place. Kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,16 @@ class RowsSession(Protocol):
         Raises: SessionError."""
 
 
+class RowPrefixes(Protocol):
+    """Where beginnings of texts are found that no row holds, and kept."""
+
+    def restore(self, row: int, token_ids: Sequence[int]) -> int:
+        """Lengthen what a row holds of a text by what is known; its positions then, less than the text's tokens."""
+
+    def keep(self, row: int, token_ids: Sequence[int]) -> None:
+        """Store what a row holds, which are these tokens."""
+
+
 @dataclass(eq=False)
 class Row:
     """One text: its prompt and how it goes on, as in `Sequencer.generate`.
@@ -56,7 +66,7 @@ class Row:
     interrupted: Callable[[], bool] = never
     keep: int | None = None
     ended: bool = False
-    # What the model is to know, how much of it is in the cache, how much of the prompt was taken over from another row,
+    # What the model is to know, how much of it is in the cache, how much of the prompt was known before it,
     # and how many tokens were chosen.
     known: list[int] = field(init=False)
     fed: int = field(default=0, init=False)
@@ -71,9 +81,16 @@ class Batch:
     """Decodes rows. Use it once. Each row gets the tokens that it would get alone, where the session's rows do."""
 
     def __init__(
-        self, session: RowsSession, rows: Iterable[Row], context_length: int, piece_tokens: int = PIECE_TOKENS
+        self,
+        session: RowsSession,
+        rows: Iterable[Row],
+        context_length: int,
+        piece_tokens: int = PIECE_TOKENS,
+        prefixes: RowPrefixes | None = None,
     ) -> None:
+        """prefixes: of this session."""
         self._session = session
+        self._prefixes = prefixes
         self._context = context_length
         self._piece_tokens = piece_tokens
         self._waiting = iter(rows)
@@ -81,8 +98,18 @@ class Batch:
         # Rows that are to be fed more than one token, before the next common step.
         self._unfed: list[Row] = []
 
-    def tokens(self) -> Iterator[tuple[Row, int | None]]:
-        """Each row's tokens as they come, and None for the row's end. Raises: SessionError, and what choosers raise."""
+    def tokens(self) -> Generator[tuple[Row, int | None], None, None]:
+        """Each row's tokens as they come, and None for the row's end. Raises: SessionError, and what choosers raise.
+
+        Where it ends early, what was computed for the rows is kept.
+        """
+        try:
+            yield from self._run()
+        finally:
+            for index in range(len(self._rows)):
+                self._keep(index)
+
+    def _run(self) -> Iterator[tuple[Row, int | None]]:
         while True:
             if self._unfed:
                 yield from self._feed(self._rows.index(self._unfed.pop()))
@@ -101,6 +128,13 @@ class Batch:
             self._session.copy(shared.index(row.fed), len(self._rows), row.fed)
         self._rows.append(row)
         self._unfed.append(row)
+        if self._prefixes is not None:
+            row.fed = row.reused = self._prefixes.restore(len(self._rows) - 1, row.known)
+
+    def _keep(self, index: int) -> None:
+        if self._prefixes is not None:
+            row = self._rows[index]
+            self._prefixes.keep(index, row.known[: row.fed])
 
     def _feed(self, index: int) -> Iterator[tuple[Row, int | None]]:
         row = self._rows[index]
@@ -129,12 +163,14 @@ class Batch:
         if row.ended or token in row.stop_ids or row.chosen == row.max_tokens or row.interrupted():
             yield from self._leave(index)
         elif row.keep is not None and len(row.known) > self._context:
+            self._keep(index)
             row.known = shortened(row.known, row.keep)
             row.fed = row.keep
             self._session.rewind(index, row.keep)
             self._unfed.append(row)
 
     def _leave(self, index: int) -> Iterator[tuple[Row, int | None]]:
+        self._keep(index)
         row = self._rows[index]
         last = self._rows.pop()
         if last is not row:

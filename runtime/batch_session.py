@@ -66,6 +66,21 @@ class OrtRowsSession:
         self._reserve(max(self._lengths) + 1)
         return self._run(self._all, 0, len(self._lengths), [[token] for token in token_ids])
 
+    def length(self, row: int) -> int:
+        """Positions of a row."""
+        return self._lengths[row]
+
+    def read(self, row: int, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        """Copy the keys and values of positions begin to end - 1 of a row, as `KVCache.read`."""
+        self.cache.read(begin, end, block, row)
+
+    def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
+        """Put what `read` gave for so many positions behind the last one of a row."""
+        begin = self._lengths[row]
+        self._reserve(begin + positions)
+        self.cache.write(begin, block, positions, row)
+        self._lengths[row] += positions
+
     def _reserve(self, positions: int) -> None:
         self.cache.length = max(self._lengths)
         if self.cache.reserve(positions):

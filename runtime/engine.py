@@ -6,29 +6,31 @@ the latter two also for asyncio.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import bundle as bundle_files
-from . import machine
 from .answer import Answer, Request, completion, replay, unanswered
-from .batch import MAX_ROWS, Prompt, answer_rows, check_batch, kind_of, known_or_computed, naming, settings_of_each
+from .batch import (
+    MAX_ROWS,
+    Prompt,
+    answer_rows,
+    completions,
+    known_or_computed,
+)
 from .batch_session import rows_are_exact
 from .bundle import Bundle
 from .decode import Sequencer
-from .errors import EngineClosedError, SettingsError
+from .errors import EngineClosedError
 from .memory import give_back
-from .prefix_cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
-from .prompts import PromptEncoder
-from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
+from .prefix_cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_prefix_cache, prefix_settings
+from .requests import RequestMaker
+from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
 from .results import Chunk, Completion
-from .sampling import check_token_ids
 from .session import OrtSession, Session, open_folder
 from .settings import GenerationSettings, SettingsKeywords
-from .structured import GrammarCompiler
 from .tokenizer import Tokenizer
 from .turns import Caller, Turns
 
@@ -91,15 +93,12 @@ class Engine:
         """For those who bring their own session; everyone else calls `load`."""
         self.bundle = bundle
         self.tokenizer = tokenizer
-        self._digest = bundle.manifest.digest
         self._session = session
         self._sequencer = Sequencer(session, prefixes=prefixes)
         self._prefixes = prefixes
         self._responses = responses
-        self._prompts = PromptEncoder(bundle, tokenizer)
-        self._grammars = GrammarCompiler(bundle)
+        self._requests = RequestMaker(bundle, tokenizer)
         self._turns = Turns()
-        self._numerics = machine.numerics()
 
     def generate(
         self,
@@ -118,7 +117,7 @@ class Engine:
         Raises: PromptError, ContextLengthError, SettingsError, TemplateError, EngineError, SessionError,
         MissingExtraError.
         """
-        request = self._request(prompt, messages, token_ids, settings, keywords)
+        request = self._new().one(prompt, messages, token_ids, settings, keywords)
         return completion(request.settings, list(self._run(request, None)))
 
     def stream(
@@ -134,7 +133,7 @@ class Engine:
 
         Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
         """
-        return self._run(self._request(prompt, messages, token_ids, settings, keywords), None)
+        return self._run(self._new().one(prompt, messages, token_ids, settings, keywords), None)
 
     async def agenerate(
         self,
@@ -147,7 +146,7 @@ class Engine:
     ) -> Completion:
         """`generate` for asyncio: computed in a thread, so that the event loop stays free. Cancelling the task frees
         the engine after the step that is running."""
-        request = self._request(prompt, messages, token_ids, settings, keywords)
+        request = self._new().one(prompt, messages, token_ids, settings, keywords)
         return completion(request.settings, [chunk async for chunk in self._run_in_worker(request)])
 
     def astream(
@@ -158,10 +157,10 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         **keywords: Unpack[SettingsKeywords],
-    ) -> ChunkStream:
+    ) -> ChunkStream[Chunk]:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
         `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
-        return self._run_in_worker(self._request(prompt, messages, token_ids, settings, keywords))
+        return self._run_in_worker(self._new().one(prompt, messages, token_ids, settings, keywords))
 
     def generate_batch(
         self,
@@ -179,11 +178,8 @@ class Engine:
         hold that (`batch_session.rows_are_exact`), and for a session of your own, prompts are answered one by one.
         Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
         """
-        requests = self._requests(prompts, settings, max_rows, keywords)
-        chunks: list[list[Chunk]] = [[] for _ in requests]
-        for index, chunk in self._run_batch(requests, max_rows):
-            chunks[index].append(chunk)
-        return [completion(request.settings, parts) for request, parts in zip(requests, chunks, strict=True)]
+        requests = self._new().batch(prompts, settings, max_rows, keywords)
+        return completions(requests, list(self._run_batch(requests, max_rows)))
 
     def stream_batch(
         self,
@@ -197,7 +193,24 @@ class Engine:
 
         Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
         """
-        return self._run_batch(self._requests(prompts, settings, max_rows, keywords), max_rows)
+        return self._run_batch(self._new().batch(prompts, settings, max_rows, keywords), max_rows)
+
+    async def agenerate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        max_rows: int = MAX_ROWS,
+        **keywords: Unpack[SettingsKeywords],
+    ) -> list[Completion]:
+        """`generate_batch` for asyncio, as `agenerate`."""
+        from .asynchronous import ChunkStream
+
+        requests = self._new().batch(prompts, settings, max_rows, keywords)
+        chunks = ChunkStream(
+            lambda caller: self._run_batch(requests, max_rows, caller), [request.cancelled for request in requests]
+        )
+        return completions(requests, [item async for item in chunks])
 
     def encode(
         self,
@@ -207,12 +220,12 @@ class Engine:
         token_ids: Sequence[int] | None = None,
     ) -> list[int]:
         """The token ids that `generate` would feed for these arguments. Raises: as `generate`."""
-        return self._prompts.encode(prompt, messages, token_ids)
+        return self._requests.prompts.encode(prompt, messages, token_ids)
 
     @property
     def takes_messages(self) -> bool:
         """Whether the bundle has a chat template, without which there are prompts only."""
-        return self._prompts.template is not None
+        return self._requests.prompts.template is not None
 
     def close(self) -> None:
         """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it
@@ -232,25 +245,11 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _request(
-        self,
-        prompt: str | None,
-        messages: Sequence[Message] | None,
-        token_ids: Sequence[int] | None,
-        base: GenerationSettings | None,
-        keywords: Mapping[str, Any],
-    ) -> Request:
-        started = time.perf_counter()
+    def _new(self) -> RequestMaker:
+        """Where requests are made, while the engine is open. Raises: EngineClosedError."""
         if self._turns.closed:
             raise EngineClosedError("the engine is closed: load the bundle again")
-        settings = GenerationSettings.of(base, keywords)
-        model = self.bundle.manifest.model
-        check_token_ids(settings, model.vocab_size)
-        if settings.keep >= model.context_length:
-            raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
-        ids = self._prompts.encode(prompt, messages, token_ids)
-        self._prompts.check_length(ids)
-        return Request(ids, settings, started, self._grammars.compile(settings))
+        return self._requests
 
     def _run(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """The chunks from the response cache, or computed. caller: None for the thread that iterates."""
@@ -260,7 +259,7 @@ class Engine:
             return
         # A caller that holds the turn must not wait for another's computation, which may be waiting for the turn.
         patience = 0.0 if self._turns.waits_for_itself(caller or Caller()) else request.seconds_left()
-        with self._responses.look_up(self._response_key(request), timeout_s=patience) as found:
+        with self._responses.look_up(self._requests.key(request), timeout_s=patience) as found:
             known = found.answer
             if known is None:
                 chunks: list[Chunk] = []
@@ -273,60 +272,37 @@ class Engine:
         if known is not None:
             yield from replay(request, known)
 
-    def _requests(
-        self,
-        prompts: Sequence[Prompt],
-        settings: GenerationSettings | Sequence[GenerationSettings] | None,
-        max_rows: int,
-        keywords: Mapping[str, Any],
-    ) -> list[Request]:
-        check_batch(prompts, max_rows)
-        each = settings_of_each(len(prompts), settings, keywords)
-        requests = []
-        for index, prompt in enumerate(prompts):
-            with naming(index):
-                requests.append(self._request(*kind_of(prompt), each[index], {}))
-        return requests
-
-    def _run_batch(self, requests: Sequence[Request], max_rows: int) -> Generator[tuple[int, Chunk], None, None]:
+    def _run_batch(
+        self, requests: Sequence[Request], max_rows: int, caller: Caller | None = None
+    ) -> Generator[tuple[int, Chunk], None, None]:
         if isinstance(self._session, OrtSession) and rows_are_exact(self.bundle.manifest):
             yield from known_or_computed(
-                requests, self._responses, self._response_key, lambda some: self._compute_batch(some, max_rows)
+                requests, self._responses, self._requests.key, lambda some: self._compute_batch(some, max_rows, caller)
             )
         else:
             for index, request in enumerate(requests):
-                for chunk in self._run(request, None):
+                for chunk in self._run(request, caller):
                     yield index, chunk
 
     def _compute_batch(
-        self, requests: Mapping[int, Request], max_rows: int
+        self, requests: Mapping[int, Request], max_rows: int, caller: Caller | None
     ) -> Generator[tuple[int, Chunk], None, None]:
         """As `_compute`, with several rows."""
         if not requests:
             return
         left = [request.seconds_left() for request in requests.values()]
         patience = None if None in left else max(seconds for seconds in left if seconds is not None)
-        if not self._turns.take(Caller(), patience):
+        if not self._turns.take(caller or Caller(), patience):
             for index, request in requests.items():
                 yield index, unanswered(request)
             return
         try:
             assert isinstance(self._session, OrtSession)
             rows = self._session.rows(min(max_rows, len(requests)))
-            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer)
+            prefixes = None if self._prefixes is None else RowPrefixes(self._prefixes, rows)
+            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer, prefixes)
         finally:
             self._turns.release()
-
-    def _response_key(self, request: Request) -> str:
-        """Everything that can change the answer: what the manifest says beside the files' digest, too."""
-        model = self.bundle.manifest.model
-        settings = {
-            **request.settings.cache_key(),
-            "end_ids": sorted(self.bundle.manifest.tokens.eos),
-            "context_length": model.context_length,
-            "numerics": self._numerics,
-        }
-        return response_key(self._digest, request.token_ids, settings)
 
     def _compute(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
         """Run the model while holding the turn, from the first `next` to the end or the closing of the iterator."""
@@ -342,7 +318,7 @@ class Engine:
         finally:
             self._turns.release()
 
-    def _run_in_worker(self, request: Request) -> ChunkStream:
+    def _run_in_worker(self, request: Request) -> ChunkStream[Chunk]:
         from .asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
 
-        return ChunkStream(lambda caller: self._run(request, caller), request.cancelled)
+        return ChunkStream(lambda caller: self._run(request, caller), [request.cancelled])

@@ -9,7 +9,7 @@
     |- InputError             the caller asked for something impossible
     |  |- PromptError             empty, not text, ids out of range
     |  |- ContextLengthError      longer than the model's context
-    |  `- SettingsError           a generation setting out of range
+    |  `- SettingsError           a setting that is unknown or out of range
     |- TemplateError          the chat template is missing or fails
     |- EngineError            the engine cannot serve this call
     |  |- EngineBusyError         used again from inside its own stream
@@ -66,7 +66,8 @@ class ContextLengthError(InputError):
 
 
 class SettingsError(InputError):
-    """A generation setting is out of its range."""
+    """A setting (of generation, a cache, the threads, a command's option) is unknown, out of its range, or does not go
+    with another one."""
 
 
 class TemplateError(EdgelmError):

@@ -75,10 +75,11 @@ class KVCache:
         `reserve` answers True. The positions from `length` on hold nothing of meaning."""
         yield from self._buffers.items()
 
-    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
-        """Copy positions begin to end - 1 as bytes: buffer after buffer in the order of `buffers`, of each (kv_heads,
-        positions, head_size). 0 <= begin <= end <= length; block: (bytes_per_position * positions), is filled."""
-        for part, buffer in self._parts(block, end - begin):
+    def read(self, begin: int, end: int, block: NDArray[np.uint8], row: int = 0) -> None:
+        """Copy positions begin to end - 1 of a row as bytes: buffer after buffer in the order of `buffers`, of each
+        (kv_heads, positions, head_size). 0 <= begin <= end <= length; block: (bytes_per_position * positions), is
+        filled."""
+        for part, buffer in self._parts(block, end - begin, row):
             part[...] = buffer[:, begin:end]
 
     def append(self, block: NDArray[np.uint8], positions: int) -> None:
@@ -86,11 +87,15 @@ class KVCache:
 
         Raises: ValueError, if it has another size.
         """
+        self.write(self.length, block, positions)
+        self.length += positions
+
+    def write(self, begin: int, block: NDArray[np.uint8], positions: int, row: int = 0) -> None:
+        """Put what `read` gave for so many positions at a place of a row. Otherwise as `append`; length stays."""
         if block.nbytes != self.bytes_per_position() * positions:
             raise ValueError(f"{positions} positions do not take {block.nbytes} bytes")
-        for part, buffer in self._parts(block, positions):
-            buffer[:, self.length : self.length + positions] = part
-        self.length += positions
+        for part, buffer in self._parts(block, positions, row):
+            buffer[:, begin : begin + positions] = part
 
     def bytes_per_position(self) -> int:
         """What one more token costs, in bytes, over all layers."""
@@ -118,14 +123,15 @@ class KVCache:
                 )
 
     def _parts(
-        self, block: NDArray[np.uint8], positions: int
+        self, block: NDArray[np.uint8], positions: int, row: int
     ) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
-        """Pairs of a part of a block and the buffer that it belongs to, both (kv_heads, positions, head_size)."""
+        """Pairs of a part of a block and the row of the buffer that it belongs to, both (kv_heads, positions,
+        head_size)."""
         begin = 0
         for buffer in self._buffers.values():
             _, heads, _, size = buffer.shape
             end = begin + heads * positions * size * self._dtype.itemsize
-            yield block[begin:end].view(self._dtype).reshape(heads, positions, size), buffer[0]
+            yield block[begin:end].view(self._dtype).reshape(heads, positions, size), buffer[row]
             begin = end
 
     def _layers(self) -> Iterator[tuple[int, LayerCache]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from .caches.answers import CachedAnswer, Clock, FinishReason, response_key
+from .caches.answers import CachedAnswer, Clock, response_key
 from .caches.budgets import default_budgets
 from .caches.database import FOLDER_NAME, DiskBudget
 from .caches.flights import Flight, Flights
@@ -28,7 +28,6 @@ from .home import home
 
 __all__ = [
     "CachedAnswer",
-    "FinishReason",
     "Lookup",
     "ResponseCache",
     "ResponseCacheSettings",

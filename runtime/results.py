@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "context_full", "deadline"]
+# Why an answer ended that came to its end, which is one that may be kept and given again.
+CompleteReason = Literal["stop", "length", "context_full"]
+FinishReason = Literal[CompleteReason, "deadline"]
 
 
 @dataclass(frozen=True)

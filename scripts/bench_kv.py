@@ -78,8 +78,8 @@ def measure_speed(bundles: dict[str, Path], rounds: int, threads: int) -> dict[s
 
 
 def _run(engine: Any, context: int, number: int) -> Iterator[tuple[str, float]]:
-    # Another first token each round, so that nothing of an earlier prompt is reused.
-    ids = [number, *(1000 + 7 * index % 40000 for index in range(context - 1))]
+    # Another first token each time, so that nothing of an earlier prompt is reused.
+    ids = [number + context, *(1000 + 7 * index % 40000 for index in range(context - 1))]
     done = engine.generate(token_ids=ids, max_tokens=DECODE_TOKENS, lookup=False)
     if done.stats.reused_tokens or done.stats.generated_tokens != DECODE_TOKENS:
         raise SystemExit(f"a prompt of {context} tokens was not computed as a whole, or its answer ended early")

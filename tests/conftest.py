@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from edgelm.runtime import Engine
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -166,6 +169,30 @@ def stories_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         return done[scheme]
 
     return export
+
+
+@pytest.fixture(scope="module")
+def engine_of(
+    export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
+) -> Iterator[Callable[[str], Engine]]:
+    """An engine by name, opened once for all tests of a file, which knows nothing but its last text."""
+    from edgelm.runtime import load
+
+    folders: dict[str, Callable[[], Path]] = {
+        "int8 cache": export_tiny,
+        "float32 cache": lambda: export_tiny(kv="float32"),
+        "stories260k": lambda: stories_bundle("int8-rowwise"),
+    }
+    opened: dict[str, Engine] = {}
+
+    def get(name: str) -> Engine:
+        if name not in opened:
+            opened[name] = load(folders[name](), threads=1, response_cache=False, prefix_cache=False)
+        return opened[name]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
 
 
 @pytest.fixture(scope="session")

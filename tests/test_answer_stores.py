@@ -14,19 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from edgelm.runtime.caches.answers import CachedAnswer, FinishReason, decode_answer, encode_answer
+from edgelm.runtime.caches.answers import CachedAnswer, decode_answer, encode_answer
 from edgelm.runtime.caches.database import DiskBudget
 from edgelm.runtime.caches.memory import MemoryStore
 from edgelm.runtime.caches.sqlite import SqliteStore
 from edgelm.runtime.caches.store import AnswerStore, Policy
 from edgelm.runtime.errors import CacheCorruptError
+from edgelm.runtime.results import CompleteReason
 
 from .fake_clock import FakeClock
 
 KEYS = "abcdefgh"
 
 
-def answer(words: int, letter: str = "a", reason: FinishReason = "stop", created: float = 0.0) -> CachedAnswer:
+def answer(words: int, letter: str = "a", reason: CompleteReason = "stop", created: float = 0.0) -> CachedAnswer:
     return CachedAnswer(tuple((letter, (index,)) for index in range(words)), reason, created)
 
 

@@ -159,28 +159,6 @@ def test_a_context_that_slides_at_every_token_needs_no_deep_stack(keep: int) -> 
 # ---- real bundles
 
 
-@pytest.fixture(scope="module")
-def engine_of(
-    export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
-) -> Iterator[Callable[[str], Engine]]:
-    """An engine without a response cache, opened once for all tests of this file."""
-    opened: dict[str, Engine] = {}
-
-    def get(name: str) -> Engine:
-        if name not in opened:
-            folders = {
-                "int8 cache": export_tiny,
-                "float32 cache": lambda: export_tiny(kv="float32"),
-                "stories260k": lambda: stories_bundle("int8-rowwise"),
-            }
-            opened[name] = load(folders[name](), threads=1, response_cache=False)
-        return opened[name]
-
-    yield get
-    for engine in opened.values():
-        engine.close()
-
-
 @pytest.fixture
 def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test fail where rows are computed together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Bundle, Completion, Engine, load
+from edgelm.runtime import Bundle, Completion, Engine
 from edgelm.runtime.decode import Greedy, Sequencer
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.fake import FakeSession, NextToken
@@ -319,28 +319,6 @@ def test_caches_that_are_concatenated_promise_nothing() -> None:
 # ---- Real bundles
 
 BUNDLES = ["int8 cache", "float32 cache", "stories260k"]
-
-
-@pytest.fixture(scope="module")
-def engine_of(
-    export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
-) -> Iterator[Callable[[str], Engine]]:
-    """The engine of a name, loaded once for all tests of this file."""
-    opened: dict[str, Engine] = {}
-
-    def get(name: str) -> Engine:
-        if name not in opened:
-            folders = {
-                "int8 cache": export_tiny,
-                "float32 cache": lambda: export_tiny(kv="float32"),
-                "stories260k": lambda: stories_bundle("int8-rowwise"),
-            }
-            opened[name] = load(folders[name](), threads=1, response_cache=False)
-        return opened[name]
-
-    yield get
-    for engine in opened.values():
-        engine.close()
 
 
 FEW_TOKENS = {token: -math.inf for token in range(257) if token not in (97, 98, 99)}

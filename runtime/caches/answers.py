@@ -14,11 +14,10 @@ import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import CacheCorruptError
-
-FinishReason = Literal["stop", "length", "context_full"]
+from ..results import CompleteReason
 
 # What Python objects cost, as sys.getsizeof adds them up: an entry's key, dataclass and table slot; a chunk's tuples
 # and string; an id's integer and reference.
@@ -49,7 +48,7 @@ class CachedAnswer:
     """
 
     chunks: tuple[tuple[str, tuple[int, ...]], ...]
-    finish_reason: FinishReason
+    finish_reason: CompleteReason
     created: float = field(default_factory=time.time, compare=False)
 
     @property
@@ -110,7 +109,7 @@ def _is_answer(answer: CachedAnswer) -> bool:
     return (
         isinstance(answer.created, (int, float))
         and math.isfinite(answer.created)
-        and answer.finish_reason in typing.get_args(FinishReason)
+        and answer.finish_reason in typing.get_args(CompleteReason)
         and len(answer.chunks) > 0
         and all(isinstance(text, str) for text, _ in answer.chunks)
         and all(type(token) is int for token in answer.token_ids)

@@ -1,0 +1,108 @@
+"""Batches and the prefix cache: a prompt's beginning is found and kept, and no answer changes by a bit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelm.runtime import Engine, PrefixCacheSettings, load
+
+PREAMBLE = list(range(60, 131))
+PROMPTS = [[*PREAMBLE, 7, 8], [*PREAMBLE[:40], 1, 2, 3], [5, 6, 7], PREAMBLE, [*PREAMBLE, *range(30, 70)]]
+
+
+@pytest.fixture(scope="module")
+def cold(tiny_bundle: Path) -> Iterator[Engine]:
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=False) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(tiny_bundle: Path) -> Iterator[Engine]:
+    settings = PrefixCacheSettings(disk=False)
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=settings) as engine:
+        yield engine
+
+
+def answers(engine: Engine, prompts: list[list[int]] = PROMPTS, **settings: Any) -> tuple[list[Any], list[int]]:
+    """All of the answers but what they cost, and the tokens reused."""
+    done = engine.generate_batch(prompts, max_tokens=12, logprobs=2, **settings)
+    facts = [(one.text, one.token_ids, one.finish_reason, one.logprobs) for one in done]
+    return facts, [one.stats.reused_tokens for one in done]
+
+
+@pytest.mark.parametrize("max_rows", [2, 5])
+def test_a_batch_finds_what_a_batch_kept(cold: Engine, engine: Engine, max_rows: int) -> None:
+    expected, _ = answers(cold, max_rows=max_rows)
+    first, _ = answers(engine, max_rows=max_rows)
+    again, reused = answers(engine, max_rows=max_rows)
+    assert first == again == expected
+    # Whole blocks of 16, of all but the last token; or more, from another row.
+    assert [count >= (len(prompt) - 1) // 16 * 16 for count, prompt in zip(reused, PROMPTS, strict=True)] == [True] * 5
+    assert reused[0] == 64
+
+
+def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: Engine, engine: Engine) -> None:
+    expected, _ = answers(cold)
+    engine.generate(token_ids=PREAMBLE, max_tokens=1)
+    found, reused = answers(engine)
+    assert found == expected
+    assert reused[0] == 64
+    assert reused[2] == 0
+    engine.generate(token_ids=[1, 2, 3], max_tokens=1)
+    done = engine.generate(token_ids=PROMPTS[4], max_tokens=12, logprobs=2)
+    assert done.stats.reused_tokens == 96, "whole blocks of the 110 tokens in front of the last one"
+    assert (done.text, done.token_ids, done.finish_reason, done.logprobs) == expected[4]
+
+
+def test_a_restart_finds_it_in_the_files(tiny_bundle: Path, cold: Engine) -> None:
+    expected, _ = answers(cold)
+    for reused_first in (0, 64):
+        with load(tiny_bundle, threads=1, response_cache=False) as engine:
+            found, reused = answers(engine)
+            assert found == expected
+            assert reused[0] == reused_first
+
+
+def test_a_cancelled_batch_keeps_what_it_computed(cold: Engine, engine: Engine) -> None:
+    chunks = engine.stream_batch([PROMPTS[4], PROMPTS[2]], max_tokens=12)
+    next(chunks)
+    chunks.close()
+    done = engine.generate_batch([PROMPTS[4]], max_tokens=1)
+    assert done[0].stats.reused_tokens == 96
+    assert done[0].token_ids == cold.generate(token_ids=PROMPTS[4], max_tokens=1).token_ids
+
+
+def test_a_context_that_slides_is_kept_and_stays_exact(cold: Engine, engine: Engine) -> None:
+    prompts = [[*range(250), *range(250)], [*range(250), *range(240)]]
+    settings = {"context_full": "slide", "keep": 20, "max_tokens": 40}
+    expected = [one.token_ids for one in cold.generate_batch(prompts, **settings)]  # type: ignore[arg-type]
+    for _ in range(2):
+        assert [one.token_ids for one in engine.generate_batch(prompts, **settings)] == expected  # type: ignore[arg-type]
+    assert engine.generate_batch(prompts, max_tokens=1)[0].stats.reused_tokens >= 480
+
+
+def test_batches_for_asyncio_are_the_same(cold: Engine, engine: Engine) -> None:
+    expected, _ = answers(cold)
+
+    async def ask() -> Any:
+        return await engine.agenerate_batch(PROMPTS, max_tokens=12, logprobs=2)
+
+    done = asyncio.run(ask())
+    assert [(one.text, one.token_ids, one.finish_reason, one.logprobs) for one in done] == expected
+
+
+def test_a_cancelled_task_frees_the_engine(engine: Engine) -> None:
+    async def cancel() -> None:
+        task = asyncio.create_task(engine.agenerate_batch(PROMPTS, max_tokens=400))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert engine.generate(token_ids=[1, 2, 3], max_tokens=2).stats.generated_tokens == 2
