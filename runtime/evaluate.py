@@ -29,6 +29,7 @@ def text_perplexity(
     tokenizer: Tokenizer,
     text: str,
     context_length: int,
+    *,
     window: int | None = None,
     stride: int | None = None,
 ) -> Perplexity:
@@ -45,9 +46,7 @@ def text_perplexity(
     return perplexity(session, ids, window or min(DEFAULT_WINDOW, context_length), stride)
 
 
-def last_words(
-    session: Session, tokenizer: Tokenizer, passages: Iterable[str], context_length: int
-) -> LastWords:
+def last_words(session: Session, tokenizer: Tokenizer, passages: Iterable[str], context_length: int) -> LastWords:
     """Accuracy of the last word (LAMBADA, Paperno et al., arXiv 1606.06031), as EleutherAI's lm-evaluation-harness
     defines it for `lambada_openai`.
 

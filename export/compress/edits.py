@@ -131,9 +131,7 @@ def _replace(module: PreTrainedModel, names: dict[int, str], stand_in: type[_Abs
         module.set_submodule(name, absent)
 
 
-def _resize(
-    module: PreTrainedModel, linears: dict[str, list[int]], attributes: dict[str, dict[str, int]]
-) -> None:
+def _resize(module: PreTrainedModel, linears: dict[str, list[int]], attributes: dict[str, dict[str, int]]) -> None:
     """Give linear layers (outputs, inputs); weights that have this shape already stay. attributes: module's name ->
     what its code reads of its own size, or as `config.NAME` of the configuration's."""
     for name, (outputs, inputs) in linears.items():

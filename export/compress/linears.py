@@ -109,4 +109,6 @@ def require_unshared(module: PreTrainedModel, names: list[str], step: str) -> No
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name in names:
         if owners[id(own(module, name).weight)] > 1:
-            raise RecipeError(f"{name} shares its matrix with another part of the model: put {step} before share-weights")
+            raise RecipeError(
+                f"{name} shares its matrix with another part of the model: put {step} before share-weights"
+            )

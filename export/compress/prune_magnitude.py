@@ -40,16 +40,18 @@ class PruneMagnitude:
 
         weights = _weights(module)
         before = after = zeros = 0
+        method = prune.L1Unstructured(self.ratio)
         for weight in weights:
             before += _compressed_bytes(weight)
             # The method's mask, not its parametrization: a parameter that is replaced would no longer be shared.
-            mask = prune.L1Unstructured(self.ratio).compute_mask(weight, torch.ones_like(weight))
-            weight *= mask
+            weight.mul_(method.compute_mask(weight, torch.ones_like(weight)))
             after += _compressed_bytes(weight)
             zeros += int((weight == 0).sum())
         share = 100 * zeros / sum(weight.numel() for weight in weights)
         details = {"zeros_percent": round(share, 2), "compressed_bytes": [before, after]}
-        note = f"the INT8 matrices, compressed by zlib: {before / 1e6:,.2f} -> {after / 1e6:,.2f} MB; zeros save no time"
+        note = (
+            f"the INT8 matrices, compressed by zlib: {before / 1e6:,.2f} -> {after / 1e6:,.2f} MB; zeros save no time"
+        )
         return Applied(module, {**details, "note": note})
 
 

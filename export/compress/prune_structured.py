@@ -142,9 +142,7 @@ def _shapes(module: PreTrainedModel, blocks: list[Block]) -> dict[str, list[int]
     return {name: list(shape_of(own(module, name))) for block in blocks for name in (*block.inner, block.outer)}
 
 
-def _attributes(
-    module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]
-) -> dict[str, dict[str, int]]:
+def _attributes(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]) -> dict[str, dict[str, int]]:
     """What attention modules' code reads of their sizes, by the modules' names."""
     found = {}
     for block, units in zip(blocks, kept, strict=True):

@@ -90,8 +90,8 @@ def find_blocks(module: PreTrainedModel) -> list[Block]:
         if _can_change_places(module, blocks):
             return blocks
     raise RecipeError(
-        f"{type(module).__name__}: it is not known which rows of its matrices belong to a head or a channel (its answers "
-        "change when heads and channels change places), so prune-structured cannot be used with it"
+        f"{type(module).__name__}: it is not known which rows of its matrices belong to a head or a channel (its "
+        "answers change when heads and channels change places), so prune-structured cannot be used with it"
     )
 
 

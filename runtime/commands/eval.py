@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     figures: dict[str, Any] = {"model": arguments.model}
     with _opened(arguments) as (context, tokenizer, session):
         if text is not None:
-            found = text_perplexity(session, tokenizer, text, context, arguments.window, arguments.stride)
+            sizes = {"window": arguments.window, "stride": arguments.stride}
+            found = text_perplexity(session, tokenizer, text, context, **sizes)
             figures["perplexity"] = dataclasses.asdict(found)
         if passages is not None:
             figures["lambada"] = dataclasses.asdict(last_words(session, tokenizer, passages, context))
