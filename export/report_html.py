@@ -10,9 +10,12 @@ from typing import Any
 
 from ..runtime.figures import (
     AGREEMENT,
+    COMPRESSION_COLUMNS,
     PERPLEXITY,
     Figure,
     bytes_text,
+    compression_notes,
+    compression_rows,
     count_text,
     main_figures,
     speed_text,
@@ -40,6 +43,8 @@ def page(report: dict[str, Any]) -> str:
         tiles=_tiles(figures),
         perplexity=next((figure for figure in figures if figure.title == PERPLEXITY), None),
         parts=_parts(report),
+        steps=[COMPRESSION_COLUMNS, *compression_rows(report.get("compression"))],
+        step_notes=compression_notes(report.get("compression")),
         charts=_charts(report),
         seconds=sum(stage["seconds"] for stage in report["stages"]),
         peak=max((stage["peak_bytes"] for stage in report["stages"]), default=0),

@@ -20,7 +20,7 @@ from typing import Any
 from .errors import EdgelmError
 
 _ENTRY_POINTS = "edgelm.commands"
-_OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor")
+_OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval")
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -41,6 +41,23 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
     return [*figures, *_quality(report), *_cache(report), *_against_source(report)]
 
 
+COMPRESSION_COLUMNS = ("after", "parameters", "size", "perplexity", "same token", "tokens/s")
+
+
+def compression_rows(steps: Any) -> list[tuple[str, ...]]:
+    """A row for the source and one for each step of a compression, as `COMPRESSION_COLUMNS` says. steps: report.json's
+    `compression`; what it does not hold is a dash."""
+    found = _steps(steps)
+    first = [("source", *_cells(found[0].get("before")))] if found else []
+    return [*first, *((str(step.get("use")), *_cells(step.get("after"))) for step in found)]
+
+
+def compression_notes(steps: Any) -> list[str]:
+    """What steps have to say beside their figures, a sentence each."""
+    notes = ((step.get("use"), step.get("details")) for step in _steps(steps))
+    return [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes in the unit that suits it: "68 bytes", "1.5 kB", "3.1 MB", "1.20 GB"."""
     for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
@@ -132,6 +149,22 @@ def _against_source(report: dict[str, Any]) -> Iterator[Figure]:
     difference = _number(report, "against_source", "logit_difference")
     if difference is not None:
         yield Figure("fp32 logits against PyTorch", None, f"{difference:.1e} of the largest apart")
+
+
+def _steps(steps: Any) -> list[dict[str, Any]]:
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, (list, tuple)) else []
+
+
+def _cells(figures: Any) -> tuple[str, ...]:
+    formats = {
+        "parameters": "{:,.0f}".format,
+        "bytes": bytes_text,
+        "perplexity": "{:,.3f}".format,
+        "agreement_percent": "{:.1f} %".format,
+        "decode_tokens_per_s": "{:,.0f}".format,
+    }
+    numbers = {key: _number(figures, key) for key in formats}
+    return tuple("-" if number is None else formats[key](number) for key, number in numbers.items())
 
 
 def _number(report: Any, *keys: str) -> float | None:

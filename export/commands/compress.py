@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...runtime.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows
 from ..config import ExportConfig
 from .progress import RichProgress, quiet_libraries, require_extra
 
@@ -55,23 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_steps(console: Console, record: Record) -> None:
-    """A row for the source and one for each step."""
+    """A row for the source and one for each step, and what the steps have to say."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{record.name}, recipe {record.recipe}")
-    table.add_column("after")
-    for title in ("parameters", "INT8 size", "perplexity", "same token", "tokens/s"):
-        table.add_column(title, justify="right")
-    for name, figures in [
-        ("source", record.steps[0]["before"]),
-        *((step["use"], step["after"]) for step in record.steps),
-    ]:
-        table.add_row(
-            name,
-            f"{figures['parameters']:,}",
-            f"{figures['bytes'] / 1e6:,.1f} MB",
-            f"{figures['perplexity']:.3f}",
-            f"{figures['agreement_percent']:.1f} %",
-            f"{figures['decode_tokens_per_s']:,.0f}",
-        )
+    table = Table(title=escape(f"{record.name}, recipe {record.recipe}"), box=None, title_justify="left")
+    for number, title in enumerate(COMPRESSION_COLUMNS):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in compression_rows(record.steps):
+        table.add_row(*map(escape, row))
     console.print(table)
+    for note in compression_notes(record.steps):
+        console.print(escape(note))

@@ -8,11 +8,13 @@ the configuration and then the same edits gives modules of the right shapes, int
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import SourceError
+from .linears import FactoredLinear, own, put_matrix, shape_of, shared_matrices
 from .structure import attention_sublayers, decoder_layers, observed, run_briefly
 
 if TYPE_CHECKING:
@@ -86,6 +88,23 @@ def replay(module: PreTrainedModel, edits: list[dict[str, Any]]) -> None:
         edit(module, item["edit"], **arguments)
 
 
+class LayerConfig:
+    """A configuration in which one layer differs: its own values first, the model's for everything else. What is set
+    on it is set on the model's."""
+
+    def __init__(self, original: Any, values: dict[str, int]) -> None:
+        vars(self).update(_original=original, _values=values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by copies before there is an original
+            raise AttributeError(name)
+        values = vars(self)
+        return values["_values"][name] if name in values["_values"] else getattr(values["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_original"], name, value)
+
+
 def present_layers(module: PreTrainedModel) -> dict[int, str]:
     """Index of each layer that was not left out -> name of its module. Raises: RecipeError."""
     names = decoder_layers(module)
@@ -112,4 +131,49 @@ def _replace(module: PreTrainedModel, names: dict[int, str], stand_in: type[_Abs
         module.set_submodule(name, absent)
 
 
-_EDITS = {"drop_layers": _drop_layers, "skip_attention": _skip_attention}
+def _resize(module: PreTrainedModel, linears: dict[str, list[int]], attributes: dict[str, dict[str, int]]) -> None:
+    """Give linear layers (outputs, inputs); weights that have this shape already stay. attributes: module's name ->
+    what its code reads of its own size, or as `config.NAME` of the configuration's."""
+    for name, (outputs, inputs) in linears.items():
+        linear = module.get_submodule(name)
+        if shape_of(linear) != (outputs, inputs):
+            bias = linear.bias is not None
+            put_matrix(linear, torch.empty(outputs, inputs), torch.empty(outputs) if bias else None)
+    for name, values in attributes.items():
+        part: Any = module.get_submodule(name)
+        for key, value in values.items():
+            if not key.startswith("config."):
+                setattr(part, key, value)
+        settings = {key.removeprefix("config."): value for key, value in values.items() if key.startswith("config.")}
+        if settings:
+            earlier = vars(part.config)["_values"] if isinstance(part.config, LayerConfig) else {}
+            original = vars(part.config)["_original"] if isinstance(part.config, LayerConfig) else part.config
+            part.config = LayerConfig(original, {**earlier, **settings})
+
+
+def _factor(module: PreTrainedModel, ranks: dict[str, int]) -> None:
+    """Put two matrices in the place of one: name of a linear layer -> columns of the first."""
+    for name, rank in ranks.items():
+        linear = module.get_submodule(name)
+        module.set_submodule(name, FactoredLinear.like(linear, rank))
+
+
+def _share(module: PreTrainedModel, groups: list[list[int]], embedding: bool) -> None:
+    """Let the layers of each group read the first one's matrices, and the head the embedding's."""
+    for group in groups:
+        for first, *others in shared_matrices(module, group):
+            for name in others:
+                own(module, name).weight = own(module, first).weight
+    if embedding:
+        head: Any = module.get_output_embeddings()
+        head.weight = module.get_input_embeddings().weight
+        module.config.tie_word_embeddings = True
+
+
+_EDITS: dict[str, Callable[..., None]] = {
+    "drop_layers": _drop_layers,
+    "skip_attention": _skip_attention,
+    "resize": _resize,
+    "factor": _factor,
+    "share": _share,
+}

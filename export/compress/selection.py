@@ -1,4 +1,4 @@
-"""Which layers a step means: the last n, those named, or the n least useful. One rule for all steps that choose."""
+"""Which layers a step means: the last ones, those named, or the least useful. One rule for all steps that choose."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import RecipeError
 
 @dataclass(frozen=True)
 class Selection:
-    """The keys of a step that chooses. last: the last n; layers: these; least_useful: the n of least influence. One of
-    the three."""
+    """The keys of a step that chooses. last: so many last ones; layers: these; least_useful: so many of least
+    influence. One of the three. How many is a whole number, or a share between 0 and 1 of those there are."""
 
-    last: int | None = None
+    last: float | None = None
     layers: tuple[int, ...] | None = None
-    least_useful: int | None = None
+    least_useful: float | None = None
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
@@ -23,14 +23,25 @@ class Selection:
         given = [name for name, value in keys.items() if value is not None]
         if len(given) != 1:
             raise RecipeError(f"give one of last, layers and least-useful, found {', '.join(given) or 'none'}")
-        if self._count < 1:
+        for name in ("last", "least_useful"):
+            count = getattr(self, name)
+            if count is not None and float(count).is_integer():
+                object.__setattr__(self, name, int(count))  # as it was written, for records
+            elif count is not None and not 0 < count < 1:
+                raise RecipeError(f"{given[0]} takes a whole number or a share between 0 and 1, found {count:g}")
+        counts = [count for count in (self.last, self.least_useful) if count is not None]
+        if self.layers == () or any(count <= 0 for count in counts):
             raise RecipeError(f"{given[0]} takes one layer or more")
         if len(set(self.layers or ())) < len(self.layers or ()):
             raise RecipeError(f"layers names a layer twice: {list(self.layers or ())}")
 
-    @property
-    def _count(self) -> int:
-        return len(self.layers) if self.layers is not None else self.last or self.least_useful or 0
+    def _count(self, there: int) -> int:
+        """How many of so many layers are meant: of a share, the nearest number, and at least one."""
+        if self.layers is not None:
+            return len(self.layers)
+        given = self.last if self.last is not None else self.least_useful
+        assert given is not None, "one of the three is given"
+        return int(given) if given >= 1 else max(1, round(given * there))
 
     def choose(
         self, there: Collection[int], what: str, influence: Callable[[], dict[int, float]]
@@ -44,11 +55,12 @@ class Selection:
         missing = sorted(set(self.layers or ()) - set(order))
         if missing:
             raise RecipeError(f"there is no {what} {missing[0]}: there are {', '.join(map(str, order))}")
-        if self._count >= len(order):
-            raise RecipeError(f"of {len(order)} {what}s at most {len(order) - 1} can go, not {self._count}")
+        count = self._count(len(order))
+        if count >= len(order):
+            raise RecipeError(f"of {len(order)} {what}s at most {len(order) - 1} can go, not {count}")
         if self.layers is not None:
             return sorted(self.layers), {}
         if self.last is not None:
-            return order[-self.last :], {}
+            return order[-count:], {}
         found = influence()
-        return sorted(sorted(order, key=lambda index: found[index])[: self._count]), found
+        return sorted(sorted(order, key=lambda index: found[index])[:count]), found

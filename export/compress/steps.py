@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _STEPS = {
     "drop-layers": "DropLayers",
     "skip-attention": "SkipAttention",
+    "prune-magnitude": "PruneMagnitude",
+    "prune-structured": "PruneStructured",
+    "low-rank": "LowRank",
+    "share-weights": "ShareWeights",
 }
 
 

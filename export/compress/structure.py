@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,32 +29,52 @@ def decoder_layers(module: PreTrainedModel) -> dict[int, str]:
     return {index: f"{outer}.{index}" for index in range(count)}
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """An attention module by its name, and what it hands to transformers' registry."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+
 def attention_sublayers(module: PreTrainedModel) -> dict[int, str]:
-    """Index of each layer that has attention -> name of the attention module, in order.
+    """Index of each layer that has attention -> name of the attention module, in order. Raises: RecipeError."""
+    return {index: call.name for index, call in attention_calls(module).items()}
+
+
+def attention_calls(module: PreTrainedModel) -> dict[int, AttentionCall]:
+    """Index of each layer that has attention -> its attention module, in order.
 
     An attention module is one that calls transformers' attention registry. Raises: RecipeError where none does.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    callers: list[torch.nn.Module] = []
+    names = {id(item): name for name, item in module.named_modules()}
+    found: dict[int, AttentionCall] = {}
 
-    def note(caller: torch.nn.Module, query: torch.Tensor, _: Any, value: torch.Tensor, *__: Any, **___: Any) -> Any:
-        callers.append(caller)
+    def note(caller: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+        if hasattr(caller, "layer_idx"):
+            sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+            found[int(caller.layer_idx)] = AttentionCall(names[id(caller)], *sizes)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     name, before = "edgelm_note_callers", module.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(name, note)
     module.config._attn_implementation = name
+    reason = ""
     try:
         run_briefly(module)
+    except Exception as error:  # noqa: BLE001, modeling code that looks the name up elsewhere fails in its own ways
+        reason = f" ({error})"
     finally:
         module.config._attn_implementation = before
-    names = {id(item): name for name, item in module.named_modules()}
-    found = {int(caller.layer_idx): names[id(caller)] for caller in callers if hasattr(caller, "layer_idx")}  # type: ignore[arg-type]
-    if not found:
+    if not found or reason:
         raise RecipeError(
-            f"{type(module).__name__} does not call transformers' attention registry, so its attention cannot be told "
-            "apart: this step cannot be used with it"
+            f"{type(module).__name__} does not call transformers' attention registry{reason}, so its attention cannot "
+            "be told apart: this step cannot be used with it"
         )
     return dict(sorted(found.items()))
 

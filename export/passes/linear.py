@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from .graph import Builder, add_weight, is_weight, lazy_weight, only_user, producer
 
+_PARTS = "edgelm_parts"  # of a merged weight: what it is made of
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -97,7 +99,8 @@ def merge(model: ir.Model, linears: Sequence[Linear], anchor: ir.Node) -> ir.Val
     """One linear layer in place of several over the same input: outputs side by side on the last axis.
 
     anchor: the node in front of which it is put; the input must be known there. A missing bias counts as zeros if
-    another layer has one. The merged weight is made when the file is written.
+    another layer has one. The merged weight is made when the file is written; layers that share their weights share the
+    merged one too.
     """
     weights = [linear.weight for linear in linears]
     inputs, widths = weights[0].shape[0], [weight.shape[1] for weight in weights]
@@ -107,13 +110,16 @@ def merge(model: ir.Model, linears: Sequence[Linear], anchor: ir.Node) -> ir.Val
             *(weight.name.split(".")[-2] if "." in weight.name else weight.name for weight in weights[1:]),
         ]
     )
-    merged = lazy_weight(
-        model,
-        name,
-        lambda: np.concatenate([weight.array() for weight in weights], axis=1),
-        ir.DataType.FLOAT,
-        (inputs, sum(widths)),
-    )
+    merged = next((item for item in model.graph.initializers.values() if item.meta.get(_PARTS) == weights), None)
+    if merged is None:
+        merged = lazy_weight(
+            model,
+            name,
+            lambda: np.concatenate([weight.array() for weight in weights], axis=1),
+            ir.DataType.FLOAT,
+            (inputs, sum(widths)),
+        )
+        merged.meta[_PARTS] = weights
     op = Builder(model, anchor, name)
     output = op("MatMul", linears[0].input, merged)
     output.type = linears[0].output.type

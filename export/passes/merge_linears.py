@@ -1,7 +1,8 @@
 """Linear layers that read the same value become one MatMul and a Split: gate and up of an MLP, and their like.
 
-Case: two or more MatMuls over the same input, with weights that nobody else uses. One large product is faster than
-two small ones, and the input is quantized once. The outputs' order is the order in the graph.
+Case: two or more MatMuls over the same input, with weights that nobody else uses, unless these uses merge alike: layers
+that share their matrices share the merged one. One large product is faster than two small ones, and the input is
+quantized once. The outputs' order is the order in the graph.
 """
 
 from __future__ import annotations
@@ -10,38 +11,57 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import Builder, GraphPass, add_weight, nodes_of, only_user, replace_value
-from .linear import Linear, Weight, linear_of, merge
+from .linear import Linear, Weight, linear_of, merge, weight_of
 
 
 class MergeLinears(GraphPass):
     """See the module."""
 
     def apply(self, model: ir.Model) -> bool:
+        uses: dict[ir.Value, list[ir.Node]] = {}
         groups: dict[ir.Value, list[Linear]] = {}
         for matmul in nodes_of(model, "MatMul"):
-            linear = _mergeable(matmul)
+            weight, linear = weight_of(matmul), _linear_at(matmul)
+            if weight is not None:
+                uses.setdefault(weight.value, []).append(matmul)
             if linear is not None:
                 groups.setdefault(linear.input, []).append(linear)
-        for linears in groups.values():
-            if len(linears) > 1:
-                _merge_and_split(model, linears)
-        return any(len(linears) > 1 for linears in groups.values())
+        merged = [linears for linears in _owned(groups, uses, model) if len(linears) > 1]
+        for linears in merged:
+            _merge_and_split(model, linears)
+        return bool(merged)
 
 
-def _mergeable(matmul: ir.Node) -> Linear | None:
+def _linear_at(matmul: ir.Node) -> Linear | None:
+    """The linear layer of a MatMul, unless it computes an output of the graph."""
     user = only_user(matmul.outputs[0])
     linear = linear_of(user.outputs[0]) if user is not None and user.op_type == "Add" else None
     if linear is None or linear.matmul is not matmul:
         linear = linear_of(matmul.outputs[0])
-    if linear is None or linear.output.is_graph_output() or not _owned(linear.weight):
-        return None
-    return linear
+    return None if linear is None or linear.output.is_graph_output() else linear
 
 
-def _owned(weight: Weight) -> bool:
-    """Whether one MatMul alone reads a weight: a shared matrix must stay one matrix."""
-    reader = only_user(weight.value)
-    return reader is not None and (not weight.transposed or only_user(reader.outputs[0]) is not None)
+def _owned(
+    groups: dict[ir.Value, list[Linear]], uses: dict[ir.Value, list[ir.Node]], model: ir.Model
+) -> list[list[Linear]]:
+    """The groups, without the linear layers whose weight somebody reads beside groups of the very same weights: a
+    shared matrix must stay one matrix."""
+    counts: dict[tuple[Weight, ...], int] = {}
+    for linears in groups.values():
+        key = tuple(linear.weight for linear in linears)
+        counts[key] = counts.get(key, 0) + 1
+    owned = []
+    for linears in groups.values():
+        alike = counts[tuple(linear.weight for linear in linears)]
+        readers = [_readers(linear.weight, uses) for linear in linears]
+        owned.append([linear for linear, count in zip(linears, readers, strict=True) if count in (1, alike)])
+    return owned
+
+
+def _readers(weight: Weight, uses: dict[ir.Value, list[ir.Node]]) -> int:
+    """How many nodes read a weight: MatMuls, also through a Transpose, and others."""
+    others = [use.node for use in weight.value.uses() if use.node.op_type not in ("MatMul", "Transpose")]
+    return len(uses[weight.value]) + len(others)
 
 
 def _merge_and_split(model: ir.Model, linears: list[Linear]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..errors import BundleCorruptError, BundleMissingError
-from ..figures import main_figures
+from ..figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
 from ..manifest import LayerCache, Manifest
 from .folder import add_folder
 
@@ -69,6 +69,19 @@ def _show_report(bundle: Bundle, as_json: bool) -> None:
     for figure in main_figures(report):
         amount = figure.after if figure.before is None else f"{figure.before} -> {figure.after}"
         print(f"  {figure.title:30}{amount}{f'  ({figure.verdict})' if figure.verdict else ''}")
+    _show_compression(report.get("compression"))
+
+
+def _show_compression(steps: Any) -> None:
+    """What each step of a recipe left, in INT8, before this export."""
+    rows = compression_rows(steps)
+    if not rows:
+        return
+    print("Compressed before, step by step:")
+    for name, *cells in (COMPRESSION_COLUMNS, *rows):
+        print(f"  {name:18}" + "".join(f"{cell:>14}" for cell in cells))
+    for note in compression_notes(steps):
+        print(f"  {note}")
 
 
 def _parse(text: str) -> dict[str, Any]:

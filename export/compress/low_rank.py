@@ -1,0 +1,158 @@
+"""`low-rank`: put two thin matrices in the place of one, by a truncated singular value decomposition.
+
+With W = U S V^T, the first r columns of U sqrt(S) and rows of sqrt(S) V^T are the best product of that rank for W. With
+`weighted` they are the best for what W computes: W L is decomposed instead, where L L^T is the second moment of the
+inputs that the calibration text gives W, and L is taken out again (Wang et al., SVD-LLM, arXiv 2403.07378).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError
+from .steps import Applied, Workbench
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Added to the second moment's diagonal, in units of its mean: a text has fewer directions than the inputs.
+_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """matrices: patterns of names, as a shell's, of linear layers inside the layers; ratio: share of each matrix's
+    weights that goes; energy: share of its squared singular values that stays, for the smallest rank that keeps it. One
+    of the two. weighted: by the calibration text's activations."""
+
+    matrices: tuple[str, ...] = ("*",)
+    ratio: float | None = None
+    energy: float | None = None
+    weighted: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises: RecipeError."""
+        given = {key: value for key in ("ratio", "energy") if (value := getattr(self, key)) is not None}
+        if len(given) != 1:
+            raise RecipeError(f"give one of ratio and energy, found {', '.join(given) or 'none'}")
+        for key, value in given.items():
+            if not 0 < value < 1:
+                raise RecipeError(f"{key} must be between 0 and 1, found {value:g}")
+
+    def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
+        """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text; memory for
+        the second moments of one layer's inputs at a time."""
+        from .edits import edit
+        from .linears import own, require_unshared
+
+        layers = self._chosen(module)
+        require_unshared(module, list(layers), "low-rank")
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        left = []
+        for index in sorted(set(layers.values())):
+            names = [name for name, layer in layers.items() if layer == index]
+            moments = input_moments(module, names, bench.token_ids, bench.context_length) if self.weighted else {}
+            for name in names:
+                found = self._factors(own(module, name), moments.get(name))
+                if found is None:
+                    left.append(name)
+                else:
+                    factors[name] = found
+        ranks = {name: int(narrow.shape[0]) for name, (_, narrow) in factors.items()}
+        edit(module, "factor", ranks=ranks)
+        for name, (wide, narrow) in factors.items():
+            factored: Any = own(module, name)
+            factored.wide.weight.data, factored.narrow.weight.data = wide, narrow
+        return Applied(module, {"ranks": ranks, "left_alone": left, **_note(left, layers)})
+
+    def _chosen(self, module: PreTrainedModel) -> dict[str, int]:
+        """Name -> layer of the linear layers that the patterns name. Raises: RecipeError for a pattern without one."""
+        from .linears import layer_linears
+
+        there = layer_linears(module)
+        for pattern in self.matrices:
+            if not fnmatch.filter(there, pattern):
+                names = sorted({name.rsplit(".", 1)[-1] for name in there})
+                raise RecipeError(
+                    f"no plain linear layer inside the layers has a name like {pattern}: there is "
+                    f"{', '.join(names) or 'none'}" + (f", such as {next(iter(there))}" if there else "")
+                )
+        return {name: i for name, i in there.items() if any(fnmatch.fnmatch(name, item) for item in self.matrices)}
+
+    def _factors(self, linear: Any, moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """wide (outputs, rank) and narrow (rank, inputs), or None where they would be no smaller than the matrix."""
+        import torch
+
+        from .linears import matrix_of
+
+        matrix = matrix_of(linear)
+        root = None if moment is None else _root(moment)
+        left, values, right = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
+        rank = self._rank(values, *matrix.shape)
+        if rank is None:
+            return None
+        scale = values[:rank].sqrt()
+        narrow = scale[:, None] * right[:rank]
+        if root is not None:
+            narrow = torch.linalg.solve_triangular(root, narrow, upper=False, left=False)
+        return (left[:, :rank] * scale).contiguous(), narrow.contiguous()
+
+    def _rank(self, values: torch.Tensor, outputs: int, inputs: int) -> int | None:
+        if self.ratio is not None:
+            rank = int((1 - self.ratio) * outputs * inputs / (outputs + inputs))
+        else:
+            shares = values.double().square().cumsum(0)
+            rank = int((shares < self.energy * shares[-1]).sum()) + 1
+        return rank if rank > 0 and rank * (outputs + inputs) < outputs * inputs else None
+
+
+def input_moments(
+    module: PreTrainedModel, names: Sequence[str], token_ids: Sequence[int], context_length: int
+) -> dict[str, torch.Tensor]:
+    """The second moment (inputs, inputs) of what each of these linear layers reads on a text: the mean of x x^T."""
+    import torch
+
+    from .influence import windows
+    from .linears import own
+
+    sums: dict[str, torch.Tensor] = {}
+    texts = windows(token_ids, context_length)
+
+    def add(name: str) -> Any:
+        def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            moment = rows.T @ rows / (len(rows) * len(texts))
+            sums[name] = sums[name] + moment if name in sums else moment
+
+        return note
+
+    handles = [own(module, name).register_forward_pre_hook(add(name)) for name in names]
+    try:
+        for ids in texts:
+            with torch.no_grad():
+                module(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """L, lower triangular, with L L^T = the moment, somewhat damped."""
+    import torch
+
+    wide = moment.double()
+    damping = _DAMPING * wide.diagonal().mean().clamp(min=1e-12)
+    damped = wide + damping * torch.eye(len(wide), dtype=torch.float64)
+    root: torch.Tensor = torch.linalg.cholesky(damped).to(moment.dtype)
+    return root
+
+
+def _note(left: list[str], chosen: dict[str, int]) -> dict[str, str]:
+    if not left:
+        return {}
+    return {"note": f"{len(left)} of {len(chosen)} matrices stay whole: two factors of them would be no smaller"}
