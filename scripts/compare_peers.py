@@ -1,0 +1,232 @@
+"""Measure edgelm beside other ways to run a language model on a CPU: the same model, machine, token ids and threads.
+
+    python scripts/compare_peers.py --rounds 3
+
+Makes a virtual environment for each peer and converts the model for each of them (kept below --cache for the next run;
+`--rounds 0` stops there), then measures all in alternation, every measurement in a fresh process, and prints tables of
+medians. Needs edgelm with the extra `export`, a C++ compiler for llama.cpp, and about 10 GB on the disk. pip's own
+settings say where packages come from. A peer that cannot be had or fails is reported with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench
+from peers import report
+from peers.environments import Environments, PeerError
+from peers.harness import COLD
+
+CONTEXTS = (128, 1024, 1900)
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = {
+    peer.name: peer
+    for peer in (
+        report.Peer("edgelm-int8", "edgelm, INT8, INT8 cache", "edgelm", "int8", "int8"),
+        report.Peer("edgelm-float32", "edgelm, INT8, float32 cache", "edgelm", "float32", "int8"),
+        report.Peer("genai-int8", "onnxruntime-genai, int8", "genai", "int8", "int8"),
+        report.Peer("genai-int4", "onnxruntime-genai, int4", "genai", "int4", "int4"),
+        report.Peer("llama.cpp-q8_0", "llama.cpp, Q8_0", "llama_cpp", "q8_0", "int8"),
+        report.Peer("llama.cpp-q4_0", "llama.cpp, Q4_0", "llama_cpp", "q4_0", "int4"),
+        report.Peer("optimum-int8", "optimum-onnx, int8", "optimum_onnx", "int8", "int8"),
+        report.Peer("ctranslate2-int8", "CTranslate2, int8", "ctranslate2", "int8", "int8"),
+        report.Peer("transformers-fp32", "transformers, fp32", "transformers", "float32", "fp32"),
+    )
+}
+
+
+def main() -> None:
+    """Parse, prepare, measure, report."""
+    arguments = _parse()
+    cache = arguments.cache.resolve()
+    model = _model(arguments.model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    longest = config.get("max_position_embeddings", max(CONTEXTS) * 2)
+    kinds = [COLD, *(str(context) for context in CONTEXTS if context + 100 <= longest)]
+    failures: dict[str, dict[str, str]] = {}
+    comparison = Comparison(cache, model, config["vocab_size"], arguments.threads, failures)
+    ready = [PEERS[name] for name in arguments.peers if comparison.prepare(PEERS[name])]
+    rounds = [comparison.round(ready, kinds, number, arguments.rounds) for number in range(arguments.rounds)]
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine() | {"threads": arguments.threads},
+        "model": {"name": model.name, "config": config},
+        "versions": comparison.environments.versions,
+    }
+    found = report.summarize([PEERS[name] for name in arguments.peers], rounds, failures) | facts
+    text = report.markdown(found)
+    print(text)
+    if rounds:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "peers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        report.plot(found, arguments.out / "peers.svg")
+        print(f"{arguments.out}/peers.json and peers.svg are written", file=sys.stderr)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=_names, default=list(PEERS), help="some of " + ",".join(PEERS))
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of every measurement (%(default)s); 0: prepare only"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of each peer (%(default)s)")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: bench.py's reference model)")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", help="kept environments and models")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "peers" / "results", help="for JSON and plot")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to a file")
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; there are {', '.join(PEERS)}")
+    return names
+
+
+def _model(model: Path | None) -> Path:
+    """The folder to convert; the reference model is built where it is not there yet."""
+    if model is not None:
+        return model.resolve()
+    model = ROOT / "build" / "bench" / "model"
+    if not (model / "tokenizer.json").is_file():
+        bench.build_model(model, ROOT / "scripts" / "reference" / "config.json", "float32")
+    return model
+
+
+class Comparison:
+    """One model for several peers. `failures` gets the reason of what failed, by peer and by what it was doing."""
+
+    def __init__(self, cache: Path, model: Path, vocab: int, threads: int, failures: dict[str, dict[str, str]]) -> None:
+        self.environments = Environments(cache, threads)
+        self._work = cache / "models" / f"{model.name}-{fingerprint(model)}"
+        self._model = readable(model, self._work / "model")
+        self._vocab = vocab
+        self._threads = threads
+        self._failures = failures
+
+    def prepare(self, peer: report.Peer) -> bool:
+        """Install and convert, and run once, so that files are in the system's cache. Whether all of it went well."""
+        for stage, work in (("installation", self._install), ("conversion", self._convert)):
+            print(f"{peer.name}: {stage}", file=sys.stderr, flush=True)
+            try:
+                work(peer)
+            except PeerError as error:
+                self._fail(peer, stage, error)
+                return False
+        return self._measure(peer, COLD) is not None
+
+    def _install(self, peer: report.Peer) -> None:
+        self.environments.install(peer.adapter)
+
+    def _convert(self, peer: report.Peer) -> None:
+        folder = self._work / peer.name
+        stamp, made_by = folder / "converted.json", self.environments.identity(peer.adapter)
+        if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != made_by:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._harness(peer, "convert", "--model", str(self._model))
+            stamp.write_text(json.dumps(made_by), encoding="utf-8")
+
+    def round(self, peers: list[report.Peer], kinds: list[str], number: int, rounds: int) -> dict[str, Any]:
+        """Figures by the peer's name; each kind of measurement goes over all peers, every other round backwards."""
+        figures: dict[str, dict[str, Any]] = {peer.name: {} for peer in peers}
+        for kind in kinds:
+            print(f"round {number + 1} of {rounds}: {kind}", file=sys.stderr, flush=True)
+            for peer in peers[:: -1 if number % 2 else 1]:
+                if kind not in self._failures.get(peer.name, {}):
+                    figures[peer.name] |= self._measure(peer, kind) or {}
+        return figures
+
+    def _measure(self, peer: report.Peer, kind: str) -> dict[str, Any] | None:
+        words = ["--kind", kind, "--threads", str(self._threads), "--vocab", str(self._vocab)]
+        try:
+            found: dict[str, Any] = json.loads(self._harness(peer, "measure", *words))
+        except PeerError as error:
+            self._fail(peer, kind, error)
+            return None
+        return found
+
+    def _harness(self, peer: report.Peer, task: str, *words: str) -> str:
+        return self.environments.harness(
+            peer.adapter, [task, peer.adapter, peer.variant], self._work / peer.name, words
+        )
+
+    def _fail(self, peer: report.Peer, stage: str, error: PeerError) -> None:
+        print(f"{peer.name}: {stage} failed: {error}", file=sys.stderr, flush=True)
+        self._failures.setdefault(peer.name, {})[stage] = str(error)
+
+
+def fingerprint(model: Path) -> str:
+    """A digest by which a model is known again wherever it lies: its config, and size and beginning of its weights."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(str(path.stat().st_size).encode() + file.read(2**20))
+    return digest.hexdigest()[:8]
+
+
+def readable(model: Path, folder: Path) -> Path:
+    """The same model, by links, also for readers of transformers 4, which look for rope's base and the tokenizer's
+    class under other names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if path.is_file():
+            (folder / path.name).unlink(missing_ok=True)
+            (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
+    _replace(folder / "config.json", config)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():
+        settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _replace(tokenizer, settings)
+    return folder
+
+
+def _replace(link: Path, content: dict[str, Any]) -> None:
+    link.unlink()
+    link.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    import psutil
+
+    name, flags = platform.processor() or platform.machine(), set()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = [line.partition(":") for line in cpu.read_text(encoding="utf-8").splitlines()]
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+        flags = {flag for key, _, value in lines if key.strip() in ("flags", "Features") for flag in value.split()}
+    told = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+    return {
+        "cpu": name,
+        "features": [flag for flag in told if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""onnxruntime-genai with the model that its own builder makes; variants: the builder's precisions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnxruntime_genai as og
+
+FILES = ("model.onnx", "model.onnx.data")
+# Fed in pieces, a long prompt is faster and takes less memory.
+_PIECE = 256
+
+
+def convert(model: Path, folder: Path, variant: str) -> None:
+    # Embedding and head share their weights by default where the model ties them; logits of the last token alone are
+    # faster, and all that generating needs.
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(folder)]
+    command += ["-p", variant, "-e", "cpu", "-c", str(folder / "cache"), "--extra_options", "prune_lm_head=true"]
+    subprocess.run(command, check=True)
+
+
+class Loaded:
+    def __init__(self, model: og.Model, capacity: int) -> None:
+        self._model = model
+        self._capacity = capacity
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        parameters = og.GeneratorParams(self._model)
+        # A minimum length keeps end tokens away.
+        length = len(ids) + count
+        parameters.set_search_options(max_length=self._capacity, min_length=length, do_sample=False, chunk_size=_PIECE)
+        generator = og.Generator(self._model, parameters)
+        generator.append_tokens(ids)
+        for _ in range(count):
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+
+def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
+    config = og.Config(str(folder))
+    config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
+    return Loaded(og.Model(config), capacity)

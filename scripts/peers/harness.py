@@ -1,0 +1,119 @@
+"""Converts a model for one peer, or measures one thing of one peer, in this process. Standard library only.
+
+    python -m peers.harness convert ADAPTER VARIANT --model FOLDER --folder FOLDER --result FILE
+    python -m peers.harness measure ADAPTER VARIANT --folder FOLDER --kind first --threads N --vocab N --result FILE
+
+`first` is what a program that is started for one prompt feels: the times from the load to the first token behind 128,
+nothing warmed up. Instead of it a number, a context: the speed of reading a prompt of so many tokens, and of
+generating behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+COLD = "first"
+COLD_TOKENS = 128
+DECODE_TOKENS = 64
+REPEATS = 2
+
+
+class Model(Protocol):
+    """A loaded model of a peer."""
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        """The `count` most likely tokens after `ids`, one by one; nothing of an earlier call is reused."""
+
+
+def main() -> None:
+    """Parse, then do what is asked for; figures go to a file, for peers print as they like."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("convert", "measure"))
+    parser.add_argument("adapter", help="a module beside this one")
+    parser.add_argument("variant")
+    parser.add_argument("--folder", type=Path, required=True, help="the peer's form of the model")
+    parser.add_argument("--model", type=Path, help="what to convert")
+    parser.add_argument("--kind", help=f"{COLD!r}, or a number of tokens of context")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--vocab", type=int, help="size of the vocabulary, for the prompts")
+    parser.add_argument("--result", type=Path, required=True, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    adapter = importlib.import_module(f"peers.{arguments.adapter}")
+    if arguments.task == "convert":
+        adapter.convert(arguments.model, arguments.folder, arguments.variant)
+        arguments.result.write_text("{}", encoding="utf-8")
+        return
+    importing = time.perf_counter() - started
+    load = functools.partial(adapter.load, arguments.folder, arguments.variant, arguments.threads)
+    if arguments.kind == COLD:
+        files = [path for pattern in adapter.FILES for path in arguments.folder.glob(pattern)]
+        figures = {"import_s": importing, "file_mb": sum(path.stat().st_size for path in files) / 1e6}
+        figures |= cold(load, arguments.vocab)
+    else:
+        figures = warm(load, int(arguments.kind), arguments.vocab)
+    figures |= {f"{name}_{arguments.kind}": size for name, size in memory().items()}
+    arguments.result.write_text(json.dumps(figures), encoding="utf-8")
+
+
+def cold(load: Callable[[int], Model], vocab: int) -> dict[str, Any]:
+    """Seconds to load, and from there to the first token behind a prompt, with nothing run before."""
+    started = time.perf_counter()
+    model = load(COLD_TOKENS + DECODE_TOKENS)
+    loaded = time.perf_counter()
+    next(iter(model.generate(prompt(COLD_TOKENS, 0, vocab), 2)))
+    return {"load_s": loaded - started, "first_token_s": time.perf_counter() - started}
+
+
+def warm(load: Callable[[int], Model], context: int, vocab: int) -> dict[str, Any]:
+    """Tokens per second of reading a prompt and of generating behind it, medians of runs after an uncounted one."""
+    model = load(context + DECODE_TOKENS)
+    timed(model, prompt(context, 0, vocab), 4)
+    runs = [timed(model, prompt(context, repeat, vocab), DECODE_TOKENS) for repeat in range(1, REPEATS + 1)]
+    return {
+        f"prefill_{context}": context / statistics.median(first for first, _, _ in runs),
+        f"decode_{context}": statistics.median(rate for _, rate, _ in runs),
+        f"tokens_{context}": runs[0][2],
+    }
+
+
+def timed(model: Model, ids: list[int], count: int) -> tuple[float, float, list[int]]:
+    """Seconds to the first token, tokens per second from then on, and the tokens."""
+    tokens, stamps = [], []
+    started = time.perf_counter()
+    for token in model.generate(ids, count):
+        stamps.append(time.perf_counter())
+        tokens.append(token)
+    if len(tokens) != count:
+        raise SystemExit(f"{len(tokens)} tokens came instead of {count}")
+    return stamps[0] - started, (count - 1) / (stamps[-1] - stamps[0]), tokens
+
+
+def prompt(count: int, repeat: int, vocab: int) -> list[int]:
+    """So many token ids, the same for every peer; each repeat starts with another one, so that no cache knows it."""
+    low = vocab // 50
+    return [low + repeat, *(low + 7 * position % (vocab - 2 * low) for position in range(1, count))]
+
+
+def memory() -> dict[str, float]:
+    """The most physical memory that this process had, in MB, and what part of it now is its own, not a file's pages."""
+    path = Path("/proc/self/status")
+    if path.exists():
+        lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+        peak, own = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmHWM", "RssAnon"))
+        return {"peak_mb": peak, "own_mb": own}
+    import resource  # not on Windows, and on Linux it would count the parent's memory before exec
+
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+if __name__ == "__main__":
+    main()

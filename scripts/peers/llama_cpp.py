@@ -1,0 +1,94 @@
+"""llama.cpp through the bindings of llama-cpp-python, by the C functions; variants: GGUF's types.
+
+Converting needs llama.cpp's own scripts, which stand in the bindings' source package and not in what is installed:
+LLAMA_CPP_SOURCE names the unpacked package.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import llama_cpp
+import numpy as np
+
+FILES = ("model.gguf",)
+_PIECE = 512
+
+
+def convert(model: Path, folder: Path, variant: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if variant == "q8_0":
+        _write_gguf(model, folder / "model.gguf", variant)
+        return
+    whole = folder / "whole.gguf"
+    _write_gguf(model, whole, "f32")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.upper()}")
+    code = llama_cpp.llama_model_quantize(bytes(whole), bytes(folder / "model.gguf"), parameters)
+    if code:
+        raise SystemExit(f"llama_model_quantize ended with {code}")
+    whole.unlink()
+
+
+def _write_gguf(model: Path, file: Path, kind: str) -> None:
+    """llama.cpp's own conversion. A tokenizer that it does not know by its digest gets a known one's rules for cutting
+    words: token ids go in here, so nothing measured depends on them."""
+    sys.path.insert(0, str(Path(os.environ["LLAMA_CPP_SOURCE"]) / "vendor" / "llama.cpp"))
+    import conversion.base
+    import convert_hf_to_gguf
+
+    known = conversion.base.TextModel.get_vocab_base_pre
+
+    def rules(self: object, tokenizer: object) -> str:
+        try:
+            return str(known(self, tokenizer))
+        except NotImplementedError:
+            return "gpt-2"
+
+    words = ["convert_hf_to_gguf.py", str(model), "--outfile", str(file), "--outtype", kind]
+    with mock.patch.object(conversion.base.TextModel, "get_vocab_base_pre", rules), mock.patch("sys.argv", words):
+        convert_hf_to_gguf.main()
+
+
+class Loaded:
+    def __init__(self, llama: llama_cpp.Llama) -> None:
+        self._llama = llama
+        self._vocab = llama.n_vocab()
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        context = self._llama.ctx
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        for begin in range(0, len(ids), _PIECE):
+            self._feed(ids[begin : begin + _PIECE])
+        for step in range(count):
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (self._vocab,))
+            token = int(logits.argmax())
+            yield token
+            if step + 1 < count:
+                self._feed([token])
+
+    def _feed(self, ids: list[int]) -> None:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        # A batch made this way asks for the logits of its last token alone.
+        code = llama_cpp.llama_decode(self._llama.ctx, llama_cpp.llama_batch_get_one(tokens, len(ids)))
+        if code:
+            raise SystemExit(f"llama_decode ended with {code}")
+
+
+def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
+    return Loaded(
+        llama_cpp.Llama(
+            str(folder / "model.gguf"),
+            n_ctx=capacity,
+            n_batch=_PIECE,
+            n_ubatch=_PIECE,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            verbose=False,
+        )
+    )

@@ -1,0 +1,160 @@
+"""The comparison with other runtimes: its sums, tables and plot, and how it knows a model again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """scripts/compare_peers.py, imported as it runs: with its own folder on the path."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import compare_peers
+
+        yield compare_peers
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def _figures(decode: float, load: float) -> dict[str, Any]:
+    return {
+        "prefill_128": decode * 20,
+        "decode_128": decode,
+        "tokens_128": [1, 2, 3],
+        "load_s": load,
+        "first_token_s": load + 0.1,
+        "file_mb": 136.0,
+        "peak_mb_128": 300.0,
+    }
+
+
+@pytest.fixture
+def found(script: ModuleType) -> dict[str, Any]:
+    """Three rounds, in which genai fails from the second on, and optimum could not be installed."""
+    rounds = [
+        {"edgelm-int8": _figures(100, 0.2), "genai-int8": _figures(80, 0.4), "llama.cpp-q8_0": _figures(50, 0.1)},
+        {"edgelm-int8": _figures(120, 0.3), "genai-int8": {}, "llama.cpp-q8_0": _figures(80, 0.1)},
+        {"edgelm-int8": _figures(110, 0.4), "genai-int8": {}, "llama.cpp-q8_0": _figures(110, 0.1)},
+    ]
+    failures = {"genai-int8": {"128": "ended by SIGSEGV"}, "optimum-int8": {"installation": "no such version"}}
+    names = ["edgelm-int8", "genai-int8", "llama.cpp-q8_0", "optimum-int8"]
+    facts = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {"cpu": "A CPU", "features": ["avx2"], "threads": 2},
+        "versions": {"genai": {"onnxruntime-genai": "1.2.3", "torch": "4"}},
+    }
+    report: dict[str, Any] = script.report.summarize([script.PEERS[name] for name in names], rounds, failures) | facts
+    return report
+
+
+def test_medians_ranges_and_ratios(found: dict[str, Any]) -> None:
+    llama = found["peers"]["llama.cpp-q8_0"]
+    assert llama["medians"]["decode_128"] == 80
+    assert llama["ranges"]["decode_128"] == [50, 110]
+    # Of each round's ratio, 2.0, 1.5 and 1.0, not the ratio of the medians.
+    assert llama["ratios"]["decode_128"] == 1.5
+    assert "tokens_128" not in llama["medians"]
+    assert found["peers"]["optimum-int8"]["medians"] == {}
+
+
+def test_best_int8_peer_is_the_fastest_or_the_smallest(found: dict[str, Any]) -> None:
+    best = found["to_best_int8"]
+    assert set(best) == {"edgelm-int8"}
+    assert best["edgelm-int8"]["decode_128"] == {"peer": "genai-int8", "ratio": 110 / 80}
+    assert best["edgelm-int8"]["load_s"] == {"peer": "llama.cpp-q8_0", "ratio": pytest.approx(3)}
+
+
+def test_tables_hold_figures_and_reasons(script: ModuleType, found: dict[str, Any]) -> None:
+    text = script.report.markdown(found)
+    assert "A CPU (avx2), 2 threads, 3 rounds, 2026-01-02: onnxruntime-genai 1.2.3." in text
+    assert "| edgelm, INT8, INT8 cache | 2,200 (2,000 to 2,400) | 110 (100 to 120) |" in text
+    assert "| 0.30 (0.20 to 0.40) |" in text
+    assert "- onnxruntime-genai, int8, measurement at 128 tokens: ended by SIGSEGV" in text
+    assert "- optimum-onnx, int8, installation: no such version" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {4, 6, 8}
+
+
+def test_nothing_measured_still_names_the_reasons(script: ModuleType) -> None:
+    facts = {"date": "2026-01-02", "machine": {"cpu": "A", "features": [], "threads": 1}, "versions": {}}
+    peer = script.PEERS["genai-int8"]
+    text = script.report.markdown(script.report.summarize([peer], [], {peer.name: {"conversion": "disk full"}}) | facts)
+    assert "onnxruntime-genai, int8, conversion: disk full" in text
+
+
+def test_plot_is_an_svg_with_every_peer_that_was_measured(
+    script: ModuleType, found: dict[str, Any], tmp_path: Path
+) -> None:
+    script.report.plot(found, tmp_path / "peers.svg")
+    root = ET.parse(tmp_path / "peers.svg").getroot()  # noqa: S314 (written by the line above)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = (tmp_path / "peers.svg").read_text(encoding="utf-8")
+    assert "llama.cpp, Q8_0" in text
+    assert "optimum-onnx" not in text
+
+
+def test_prompts_differ_only_in_their_first_token_and_fit_the_vocabulary(script: ModuleType) -> None:
+    from peers import harness
+
+    first, second = harness.prompt(100, 0, 1000), harness.prompt(100, 1, 1000)
+    assert len(first) == 100 and first[0] != second[0] and first[1:] == second[1:]
+    assert all(0 <= token < 1000 for token in harness.prompt(5000, 3, 1000))
+
+
+def test_timing_counts_what_came_after_the_first_token(script: ModuleType) -> None:
+    from peers import harness
+
+    class Fake:
+        def generate(self, ids: list[int], count: int) -> Iterator[int]:
+            yield from range(count)
+
+    first, rate, tokens = harness.timed(Fake(), [1, 2], 5)
+    assert first >= 0 and rate > 0 and tokens == [0, 1, 2, 3, 4]
+    with pytest.raises(SystemExit, match="1 tokens came instead of 3"):
+        harness.timed(type("Short", (), {"generate": lambda *_: iter([7])})(), [1], 3)
+
+
+def test_a_model_is_known_again_elsewhere_and_read_by_older_readers(script: ModuleType, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (model / "config.json").write_text('{"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}')
+    copy = script.readable(model, tmp_path / "copy")
+    assert (copy / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads((copy / "config.json").read_text())["rope_theta"] == 5.0
+    assert "rope_scaling" not in json.loads((copy / "config.json").read_text())
+    assert json.loads((copy / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "TokenizersBackend" in (model / "tokenizer_config.json").read_text()
+    before = script.fingerprint(model)
+    assert script.fingerprint(model.rename(tmp_path / "moved")) == before
+    (tmp_path / "moved" / "model.safetensors").write_bytes(b"others!")
+    assert script.fingerprint(tmp_path / "moved") != before
+
+
+def test_a_failing_program_gives_its_last_word(script: ModuleType) -> None:
+    from peers import environments
+
+    with pytest.raises(environments.PeerError, match=r"^no wheel fits$"):
+        environments.run([sys.executable, "-c", "import sys; sys.exit('first line\\nno wheel fits')"])
+    with pytest.raises(environments.PeerError, match="SIGKILL"):
+        environments.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+
+
+def test_every_peer_has_an_adapter_and_pinned_packages(script: ModuleType) -> None:
+    from peers import environments
+
+    for peer in script.PEERS.values():
+        assert (ROOT / "scripts" / "peers" / f"{peer.adapter}.py").is_file()
+        assert all("==" in package for package in environments.PACKAGES[peer.adapter])
