@@ -165,7 +165,8 @@ def _share(module: PreTrainedModel, groups: list[list[int]], embedding: bool) ->
             for name in others:
                 own(module, name).weight = own(module, first).weight
     if embedding:
-        head: Any = module.get_output_embeddings()
+        whole: Any = module
+        head = whole.get_output_embeddings()
         head.weight = module.get_input_embeddings().weight
         module.config.tie_word_embeddings = True
 

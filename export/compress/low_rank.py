@@ -105,6 +105,7 @@ class LowRank:
         if self.ratio is not None:
             rank = int((1 - self.ratio) * outputs * inputs / (outputs + inputs))
         else:
+            assert self.energy is not None, "one of the two is given"
             shares = values.double().square().cumsum(0)
             rank = int((shares < self.energy * shares[-1]).sum()) + 1
         return rank if rank > 0 and rank * (outputs + inputs) < outputs * inputs else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
 from .steps import Applied, Workbench
@@ -40,7 +40,7 @@ class PruneMagnitude:
 
         weights = _weights(module)
         before = after = zeros = 0
-        method = prune.L1Unstructured(self.ratio)
+        method: Any = prune.L1Unstructured(self.ratio)
         for weight in weights:
             before += _compressed_bytes(weight)
             # The method's mask, not its parametrization: a parameter that is replaced would no longer be shared.
@@ -60,7 +60,8 @@ def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
     from .linears import is_linear
 
     embedding = module.get_input_embeddings().weight
-    found = {id(part.weight): part.weight for part in module.modules() if is_linear(part)}
+    linears: list[Any] = [part for part in module.modules() if is_linear(part)]
+    found = {id(part.weight): part.weight for part in linears}
     return [weight.detach() for weight in found.values() if weight is not embedding]
 
 

@@ -7,7 +7,7 @@ Layers that are computed twice save no time, only size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
 from .steps import Applied, Workbench
@@ -80,7 +80,8 @@ class ShareWeights:
     def _require_head(self, module: PreTrainedModel) -> None:
         if not self.embedding:
             return
-        embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+        whole: Any = module
+        embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
         if head is None or embedding.weight.shape != head.weight.shape:
             raise RecipeError(f"{type(module).__name__} has no head of its embedding's shape, so they cannot share it")
         if head.weight is embedding.weight:

@@ -188,8 +188,8 @@ def _blocks(
             f"layer {index} of {type(module).__name__} has an {kind} of another kind than prune-structured knows: "
             f"{', '.join(names) or 'no linear layers'}; models that were factored before cannot be pruned either"
         )
-    behind = {name: known[size] for name, size in sizes.items()}
-    mixed = {name: (sum(layout),) for name, layout in behind.items()}
+    behind: dict[str, _Layout] = {name: known[size] for name, size in sizes.items()}
+    mixed: dict[str, _Layout] = {name: (sum(layout),) for name, layout in behind.items()}
     return [Block(kind, index, count, found, outer, width, call) for found in (behind, mixed)]
 
 
