@@ -43,6 +43,7 @@ from .cache_gate import CacheAgreement, calibrate_cache
 from .cache_prompts import UnusualTokens, cache_prompts, unusual_tokens
 from .calibrate import Ranges
 from .compress.folder import without_figures
+from .compress.processes import require_one
 from .compress.recipe import Recipe, load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
 from .config import ExportConfig
@@ -177,6 +178,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> Path:
     """The folder of the compressed model, from which the export then goes on as from any other."""
+    require_one()
     config, folder = context.config, context.work / "compressed"
     folder.mkdir()
     task = Task(config.model, context.folder, recipe, context.profile, config.read_text())

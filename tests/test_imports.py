@@ -28,6 +28,8 @@ HEAVY = (
     "huggingface_hub",
     "matplotlib",
     "rich",
+    "accelerate",
+    "peft",
 )
 
 PUBLIC = {

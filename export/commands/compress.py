@@ -39,14 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
     config = ExportConfig(**{name: getattr(arguments, name) for name in names}, compress=arguments.recipe)
     from rich.console import Console
 
+    from ..compress.processes import is_first
     from ..compress.run import compress_model
 
-    progress = RichProgress(Console(stderr=True, highlight=False))
+    progress = RichProgress(Console(stderr=True, highlight=False, quiet=not is_first()))
     quiet_libraries()
     try:
         record = compress_model(config, progress, progress.say)
     finally:
         progress.stop()
+    if not is_first():
+        return 0  # of several processes that train together, the first one writes and speaks
     if arguments.json:
         print(json.dumps({"folder": str(arguments.out), **dataclasses.asdict(record)}))
     else:

@@ -5,6 +5,9 @@
     edits.py      changes of a module's structure, logged in its configuration so that they can be made again
     structure.py  where a module's layers and attention sublayers are
     folder.py     a compressed model as a folder of safetensors, written and read
+    schedule.py   the keys of steps that train; training.py their loop, checkpoint.py what it goes on from
+    simulate.py   the INT8 bundle's products in torch
+    processes.py  who writes, where several processes train
     measure.py    what a step bought and what it cost
     run.py        a model and a recipe to a compressed folder
 

@@ -16,7 +16,8 @@ from ..errors import RecipeError
 from ..source import SourceModel, describe_source, find_source, load_module
 from ..stages import Progress, run_stages
 from .folder import RECORD_NAME, Record, read_record, write_compressed
-from .measure import Figures, Meter
+from .measure import Meter
+from .processes import is_first, wait_for_all
 from .recipe import Recipe, load_recipe, step_settings
 from .steps import Step, Workbench, step_name
 
@@ -48,7 +49,7 @@ class _Context:
     source: SourceModel = field(init=False)  # load
     bench: Workbench = field(init=False)  # load
     meter: Meter = field(init=False)  # load
-    figures: Figures = field(init=False)  # load, then each step
+    figures: dict[str, Any] = field(init=False)  # load, then each step
     done: list[dict[str, Any]] = field(default_factory=list)  # each step
 
 
@@ -62,12 +63,13 @@ def compress_folder(
     """Apply a recipe and fill `out`, an empty folder, as `folder.py` describes it.
 
     checkpoints: folder for what long steps keep, which may outlive the run; say: takes lines about how far a long step
-    is. Raises: SourceError, RecipeError, TraceError, OSError, StageError.
+    is. Of several processes the first one alone measures and writes; the others' records have no figures. Raises:
+    SourceError, RecipeError, TraceError, OSError, StageError.
     """
     context = _Context(task, out, checkpoints, say)
     stages: list[tuple[str, Callable[[_Context], None]]] = [("load", _load)]
-    for index, step in enumerate(task.recipe.steps, 1):
-        stages.append((f"{index}: {step_name(step)}", _applying(step)))
+    for index, step in enumerate(task.recipe.steps):
+        stages.append((f"{index + 1}: {step_name(step)}", _applying(index, step)))
     stages.append(("write", _write))
     run_stages(context, stages, f"{task.model} with recipe {task.recipe.name}", progress)
     return _record(context)
@@ -85,28 +87,39 @@ def _load(context: _Context) -> None:
         ids, source.tokenizer, task.folder, context.checkpoints, source.context_length, context.say
     )
     context.meter = Meter(task.profile, ids, source.context_length, context.out / "measured")
-    context.figures = context.meter.measure(context.module)
+    context.figures = _measure(context)
 
 
-def _applying(step: Step) -> Callable[[_Context], None]:
+def _applying(index: int, step: Step) -> Callable[[_Context], None]:
     def apply(context: _Context) -> None:
-        applied = step.apply(context.module, context.bench)
+        bench = dataclasses.replace(
+            context.bench,
+            checkpoints=context.checkpoints / f"{index + 1}-{step_name(step)}",
+            before=tuple(step_settings(earlier) for earlier in context.task.recipe.steps[:index]),
+        )
+        applied = step.apply(context.module, bench)
         context.module = applied.module
-        before, context.figures = context.figures, context.meter.measure(context.module)
+        before, context.figures = context.figures, _measure(context)
         context.done.append(
             {
                 **step_settings(step),
                 "details": applied.details,
-                "before": dataclasses.asdict(before),
-                "after": dataclasses.asdict(context.figures),
+                "before": before,
+                "after": context.figures,
             }
         )
 
     return apply
 
 
+def _measure(context: _Context) -> dict[str, Any]:
+    """Figures of the module as it is; none in a process that another one measures for."""
+    return dataclasses.asdict(context.meter.measure(context.module)) if is_first() else {}
+
+
 def _write(context: _Context) -> None:
-    write_compressed(context.module, context.source.tokenizer, _record(context), context.out)
+    if is_first():
+        write_compressed(context.module, context.source.tokenizer, _record(context), context.out)
 
 
 def _record(context: _Context) -> Record:
@@ -123,8 +136,8 @@ def compress_model(
     """Compress a model to a folder. Either the whole folder is in place afterwards, or nothing is.
 
     config: with `compress` and `out`; its target's scheme is what the figures are measured with. What long steps keep,
-    to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Raises: as
-    `compress_folder`; OutputError.
+    to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Of several
+    processes the first one writes. Raises: as `compress_folder`; OutputError.
     """
     assert config.compress is not None and config.out is not None, "a compression has a recipe and a place"
     recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
@@ -132,11 +145,16 @@ def compress_model(
     package.check_output(out, config.force, RECORD_NAME)
     task = Task(config.model, folder, recipe, profile, config.read_text())
     checkpoints = checkpoint_folder(out)
+    if not is_first():
+        record = compress_folder(task, out, checkpoints, progress, say)
+        wait_for_all()
+        return record
     with package.partial_folder(out) as work:
         result = work / "model"
         result.mkdir()
         record = compress_folder(task, result, checkpoints, progress, say)
         package.put_in_place(result, out)
+    wait_for_all()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record
 

@@ -24,6 +24,9 @@ _STEPS = {
     "prune-structured": "PruneStructured",
     "low-rank": "LowRank",
     "share-weights": "ShareWeights",
+    "distil": "Distil",
+    "recover": "Recover",
+    "quantization-aware": "QuantizationAware",
 }
 
 
@@ -32,8 +35,9 @@ class Workbench:
     """What steps work with beside the module.
 
     token_ids: of the text that decides what matters (calibration); tokenizer: the source's; source: folder of the
-    uncompressed model, for a step that needs a teacher; checkpoints: folder that outlives an interrupted run, made by
-    whoever writes into it; say: takes one line about how far a long step is.
+    uncompressed model, for a step that needs a teacher; checkpoints: the step's own folder, which outlives an
+    interrupted run, made by whoever writes into it; say: takes one line about how far a long step is; before: settings
+    of the recipe's steps before this one.
     """
 
     token_ids: Sequence[int]
@@ -42,6 +46,7 @@ class Workbench:
     checkpoints: Path
     context_length: int
     say: Callable[[str], None]
+    before: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

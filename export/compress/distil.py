@@ -1,0 +1,88 @@
+"""`distil`: a smaller model learns to answer as a larger one does (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RecipeError
+from .schedule import Schedule
+from .steps import Applied, Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Distil(Schedule):
+    """See `Schedule`. teacher: folder of the model that is learned from (None: the source, uncompressed); student:
+    folder of the model that learns, in place of the one so far; temperature: T, by which both models' logits are
+    divided; alpha: share of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
+
+    teacher: str | None = None
+    student: str | None = None
+    temperature: float = 2.0
+    alpha: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Raises: RecipeError."""
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise RecipeError(f"temperature must be above 0, found {self.temperature}")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha must be 0 to 1, found {self.alpha}")
+
+    def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
+        """See `Step`."""
+        import copy
+
+        from ..source import load_module
+        from .training import distillation, next_token, train
+
+        folders = {
+            what: _find(what, name, bench)
+            for what, name in (("teacher", self.teacher), ("student", self.student))
+            if name is not None
+        }
+        student = load_module(folders["student"]) if "student" in folders else copy.deepcopy(module)
+        _check_fit(student, module, "student", bench)
+        if self.alpha == 0:
+            return Applied(student, train(self, student, student, next_token, bench, *folders.values()))
+        teacher = load_module(folders.get("teacher", bench.source)).requires_grad_(False)
+        _check_fit(teacher, module, "teacher", bench)
+        loss = distillation(teacher, self.temperature, self.alpha)
+        return Applied(student, train(self, student, student, loss, bench, *folders.values()))
+
+
+def _find(what: str, name: str, bench: Workbench) -> Path:
+    """A model's folder, whose tokenizer is checked. Raises: RecipeError, SourceError."""
+    import transformers
+
+    from ..source import find_source
+
+    folder = find_source(name, None)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
+        raise RecipeError(f"{what} = {name!r} has no tokenizer that can be loaded ({error})") from error
+    if _written(tokenizer) != _written(bench.tokenizer):
+        raise RecipeError(f"{what} = {name!r} has another tokenizer than the model: both must read the same tokens")
+    return folder
+
+
+def _written(tokenizer: PreTrainedTokenizerBase) -> object:
+    """All that decides which tokens a text becomes, or for a tokenizer in Python its vocabulary."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer.get_vocab() if fast is None else fast.to_str()
+
+
+def _check_fit(model: PreTrainedModel, module: PreTrainedModel, what: str, bench: Workbench) -> None:
+    sizes = [int(item.config.get_text_config().vocab_size) for item in (model, module)]
+    if sizes[0] != sizes[1]:
+        raise RecipeError(f"the {what} predicts {sizes[0]} tokens, the model {sizes[1]}: they must be the same")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < bench.context_length:
+        raise RecipeError(
+            f"the {what}'s context has {context} tokens, the model's {bench.context_length}: it must not be shorter"
+        )

@@ -1,0 +1,114 @@
+"""`int8-rowwise` in torch: a module's products as the bundle's graph computes them, with gradients.
+
+The rules are those of `passes/quantize_linears.py` and `passes/quantize_embedding.py`, in the same order of the same
+float32 operations, so that a product equals onnxruntime's bit for bit. Rounding is to the nearest, halves to even.
+
+Simulated are products with a two-dimensional parameter (`linear`, `addmm`, `matmul`) and the rows of the input
+embedding; not the cache, and not experts whose matrices are stacked. Gradients pass the rounding as if it were not
+there (straight through), and see the weights and activations that the product saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LIMIT, _TINY = 127, 1e-30
+# Sums of so many products of two int8 are exact in float32, in whatever order they are added.
+_EXACT = 1024
+
+
+class Int8(TorchFunctionMode):
+    """While it is active (`with`), products with a module's weights are those of the INT8 bundle.
+
+    Catches torch's functions, not classes of layers: whatever calls them with the module's own parameters is meant.
+    """
+
+    def __init__(self, module: PreTrainedModel, weight_bits: int = 8) -> None:
+        super().__init__()
+        self._limit = (1 << (weight_bits - 1)) - 1
+        self._matrices = {id(weight) for weight in module.parameters() if weight.dim() == 2}
+        table = getattr(module.get_input_embeddings(), "weight", None)
+        self._table = id(table)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """torch's hook."""
+        if func in _LINEAR and id(args[1]) in self._matrices:
+            return self._linear(*args, **(kwargs or {}))
+        if func in _EMBEDDING and self._table in map(id, args[:2]):
+            return round_rows(func(*args, **(kwargs or {})), self._limit)
+        if func in _MATMUL and id(args[1]) in self._matrices:
+            return product(args[0], args[1], self._limit)
+        if func is torch.addmm and id(args[2]) in self._matrices and not kwargs:
+            return product(args[1], args[2], self._limit) + args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        result = product(x, weight.t(), self._limit)
+        return result if bias is None else result + bias
+
+
+_LINEAR = {torch.nn.functional.linear}
+_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_EMBEDDING = {torch.nn.functional.embedding, torch.embedding}
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, limit: int = _LIMIT) -> torch.Tensor:
+    """x (..., inputs) float32 @ weight (inputs, outputs) float32 as int8-rowwise. limit: 127 for 8 bits, 63 for 7."""
+    result: torch.Tensor = _Product.apply(x, weight, limit)  # type: ignore[no-untyped-call]
+    return result
+
+
+def round_rows(rows: torch.Tensor, limit: int = _LIMIT) -> torch.Tensor:
+    """Rows of an embedding table (..., hidden) float32 as the int8 table gives them. Each has a scale of its own, so
+    those that were looked up are enough."""
+    scale = _scales(rows.detach(), limit, -1)
+    return rows + (torch.round(rows.detach() / scale) * scale - rows.detach())
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, limit: int) -> torch.Tensor:
+        row = x.abs().amax(-1, keepdim=True).clamp_min(_TINY)
+        step = torch.tensor(1 / _LIMIT, dtype=torch.float32, device=x.device)
+        # The graph's uint8 values, less their zero point 128.
+        values = torch.round(x / row / step).clamp(-128, 127)
+        scale = _scales(weight, limit, 0)
+        matrix = torch.round(weight / scale)
+        ctx.save_for_backward(values, row * step, matrix, scale)
+        return _exact(values, matrix) * (step * scale) * row
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        values, rows, matrix, scale = ctx.saved_tensors
+        for_x = gradient @ (matrix * scale).t()
+        for_weight = (values * rows).flatten(0, -2).t() @ gradient.flatten(0, -2)
+        return for_x, for_weight, None
+
+
+def _scales(array: torch.Tensor, limit: int, axis: int) -> torch.Tensor:
+    """As `column_scales` of the pass: largest magnitude / limit, or 1 where all are 0."""
+    largest = array.abs().amax(axis, keepdim=True)
+    return torch.where(largest > 0, largest / limit, torch.ones_like(largest))
+
+
+def _exact(values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The integers' product, rounded to float32 once, as onnxruntime's from int32."""
+    if matrix.shape[0] <= _EXACT:
+        return values @ matrix
+    parts = zip(torch.split(values, _EXACT, -1), torch.split(matrix, _EXACT, 0), strict=True)
+    total = sum((a @ b).double() for a, b in parts)
+    assert isinstance(total, torch.Tensor), "a matrix has rows"
+    return total.float()

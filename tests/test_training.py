@@ -1,0 +1,555 @@
+"""Steps that train: they learn, they repeat themselves, they go on where they stopped, and they leave no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from edgelm.export import ExportConfig, compress_model
+from edgelm.export.compress.checkpoint import Checkpoint
+from edgelm.export.compress.distil import Distil
+from edgelm.export.compress.edits import edit, edits_of
+from edgelm.export.compress.quantization_aware import QuantizationAware
+from edgelm.export.compress.recipe import parse_recipe
+from edgelm.export.compress.recover import Recover
+from edgelm.export.compress.schedule import Schedule
+from edgelm.export.compress.simulate import Int8, product, round_rows
+from edgelm.export.compress.steps import Workbench
+from edgelm.export.compress.training import distillation, next_token, pace, rows_of
+from edgelm.export.errors import RecipeError
+from edgelm.export.passes import fusing_passes, quantizing_passes
+from edgelm.export.passes.quantize_linears import QuantizeLinears
+from edgelm.export.source import load_module
+from edgelm.export.trace import trace_model
+from edgelm.runtime.bundle import GRAPH_NAME
+from edgelm.runtime.machine import saturates_int8
+from edgelm.runtime.manifest import CacheType, Model
+from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.session import make_session
+
+from .conftest import TEXT, byte_tokenizer, tiny_llama
+from .test_compress import write_recipe
+
+QUICK: dict[str, Any] = {"steps": 6, "batch": 2, "length": 32, "learning_rate": 3e-3}
+
+
+@pytest.fixture
+def bench(tiny_model: Path, tmp_path: Path) -> Workbench:
+    """What a step of the tiny model works with."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return Workbench(list(TEXT.encode()), tokenizer, tiny_model, tmp_path / "kept", 512, lambda _: None)
+
+
+def weights_of(module: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class InterruptedRunError(Exception):
+    """Ends a run in the middle."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Let the run end after so many checkpoints."""
+    save, left = Checkpoint.save, [saves]
+
+    def interrupted(self: Checkpoint, *arguments: Any) -> None:
+        save(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise InterruptedRunError
+
+    monkeypatch.setattr(Checkpoint, "save", interrupted)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"use": "recover", "steps": 0}, "steps must be 1 or more"),
+        ({"use": "recover", "batch": 0}, "batch must be"),
+        ({"use": "recover", "length": 1}, "length must be 2 or more"),
+        ({"use": "recover", "learning-rate": 0.0}, "learning-rate must be above 0"),
+        ({"use": "recover", "warmup": 2}, "warmup is a share"),
+        ({"use": "recover", "seed": -1}, "seed must be"),
+        ({"use": "recover", "checkpoint-every": 0}, "checkpoint-every must be"),
+        ({"use": "recover", "lora-rank": 0}, "lora-rank must be"),
+        ({"use": "recover", "alpha": 0.5}, "has no key alpha"),
+        ({"use": "distil", "alpha": 1.5}, "alpha must be 0 to 1"),
+        ({"use": "distil", "temperature": 0}, "temperature must be above 0"),
+        ({"use": "quantization-aware", "weight-bits": 4}, "weight-bits must be 7 or 8"),
+    ],
+)
+def test_settings_that_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({"step": [keys]}, "test", "test.toml")
+
+
+def test_text_that_cannot_be_trained_on(bench: Workbench, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    for name, words in (("short.txt", "5 tokens, too few"), ("latin.txt", "not UTF-8"), ("none.txt", "cannot be read")):
+        with pytest.raises(RecipeError, match=words):
+            Recover(text=str(tmp_path / name), **QUICK).apply(tiny_llama(), bench)
+    with pytest.raises(RecipeError, match="the text of the compression has 3 tokens"):
+        Recover(**QUICK).apply(tiny_llama(), replace(bench, token_ids=[1, 2, 3]))
+    with pytest.raises(RecipeError, match="context has 512 tokens"):
+        Recover(length=600).apply(tiny_llama(), bench)
+    assert not bench.checkpoints.exists()
+
+
+def test_text_is_read_with_the_models_tokenizer(bench: Workbench, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("ab<end>c" * 20, encoding="utf-8")
+    ids = Recover(text=str(tmp_path / "t.txt"), **QUICK).read_tokens(bench)
+    assert ids[:5] == [64, 65, 256, 66, 64]  # the ids of this tokenizer are in the order of its alphabet
+
+
+def test_rate_rises_then_falls() -> None:
+    step = Recover(steps=100, warmup=0.1)
+    shares = [pace(step, index) for index in range(100)]
+    assert shares[:10] == pytest.approx([(index + 1) / 10 for index in range(10)])
+    assert shares[9:] == sorted(shares[9:], reverse=True)
+    assert 0 < shares[-1] < 0.01
+
+
+def test_rows_are_pieces_of_the_text_and_a_function_of_the_seed_and_the_step() -> None:
+    text = torch.arange(1000)
+    rows = rows_of(text, 16, Recover(batch=4), 7)
+    assert rows.shape == (4, 17)
+    assert torch.equal(rows - rows[:, :1], torch.arange(17).expand(4, 17))
+    assert torch.equal(rows, rows_of(text, 16, Recover(batch=4), 7))
+    assert not torch.equal(rows, rows_of(text, 16, Recover(batch=4), 8))
+    assert not torch.equal(rows, rows_of(text, 16, Recover(batch=4, seed=1), 7))
+    assert torch.equal(rows_of(text[:17], 16, Recover(batch=2), 0), torch.arange(17).expand(2, 17))
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fixed:
+    """A model that always says the same."""
+
+    logits: torch.Tensor
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Fixed:
+        return self
+
+    def to(self, _: Any) -> Fixed:
+        return self
+
+
+def test_loss_of_distillation_is_that_of_the_literature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 3, 5, generator=generator) for _ in range(2))
+    rows = torch.tensor([[0, 1, 2, 3]])
+    p, q = torch.softmax(teacher[0] / 2, -1), torch.softmax(student[0] / 2, -1)
+    soft = float((p * (p / q).log()).sum(-1).mean())
+    hard = float(-torch.log_softmax(student[0], -1)[[0, 1, 2], [1, 2, 3]].mean())
+    loss: Any = distillation(Fixed(teacher), 2.0, 0.7)  # type: ignore[arg-type]
+    assert float(loss(Fixed(student), rows)) == pytest.approx(0.7 * 4 * soft + 0.3 * hard, rel=1e-5)
+    assert float(next_token(Fixed(student), rows)) == pytest.approx(hard, rel=1e-5)  # type: ignore[arg-type]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Recover(**QUICK),
+        Recover(lora_rank=4, **QUICK),
+        QuantizationAware(**QUICK),
+        Distil(**QUICK),
+        Distil(alpha=0.0, **QUICK),
+    ],
+    ids=["recover", "lora", "quantization-aware", "distil", "distil-alpha-0"],
+)
+def test_a_step_learns_repeats_itself_and_leaves_the_module_alone(
+    step: Schedule, bench: Workbench, tmp_path: Path
+) -> None:
+    module = tiny_llama()
+    edit(module, "skip_attention", layers=[0])
+    before, named = weights_of(module), [name for name, _ in module.named_modules()]
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = step.apply(module, bench)
+    torch.manual_seed(99)
+    second = step.apply(module, replace(bench, checkpoints=tmp_path / "again"))
+    assert same_weights(first.module, second.module)
+    assert first.details == second.details
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(module).items())
+    assert not torch.equal(first.module.lm_head.weight, before["model.embed_tokens.weight"]) or step == Recover(
+        lora_rank=4, **QUICK
+    )
+    assert [name for name, _ in first.module.named_modules()] == named
+    assert type(first.module) is type(module)
+    assert edits_of(first.module) == edits_of(module)
+    assert not first.module.training
+    assert all(weight.requires_grad for weight in first.module.parameters())
+    assert first.module.lm_head.weight is first.module.model.embed_tokens.weight
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_training_lowers_the_loss(bench: Workbench) -> None:
+    for index, step in enumerate((Recover(**{**QUICK, "steps": 40}), QuantizationAware(**{**QUICK, "steps": 40}))):
+        details = step.apply(tiny_llama(), replace(bench, checkpoints=bench.checkpoints / str(index))).details
+        assert details["last-loss"] < details["first-loss"] - 1
+        assert details["tokens"] == 40 * 2 * 32
+
+
+def test_lora_trains_few_weights_and_changes_the_linear_layers_alone(bench: Workbench) -> None:
+    module = tiny_llama()
+    applied = Recover(lora_rank=2, **QUICK).apply(module, bench)
+    changed = {
+        name for name, weight in weights_of(applied.module).items() if not torch.equal(weight, weights_of(module)[name])
+    }
+    assert changed == {name for name in weights_of(module) if "_proj" in name}
+    # A pair of matrices of rank 2 for each of 2 * 7.
+    assert applied.details["trained"] == 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+
+
+def test_lora_is_refused_where_its_change_could_not_be_added(bench: Workbench) -> None:
+    shared = tiny_llama()
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(RecipeError, match=r"layers.1.mlp.up_proj and .*layers.0.mlp.up_proj share their weights"):
+        Recover(lora_rank=2, **QUICK).apply(shared, bench)
+    pruned = tiny_llama()
+    pruned.model.layers[0].mlp.up_proj.weight.data[::2] = 0
+    with pytest.raises(RecipeError, match="was pruned to zeros"):
+        Recover(lora_rank=2, **QUICK).apply(pruned, bench)
+
+
+def test_pruned_weights_stay_zero_and_shared_ones_stay_shared(bench: Workbench) -> None:
+    module = tiny_llama()
+    module.model.layers[1].mlp.up_proj.weight = module.model.layers[0].mlp.up_proj.weight
+    matrix = module.model.layers[0].mlp.up_proj.weight
+    where = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    matrix.data[where] = 0
+    trained: Any = Recover(**QUICK).apply(module, bench).module
+    first, second = (trained.model.layers[index].mlp.up_proj.weight for index in (0, 1))
+    assert first is second
+    assert torch.equal(first == 0, where)
+    assert not torch.equal(first, matrix)
+
+
+def test_alpha_0_asks_no_teacher(bench: Workbench) -> None:
+    plain = Recover(**QUICK).apply(tiny_llama(), replace(bench, checkpoints=bench.checkpoints / "plain"))
+    alone = Distil(alpha=0.0, **QUICK).apply(tiny_llama(), bench)
+    assert same_weights(plain.module, alone.module)
+
+
+def test_progress_says_how_long_it_takes(bench: Workbench) -> None:
+    lines: list[str] = []
+    Recover(**QUICK).apply(tiny_llama(), replace(bench, say=lines.append))
+    assert lines[0].startswith("step 1 of 6, loss ")
+    assert "left" in lines[0]
+    assert lines[-1].startswith("step 6 of 6, loss ")
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def save_model(module: Any, folder: Path) -> Path:
+    module.save_pretrained(folder)
+    byte_tokenizer(folder, module.config.vocab_size)
+    return folder
+
+
+def test_student_of_another_folder_takes_the_place_of_the_model(bench: Workbench, tmp_path: Path) -> None:
+    folder = save_model(tiny_llama(hidden_size=32, num_hidden_layers=1), tmp_path / "student")
+    module = tiny_llama()
+    applied = Distil(student=str(folder), **QUICK).apply(module, bench)
+    assert applied.module.config.hidden_size == 32
+    assert applied.module.num_parameters() < module.num_parameters()
+    assert not same_weights(applied.module, load_module(folder))
+
+
+def test_teacher_of_another_folder_is_learned_from(bench: Workbench, tmp_path: Path) -> None:
+    other = tiny_llama()
+    other.lm_head.weight.data[:] = other.lm_head.weight.data.flip(0)
+    folder = save_model(other, tmp_path / "teacher")
+    source = Distil(**QUICK).apply(tiny_llama(), bench)
+    with pytest.raises(RecipeError, match="another step, recipe, text or model"):
+        Distil(teacher=str(folder), **QUICK).apply(tiny_llama(), bench)
+    taught = Distil(teacher=str(folder), **QUICK).apply(
+        tiny_llama(), replace(bench, checkpoints=bench.checkpoints / "other")
+    )
+    assert not same_weights(source.module, taught.module)
+
+
+def test_student_that_does_not_fit(bench: Workbench, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    swapped = save_model(tiny_llama(), tmp_path / "swapped")
+    data = json.loads(Tokenizer.from_file(str(swapped / "tokenizer.json")).to_str())
+    data["model"]["vocab"]["a"], data["model"]["vocab"]["b"] = data["model"]["vocab"]["b"], data["model"]["vocab"]["a"]
+    (swapped / "tokenizer.json").write_text(json.dumps(data))
+    wide = save_model(tiny_llama(vocab_size=300), tmp_path / "wide")
+    short = save_model(tiny_llama(max_position_embeddings=64), tmp_path / "short")
+    for folder, words in ((swapped, "another tokenizer"), (wide, "predicts 300 tokens"), (short, "context has 64")):
+        for what in ("student", "teacher"):
+            with pytest.raises(RecipeError, match=words):
+                Distil(**{what: str(folder)}, **QUICK).apply(tiny_llama(), bench)
+    assert not bench.checkpoints.exists()
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step", [Recover(**QUICK, checkpoint_every=2), Recover(**QUICK, checkpoint_every=2, lora_rank=2)]
+)
+def test_interrupted_training_goes_on_bit_for_bit(
+    step: Recover, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = step.apply(tiny_llama(), replace(bench, checkpoints=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(InterruptedRunError):
+            step.apply(tiny_llama(), bench)
+    lines: list[str] = []
+    again = step.apply(tiny_llama(), replace(bench, say=lines.append))
+    assert lines[0].startswith("goes on after step 4 of 6")
+    assert same_weights(again.module, whole.module)
+    assert again.details == whole.details
+    lines.clear()
+    done = step.apply(tiny_llama(), replace(bench, say=lines.append))
+    assert lines == [f"goes on after step 6 of 6, from {bench.checkpoints / 'training.safetensors'}"]
+    assert same_weights(done.module, whole.module)
+    with safe_open(bench.checkpoints / "training.safetensors", framework="pt") as file:
+        assert {key.partition("/")[0] for key in file.keys()} == {"weight"}  # noqa: SIM118, not a dict
+
+
+def test_checkpoint_of_something_else_is_refused_and_kept(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recover(**QUICK).apply(tiny_llama(), bench)
+    (kept,) = bench.checkpoints.iterdir()
+    before = kept.read_bytes()
+    other = tiny_llama()
+    edit(other, "skip_attention", layers=[0])
+    source = save_model(tiny_llama(intermediate_size=64), tmp_path / "source")
+    cases: list[tuple[Schedule, Any, Workbench]] = [
+        (Recover(**{**QUICK, "learning_rate": 1e-3}), tiny_llama(), bench),
+        (Recover(**QUICK, seed=1), tiny_llama(), bench),
+        (QuantizationAware(**QUICK), tiny_llama(), bench),
+        (Recover(**QUICK), other, bench),
+        (Recover(**QUICK), tiny_llama(), replace(bench, before=({"use": "drop-layers", "last": 1},))),
+        (Recover(**QUICK), tiny_llama(), replace(bench, token_ids=bench.token_ids[1:])),
+        (Recover(**QUICK), tiny_llama(), replace(bench, source=source)),
+    ]
+    for step, module, place in cases:
+        with pytest.raises(RecipeError, match="another step, recipe, text or model, and is left alone"):
+            step.apply(module, place)
+    assert kept.read_bytes() == before
+    Recover(**QUICK, checkpoint_every=3).apply(tiny_llama(), bench)  # this key decides nothing
+    kept.write_bytes(before[:-100])
+    with pytest.raises(RecipeError, match="remove it, and the step begins again"):
+        Recover(**QUICK).apply(tiny_llama(), bench)
+
+
+def test_loss_that_is_no_number_keeps_the_last_good_checkpoint(bench: Workbench) -> None:
+    """A rate far too high makes the weights overflow."""
+    module = tiny_llama()
+    before = weights_of(module)
+    with pytest.raises(RecipeError, match=r"no longer a finite number at step \d of 6, and nothing was kept"):
+        Recover(**{**QUICK, "learning_rate": 1e37}).apply(module, bench)
+    with pytest.raises(
+        RecipeError, match=r"no longer a finite number at step \d of 6, and the last good weights are in"
+    ):
+        Recover(**{**QUICK, "learning_rate": 1e12}, warmup=1.0, checkpoint_every=1).apply(module, bench)
+    kept = load_file(bench.checkpoints / "training.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(module).items())
+
+
+def command(model: Path, recipe: str, out: Path) -> list[str]:
+    return ["compress", str(model), "--recipe", recipe, "--out", str(out), "--json"]
+
+
+def test_killed_compression_goes_on_when_it_is_run_again(tiny_model: Path, tmp_path: Path) -> None:
+    training = {"steps": 60, "batch": 4, "length": 128, "checkpoint-every": 5}
+    recipe = write_recipe(
+        tmp_path / "r.toml",
+        {"use": "drop-layers", "last": 1},
+        {"use": "recover", **training},
+    )
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    kept = tmp_path / "out.checkpoints" / "2-recover" / "training.safetensors"
+    words = [sys.executable, "-m", "edgelm.runtime.cli", *command(tiny_model, recipe, out)]
+    running = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not kept.is_file() and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL) if os.name != "nt" else running.kill()
+    running.wait()
+    assert not out.exists()
+    with safe_open(kept, framework="pt") as file:
+        done = len(json.loads(file.metadata()["edgelm"])["losses"])
+    assert 5 <= done < 60
+    lines: list[str] = []
+    again = compress_model(ExportConfig(str(tiny_model), out=out, compress=recipe), say=lines.append)
+    assert f"goes on after step {done} of 60, from {kept}" in lines
+    fresh = compress_model(ExportConfig(str(tiny_model), out=whole, compress=recipe))
+    assert same_weights(load_module(out), load_module(whole))
+    assert [step["details"] for step in again.steps] == [step["details"] for step in fresh.steps]
+    assert not (tmp_path / "out.checkpoints").exists()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    recipe = write_recipe(
+        tmp_path / "r.toml",
+        {"use": "drop-layers", "last": 1},
+        {"use": "distil", "steps": 8, "batch": 4, "length": 32},
+        {"use": "recover", "steps": 4, "batch": 4, "length": 32, "lora-rank": 2},
+    )
+    two, one = tmp_path / "two", tmp_path / "one"
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [sys.executable, *launcher, "-m", "edgelm.runtime.cli", *command(tiny_model, recipe, two)]
+    done = subprocess.run(
+        words, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    compress_model(ExportConfig(str(tiny_model), out=one, compress=recipe))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-3, rtol=1e-3)
+    assert not list(tmp_path.glob(".two*"))
+
+
+def test_batch_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    from edgelm.export.compress import training
+
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 3)
+    with pytest.raises(RecipeError, match="batch is 8, which 3 processes cannot share"):
+        training._accelerator(8)
+
+
+# --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantized_matmul(tmp_path: Path) -> Callable[..., Any]:
+    """x @ weight in onnxruntime, after the pass that quantizes bundles."""
+
+    def run(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], limit: int) -> Any:
+        kinds = [("x", ["rows", weight.shape[0]]), ("y", ["rows", weight.shape[1]])]
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in kinds]
+        node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+        graph = helper.make_graph([node], "g", infos[:1], infos[1:], [numpy_helper.from_array(weight, "w")])
+        model = ir.serde.deserialize_model(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        )
+        QuantizeLinears("int8-rowwise", limit)(model)
+        ir.save(model, tmp_path / "m.onnx")
+        session = load_onnxruntime().InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x})[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 300), (64, 96), (577, 50), (1536, 64), (3000, 16)])
+def test_product_is_onnxruntimes_bit_for_bit(inputs: int, outputs: int, quantized_matmul: Callable[..., Any]) -> None:
+    random = np.random.default_rng(inputs)
+    x = (random.standard_normal((40, inputs)) * random.lognormal(0, 3, (40, 1))).astype(np.float32)
+    weight = (random.standard_normal((inputs, outputs)) * random.lognormal(0, 1, outputs)).astype(np.float32)
+    x[0], weight[:, 0], x[1, 2] = 0, 0, 500
+    x[2] = np.linspace(-1, 1, inputs)  # halves between two steps are among these
+    for limit in (127, 63):
+        # AVX2 without VNNI saturates sums of 8-bit products; 7 bits cannot.
+        if limit == 63 or not saturates_int8():
+            ours = product(torch.tensor(x), torch.tensor(weight), limit).numpy()
+            assert np.array_equal(ours, quantized_matmul(x, weight, limit))
+
+
+def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 32, generator=generator).requires_grad_()
+    weight = torch.randn(32, 8, generator=generator).requires_grad_()
+    upstream = torch.randn(3, 5, 8, generator=generator)
+    (product(x, weight) * upstream).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    plain = torch.einsum("abi,abo->io", x.detach(), upstream)
+    assert torch.allclose(x.grad, upstream @ weight.detach().t(), atol=0.1)
+    assert torch.allclose(weight.grad, plain, atol=0.1)
+    rows = torch.randn(4, 16, generator=generator).requires_grad_()
+    round_rows(rows).sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, torch.ones(4, 16))
+
+
+def test_simulation_catches_linear_layers_however_they_are_written() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    for module in (
+        tiny_llama(),
+        tiny_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+        GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval(),
+    ):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            plain = module(ids, use_cache=False).logits
+            with Int8(module):
+                simulated = module(ids, use_cache=False).logits
+            assert torch.equal(plain, module(ids, use_cache=False).logits)
+        assert 0 < float((plain - simulated).abs().max()) < 0.2 * float(plain.abs().max())
+
+
+def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_path: Path) -> None:
+    """Bit-equal products leave what float32 norms and attention differ by, about 1e-6. Where that turns a rounding to
+    INT8 around, logits move by more, which short texts rarely see."""
+    module = QuantizationAware(**QUICK).apply(tiny_llama(), bench).module
+    traced = trace_model(module)
+    ir.passes.PassManager([*fusing_passes(512), *quantizing_passes("int8-rowwise", 8, {})])(traced.graph)
+    ir.save(traced.graph, tmp_path / GRAPH_NAME, external_data="weights")
+    kv = CacheType("float32", None)
+    model = Model(
+        257, 512, module.num_parameters(), traced.layers, kv, traced.layout, traced.states, traced.step_tokens
+    )
+    ids = list(b"Once upon a time, there was a cat")
+    session = make_session(tmp_path / GRAPH_NAME, model, 1, ["CPUExecutionProvider"])
+    try:
+        logits = np.array(session.step(ids, len(ids)))
+    finally:
+        session.close()
+    with torch.no_grad():
+        plain = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        with Int8(module):
+            simulated = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert np.abs(plain - logits).max() > 1e-2
+    assert np.abs(simulated - logits).max() < 1e-4
