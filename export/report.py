@@ -42,7 +42,8 @@ class Measurements:
     model: with the bundle's type of cache; before, after: folders of the fp32 graph and of the bundle; speeds: of
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
     refused_paths: how the model was traced, and why not otherwise; without_genai: why onnxruntime-genai cannot open the
-    bundle, or None where it can; compression: the steps that the model went through, with their figures.
+    bundle, or None where it can; compression: the steps that the model went through, with their figures; not_run: in
+    words, what could not be tried on the machine of the export.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Measurements:
     sensitivity: Sequence[Sensitivity] = ()
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
+    not_run: Sequence[str] = ()
 
 
 def build_report(found: Measurements) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "sensitivity": [item.measured() for item in found.sensitivity],
         "genai": {"written": found.without_genai is None, "reason": found.without_genai},
         "compression": list(found.compression),
+        "not_run": list(found.not_run),
         "stages": [dataclasses.asdict(record) for record in found.stages],
     }
 

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import bundle as bundle_files
-from . import machine
 from .answer import Answer, Request, completion, replay, unanswered
 from .batch import MAX_ROWS, Prompt, answer_rows, check_batch, kind_of, known_or_computed, naming, settings_of_each
 from .batch_session import rows_are_exact
@@ -25,7 +24,7 @@ from .prompts import PromptEncoder
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache, response_key
 from .results import Chunk, Completion
 from .sampling import check_token_ids
-from .session import OrtSession, Session, open_folder
+from .session import OrtSession, Session, open_folder, session_numerics
 from .settings import GenerationSettings, SettingsKeywords
 from .structured import GrammarCompiler
 from .tokenizer import Tokenizer
@@ -46,6 +45,7 @@ def load(
     response_cache: bool | ResponseCacheSettings = True,
     prefix_cache: bool | PrefixCacheSettings = True,
     prepare: bool = True,
+    provider: str | None = None,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
@@ -57,7 +57,8 @@ def load(
     EDGELM_HOME (512 MiB, as above), False not at all, or as settings say; only where it changes no bit, which is with
     the scheme `int8-rowwise`. prepare: keep the weights as onnxruntime wants them on this machine below EDGELM_HOME
     (twice the bundle's size, in all at most 8 GiB), which the next load maps: faster, in less memory of its own, shared
-    by the processes.
+    by the processes. provider: "cpu" or "cuda" (None: what the bundle was made for; one for a GPU runs on the CPU only
+    when it is told to).
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
@@ -65,7 +66,7 @@ def load(
     it is warned of.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, session = open_folder(path, threads, graph, prepare)
+    bundle, session = open_folder(path, threads, graph, prepare, provider)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
     return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 
@@ -97,7 +98,7 @@ class Engine:
         self._prompts = PromptEncoder(bundle, tokenizer)
         self._grammars = GrammarCompiler(bundle)
         self._turns = Turns()
-        self._numerics = machine.numerics()
+        self._numerics = session_numerics(session)
 
     def generate(
         self,

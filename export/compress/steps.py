@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _STEPS = {
     "drop-layers": "DropLayers",
     "skip-attention": "SkipAttention",
+    "weights-int4": "WeightsInt4",
 }
 
 
