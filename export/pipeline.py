@@ -34,7 +34,7 @@ from ..runtime.manifest import (
     Target,
 )
 from ..runtime.measure import Speed, measure_speed
-from ..runtime.ort import load_onnxruntime
+from ..runtime.ort import can_start
 from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.session import OrtSession, Session, make_session
 from ..runtime.tokenizer import Tokenizer
@@ -190,8 +190,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 def _provider(profile: Profile) -> str:
     """The target's provider, or the CPU's where it is not here, with which a graph can be judged all the same."""
-    available = load_onnxruntime().get_available_providers()
-    return profile.provider if profile.provider in available else providers.CPU
+    return profile.provider if can_start(profile.provider) else providers.CPU
 
 
 def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> Path:
