@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..targets import Profile, TargetError, load_target, native_target
-from ..targets.profile import KV_TYPES, SCHEMES
+from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
 
 
@@ -46,6 +46,19 @@ class ExportConfig:
             return load_target(name)
         except TargetError as error:
             raise RecipeError(str(error)) from error
+
+    def quantization(self, profile: Profile) -> str:
+        """The scheme: the one that was asked for, or the target's. Raises: RecipeError, for a scheme or a type of cache
+        that the target cannot have."""
+        scheme = self.scheme or profile.scheme
+        which = f"{profile.name} computes in {profile.activations}"
+        if scheme not in schemes_with(profile.activations):
+            known = ", ".join(schemes_with(profile.activations))
+            raise RecipeError(f"{which}, which has no scheme {scheme!r}: there is {known}")
+        if self.kv is not None and self.kv not in kv_types_with(profile.activations):
+            known = " or ".join(kv_types_with(profile.activations))
+            raise RecipeError(f"{which}, where a KV cache cannot be {self.kv}: it can be {known}")
+        return scheme
 
     def read_text(self) -> str:
         """The text to calibrate and judge with. Raises: RecipeError."""

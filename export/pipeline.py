@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import onnx_ir as ir
 
 from ..runtime import bundle as names
-from ..runtime import machine
+from ..runtime import machine, providers
 from ..runtime.errors import SessionError, VerificationError
 from ..runtime.manifest import (
     MANIFEST_NAME,
@@ -34,11 +34,13 @@ from ..runtime.manifest import (
     Target,
 )
 from ..runtime.measure import Speed, measure_speed
+from ..runtime.ort import can_start
 from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.session import Session, make_session
 from ..runtime.tokenizer import Tokenizer
 from ..targets import Profile
 from . import package, verify
+from .blocks import BlockQuantizer, BlockSettings
 from .cache_gate import CacheAgreement, calibrate_cache
 from .cache_prompts import UnusualTokens, cache_prompts, unusual_tokens
 from .calibrate import Ranges
@@ -46,9 +48,12 @@ from .compress.folder import without_figures
 from .compress.processes import require_one
 from .compress.recipe import Recipe, load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
+from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
+from .compress.weights_int4 import WeightsInt4, noted_weights, require_agreement
 from .config import ExportConfig
 from .errors import RecipeError, TraceError
 from .genai import write_genai_files
+from .hessians import make_block_quantizer
 from .passes import fusing_passes
 from .paths import PATHS, TracePath
 from .quantize import Quantizer
@@ -87,10 +92,12 @@ class _Context:
     folder: Path
     out: Path
     work: Path
+    provider: str  # what the quantized graph runs on here: the target's provider, or the CPU's
     source: SourceModel = field(init=False)  # load
     module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
     unusual: UnusualTokens = field(init=False)  # load
+    blocks: BlockSettings | None = None  # load: how a compressed model's weights are to be stored
     kv: str = field(init=False)  # trace
     paths: Iterator[TracePath] = field(default_factory=lambda: iter(PATHS))
     path: str = field(init=False)  # trace
@@ -122,14 +129,27 @@ class _Context:
         """The scratch folder of answers that others are held against."""
         return self.work / "answers"
 
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """In words, what could not be tried on this machine."""
+        wanted = self.profile.provider
+        if self.provider == wanted:
+            return ()
+        return (
+            f"nothing ran on {wanted}, which is not here: the graph was judged, and its speed measured, on "
+            f"{self.provider}",
+        )
+
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
         return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
 
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
-        """The shipping runtime over a graph that was written."""
-        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [self.profile.provider])
+        """The shipping runtime over a graph that was written: the quantized one on the target's provider, if it is
+        here, the fp32 graph and all that is made of it for trial on the CPU."""
+        provider = self.provider if folder == self.result else providers.CPU
+        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [provider])
         try:
             yield session
         finally:
@@ -147,10 +167,12 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
     package.check_output(out, config.force)
     config.read_text()
+    scheme = config.quantization(profile)
     recipe = None if config.compress is None else load_recipe(config.compress)
-    scheme = config.scheme or profile.scheme
+    if recipe is not None and any(isinstance(step, WeightsInt4) for step in recipe.steps):
+        require_agreement(config.scheme, f"the recipe {recipe.name}")
     with package.partial_folder(out) as work:
-        context = _Context(config, profile, scheme, folder, out, work)
+        context = _Context(config, profile, scheme, folder, out, work, _provider(profile))
         if recipe is not None:
             context.folder = _compress(context, recipe, progress)
         stages = [
@@ -176,6 +198,11 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     return ExportResult(out, names.Bundle.open(out).manifest, report)
 
 
+def _provider(profile: Profile) -> str:
+    """The target's provider, or the CPU's where it is not here, with which a graph can be judged all the same."""
+    return profile.provider if can_start(profile.provider) else providers.CPU
+
+
 def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> Path:
     """The folder of the compressed model, from which the export then goes on as from any other."""
     require_one()
@@ -191,6 +218,10 @@ def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> P
 def _load(context: _Context) -> None:
     module = load_module(context.folder)
     context.module, context.source = module, describe_source(context.config.model, context.folder, module)
+    context.blocks = noted_weights(module)
+    if context.blocks is not None:
+        require_agreement(context.config.scheme, f"{context.config.model} was compressed with weights-int4, which")
+        context.scheme = WEIGHTS_SCHEME
     for folder in (context.result, context.reference, context.answers):
         folder.mkdir()
     package.write_tokenizer(context.source.tokenizer, module, context.result)
@@ -249,6 +280,10 @@ def _cache_type(context: _Context) -> str:
     wanted = context.config.kv or context.profile.kv[context.scheme]
     if context.shape.cache_layout == "in_place" or wanted == "float32":
         return wanted
+    if context.profile.activations == "float16":
+        raise TraceError(
+            f"{context.config.model}'s attention is not fused, which float16 activations need: export it for a CPU"
+        )
     if context.config.kv is not None:
         raise RecipeError("this model's attention is not fused, so its cache cannot be int8: leave --kv out")
     return "float32"
@@ -307,9 +342,20 @@ def _cache_probe(context: _Context, ranges: Ranges) -> Iterator[Session]:
 
 def _quantize(context: _Context) -> None:
     context.quantizer = Quantizer(
-        context.reference / names.GRAPH_NAME, context.scheme, context.profile.weight_bits, context.ranges
+        context.reference / names.GRAPH_NAME,
+        context.scheme,
+        context.profile.weight_bits,
+        context.ranges,
+        context.profile.activations,
+        None if context.blocks is None else _block_quantizer(context, context.blocks),
     )
     _write_quantized(context, ())
+
+
+def _block_quantizer(context: _Context, settings: BlockSettings) -> BlockQuantizer:
+    """The quantizer of a model that was compressed with `weights-int4`, with what its method needs."""
+    graph = context.reference / names.GRAPH_NAME
+    return make_block_quantizer(settings, graph, context.text_ids, context.source.context_length)
 
 
 def _write_quantized(context: _Context, excluded: Collection[str]) -> None:
@@ -360,6 +406,9 @@ def _measure(context: _Context) -> None:
 
 
 def _other_runtimes(context: _Context) -> None:
+    if context.profile.provider != providers.CPU:
+        context.without_genai = "its files are written for CPUs: none was tried on a GPU"
+        return
     context.without_genai = write_genai_files(context.result, context.model(context.kv), context.source.tokens)
 
 
@@ -405,6 +454,7 @@ def _report(context: _Context, records: list[StageRecord]) -> dict[str, Any]:
             sensitivity=context.sensitivity,
             without_genai=context.without_genai,
             compression=context.source.compression,
+            not_run=context.not_run,
         )
     )
 

@@ -15,21 +15,28 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .passes import quantizing_passes
+from .blocks import BLOCK_SCHEMES, BlockQuantizer
+from .passes import narrowing_passes, quantizing_passes
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """graph: path of the fp32 graph; ranges: magnitudes for the scales of an INT8 cache, empty for a float32 one."""
+    """graph: path of the fp32 graph; ranges: magnitudes for the scales of an INT8 cache, empty for others; activations:
+    float32 or float16; blocks: for the schemes that store weights in blocks, how (None: as the scheme says)."""
 
     graph: Path
     scheme: str
     weight_bits: int
     ranges: Mapping[str, NDArray[np.float32]]
+    activations: str = "float32"
+    blocks: BlockQuantizer | None = None
 
     def quantized(self, excluded: Collection[str] = ()) -> ir.Model:
-        """The graph that ships, with the matrices of these names left in float32."""
-        return self._apply(excluded, self.ranges)
+        """The graph that ships, with the matrices of these names left in the type of the activations."""
+        graph = self._apply(excluded, self.ranges)
+        if self.activations == "float16":
+            ir.passes.PassManager(narrowing_passes())(graph)
+        return graph
 
     @cached_property
     def matrices(self) -> list[str]:
@@ -38,12 +45,17 @@ class Quantizer:
         return [name for name in ir.load(self.graph).graph.initializers if name not in left]
 
     def alone(self, names: Collection[str]) -> ir.Model:
-        """The fp32 graph in which these matrices, and nothing else, are quantized."""
+        """The fp32 graph in which these matrices, and nothing else, are quantized. Activations stay float32."""
         return self._apply([name for name in self.matrices if name not in names], {})
 
     def _apply(self, excluded: Collection[str], ranges: Mapping[str, NDArray[np.float32]]) -> ir.Model:
         graph = ir.load(self.graph)
-        passes = quantizing_passes(self.scheme, self.weight_bits, ranges, excluded)
+        passes = quantizing_passes(self.scheme, self.weight_bits, ranges, excluded, self._blocks)
         if passes:
             ir.passes.PassManager(passes)(graph)
         return graph
+
+    @cached_property
+    def _blocks(self) -> BlockQuantizer | None:
+        settings = BLOCK_SCHEMES.get(self.scheme)
+        return self.blocks or (BlockQuantizer(settings) if settings is not None else None)

@@ -1,8 +1,8 @@
 """The gate's second half: a quantized graph that misses the target's tolerance gets its worst matrices back in float32.
 
-The fewest first, in the order of what INT8 costs each of them alone, until the tolerances hold. Half of the matrices is
-the limit: what needs more is no INT8 model, and the export fails with the figures. So it does where the INT8 cache
-alone misses the tolerances, which no matrix can mend.
+The fewest first, in the order of what quantization costs each of them alone, until the tolerances hold. Half of the
+matrices is the limit: what needs more is no quantized model, and the export fails with the figures. So it does where
+the INT8 cache alone misses the tolerances, which no matrix can mend.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _exclusions(worst: Sequence[Sensitivity], before: QuantizedAgreement) -> Ite
     for item in worst:
         alone = "it alone" if len(item.matrices) == 1 else f"{item.name} alone"
         reason = (
-            f"left in float32: INT8 in {alone} costs {item.kl:.3g} nats of KL divergence a token; with all in INT8 "
+            f"left as it was: quantizing {alone} costs {item.kl:.3g} nats of KL divergence a token; with all quantized "
             f"perplexity rose by {before.perplexity_increase_percent:.2f} % and the most likely token was the same at "
             f"{before.decided_percent:.2f} % of the positions where fp32 is clear"
         )

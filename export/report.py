@@ -44,7 +44,7 @@ class Measurements:
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
     refused_paths: how the model was traced, and why not otherwise; cache: None for a float32 cache; without_genai: why
     onnxruntime-genai cannot open the bundle, or None where it can; compression: the steps that the model went through,
-    with their figures.
+    with their figures; not_run: in words, what could not be tried on the machine of the export.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Measurements:
     cache: CacheAgreement | None = None
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
+    not_run: Sequence[str] = ()
 
 
 def build_report(found: Measurements) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "sensitivity": [item.measured() for item in found.sensitivity],
         "genai": {"written": found.without_genai is None, "reason": found.without_genai},
         "compression": list(found.compression),
+        "not_run": list(found.not_run),
         "stages": [dataclasses.asdict(record) for record in found.stages],
     }
 

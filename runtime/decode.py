@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,15 @@ class Greedy:
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         return int(logits.argmax())
+
+
+@runtime_checkable
+class PicksTokens(Protocol):
+    """A session that can choose the most likely tokens itself, where its logits are."""
+
+    def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        """Append tokens as `Session.step` does. Returns: (keep) ids, the most likely one behind each of the last
+        `keep` tokens, the lowest among equals."""
 
 
 def never() -> bool:
@@ -102,8 +111,7 @@ class Sequencer:
         Yields: the logits (1, vocab_size) of each piece's last token; the last ones yielded are the prompt's. Stop
         iterating to cancel: what ran stays in the cache and can be reused.
         """
-        for begin in range(self.reuse(token_ids), len(token_ids), self._piece_tokens):
-            yield self._append(token_ids[begin : begin + self._piece_tokens])
+        return self._feed(token_ids, False)
 
     def generate(
         self,
@@ -123,15 +131,16 @@ class Sequencer:
         gives the same logits for a token alone as among others (`Manifest.exact_under_cuts`), whatever the chooser; the
         chooser is asked for the same rows in the same order.
         """
-        for logits in self.feed(token_ids):
+        picks = type(chooser) is Greedy and isinstance(self._session, PicksTokens)
+        rows: NDArray[Any] = np.empty(0)
+        for rows in self._feed(token_ids, picks):  # noqa: B007, the last ones count
             if interrupted():
                 return
-            rows = logits[-1:]
         if lookup is not None:
             lookup.begin(token_ids)
         guesses: list[int] = []
         for left in range(max_tokens - 1, -1, -1):
-            token = chooser.choose(rows[0])
+            token = int(rows[0]) if picks else chooser.choose(rows[0])
             if lookup is not None:
                 lookup.add(token)
             yield token
@@ -143,7 +152,7 @@ class Sequencer:
             self._forget(len(guesses))
             # The last token that is chosen needs no place, so that guesses stay within the context as answers do.
             guesses = lookup.guess(left - 1) if lookup is not None else []
-            rows = self._append([token, *guesses], 1 + len(guesses))
+            rows = self._append([token, *guesses], 1 + len(guesses), picks)
 
     def generate_sliding(
         self,
@@ -177,18 +186,28 @@ class Sequencer:
         """`generate` with the most likely token each time."""
         return self.generate(token_ids, max_tokens, Greedy(), stop_ids)
 
+    def _feed(self, token_ids: Sequence[int], picks: bool) -> Iterator[NDArray[Any]]:
+        """As `feed`; with `picks` the last token's most likely successor in place of its logits."""
+        for begin in range(self.reuse(token_ids), len(token_ids), self._piece_tokens):
+            yield self._append(token_ids[begin : begin + self._piece_tokens], 1, picks)
+
     def _keep(self) -> None:
         """Costs a copy of what is new, so it is not done between steps."""
         if self._prefixes is not None and self._unkept:
             self._prefixes.keep(self._cached)
             self._unkept = False
 
-    def _append(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+    def _append(self, token_ids: Sequence[int], keep: int, picks: bool) -> NDArray[Any]:
+        """Rows of logits, or ids that the session chose."""
         # A step that fails or is interrupted leaves the session at its old length; the record follows only after it.
-        logits = self._session.step(token_ids, keep)
+        if picks:
+            assert isinstance(self._session, PicksTokens), "asked before"
+            rows: NDArray[Any] = self._session.likeliest(token_ids, keep)
+        else:
+            rows = self._session.step(token_ids, keep)
         self._cached.extend(token_ids)
         self._unkept = True
-        return logits
+        return rows
 
     def _forget(self, count: int) -> None:
         """Take back the last tokens of the cache: guesses that did not come. An answer that ends early leaves them

@@ -18,6 +18,7 @@ from .errors import CacheError
 from .home import home
 from .memory import available_bytes
 from .ort import load_onnxruntime
+from .providers import CUDA, gpu_names
 
 _ARM = ("aarch64", "arm64")
 _X86 = ("x86_64", "amd64")
@@ -81,10 +82,15 @@ def diagnose() -> Diagnosis:
 
 
 def _target(providers: tuple[str, ...]) -> str | None:
-    if "CUDAExecutionProvider" in providers:
+    if CUDA in providers and _has_gpu():
         return "cuda"
     kind = platform.machine().lower()
     return "arm-cpu" if kind in _ARM else "x86-cpu" if kind in _X86 else None
+
+
+def _has_gpu() -> bool:
+    """onnxruntime-gpu lists its provider on machines without a GPU, too."""
+    return shutil.which("nvidia-smi") is not None or bool(gpu_names())
 
 
 def _int8_speed(sets: tuple[str, ...]) -> str:
@@ -139,7 +145,7 @@ def _advice(target: str | None, sets: tuple[str, ...], home_problem: str | None,
     found = []
     if target is None:
         found.append(f"no target is made for {platform.machine()}: a bundle for x86-cpu may run, slowly")
-    if shutil.which("nvidia-smi") is not None and target != "cuda":
+    if target != "cuda" and _has_gpu():
         found.append("there is an NVIDIA driver: onnxruntime-gpu in place of onnxruntime would use the GPU")
     if home_problem is not None:
         found.append(home_problem)

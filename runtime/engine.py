@@ -29,7 +29,7 @@ from .prefix_cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_pr
 from .requests import RequestMaker
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
 from .results import Chunk, Completion
-from .session import OrtSession, Session, open_folder
+from .session import OrtSession, Session, open_folder, session_numerics
 from .settings import GenerationSettings, SettingsKeywords
 from .tokenizer import Tokenizer
 from .turns import Caller, Turns
@@ -49,6 +49,7 @@ def load(
     response_cache: bool | ResponseCacheSettings = True,
     prefix_cache: bool | PrefixCacheSettings = True,
     prepare: bool = True,
+    provider: str | None = None,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
@@ -60,7 +61,8 @@ def load(
     EDGELM_HOME (512 MiB, as above), False not at all, or as settings say; only where it changes no bit, which is with
     the scheme `int8-rowwise`. `edgelm cache budget` changes what True means for both. prepare: keep the weights as
     onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's size, in all at most 8 GiB), which the
-    next load maps: faster, in less memory of its own, shared by the processes.
+    next load maps: faster, in less memory of its own, shared by the processes. provider: "cpu" or "cuda" (None: what
+    the bundle was made for; one for a GPU runs on the CPU only when it is told to).
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
@@ -68,7 +70,7 @@ def load(
     it is warned of.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, session = open_folder(path, threads, graph, prepare)
+    bundle, session = open_folder(path, threads, graph, prepare, provider)
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
     give_back()
     return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
@@ -97,7 +99,7 @@ class Engine:
         self._sequencer = Sequencer(session, prefixes=prefixes)
         self._prefixes = prefixes
         self._responses = responses
-        self._requests = RequestMaker(bundle, tokenizer)
+        self._requests = RequestMaker(bundle, tokenizer, session_numerics(session))
         self._turns = Turns()
 
     def generate(

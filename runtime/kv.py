@@ -15,7 +15,7 @@ from .manifest import LayerCache, Model
 from .memory import available_bytes, require_bytes
 
 _FIRST_CAPACITY = 256
-_DTYPES = {"int8": np.int8, "float32": np.float32}
+_DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
 
 
 class KVCache:

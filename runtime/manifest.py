@@ -18,7 +18,7 @@ from .errors import BundleCorruptError, BundleVersionError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-CACHE_TYPES = ("int8", "float32")
+CACHE_TYPES = ("int8", "float32", "float16")
 EXACT_SCHEME = "int8-rowwise"
 
 CacheLayout = Literal["in_place", "concatenated"]
@@ -72,8 +72,8 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheType:
-    """The element type of all keys and values: "int8" or "float32" ("float16" in files of other exporters only);
-    granularity of the scales: "channel" or null."""
+    """The element type of all keys and values: "int8", "float32" or "float16"; granularity of the scales:
+    "channel" or null."""
 
     type: str
     granularity: str | None

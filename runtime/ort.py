@@ -15,6 +15,12 @@ from types import ModuleType
 
 from .errors import SessionError
 
+_WARNING, _FATAL = 2, 4
+# A graph of one operator, y = Identity(x) with x float32 (1), as ONNX writes it.
+_IDENTITY = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a"
+    "08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
 _ENVIRONMENT = {"ORT_DISABLE_TELEMETRY": "1", "ORT_GQA_DISABLE_FLASH_ATTENTION": "1"}
 
 
@@ -29,6 +35,25 @@ def load_onnxruntime() -> ModuleType:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise SessionError(f"onnxruntime cannot be loaded ({error}): run  pip install onnxruntime") from error
+
+
+def can_start(provider: str) -> bool:
+    """Whether an execution provider of onnxruntime's list really starts here, with its libraries and its device.
+
+    Cost: nothing for the CPU's; for others a session over one operator, the first time a second or more.
+    """
+    onnxruntime = load_onnxruntime()
+    if provider not in onnxruntime.get_available_providers():
+        return False
+    if provider == "CPUExecutionProvider":
+        return True
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        return provider in onnxruntime.InferenceSession(_IDENTITY, providers=[provider]).get_providers()
+    except onnxruntime_errors():
+        return False
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNING)
 
 
 def onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import machine
 from .answer import Request
 from .batch import Prompt, check_batch, kind_of, naming, settings_of_each
 from .bundle import Bundle
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 class RequestMaker:
     """Makes the requests of one bundle. Safe between threads."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
-        """Raises: BundleCorruptError, TemplateError."""
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, numerics: str) -> None:
+        """numerics: whatever else decides the bits of an answer. Raises: BundleCorruptError, TemplateError."""
         self.prompts = PromptEncoder(bundle, tokenizer)
         self._manifest = bundle.manifest
         self._digest = bundle.manifest.digest
         self._grammars = GrammarCompiler(bundle)
-        self._numerics = machine.numerics()
+        self._numerics = numerics
 
     def one(
         self,

@@ -25,6 +25,7 @@ from .manifest import Model
 from .memory import require_bytes
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
 from .prepared import Prepared, prepared_for
+from .providers import CPU, choose_provider, device_of, foreign_machine, gpu_names, require_used
 
 _REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
@@ -184,7 +185,13 @@ def make_session(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     preparing: Path | None = None,
 ) -> Session:
-    """The session that fits the graph's way of caching. preparing: as `load_graph`. Raises: SessionError."""
+    """The session that fits the graph's way of caching, and the memory that the first provider computes in. preparing:
+    as `load_graph`. Raises: SessionError."""
+    device = device_of(providers[0])
+    if device is not None:
+        from .device_session import DeviceSession
+
+        return DeviceSession(load_graph(graph, threads, providers), model, device)
     if model.cache_layout == "in_place":
         return OrtSession(graph, model, threads, providers, preparing)
     from .concat_session import ConcatSession
@@ -192,18 +199,24 @@ def make_session(
     return ConcatSession(load_graph(graph, threads, providers, preparing), model)
 
 
-def open_session(bundle: Bundle, threads: int | None = None, prepare: bool = False) -> Session:
+def open_session(
+    bundle: Bundle, threads: int | None = None, prepare: bool = False, provider: str | None = None
+) -> Session:
     """Check every file of a bundle against its digest and load the model.
 
     threads: None for the physical cores; prepare: use the bundle's prepared form (`edgelm.runtime.prepared`), or make
-    it.
+    it, on CPUs; provider: "cpu" or "cuda", None for the one that the bundle was made for.
     The weights are checked in a thread while onnxruntime loads them; the small files, which onnxruntime and tokenizers
     parse, before. Raises: SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
     """
     count = _thread_count(threads)
+    chosen = choose_provider(bundle.manifest, provider, load_onnxruntime().get_available_providers())
+    warning = foreign_machine(bundle.manifest)
+    if warning is not None:
+        _logger.warning("%s", warning)
     weights = [name for name in bundle.manifest.files if name.endswith(".data")]
     bundle.check_files(bundle.manifest.files.keys() - set(weights))
-    prepared = prepared_for(bundle.manifest.digest) if prepare else None
+    prepared = prepared_for(bundle.manifest.digest) if prepare and chosen == CPU else None
     if prepared is not None and prepared.is_there():
         session = _open_prepared(bundle, prepared, count)
         if session is not None:
@@ -215,7 +228,7 @@ def open_session(bundle: Bundle, threads: int | None = None, prepare: bool = Fal
         if prepared is not None and prepared.is_worth_it(size):
             session = _open_and_prepare(bundle, prepared, count, weights_checked)
         else:
-            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, count)
+            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, count, [chosen])
         weights_checked.result()
     return session
 
@@ -247,23 +260,36 @@ def _open_and_prepare(bundle: Bundle, prepared: Prepared, threads: int, checked:
     return session or make_session(graph, model, threads)
 
 
+def session_numerics(session: Session) -> str:
+    """As `machine.numerics`, with the GPU where the session computes on one."""
+    device = getattr(session, "device", "cpu")
+    return machine.numerics() if device == "cpu" else f"{machine.numerics()} {device} {' + '.join(gpu_names())}"
+
+
 def open_folder(
-    path: str | Path, threads: int | None = None, graph: str | None = None, prepare: bool = False
+    path: str | Path,
+    threads: int | None = None,
+    graph: str | None = None,
+    prepare: bool = False,
+    provider: str | None = None,
 ) -> tuple[Bundle, Session]:
     """Load the model of a folder, be it a bundle or what another exporter wrote (see `edgelm.runtime.foreign`).
 
-    graph: for the latter, which of several ONNX files, relative to the folder; prepare: as `open_session`.
+    graph: for the latter, which of several ONNX files, relative to the folder; prepare, provider: as `open_session`,
+    but what another exporter wrote runs on the CPU.
     Raises: BundleError and below for the folder, SettingsError, SessionError.
     """
     from . import foreign
 
     folder = Path(path)
     if foreign.is_foreign(folder):
+        if provider not in (None, "cpu"):
+            raise SettingsError(f"{folder} is of another exporter, which edgelm runs on the CPU: leave out  {provider}")
         return foreign.open_foreign(folder, graph, _thread_count(threads))
     bundle = Bundle.open(folder)
     if graph is not None:
         raise SettingsError(f"{folder} is a bundle, which has one graph: leave out  graph={graph}")
-    return bundle, open_session(bundle, threads, prepare)
+    return bundle, open_session(bundle, threads, prepare, provider)
 
 
 def require_memory(weights_bytes: int, folder: Path) -> None:
@@ -302,4 +328,6 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: P
         for name, value in _PREPARING.items():
             options.add_session_config_entry(f"session.{name}", value)
     with mapped_errors(f"could not load {graph}", _REPAIR):
-        return onnxruntime.InferenceSession(graph, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
+    require_used(providers[0], session.get_providers())
+    return session

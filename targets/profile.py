@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .abilities import ACTIVATIONS, SCHEMES, kv_types_with, lacks, schemes_with
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-SCHEMES = ("int8-rowwise", "int8-tensor", "fp32")
-KV_TYPES = ("int8", "float32")
 EXTENDS = "extends"
 
 T = TypeVar("T")
@@ -51,14 +51,16 @@ class Gate:
 class Profile:
     """One target, with every setting resolved.
 
-    provider: onnxruntime's execution provider; scheme: the default of --scheme; weight_bits: 8, or 7 where integer
-    products saturate; kv: {scheme: type of the KV cache}, the default of --kv; opset: ONNX operator set of the graph.
+    provider: onnxruntime's execution provider; activations: their type, float32 or float16; scheme: the default of
+    --scheme; weight_bits: 8, or 7 where integer products saturate; kv: {scheme: type of the KV cache}, the default of
+    --kv, for each scheme that there is with these activations; opset: ONNX operator set of the graph.
     """
 
     name: str
     description: str
     machines: tuple[str, ...]
     provider: str
+    activations: str
     scheme: str
     weight_bits: int
     kv: dict[str, str]
@@ -158,15 +160,22 @@ def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
 
 
 def _check(profile: Profile, path: Path) -> None:
-    if profile.scheme not in SCHEMES:
-        raise TargetError(f"{path}: scheme {profile.scheme!r} is unknown: there is {', '.join(SCHEMES)}")
+    if profile.activations not in ACTIVATIONS:
+        raise TargetError(f"{path}: activations must be {' or '.join(ACTIVATIONS)}, found {profile.activations!r}")
+    missing = lacks(profile.provider, profile.activations)
+    if missing is not None:
+        raise TargetError(f"{path}: {missing}")
+    schemes, kinds = schemes_with(profile.activations), kv_types_with(profile.activations)
+    if profile.scheme not in schemes:
+        what = "is unknown" if profile.scheme not in SCHEMES else f"goes not with {profile.activations} activations"
+        raise TargetError(f"{path}: scheme {profile.scheme!r} {what}: there is {', '.join(schemes)}")
     if profile.weight_bits not in (7, 8):
         raise TargetError(f"{path}: weight_bits must be 7 or 8, found {profile.weight_bits}")
-    for scheme in SCHEMES:
-        if profile.kv.get(scheme) not in KV_TYPES:
+    for scheme in schemes:
+        if profile.kv.get(scheme) not in kinds:
             raise TargetError(
-                f"{path}: kv.{scheme} must be one of {', '.join(KV_TYPES)}, found {profile.kv.get(scheme)!r}"
+                f"{path}: kv.{scheme} must be one of {', '.join(kinds)}, found {profile.kv.get(scheme)!r}"
             )
-    unknown = sorted(set(profile.kv) - set(SCHEMES))
+    unknown = sorted(set(profile.kv) - set(schemes))
     if unknown:
         raise TargetError(f"{path}: unknown key kv.{unknown[0]}")

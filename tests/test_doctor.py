@@ -58,6 +58,8 @@ def test_a_gpu_with_its_provider_gets_its_target(pretend: pytest.MonkeyPatch) ->
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     fake = SimpleNamespace(__version__="1", get_available_providers=lambda: providers)
     pretend.setattr(doctor, "load_onnxruntime", lambda: fake)
+    assert diagnose().target != "cuda", "there is no driver"
+    pretend.setattr(doctor, "gpu_names", lambda: ("NVIDIA Test 1",))
     assert diagnose().target == "cuda"
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...targets.profile import KV_TYPES, SCHEMES
+from ...targets.abilities import KV_TYPES, SCHEMES
 from ..config import ExportConfig
 from .progress import RichProgress, quiet_libraries, require_extra
 
@@ -77,4 +77,6 @@ def _print_table(console: Console, result: ExportResult) -> None:
     source = report["against_source"]
     table.add_row("greedy tokens as torch", f"{source['equal_steps']} of {source['steps']}", "")
     console.print(table)
+    for sentence in report["not_run"]:
+        console.print(f"[yellow]not run[/] {sentence}", soft_wrap=True)
     console.print(f'Wrote {result.path}. Try:  edgelm run {result.path} "Once upon a time"', soft_wrap=True)

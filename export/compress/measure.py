@@ -16,14 +16,17 @@ from ...runtime import bundle as names
 from ...runtime import machine
 from ...runtime.manifest import CacheType, Model
 from ...runtime.measure import measure_speed
+from ...runtime.providers import CPU
 from ...runtime.scoring import negative_log_likelihood, score
 from ...runtime.session import Session, make_session
 from ...targets import Profile
 from ..errors import TraceError
+from ..hessians import make_block_quantizer
 from ..passes import fusing_passes
 from ..paths import PATHS
 from ..quantize import Quantizer
 from ..trace import TracedModel
+from .weights_int4 import SCHEME, noted_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +68,7 @@ class Meter:
         try:
             model = self._write(module)
             size = sum((self._folder / name).stat().st_size for name in (names.GRAPH_NAME, names.WEIGHTS_NAME))
-            session = make_session(
-                self._folder / names.GRAPH_NAME, model, machine.default_threads(), [self._profile.provider]
-            )
+            session = make_session(self._folder / names.GRAPH_NAME, model, machine.default_threads(), [CPU])
             try:
                 perplexity, agreement = self._judge(session)
                 room = max(1, min(_SPEED_PROMPT, self._context - 1, len(self._ids)))
@@ -83,7 +84,11 @@ class Meter:
         ir.passes.PassManager(fusing_passes(self._context))(traced.graph)
         plain = self._folder / "fp32.onnx"
         ir.save(traced.graph, plain, external_data="fp32.onnx.data")
-        quantizer = Quantizer(plain, self._profile.scheme, self._profile.weight_bits, {})
+        # Without float16, which changes neither what a step costs nor what it buys.
+        noted = noted_weights(module)
+        blocks = make_block_quantizer(noted, plain, self._ids, self._context) if noted is not None else None
+        scheme = self._profile.scheme if noted is None else SCHEME
+        quantizer = Quantizer(plain, scheme, self._profile.weight_bits, {}, blocks=blocks)
         ir.save(quantizer.quantized(()), self._folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)
         return Model(
             vocab_size=int(module.config.get_text_config().vocab_size),

@@ -27,6 +27,7 @@ _STEPS = {
     "distil": "Distil",
     "recover": "Recover",
     "quantization-aware": "QuantizationAware",
+    "weights-int4": "WeightsInt4",
 }
 
 

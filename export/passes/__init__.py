@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..blocks import BlockQuantizer
 from .drop_reshapes import DropReshapes
 from .drop_zeros import DropZeros
 from .fold_constants import FoldConstants
@@ -17,12 +18,16 @@ from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
 from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
+from .pick_tokens import PickTokens
+from .quantize_blocks import QuantizeBlocks
 from .quantize_cache import QuantizeCache
 from .quantize_embedding import QuantizeEmbedding
 from .quantize_linears import QuantizeLinears
 from .rotate_in_attention import RotateInAttention
+from .to_float16 import ToFloat16
 
-__all__ = ["fusing_passes", "quantizing_passes"]
+__all__ = ["fusing_passes", "narrowing_passes", "quantizing_passes"]
+_PLAIN = ("fp32", "fp16")
 
 
 def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
@@ -44,14 +49,25 @@ def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
 
 
 def quantizing_passes(
-    scheme: str, weight_bits: int, cache_ranges: Mapping[str, Any], excluded: Collection[str] = ()
+    scheme: str,
+    weight_bits: int,
+    cache_ranges: Mapping[str, Any],
+    excluded: Collection[str] = (),
+    blocks: BlockQuantizer | None = None,
 ) -> list[ir.passes.PassBase]:
     """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache; excluded: names of matrices
-    that stay float32."""
+    that stay float32; blocks: for the schemes that store weights in blocks."""
     limit = (1 << (weight_bits - 1)) - 1
     passes: list[ir.passes.PassBase] = []
-    if scheme != "fp32":
+    if blocks is not None:
+        passes.append(QuantizeBlocks(blocks, excluded))
+    elif scheme not in _PLAIN:
         passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded)]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     return passes
+
+
+def narrowing_passes() -> list[ir.passes.PassBase]:
+    """From a graph with float32 activations to the one that a GPU runs."""
+    return [ToFloat16(), PickTokens()]

@@ -11,7 +11,7 @@ from .. import machine
 from ..errors import SettingsError
 from ..measure import Speed, measure_speed
 from ..session import open_folder
-from .folder import add_folder
+from .folder import add_folder, add_provider
 
 SUMMARY = "measure a bundle on this machine"
 
@@ -19,6 +19,7 @@ SUMMARY = "measure a bundle on this machine"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_folder(parser)
+    add_provider(parser)
     parser.add_argument(
         "--context", type=int, nargs="+", metavar="N", help="prompt lengths to measure at (128 1024 1900, as fit)"
     )
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise SettingsError(f"--repeats must be 1 or more, found {arguments.repeats}")
     started = time.perf_counter()
-    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph)
+    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph, provider=arguments.provider)
     load_s = time.perf_counter() - started
     model = bundle.manifest.model
     lengths = _lengths(arguments.context, model.context_length)

@@ -17,6 +17,7 @@ from ..engine import Engine, load
 from ..errors import EdgelmError, PromptError, TemplateError
 from ..results import Stats
 from ..settings import GenerationSettings
+from .folder import add_provider
 from .run import summary
 from .settings import add_settings, settings_of
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder that  edgelm export  wrote, of a model with a chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message for the conversation")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    add_provider(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument(
         "--no-prefix-cache", action="store_true", help="neither use nor keep what is computed beyond this conversation"
@@ -47,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
         conversation.system = arguments.system
     known = not arguments.no_prefix_cache
-    with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=known) as engine:
+    place = {"threads": arguments.threads, "provider": arguments.provider}
+    with load(arguments.bundle, **place, response_cache=False, prefix_cache=known) as engine:
         if not engine.takes_messages:
             raise TemplateError(
                 f"{arguments.bundle} has no chat template, so it cannot chat: continue a text with  edgelm run"

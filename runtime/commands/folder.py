@@ -11,3 +11,8 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph", metavar="FILE", help="the ONNX file to take, in a folder of another exporter that holds several"
     )
+
+
+def add_provider(parser: argparse.ArgumentParser) -> None:
+    """Declare `--provider`."""
+    parser.add_argument("--provider", metavar="NAME", help="compute on cpu or cuda (what the bundle was made for)")

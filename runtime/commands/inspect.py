@@ -69,6 +69,8 @@ def _show_report(bundle: Bundle, as_json: bool) -> None:
     for figure in main_figures(report):
         amount = figure.after if figure.before is None else f"{figure.before} -> {figure.after}"
         print(f"  {figure.title:30}{amount}{f'  ({figure.verdict})' if figure.verdict else ''}")
+    for sentence in report.get("not_run") or ():
+        print(f"  {'not run':30}{sentence}")
     _show_compression(report.get("compression"))
 
 

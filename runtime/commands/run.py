@@ -18,7 +18,7 @@ from ..engine import Engine, load
 from ..errors import PromptError, SettingsError
 from ..results import Chunk, Completion, Stats
 from ..settings import GenerationSettings
-from .folder import add_folder
+from .folder import add_folder, add_provider
 from .settings import add_settings, settings_of
 
 SUMMARY = "answer a prompt with a bundle"
@@ -27,6 +27,7 @@ SUMMARY = "answer a prompt with a bundle"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_folder(parser)
+    add_provider(parser)
     parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input if it is missing or -")
     parser.add_argument(
         "--prompts",
@@ -70,8 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_rows is not None and not many:
         raise SettingsError("--max-rows belongs to --prompts: give both")
     text = _text(arguments.prompts) if many else _prompt(arguments.prompt)
-    caches = {"response_cache": not arguments.no_response_cache, "prefix_cache": not arguments.no_prefix_cache}
-    with load(arguments.bundle, graph=arguments.graph, threads=arguments.threads, **caches) as engine:
+    with load(
+        arguments.bundle,
+        graph=arguments.graph,
+        threads=arguments.threads,
+        provider=arguments.provider,
+        response_cache=not arguments.no_response_cache,
+        prefix_cache=not arguments.no_prefix_cache,
+    ) as engine:
         if many:
             _answer_lines(engine, arguments, text, settings)
             return 0

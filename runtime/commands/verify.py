@@ -17,7 +17,7 @@ from ..manifest import Model
 from ..scoring import DEFAULT_WINDOW, perplexity
 from ..session import Session, open_folder
 from ..tokenizer import Tokenizer
-from .folder import add_folder
+from .folder import add_folder, add_provider
 
 SUMMARY = "check a bundle's files and its answers on this machine"
 
@@ -28,6 +28,7 @@ _CUTS = ((1,), (2, 3), (257,), (64, 1, 31))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_folder(parser)
+    add_provider(parser)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on as well")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check digests by loading, exactness under cuts by computing, perplexity on a text if one is given."""
     text = _read(arguments.text)
-    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph)
+    bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph, provider=arguments.provider)
     manifest = bundle.manifest
     findings: dict[str, Any] = {"digest": manifest.digest, "files": len(manifest.files)}
     findings["cut_difference"] = cut_difference(session, _sample_ids(manifest.model))

@@ -1,0 +1,114 @@
+"""What the inputs of each matrix are on a text: the sums of products that GPTQ weighs its errors by.
+
+The fp32 graph runs on the CPU with the matrices' inputs as its outputs, a group of them at a time, so that a large
+model's sums never are in memory together with all its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..runtime.ort import load_onnxruntime, mapped_errors
+from .blocks import BlockQuantizer, BlockSettings
+from .errors import RecipeError
+from .passes.graph import nodes_of
+from .passes.linear import weight_of
+
+_PROBE = "hessians.onnx"
+_WINDOW = 256
+_MOST_WINDOWS = 32
+_GROUP_BYTES = 1 << 30
+
+
+def collect_hessians(graph: Path, token_ids: Sequence[int], context: int) -> dict[str, NDArray[np.float32]]:
+    """For the name of each matrix the mean of x xᵀ, (inputs, inputs) float32, over the rows x that it is multiplied
+    with on a text.
+
+    graph: path of the fp32 graph, beside which a probe is written for the time being. Cost: one run of up to 8,192
+    tokens with the fp32 graph for each GiB of sums. Raises: RecipeError, where attention is not fused; SessionError.
+    """
+    sources = _inputs_of_matrices(ir.load(graph))
+    found: dict[str, NDArray[np.float32]] = {}
+    window = min(_WINDOW, context)
+    pieces = [token_ids[begin : begin + window] for begin in range(0, len(token_ids), window)][:_MOST_WINDOWS]
+    for group in _groups(sources):
+        try:
+            sums = _sums(graph, list(group), pieces)
+        finally:
+            (graph.parent / _PROBE).unlink(missing_ok=True)
+        for value, names in group.items():
+            found.update(dict.fromkeys(names, sums[value]))
+    return found
+
+
+def make_block_quantizer(
+    settings: BlockSettings, graph: Path, token_ids: Sequence[int], context: int
+) -> BlockQuantizer:
+    """A quantizer with what its method needs. Arguments, cost and errors as of `collect_hessians`; without GPTQ it
+    costs nothing."""
+    if settings.method != "gptq":
+        return BlockQuantizer(settings)
+    return BlockQuantizer(settings, collect_hessians(graph, token_ids, context))
+
+
+def _inputs_of_matrices(model: ir.Model) -> dict[str, tuple[int, list[str]]]:
+    """Names of values that are multiplied with matrices: their width, and the names of these."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for matmul in nodes_of(model, "MatMul"):
+        weight, source = weight_of(matmul), matmul.inputs[0]
+        if weight is not None and source is not None and source.name is not None:
+            found.setdefault(source.name, (weight.shape[0], []))[1].append(weight.name)
+    return found
+
+
+def _groups(sources: Mapping[str, tuple[int, list[str]]]) -> Iterator[dict[str, list[str]]]:
+    group: dict[str, list[str]] = {}
+    size = 0
+    for value, (width, names) in sources.items():
+        if group and size + 4 * width * width > _GROUP_BYTES:
+            yield group
+            group, size = {}, 0
+        group[value] = names
+        size += 4 * width * width
+    if group:
+        yield group
+
+
+def _sums(graph: Path, values: list[str], pieces: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
+    model = ir.load(graph)
+    produced = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [produced[name] for name in values]
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.save(model, graph.parent / _PROBE)
+    with mapped_errors("the inputs of the matrices cannot be computed", "export the model with another method"):
+        session = load_onnxruntime().InferenceSession(graph.parent / _PROBE, providers=["CPUExecutionProvider"])
+        sums: dict[str, NDArray[np.float32]] = {}
+        count = 0
+        for piece in pieces:
+            for name, rows in zip(values, session.run(values, _feeds(session, piece)), strict=True):
+                flat = np.asarray(rows, np.float32).reshape(-1, rows.shape[-1])
+                sums[name] = sums.get(name, 0) + flat.T @ flat
+            count += len(piece)
+    return {name: total / np.float32(count) for name, total in sums.items()}
+
+
+def _feeds(session: Any, piece: Sequence[int]) -> dict[str, NDArray[Any]]:
+    feeds: dict[str, NDArray[Any]] = {
+        "input_ids": np.array([piece], np.int64),
+        "attention_mask": np.ones((1, len(piece)), np.int64),
+        "logits_to_keep": np.zeros(1, np.int64),
+    }
+    for item in session.get_inputs():
+        if item.name not in feeds:
+            if len(item.shape) != 4:
+                raise RecipeError("gptq needs a model whose only states are keys and values: use rtn or hqq")
+            feeds[item.name] = np.zeros(
+                (1, *(size if isinstance(size, int) else 0 for size in item.shape[1:])), np.float32
+            )
+    return {item.name: feeds[item.name] for item in session.get_inputs()}

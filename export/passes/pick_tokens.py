@@ -1,0 +1,46 @@
+"""A second output, `next_tokens` int64 (batch, kept): for each row of logits the most likely token, the lowest id among
+equals. Greedy decoding on a GPU then copies one number back for a token, and not a row of the vocabulary.
+
+`ArgMax` leaves open on GPUs which of equal values it takes, and `ReduceMax` of this operator set has no kernel there.
+So: the largest value by `TopK`, the ids of all that are not smaller, and the smallest of these by `TopK` again. Where
+no logit is a number, the result is an id nevertheless.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import Builder, GraphPass, add_weight
+
+OUTPUT_NAME = "next_tokens"
+
+
+class PickTokens(GraphPass):
+    """See the module."""
+
+    def requires(self, model: ir.Model) -> None:
+        logits = model.graph.outputs[0]
+        if logits.shape is None or not isinstance(logits.shape[-1], int):
+            raise ir.passes.PreconditionError("the logits have no fixed number of tokens")
+
+    def apply(self, model: ir.Model) -> bool:
+        logits = model.graph.outputs[0]
+        assert logits.shape is not None, "required"
+        vocabulary = logits.shape[-1]
+        assert isinstance(vocabulary, int), "required"
+        last = list(model.graph)[-1]
+        op = Builder(model, last, OUTPUT_NAME)
+        one = add_weight(model, "pick.one", np.array([1], np.int64))
+        ids = add_weight(model, "pick.ids", np.arange(vocabulary, dtype=np.int64))
+        none = add_weight(model, "pick.none", np.array(vocabulary - 1, np.int64))
+        axis = add_weight(model, "pick.axis", np.array([-1], np.int64))
+        largest = op.node("TopK", [logits, one], outputs=2)[0]
+        candidates = op("Where", op("Less", logits, largest), none, ids)
+        smallest = op.node("TopK", [candidates, one], {"largest": 0}, outputs=2)[0]
+        tokens = op("Squeeze", smallest, axis)
+        tokens.name, tokens.type = OUTPUT_NAME, ir.TensorType(ir.DataType.INT64)
+        tokens.shape = ir.Shape(list(logits.shape)[:-1])
+        model.graph.outputs.append(tokens)
+        model.graph.sort()
+        return True

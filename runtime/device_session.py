@@ -1,0 +1,152 @@
+"""`Session` on a GPU: keys and values stay in its memory, and greedy decoding copies token ids there and one id back.
+
+The buffers are onnxruntime's own values on the device, bound as past and as present, so that a step writes into them.
+The attention mask is a device buffer of ones, of which a step binds as many as it needs. Logits are copied to the host
+when they are asked for (`step`); `likeliest` leaves them where they are and reads the graph's output `next_tokens`.
+
+Runs on the CPU provider as well, with device "cpu", which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import LayerCache, Model
+from .ort import load_onnxruntime, onnxruntime_errors
+from .providers import mapped_step_error
+
+# The first buffers; they double when they are full. A GPU has room for more than a Raspberry Pi.
+_FIRST_CAPACITY = 1024
+_LOGITS, _TOKENS = "logits", "next_tokens"
+_REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
+
+
+class DeviceSession:
+    """See the module. Not safe between threads."""
+
+    def __init__(self, inference: Any, model: Model, device: str) -> None:
+        """inference: onnxruntime's session over a graph with `next_tokens`; device: "cuda", or "cpu" for tests."""
+        self._inference = inference
+        self.device = device
+        self._model = model
+        self._errors = onnxruntime_errors()
+        self._cache = _DeviceCache(model, device)
+        # One binding for each output: onnxruntime computes both, and copies only what is bound.
+        self._bindings = {name: _Binding(inference, device, name) for name in (_LOGITS, _TOKENS)}
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        logits = np.empty((1, keep, self._model.vocab_size), np.float32)
+        self._run(_LOGITS, token_ids, logits)
+        return np.asarray(logits[0])
+
+    def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        """Append tokens as `step` does; the most likely token behind each of the last `keep`, the lowest id among
+        equals. Nothing else leaves the device. Raises: SessionError, MemoryShortageError."""
+        tokens = np.empty((1, keep), np.int64)
+        self._run(_TOKENS, token_ids, tokens)
+        return np.asarray(tokens[0])
+
+    def can_rewind(self, length: int) -> bool:
+        return 0 <= length <= self._length
+
+    def rewind(self, length: int) -> None:
+        if not self.can_rewind(length):
+            raise ValueError(f"cannot rewind a session of {self._length} positions to {length}")
+        self._length = length
+
+    def close(self) -> None:
+        self._bindings = {}
+        self._inference = None
+        self._cache = _DeviceCache(self._model, "cpu")
+        self._length = 0
+
+    def _run(self, output: str, token_ids: Sequence[int], result: NDArray[Any]) -> None:
+        total = self._length + len(token_ids)
+        try:
+            self._cache.reserve(total, self._length)
+            self._bindings[output].run(self._cache, token_ids, total, result)
+        except self._errors as error:
+            reason = " ".join(str(error).split())
+            doing = f"a step of {len(token_ids)} tokens at position {self._length}"
+            raise mapped_step_error(reason, doing, _REPAIR) from error
+        self._length = total
+
+
+class _DeviceCache:
+    """Keys and values of all layers, and ones for the mask, in the device's memory."""
+
+    def __init__(self, model: Model, device: str) -> None:
+        self._model = model
+        self._device = device
+        self._type = np.dtype(model.kv.type)
+        self.values: dict[str, Any] = {}
+        self.mask: Any = None
+        self.capacity = 0
+
+    def reserve(self, positions: int, used: int) -> None:
+        """Make room. Growing copies what is in use through the host's memory, which doubling makes rare."""
+        if positions <= self.capacity:
+            return
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
+        capacity = max(positions, min(wanted, self._model.context_length))
+        grown = {}
+        for name, layer, size in self._sides():
+            fresh = np.zeros((1, layer.kv_heads, capacity, size), self._type)
+            if used:
+                fresh[:, :, :used] = self.values[name].numpy()[:, :, :used]
+            grown[name] = self._put(fresh)
+        self.values, self.mask, self.capacity = grown, self._put(np.ones((1, capacity), np.int64)), capacity
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a buffer: (1, kv_heads, capacity, size)."""
+        return tuple(self.values[name].shape())
+
+    def type(self) -> Any:
+        """The elements' type."""
+        return self._type.type
+
+    def _put(self, array: NDArray[Any]) -> Any:
+        return load_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+    def _sides(self) -> Iterator[tuple[str, LayerCache, int]]:
+        for index, layer in enumerate(self._model.layers):
+            if layer is not None:
+                yield f"{index}.key", layer, layer.key_size
+                yield f"{index}.value", layer, layer.value_size
+
+
+class _Binding:
+    """What the graph reads and writes where one of its outputs is wanted; binds only what changed."""
+
+    def __init__(self, inference: Any, device: str, output: str) -> None:
+        self._inference = inference
+        self._device = device
+        self._output = output
+        self._binding = inference.io_binding()
+        self._bound: Any = None
+
+    def run(self, cache: _DeviceCache, token_ids: Sequence[int], total: int, result: NDArray[Any]) -> None:
+        """total: positions with these tokens; result: (1, keep, ...), is filled."""
+        binding = self._binding
+        if self._bound is not cache.mask:
+            for name, value in cache.values.items():
+                place = (self._device, 0, cache.type(), cache.shape(name), value.data_ptr())
+                binding.bind_input(f"past_key_values.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+            self._bound = cache.mask
+        ids = np.array([token_ids], np.int64)
+        keep = np.array([result.shape[1]], np.int64)
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("logits_to_keep", keep)
+        binding.bind_input("attention_mask", self._device, 0, np.int64, (1, total), cache.mask.data_ptr())
+        binding.bind_output(self._output, "cpu", 0, result.dtype.type, result.shape, result.ctypes.data)
+        self._inference.run_with_iobinding(binding)

@@ -1,0 +1,35 @@
+"""What execution providers of onnxruntime can compute, as far as edgelm's graphs need it. Data and two questions.
+
+Read in onnxruntime's tables of kernels (docs/OperatorKernels.md): `GroupQueryAttention` exists in float16 and bfloat16
+only on CUDA, `MatMulIntegerToFloat` not at all there; on CPUs it exists in float32 and float16.
+"""
+
+from __future__ import annotations
+
+CUDA = "CUDAExecutionProvider"
+
+_SCHEMES = {
+    "float32": ("int8-rowwise", "int8-tensor", "int8-weight", "int4-weight", "fp32"),
+    "float16": ("int8-weight", "int4-weight", "fp16"),
+}
+_KV_TYPES = {"float32": ("int8", "float32"), "float16": ("float16",)}
+SCHEMES = tuple(dict.fromkeys(scheme for schemes in _SCHEMES.values() for scheme in schemes))
+KV_TYPES = tuple(dict.fromkeys(kind for kinds in _KV_TYPES.values() for kind in kinds))
+ACTIVATIONS = tuple(_SCHEMES)
+
+
+def schemes_with(activations: str) -> tuple[str, ...]:
+    """The quantization schemes that a graph with activations of this type can have."""
+    return _SCHEMES[activations]
+
+
+def kv_types_with(activations: str) -> tuple[str, ...]:
+    """The types of the KV cache that a graph with activations of this type can have."""
+    return _KV_TYPES[activations]
+
+
+def lacks(provider: str, activations: str) -> str | None:
+    """Why a provider cannot run graphs with activations of this type, or None where it can."""
+    if provider == CUDA and activations != "float16":
+        return f"{CUDA} has no {activations} kernel of GroupQueryAttention: set activations to float16"
+    return None
