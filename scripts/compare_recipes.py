@@ -107,8 +107,8 @@ def measure(bundle: Path, threads: int) -> dict[str, float]:
     from edgelm.runtime.measure import measure_speed
     from edgelm.runtime.session import open_folder
 
-    _, session = open_folder(bundle, threads)
-    ids = [1000 + 7 * i % 40000 for i in range(max(CONTEXTS))]
+    opened, session = open_folder(bundle, threads)
+    ids = [7 * i % opened.manifest.model.vocab_size for i in range(max(CONTEXTS))]
     speeds = {str(context): measure_speed(session, ids[:context], repeats=2) for context in CONTEXTS}
     session.close()
     return {context: speed.decode_tokens_per_s for context, speed in speeds.items()}

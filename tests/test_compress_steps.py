@@ -134,6 +134,18 @@ def test_order_of_steps_that_cannot_be() -> None:
         apply(shared, "low-rank", ratio=0.1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_a_pruned_model_can_be_pruned_again_and_copied(kind: str) -> None:
+    module = zoo_model(kind).eval()
+    apply(module, "prune-structured", ratio=0.05)
+    apply(module, "prune-structured", ratio=0.1, importance="magnitude")
+    again = zoo_model(kind).eval()
+    replay(again, edits_of(module))
+    again.load_state_dict(module.state_dict())
+    for other in (again, copy.deepcopy(module)):
+        assert torch.equal(logits(other), logits(module))
+
+
 # ---- low-rank
 
 

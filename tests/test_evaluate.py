@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,13 +13,19 @@ import pytest
 from edgelm.export.torch_session import open_model
 from edgelm.runtime.bundle import TOKENIZER_NAME
 from edgelm.runtime.cli import main
+from edgelm.runtime.commands import eval as eval_command
 from edgelm.runtime.errors import PromptError, SettingsError
 from edgelm.runtime.evaluate import last_words, read_passages, text_perplexity
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.session import open_folder
 from edgelm.runtime.tokenizer import Tokenizer
 
-from .conftest import TEXT, byte_tokenizer
+from .conftest import ROOT, TEXT, byte_tokenizer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PASSAGE = "the cat sat on the mat"
 
@@ -111,6 +119,22 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
         lines[0].endswith("on 599 tokens (window 512, stride 256)")
         and lines[1] == "last words     0.00 % of 1 passages"
     )
+
+
+def test_the_command_takes_a_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what pyproject.toml declares, be it installed or not; without it the message says what is missing."""
+    (tmp_path / "t.txt").write_text(TEXT[:200], encoding="utf-8")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    points = [importlib.metadata.EntryPoint(*item, "edgelm.models") for item in declared["edgelm.models"].items()]
+    command = ["eval", str(tiny_model), "--text", str(tmp_path / "t.txt")]
+    monkeypatch.setattr(eval_command.importlib.metadata, "entry_points", lambda **_: points)
+    assert main(command) == 0
+    assert "on 199 tokens (window 512, stride 256)" in capsys.readouterr().out
+    monkeypatch.setattr(eval_command.importlib.metadata, "entry_points", lambda **_: [])
+    assert main(command) == 1
+    assert 'models need the exporter: pip install "edgelm[export]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def layer_linears(module: PreTrainedModel) -> dict[str, int]:
 
 
 def own(module: PreTrainedModel, name: str) -> Any:
-    """A part of the module that is known to have a weight."""
+    """A linear layer by its name."""
     return module.get_submodule(name)
 
 

@@ -56,8 +56,9 @@ class ShareWeights:
                     first += other
                 first /= len(names)
         if self.embedding and self.value == "mean":
-            table = own(module, "").get_input_embeddings().weight.detach()
-            table += own(module, "").get_output_embeddings().weight.detach()
+            whole: Any = module
+            table = whole.get_input_embeddings().weight.detach()
+            table += whole.get_output_embeddings().weight.detach()
             table /= 2
         edit(module, "share", groups=groups, embedding=self.embedding)
         return Applied(module, {"groups": groups})

@@ -69,7 +69,7 @@ class Block:
 
 
 def find_blocks(module: PreTrainedModel) -> list[Block]:
-    """All attentions and MLPs of a module. Leaves it as it was, but for the last bits of nothing.
+    """All attentions and MLPs of a module, which is as it was afterwards.
 
     Raises: RecipeError where the matrices of a layer do not make an attention or an MLP that this edgelm can prune.
     """
