@@ -1,0 +1,88 @@
+"""INT8 in torch: the products that onnxruntime computes, bit for bit, and gradients that pass the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from edgelm.export.compress.simulate import Int8, product, round_rows
+from edgelm.export.passes.quantize_linears import QuantizeLinears
+from edgelm.runtime.machine import saturates_int8
+from edgelm.runtime.ort import load_onnxruntime
+
+from .conftest import tiny_llama
+
+
+@pytest.fixture
+def quantized_matmul(tmp_path: Path) -> Callable[..., Any]:
+    """x @ weight in onnxruntime, after the pass that quantizes bundles."""
+
+    def run(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], limit: int) -> Any:
+        kinds = [("x", ["rows", weight.shape[0]]), ("y", ["rows", weight.shape[1]])]
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in kinds]
+        node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+        graph = helper.make_graph([node], "g", infos[:1], infos[1:], [numpy_helper.from_array(weight, "w")])
+        model = ir.serde.deserialize_model(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        )
+        QuantizeLinears("int8-rowwise", limit)(model)
+        ir.save(model, tmp_path / "m.onnx")
+        session = load_onnxruntime().InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x})[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 300), (64, 96), (577, 50), (1536, 64), (3000, 16)])
+def test_product_is_onnxruntimes_bit_for_bit(inputs: int, outputs: int, quantized_matmul: Callable[..., Any]) -> None:
+    random = np.random.default_rng(inputs)
+    x = (random.standard_normal((40, inputs)) * random.lognormal(0, 3, (40, 1))).astype(np.float32)
+    weight = (random.standard_normal((inputs, outputs)) * random.lognormal(0, 1, outputs)).astype(np.float32)
+    x[0], weight[:, 0], x[1, 2] = 0, 0, 500
+    x[2] = np.linspace(-1, 1, inputs)  # halves between two steps are among these
+    for limit in (127, 63):
+        # AVX2 without VNNI saturates sums of 8-bit products; 7 bits cannot.
+        if limit == 63 or not saturates_int8():
+            ours = product(torch.tensor(x), torch.tensor(weight), limit).numpy()
+            assert np.array_equal(ours, quantized_matmul(x, weight, limit))
+
+
+def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 32, generator=generator).requires_grad_()
+    weight = torch.randn(32, 8, generator=generator).requires_grad_()
+    upstream = torch.randn(3, 5, 8, generator=generator)
+    (product(x, weight) * upstream).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    plain = torch.einsum("abi,abo->io", x.detach(), upstream)
+    assert torch.allclose(x.grad, upstream @ weight.detach().t(), atol=0.1)
+    assert torch.allclose(weight.grad, plain, atol=0.1)
+    rows = torch.randn(4, 16, generator=generator).requires_grad_()
+    round_rows(rows).sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, torch.ones(4, 16))
+
+
+def test_simulation_catches_linear_layers_however_they_are_written() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    for module in (
+        tiny_llama(),
+        tiny_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+        GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval(),
+    ):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            plain = module(ids, use_cache=False).logits
+            with Int8(module):
+                simulated = module(ids, use_cache=False).logits
+            assert torch.equal(plain, module(ids, use_cache=False).logits)
+        assert 0 < float((plain - simulated).abs().max()) < 0.2 * float(plain.abs().max())
