@@ -45,7 +45,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers==4.57.6",
     ),
     "ctranslate2": ("ctranslate2==4.8.5", "torch==2.13.0", "transformers==4.57.6"),
-    "transformers": ("torch==2.13.0", "transformers==5.23.0"),
+    "transformers": ("transformers==5.23.0", "torch==2.13.0"),
 }
 # Built here from their source packages, for this processor, with these settings.
 BUILDS: dict[str, dict[str, str]] = {
