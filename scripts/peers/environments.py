@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +44,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers==4.57.6",
     ),
     "ctranslate2": ("ctranslate2==4.8.5", "torch==2.13.0", "transformers==4.57.6"),
-    "transformers": ("torch==2.13.0", "transformers==5.23.0"),
+    "transformers": ("transformers==5.23.0", "torch==2.13.0"),
 }
 # Built here from their source packages, for this processor, with these settings.
 BUILDS: dict[str, dict[str, str]] = {
@@ -86,7 +85,7 @@ class Environments:
         packages = PACKAGES[adapter]
         stamp = self._folder(adapter) / "installed.json"
         if packages and not (stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == list(packages)):
-            venv.create(self._folder(adapter), clear=True, with_pip=True)
+            run([sys.executable, "-m", "venv", "--clear", str(self._folder(adapter))])
             wanted = [str(self._build(package)) if package in BUILDS else package for package in packages]
             self._pip(adapter, ["install", *wanted])
             stamp.write_text(json.dumps(packages), encoding="utf-8")

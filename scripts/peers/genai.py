@@ -10,8 +10,6 @@ from pathlib import Path
 import onnxruntime_genai as og
 
 FILES = ("model.onnx", "model.onnx.data")
-# Fed in pieces, a long prompt is faster and takes less memory.
-_PIECE = 256
 
 
 def convert(model: Path, folder: Path, variant: str) -> None:
@@ -30,8 +28,7 @@ class Loaded:
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         parameters = og.GeneratorParams(self._model)
         # A minimum length keeps end tokens away.
-        length = len(ids) + count
-        parameters.set_search_options(max_length=self._capacity, min_length=length, do_sample=False, chunk_size=_PIECE)
+        parameters.set_search_options(max_length=self._capacity, min_length=len(ids) + count, do_sample=False)
         generator = og.Generator(self._model, parameters)
         generator.append_tokens(ids)
         for _ in range(count):

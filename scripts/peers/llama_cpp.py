@@ -17,6 +17,8 @@ import numpy as np
 
 FILES = ("model.gguf",)
 _PIECE = 512
+# Flash attention decodes a tenth faster behind 128 tokens, and a quarter slower behind 1,900.
+_SHORT = 512
 
 
 def convert(model: Path, folder: Path, variant: str) -> None:
@@ -88,7 +90,7 @@ def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
             n_ubatch=_PIECE,
             n_threads=threads,
             n_threads_batch=threads,
-            flash_attn=True,
+            flash_attn=capacity <= _SHORT,
             verbose=False,
         )
     )
