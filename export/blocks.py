@@ -3,8 +3,8 @@
 Each column of a matrix is cut into blocks of 32, 64 or 128 inputs, each with a scale and, where it is not symmetric, a
 zero point of its own. ONNX Runtime's own quantizer rounds and packs; `method` says what happens to a matrix before:
 
-`rtn`   nothing: each weight goes to the nearest of the values that its block can have.
-`hqq`   scales and zero points are fitted to each matrix alone (half-quadratic quantization).
+`rtn`   each weight goes to the nearest of the values that its block can have (ONNX Runtime's own quantizer).
+`hqq`   scales and zero points are fitted to each matrix alone (half-quadratic quantization, ONNX Runtime's own).
 `gptq`  the errors that earlier inputs leave are made good by later ones, weighted by what the inputs are on a text.
 """
 
@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .gptq import gptq
 
 Method = Literal["rtn", "hqq", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "hqq", "gptq")
@@ -33,8 +35,8 @@ class BlockSettings:
     method: Method = "rtn"
 
 
-# The schemes whose weights are stored like this. Perplexity of the story model that comes with edgelm, and what the
-# choices cost in bytes, are in docs/weights.md.
+# The schemes whose weights are stored like this. 32 is the block that all of onnxruntime's kernels have; docs/weights.md
+# has what it takes and costs.
 BLOCK_SCHEMES: dict[str, BlockSettings] = {"int8-weight": BlockSettings(8), "int4-weight": BlockSettings(4)}
 
 
@@ -75,9 +77,8 @@ class BlockQuantizer:
         method = self.settings.method
         if method == "hqq" and not symmetric:
             return _half_quadratic(matrix, self.settings)
-        # Symmetric ranges of ONNX Runtime's GPTQ are others than those of its rounding, which would undo its work.
         if method == "gptq" and name in self.hessians and not symmetric:
-            matrix = _compensated(matrix, self.hessians[name], self.settings)
+            return _by_gptq(matrix, self.hessians[name], self.settings)
         return round_to_nearest(matrix, self.settings, symmetric)
 
 
@@ -99,16 +100,13 @@ def _half_quadratic(matrix: NDArray[np.float32], settings: BlockSettings) -> Blo
     with _quiet_import():
         from onnxruntime.quantization import matmul_nbits_quantizer as ort
 
-    inputs, outputs = matrix.shape
     quantizer = ort.HQQWeightOnlyQuantizer(ort.HQQWeightOnlyQuantConfig(settings.block, settings.bits))
     _, scale, zero = quantizer.quantize_internal(
         torch.from_numpy(matrix.T.copy()), bits=settings.bits, group_size=settings.block
     )
     scales, limit = scale.numpy().astype(np.float32), 2**settings.bits - 1
     zeros = np.clip(np.rint(zero.numpy()), 0, limit)
-    padded = np.zeros((outputs, scales.shape[1] * settings.block), np.float32)
-    padded[:, :inputs] = matrix.T
-    grouped = padded.reshape(outputs, scales.shape[1], settings.block)
+    grouped = _grouped(matrix, settings.block)
     levels = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, limit).astype(np.uint8)
     return Blocks(_packed(levels, settings.bits), scales, _packed(zeros.astype(np.uint8), settings.bits))
 
@@ -122,15 +120,23 @@ def _packed(levels: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.asarray(levels[..., ::2] | levels[..., 1::2] << 4, np.uint8)
 
 
-def _compensated(
-    matrix: NDArray[np.float32], hessian: NDArray[np.float32], settings: BlockSettings
-) -> NDArray[np.float32]:
-    """The matrix after GPTQ: on the grid already, which rounding to nearest then finds again."""
-    with _quiet_import():
-        from onnxruntime.quantization.neural_compressor.weight_only import gptq
+def _by_gptq(matrix: NDArray[np.float32], hessian: NDArray[np.float32], settings: BlockSettings) -> Blocks:
+    levels, scales, zeros = gptq(matrix, hessian, settings.bits, settings.block)
+    grouped = _grouped(levels, settings.block)
+    return Blocks(
+        _packed(grouped, settings.bits),
+        np.ascontiguousarray(scales.T),
+        _packed(np.ascontiguousarray(zeros.T), settings.bits),
+    )
 
-    found = gptq(matrix.copy(), hessian.copy(), settings.bits, settings.block)
-    return np.asarray(found, np.float32)
+
+def _grouped(array: NDArray[Any], block: int) -> NDArray[Any]:
+    """(inputs, outputs) to (outputs, blocks, block), filled up with zeros."""
+    inputs, outputs = array.shape
+    blocks = -(-inputs // block)
+    padded = np.zeros((outputs, blocks * block), array.dtype)
+    padded[:, :inputs] = array.T
+    return padded.reshape(outputs, blocks, block)
 
 
 @contextlib.contextmanager

@@ -174,8 +174,8 @@ def test_a_bundle_with_weights_in_blocks(export_tiny: Callable[..., Path]) -> No
     assert manifest.model.kv.type == "int8"
     assert not manifest.exact_under_cuts
     assert manifest.quality["against_fp32"]["perplexity_increase_percent"] < 3
-    # 8 bits and a float32 scale for 32 of them; rotary tables and norms are the rest.
-    assert bundle.manifest.files["model.onnx.data"].bytes < 1.4 * manifest.model.parameters
+    # 8 bits and a float32 scale for 32 of them, and the rotary tables: 513 positions, 8 angles, cosine and sine.
+    assert manifest.files["model.onnx.data"].bytes < 1.3 * manifest.model.parameters + 2 * 4 * 513 * 8
     with load(bundle.path) as engine:
         assert len(engine.generate("Once", max_tokens=8).token_ids) == 8
 
@@ -216,16 +216,14 @@ def test_another_scheme_than_the_recipes_is_refused_before_any_work(tiny_model: 
         export_model(config)
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
-def test_a_recipe_sets_the_scheme_and_a_compressed_folder_keeps_it(tmp_path: Path, method: Method) -> None:
+def test_a_recipe_sets_the_scheme_and_a_compressed_folder_keeps_it(tmp_path: Path) -> None:
     """Exporting what a recipe wrote is exporting with the recipe."""
-    path = write_recipe(tmp_path, method)
-    config = ExportConfig(TALES, "x86-cpu", out=tmp_path / "small", compress=path)
-    compress_model(config)
+    path = write_recipe(tmp_path, "gptq")
+    compress_model(ExportConfig(TALES, "x86-cpu", out=tmp_path / "small", compress=path))
     direct = export_model(ExportConfig(TALES, "x86-cpu", out=tmp_path / "direct", compress=path))
     later = export_model(ExportConfig(str(tmp_path / "small"), "x86-cpu", out=tmp_path / "later"))
     assert direct.manifest.quantization.scheme == later.manifest.quantization.scheme == "int4-weight"
-    assert direct.manifest.compression == ({"use": "weights-int4", "method": method, "block": 32, "details": {}},)
+    assert direct.manifest.compression == ({"use": "weights-int4", "method": "gptq", "block": 32, "details": {}},)
     assert direct.manifest.quality["against_fp32"]["perplexity_increase_percent"] < 3
     assert direct.manifest.files["model.onnx.data"] == later.manifest.files["model.onnx.data"]
     with pytest.raises(RecipeError, match=r"was compressed with weights-int4.*leave one of them out"):

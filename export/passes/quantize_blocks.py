@@ -3,7 +3,7 @@ blocks, activations as they are.
 
 Cases: 1. MatMul(x, w); 2. Gather(table, input_ids), with a table (vocabulary, hidden). A table that the head reads too
 is stored once: the head's blocks (vocabulary, blocks, bytes) are what `GatherBlockQuantized` reads along the last axis.
-Its zero points would have another layout there, so such matrices, and all tables, are symmetric.
+Zero points would have another layout there, so such matrices, and all tables, are symmetric.
 Not quantized: matrices that `excluded` names, and products whose second factor is computed.
 """
 
@@ -67,6 +67,14 @@ class QuantizeBlocks(GraphPass):
             stored[weight.value] = parts
         return stored[weight.value]
 
+    def _middle(self, model: ir.Model, weight: Weight, scales: ir.Value) -> ir.Value:
+        """Zero points in the middle of the range, one byte for each block. They are what the operator takes when there
+        are none, but kernels for GPUs took 0 (microsoft/onnxruntime#31692). With 4 bits both halves of a byte hold it,
+        so that it does not matter which half is read for a block."""
+        assert scales.shape is not None, "an initializer has a shape"
+        middle = 0x88 if self._quantizer.settings.bits == 4 else 0x80
+        return add_weight(model, f"{weight.name}.middle", np.full((*scales.shape.numpy(), 1), middle, np.uint8))
+
     def _replace_matmul(self, model: ir.Model, matmul: ir.Node, weight: Weight, parts: list[ir.Value]) -> None:
         settings, output = self._quantizer.settings, matmul.outputs[0]
         product = Builder(model, matmul, f"{matmul.name}.blocks")(
@@ -92,6 +100,7 @@ class QuantizeBlocks(GraphPass):
             parts[0],
             gather.inputs[1],
             op("Unsqueeze", parts[1], last),
+            self._middle(model, weight, parts[1]),
             domain=MICROSOFT,
             gather_axis=0,
             quantize_axis=2,
