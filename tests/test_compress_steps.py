@@ -12,7 +12,8 @@ import torch
 
 from edgelm.export.compress.edits import edits_of, replay
 from edgelm.export.compress.folder import Record, load_compressed, write_compressed
-from edgelm.export.compress.steps import Applied, Workbench, step_class
+from edgelm.export.compress.recipe import available_recipes, load_recipe
+from edgelm.export.compress.steps import Applied, Workbench, step_class, step_name
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.quantize import Quantizer
@@ -56,6 +57,19 @@ def test_replayed_edits_take_the_weights(kind: str, use: str, keys: dict[str, An
     again.load_state_dict(applied.state_dict())
     assert torch.equal(logits(again), logits(applied))
     assert again.num_parameters() == applied.num_parameters()
+
+
+def test_ready_recipes_leave_less_and_less() -> None:
+    sizes = []
+    for name in available_recipes():
+        module = tiny_llama(num_hidden_layers=4)
+        for step in load_recipe(name).steps:
+            if step_name(step) in {use for use, _ in STEPS} | {"drop-layers", "skip-attention"}:
+                bench = Workbench(IDS, None, Path(), Path(), 320, print)  # type: ignore[arg-type]
+                step.apply(module, bench)
+        sizes.append(module.num_parameters())
+    assert available_recipes() == ["light", "balanced", "small", "smallest"]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < tiny_llama(num_hidden_layers=4).num_parameters() / 2
 
 
 # ---- prune-structured

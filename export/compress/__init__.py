@@ -4,6 +4,10 @@
     steps.py      what a step is, and which there are; each step is one file, named as the recipe names it
     edits.py      changes of a module's structure, logged in its configuration so that they can be made again
     structure.py  where a module's layers and attention sublayers are
+    linears.py    linear layers, however they are stored; two factors in the place of one
+    units.py      heads and channels, and which rows of which matrix they are
+    influence.py, importance.py   how much a layer, a head or a channel matters
+    selection.py  which layers a step means
     folder.py     a compressed model as a folder of safetensors, written and read
     schedule.py   the keys of steps that train; training.py their loop, checkpoint.py what it goes on from
     simulate.py   the INT8 bundle's products in torch

@@ -125,8 +125,8 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
             keep_units(module, block, units)
         edit(module, "resize", linears=_shapes(module, blocks), attributes=_attributes(module, blocks, kept))
         same = same_logits(expected, probe_logits(module))
-    except (RuntimeError, ValueError, IndexError) as error:  # modeling code that counts on the sizes that were
-        same, reason = False, f": {str(error).splitlines()[0]}"
+    except Exception as error:  # noqa: BLE001, modeling code that counts on the sizes that were fails in its own ways
+        same, reason = False, f" ({error})"
     else:
         reason = ""
     if not same:
