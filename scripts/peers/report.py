@@ -89,11 +89,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows = report["peers"]
     machine = report["machine"]
     conditions = [f"{machine['cpu']} ({', '.join(machine['features'])})", f"{machine['threads']} threads"]
-    conditions += [f"{report['rounds']} rounds", report["date"][:10]]
+    conditions += [f"rounds: {report['rounds']}", report["date"][:10]]
     parts = [f"{', '.join(conditions)}: {_versions(report['versions'])}.\n"]
     if contexts:
         parts.append(
-            "Tokens per second, medians (range):\n\n" + _table(rows, speeds, lambda row, key: _spread(row, key, 0))
+            "Tokens per second, medians (range):\n\n" + _table(rows, speeds, lambda row, key: _spread(row, key, 1))
         )
         parts.append(
             "Start and memory, medians (range):\n\n" + _table(rows, costs, lambda row, key: _spread(row, key, 2))
@@ -145,7 +145,7 @@ def _spread(row: Mapping[str, Any], key: str, digits: int) -> str:
 
 def _number(value: float, digits: int) -> str:
     """Three digits that say something: large figures need no decimals."""
-    return f"{value:,.0f}" if value >= 100 or not digits else f"{value:,.{digits if value < 10 else 1}f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.{digits if value < 10 else 1}f}"
 
 
 def _ratio(row: Mapping[str, Any], key: str) -> str:
