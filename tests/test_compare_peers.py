@@ -77,7 +77,7 @@ def test_best_int8_peer_is_the_fastest_or_the_smallest(found: dict[str, Any]) ->
 
 def test_tables_hold_figures_and_reasons(script: ModuleType, found: dict[str, Any]) -> None:
     text = script.report.markdown(found)
-    assert "A CPU (avx2), 2 threads, 3 rounds, 2026-01-02: onnxruntime-genai 1.2.3." in text
+    assert "A CPU (avx2), 2 threads, rounds: 3, 2026-01-02: onnxruntime-genai 1.2.3." in text
     assert "| edgelm, INT8, INT8 cache | 2,200 (2,000 to 2,400) | 110 (100 to 120) |" in text
     assert "| 0.30 (0.20 to 0.40) |" in text
     assert "- onnxruntime-genai, int8, measurement at 128 tokens: ended by SIGSEGV" in text

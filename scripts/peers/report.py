@@ -89,11 +89,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows = report["peers"]
     machine = report["machine"]
     conditions = [f"{machine['cpu']} ({', '.join(machine['features'])})", f"{machine['threads']} threads"]
-    conditions += [f"{report['rounds']} rounds", report["date"][:10]]
+    conditions += [f"rounds: {report['rounds']}", report["date"][:10]]
     parts = [f"{', '.join(conditions)}: {_versions(report['versions'])}.\n"]
     if contexts:
         parts.append(
-            "Tokens per second, medians (range):\n\n" + _table(rows, speeds, lambda row, key: _spread(row, key, 0))
+            "Tokens per second, medians (range):\n\n" + _table(rows, speeds, lambda row, key: _spread(row, key, 1))
         )
         parts.append(
             "Start and memory, medians (range):\n\n" + _table(rows, costs, lambda row, key: _spread(row, key, 2))
@@ -145,7 +145,7 @@ def _spread(row: Mapping[str, Any], key: str, digits: int) -> str:
 
 def _number(value: float, digits: int) -> str:
     """Three digits that say something: large figures need no decimals."""
-    return f"{value:,.0f}" if value >= 100 or not digits else f"{value:,.{digits if value < 10 else 1}f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.{digits if value < 10 else 1}f}"
 
 
 def _ratio(row: Mapping[str, Any], key: str) -> str:
@@ -177,7 +177,7 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
         ("prefill, tokens/s", [f"prefill_{context}" for context in contexts]),
         ("decode, tokens/s", [f"decode_{context}" for context in contexts]),
         ("load to first token, s", ["first_token_s"]),
-        ("peak memory, MB", [f"peak_mb_{context}" for context in contexts[-1:]]),
+        *((f"peak MB at {context:,}", [f"peak_mb_{context}"]) for context in contexts[-1:]),
     ]
     with mpl.rc_context({"svg.hashsalt": "edgelm", "font.size": 8}):
         figure = Figure(figsize=(13, 0.8 + 0.42 * len(rows)), layout="constrained")
@@ -187,7 +187,9 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
         figure.axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
         figure.axes[0].invert_yaxis()
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.axes[0].legend(handles, labels, title="context", fontsize=7, title_fontsize=7)
+        if handles:
+            labels = [f"{label} tokens of context" for label in labels]
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
