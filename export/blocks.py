@@ -35,8 +35,8 @@ class BlockSettings:
     method: Method = "rtn"
 
 
-# The schemes whose weights are stored like this. 32 is the block that all of onnxruntime's kernels have; docs/weights.md
-# has what it takes and costs.
+# The schemes whose weights are stored like this. 32 is the block that all of onnxruntime's kernels have; what it takes
+# and costs is in docs/weights.md.
 BLOCK_SCHEMES: dict[str, BlockSettings] = {"int8-weight": BlockSettings(8), "int4-weight": BlockSettings(4)}
 
 

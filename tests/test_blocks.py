@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,20 +18,29 @@ from edgelm.export import ExportConfig, export_model
 from edgelm.export.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import compress_model
-from edgelm.export.compress.weights_int4 import WeightsInt4
+from edgelm.export.compress.weights_int4 import WeightsInt4, noted_weights
 from edgelm.export.errors import RecipeError
 from edgelm.export.hessians import collect_hessians
+from edgelm.export.passes import fusing_passes
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.passes.quantize_blocks import QuantizeBlocks
+from edgelm.export.quantize import Quantizer
+from edgelm.export.source import describe_source, find_source, load_module
+from edgelm.export.trace import trace_model
+from edgelm.export.verify import compare_quantized
 from edgelm.runtime import load
 from edgelm.runtime.bundle import GRAPH_NAME, Bundle
+from edgelm.runtime.manifest import CacheType, Model
 from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.session import OrtSession
+from edgelm.targets import load_target
 
-from .conftest import TEXT, tiny_llama
+from .conftest import ROOT, TEXT, tiny_llama
+
+if TYPE_CHECKING:
+    from edgelm.export.compress.steps import Workbench
 
 INPUTS, OUTPUTS = 96, 40
-# A random model loses too much with 4 bits.
-TALES = "builtin:tales"
 
 
 def matrix(seed: int = 0) -> NDArray[np.float32]:
@@ -216,26 +227,103 @@ def test_another_scheme_than_the_recipes_is_refused_before_any_work(tiny_model: 
         export_model(config)
 
 
-def test_a_recipe_sets_the_scheme_and_a_compressed_folder_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "note", ["rtn", {"method": "rtn"}, {"method": "awq", "block": 32}, {"method": "hqq", "block": 1}]
+)
+def test_a_note_that_no_step_wrote_is_refused(note: Any) -> None:
+    model = tiny_llama()
+    assert noted_weights(model) is None
+    model.config.edgelm_weights = note
+    with pytest.raises(RecipeError, match=r"edgelm_weights is .* which no step writes: compress the model again"):
+        noted_weights(model)
+
+
+def test_the_step_stands_once() -> None:
+    model, bench = tiny_llama(), cast("Workbench", None)
+    WeightsInt4("hqq", 64).apply(model, bench)
+    assert noted_weights(model) == BlockSettings(4, 64, "hqq")
+    with pytest.raises(RecipeError, match="weights-int4 was applied to this model before"):
+        WeightsInt4().apply(model, bench)
+
+
+def lax_target(folder: Path) -> str:
+    """The machine's target with a gate that lets through what 4 bits do to random weights."""
+    text = (ROOT / "targets" / "x86-cpu.toml").read_text(encoding="utf-8")
+    for strict, lax in (("percent = 3.0", "percent = 1e9"), ("percent = 97.0", "percent = 0.0")):
+        assert strict in text
+        text = text.replace(strict, lax)
+    path = folder / "lax.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_recipe_sets_the_scheme_and_a_compressed_folder_keeps_it(tiny_model: Path, tmp_path: Path) -> None:
     """Exporting what a recipe wrote is exporting with the recipe."""
-    path = write_recipe(tmp_path, "gptq")
-    compress_model(ExportConfig(TALES, "x86-cpu", out=tmp_path / "small", compress=path))
-    direct = export_model(ExportConfig(TALES, "x86-cpu", out=tmp_path / "direct", compress=path))
-    later = export_model(ExportConfig(str(tmp_path / "small"), "x86-cpu", out=tmp_path / "later"))
+    path, target = write_recipe(tmp_path, "gptq"), lax_target(tmp_path)
+    compress_model(ExportConfig(str(tiny_model), target, out=tmp_path / "small", compress=path))
+    direct = export_model(ExportConfig(str(tiny_model), target, out=tmp_path / "direct", compress=path))
+    later = export_model(ExportConfig(str(tmp_path / "small"), target, out=tmp_path / "later"))
     assert direct.manifest.quantization.scheme == later.manifest.quantization.scheme == "int4-weight"
     assert direct.manifest.compression == ({"use": "weights-int4", "method": "gptq", "block": 32, "details": {}},)
-    assert direct.manifest.quality["against_fp32"]["perplexity_increase_percent"] < 3
     assert direct.manifest.files["model.onnx.data"] == later.manifest.files["model.onnx.data"]
+    plain = export_model(ExportConfig(str(tiny_model), target, "int4-weight", out=tmp_path / "plain"))
+    assert plain.manifest.files["model.onnx.data"] != direct.manifest.files["model.onnx.data"]
     with pytest.raises(RecipeError, match=r"was compressed with weights-int4.*leave one of them out"):
-        export_model(ExportConfig(str(tmp_path / "small"), "x86-cpu", "fp32", out=tmp_path / "other"))
+        export_model(ExportConfig(str(tmp_path / "small"), target, "fp32", out=tmp_path / "other"))
+
+
+@dataclass(frozen=True)
+class Tales:
+    """The fp32 graph of the model that comes with edgelm."""
+
+    graph: Path
+    shape: Model
+    token_ids: list[int]
+
+    def session(self, graph: Path, kv: str) -> OrtSession:
+        return OrtSession(graph, dataclasses.replace(self.shape, kv=CacheType(kv, None)), 1)
+
+
+@pytest.fixture(scope="module")
+def tales(tmp_path_factory: pytest.TempPathFactory) -> Tales:
+    folder = find_source("builtin:tales", None)
+    module = load_module(folder)
+    source = describe_source("builtin:tales", folder, module)
+    traced = trace_model(module)
+    ir.passes.PassManager(fusing_passes(source.context_length))(traced.graph)
+    graph = tmp_path_factory.mktemp("tales") / GRAPH_NAME
+    ir.save(traced.graph, graph, external_data="model.onnx.data")
+    shape = Model(
+        source.vocab_size, source.context_length, source.parameters, traced.layers, CacheType("float32", None)
+    )
+    return Tales(graph, shape, source.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:1000])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activations", "most_percent", "most_bytes"),
+    [
+        ("int8-weight", "float32", 0.6, 3.7e6),
+        ("int4-weight", "float32", 4.0, 2.2e6),
+        ("int8-weight", "float16", 0.6, 3.4e6),
+        ("int4-weight", "float16", 4.0, 1.9e6),
+        ("fp16", "float16", 0.1, 6e6),
+    ],
+)
+def test_what_a_scheme_costs_a_trained_model(
+    *, tales: Tales, tmp_path: Path, scheme: str, activations: str, most_percent: float, most_bytes: float
+) -> None:
+    graph = Quantizer(tales.graph, scheme, 8, {}, activations).quantized()
+    ir.save(graph, tmp_path / GRAPH_NAME, external_data="model.onnx.data")
+    before, after = tales.session(tales.graph, "float32"), tales.session(tmp_path / GRAPH_NAME, activations)
+    found = compare_quantized(before, after, tales.token_ids, 512, load_target("cuda").gate)
+    assert found.perplexity_increase_percent < most_percent
+    assert found.decided_percent > 98
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < most_bytes
 
 
 def test_hessians_are_those_of_the_inputs(tmp_path: Path) -> None:
     """The first norm's output, computed by torch, against what the graph's run collects."""
     import torch
-
-    from edgelm.export.passes import fusing_passes
-    from edgelm.export.trace import trace_model
 
     model = tiny_llama()
     traced = trace_model(model)

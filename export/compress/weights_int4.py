@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..blocks import BLOCK_SCHEMES, BlockSettings, Method
+from ..blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
 from ..errors import RecipeError
 from .steps import Applied, Workbench
 
@@ -40,10 +40,10 @@ def noted_weights(module: PreTrainedModel) -> BlockSettings | None:
     note: Any = getattr(module.config, _KEY, None)
     if note is None:
         return None
-    try:
-        return BlockSettings(BLOCK_SCHEMES[SCHEME].bits, int(note["block"]), note["method"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"config.json: {_KEY} is {note!r}, which no step writes: compress the model again") from error
+    known = isinstance(note, dict) and note.get("method") in METHODS and note.get("block") in BLOCK_SIZES
+    if not known:
+        raise RecipeError(f"config.json: {_KEY} is {note!r}, which no step writes: compress the model again")
+    return BlockSettings(BLOCK_SCHEMES[SCHEME].bits, note["block"], note["method"])
 
 
 def require_agreement(asked: str | None, why: str) -> None:
