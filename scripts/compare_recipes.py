@@ -1,10 +1,11 @@
 """Compare compressed bundles with the one that nothing was left out of, on the reference model of `scripts/bench.py`.
 
-    python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--json FILE]
+    python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--texts FOLDER] [--json FILE]
 
 Each bundle is INT8 and passed the gate of its export. Each round loads every bundle in a fresh process, one after the
 other; the table shows medians, and the median of each round's ratio to the uncompressed bundle. The reference has
-random weights, which decide neither size nor speed; what steps cost in quality is compared on a trained model.
+random weights, which decide neither size nor speed; what steps cost in quality, and what training gives back, is
+compared on a trained model, by `compare_training.py`, whose table follows where --texts names its texts.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each bundle, in alternation (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FOLDER", help="also compare the steps that train, on these texts"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -71,6 +75,10 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"rows": rows, "rounds": rounds}, indent=2) + "\n", encoding="utf-8")
+    if arguments.texts:
+        import compare_training
+
+        compare_training.compare(arguments.texts, compare_training.STEPS)
     broken = [words for found in rows if found["name"] in wanted for words in misses(found, wanted[found["name"]])]
     if broken:
         raise SystemExit("not kept: " + "; ".join(broken))

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from edgelm.runtime.session import make_session
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+STEPS = 100
 _CONTEXT, _CHOOSING, _WINDOW = 1024, 4096, 512
 
 
@@ -169,20 +170,25 @@ def _joined(stories: Sequence[str]) -> str:
     return END_OF_TEXT + END_OF_TEXT.join(stories) + END_OF_TEXT
 
 
+def compare(texts: Path, steps: int, names: Iterable[str] = tuple(COMPARISONS)) -> None:
+    """Print the table of these comparisons."""
+    comparison = Comparison(texts, steps)
+    print(f"{'':44}{'parameters':>12}{'fp32':>10}{'INT8':>10}{'INT8 costs':>11}{'trained in':>10}")
+    comparison.row("builtin:tales", lambda: comparison.source)
+    for name in names:
+        COMPARISONS[name](comparison)
+
+
 def main() -> None:
-    """Print the table."""
+    """Parse, then compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("texts", type=Path, help="folder of the texts")
     parser.add_argument("--only", choices=sorted(COMPARISONS), action="append", help="one of the comparisons")
-    parser.add_argument("--steps", type=int, default=100, help="of each training (100)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    comparison = Comparison(given.texts, given.steps)
-    print(f"{'':44}{'parameters':>12}{'fp32':>10}{'INT8':>10}{'INT8 costs':>11}{'trained in':>10}")
-    comparison.row("builtin:tales", lambda: comparison.source)
-    for name in given.only or COMPARISONS:
-        COMPARISONS[name](comparison)
+    compare(given.texts, given.steps, given.only or COMPARISONS)
 
 
 if __name__ == "__main__":
