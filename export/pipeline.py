@@ -199,8 +199,15 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 
 def _provider(profile: Profile) -> str:
-    """The target's provider, or the CPU's where it is not here, with which a graph can be judged all the same."""
-    return profile.provider if can_start(profile.provider) else providers.CPU
+    """The target's provider; for a GPU that is not here the CPU's, which can judge such a graph all the same.
+
+    Raises: SessionError, for any other that is missing.
+    """
+    if can_start(profile.provider):
+        return profile.provider
+    if profile.provider == providers.CUDA:
+        return providers.CPU
+    raise SessionError(f"onnxruntime has no {profile.provider} here: install the onnxruntime package that has it")
 
 
 def _compress(context: _Context, recipe: Recipe, progress: Progress | None) -> Path:
