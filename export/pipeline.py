@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -60,13 +60,12 @@ from .quantize import Quantizer
 from .repair import Candidate, judge
 from .report import Measurements, build_report, write_report
 from .sensitivity import Sensitivity
-from .source import SourceModel, describe_source, find_source, load_module
+from .source import SourceModel, describe_source, find_source, load_module, token_embedding
 from .stages import Progress, StageRecord, run_stages
 from .tokenizer_check import check_tokenizer
 from .trace import TracedModel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _MEASURED_PROMPT = 128
@@ -248,7 +247,7 @@ def _load(context: _Context) -> None:
 
 def _unusual_tokens(context: _Context, module: PreTrainedModel) -> UnusualTokens:
     """Rows behind the tokenizer's last token are padding, and in nobody's text."""
-    source, embedding = context.source, cast("torch.nn.Embedding", module.get_input_embeddings())
+    source, embedding = context.source, token_embedding(module)
     rows = embedding.weight.detach()[: min(source.vocab_size, len(source.tokenizer))]
     return unusual_tokens(source.tokenizer, source.tokens.bos, rows, context.result)
 

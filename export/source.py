@@ -20,6 +20,7 @@ from .compress.folder import load_compressed, read_record
 from .errors import SourceError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN_PREFIX = "builtin:"
@@ -144,6 +145,19 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
         parameters=module.num_parameters(),
         compression=record.steps if record else (),
     )
+
+
+def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
+    """The table (vocabulary, hidden) that token ids are looked up in. Raises: SourceError."""
+    import torch
+
+    try:
+        found: Any = module.get_input_embeddings()
+    except NotImplementedError:  # a class that was registered with transformers need not tell
+        found = next((item for item in module.modules() if isinstance(item, torch.nn.Embedding)), None)
+    if not isinstance(found, torch.nn.Embedding):
+        raise SourceError(f"{type(module).__name__} looks token ids up in no table: edgelm cannot export it")
+    return found
 
 
 def cache_argument(module: PreTrainedModel) -> str:
