@@ -1,0 +1,116 @@
+"""What the stages of an export hand on to each other, and where they keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..runtime import bundle as names
+from ..runtime import machine, providers
+from ..runtime.manifest import (
+    CacheType,
+    Exclusion,
+    Model,
+)
+from ..runtime.measure import Speed
+from ..runtime.session import Session, make_session
+from ..targets import Profile
+from . import verify
+from .blocks import BlockSettings
+from .cache_gate import CacheAgreement
+from .cache_prompts import UnusualTokens
+from .calibrate import Ranges
+from .config import ExportConfig
+from .paths import PATHS, TracePath
+from .quantize import Quantizer
+from .sensitivity import Sensitivity
+from .source import SourceModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Context:
+    """What the stages hand on. Fields without a default are set by the stage that is named beside them."""
+
+    config: ExportConfig
+    profile: Profile
+    scheme: str
+    folder: Path
+    out: Path
+    work: Path
+    provider: str  # what the quantized graph runs on here: the target's provider, or the CPU's
+    source: SourceModel = field(init=False)  # load
+    module: PreTrainedModel | None = None  # load, until torch has answered
+    text_ids: list[int] = field(init=False)  # load
+    unusual: UnusualTokens = field(init=False)  # load
+    blocks: BlockSettings | None = None  # load: how a compressed model's weights are to be stored
+    kv: str = field(init=False)  # trace
+    paths: Iterator[TracePath] = field(default_factory=lambda: iter(PATHS))
+    path: str = field(init=False)  # trace
+    refusals: list[str] = field(default_factory=list)  # trace, compare with torch
+    shape: Model = field(init=False)  # trace
+    graph: ir.Model | None = None  # trace, until it is written
+    ranges: Ranges = field(default_factory=dict)  # calibrate
+    cache_agreement: CacheAgreement | None = None  # calibrate
+    quantizer: Quantizer = field(init=False)  # quantize
+    source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
+    quantized_agreement: verify.QuantizedAgreement | None = None  # judge
+    sensitivity: tuple[Sensitivity, ...] = ()  # judge
+    excluded: tuple[Exclusion, ...] = ()  # judge
+    speeds: dict[str, Speed] = field(default_factory=dict)  # measure
+    without_genai: str | None = None  # other runtimes: why onnxruntime-genai's files are not there
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the bundle."""
+        return self.work / "bundle"
+
+    @property
+    def reference(self) -> Path:
+        """The scratch folder of the fp32 graph."""
+        return self.work / "fp32"
+
+    @property
+    def answers(self) -> Path:
+        """The scratch folder of answers that others are held against."""
+        return self.work / "answers"
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """In words, what could not be tried on this machine."""
+        wanted = self.profile.provider
+        if self.provider == wanted:
+            return ()
+        return (
+            f"nothing ran on {wanted}, which is not here: the graph was judged, and its speed measured, on "
+            f"{self.provider}",
+        )
+
+    def model(self, kv: str) -> Model:
+        """The manifest's description of the model with a cache of this type."""
+        return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
+
+    @contextmanager
+    def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
+        """The shipping runtime over a graph that was written: the quantized one on the target's provider, if it is
+        here, the fp32 graph and all that is made of it for trial on the CPU."""
+        provider = self.provider if folder == self.result else providers.CPU
+        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [provider])
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def save_graph(graph: ir.Model, folder: Path) -> None:
+    """Write graph and weights. Weights are made one at a time, as they are written. torch's notes on nodes, stack
+    traces with paths of this machine, stay out."""
+    ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    ir.save(graph, folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)

@@ -1,0 +1,142 @@
+"""The stages from a model to a proven fp32 graph: load, trace, fuse, compare with torch.
+
+The fp32 graph is written to a scratch folder, because it is what torch is compared with, what calibrates the cache,
+what the quantized graphs are made of, and what they are judged by.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..runtime import bundle as names
+from ..runtime.errors import SessionError, VerificationError
+from ..runtime.manifest import (
+    CacheType,
+    Model,
+)
+from ..runtime.scoring import DEFAULT_WINDOW
+from ..runtime.tokenizer import Tokenizer
+from . import package, verify
+from .cache_prompts import UnusualTokens, unusual_tokens
+from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
+from .compress.weights_int4 import noted_weights, require_agreement
+from .errors import RecipeError, TraceError
+from .passes import fusing_passes
+from .source import SourceModel, describe_source, load_module, token_embedding
+from .tokenizer_check import check_tokenizer
+from .trace import TracedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from .context import Context, save_graph
+
+
+def load(context: Context) -> None:
+    """The model and its tokenizer, and the text in tokens. Raises: SourceError, RecipeError."""
+    module = load_module(context.folder)
+    context.module, context.source = module, describe_source(context.config.model, context.folder, module)
+    context.blocks = noted_weights(module)
+    if context.blocks is not None:
+        require_agreement(context.config.scheme, f"{context.config.model} was compressed with weights-int4, which")
+        context.scheme = WEIGHTS_SCHEME
+    for folder in (context.result, context.reference, context.answers):
+        folder.mkdir()
+    package.write_tokenizer(context.source.tokenizer, module, context.result)
+    text = context.config.read_text()
+    bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
+    check_tokenizer(context.source.tokenizer, bundled, text)
+    context.text_ids = bundled.encode(text)
+    context.unusual = _unusual_tokens(context, module)
+    # A text that fills no window of the scoring would give figures that say less than they seem to.
+    needed = min(DEFAULT_WINDOW, context.source.context_length)
+    if len(context.text_ids) < needed:
+        raise RecipeError(
+            f"{context.config.text or 'the text that comes with edgelm'} has {len(context.text_ids)} tokens, too few "
+            f"to judge this model by: give a text of {needed} or more with --text"
+        )
+
+
+def _unusual_tokens(context: Context, module: PreTrainedModel) -> UnusualTokens:
+    """Rows behind the tokenizer's last token are padding, and in nobody's text."""
+    source, embedding = context.source, token_embedding(module)
+    rows = embedding.weight.detach()[: min(source.vocab_size, len(source.tokenizer))]
+    return unusual_tokens(source.tokenizer, source.tokens.bos, rows, context.result)
+
+
+def trace(context: Context) -> None:
+    """Trace on the first path, of those that were not tried yet, that the model can go."""
+    if context.module is None:
+        context.module = load_module(context.folder)
+    for name, trace in context.paths:
+        try:
+            traced = trace(context.module)
+        except TraceError as error:
+            context.refusals.append(f"{name}: {error}")
+            continue
+        context.path, context.graph, context.shape = name, traced.graph, _shape(context.source, traced)
+        context.kv = _cache_type(context)
+        return
+    raise TraceError(f"{context.config.model} cannot be exported. " + ". ".join(context.refusals))
+
+
+def _shape(source: SourceModel, traced: TracedModel) -> Model:
+    return Model(
+        vocab_size=source.vocab_size,
+        context_length=source.context_length,
+        parameters=source.parameters,
+        layers=traced.layers,
+        kv=CacheType("float32", None),
+        cache_layout=traced.layout,
+        states=traced.states,
+        step_tokens=traced.step_tokens,
+    )
+
+
+def _cache_type(context: Context) -> str:
+    """What was asked for, else the scheme's default; but only a fused operator can read an INT8 cache."""
+    wanted = context.config.kv or context.profile.kv[context.scheme]
+    if context.shape.cache_layout == "in_place" or wanted == "float32":
+        return wanted
+    if context.profile.activations == "float16":
+        raise TraceError(
+            f"{context.config.model}'s attention is not fused, which float16 activations need: export it for a CPU"
+        )
+    if context.config.kv is not None:
+        raise RecipeError("this model's attention is not fused, so its cache cannot be int8: leave --kv out")
+    return "float32"
+
+
+def fuse(context: Context) -> None:
+    """The graph passes up to the fp32 graph that runs, which is written to the scratch folder."""
+    assert context.graph is not None, "set when the model was traced"
+    ir.passes.PassManager(fusing_passes(context.source.context_length))(context.graph)
+    save_graph(context.graph, context.reference)
+    context.graph = None  # it is read from its file from now on; this one holds on to torch's weights
+
+
+def compare_with_torch(context: Context) -> None:
+    """The trial: a path on which the graph does not answer as torch does is given up for the next one."""
+    while True:
+        answers = _ask_torch(context)
+        try:
+            with context.session(context.reference, "float32") as session:
+                context.source_agreement = verify.compare_with_source(answers, session, context.profile.gate)
+            return
+        except (VerificationError, SessionError) as error:
+            context.refusals.append(f"{context.path}: {error}")
+        trace(context)
+        fuse(context)
+
+
+def _ask_torch(context: Context) -> verify.SourceAnswers:
+    """torch's answers; its weights are let go then, so that the same weights are not in memory twice when onnxruntime
+    loads them. Another path, which few models need, loads them again."""
+    assert context.module is not None, "set when the model was traced"
+    answers = verify.ask_source(context.module, context.text_ids, context.model("float32"), context.answers)
+    # By themselves they would stay: onnxscript's rules for rewriting remember the last graph that they saw.
+    for weight in context.module.parameters():
+        weight.data = weight.new_empty(0)
+    context.module = None
+    return answers
