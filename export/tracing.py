@@ -69,9 +69,9 @@ def trace(context: Context) -> None:
     """Trace on the first path, of those that were not tried yet, that the model can go."""
     if context.module is None:
         context.module = load_module(context.folder)
-    for name, trace in context.paths:
+    for name, take in context.paths:
         try:
-            traced = trace(context.module)
+            traced = take(context.module)
         except TraceError as error:
             context.refusals.append(f"{name}: {error}")
             continue
