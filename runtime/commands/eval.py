@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import TOKENIZER_NAME
-from ..errors import BundleMissingError, PromptError, SettingsError
+from ..errors import BundleMissingError, SettingsError
 from ..evaluate import last_words, read_passages, text_perplexity
 from ..foreign import is_foreign
 from ..manifest import MANIFEST_NAME
 from ..session import Session, open_folder
 from ..tokenizer import Tokenizer
+from .text_file import read_text
 
 SUMMARY = "measure perplexity and LAMBADA accuracy of a bundle or a model"
 _ENTRY_POINTS = "edgelm.models"
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("there is nothing to measure on: give --text or --lambada")
     if arguments.text is None and (arguments.window, arguments.stride) != (None, None):
         raise SettingsError("--window and --stride belong to --text: give both")
-    text = None if arguments.text is None else _read(arguments.text)
+    text = None if arguments.text is None else read_text(arguments.text)
     passages = None if arguments.lambada is None else read_passages(arguments.lambada)
     figures: dict[str, Any] = {"model": arguments.model}
     with _opened(arguments) as (context, tokenizer, session):
@@ -90,12 +91,3 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[int, Tokenizer, Ses
         )
     with next(iter(found)).load()(arguments.model, arguments.threads) as opened:
         yield opened
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read ({error.strerror}): give a text file") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error

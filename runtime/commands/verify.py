@@ -18,6 +18,7 @@ from ..scoring import DEFAULT_WINDOW, perplexity
 from ..session import Session, open_folder
 from ..tokenizer import Tokenizer
 from .folder import add_folder, add_provider
+from .text_file import read_text
 
 SUMMARY = "check a bundle's files and its answers on this machine"
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check digests by loading, exactness under cuts by computing, perplexity on a text if one is given."""
-    text = _read(arguments.text)
+    text = None if arguments.text is None else read_text(arguments.text)
     bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph, provider=arguments.provider)
     manifest = bundle.manifest
     findings: dict[str, Any] = {"digest": manifest.digest, "files": len(manifest.files)}
@@ -92,17 +93,6 @@ def _perplexity(session: Session, bundle: Bundle, text: str) -> dict[str, Any]:
         raise PromptError("the text has fewer than two tokens: give a longer one")
     window = min(DEFAULT_WINDOW, bundle.manifest.model.context_length)
     return dataclasses.asdict(perplexity(session, ids, window))
-
-
-def _read(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read ({error.strerror}): give a text file") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 
 
 def _cut_words(exact: bool, difference: float) -> str:
