@@ -153,7 +153,7 @@ def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
 
     try:
         found: Any = module.get_input_embeddings()
-    except NotImplementedError:  # a class that was registered with transformers need not tell
+    except NotImplementedError:  # transformers guesses by common names; a registered class may have others
         found = next((item for item in module.modules() if isinstance(item, torch.nn.Embedding)), None)
     if not isinstance(found, torch.nn.Embedding):
         raise SourceError(f"{type(module).__name__} looks token ids up in no table: edgelm cannot export it")

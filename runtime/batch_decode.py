@@ -88,7 +88,7 @@ class Batch:
         piece_tokens: int = PIECE_TOKENS,
         prefixes: RowPrefixes | None = None,
     ) -> None:
-        """prefixes: of this session."""
+        """prefixes: those that `session` reads and writes."""
         self._session = session
         self._prefixes = prefixes
         self._context = context_length

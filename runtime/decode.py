@@ -65,7 +65,7 @@ class Sequencer:
     """
 
     def __init__(self, session: Session, piece_tokens: int = PIECE_TOKENS, prefixes: PrefixCache | None = None) -> None:
-        """prefixes: where beginnings of texts are found that the session does not hold any more, of this session."""
+        """prefixes: where beginnings of texts are found that `session` does not hold any more; its own."""
         self._session = session
         self._piece_tokens = piece_tokens
         self._prefixes = prefixes

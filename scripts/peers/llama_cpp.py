@@ -48,7 +48,7 @@ def _write_gguf(model: Path, file: Path, kind: str) -> None:
     def rules(self: object, tokenizer: object) -> str:
         try:
             return str(known(self, tokenizer))
-        except NotImplementedError:
+        except NotImplementedError:  # what it raises for a digest that is not in its list
             return "gpt-2"
 
     words = ["convert_hf_to_gguf.py", str(model), "--outfile", str(file), "--outtype", kind]
