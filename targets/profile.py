@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import platform
 import sys
 import typing
@@ -146,6 +147,9 @@ def _build(cls: type[T], data: dict[str, Any], path: Path, where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
+    # A tolerance that is not a number refuses everything, an infinite one nothing: neither is meant.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TargetError(f"{path}: {where} must be a finite number, found {value}")
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(typing.cast("type[Any]", hint), value, path, f"{where}.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -80,6 +80,12 @@ def test_recipe_that_is_refused(steps: list[dict[str, Any]], words: str) -> None
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_ratio_that_is_no_finite_number_is_refused(value: float) -> None:
+    with pytest.raises(RecipeError, match="ratio must be a finite number"):
+        parse_recipe({"step": [{"use": "prune-structured", "ratio": value}]}, "test", "test.toml")
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean light"):
         load_recipe("ligth")

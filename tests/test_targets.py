@@ -354,3 +354,9 @@ def test_int8_uses_integer_products_that_every_core_has(export_tiny: Callable[..
     operators = {node.op_type for node in model.graph.node}
     assert "MatMulIntegerToFloat" in operators
     assert "MatMulNBits" not in operators
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_tolerance_that_is_no_finite_number_is_refused(tmp_path: Path, value: str) -> None:
+    text = VALID.replace("logit_difference = 1e-4", f"logit_difference = {value}")
+    assert "gate.logit_difference must be a finite number" in refusal(tmp_path, text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise RecipeError(f"{where} must be a list, found {value!r}")
         return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where} must be a finite number, found {value}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
