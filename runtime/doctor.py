@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from . import machine
+from . import kernels, machine
 from .errors import CacheError
 from .home import home
 from .memory import available_bytes
@@ -31,7 +31,7 @@ class Diagnosis:
     """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
 
     target: the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are,
-    in words; extras: name to whether all its packages are installed; home: where caches lie, None without a home.
+    in words; kernels: the compiled ones that are used, None without; extras: name to whether all its packages are installed; home: where caches lie, None without a home.
     """
 
     system: str
@@ -42,6 +42,7 @@ class Diagnosis:
     available_bytes: int
     target: str | None
     int8: str
+    kernels: str | None
     versions: dict[str, str]
     providers: tuple[str, ...]
     extras: dict[str, bool]
@@ -68,6 +69,7 @@ def diagnose() -> Diagnosis:
         available_bytes=available_bytes(),
         target=target,
         int8=_int8_speed(sets),
+        kernels=kernels.identity(),
         versions={
             "python": platform.python_version(),
             "edgelm": importlib.metadata.version("edgelm"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from . import cpuid
+from . import cpuid, kernels
 
 _CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -102,14 +102,16 @@ def processor_name() -> str:
 
 
 def numerics() -> str:
-    """What the last bits of logits depend on beside the bundle: processor, instruction sets, onnxruntime's version.
+    """What the last bits of logits depend on beside the bundle: processor, instruction sets, onnxruntime's version, and
+    the compiled kernels, if there are any.
 
     Two machines that say the same compute the same answers. The version is that of the onnxruntime that is loaded.
     """
     sets = "+".join(sorted(name for name in instruction_sets() if name.startswith(_KERNEL_SETS)))
     sets = sets or platform.processor()
     version = getattr(sys.modules.get("onnxruntime"), "__version__", "none")
-    return f"{platform.machine().lower()} {sets} onnxruntime {version}"
+    parts = (platform.machine().lower(), sets, f"onnxruntime {version}", kernels.identity())
+    return " ".join(part for part in parts if part)
 
 
 def resident_bytes() -> int:

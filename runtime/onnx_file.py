@@ -1,4 +1,5 @@
-"""Which files hold the weights of an ONNX file, read without the onnx package: tensors name files beside the graph.
+"""What an ONNX file says of itself, read without the onnx package: the files with its weights, which tensors name, and
+the operator sets that it uses.
 
 An ONNX file is a protobuf message: fields, each a number and a value, of which some are messages again. Only fields
 on the way to a tensor's `external_data` are entered; everything else, weights above all, is skipped unread.
@@ -7,7 +8,7 @@ on the way to a tensor's `external_data` are entered; everything else, weights a
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import BundleCorruptError, BundleMissingError
@@ -22,6 +23,7 @@ _FIELDS: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
+_OPSET_IMPORT, _DOMAIN = 8, 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -32,14 +34,30 @@ def weight_files(graph: Path) -> list[str]:
 
     Cost: the file's structure is read, not its weights. Raises: BundleMissingError, BundleCorruptError.
     """
+    return sorted(set(_read(graph, lambda data: _locations(data, 0, len(data), "model"))))
+
+
+def domains(graph: Path) -> frozenset[str]:
+    """The operator sets that a graph uses, by their domains; "" is ONNX's own. Cost and errors as `weight_files`."""
+    return frozenset(_read(graph, _imports))
+
+
+def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[str]]) -> list[str]:
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return sorted(set(_locations(data, 0, len(data), "model")))
+            return list(find(data))
     except OSError as error:
         raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
     # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
     except (ValueError, IndexError, RecursionError) as error:
         raise BundleCorruptError(f"{graph} is no ONNX file, or a truncated one: download or export it again") from error
+
+
+def _imports(data: mmap.mmap) -> Iterator[str]:
+    for number, begin, end in _fields(data, 0, len(data)):
+        if number == _OPSET_IMPORT:
+            found = {inner: data[start:stop] for inner, start, stop in _fields(data, begin, end)}
+            yield found.get(_DOMAIN, b"").decode("utf-8")
 
 
 def _locations(data: mmap.mmap, begin: int, end: int, kind: str) -> Iterator[str]:

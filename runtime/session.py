@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import machine
+from . import kernels, machine
 from .batch_session import OrtRowsSession
 from .bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
 from .errors import CacheCorruptError, SessionError, SettingsError
@@ -216,7 +216,9 @@ def open_session(
         _logger.warning("%s", warning)
     weights = [name for name in bundle.manifest.files if name.endswith(".data")]
     bundle.check_files(bundle.manifest.files.keys() - set(weights))
-    prepared = prepared_for(bundle.manifest.digest) if prepare and chosen == CPU else None
+    # Kernels read the weights as they are in the bundle: there is nothing to prepare.
+    wanted = prepare and chosen == CPU and not kernels.serve(bundle.path / GRAPH_NAME)
+    prepared = prepared_for(bundle.manifest.digest) if wanted else None
     if prepared is not None and prepared.is_there():
         session = _open_prepared(bundle, prepared, count)
         if session is not None:
@@ -328,6 +330,8 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: P
         for name, value in _PREPARING.items():
             options.add_session_config_entry(f"session.{name}", value)
     with mapped_errors(f"could not load {graph}", _REPAIR):
+        if providers[0] == CPU and kernels.serve(graph):
+            kernels.register(options, threads)
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     require_used(providers[0], session.get_providers())
     return session

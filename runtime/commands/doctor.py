@@ -40,6 +40,7 @@ def _lines(found: Diagnosis) -> list[tuple[str, str]]:
         ("system", found.system),
         ("processor", f"{found.processor}, {found.threads} threads"),
         ("INT8", f"{found.int8}; {' '.join(found.instruction_sets) or 'no telling instruction sets'}"),
+        ("kernels", found.kernels or "onnxruntime's own"),
         ("memory", f"{found.available_bytes / _GB:,.1f} GB free of {found.memory_bytes / _GB:,.1f} GB"),
         ("models", f"up to about {largest:,.1f} billion parameters in INT8 fit into the free memory"),
         ("target", f"edgelm export MODEL --target {found.target}" if found.target else "none"),

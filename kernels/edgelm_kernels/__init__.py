@@ -1,0 +1,22 @@
+"""Where the compiled operators of edgelm's INT8 bundles are. edgelm finds them by itself; nothing needs to be called."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+_LIBRARY = Path(__file__).parent / "kernels.so"
+
+
+def library() -> Path:
+    """The library that onnxruntime registers (`SessionOptions.register_custom_ops_library`)."""
+    return _LIBRARY
+
+
+def arithmetic() -> str | None:
+    """The instruction sets that the operators use on this processor; None if they have no code for it, and must not be
+    registered. Raises: OSError, if the library cannot be loaded."""
+    tell = ctypes.CDLL(str(_LIBRARY)).edgelm_kernels_arithmetic
+    tell.restype = ctypes.c_char_p
+    name = tell()
+    return None if name is None else name.decode()

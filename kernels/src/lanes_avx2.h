@@ -1,0 +1,110 @@
+// 16 floats, and 32 bytes with their sums of products, in AVX2 with FMA; with AVX-VNNI where that is compiled for.
+#pragma once
+
+#include <immintrin.h>
+
+#include "arithmetic.h"
+
+namespace edgelm {
+namespace {
+
+struct Lanes {
+  __m256 low, high;
+};
+inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Lanes set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+inline __m256 widened(const int8_t* x) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+inline __m256 differences(const int32_t* a, const int32_t* b) {
+  const auto load = [](const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(a), load(b)));
+}
+inline Lanes difference(const int32_t* a, const int32_t* b) { return {differences(a, b), differences(a + 8, b + 8)}; }
+inline Lanes load(const int8_t* x) { return {widened(x), widened(x + 8)}; }
+inline void store(float* y, Lanes x) { _mm256_storeu_ps(y, x.low), _mm256_storeu_ps(y + 8, x.high); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Lanes div(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Lanes min(Lanes a, Lanes b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline Lanes abs(Lanes a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+inline Lanes round(Lanes a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};
+}
+inline __m256 powers(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline Lanes power(Lanes n) { return {powers(n.low), powers(n.high)}; }
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ), y.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ), y.high)};
+}
+inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
+  const __m256i add = _mm256_set1_epi32(offset), low = _mm256_set1_epi32(255);
+  const __m256i a = _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(whole.low), add), low);
+  const __m256i b = _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(whole.high), add), low);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), bytes);
+}
+
+using Bytes = __m256i;
+using Ints = __m256i;
+constexpr int kPanelRows = 2;
+constexpr int kProductRows = 2, kProductVectors = 2;
+
+inline Bytes load_bytes(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+inline void store_bytes(void* y, Bytes x) { _mm256_storeu_si256(static_cast<__m256i*>(y), x); }
+inline Bytes broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+inline Ints zero_ints() { return _mm256_setzero_si256(); }
+inline Ints load_ints(const int32_t* x) { return load_bytes(x); }
+inline void store_ints(int32_t* y, Ints x) { store_bytes(static_cast<void*>(y), x); }
+
+#if defined(__AVXVNNI__)
+constexpr int kOffset = 128;
+// _mm256_dpbusd_avx_epi32, written out: around the intrinsic, GCC moves all sums through memory.
+inline Ints dot(Ints sums, Bytes w, Bytes x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+  return sums;
+}
+#else
+constexpr int kOffset = 0;
+// Pairs are summed in 16 bits, of magnitudes up to 127: 2 * 127 * 127 < 2^15, so nothing saturates.
+inline Ints dot(Ints sums, Bytes w, Bytes x) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+inline int32_t total(Ints x) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
+  const __m256i a = _mm256_unpacklo_epi8(row0, row1), b = _mm256_unpackhi_epi8(row0, row1);
+  const __m256i c = _mm256_unpacklo_epi8(row2, row3), d = _mm256_unpackhi_epi8(row2, row3);
+  quads[0] = _mm256_unpacklo_epi16(a, c), quads[1] = _mm256_unpackhi_epi16(a, c);
+  quads[2] = _mm256_unpacklo_epi16(b, d), quads[3] = _mm256_unpackhi_epi16(b, d);
+}
+
+inline void in_order(Ints sums[4]) {
+  const __m256i a = _mm256_permute2x128_si256(sums[0], sums[1], 0x20);
+  const __m256i b = _mm256_permute2x128_si256(sums[2], sums[3], 0x20);
+  const __m256i c = _mm256_permute2x128_si256(sums[0], sums[1], 0x31);
+  const __m256i d = _mm256_permute2x128_si256(sums[2], sums[3], 0x31);
+  sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+}
+
+}  // namespace
+}  // namespace edgelm

@@ -1,0 +1,101 @@
+// 16 floats, and 64 bytes with their sums of products, in AVX-512 with VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include "arithmetic.h"
+
+namespace edgelm {
+namespace {
+
+using Lanes = __m512;
+inline Lanes zero() { return _mm512_setzero_ps(); }
+inline Lanes set(float x) { return _mm512_set1_ps(x); }
+inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
+inline Lanes difference(const int32_t* a, const int32_t* b) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
+}
+inline Lanes load(const int8_t* x) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+inline void store(float* y, Lanes x) { _mm512_storeu_ps(y, x); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
+inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
+inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
+inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2 to the power of whole numbers in [-126, 127].
+inline Lanes power(Lanes n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+// y where x >= bound, else 0.
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);
+}
+inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
+  const __m512i values = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(offset));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(values));
+}
+
+using Bytes = __m512i;
+using Ints = __m512i;
+constexpr int kOffset = 128;
+constexpr int kPanelRows = 6;
+constexpr int kProductRows = 6, kProductVectors = 4;
+
+inline Bytes load_bytes(const void* x) { return _mm512_loadu_si512(x); }
+inline void store_bytes(void* y, Bytes x) { _mm512_storeu_si512(y, x); }
+inline Bytes broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Ints load_ints(const int32_t* x) { return _mm512_loadu_si512(x); }
+inline void store_ints(int32_t* y, Ints x) { _mm512_storeu_si512(y, x); }
+// _mm512_dpbusd_epi32, written out: around the intrinsic, GCC moves all sums through memory.
+inline Ints dot(Ints sums, Bytes w, Bytes x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+  return sums;
+}
+inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+
+inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
+  const __m512i a = _mm512_unpacklo_epi8(row0, row1), b = _mm512_unpackhi_epi8(row0, row1);
+  const __m512i c = _mm512_unpacklo_epi8(row2, row3), d = _mm512_unpackhi_epi8(row2, row3);
+  quads[0] = _mm512_unpacklo_epi16(a, c), quads[1] = _mm512_unpackhi_epi16(a, c);
+  quads[2] = _mm512_unpacklo_epi16(b, d), quads[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// `interleave` works in parts of 128 bits; their sums of columns, in order: a 4 x 4 transposition of those parts.
+inline void in_order(Ints sums[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44), b = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee);
+  const __m512i c = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44), d = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+  sums[0] = _mm512_shuffle_i32x4(a, c, 0x88), sums[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  sums[2] = _mm512_shuffle_i32x4(b, d, 0x88), sums[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+// y[column * stride_y] = 16 values of column `column` of 16 rows of 16 int8 values.
+#define EDGELM_OWN_TRANSPOSITION
+inline void widen_square(const int8_t* x, size_t stride_x, float* y, size_t stride_y) {
+  __m512i rows[4];  // four rows each, of four words of four values
+  for (int i = 0; i < 4; i++) {
+    const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (4 * i + j) * stride_x)); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
+    rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  for (int word = 0; word < 4; word++) {
+    const __m512i order = _mm512_add_epi32(first, _mm512_set1_epi32(word));
+    const __m512i low = _mm512_permutex2var_epi32(rows[0], order, rows[1]);
+    const __m512i high = _mm512_permutex2var_epi32(rows[2], order, rows[3]);
+    const __m512i words = _mm512_shuffle_i64x2(low, high, 0x44);
+    for (int i = 0; i < 4; i++) {
+      const __m512i values = _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * i), 24);
+      _mm512_storeu_ps(y + (4 * word + i) * stride_y, _mm512_cvtepi32_ps(values));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace edgelm

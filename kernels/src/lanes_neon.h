@@ -1,0 +1,116 @@
+// 16 floats, and 16 bytes with their sums of products, in Arm's Neon; with its dot product where that is compiled for.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "arithmetic.h"
+
+namespace edgelm {
+namespace {
+
+struct Lanes {
+  float32x4_t part[4];
+};
+template <typename Function>
+inline Lanes each(Function function) {
+  return {{function(0), function(1), function(2), function(3)}};
+}
+inline Lanes set(float x) {
+  return each([&](int) { return vdupq_n_f32(x); });
+}
+inline Lanes zero() { return set(0); }
+inline Lanes load(const float* x) {
+  return each([&](int i) { return vld1q_f32(x + 4 * i); });
+}
+inline Lanes difference(const int32_t* a, const int32_t* b) {
+  return each([&](int i) { return vcvtq_f32_s32(vsubq_s32(vld1q_s32(a + 4 * i), vld1q_s32(b + 4 * i))); });
+}
+inline Lanes load(const int8_t* x) {
+  const int8x16_t bytes = vld1q_s8(x);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
+inline void store(float* y, Lanes x) {
+  for (int i = 0; i < 4; i++) vst1q_f32(y + 4 * i, x.part[i]);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return each([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return each([&](int i) { return vmulq_f32(a.part[i], b.part[i]); });
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return each([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return each([&](int i) { return vmaxq_f32(a.part[i], b.part[i]); });
+}
+inline Lanes min(Lanes a, Lanes b) {
+  return each([&](int i) { return vminq_f32(a.part[i], b.part[i]); });
+}
+inline Lanes abs(Lanes a) {
+  return each([&](int i) { return vabsq_f32(a.part[i]); });
+}
+inline Lanes round(Lanes a) {
+  return each([&](int i) { return vrndnq_f32(a.part[i]); });
+}
+inline Lanes power(Lanes n) {
+  return each([&](int i) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.part[i]), vdupq_n_s32(127)), 23));
+  });
+}
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return each([&](int i) {
+    return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x.part[i], bound.part[i]), vreinterpretq_u32_f32(y.part[i])));
+  });
+}
+inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
+  const int32x4_t add = vdupq_n_s32(offset);
+  int16x4_t words[4];
+  for (int i = 0; i < 4; i++) words[i] = vmovn_s32(vaddq_s32(vcvtnq_s32_f32(whole.part[i]), add));
+  const int8x8_t low = vmovn_s16(vcombine_s16(words[0], words[1]));
+  const int8x8_t high = vmovn_s16(vcombine_s16(words[2], words[3]));
+  vst1q_u8(y, vreinterpretq_u8_s8(vcombine_s8(low, high)));
+}
+
+using Bytes = int8x16_t;
+using Ints = int32x4_t;
+constexpr int kOffset = 0;
+constexpr int kPanelRows = 4;
+constexpr int kProductRows = 4, kProductVectors = 1;
+
+inline Bytes load_bytes(const void* x) { return vld1q_s8(static_cast<const int8_t*>(x)); }
+inline void store_bytes(void* y, Bytes x) { vst1q_s8(static_cast<int8_t*>(y), x); }
+inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
+inline Ints zero_ints() { return vdupq_n_s32(0); }
+inline Ints load_ints(const int32_t* x) { return vld1q_s32(x); }
+inline void store_ints(int32_t* y, Ints x) { vst1q_s32(y, x); }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+inline Ints dot(Ints sums, Bytes w, Bytes x) { return vdotq_s32(sums, w, x); }
+#else
+inline Ints dot(Ints sums, Bytes w, Bytes x) {
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+  return vaddq_s32(sums, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(w, x))));
+}
+#endif
+
+inline int32_t total(Ints x) { return vaddvq_s32(x); }
+
+inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
+  const int16x8_t a = vreinterpretq_s16_s8(vzip1q_s8(row0, row1));
+  const int16x8_t b = vreinterpretq_s16_s8(vzip2q_s8(row0, row1));
+  const int16x8_t c = vreinterpretq_s16_s8(vzip1q_s8(row2, row3));
+  const int16x8_t d = vreinterpretq_s16_s8(vzip2q_s8(row2, row3));
+  quads[0] = vreinterpretq_s8_s16(vzip1q_s16(a, c)), quads[1] = vreinterpretq_s8_s16(vzip2q_s16(a, c));
+  quads[2] = vreinterpretq_s8_s16(vzip1q_s16(b, d)), quads[3] = vreinterpretq_s8_s16(vzip2q_s16(b, d));
+}
+
+inline void in_order(Ints*) {}
+
+}  // namespace
+}  // namespace edgelm

@@ -1,0 +1,131 @@
+// What onnxruntime calls when the library is registered: adds the operators of the domain "edgelm" to a session.
+
+#include <cstdlib>
+#include <memory>
+
+#include "attention.h"
+#include "operator.h"
+#include "rowwise_matmul.h"
+
+namespace edgelm {
+namespace {
+
+constexpr const char* kDomain = "edgelm";
+// The session's threads, which onnxruntime does not tell operators; the runtime sets it beside its own option.
+constexpr const char* kThreadsKey = "edgelm.threads";
+
+using Types = std::vector<ONNXTensorElementDataType>;
+
+// An operator as onnxruntime knows it: a table of functions, with what they need behind it.
+struct Definition : OrtCustomOp {
+  const char* name;
+  Types inputs, outputs;
+  size_t required;
+  int threads;
+};
+
+const Definition& of(const OrtCustomOp* op) { return *static_cast<const Definition*>(op); }
+
+template <typename Function>
+OrtStatus* guarded(Function function) noexcept {
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return api->CreateStatus(ORT_FAIL, error.what());
+  }
+}
+
+RowwiseMatMul* make(const Info& info, int threads, RowwiseMatMul*) { return new RowwiseMatMul(info, false, threads); }
+
+struct Transposed : RowwiseMatMul {
+  Transposed(const Info& info, int threads) : RowwiseMatMul(info, true, threads) {}
+};
+Transposed* make(const Info& info, int threads, Transposed*) { return new Transposed(info, threads); }
+Attention* make(const Info& info, int threads, Attention*) { return new Attention(info, threads); }
+
+template <typename Operator>
+Definition* define(const char* name, Types inputs, Types outputs, size_t required, int threads) {
+  auto* op = new Definition{};
+  op->name = name, op->inputs = std::move(inputs), op->outputs = std::move(outputs);
+  op->required = required, op->threads = threads;
+  op->version = kApiVersion;
+  op->GetName = [](const OrtCustomOp* self) { return of(self).name; };
+  op->GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  op->GetInputTypeCount = [](const OrtCustomOp* self) { return of(self).inputs.size(); };
+  op->GetInputType = [](const OrtCustomOp* self, size_t index) { return of(self).inputs[index]; };
+  op->GetInputCharacteristic = [](const OrtCustomOp* self, size_t index) {
+    return index < of(self).required ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  };
+  op->GetOutputTypeCount = [](const OrtCustomOp* self) { return of(self).outputs.size(); };
+  op->GetOutputType = [](const OrtCustomOp* self, size_t index) { return of(self).outputs[index]; };
+  op->GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op->GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+  op->GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+  op->GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op->GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+  op->GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op->GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op->GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  op->CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+    return guarded([&] { *kernel = make(Info(info), of(self).threads, static_cast<Operator*>(nullptr)); });
+  };
+  op->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return guarded([&] {
+      Call call(context);
+      static_cast<const Operator*>(kernel)->compute(call);
+    });
+  };
+  op->KernelDestroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
+  return op;
+}
+
+int threads_of(const OrtSessionOptions* options) {
+  char text[16] = {};
+  size_t size = sizeof text;
+  int there = 0;
+  check(api->HasSessionConfigEntry(options, kThreadsKey, &there));
+  if (there) check(api->GetSessionConfigEntry(options, kThreadsKey, text, &size));
+  const int threads = std::atoi(text);
+  if (threads < 1) throw std::runtime_error(std::string("set the session's option ") + kThreadsKey);
+  return threads;
+}
+
+void add_operators(OrtSessionOptions* options) {
+  constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+  constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  const int threads = threads_of(options);
+  // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
+  OrtCustomOpDomain* domain = nullptr;
+  check(api->CreateCustomOpDomain(kDomain, &domain));
+  const Types product{kFloat, kInt8, kFloat};
+  check(api->CustomOpDomain_Add(domain, define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads)));
+  check(api->CustomOpDomain_Add(domain, define<Transposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads)));
+  const Types attention{kFloat, kFloat, kFloat, kInt8, kInt8, kInt32, kInt32, kFloat, kFloat,
+                        kFloat, kFloat, kFloat, kFloat, kFloat};
+  check(api->CustomOpDomain_Add(
+      domain, define<Attention>("GroupQueryAttention", attention, {kFloat, kInt8, kInt8}, 1, threads)));
+  check(api->AddCustomOpDomain(options, domain));
+}
+
+}  // namespace
+}  // namespace edgelm
+
+extern "C" {
+
+// The instruction sets that the operators use on this processor, or null if they have no implementation for it.
+__attribute__((visibility("default"))) const char* edgelm_kernels_arithmetic() {
+  const edgelm::Arithmetic* found = edgelm::arithmetic();
+  return found == nullptr ? nullptr : found->name;
+}
+
+__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                    const OrtApiBase* base) {
+  edgelm::api = base->GetApi(edgelm::kApiVersion);
+  if (edgelm::api == nullptr) return nullptr;  // older than any onnxruntime that edgelm runs on
+  if (edgelm::arithmetic() == nullptr)
+    return edgelm::api->CreateStatus(ORT_FAIL, "edgelm-kernels has no implementation for this processor");
+  return edgelm::guarded([&] { edgelm::add_operators(options); });
+}
+}

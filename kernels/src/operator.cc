@@ -1,0 +1,90 @@
+#include "operator.h"
+
+namespace edgelm {
+
+const OrtApi* api = nullptr;
+
+void check(OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api->GetErrorMessage(status);
+  api->ReleaseStatus(status);
+  throw std::runtime_error(message);
+}
+
+namespace {
+
+std::vector<int64_t> shape_of(const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(api->GetTensorTypeAndShape(value, &info));
+  size_t rank = 0;
+  OrtStatus* status = api->GetDimensionsCount(info, &rank);
+  std::vector<int64_t> shape(rank);
+  if (status == nullptr) status = api->GetDimensions(info, shape.data(), rank);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  check(status);
+  return shape;
+}
+
+Tensor tensor_of(const OrtValue* value) {
+  if (value == nullptr) return {};
+  void* data = nullptr;
+  check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  return {data, shape_of(value)};
+}
+
+// Whether an attribute is there: a status is the only answer that the interface gives.
+bool is_there(OrtStatus* status) {
+  if (status != nullptr) api->ReleaseStatus(status);
+  return status == nullptr;
+}
+
+}  // namespace
+
+int64_t Info::integer(const char* name, int64_t otherwise) const {
+  int64_t value = 0;
+  return is_there(api->KernelInfoGetAttribute_int64(info_, name, &value)) ? value : otherwise;
+}
+
+float Info::number(const char* name, float otherwise) const {
+  float value = 0;
+  return is_there(api->KernelInfoGetAttribute_float(info_, name, &value)) ? value : otherwise;
+}
+
+std::string Info::text(const char* name, const char* otherwise) const {
+  size_t size = 0;
+  if (!is_there(api->KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return otherwise;
+  std::string value(size, '\0');
+  check(api->KernelInfoGetAttribute_string(info_, name, value.data(), &size));
+  value.resize(size - 1);  // the terminating zero
+  return value;
+}
+
+Tensor Info::constant(size_t index) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(api->KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+  if (!is_constant) throw std::runtime_error("input " + std::to_string(index) + " must be constant");
+  return tensor_of(value);
+}
+
+Tensor Call::input(size_t index) const {
+  const OrtValue* value = nullptr;
+  check(api->KernelContext_GetInput(context_, index, &value));
+  return tensor_of(value);
+}
+
+void* Call::output_data(size_t index, const std::vector<int64_t>& shape) {
+  OrtValue* value = nullptr;
+  check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+  void* data = nullptr;
+  check(api->GetTensorMutableData(value, &data));
+  return data;
+}
+
+float* scratch(int part, size_t floats) {
+  thread_local std::vector<float> memory[2];
+  if (memory[part].size() < floats) memory[part].resize(floats);
+  return memory[part].data();
+}
+
+}  // namespace edgelm

@@ -1,0 +1,148 @@
+#include "rowwise_matmul.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+namespace edgelm {
+
+namespace {
+
+// One value of a row as the bodies scale it: (1 / 127) * scale of the column, in float.
+constexpr float kStep = 1.0f / 127;
+// Rows for which the matrix is read as it stands. For more, arranging it in panels pays.
+constexpr int kMostDirect = 8;
+// Depth of what a thread adds up at least, and columns of a task where columns are shared out.
+constexpr int kLeastDepth = 64;
+constexpr int kTaskColumns = 1024;
+// Panels that are arranged together, in bytes: they stay in the second or third cache.
+constexpr size_t kPanelBytes = 1 << 20;
+// Rows of a task over a panel, and of its sums, which stay in the first cache.
+constexpr int kTaskRows = 96;
+constexpr int kRowsAtOnce = 24;
+
+int pieces(int size, int piece) { return (size + piece - 1) / piece; }
+
+int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
+
+}  // namespace
+
+RowwiseMatMul::RowwiseMatMul(const Info& info, bool transposed, int threads)
+    : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads) {
+  const Tensor weights = info.constant(1), scales = info.constant(2);
+  depth_ = static_cast<int>(weights.shape.at(transposed ? 1 : 0));
+  columns_ = static_cast<int>(weights.shape.at(transposed ? 0 : 1));
+  weights_ = weights.values<int8_t>();
+  scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
+  for (float& scale : scales_) scale *= kStep;
+  corrections_.assign(columns_, 0);
+  if (arithmetic_.offset == 0) return;
+  for (int row = 0; row < (transposed ? columns_ : depth_); row++) {
+    const int8_t* const values = weights_ + static_cast<size_t>(row) * weights.shape[1];
+    if (transposed)
+      corrections_[row] = std::accumulate(values, values + depth_, 0);
+    else
+      std::transform(values, values + columns_, corrections_.begin(), corrections_.begin(), std::plus<int32_t>());
+  }
+  for (int32_t& correction : corrections_) correction *= arithmetic_.offset;
+}
+
+void RowwiseMatMul::compute(Call& call) const {
+  const Tensor input = call.input(0);
+  std::vector<int64_t> shape = input.shape;
+  if (shape.empty() || shape.back() != depth_)
+    throw std::runtime_error("rows of " + std::to_string(depth_) + " values are multiplied, found " +
+                             (shape.empty() ? "none" : std::to_string(shape.back())));
+  shape.back() = columns_;
+  float* const y = call.output<float>(0, shape);
+  const int count = static_cast<int>(std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies()));
+  if (count == 0) return;
+  const size_t stride = padded(depth_, kBlock);
+  float* const memory = scratch(0, count * (stride / sizeof(float) + 1));
+  auto* const values = reinterpret_cast<uint8_t*>(memory + count);
+  call.share(count, count <= kMostDirect ? 1 : threads_, [&](int row, int) {
+    memory[row] = arithmetic_.quantize(input.values<float>() + static_cast<size_t>(row) * depth_, depth_,
+                                       values + row * stride);
+  });
+  const Rows x{values, memory, count, stride};
+  if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
+    by_panels(call, x, y);
+  else if (transposed_)
+    by_columns(call, x, y);
+  else
+    by_depth(call, x, y);
+}
+
+// y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at `begin`.
+void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
+                           float* y) const {
+  for (int i = 0; i < count; i++)
+    arithmetic_.scale(sums + i * stride, corrections_.data() + begin, scales_.data() + begin, x.factors[row + i],
+                      end - begin, y + static_cast<size_t>(row + i) * columns_ + begin);
+}
+
+// Each thread reads one part of the matrix from one end to the other, and the sums, which are integers, are added.
+void RowwiseMatMul::by_depth(Call& call, const Rows& x, float* y) const {
+  const int parts = std::min(threads_, pieces(depth_, kLeastDepth));
+  const int depth = padded(pieces(depth_, parts), kLanes);
+  const size_t stride = padded(columns_, kBlock), own = stride * x.count;
+  int32_t* const sums = integers(scratch(1, own * parts));
+  call.parallel(parts, [&](int part) {
+    const int begin = std::min(part * depth, depth_), count = std::min(depth, depth_ - begin);
+    int32_t* const to = sums + part * own;
+    if (count <= 0)
+      std::fill_n(to, own, 0);
+    else
+      arithmetic_.columns(x.values + begin, x.count, x.stride, weights_ + static_cast<size_t>(begin) * columns_, count,
+                          columns_, to, stride);
+  });
+  for (int part = 1; part < parts; part++)
+    std::transform(sums, sums + own, sums + part * own, sums, std::plus<int32_t>());
+  finish(x, 0, x.count, sums, stride, 0, columns_, y);
+}
+
+void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
+  int32_t* const sums = integers(scratch(1, static_cast<size_t>(threads_) * kTaskColumns * kFewRows));
+  call.share(pieces(columns_, kTaskColumns), threads_, [&](int task, int worker) {
+    const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
+    int32_t* const own = sums + static_cast<size_t>(worker) * kTaskColumns * kFewRows;
+    for (int row = 0; row < x.count; row += kFewRows) {
+      const int count = std::min(kFewRows, x.count - row);
+      arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + static_cast<size_t>(begin) * depth_,
+                       depth_, end - begin, own, kTaskColumns);
+      finish(x, row, count, own, kTaskColumns, begin, end, y);
+    }
+  });
+}
+
+void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
+  const size_t size = static_cast<size_t>(padded(depth_, 4)) * kBlock, sums_size = kRowsAtOnce * kBlock;
+  const int together = std::max(1, static_cast<int>(kPanelBytes / size)), blocks = pieces(columns_, kBlock);
+  const int parts = pieces(x.count, kTaskRows), rows = pieces(x.count, parts);
+  float* const memory = scratch(1, threads_ * sums_size + together * size / sizeof(float));
+  auto* const panels = reinterpret_cast<int8_t*>(memory + threads_ * sums_size);
+  for (int first = 0; first < blocks; first += together) {
+    const int count = std::min(together, blocks - first);
+    call.share(count, threads_, [&](int block, int) {
+      const int begin = (first + block) * kBlock;
+      if (transposed_)
+        arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_, std::min(kBlock, columns_ - begin),
+                              panels + block * size);
+      else
+        arithmetic_.pack_columns(weights_, depth_, columns_, begin, panels + block * size);
+    });
+    call.share(count * parts, threads_, [&](int task, int worker) {
+      const int block = task / parts, begin = (first + block) * kBlock, end = std::min(begin + kBlock, columns_);
+      int32_t* const sums = integers(memory + worker * sums_size);
+      const int stop = std::min((task % parts + 1) * rows, x.count);
+      for (int row = task % parts * rows; row < stop; row += kRowsAtOnce) {
+        const int some = std::min(kRowsAtOnce, stop - row);
+        arithmetic_.panel(x.values + row * x.stride, some, x.stride, panels + block * size, padded(depth_, 4), sums,
+                          kBlock);
+        finish(x, row, some, sums, kBlock, begin, end, y);
+      }
+    });
+  }
+}
+
+}  // namespace edgelm

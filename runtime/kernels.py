@@ -1,0 +1,58 @@
+"""Compiled kernels for the functions that an INT8 graph calls, where the package edgelm-kernels is installed.
+
+A function of the domain `edgelm` has a body of onnxruntime's own operators. If a library of kernels is registered,
+onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way,
+attention on an INT8 cache has not, so that what is cached names the kernels (`identity`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from .onnx_file import domains
+
+# Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
+SWITCH = "EDGELM_KERNELS"
+_PACKAGE = "edgelm_kernels"
+_DOMAIN = "edgelm"
+# How the library learns what `intra_op_num_threads` is: onnxruntime does not tell operators.
+_THREADS_KEY = "edgelm.threads"
+
+
+@functools.cache
+def _arithmetic() -> str | None:
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return None
+    import edgelm_kernels
+
+    found: str | None = edgelm_kernels.arithmetic()
+    return found
+
+
+def identity() -> str | None:
+    """Version and instruction sets of the kernels, which decide the last bits of attention; None if none are used.
+
+    They are left out where the package is not installed, has no code for this processor, or is switched off.
+    """
+    if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
+        return None
+    from importlib.metadata import version
+
+    return f"edgelm-kernels {version('edgelm-kernels')} {_arithmetic()}"
+
+
+def serve(graph: Path) -> bool:
+    """Whether a graph calls functions, and there are kernels for them. Raises: BundleMissingError, BundleCorruptError."""
+    return identity() is not None and _DOMAIN in domains(graph)
+
+
+def register(options: Any, threads: int) -> None:
+    """Add the kernels to the options of a session that computes with so many threads."""
+    import edgelm_kernels
+
+    options.add_session_config_entry(_THREADS_KEY, str(threads))
+    options.register_custom_ops_library(str(edgelm_kernels.library()))
