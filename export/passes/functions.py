@@ -59,8 +59,8 @@ _TEXTS = {
     ROWWISE_MATMUL_TRANSPOSED: f"""{ROWWISE_MATMUL_TRANSPOSED} (x, weight, scales) => (y) {{
         turned = Transpose<perm = [1, 0]>(weight)
         {_ROWWISE % "turned"} }}""",
-    # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Left out: attributes and inputs
-    # that no graph of edgelm has together with such a cache, or seldom; `QuantizeCache` leaves these nodes alone.
+    # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
+    # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
     ATTENTION: f"""{ATTENTION} <{", ".join(ATTENTION_ATTRIBUTES)}> ({_ATTENTION_INPUTS}) => ({_ATTENTION_OUTPUTS}) {{
         {_ATTENTION_OUTPUTS} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
 }
