@@ -81,7 +81,7 @@ def call(model: ir.Model, op: Builder, name: str, *inputs: ir.Value | None, **op
     return op(name, *inputs, domain=EDGELM, **options)
 
 
-def turn_call(model: ir.Model, node: ir.Node, name: str) -> None:
-    """Let a node, or a call, be a call of a function with its inputs, outputs and attributes."""
+def make_call(model: ir.Model, node: ir.Node, name: str) -> None:
+    """Make a node the call of a function, with the inputs, outputs and attributes that it has."""
     define(model, name)
     node.domain, node.op_type = EDGELM, name

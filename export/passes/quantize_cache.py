@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .functions import ATTENTION_ATTRIBUTES, turn_call
+from .functions import ATTENTION_ATTRIBUTES, make_call
 from .graph import ATTENTION, GraphPass, add_weight, nodes_of
 
 _LIMIT = 127
@@ -61,7 +61,7 @@ class QuantizeCache(GraphPass):
                 value.type = ir.TensorType(ir.DataType.INT8)
         attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
         if _is_callable(attention):
-            turn_call(model, attention, ATTENTION)
+            make_call(model, attention, ATTENTION)
 
 
 def _is_callable(attention: ir.Node) -> bool:

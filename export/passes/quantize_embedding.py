@@ -18,7 +18,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from .functions import EDGELM, ROWWISE_MATMUL_TRANSPOSED, turn_call
+from .functions import EDGELM, ROWWISE_MATMUL_TRANSPOSED, make_call
 from .graph import Builder, GraphPass, add_weight, is_weight, lazy_weight, nodes_of, replace_value
 from .linear import Weight
 from .quantize_linears import column_scales, quantize_columns
@@ -70,7 +70,7 @@ def _turn(model: ir.Model, op: Builder, head: ir.Value, matrix: ir.Value) -> Non
     for use in list(head.uses()):
         if use.node.domain == EDGELM:
             use.node.replace_input_with(use.idx, matrix)
-            turn_call(model, use.node, ROWWISE_MATMUL_TRANSPOSED)
+            make_call(model, use.node, ROWWISE_MATMUL_TRANSPOSED)
     if head.uses():
         replace_value(head, op("Transpose", matrix, perm=[1, 0]))
 
