@@ -351,7 +351,7 @@ def test_the_command_explains_a_target(capsys: pytest.CaptureFixture[str]) -> No
 def test_int8_uses_integer_products_that_every_core_has(export_tiny: Callable[..., Path]) -> None:
     """MatMulNBits has no fast kernel on cores without dot product instructions, such as the Raspberry Pi 4's."""
     model = onnx.load(export_tiny() / "model.onnx", load_external_data=False)
-    operators = {node.op_type for node in model.graph.node}
+    operators = {node.op_type for part in (model.graph, *model.functions) for node in part.node}
     assert "MatMulIntegerToFloat" in operators
     assert "MatMulNBits" not in operators
 

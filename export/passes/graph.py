@@ -20,7 +20,7 @@ ATTENTION = "GroupQueryAttention"
 
 
 class GraphPass(ir.passes.InPlacePass):
-    """A pass that edits the model in place by `apply`, and leaves no unused nodes or initializers behind."""
+    """A pass that edits the model in place by `apply`, and leaves nothing unused behind."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = self.apply(model)
@@ -34,8 +34,9 @@ class GraphPass(ir.passes.InPlacePass):
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Drop nodes and initializers that nothing uses, keeping all inputs of the graph."""
+    """Drop nodes, initializers and functions that nothing uses, keeping all inputs of the graph."""
     ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def nodes_of(model: ir.Model, op_type: str, domain: str | None = None) -> Iterator[ir.Node]:

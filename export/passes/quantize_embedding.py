@@ -2,10 +2,11 @@
 
 Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale per
 token:
-1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned. onnxruntime
-   turns it once, at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens'
-   rows are ever read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the
-   matrix would be in memory twice.)
+1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
+   `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it once,
+   at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows are ever
+   read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the matrix would
+   be in memory twice.)
 2. otherwise nothing else reads it.
 A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks for.
 """
@@ -17,6 +18,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from .functions import EDGELM, ROWWISE_MATMUL_TRANSPOSED, make_call
 from .graph import Builder, GraphPass, add_weight, is_weight, lazy_weight, nodes_of, replace_value
 from .linear import Weight
 from .quantize_linears import column_scales, quantize_columns
@@ -47,7 +49,7 @@ class QuantizeEmbedding(GraphPass):
         ids = gather.inputs[1]
         if head is not None:  # case 1: the head was quantized under this name
             matrix, scales = _rows(model, weight, self._limit), model.graph.initializers[f"{weight.name}.scale"]
-            replace_value(head, op("Transpose", matrix, perm=[1, 0]))
+            _turn(model, op, head, matrix)
         else:
             matrix = _rows(model, weight, self._limit)
             scales = add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), self._limit))
@@ -61,6 +63,16 @@ class QuantizeEmbedding(GraphPass):
 def _reads_tokens(gather: ir.Node) -> bool:
     ids = gather.inputs[1]
     return ids is not None and ids.is_graph_input() and gather.attributes.get_int("axis", 0) == 0
+
+
+def _turn(model: ir.Model, op: Builder, head: ir.Value, matrix: ir.Value) -> None:
+    """Let what reads the head's matrix (hidden, vocabulary) read the table's (vocabulary, hidden)."""
+    for use in list(head.uses()):
+        if use.node.domain == EDGELM:
+            use.node.replace_input_with(use.idx, matrix)
+            make_call(model, use.node, ROWWISE_MATMUL_TRANSPOSED)
+    if head.uses():
+        replace_value(head, op("Transpose", matrix, perm=[1, 0]))
 
 
 def _rows(model: ir.Model, weight: Weight, limit: int) -> ir.Value:

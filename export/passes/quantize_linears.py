@@ -5,39 +5,32 @@ Activations, by scheme:
 
 `int8-rowwise`  each row x (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is
                 multiplied by r afterwards. A token's result depends on no other token, so a text may be cut anywhere.
-`int8-tensor`   ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step together.
+                A call of the function `edgelm::RowwiseMatMul` (see `functions`).
+`int8-tensor`   ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step together,
+                with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
 
-An activation that feeds several MatMuls is quantized once. Only ONNX Runtime's own operators are used
-(`QuantizeLinear`, `DynamicQuantizeLinear`, `MatMulIntegerToFloat`).
+An activation that feeds several MatMuls is quantized once: by onnxruntime, where it computes the functions' bodies, and
+here otherwise.
 Not quantized: matrices that `excluded` names, and products whose second factor is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .functions import ROWWISE_MATMUL, call
 from .graph import MICROSOFT, Builder, GraphPass, add_weight, lazy_weight, nodes_of, replace_value, use_domain
 from .linear import Weight, weight_of
 
 ROWWISE = "int8-rowwise"
 TENSOR = "int8-tensor"
-_ACTIVATION_LIMIT = 127
-_ZERO_POINT = 128
 
-
-@dataclass(frozen=True)
-class _Quantized:
-    """A quantized activation: uint8 values, scale, zero point, and for each row what its product is multiplied by."""
-
-    values: ir.Value
-    scale: ir.Value
-    zero_point: ir.Value
-    row_factor: ir.Value | None
+# From a MatMul, the int8 matrix and its scales to the product.
+_Product = Callable[[ir.Model, ir.Node, ir.Value, ir.Value], ir.Value]
 
 
 class QuantizeLinears(GraphPass):
@@ -45,24 +38,23 @@ class QuantizeLinears(GraphPass):
 
     def __init__(self, scheme: str, weight_limit: int, excluded: Collection[str] = ()) -> None:
         """weight_limit: largest magnitude of a weight, 127 or 63; excluded: names of matrices to leave as they are."""
-        self._quantize = {ROWWISE: _by_row, TENSOR: _by_tensor}[scheme]
+        products: dict[str, Callable[[], _Product]] = {ROWWISE: lambda: _by_row, TENSOR: _ByTensor}
+        self._products = products[scheme]
         self._limit = weight_limit
         self._excluded = frozenset(excluded)
 
     def apply(self, model: ir.Model) -> bool:
         use_domain(model, MICROSOFT)
-        activations: dict[ir.Value, _Quantized] = {}
+        product = self._products()
         matrices: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for matmul in nodes_of(model, "MatMul"):
-            weight, source = weight_of(matmul), matmul.inputs[0]
-            if weight is None or source is None or weight.name in self._excluded:
+            weight = weight_of(matmul)
+            if weight is None or weight.name in self._excluded:
                 continue
-            if source not in activations:
-                activations[source] = self._quantize(model, source, Builder(model, matmul, f"{matmul.name}.input"))
             if weight.value not in matrices:
                 matrices[weight.value] = quantized_weight(model, weight, self._limit)
-            _replace(model, matmul, activations[source], *matrices[weight.value])
-        return bool(activations)
+            replace_value(matmul.outputs[0], product(model, matmul, *matrices[weight.value]))
+        return bool(matrices)
 
 
 def column_scales(array: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
@@ -85,40 +77,23 @@ def quantized_weight(model: ir.Model, weight: Weight, limit: int) -> tuple[ir.Va
     return matrix, add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), limit))
 
 
-def _replace(model: ir.Model, matmul: ir.Node, activation: _Quantized, matrix: ir.Value, scales: ir.Value) -> None:
+def _by_row(model: ir.Model, matmul: ir.Node, matrix: ir.Value, scales: ir.Value) -> ir.Value:
     op = Builder(model, matmul, f"{matmul.name}.int8")
-    output = matmul.outputs[0]
-    product = op(
-        "MatMulIntegerToFloat",
-        activation.values,
-        matrix,
-        activation.scale,
-        scales,
-        activation.zero_point,
-        domain=MICROSOFT,
-        like=output,
-    )
-    if activation.row_factor is not None:
-        product = op("Mul", product, activation.row_factor, like=output)
-    replace_value(output, product)
+    return call(model, op, ROWWISE_MATMUL, matmul.inputs[0], matrix, scales, like=matmul.outputs[0])
 
 
-def _by_row(model: ir.Model, source: ir.Value, op: Builder) -> _Quantized:
-    axis = _shared(model, "rowwise.axis", lambda: np.array([-1], np.int64))
-    scale = _shared(model, "rowwise.scale", lambda: np.array(1 / _ACTIVATION_LIMIT, np.float32))
-    zero_point = _shared(model, "rowwise.zero_point", lambda: np.array(_ZERO_POINT, np.uint8))
-    # A row of zeros divides by zero. Whatever uint8 its NaN become, the product is finite, and times 0 it is 0: a guard
-    # would be one more operator for each matrix, 3 % of a decode step of the reference model.
-    largest = op("ReduceMax", op("Abs", source, like=source), axis, keepdims=1)
-    values = op("QuantizeLinear", op("Div", source, largest, like=source), scale, zero_point)
-    return _Quantized(values, scale, zero_point, largest)
+class _ByTensor:
+    """Remembers what it quantized."""
 
+    def __init__(self) -> None:
+        self._activations: dict[ir.Value | None, list[ir.Value]] = {}
 
-def _by_tensor(model: ir.Model, source: ir.Value, op: Builder) -> _Quantized:
-    values, scale, zero_point = op.node("DynamicQuantizeLinear", [source], outputs=3)
-    return _Quantized(values, scale, zero_point, None)
-
-
-def _shared(model: ir.Model, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
-    """An initializer that all nodes share."""
-    return model.graph.initializers.get(name) or add_weight(model, name, make())
+    def __call__(self, model: ir.Model, matmul: ir.Node, matrix: ir.Value, scales: ir.Value) -> ir.Value:
+        source, output = matmul.inputs[0], matmul.outputs[0]
+        if source not in self._activations:
+            op = Builder(model, matmul, f"{matmul.name}.input")
+            self._activations[source] = op.node("DynamicQuantizeLinear", [source], outputs=3)
+        values, scale, zero_point = self._activations[source]
+        op = Builder(model, matmul, f"{matmul.name}.int8")
+        inputs = (values, matrix, scale, scales, zero_point)
+        return op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=output)

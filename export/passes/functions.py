@@ -1,0 +1,87 @@
+"""The functions of the domain `edgelm`: what a graph calls where a kernel of its own may compute.
+
+A call names what is wanted, the function's body in the file says what that is, in operators of onnxruntime alone. Where
+a kernel is registered under the name, onnxruntime takes it; everywhere else it puts the body in place of the call
+before anything is optimized. The texts below are the specification of the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx.parser
+import onnx_ir as ir
+
+from .graph import ATTENTION, MICROSOFT, Builder, use_domain
+
+EDGELM = "edgelm"
+ROWWISE_MATMUL = "RowwiseMatMul"
+ROWWISE_MATMUL_TRANSPOSED = "RowwiseMatMulTransposed"
+ATTENTION_ATTRIBUTES = (
+    "num_heads",
+    "kv_num_heads",
+    "scale",
+    "do_rotary",
+    "local_window_size",
+    "k_quant_type",
+    "v_quant_type",
+    "kv_cache_bit_width",
+)
+
+# x float32 (..., K), weight int8 (K, N), scales float32 (N), y float32 (..., N).
+# The zero point is cast because onnxruntime makes one of equal constants that are int32, and not of those that are
+# uint8: calls that share their x would quantize it once each.
+# A row of zeros divides by zero. Whatever uint8 its NaN become, the product is finite, and times 0 it is 0: a guard
+# would be one more operator for each matrix, 3 % of a decode step of the reference model.
+_ROWWISE = f"""
+    axis = Constant<value_ints = [-1]>()
+    step = Constant<value_float = {1 / 127!r}>()
+    middle = Constant<value_int = 128>()
+    zero_point = Cast<to = {ir.DataType.UINT8.value}>(middle)
+    magnitudes = Abs(x)
+    largest = ReduceMax<keepdims = 1>(magnitudes, axis)
+    shares = Div(x, largest)
+    values = QuantizeLinear(shares, step, zero_point)
+    product = {MICROSOFT}.MatMulIntegerToFloat(values, %s, step, scales, zero_point)
+    y = Mul(product, largest)
+"""
+_ATTENTION_INPUTS = (
+    "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
+    "attention_bias, head_sink, k_scale, v_scale"
+)
+_ATTENTION_OUTPUTS = "output, present_key, present_value"
+_TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
+_PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
+
+_TEXTS = {
+    ROWWISE_MATMUL: f"{ROWWISE_MATMUL} (x, weight, scales) => (y) {{ {_ROWWISE % 'weight'} }}",
+    # weight int8 (N, K).
+    ROWWISE_MATMUL_TRANSPOSED: f"""{ROWWISE_MATMUL_TRANSPOSED} (x, weight, scales) => (y) {{
+        turned = Transpose<perm = [1, 0]>(weight)
+        {_ROWWISE % "turned"} }}""",
+    # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
+    # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
+    ATTENTION: f"""{ATTENTION} <{", ".join(ATTENTION_ATTRIBUTES)}> ({_ATTENTION_INPUTS}) => ({_ATTENTION_OUTPUTS}) {{
+        {_ATTENTION_OUTPUTS} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
+}
+
+
+def define(model: ir.Model, name: str) -> None:
+    """Put a function into a model, unless it is there, in the model's version of ONNX's operators."""
+    use_domain(model, EDGELM)
+    if (EDGELM, name, "") not in model.functions:
+        sets = f'"" : {model.graph.opset_imports[""]}, "{MICROSOFT}" : 1'
+        text = f'<opset_import: [{sets}], domain: "{EDGELM}"> {_TEXTS[name]}'
+        model.functions[EDGELM, name, ""] = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def call(model: ir.Model, op: Builder, name: str, *inputs: ir.Value | None, **options: Any) -> ir.Value:
+    """A call of a function that has one output; options as the builder takes them."""
+    define(model, name)
+    return op(name, *inputs, domain=EDGELM, **options)
+
+
+def make_call(model: ir.Model, node: ir.Node, name: str) -> None:
+    """Make a node the call of a function, with the inputs, outputs and attributes that it has."""
+    define(model, name)
+    node.domain, node.op_type = EDGELM, name

@@ -1,0 +1,223 @@
+"""The functions of the domain edgelm: their bodies are what is documented, and onnxruntime makes of a graph that calls
+them what it makes of one that has the operators in their place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import pytest
+
+from edgelm.export.passes import quantizing_passes
+from edgelm.export.passes.functions import EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
+from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.export.passes.quantize_cache import QuantizeCache
+from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
+from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.session import OrtSession
+
+from .conftest import TEXT
+from .test_passes import (
+    ATTEND,
+    LINEAR,
+    PLAIN,
+    RANDOM,
+    TIED,
+    TOKENS,
+    Array,
+    X,
+    attention_feeds,
+    attention_graph,
+    compute,
+    count,
+    floats,
+    graph,
+    one,
+    projections,
+    quantized_columns,
+    rowwise_reference,
+)
+
+STEPS = [list(TEXT[:37].encode()), [65], list(TEXT[37:90].encode())]
+LARGEST = {"0.key": np.full((1, 16), 4, np.float32), "0.value": np.full((1, 16), 3, np.float32)}
+
+
+def optimized(model: onnx.ModelProto | Path, folder: Path) -> Counter[str]:
+    """The operators of the graph that onnxruntime runs, counted."""
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    made = onnx.load(folder / "optimized.onnx", load_external_data=False)
+    return Counter(f"{node.domain}:{node.op_type}" for node in made.graph.node)
+
+
+def flat(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with the functions' bodies in place of the calls, by onnx's own inliner: as edgelm wrote it before."""
+    return onnx.inliner.inline_local_functions(model)
+
+
+def flat_bundle(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle's graph without functions, over the same weights."""
+    folder.mkdir()
+    (folder / WEIGHTS_NAME).hardlink_to(bundle / WEIGHTS_NAME)
+    onnx.save(flat(onnx.load(bundle / GRAPH_NAME, load_external_data=False)), folder / GRAPH_NAME)
+    return folder / GRAPH_NAME
+
+
+def answers(path: Path, bundle: Path) -> list[Array]:
+    """The logits of several steps, by the runtime."""
+    session = OrtSession(path, Bundle.open(bundle).manifest.model, 1)
+    try:
+        return [session.step(step, len(step)).copy() for step in STEPS]
+    finally:
+        session.close()
+
+
+def quantized(signature: str, body: str, weights: Mapping[str, Array]) -> ir.Model:
+    model = graph(signature, body, weights)
+    for work in quantizing_passes("int8-rowwise", 8, {}):
+        work(model)
+    return model
+
+
+# The products
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
+@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+def test_a_products_body_is_the_documented_arithmetic(name: str, shape: tuple[int, ...]) -> None:
+    weight, x = floats(24, 12), floats(*shape)
+    if len(shape) == 2 and shape[0] > 1:
+        x[0], x[1], x[2] = 0, x[1] * 1000, x[2] * 1e-6
+    if len(shape) == 3:
+        x[0, 1], x[1, 4], x[1, 0] = 0, 0, -x[1, 0] * 300
+    matrix, scales = quantized_columns(weight, 127)
+    stored = matrix if name == ROWWISE_MATMUL else np.ascontiguousarray(matrix.T)
+    axes = ",".join(f"d{axis}" for axis in range(len(shape) - 1))
+    text = f"float[{axes},24] x -> float[{axes},12] y"
+    model = graph(text, f"y = {EDGELM}.{name}(x, w, s)", {"w": stored, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, name)
+    (got,) = compute(model, {"x": x})
+    expected = rowwise_reference(x, weight)
+    zeros = ~x.any(axis=-1)
+    assert not got[zeros].any() and np.isfinite(got).all()
+    assert (np.abs(got - expected) <= 1e-6 * np.abs(expected).max(axis=-1, keepdims=True)).all()
+
+
+def test_products_that_share_their_input_quantize_it_once(tmp_path: Path) -> None:
+    """The queries, keys and values of a model whose matrices could not be merged."""
+    body = "f = MatMul(x, q) g = MatMul(x, k) h = MatMul(x, v) e = Add(f, g) y = Add(e, h)"
+    model = quantized(LINEAR, body, {name: floats(32, 12) for name in "qkv"})
+    assert count(model, ROWWISE_MATMUL) == 3
+    found = optimized(ir.to_proto(model), tmp_path)
+    assert found[f"{MICROSOFT}:MatMulIntegerToFloat"] == found[":Mul"] == 3
+    assert [found[f":{kind}"] for kind in ("Abs", "ReduceMax", "Div", "QuantizeLinear", "Cast")] == [1, 1, 1, 1, 0]
+
+
+def test_a_tied_head_is_turned_when_the_model_is_loaded(tmp_path: Path) -> None:
+    model = quantized(TOKENS, TIED, {"table": floats(40, 32)})
+    call = one(model, ROWWISE_MATMUL_TRANSPOSED)
+    assert [value.name for value in call.inputs[1:] if value is not None] == ["table.rows.int8", "table.scale"]
+    assert [function.name for function in model.functions.values()] == [ROWWISE_MATMUL_TRANSPOSED]
+    assert count(model, "Transpose") == 0
+    assert optimized(ir.to_proto(model), tmp_path)[":Transpose"] == 0
+
+
+def test_a_head_of_the_other_scheme_is_turned_by_an_operator() -> None:
+    model = graph(TOKENS, TIED, {"table": floats(40, 32)})
+    for work in quantizing_passes("int8-tensor", 8, {}):
+        work(model)
+    assert not model.functions
+    assert one(model, "Transpose").inputs[0] is model.graph.initializers["table.rows.int8"]
+    compute(model, {"input_ids": RANDOM.integers(0, 40, (2, 5))})
+
+
+# Attention
+
+
+def attention(extra: str = "") -> ir.Model:
+    """An attention of which inputs in the middle and attributes are left out, with an INT8 cache."""
+    attend = ATTEND.format(out="y", q="q", k="k", v="v").replace("scale=0.3", f"scale=0.3{extra}")
+    model = attention_graph(PLAIN + attend, projections(), inputs=X)
+    QuantizeCache(LARGEST)(model)
+    return model
+
+
+@pytest.mark.parametrize("extra", ["", ", local_window_size=3"])
+def test_attention_is_com_microsofts_operator(extra: str, tmp_path: Path) -> None:
+    model = attention(extra)
+    assert one(model, ATTENTION).domain == EDGELM
+    feeds = attention_feeds()
+    feeds["x"] = floats(1, 5, 32)
+    for side in ("key", "value"):
+        feeds[f"past_key_values.0.{side}"] = RANDOM.integers(-127, 128, (1, 1, 3, 16)).astype(np.int8)
+    got, operators = compute(model, feeds), optimized(ir.to_proto(model), tmp_path)
+    one(model, ATTENTION).domain = MICROSOFT
+    model.functions.clear()
+    for left, right in zip(got, compute(model, feeds), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert operators == optimized(ir.to_proto(model), tmp_path)
+
+
+@pytest.mark.parametrize("extra", [", softcap=30.0", ", smooth_softmax=1", ", do_rotary=0, rotary_interleaved=1"])
+def test_attention_with_an_attribute_of_another_kind_stays(extra: str) -> None:
+    model = attention(extra)
+    assert one(model, ATTENTION).domain == MICROSOFT
+    assert not model.functions
+
+
+@pytest.mark.parametrize("index", [9, 10, 11])
+def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
+    body = PLAIN + ATTEND.format(out="y", q="q", k="k", v="v")
+    model = attention_graph(body, projections(), inputs=X)
+    node = one(model, ATTENTION)
+    node.resize_inputs(12)
+    node.replace_input_with(index, model.graph.inputs[0])
+    QuantizeCache(LARGEST)(model)
+    assert node.domain == MICROSOFT and not model.functions
+
+
+# Bundles
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, {ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, ATTENTION}),
+        ({"kv": "float32"}, {ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED}),
+        ({"scheme": "int8-tensor"}, set()),
+        ({"scheme": "fp32"}, set()),
+    ],
+)
+def test_a_bundle_calls_the_functions_that_it_defines(
+    export_tiny: Callable[..., Path], settings: dict[str, Any], names: set[str]
+) -> None:
+    for graph_name in (GRAPH_NAME, "model.genai.onnx"):
+        model = onnx.load(export_tiny(**settings) / graph_name, load_external_data=False)
+        assert {node.op_type for node in model.graph.node if node.domain == EDGELM} == names
+        assert {(function.domain, function.name) for function in model.functions} == {(EDGELM, name) for name in names}
+        if names:
+            assert "MatMulIntegerToFloat" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv": "float32"}])
+def test_a_graph_without_functions_gives_the_same_bits(
+    export_tiny: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bundles of earlier versions of edgelm have such graphs."""
+    bundle = export_tiny(**settings)
+    plain = flat_bundle(bundle, tmp_path / "flat")
+    found = onnx.load(plain, load_external_data=False)
+    assert not found.functions and EDGELM not in {node.domain for node in found.graph.node}
+    for got, expected in zip(answers(bundle / GRAPH_NAME, bundle), answers(plain, bundle), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert optimized(bundle / GRAPH_NAME, tmp_path) == optimized(plain, tmp_path)
