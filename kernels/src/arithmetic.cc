@@ -2,6 +2,10 @@
 
 #include "arithmetic.h"
 
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -13,31 +17,38 @@ namespace edgelm {
 
 namespace {
 
+// To test, on one processor, what others compute: the name of an implementation that it has too.
+constexpr const char* kChoice = "EDGELM_KERNELS_ARITHMETIC";
+
+// The implementations that run here, the fastest first.
+std::vector<const Arithmetic*> here() {
+  std::vector<const Arithmetic*> found;
 #if defined(__x86_64__)
-bool has_avx_vnni() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  const bool avx_vnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&kAvx512);
+  if (avx_vnni) found.push_back(&kAvxVnni);
+  if (avx2) found.push_back(&kAvx2);
+#elif defined(__aarch64__)
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
+#endif
+    found.push_back(&kNeonDot);  // all of Apple's processors have it
+  found.push_back(&kNeon);
+#endif
+  return found;
 }
 
 const Arithmetic* choose() {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return &kAvx512;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
-  return has_avx_vnni() ? &kAvxVnni : &kAvx2;
+  const char* const name = std::getenv(kChoice);
+  for (const Arithmetic* candidate : here())
+    if (name == nullptr || std::strcmp(name, candidate->name) == 0) return candidate;
+  return nullptr;
 }
-#elif defined(__aarch64__)
-const Arithmetic* choose() {
-#if defined(__linux__)
-  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &kNeonDot : &kNeon;
-#else
-  return &kNeonDot;  // Apple's processors all have it
-#endif
-}
-#else
-const Arithmetic* choose() { return nullptr; }
-#endif
 
 }  // namespace
 

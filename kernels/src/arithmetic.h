@@ -62,8 +62,8 @@ struct Arithmetic {
 
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);
-  // y[i] = x[i] / scales[i], rounded to even, within the range of int8.
-  void (*to_int8)(const float* x, const float* scales, int size, int8_t* y);
+  // y[i] = x[i] * factors[i], rounded to even, within the range of int8.
+  void (*to_int8)(const float* x, const float* factors, int size, int8_t* y);
   // int8 (count, size) to float (size, padded(count)): transposed. Columns beyond count are 0. stride: of the result.
   void (*widen_transposed)(const int8_t* x, int count, int size, float* y, size_t stride);
   // int8 (count, size) to float (count, stride); columns beyond size are 0.

@@ -160,9 +160,9 @@ void rotate(float* x, const float* cosines, const float* sines, int half) {
   }
 }
 
-void to_int8(const float* x, const float* scales, int size, int8_t* y) {
+void to_int8(const float* x, const float* factors, int size, int8_t* y) {
   for (int i = 0; i < size; i++) {
-    const float value = std::nearbyint(x[i] / scales[i]);
+    const float value = std::nearbyint(x[i] * factors[i]);
     y[i] = static_cast<int8_t>(static_cast<int32_t>(value < -128 ? -128 : value > 127 ? 127 : value));
   }
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 
 namespace edgelm {
@@ -35,6 +36,9 @@ Attention::Attention(const Info& info, int threads) : arithmetic_(*arithmetic())
   const Tensor keys = info.constant(12), values = info.constant(13);
   key_scales_.assign(keys.values<float>(), keys.values<float>() + keys.shape.at(0));
   value_scales_.assign(values.values<float>(), values.values<float>() + values.shape.at(0));
+  const auto inverse = [](float scale) { return 1 / scale; };
+  std::transform(key_scales_.begin(), key_scales_.end(), std::back_inserter(key_factors_), inverse);
+  std::transform(value_scales_.begin(), value_scales_.end(), std::back_inserter(value_factors_), inverse);
   per_group_ = heads_ / groups_;
   size_ = static_cast<int>(key_scales_.size()) / groups_;
   width_ = padded(size_, kLanes);
@@ -105,8 +109,8 @@ void Attention::append(const Step& step, int sequence, int row) const {
     const size_t to = ((static_cast<size_t>(sequence) * groups_ + group) * step.capacity + position) * size_;
     const int channel = group * size_;
     rotated(step, position, key.data() + channel);
-    arithmetic_.to_int8(key.data() + channel, key_scales_.data() + channel, size_, step.keys + to);
-    arithmetic_.to_int8(step.value + place + channel, value_scales_.data() + channel, size_, step.values + to);
+    arithmetic_.to_int8(key.data() + channel, key_factors_.data() + channel, size_, step.keys + to);
+    arithmetic_.to_int8(step.value + place + channel, value_factors_.data() + channel, size_, step.values + to);
   }
 }
 

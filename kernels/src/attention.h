@@ -61,6 +61,7 @@ class Attention {
   bool rotary_;
   float scale_;
   std::vector<float> key_scales_, value_scales_;
+  std::vector<float> key_factors_, value_factors_;  // their inverses
 };
 
 }  // namespace edgelm

@@ -3,5 +3,5 @@
 #include "arithmetic_impl.h"
 
 namespace edgelm {
-extern const Arithmetic kAvx2 = implementation("avx2+fma");
+extern const Arithmetic kAvx2 = implementation("avx2");
 }

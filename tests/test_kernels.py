@@ -1,0 +1,258 @@
+"""The compiled kernels beside the bodies of the functions that they stand in for. Skipped where they are not installed
+(pip install ./kernels)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edgelm.export.passes.functions import EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
+from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.runtime import kernels, machine
+from edgelm.runtime.ort import load_onnxruntime
+
+from .test_passes import graph
+
+edgelm_kernels = pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
+pytestmark = pytest.mark.skipif(
+    edgelm_kernels.arithmetic() is None, reason="edgelm-kernels has no code for this processor"
+)
+
+Array = NDArray[Any]
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+
+
+def session(model: ir.Model, with_kernels: bool, threads: int = THREADS) -> Any:
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if with_kernels:
+        kernels.register(options, threads)
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+# The products: bit for bit what the bodies compute
+
+
+def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
+    depth, columns = weight.shape
+    stored = weight if name == ROWWISE_MATMUL else np.ascontiguousarray(weight.T)
+    text = f"float[rows,{depth}] x -> float[rows,{columns}] y"
+    model = graph(text, f"y = {EDGELM}.{name}(x, w, s)", {"w": stored, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, name)
+    return model
+
+
+@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+@settings(max_examples=40, deadline=None)
+@given(
+    depth=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 576])),
+    columns=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 960])),
+    rows=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 23, 24, 25, 97, 200]), min_size=1, max_size=3),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_a_product_has_the_bits_of_its_body(
+    name: str, depth: int, columns: int, rows: list[int], threads: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
+    weight[:, random.integers(columns)] = 127
+    model = product_model(name, weight, random.uniform(1e-4, 1, columns).astype(np.float32))
+    body, kernel = session(model, False), session(model, True, threads)
+    for count in rows:
+        x = (random.normal(size=(count, depth)) * 10.0 ** random.integers(-6, 6, (count, 1))).astype(np.float32)
+        x[random.integers(count)] = 0
+        x[random.integers(count), random.integers(depth)] = 1e4
+        (expected,), (got,) = body.run(None, {"x": x}), kernel.run(None, {"x": x})
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_largest_products_do_not_overflow() -> None:
+    """All values at their limits, in both directions: where a kernel sums in 16 bits, it would show."""
+    weight = np.full((256, 80), 127, np.int8)
+    weight[:, ::2] = -127
+    model = product_model(ROWWISE_MATMUL, weight, np.ones(80, np.float32))
+    x = np.ones((12, 256), np.float32)
+    x[::2] = -1
+    for rows in (1, 12):
+        (expected,), (got,) = (session(model, way).run(None, {"x": x[:rows]}) for way in (False, True))
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_row_of_another_length_is_refused() -> None:
+    model = product_model(ROWWISE_MATMUL, np.ones((8, 4), np.int8), np.ones(4, np.float32))
+    model.graph.inputs[0].shape = ir.Shape(["rows", "depth"])
+    with pytest.raises(Exception, match="rows of 8 values are multiplied, found 9"):
+        session(model, True).run(None, {"x": np.ones((2, 9), np.float32)})
+
+
+# Attention: as close to the bodies as float additions in another order, and the same under any cut
+
+
+class Attention:
+    """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place."""
+
+    def __init__(self, heads: int, groups: int, size: int, *, packed: bool, window: int, rotary: int) -> None:
+        self.groups, self.size, self.packed = groups, size, packed
+        self.widths = (heads * size, groups * size, groups * size)
+        random = np.random.default_rng(heads * 100 + size)
+        angles = random.uniform(0, 6, (1024, max(1, rotary // 2)))
+        scales = [random.uniform(0.01, 0.04, groups * size).astype(np.float32) for _ in range(2)]
+        inputs = [f"float[batch,new,{width}] {name}" for name, width in zip("qkv", self.widths, strict=True)]
+        if packed:
+            inputs = [f"float[batch,new,{sum(self.widths)}] q"]
+        cache = f"int8[batch,{groups},past,{size}]"
+        text = (
+            f"{', '.join(inputs)}, {cache} pk, {cache} pv, int32[batch] lengths, int32 total -> "
+            f"float[batch,new,{heads * size}] y, int8[batch,{groups},all,{size}] key, "
+            f"int8[batch,{groups},all,{size}] value"
+        )
+        attributes = f"num_heads={heads}, kv_num_heads={groups}, scale=0.2, do_rotary={int(rotary > 0)}"
+        attributes += f", local_window_size={window or -1}, kv_cache_bit_width=8"
+        attributes += ', k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL"'
+        rest = "cos, sin, , , , ks, vs" if rotary else ", , , , , ks, vs"
+        body = (
+            f"y, key, value = {EDGELM}.{ATTENTION} <{attributes}> "
+            f"(q, {', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(", ,  ,", ", , ,")
+        )
+        weights = {"ks": scales[0], "vs": scales[1]}
+        if rotary:
+            weights |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+        self.model = graph(text, body, weights, (EDGELM, MICROSOFT))
+        define(self.model, ATTENTION)
+
+    def run(self, inference: Any, x: list[Array], cuts: list[int], capacity: int) -> tuple[Array, list[Array]]:
+        """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values."""
+        batch = len(x[0])
+        cache = [np.zeros((batch, self.groups, capacity, self.size), np.int8) for _ in range(2)]
+        found, begin = [], 0
+        for end in itertools.accumulate(cuts):
+            parts = [np.ascontiguousarray(part[:, begin:end]) for part in x]
+            feeds = dict(zip("qkv", parts, strict=True))
+            if self.packed:
+                feeds = {"q": np.concatenate(parts, axis=-1)}
+            binding = inference.io_binding()
+            feeds |= {"lengths": np.full(batch, end - 1, np.int32), "total": np.array(end, np.int32)}
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            for name, other, buffer in zip(("pk", "pv"), ("key", "value"), cache, strict=True):
+                place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+                binding.bind_input(name, *place)
+                binding.bind_output(other, *place)
+            binding.bind_output("y")
+            inference.run_with_iobinding(binding)
+            found.append(binding.copy_outputs_to_cpu()[-1])
+            begin = end
+        return np.concatenate(found, axis=1), cache
+
+
+SHAPES = [
+    # heads, groups, size, packed, window, rotary
+    (4, 2, 16, True, 0, 16),
+    (9, 3, 64, True, 0, 64),
+    (4, 4, 16, False, 0, 16),
+    (8, 1, 80, False, 0, 32),
+    (6, 2, 48, True, 70, 16),
+    (3, 1, 40, False, 0, 0),
+    (2, 1, 256, True, 5, 0),
+]
+
+
+def values(attention: Attention, batch: int, positions: int) -> list[Array]:
+    random = np.random.default_rng(positions)
+    return [random.normal(size=(batch, positions, width)).astype(np.float32) for width in attention.widths]
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "packed", "window", "rotary"), SHAPES)
+def test_attention_agrees_with_its_body(
+    heads: int, groups: int, size: int, packed: bool, window: int, rotary: int
+) -> None:
+    attention = Attention(heads, groups, size, packed=packed, window=window, rotary=rotary)
+    x = values(attention, 1, 300)
+    body, kernel = (session(attention.model, way) for way in (False, True))
+    cuts = [270, 1, 1, 8, 20]
+    expected, cache = attention.run(body, x, cuts, 320)
+    got, own_cache = attention.run(kernel, x, cuts, 320)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    for left, right in zip(own_cache, cache, strict=True):
+        # A rotation in another order of operations rounds a key the other way now and then.
+        assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "packed", "window", "rotary"), SHAPES)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_attention_has_the_same_bits_under_any_cut(
+    heads: int, groups: int, size: int, packed: bool, window: int, rotary: int, data: st.DataObject
+) -> None:
+    attention = Attention(heads, groups, size, packed=packed, window=window, rotary=rotary)
+    positions, batch = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 3))
+    cuts: list[int] = []
+    while (left := positions - sum(cuts)) > 0:
+        cuts.append(min(left, data.draw(st.sampled_from([1, 2, 3, 7, 12, 64, 128, 250]))))
+    if batch > 1:  # onnxruntime's attention, whose contract this is, wants one token a row behind the first step
+        cuts = [positions - min(3, positions - 1), *[1] * min(3, positions - 1)]
+    x = values(attention, batch, positions)
+    whole, cache = attention.run(session(attention.model, True, 1), [part[:1] for part in x], [positions], 320)
+    got, own_cache = attention.run(session(attention.model, True, data.draw(st.integers(1, 4))), x, cuts, 310)
+    np.testing.assert_array_equal(got[:1], whole)
+    for left, right in zip(own_cache, cache, strict=True):
+        np.testing.assert_array_equal(left[:1, :, :positions], right[:, :, :positions])
+
+
+# Processors
+
+
+def results() -> list[Array]:
+    """Whatever the kernels compute, of one product and one attention."""
+    random = np.random.default_rng(1)
+    weight = random.integers(-127, 128, (100, 150)).astype(np.int8)
+    found = []
+    for name in (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED):
+        inference = session(product_model(name, weight, np.full(150, 0.01, np.float32)), True)
+        found += [
+            inference.run(None, {"x": random.normal(size=(rows, 100)).astype(np.float32)})[0] for rows in (1, 3, 40)
+        ]
+    attention = Attention(4, 2, 48, packed=True, window=0, rotary=48)
+    y, cache = attention.run(session(attention.model, True), values(attention, 1, 200), [150, 1, 49], 256)
+    return [*found, y, *cache]
+
+
+def write_results(path: str) -> None:
+    np.savez(path, *results())
+
+
+def variants() -> list[str]:
+    sets = machine.instruction_sets()
+    every = {"avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx2": "avx2", "asimddp": "asimddp", "asimd": "asimd"}
+    return [name for name, needed in every.items() if needed in sets]
+
+
+@pytest.mark.parametrize("name", variants())
+def test_every_kind_of_processor_gets_the_same_bits(name: str, tmp_path: Path) -> None:
+    """The code for other instruction sets that this processor has too, in a process of its own."""
+    code = f"from tests.test_kernels import write_results; write_results({str(tmp_path / 'found.npz')!r})"
+    environment = {**os.environ, "EDGELM_KERNELS_ARITHMETIC": name}
+    environment.pop(kernels.SWITCH, None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=Path(__file__).parents[1])
+    with np.load(tmp_path / "found.npz") as found:
+        for got, expected in zip(found.values(), results(), strict=True):
+            np.testing.assert_array_equal(got, expected)
