@@ -33,7 +33,9 @@ PEERS = {
     peer.name: peer
     for peer in (
         report.Peer("edgelm-int8", "edgelm, INT8, INT8 cache", "edgelm", "int8", "int8"),
+        report.Peer("edgelm-int8-kernels", "edgelm + kernels, INT8 cache", "edgelm", "int8+kernels", "int8"),
         report.Peer("edgelm-float32", "edgelm, INT8, float32 cache", "edgelm", "float32", "int8"),
+        report.Peer("edgelm-float32-kernels", "edgelm + kernels, float32 cache", "edgelm", "float32+kernels", "int8"),
         report.Peer("genai-int8", "onnxruntime-genai, int8", "genai", "int8", "int8"),
         report.Peer("genai-int4", "onnxruntime-genai, int4", "genai", "int4", "int4"),
         report.Peer("llama.cpp-q8_0", "llama.cpp, Q8_0", "llama_cpp", "q8_0", "int8"),

@@ -1,11 +1,13 @@
-"""edgelm itself, in the environment of the script; variants: the type of the KV cache."""
+"""edgelm itself, in the environment of the script; variants: the type of the KV cache, and whether the compiled kernels
+compute ("int8", "int8+kernels")."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgelm.runtime import Engine
+from edgelm.runtime import Engine, kernels
 from edgelm.runtime import load as load_bundle
 
 FILES = ("model.onnx", "model.onnx.data")
@@ -14,8 +16,16 @@ FILES = ("model.onnx", "model.onnx.data")
 def convert(model: Path, folder: Path, variant: str) -> None:
     from edgelm.export import ExportConfig, export_model
 
-    export_model(ExportConfig(str(model), kv=variant, out=folder))
+    _switch(variant)
+    export_model(ExportConfig(str(model), kv=variant.partition("+")[0], out=folder))
     load_bundle(folder).close()  # prepares the weights, as the first load on a machine does
+
+
+def _switch(variant: str) -> None:
+    wanted = variant.endswith("+kernels")
+    os.environ[kernels.SWITCH] = "on" if wanted else "off"
+    if wanted and kernels.identity() is None:
+        raise RuntimeError("edgelm-kernels is not installed, or not for this processor: pip install ./kernels")
 
 
 class Loaded:
@@ -29,4 +39,5 @@ class Loaded:
 
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
+    _switch(variant)
     return Loaded(load_bundle(folder, threads=threads, response_cache=False, prefix_cache=False))
