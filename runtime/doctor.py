@@ -31,7 +31,8 @@ class Diagnosis:
     """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
 
     target: the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are,
-    in words; kernels: the compiled ones that are used, None without; extras: name to whether all its packages are installed; home: where caches lie, None without a home.
+    in words; kernels: the compiled ones that are used, None without; extras: name to whether all its packages are
+    installed; home: where caches lie, None without a home.
     """
 
     system: str

@@ -46,7 +46,7 @@ def identity() -> str | None:
 
 
 def serve(graph: Path) -> bool:
-    """Whether a graph calls functions, and there are kernels for them. Raises: BundleMissingError, BundleCorruptError."""
+    """Whether a graph calls functions, and kernels are there. Raises: BundleMissingError, BundleCorruptError."""
     return identity() is not None and _DOMAIN in domains(graph)
 
 

@@ -29,13 +29,14 @@ from peers.harness import COLD
 
 CONTEXTS = (128, 1024, 1900)
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "-kernels"
 PEERS = {
     peer.name: peer
     for peer in (
         report.Peer("edgelm-int8", "edgelm, INT8, INT8 cache", "edgelm", "int8", "int8"),
-        report.Peer("edgelm-int8-kernels", "edgelm + kernels, INT8 cache", "edgelm", "int8+kernels", "int8"),
+        report.Peer(f"edgelm-int8{KERNELS}", "edgelm + kernels, INT8 cache", "edgelm", "int8+kernels", "int8"),
         report.Peer("edgelm-float32", "edgelm, INT8, float32 cache", "edgelm", "float32", "int8"),
-        report.Peer("edgelm-float32-kernels", "edgelm + kernels, float32 cache", "edgelm", "float32+kernels", "int8"),
+        report.Peer(f"edgelm-float32{KERNELS}", "edgelm + kernels, float32 cache", "edgelm", "float32+kernels", "int8"),
         report.Peer("genai-int8", "onnxruntime-genai, int8", "genai", "int8", "int8"),
         report.Peer("genai-int4", "onnxruntime-genai, int4", "genai", "int4", "int4"),
         report.Peer("llama.cpp-q8_0", "llama.cpp, Q8_0", "llama_cpp", "q8_0", "int8"),
@@ -135,7 +136,7 @@ class Comparison:
         self.environments.install(peer.adapter)
 
     def _convert(self, peer: report.Peer) -> None:
-        folder = self._work / peer.name
+        folder = self._folder(peer)
         stamp, made_by = folder / "converted.json", self.environments.identity(peer.adapter)
         if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != made_by:
             shutil.rmtree(folder, ignore_errors=True)
@@ -162,9 +163,11 @@ class Comparison:
         return found
 
     def _harness(self, peer: report.Peer, task: str, *words: str) -> str:
-        return self.environments.harness(
-            peer.adapter, [task, peer.adapter, peer.variant], self._work / peer.name, words
-        )
+        return self.environments.harness(peer.adapter, [task, peer.adapter, peer.variant], self._folder(peer), words)
+
+    def _folder(self, peer: report.Peer) -> Path:
+        """A bundle is the same one with kernels and without."""
+        return self._work / peer.name.removesuffix(KERNELS)
 
     def _fail(self, peer: report.Peer, stage: str, error: PeerError) -> None:
         print(f"{peer.name}: {stage} failed: {error}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled kernels, where they are installed, change the last bits: tests ask for them (EDGELM_KERNELS=on for all of them).
+# Compiled kernels, where they are installed, change the last bits: tests ask for them (EDGELM_KERNELS=on for all).
 os.environ.setdefault("EDGELM_KERNELS", "off")
 
 # No test reads or fills the user's own caches; this one serves fixtures that outlive a test.

@@ -60,18 +60,24 @@ def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
     return model
 
 
+SIZES = st.tuples(
+    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 576])),
+    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 960])),
+)
+
+
 @pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
 @settings(max_examples=40, deadline=None)
 @given(
-    depth=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 576])),
-    columns=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 960])),
+    sizes=SIZES,
     rows=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 23, 24, 25, 97, 200]), min_size=1, max_size=3),
     threads=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
 def test_a_product_has_the_bits_of_its_body(
-    name: str, depth: int, columns: int, rows: list[int], threads: int, seed: int
+    name: str, sizes: tuple[int, int], rows: list[int], threads: int, seed: int
 ) -> None:
+    depth, columns = sizes
     random = np.random.default_rng(seed)
     weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
     weight[:, random.integers(columns)] = 127
@@ -110,7 +116,7 @@ def test_a_row_of_another_length_is_refused() -> None:
 class Attention:
     """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place."""
 
-    def __init__(self, heads: int, groups: int, size: int, *, packed: bool, window: int, rotary: int) -> None:
+    def __init__(self, *, heads: int, groups: int, size: int, packed: bool, window: int, rotary: int) -> None:
         self.groups, self.size, self.packed = groups, size, packed
         self.widths = (heads * size, groups * size, groups * size)
         random = np.random.default_rng(heads * 100 + size)
@@ -165,14 +171,13 @@ class Attention:
 
 
 SHAPES = [
-    # heads, groups, size, packed, window, rotary
-    (4, 2, 16, True, 0, 16),
-    (9, 3, 64, True, 0, 64),
-    (4, 4, 16, False, 0, 16),
-    (8, 1, 80, False, 0, 32),
-    (6, 2, 48, True, 70, 16),
-    (3, 1, 40, False, 0, 0),
-    (2, 1, 256, True, 5, 0),
+    {"heads": 4, "groups": 2, "size": 16, "packed": True, "window": 0, "rotary": 16},
+    {"heads": 9, "groups": 3, "size": 64, "packed": True, "window": 0, "rotary": 64},
+    {"heads": 4, "groups": 4, "size": 16, "packed": False, "window": 0, "rotary": 16},
+    {"heads": 8, "groups": 1, "size": 80, "packed": False, "window": 0, "rotary": 32},
+    {"heads": 6, "groups": 2, "size": 48, "packed": True, "window": 70, "rotary": 16},
+    {"heads": 3, "groups": 1, "size": 40, "packed": False, "window": 0, "rotary": 0},
+    {"heads": 2, "groups": 1, "size": 256, "packed": True, "window": 5, "rotary": 0},
 ]
 
 
@@ -181,11 +186,9 @@ def values(attention: Attention, batch: int, positions: int) -> list[Array]:
     return [random.normal(size=(batch, positions, width)).astype(np.float32) for width in attention.widths]
 
 
-@pytest.mark.parametrize(("heads", "groups", "size", "packed", "window", "rotary"), SHAPES)
-def test_attention_agrees_with_its_body(
-    heads: int, groups: int, size: int, packed: bool, window: int, rotary: int
-) -> None:
-    attention = Attention(heads, groups, size, packed=packed, window=window, rotary=rotary)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_agrees_with_its_body(shape: dict[str, int]) -> None:
+    attention = Attention(**shape)
     x = values(attention, 1, 300)
     body, kernel = (session(attention.model, way) for way in (False, True))
     cuts = [270, 1, 1, 8, 20]
@@ -197,13 +200,11 @@ def test_attention_agrees_with_its_body(
         assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
 
 
-@pytest.mark.parametrize(("heads", "groups", "size", "packed", "window", "rotary"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_attention_has_the_same_bits_under_any_cut(
-    heads: int, groups: int, size: int, packed: bool, window: int, rotary: int, data: st.DataObject
-) -> None:
-    attention = Attention(heads, groups, size, packed=packed, window=window, rotary=rotary)
+def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, int], data: st.DataObject) -> None:
+    attention = Attention(**shape)
     positions, batch = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 3))
     cuts: list[int] = []
     while (left := positions - sum(cuts)) > 0:
@@ -231,7 +232,7 @@ def results() -> list[Array]:
         found += [
             inference.run(None, {"x": random.normal(size=(rows, 100)).astype(np.float32)})[0] for rows in (1, 3, 40)
         ]
-    attention = Attention(4, 2, 48, packed=True, window=0, rotary=48)
+    attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48)
     y, cache = attention.run(session(attention.model, True), values(attention, 1, 200), [150, 1, 49], 256)
     return [*found, y, *cache]
 
@@ -242,7 +243,13 @@ def write_results(path: str) -> None:
 
 def variants() -> list[str]:
     sets = machine.instruction_sets()
-    every = {"avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx2": "avx2", "asimddp": "asimddp", "asimd": "asimd"}
+    every = {
+        "avx512_vnni": "avx512_vnni",
+        "avx_vnni": "avx_vnni",
+        "avx2": "avx2",
+        "asimddp": "asimddp",
+        "asimd": "asimd",
+    }
     return [name for name, needed in every.items() if needed in sets]
 
 

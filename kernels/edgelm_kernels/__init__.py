@@ -1,4 +1,4 @@
-"""Where the compiled operators of edgelm's INT8 bundles are. edgelm finds them by itself; nothing needs to be called."""
+"""Where the compiled operators of edgelm's INT8 bundles are. edgelm finds them; nothing needs to be called."""
 
 from __future__ import annotations
 

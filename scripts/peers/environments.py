@@ -128,7 +128,12 @@ class Environments:
         run(command, {**os.environ, **(settings or {})})
 
     def _versions(self, adapter: str) -> dict[str, str]:
-        own = ["edgelm", "onnxruntime", "torch", *(["edgelm-kernels"] if importlib.util.find_spec("edgelm_kernels") else [])]
+        own = [
+            "edgelm",
+            "onnxruntime",
+            "torch",
+            *(["edgelm-kernels"] if importlib.util.find_spec("edgelm_kernels") else []),
+        ]
         names = [package.partition("==")[0] for package in PACKAGES[adapter]] or own
         code = "import json, sys; from importlib.metadata import version; "
         code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
