@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from edgelm.export.passes.graph import ATTENTION, MICROSOFT
 from edgelm.runtime import kernels, machine
 from edgelm.runtime.ort import load_onnxruntime
 
+from .conftest import ROOT
 from .test_passes import graph
 
 edgelm_kernels = pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 Array = NDArray[Any]
 THREADS = 2
+RUNNER = Path(__file__).with_name("run_with_kernels.py")
 
 
 @pytest.fixture(autouse=True)
@@ -222,44 +226,74 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, int], data: 
 # Processors
 
 
-def results() -> list[Array]:
-    """Whatever the kernels compute, of one product and one attention."""
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Products and attentions of several sizes, with inputs, as `run_with_kernels` takes them."""
+    folder = tmp_path_factory.mktemp("cases")
     random = np.random.default_rng(1)
     weight = random.integers(-127, 128, (100, 150)).astype(np.int8)
-    found = []
     for name in (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED):
-        inference = session(product_model(name, weight, np.full(150, 0.01, np.float32)), True)
-        found += [
-            inference.run(None, {"x": random.normal(size=(rows, 100)).astype(np.float32)})[0] for rows in (1, 3, 40)
-        ]
+        save(folder / name, product_model(name, weight, np.full(150, 0.01, np.float32)))
+        for number, rows in enumerate((1, 3, 9, 40)):
+            np.savez(folder / f"{name}.{number}.npz", x=random.normal(size=(rows, 100)).astype(np.float32))
     attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48)
-    y, cache = attention.run(session(attention.model, True), values(attention, 1, 200), [150, 1, 49], 256)
-    return [*found, y, *cache]
+    save(folder / "attention", attention.model)
+    for number, (past, new) in enumerate([(0, 150), (150, 1), (300, 49)]):
+        cache = [random.integers(-127, 128, (1, 2, past, 48)).astype(np.int8) for _ in range(2)]
+        np.savez(
+            folder / f"attention.{number}.npz",
+            q=random.normal(size=(1, new, sum(attention.widths))).astype(np.float32),
+            pk=cache[0],
+            pv=cache[1],
+            lengths=np.array([past + new - 1], np.int32),
+            total=np.array(past + new, np.int32),
+        )
+    return folder
 
 
-def write_results(path: str) -> None:
-    np.savez(path, *results())
+def save(path: Path, model: ir.Model) -> None:
+    path.with_suffix(".onnx").write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def digests(command: Sequence[str], cases: Path, library: Path, arithmetic: str = "") -> str:
+    environment = {**os.environ, **({"EDGELM_KERNELS_ARITHMETIC": arithmetic} if arithmetic else {})}
+    words = [*command, str(cases), str(library)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(list(cases.glob("*.npz")))
+    return done.stdout
 
 
 def variants() -> list[str]:
-    sets = machine.instruction_sets()
-    every = {
-        "avx512_vnni": "avx512_vnni",
-        "avx_vnni": "avx_vnni",
-        "avx2": "avx2",
-        "asimddp": "asimddp",
-        "asimd": "asimd",
-    }
-    return [name for name, needed in every.items() if needed in sets]
+    """The instruction sets that there is code for, and that this processor has."""
+    names = ["avx512_vnni", "avx_vnni", "avx2", "asimddp", "asimd"]
+    return [name for name in names if name in machine.instruction_sets()]
 
 
 @pytest.mark.parametrize("name", variants())
-def test_every_kind_of_processor_gets_the_same_bits(name: str, tmp_path: Path) -> None:
-    """The code for other instruction sets that this processor has too, in a process of its own."""
-    code = f"from tests.test_kernels import write_results; write_results({str(tmp_path / 'found.npz')!r})"
-    environment = {**os.environ, "EDGELM_KERNELS_ARITHMETIC": name}
-    environment.pop(kernels.SWITCH, None)
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=Path(__file__).parents[1])
-    with np.load(tmp_path / "found.npz") as found:
-        for got, expected in zip(found.values(), results(), strict=True):
-            np.testing.assert_array_equal(got, expected)
+def test_every_kind_of_processor_gets_the_same_bits(name: str, cases: Path) -> None:
+    command = [sys.executable, str(RUNNER)]
+    library = edgelm_kernels.library()
+    assert digests(command, cases, library, name) == digests(command, cases, library)
+
+
+@pytest.fixture(scope="session")
+def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels for Arm, compiled here."""
+    compiler, cmake = shutil.which("aarch64-linux-gnu-g++"), shutil.which("cmake")
+    if compiler is None or cmake is None:
+        pytest.skip("no compiler for Arm here: Debian has it as g++-aarch64-linux-gnu, and cmake")
+    folder = tmp_path_factory.mktemp("arm")
+    system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    for words in (["-S", str(ROOT / "kernels"), "-B", str(folder), *system], ["--build", str(folder)]):
+        subprocess.run([cmake, *words], check=True, capture_output=True)
+    return folder / "kernels.so"
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path, arm_library: Path) -> None:
+    machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is not here")
+    if not machines.is_ready():
+        pytest.skip("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
+    emulated = digests(machines.command(cpu, str(RUNNER)), cases, arm_library)
+    assert emulated == digests([sys.executable, str(RUNNER)], cases, edgelm_kernels.library())

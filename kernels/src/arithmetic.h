@@ -64,6 +64,7 @@ struct Arithmetic {
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);
   // y[i] = x[i] * factors[i], rounded to even, within the range of int8.
   void (*to_int8)(const float* x, const float* factors, int size, int8_t* y);
+  // Both ask for the memory behind x, as much as x is, which is read next.
   // int8 (count, size) to float (size, padded(count)): transposed. Columns beyond count are 0. stride: of the result.
   void (*widen_transposed)(const int8_t* x, int count, int size, float* y, size_t stride);
   // int8 (count, size) to float (count, stride); columns beyond size are 0.

@@ -17,11 +17,6 @@ constexpr int kTileRows = 48;
 // Up to so many rows of a group of heads work is shared out by chunks: there are too few tiles for all threads.
 constexpr int kFewTileRows = 24;
 
-// Ask for memory that is read soon, while something else is computed.
-void prefetch(const int8_t* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
-}
-
 }  // namespace
 
 Attention::Attention(const Info& info, int threads) : arithmetic_(*arithmetic()), threads_(threads) {
@@ -150,9 +145,6 @@ void Attention::attend(const Step& step, const Tile& tile, int chunk, const floa
   const int count = std::min(kChunk, first + tile.positions - begin);
   float *const keys = memory, *const values = keys + kChunk * size_, *const scores = values + kChunk * width_;
   const size_t place = ((static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity + begin) * size_;
-  const size_t next = static_cast<size_t>(std::clamp(step.capacity - begin - kChunk, 0, kChunk)) * size_;
-  prefetch(step.keys + place + kChunk * size_, next);
-  prefetch(step.values + place + kChunk * size_, next);
   arithmetic_.widen_transposed(step.keys + place, count, size_, keys, kChunk);
   arithmetic_.widen(step.values + place, count, size_, values, width_);
   arithmetic_.product(q, width_, rows, size_, keys, kChunk, padded(count, kLanes), scores, kChunk);
@@ -227,7 +219,7 @@ void Attention::by_chunks(Call& call, const Step& step) const {
   const size_t query = static_cast<size_t>(rows) * width_, own = query + most * state_floats(rows);
   float* const memory = scratch(1, tiles * own + threads_ * chunk_floats(rows));
   for (int i = 0; i < tiles; i++) queries(step, tile_of(i), memory + i * own);
-  // A thread's chunks follow one another: the next ones are on their way from memory.
+  // A thread's chunks follow one another: while one is widened, the next one is on its way from memory.
   const int tasks = tiles * most, workers = std::min(threads_, tasks);
   call.parallel(workers, [&](int worker) {
     for (int task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {

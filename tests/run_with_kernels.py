@@ -1,0 +1,35 @@
+"""Compute graphs with a library of kernels in a process of its own: on another processor, or with other code on this.
+
+python run_with_kernels.py FOLDER LIBRARY
+
+FOLDER holds NAME.onnx, and NAME.0.npz, NAME.1.npz, ... with inputs; of each, all outputs are printed as a digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+THREADS = 2
+
+
+def main(folder: Path, library: str) -> None:
+    for path in sorted(folder.glob("*.onnx")):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = THREADS
+        options.add_session_config_entry("edgelm.threads", str(THREADS))
+        options.register_custom_ops_library(library)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for inputs in sorted(folder.glob(f"{path.stem}.*.npz")):
+            with np.load(inputs) as feeds:
+                found = session.run(None, dict(feeds))
+            print(inputs.name, hashlib.sha256(b"".join(array.tobytes() for array in found)).hexdigest())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
