@@ -75,9 +75,9 @@ def main() -> None:
         print(json.dumps(measure(arguments.worker, arguments.threads)))
         return
     model = arguments.work / "model"
+    exported = {kv: export_all(arguments.work, model, kv) for kv in CACHES}
     rows, rounds, broken = [], {}, []
-    for kv in CACHES:
-        bundles, wanted = export_all(arguments.work, model, kv)
+    for kv, (bundles, wanted) in exported.items():
         rounds[kv] = measure_all(bundles, arguments.rounds, arguments.threads)
         found = [row(name, kv, bundles, rounds[kv]) for name in bundles]
         rows += found
