@@ -34,20 +34,35 @@ def measure_speed(session: Session, token_ids: Sequence[int], steps: int = 32, r
     token_ids: the prompt; its values do not matter for speed. Leaves the session empty. A session that chooses tokens
     itself does so, as in greedy decoding.
     """
-    step = session.likeliest if isinstance(session, PicksTokens) else session.step
     prefills, decodes = [], []
     for _ in range(repeats + 1):
-        session.rewind(0)
-        started = time.perf_counter()
-        for begin in range(0, len(token_ids), PIECE_TOKENS):
-            step(token_ids[begin : begin + PIECE_TOKENS])
-        prefills.append(time.perf_counter() - started)
-        for _ in range(steps):
-            # A recurrence cannot go back, and its steps cost the same at any length.
-            if session.can_rewind(len(token_ids)):
-                session.rewind(len(token_ids))
-            started = time.perf_counter()
-            step(token_ids[-1:])
-            decodes.append(time.perf_counter() - started)
+        prefills.append(time_prompt(session, token_ids))
+        decodes += [time_step(session, token_ids) for _ in range(steps)]
     session.rewind(0)
     return Speed(len(token_ids), statistics.median(prefills[1:]), statistics.median(decodes[steps:]))
+
+
+def time_prompt(session: Session, token_ids: Sequence[int]) -> float:
+    """Feed a prompt, in pieces, to a session that forgets what it held. Returns seconds."""
+    session.rewind(0)
+    started = time.perf_counter()
+    for begin in range(0, len(token_ids), PIECE_TOKENS):
+        _step(session, token_ids[begin : begin + PIECE_TOKENS])
+    return time.perf_counter() - started
+
+
+def time_step(session: Session, token_ids: Sequence[int]) -> float:
+    """Decode one token on top of the prompt that `time_prompt` fed, and of no step before. Returns seconds."""
+    # A recurrence cannot go back, and its steps cost the same at any length.
+    if session.can_rewind(len(token_ids)):
+        session.rewind(len(token_ids))
+    started = time.perf_counter()
+    _step(session, token_ids[-1:])
+    return time.perf_counter() - started
+
+
+def _step(session: Session, token_ids: Sequence[int]) -> None:
+    if isinstance(session, PicksTokens):
+        session.likeliest(token_ids)
+    else:
+        session.step(token_ids)

@@ -2,10 +2,13 @@
 
     python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--texts FOLDER] [--json FILE]
 
-Each bundle is INT8 and passed the gate of its export. Each round loads every bundle in a fresh process, one after the
-other; the table shows medians, and the median of each round's ratio to the uncompressed bundle. The reference has
-random weights, which decide neither size nor speed; what steps cost in quality, and what training gives back, is
-compared on a trained model, by `compare_training.py`, whose table follows where --texts names its texts.
+Each bundle is INT8 and passed the gate of its export; bundles with one type of cache are compared with each other. A
+round is a fresh process that opens them all and decodes with each in turn, a few steps at a time: what else the machine
+does then weighs on all alike. A round's ratio is the median over the turns of the steps' time against the uncompressed
+bundle's of the same turn; the table shows medians of the rounds, with the least and the largest ratio.
+
+The reference has random weights, which decide neither size nor speed; what steps cost in quality, and what training
+gives back, is compared on a trained model, by `compare_training.py`, whose table follows where --texts names its texts.
 """
 
 from __future__ import annotations
@@ -22,55 +25,63 @@ from typing import Any
 from bench import prepare
 
 CONTEXTS = (128, 1900)
+CACHES = ("int8", "float32")
 UNCOMPRESSED = "uncompressed"
+_TURNS, _STEPS = 60, 6
+# The first steps of a turn find the bundle before in the processor's caches, and its threads not yet at rest.
+_SETTLING = 2
+
+# By bundle and context: seconds of a step, the median of each turn.
+Round = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe as text; least: the smallest ratio of decoding speed that each context promises; kv: the share of the
-    cache's bytes that may stay."""
+    """A recipe as text; least: the smallest ratio of decoding speed that each context promises, with an INT8 cache; kv:
+    the share of the cache's bytes that may stay; caches: the types that it is compared with."""
 
     recipe: str
     least: dict[int, float]
     kv: float
+    caches: tuple[str, ...] = ("int8",)
 
 
 def cases(layers: int) -> dict[str, Case]:
     """What is compared, for a model of so many layers."""
     return {
+        # A float32 cache too: attention takes more of a step there.
         "skip half of attention": Case(
-            f'[[step]]\nuse = "skip-attention"\nlast = {layers // 2}\n', {128: 1.15, 1900: 1.35}, 0.5
+            f'[[step]]\nuse = "skip-attention"\nlast = {layers // 2}\n', {128: 1.15, 1900: 1.35}, 0.5, CACHES
         ),
         "drop a third of layers": Case(f'[[step]]\nuse = "drop-layers"\nlast = {layers // 3}\n', {128: 1.35}, 2 / 3),
     }
 
 
 def main() -> None:
-    """Parse, then measure all (or, in a child process, one bundle). Exit status 1 where a promise is not kept."""
+    """Parse, then measure all (or, in a child process, one round). Exit status 1 where a promise is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench"), help="folder for models and bundles, kept for the next run"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each bundle, in alternation (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="processes that measure all bundles (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument(
         "--texts", type=Path, metavar="FOLDER", help="also compare the steps that train, on these texts"
     )
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(measure(arguments.worker, arguments.threads)))
         return
-    model, whole = arguments.work / "model", arguments.work / "bundle-int8"
-    prepare(model, whole, "int8")
-    wanted = cases(layers_of(model))
-    bundles = {UNCOMPRESSED: whole}
-    for name, case in wanted.items():
-        bundles[name] = arguments.work / f"compressed-{name.replace(' ', '-')}"
-        export(model, case.recipe, bundles[name])
-    rounds = measure_all(bundles, arguments.rounds, arguments.threads)
-    rows = [row(name, folder, whole, rounds) for name, folder in bundles.items()]
+    model = arguments.work / "model"
+    exported = {kv: export_all(arguments.work, model, kv) for kv in CACHES}
+    rows, rounds, broken = [], {}, []
+    for kv, (bundles, wanted) in exported.items():
+        rounds[kv] = measure_all(bundles, arguments.rounds, arguments.threads)
+        found = [row(name, kv, bundles, rounds[kv]) for name in bundles]
+        rows += found
+        broken += [words for one in found if one["name"] in wanted for words in misses(one, wanted[one["name"]])]
     print_table(rows)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +90,6 @@ def main() -> None:
         import compare_training
 
         compare_training.compare(arguments.texts, compare_training.STEPS)
-    broken = [words for found in rows if found["name"] in wanted for words in misses(found, wanted[found["name"]])]
     if broken:
         raise SystemExit("not kept: " + "; ".join(broken))
 
@@ -89,7 +99,18 @@ def layers_of(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
 
 
-def export(model: Path, recipe: str, bundle: Path) -> None:
+def export_all(work: Path, model: Path, kv: str) -> tuple[dict[str, Path], dict[str, Case]]:
+    """The bundles with this type of cache by name, the uncompressed one first, and the cases that they are of."""
+    bundles = {UNCOMPRESSED: work / f"bundle-{kv}"}
+    prepare(model, bundles[UNCOMPRESSED], kv)
+    wanted = {name: case for name, case in cases(layers_of(model)).items() if kv in case.caches}
+    for name, case in wanted.items():
+        bundles[name] = work / f"compressed-{name.replace(' ', '-')}-{kv}"
+        export(model, case.recipe, bundles[name], kv)
+    return bundles, wanted
+
+
+def export(model: Path, recipe: str, bundle: Path, kv: str) -> None:
     """Compress and export, unless an earlier run did. The gate of the export judges the result."""
     if (bundle / "manifest.json").is_file():
         return
@@ -98,53 +119,68 @@ def export(model: Path, recipe: str, bundle: Path) -> None:
     path = bundle.with_suffix(".toml")
     path.write_text(recipe, encoding="utf-8")
     print(f"exporting {bundle}", file=sys.stderr)
-    export_model(ExportConfig(str(model), kv="int8", compress=str(path), out=bundle))
+    export_model(ExportConfig(str(model), kv=kv, compress=str(path), out=bundle))
 
 
-def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[dict[str, dict[str, float]]]:
-    """What each round measured, by the bundles' names."""
+def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[Round]:
+    """What each round measured."""
     found = []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        found.append({name: _in_process(folder, threads) for name, folder in bundles.items()})
+        found.append(dict(zip(bundles, _in_process(list(bundles.values()), threads), strict=True)))
     return found
 
 
-def measure(bundle: Path, threads: int) -> dict[str, float]:
-    """Decoding speed of a bundle at each context."""
-    from edgelm.runtime.measure import measure_speed
+def measure(bundles: list[Path], threads: int) -> list[dict[str, list[float]]]:
+    """Seconds of a step of each bundle at each context: the median of each turn."""
+    from edgelm.runtime.measure import time_prompt, time_step
     from edgelm.runtime.session import open_folder
 
-    opened, session = open_folder(bundle, threads)
-    ids = [7 * i % opened.manifest.model.vocab_size for i in range(max(CONTEXTS))]
-    speeds = {str(context): measure_speed(session, ids[:context], repeats=2) for context in CONTEXTS}
-    session.close()
-    return {context: speed.decode_tokens_per_s for context, speed in speeds.items()}
+    opened = [open_folder(folder, threads) for folder in bundles]
+    sessions = [session for _, session in opened]
+    ids = [7 * i % opened[0][0].manifest.model.vocab_size for i in range(max(CONTEXTS))]
+    found: list[dict[str, list[float]]] = [{str(context): [] for context in CONTEXTS} for _ in sessions]
+    for context in CONTEXTS:
+        for session in sessions:
+            time_prompt(session, ids[:context])
+        for turn in range(_TURNS):
+            # There and back, so that none always comes after the same one.
+            for index in range(len(sessions)) if turn % 2 == 0 else reversed(range(len(sessions))):
+                times = [time_step(sessions[index], ids[:context]) for _ in range(_STEPS)]
+                found[index][str(context)].append(statistics.median(times[_SETTLING:]))
+    for session in sessions:
+        session.close()
+    return found
 
 
-def row(name: str, folder: Path, whole: Path, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """The figures of a bundle beside those of the whole one, of the same rounds."""
-    own, other = (_sizes(path) for path in (folder, whole))
-    speeds = {str(c): statistics.median(found[name][str(c)] for found in rounds) for c in CONTEXTS}
-    ratios = {
-        str(c): statistics.median(found[name][str(c)] / found[UNCOMPRESSED][str(c)] for found in rounds)
-        for c in CONTEXTS
-    }
+def row(name: str, kv: str, bundles: dict[str, Path], rounds: list[Round]) -> dict[str, Any]:
+    """The figures of a bundle beside those of the whole one with the same type of cache."""
+    own, other = (_sizes(bundles[one]) for one in (name, UNCOMPRESSED))
+    ratios = {str(c): [_ratio(found[UNCOMPRESSED][str(c)], found[name][str(c)]) for found in rounds] for c in CONTEXTS}
     return {
         "name": name,
+        "kv": kv,
         **own,
         "kv_ratio": own["kv_bytes_per_token"] / other["kv_bytes_per_token"],
-        "decode_tokens_per_s": speeds,
-        "decode_ratio": ratios,
+        "decode_tokens_per_s": {
+            str(c): 1 / statistics.median(statistics.median(found[name][str(c)]) for found in rounds) for c in CONTEXTS
+        },
+        "decode_ratio": {context: statistics.median(values) for context, values in ratios.items()},
+        "decode_ratio_from_to": {context: [min(values), max(values)] for context, values in ratios.items()},
     }
+
+
+def _ratio(whole: list[float], own: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(whole, own, strict=True))
 
 
 def misses(found: dict[str, Any], case: Case) -> list[str]:
     """The promises that a row does not keep, in words."""
+    least = case.least if found["kv"] == "int8" else {}
     slow = [
-        f"{found['name']}: {found['decode_ratio'][str(context)]:.2f} times the speed at {context}, not {least}"
-        for context, least in case.least.items()
-        if found["decode_ratio"][str(context)] < least
+        f"{found['name']}: {found['decode_ratio'][str(context)]:.2f} times the speed at {context}, not {ratio}"
+        for context, ratio in least.items()
+        if found["decode_ratio"][str(context)] < ratio
     ]
     large = [f"{found['name']}: {found['kv_ratio']:.3f} of the cache"] if found["kv_ratio"] > case.kv else []
     return slow + large
@@ -152,11 +188,21 @@ def misses(found: dict[str, Any], case: Case) -> list[str]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a bundle."""
-    print(f"{'':26}{'MB':>9}{'KV bytes/token':>17}" + "".join(f"{f'tokens/s at {c}':>26}" for c in CONTEXTS))
+    print(
+        f"{'':26}{'cache':>9}{'MB':>8}{'KV bytes/token':>16}" + "".join(f"{f'tokens/s at {c}':>28}" for c in CONTEXTS)
+    )
     for found in rows:
-        speeds = [f"{found['decode_tokens_per_s'][str(c)]:.1f} ({found['decode_ratio'][str(c)]:.2f})" for c in CONTEXTS]
         size, cache = found["bytes"] / 1e6, found["kv_bytes_per_token"]
-        print(f"{found['name']:26}{size:>9.1f}{cache:>17,}" + "".join(f"{speed:>26}" for speed in speeds))
+        speeds = "".join(f"{_speed(found, str(context)):>28}" for context in CONTEXTS)
+        print(f"{found['name']:26}{found['kv']:>9}{size:>8.1f}{cache:>16,}{speeds}")
+
+
+def _speed(found: dict[str, Any], context: str) -> str:
+    speed, ratio = found["decode_tokens_per_s"][context], found["decode_ratio"][context]
+    if found["name"] == UNCOMPRESSED:
+        return f"{speed:.1f}"
+    low, high = found["decode_ratio_from_to"][context]
+    return f"{speed:.1f} ({ratio:.2f}; {low:.2f}-{high:.2f})"
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -168,9 +214,11 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {"bytes": bundle.total_bytes(), "kv_bytes_per_token": cache}
 
 
-def _in_process(bundle: Path, threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", str(bundle), "--threads", str(threads)]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def _in_process(bundles: list[Path], threads: int) -> list[dict[str, list[float]]]:
+    command = [sys.executable, __file__, "--threads", str(threads), "--worker", *map(str, bundles)]
+    result: list[dict[str, list[float]]] = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    )
     return result
 
 

@@ -227,6 +227,18 @@ def test_shared_matrices_are_one(value: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(module)) and again.num_parameters() == module.num_parameters()
 
 
+def test_same_weights_are_the_same_file_each_time(tmp_path: Path) -> None:
+    """Its bytes, with many matrices of several names; and its mode, which is that of the files beside it."""
+    module = tiny_llama(num_hidden_layers=4)
+    apply(module, "share-weights", every=2)
+    folders = [tmp_path / str(index) for index in range(4)]
+    for folder in folders:
+        folder.mkdir()
+        write(module, folder)
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    assert len({path.stat().st_mode for path in folders[0].iterdir()}) == 1
+
+
 def write(module: Any, folder: Path) -> None:
     """A compressed folder of a module."""
     from transformers import AutoTokenizer

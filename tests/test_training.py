@@ -212,10 +212,9 @@ def test_a_step_learns_repeats_itself_and_leaves_the_module_alone(
 
 
 def test_training_lowers_the_loss(bench: Workbench) -> None:
-    for index, step in enumerate((Recover(**{**QUICK, "steps": 40}), QuantizationAware(**{**QUICK, "steps": 40}))):
-        details = step.apply(tiny_llama(), replace(bench, checkpoints=bench.checkpoints / str(index))).details
-        assert details["last-loss"] < details["first-loss"] - 1
-        assert details["tokens"] == 40 * 2 * 32
+    details = Recover(**{**QUICK, "steps": 40}).apply(tiny_llama(), bench).details
+    assert details["last-loss"] < details["first-loss"] - 1
+    assert details["tokens"] == 40 * 2 * 32
 
 
 def test_lora_trains_few_weights_and_changes_the_linear_layers_alone(bench: Workbench) -> None:
@@ -467,6 +466,20 @@ def test_one_of_several_processes_writes(tiny_model: Path, tmp_path: Path, monke
 
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+def test_tuning_brings_int8_nearer_to_the_model_as_it_came(bench: Workbench) -> None:
+    """On a text that it was not tuned on."""
+    settings: dict[str, Any] = {**QUICK, "steps": 20, "learning_rate": 1e-4, "weight_bits": 7}
+    module = tiny_llama()
+    tuned = QuantizationAware(**settings).apply(module, bench).module
+    ids = torch.tensor([list(b"What the cat saw in the garden was a very small house with a red door.")])
+
+    def divergence(student: Any) -> float:
+        with torch.no_grad(), Int8(student, 7):
+            return float(distillation(module, 1.0, 1.0)(student, ids))
+
+    assert divergence(tuned) < 0.8 * divergence(tiny_llama())
 
 
 def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..errors import SourceError
 from ..package import write_json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD_NAME = "compression.json"
@@ -46,14 +48,27 @@ def without_figures(step: dict[str, Any]) -> dict[str, Any]:
 
 def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, folder: Path) -> None:
     """Fill an empty folder. Raises: OSError."""
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     tokenizer.save_pretrained(folder)
     module.config.save_pretrained(folder)
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
-    save_model(module, str(folder / _WEIGHTS_NAME), metadata={"format": "pt"})
+    save_file(_tensors(module), folder / _WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(folder / RECORD_NAME, {"version": _VERSION, **dataclasses.asdict(record)})
+    # safetensors makes its file readable for the owner only.
+    shutil.copymode(folder / RECORD_NAME, folder / _WEIGHTS_NAME)
+
+
+def _tensors(module: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By name, each once, under the first of its names.
+
+    safetensors' own `save_model` also notes the other names, in an order that no two runs share.
+    """
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor.detach().contiguous()))
+    return dict(found.values())
 
 
 def read_record(folder: Path) -> Record | None:

@@ -1,5 +1,9 @@
-"""`quantization-aware`: a short training in which every matrix product is computed as the INT8 bundle will compute it,
-so that the weights settle where rounding costs least (Jacob et al., arXiv 1712.05877)."""
+"""`quantization-aware`: a short training in which every matrix product is computed as the INT8 bundle will compute it
+(Jacob et al., arXiv 1712.05877), towards the answers that the model gives without rounding (LLM-QAT, arXiv 2305.17888).
+
+The text's own tokens are not learned: a model that knows the text would learn it by heart, which costs it more on other
+texts than rounding does.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ class QuantizationAware(Schedule):
     """See `Schedule`; the scheme is int8-rowwise. learning_rate: lower than elsewhere, the model is good already;
     weight_bits: as the target's profile says, 8 or 7."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-5
     weight_bits: int = 8
 
     def __post_init__(self) -> None:
@@ -34,13 +38,18 @@ class QuantizationAware(Schedule):
         import copy
 
         from .simulate import Int8
-        from .training import next_token, train
+        from .training import distillation, train
 
         student = copy.deepcopy(module)
+        # It rounds products with the student's weights alone, and its teacher, the module as it came, has others.
         int8 = Int8(student, self.weight_bits)
+        divergence = distillation(module, temperature=1.0, alpha=1.0)
 
         def loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
             with int8:
-                return next_token(model, rows)
+                return divergence(model, rows)
 
-        return Applied(student, train(self, student, student, loss, bench))
+        try:
+            return Applied(student, train(self, student, student, loss, bench))
+        finally:
+            module.cpu()  # a teacher goes where the student is trained
