@@ -1,20 +1,27 @@
 """Instructions for each token, counted on emulated Arm cores: a stand-in for speed that no other process disturbs.
 
-Debian's QEMU has no plugins, so this builds one from its source, with the plugin that counts instructions.
+Debian's QEMU has no plugins, so this builds one from its source, and `counting.c`, the plugin that counts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from .. import bench
 from . import machines
 
+SCHEMES = ("int8-rowwise", "int8-weight", "int4-weight", "int8-tensor", "fp32")
+# Of 30 layers and 49,152 tokens: the same proportions, and neither loading nor exporting takes long.
+PART = 5
+_DECODED, _PROMPT = 4, 32
 _FOLDER = machines.FOLDER / "qemu"
-_TARGETS = ("qemu-aarch64", "tests/tcg/plugins/libinsn.so")
+_QEMU, _PLUGIN = _FOLDER / "build" / "qemu-aarch64", _FOLDER / "counting.so"
 _HEADERS = [
     "libglib2.0-dev",
     "libglib2.0-dev-bin",
@@ -26,55 +33,60 @@ _HEADERS = [
 ]
 _CONFIGURE = ["--target-list=aarch64-linux-user", "--without-default-features", "--enable-plugins", "--disable-system"]
 _CONFIGURE += ["--disable-tools", "--disable-docs", "--disable-guest-agent", "--disable-install-blobs"]
-_STEPS = Path(__file__).with_name("steps.py")
-_PRODUCTS = Path(__file__).with_name("products.py")
-_CORES = ("cortex-a72", "cortex-a76", "neoverse-v1")
-
-
-def report_products() -> None:
-    """Print instructions for one product of a row with a matrix of 576 x 1,536, in thousands, for each way and core."""
-    build()
-    from . import kernels
-
-    for core in _CORES:
-        for name, graph in kernels.write(_FOLDER / "products").items():
-            once, often = (count(core, str(_PRODUCTS), str(graph), times) for times in ("1", "101"))
-            print(f"  {core:12} {name:14} {(often - once) / 100 / 1e3:9.0f} thousand a product", flush=True)
+_SOURCE, STEPS = (Path(__file__).with_name(name) for name in ("counting.c", "steps.py"))
 
 
 def report(bundles: dict[str, Path]) -> None:
-    """Print instructions for a token of decoding and of a prompt, in millions, for each scheme and core."""
+    """Print instructions for a token of decoding and of a prompt, in millions, for each core and scheme."""
     build()
-    for core in _CORES:
+    for core in (core.cpu for core in machines.CORES.values() if core.architecture == "aarch64"):
         for scheme, bundle in bundles.items():
             decode, prompt = per_token(core, bundle)
             print(f"  {core:12} {scheme:14} decode {decode / 1e6:9.2f} M, prompt {prompt / 1e6:9.2f} M", flush=True)
 
 
+def model() -> Path:
+    """The folder of a fifth of the reference model, with random weights: what is computed does not depend on them."""
+    folder = machines.FOLDER / "reference-fifth"
+    if not (folder / "tokenizer.json").is_file():
+        config = json.loads(bench.REFERENCE.read_text(encoding="utf-8"))
+        config |= {name: config[name] // PART for name in ("num_hidden_layers", "vocab_size")}
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        bench.build_model(folder, folder / "config.json", "float32")
+    return folder
+
+
 def per_token(core: str, bundle: Path) -> tuple[float, float]:
-    """Instructions for one token that is decoded, and for one of a prompt of 64 tokens."""
-    runs = (("4", "0"), ("12", "0"), ("4", "2"))
-    started, decoded, prompted = (count(core, str(_STEPS), str(bundle), *steps) for steps in runs)
-    return (decoded - started) / 8, (prompted - started) / (2 * 64)
-
-
-def count(core: str, *arguments: str) -> int:
-    """Instructions of a whole process of Python with these arguments."""
-    plugin = _FOLDER / "build" / _TARGETS[1]
-    options = ("-plugin", str(plugin), "-d", "plugin")
-    command = machines.command(core, *arguments, qemu=_FOLDER / "build" / _TARGETS[0], options=options)
+    """Instructions for one token that is decoded, and for one of a prompt. Raises: NotHereError."""
+    arguments = (str(STEPS), str(bundle), str(_DECODED), str(_PROMPT))
+    command = machines.command(core, *arguments, qemu=_QEMU, options=("-plugin", str(_PLUGIN)))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"total insns: (\d+)", done.stderr + done.stdout)
-    if done.returncode or found is None:
+    if done.returncode:
         raise machines.NotHereError(f"{core}: nothing was counted: {done.stderr.strip()[-500:]}")
-    return int(found.group(1))
+    return split(done.stderr)
+
+
+def split(told: str) -> tuple[float, float]:
+    """The same from what the plugin told at the three marks."""
+    begin, middle, end = map(int, re.findall(r"^executed: (\d+)$", told, re.MULTILINE))
+    return (middle - begin) / _DECODED, (end - middle) / _PROMPT
 
 
 def build() -> None:
-    """Build QEMU with plugins, unless that was done: about five minutes on two cores. Raises: NotHereError."""
-    if all((_FOLDER / "build" / name).is_file() for name in _TARGETS):
-        return
-    _FOLDER.mkdir(exist_ok=True)
+    """Build QEMU and the plugin, unless that was done: about five minutes on two cores. Raises: NotHereError."""
+    if not _QEMU.is_file():
+        _build_qemu()
+    headers = _FOLDER / "headers" / "usr"
+    places = [_FOLDER / "source" / "include" / "qemu", headers / "include" / "glib-2.0"]
+    places.append(headers / "lib" / "x86_64-linux-gnu" / "glib-2.0" / "include")
+    includes = [f"-I{place}" for place in places]
+    machines.run(["cc", "-O2", "-shared", "-fPIC", *includes, "-o", str(_PLUGIN), str(_SOURCE)])
+
+
+def _build_qemu() -> None:
+    shutil.rmtree(_FOLDER, ignore_errors=True)  # what an interrupted run left
+    _FOLDER.mkdir()
     apt = machines.Apt(_FOLDER / "apt")
     headers = _FOLDER / "headers"
     apt.unpack(_HEADERS, headers)
@@ -93,4 +105,4 @@ def build() -> None:
     (_FOLDER / "build").mkdir()
     flags = [f"--python={tools / 'python'}", f"--extra-ldflags=-L{libraries} -Wl,-rpath,{libraries}"]
     machines.run([str(_FOLDER / "source" / "configure"), *_CONFIGURE, *flags], _FOLDER / "build", environment)
-    machines.run([str(tools / "ninja"), *_TARGETS], _FOLDER / "build", environment)
+    machines.run([str(tools / "ninja"), _QEMU.name], _FOLDER / "build", environment)

@@ -1,22 +1,33 @@
-"""Load a bundle, decode some tokens and read some prompts of 64 tokens; nothing else. For counting instructions.
+"""Decode some tokens and read a prompt, with a mark before, between and after. For counting instructions.
 
-python steps.py BUNDLE DECODED PROMPTS
+python steps.py BUNDLE DECODED PROMPT
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from edgelm.runtime import Bundle
 from edgelm.runtime.session import open_session
 
+
+def mark() -> None:
+    """What counting.c looks for."""
+    os.getsid(0)
+
+
 if __name__ == "__main__":
     session = open_session(Bundle.open(Path(sys.argv[1])), threads=1)
-    prompt = list(range(10, 74))
+    prompt = list(range(int(sys.argv[3])))
+    # Steps of a size that was not run before are more work.
     session.step(prompt)
+    session.step([0])
+    mark()
     for token in range(int(sys.argv[2])):
-        session.step([token + 10])
-    for _ in range(int(sys.argv[3])):
-        session.rewind(0)
-        session.step(prompt)
+        session.step([token])
+    mark()
+    session.rewind(0)
+    session.step(prompt)
+    mark()
