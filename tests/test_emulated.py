@@ -115,15 +115,18 @@ def test_all_tests_of_decoding_and_caches_pass_on_arm(bundles: Path, cpu: str) -
 @emulated
 def test_the_steps_that_are_counted_are_marked_and_nothing_else_is(bundles: Path) -> None:
     """The mark is a system call, which QEMU writes down without any plugin."""
-    arguments = (str(counting.STEPS), str(bundles / "tiny"), "2", "4")
+    arguments = (str(counting.STEPS), str(bundles / "tiny"), "2", "4", "6")
     command = machines.command("cortex-a72", *arguments, options=("-strace",))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.count("getsid(0)") == 3
+    assert done.stderr.count("getsid(0)") == 4
 
 
-def test_what_is_counted_before_the_first_mark_is_no_tokens() -> None:
-    told = "executed: 1000\na warning: 7\nexecuted: 1040\nexecuted: 1360\n"
-    assert counting.split(told) == (10, 10)
+def test_what_is_counted_is_split_into_what_a_token_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token behind 6 costs 115, one behind 26 costs 175; 26 of a prompt cost 182."""
+    for name, value in {"_DECODED": 1, "_SHORT": 5, "_LONG": 26}.items():
+        monkeypatch.setattr(counting, name, value)
+    told = "executed: 1000\na warning: 7\nexecuted: 1115\nexecuted: 1297\nexecuted: 1472\n"
+    assert counting.split(told) == {"decode": 115, "context": 3, "prompt": 7}
     with pytest.raises(ValueError, match="unpack"):
         counting.split("executed: 1000\n")
 

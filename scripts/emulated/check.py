@@ -36,8 +36,9 @@ def main() -> int:
     try:
         machines.prepare()
         if arguments.count:
-            part = str(counting.model())
-            counting.report({scheme: export(part, scheme) for scheme in counting.SCHEMES})
+            part, (scheme, kv) = str(counting.model()), counting.OTHER
+            bundles = {scheme: export(part, scheme) for scheme in counting.SCHEMES}
+            counting.report(bundles | {f"{scheme}, {kv} cache": export(part, scheme, kv)})
         if arguments.prepare or arguments.count:
             return 0
         models = arguments.models or ["builtin:tales", *([str(_STORIES)] if _STORIES.exists() else [])]
@@ -101,13 +102,14 @@ def broken_between_arm(others: dict[str, compare.Outcome]) -> list[str]:
     return [] if same else ["INT8 gives other bits on cortex-a76 than on cortex-a72"]
 
 
-def export(model: str, scheme: str) -> Path:
+def export(model: str, scheme: str, kv: str | None = None) -> Path:
     """The model's bundle for arm-cpu, exported unless an earlier run did."""
-    out = machines.FOLDER / "bundles" / f"{Path(model).name.replace(':', '-')}-{scheme}"
+    names = [Path(model).name.replace(":", "-"), scheme, *([kv] if kv else [])]
+    out = machines.FOLDER / "bundles" / "-".join(names)
     if not (out / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 
-        export_model(ExportConfig(model, target="arm-cpu", scheme=scheme, out=out))
+        export_model(ExportConfig(model, target="arm-cpu", scheme=scheme, kv=kv, out=out))
     return out
 
 

@@ -1,6 +1,6 @@
-"""Decode some tokens and read a prompt, with a mark before, between and after. For counting instructions.
+"""Decode some tokens behind a short prompt, read a long one, decode behind it, with marks before, between and after.
 
-python steps.py BUNDLE DECODED PROMPT
+python steps.py BUNDLE DECODED SHORT LONG
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ def mark() -> None:
 
 if __name__ == "__main__":
     session = open_session(Bundle.open(Path(sys.argv[1])), threads=1)
-    prompt = list(range(int(sys.argv[3])))
-    # Steps of a size that was not run before are more work.
-    session.step(prompt)
+    tokens = range(int(sys.argv[2]))
+    short, long = (list(range(int(count))) for count in sys.argv[3:])
+    session.step(short)
+    # The first step of one token prepares more than later ones.
     session.step([0])
     mark()
-    for token in range(int(sys.argv[2])):
+    for token in tokens:
         session.step([token])
     mark()
     session.rewind(0)
-    session.step(prompt)
+    session.step(long)
+    mark()
+    for token in tokens:
+        session.step([token])
     mark()
