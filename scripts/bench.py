@@ -25,7 +25,7 @@ from typing import Any
 
 CONTEXTS = (128, 1024, 1900)
 DECODE_TOKENS = 64
-_REFERENCE = Path(__file__).parent / "reference" / "config.json"
+REFERENCE = Path(__file__).parent / "reference" / "config.json"
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 def prepare(model: Path, bundle: Path, kv: str) -> None:
     """Build the reference model and export it, unless an earlier run did."""
     if not (model / "tokenizer.json").is_file():
-        build_model(model, _REFERENCE, "float32")
+        build_model(model, REFERENCE, "float32")
     if not (bundle / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from edgelm.export import ExportConfig, export_model
 from .conftest import ROOT
 
 check = pytest.importorskip("scripts.emulated.check", reason="scripts/ is not here")
-machines, compare = check.machines, check.compare
+machines, compare, counting = check.machines, check.compare, check.counting
 
-pytestmark = pytest.mark.skipif(
+emulated = pytest.mark.skipif(
     not machines.is_ready(),
     reason="no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian",
 )
@@ -43,6 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return outcome
 
 
+@emulated
 @pytest.mark.parametrize(
     "cpu", ["cortex-a72", "cortex-a76", HASWELL, pytest.param("neoverse-v1", marks=pytest.mark.slow)]
 )
@@ -52,15 +54,18 @@ def test_int8_is_what_it_is_here(run: Run, cpu: str) -> None:
     assert not broken
 
 
+@emulated
 def test_both_raspberry_pi_give_the_same_bits(run: Run) -> None:
     assert run("cortex-a72").digest == run("cortex-a76").digest
     assert run("cortex-a72").tokens == run("cortex-a76").tokens
 
 
+@emulated
 def test_fp32_gives_the_same_tokens_on_arm_and_x86(run: Run) -> None:
     assert not check.broken_fp32("cortex-a72", run(check.HOST, "fp32"), run("cortex-a72", "fp32"))
 
 
+@emulated
 def test_saturation_would_be_seen(run: Run) -> None:
     """The runtime finds out by itself that this processor saturates; were that missed, the check above would fail."""
     assert run(HASWELL).saturates
@@ -89,6 +94,7 @@ def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return folder
 
 
+@emulated
 def test_the_runtimes_own_tests_pass_on_arm(bundles: Path) -> None:
     last = runtime_tests("cortex-a72", bundles, "tests/test_kv.py", "tests/test_exactness.py", "-k", _QUICK)
     assert "passed" in last and "failed" not in last
@@ -98,8 +104,39 @@ _QUICK = "test_kv or token_by_token or types"
 _FILES = ("kv", "exactness", "decode", "prefix_cache", "prefix_files", "cached_engine", "stops")
 
 
+@emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["cortex-a72", "neoverse-v1"])
 def test_all_tests_of_decoding_and_caches_pass_on_arm(bundles: Path, cpu: str) -> None:
     last = runtime_tests(cpu, bundles, *(f"tests/test_{name}.py" for name in _FILES))
     assert "passed" in last and "failed" not in last
+
+
+@emulated
+def test_the_steps_that_are_counted_are_marked_and_nothing_else_is(bundles: Path) -> None:
+    """The mark is a system call, which QEMU writes down without any plugin."""
+    arguments = (str(counting.STEPS), str(bundles / "tiny"), "2", "4", "6")
+    command = machines.command("cortex-a72", *arguments, options=("-strace",))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.count("getsid(0)") == 4
+
+
+def test_what_is_counted_is_split_into_what_a_token_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token behind 6 costs 115, one behind 26 costs 175; 26 of a prompt cost 182."""
+    for name, value in {"_DECODED": 1, "_SHORT": 5, "_LONG": 26}.items():
+        monkeypatch.setattr(counting, name, value)
+    told = "executed: 1000\na warning: 7\nexecuted: 1115\nexecuted: 1297\nexecuted: 1472\n"
+    assert counting.split(told) == {"decode": 115, "context": 3, "prompt": 7}
+    with pytest.raises(ValueError, match="unpack"):
+        counting.split("executed: 1000\n")
+
+
+def test_what_is_counted_has_the_proportions_of_the_reference_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "FOLDER", tmp_path)
+    part = json.loads((counting.model() / "config.json").read_text(encoding="utf-8"))
+    whole = json.loads(counting.bench.REFERENCE.read_text(encoding="utf-8"))
+    assert part["num_hidden_layers"] * counting.PART == whole["num_hidden_layers"]
+    assert part["vocab_size"] == whole["vocab_size"] // counting.PART
+    assert part["hidden_size"] == whole["hidden_size"]

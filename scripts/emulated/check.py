@@ -2,9 +2,9 @@
 
     scripts/arm_check.sh [--prepare] [--count] [MODEL ...]
 
---prepare only sets the machines up; --count also counts instructions (builds QEMU, some minutes). MODEL is what
-`edgelm export` takes; without one builtin:tales, and stories260k where ../shared is. Ends with 1 if a promise of
-docs/targets.md is broken.
+--prepare only sets the machines up; --count only counts instructions, of a model of its own (builds QEMU, some
+minutes). MODEL is what `edgelm export` takes; without one builtin:tales, and stories260k where ../shared is. Ends with
+1 if a promise of docs/targets.md is broken.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from . import compare, counting, machines
 _DEVICE = Path(__file__).with_name("device.py")
 _TEXT = machines.ROOT / "export" / "text" / "default.txt"
 _STORIES = machines.ROOT.parent / "shared" / "models" / "stories260k"
-_SCHEMES = ("int8-rowwise", "int8-tensor", "fp32")
-_EXACT = "int8-rowwise"
 HOST = "this machine"
 
 
@@ -33,18 +31,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--prepare", action="store_true", help="only set up the emulated machines")
-    parser.add_argument("--count", action="store_true", help="also count instructions for each token")
+    parser.add_argument("--count", action="store_true", help="only count instructions for each token")
     arguments = parser.parse_args()
     try:
         machines.prepare()
-        if arguments.prepare:
+        if arguments.count:
+            part, (scheme, kv) = str(counting.model()), counting.OTHER
+            bundles = {scheme: export(part, scheme) for scheme in counting.SCHEMES}
+            counting.report(bundles | {f"{scheme}, {kv} cache": export(part, scheme, kv)})
+        if arguments.prepare or arguments.count:
             return 0
         models = arguments.models or ["builtin:tales", *([str(_STORIES)] if _STORIES.exists() else [])]
         broken = [sentence for model in models for sentence in check_model(model)]
-        if arguments.count:
-            counting.report_products()
-            for model in models:
-                counting.report({scheme: export(model, scheme) for scheme in _SCHEMES})
     except machines.NotHereError as error:
         print(error, file=sys.stderr)
         return 1
@@ -104,13 +102,14 @@ def broken_between_arm(others: dict[str, compare.Outcome]) -> list[str]:
     return [] if same else ["INT8 gives other bits on cortex-a76 than on cortex-a72"]
 
 
-def export(model: str, scheme: str) -> Path:
+def export(model: str, scheme: str, kv: str | None = None) -> Path:
     """The model's bundle for arm-cpu, exported unless an earlier run did."""
-    out = machines.FOLDER / "bundles" / f"{Path(model).name.replace(':', '-')}-{scheme}"
+    names = [Path(model).name.replace(":", "-"), scheme, *([kv] if kv else [])]
+    out = machines.FOLDER / "bundles" / "-".join(names)
     if not (out / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 
-        export_model(ExportConfig(model, target="arm-cpu", scheme=scheme, out=out))
+        export_model(ExportConfig(model, target="arm-cpu", scheme=scheme, kv=kv, out=out))
     return out
 
 

@@ -91,9 +91,12 @@ def command(cpu: str, *arguments: str, qemu: Path | None = None, options: tuple[
         return [*start, sys.executable, *arguments]
     root = FOLDER / "arm64"
     paths = f"{FOLDER / 'packages'}:{FOLDER / 'tree'}"
-    start += ["-L", str(root), "-E", f"PYTHONHOME={root / 'usr'}", "-E", f"PYTHONPATH={paths}"]
+    settings = {"PYTHONHOME": root / "usr", "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": 1}
+    # Emulated, numpy's OpenBLAS lets the threads that it starts spin, where elsewhere they soon sleep.
+    settings |= {"OPENBLAS_NUM_THREADS": 1}
+    start += ["-L", str(root), *(word for key, value in settings.items() for word in ("-E", f"{key}={value}"))]
     (python,) = (root / "usr" / "bin").glob("python3.*")
-    return [*start, "-E", "PYTHONDONTWRITEBYTECODE=1", str(python), *arguments]
+    return [*start, str(python), *arguments]
 
 
 def prepare() -> None:

@@ -1,22 +1,37 @@
-"""Load a bundle, decode some tokens and read some prompts of 64 tokens; nothing else. For counting instructions.
+"""Decode some tokens behind a short prompt, read a long one, decode behind it, with marks before, between and after.
 
-python steps.py BUNDLE DECODED PROMPTS
+python steps.py BUNDLE DECODED SHORT LONG
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from edgelm.runtime import Bundle
 from edgelm.runtime.session import open_session
 
+
+def mark() -> None:
+    """What counting.c looks for."""
+    os.getsid(0)
+
+
 if __name__ == "__main__":
     session = open_session(Bundle.open(Path(sys.argv[1])), threads=1)
-    prompt = list(range(10, 74))
-    session.step(prompt)
-    for token in range(int(sys.argv[2])):
-        session.step([token + 10])
-    for _ in range(int(sys.argv[3])):
-        session.rewind(0)
-        session.step(prompt)
+    tokens = range(int(sys.argv[2]))
+    short, long = (list(range(int(count))) for count in sys.argv[3:])
+    session.step(short)
+    # The first step of one token prepares more than later ones.
+    session.step([0])
+    mark()
+    for token in tokens:
+        session.step([token])
+    mark()
+    session.rewind(0)
+    session.step(long)
+    mark()
+    for token in tokens:
+        session.step([token])
+    mark()
