@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -413,6 +414,19 @@ def test_commands(tiny_bundle: Path, edgelm_home: Path, capsys: pytest.CaptureFi
     assert entries("check") == entries("stats") == 6
     assert entries("clear") == 0
     assert run() == 0
+
+
+def test_a_program_that_ends_in_the_middle_of_an_answer_ends(tiny_bundle: Path) -> None:
+    """The stream is closed while the interpreter ends, and has a prefix to keep: no thread can be started any more."""
+    code = f"""
+        from edgelm.runtime import load
+        engine = load({str(tiny_bundle)!r}, response_cache=False)
+        stream = engine.stream(token_ids=list(range(40)), max_tokens=9, min_tokens=9)
+        print(next(stream).token_ids)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and done.stdout and not done.stderr
 
 
 @pytest.mark.slow

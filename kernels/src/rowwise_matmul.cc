@@ -35,11 +35,14 @@ RowwiseMatMul::RowwiseMatMul(const Info& info, bool transposed, int threads)
   weights_ = weights.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
   for (float& scale : scales_) scale *= kStep;
+}
+
+void RowwiseMatMul::correct() const {
   corrections_.assign(columns_, 0);
   if (arithmetic_.offset == 0) return;
-  for (int row = 0; row < (transposed ? columns_ : depth_); row++) {
-    const int8_t* const values = weights_ + static_cast<size_t>(row) * weights.shape[1];
-    if (transposed)
+  for (int row = 0; row < (transposed_ ? columns_ : depth_); row++) {
+    const int8_t* const values = weights_ + static_cast<size_t>(row) * (transposed_ ? depth_ : columns_);
+    if (transposed_)
       corrections_[row] = std::accumulate(values, values + depth_, 0);
     else
       std::transform(values, values + columns_, corrections_.begin(), corrections_.begin(), std::plus<int32_t>());
@@ -57,6 +60,7 @@ void RowwiseMatMul::compute(Call& call) const {
   float* const y = call.output<float>(0, shape);
   const int count = static_cast<int>(std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies()));
   if (count == 0) return;
+  std::call_once(corrected_, [this] { correct(); });
   const size_t stride = padded(depth_, kBlock);
   float* const memory = scratch(0, count * (stride / sizeof(float) + 1));
   auto* const values = reinterpret_cast<uint8_t*>(memory + count);

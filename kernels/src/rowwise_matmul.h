@@ -2,6 +2,8 @@
 // multiplied with an int8 matrix. Bit for bit what the functions' bodies compute (docs/bundle.md).
 #pragma once
 
+#include <mutex>
+
 #include "arithmetic.h"
 #include "operator.h"
 
@@ -9,8 +11,7 @@ namespace edgelm {
 
 class RowwiseMatMul {
  public:
-  // transposed: the matrix is (columns, depth) instead of (depth, columns). The matrix is read once, for its columns'
-  // sums. threads: of the session.
+  // transposed: the matrix is (columns, depth) instead of (depth, columns). threads: of the session.
   RowwiseMatMul(const Info& info, bool transposed, int threads);
 
   void compute(Call& call) const;
@@ -23,6 +24,7 @@ class RowwiseMatMul {
     size_t stride;
   };
 
+  void correct() const;
   void by_depth(Call& call, const Rows& x, float* y) const;
   void by_columns(Call& call, const Rows& x, float* y) const;
   void by_panels(Call& call, const Rows& x, float* y) const;
@@ -33,7 +35,9 @@ class RowwiseMatMul {
   int threads_;
   int depth_, columns_;
   const int8_t* weights_;
-  std::vector<int32_t> corrections_;  // offset * the sum of a column
+  // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
+  mutable std::vector<int32_t> corrections_;
+  mutable std::once_flag corrected_;
   std::vector<float> scales_;
 };
 

@@ -6,6 +6,7 @@ It is no daemon, so that a process that ends writes what waits; it ends with its
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -68,13 +69,14 @@ class BlockWriter:
         now = self._clock.monotonic()
         while self._noted and next(iter(self._noted.values())) <= now - _NOTED_S:
             self._noted.popitem(last=False)
+        # A thread that is started while the interpreter ends never runs: until Python 3.11 one would wait for it.
         with self._lock:
-            if not self._queue or self._thread is not None:
+            if not self._queue or self._thread is not None or sys.is_finalizing():
                 return
             self._thread = threading.Thread(target=self._work, name="edgelm-prefixes")
             try:
                 self._thread.start()
-            except RuntimeError as error:  # the interpreter is ending, or there are no more threads
+            except RuntimeError as error:  # there are no more threads
                 self._thread = None
                 log.debug("blocks are not written: %s", error)
 
