@@ -42,8 +42,8 @@ struct Arithmetic {
   void (*rows)(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
                size_t stride_sums);
 
-  // Arrange columns [column, column + kBlock) of w, depth rows of `width` values, as a panel of padded(depth, 4) * kBlock
-  // bytes, in the order that `panel` reads. What is missing is 0.
+  // Arrange columns [column, column + kBlock) of w, depth rows of `width` values, as a panel of padded(depth, 4) *
+  // kBlock bytes, in the order that `panel` reads. What is missing is 0.
   void (*pack_columns)(const int8_t* w, int depth, size_t width, size_t column, int8_t* panel);
   // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
@@ -53,7 +53,8 @@ struct Arithmetic {
                 size_t stride_sums);
 
   // y = (float(sum - correction) * scale) * factor, for `count` columns.
-  void (*scale)(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count, float* y);
+  void (*scale)(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count,
+                float* y);
 
   // c[row][column] = a[row][0] * b[0][column], then fused additions of a[row][k] * b[k][column] for k = 1, 2, ...
   // columns: a multiple of kLanes.

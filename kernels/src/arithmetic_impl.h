@@ -192,8 +192,8 @@ inline void widen_square(const int8_t* x, size_t stride_x, float* y, size_t stri
 }
 #endif
 
-// Asks for the memory that follows `count` values as far as x is from its end: a chunk ahead, a line at a time. Asked for
-// all at once, or found out by the processor, it comes later: a step over 1,900 positions took 1.5 times as long.
+// Asks for the memory that follows `count` values as far as x is from its end: a chunk ahead, a line at a time. Asked
+// for all at once, or found out by the processor, it comes later: a step over 1,900 positions took 1.5 times as long.
 inline void prefetch_next(const int8_t* x, int count, int size) {
   __builtin_prefetch(x + static_cast<size_t>(count) * size);
 }
@@ -208,7 +208,8 @@ void widen_transposed(const int8_t* x, int count, int size, float* y, size_t str
       }
       const int rows = std::min(kSquare, count - row), columns = std::min(kSquare, size - column);
       Square square[kSquare] = {};
-      for (int i = 0; i < rows; i++) std::memcpy(&square[i], x + (row + i) * static_cast<size_t>(size) + column, columns);
+      for (int i = 0; i < rows; i++)
+        std::memcpy(&square[i], x + (row + i) * static_cast<size_t>(size) + column, columns);
       transpose(square);
       for (int i = 0; i < columns; i++)
         store(y + (column + i) * stride + row, load(reinterpret_cast<const int8_t*>(&square[i])));
@@ -321,7 +322,8 @@ void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int d
 }
 
 template <int M, int N>
-inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int32_t* sums, size_t stride_sums) {
+inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int32_t* sums,
+                      size_t stride_sums) {
   Ints tile[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) tile[m][n] = zero_ints();
@@ -340,8 +342,7 @@ void rows_of(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int 
   int n = 0;
   for (; n + 4 <= count; n += 4)
     rows_tile<M, 4>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
-  for (; n < count; n++)
-    rows_tile<M, 1>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
+  for (; n < count; n++) rows_tile<M, 1>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
 }
 
 void rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
@@ -411,8 +412,8 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,          kOffset, quantize,         columns, rows,         pack_columns, pack_rows, panel, scale,
-          product, rotate, to_int8, widen_transposed, widen,   exponentials, exponential,  merge};
+  return {name,    kOffset, quantize, columns,          rows,  pack_columns, pack_rows,   panel, scale,
+          product, rotate,  to_int8,  widen_transposed, widen, exponentials, exponential, merge};
 }
 
 }  // namespace

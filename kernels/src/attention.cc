@@ -56,7 +56,7 @@ Attention::Step Attention::read(Call& call) const {
   if (rotary_) {
     const Tensor cosines = call.input(7), sines = call.input(8);
     step.cosines = cosines.values<float>(), step.sines = sines.values<float>();
-    step.half = static_cast<int>(cosines.shape.at(1));
+    step.angles = static_cast<int>(cosines.shape.at(0)), step.half = static_cast<int>(cosines.shape.at(1));
   }
   const int positions = *total.values<int32_t>();
   step.first = positions == step.rows;
@@ -67,7 +67,15 @@ Attention::Step Attention::read(Call& call) const {
   step.stride_key = packed ? step.stride_query : groups_ * size_;
   step.key = packed ? step.query + heads_ * size_ : key.values<float>();
   step.value = packed ? step.key + groups_ * size_ : value.values<float>();
-  if (query.shape.at(2) != static_cast<int64_t>(step.stride_query)) throw std::runtime_error("the query has another size than its heads");
+  if (query.shape.at(2) != static_cast<int64_t>(step.stride_query))
+    throw std::runtime_error("the query has another size than its heads");
+  for (int i = 0; i < step.batch; i++) {
+    const int past = step.past(i), end = past + step.rows;
+    if (past < 0 || end > step.capacity || (rotary_ && end > step.angles))
+      throw std::runtime_error("positions " + std::to_string(past) + " to " + std::to_string(end) +
+                               " of a sequence in a cache of " + std::to_string(step.capacity) +
+                               " are not there, or have no angles");
+  }
   step.output = call.output<float>(0, {step.batch, step.rows, heads_ * size_});
   const std::vector<int64_t> cache{step.batch, groups_, step.capacity, size_};
   step.keys = call.output<int8_t>(1, cache), step.values = call.output<int8_t>(2, cache);
@@ -114,8 +122,9 @@ void Attention::queries(const Step& step, const Tile& tile, float* q) const {
   const float* const scales = key_scales_.data() + tile.group * size_;
   for (int row = 0; row < rows_of(tile); row++, q += width_) {
     const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
-    std::copy_n(step.query + (static_cast<size_t>(tile.sequence) * step.rows + index) * step.stride_query + head * size_,
-                size_, q);
+    std::copy_n(
+        step.query + (static_cast<size_t>(tile.sequence) * step.rows + index) * step.stride_query + head * size_, size_,
+        q);
     rotated(step, step.past(tile.sequence) + index, q);
     for (int i = 0; i < size_; i++) q[i] = q[i] * scale_ * scales[i];
   }
@@ -125,9 +134,7 @@ void Attention::queries(const Step& step, const Tile& tile, float* q) const {
 size_t Attention::state_floats(int rows) const { return static_cast<size_t>(rows) * (width_ + 2); }
 
 // Keys (size, kChunk), values (kChunk, width) and scores (rows, kChunk).
-size_t Attention::chunk_floats(int rows) const {
-  return static_cast<size_t>(kChunk) * (size_ + width_ + rows);
-}
+size_t Attention::chunk_floats(int rows) const { return static_cast<size_t>(kChunk) * (size_ + width_ + rows); }
 
 int Attention::first_chunk(const Step& step, const Tile& tile) const {
   const int position = step.past(tile.sequence) + tile.begin;

@@ -3,8 +3,9 @@
 // A position's result is one order of additions, whatever other positions a step computes: the cache is cut into chunks
 // of kChunk positions, counted from its beginning. In a chunk the scores of all keys are exponentiated against the
 // largest of them, and the values added in their order; chunks are merged in their order, by the rule of online softmax
-// (Milakov and Gimelshein, arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there are
-// few (flash-decoding), and both give the same bits. Keys and values are widened to float once for all rows of a tile.
+// (Milakov and Gimelshein, arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there
+// are few (flash-decoding), and both give the same bits. Keys and values are widened to float once for all rows of a
+// tile.
 #pragma once
 
 #include "arithmetic.h"
@@ -27,7 +28,7 @@ class Attention {
     const int32_t* lengths;  // of each sequence, with this step's rows, less 1
     bool first;              // nothing was cached before
     const float *cosines, *sines;
-    int half;  // of the rotated values of a head
+    int angles, half;  // positions that have angles, and half of a head's rotated values
     int8_t *keys, *values;
     float* output;
 
@@ -56,7 +57,7 @@ class Attention {
   const Arithmetic& arithmetic_;
   int threads_;
   int heads_, groups_, per_group_, size_;
-  int width_;  // size, padded to lanes
+  int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
   float scale_;

@@ -79,7 +79,9 @@ inline void in_order(Ints sums[4]) {
 inline void widen_square(const int8_t* x, size_t stride_x, float* y, size_t stride_y) {
   __m512i rows[4];  // four rows each, of four words of four values
   for (int i = 0; i < 4; i++) {
-    const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (4 * i + j) * stride_x)); };
+    const auto row = [&](int j) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (4 * i + j) * stride_x));
+    };
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
     const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
     rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);

@@ -102,8 +102,8 @@ void add_operators(OrtSessionOptions* options) {
   const Types product{kFloat, kInt8, kFloat};
   check(api->CustomOpDomain_Add(domain, define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads)));
   check(api->CustomOpDomain_Add(domain, define<Transposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads)));
-  const Types attention{kFloat, kFloat, kFloat, kInt8, kInt8, kInt32, kInt32, kFloat, kFloat,
-                        kFloat, kFloat, kFloat, kFloat, kFloat};
+  const Types attention{kFloat, kFloat, kFloat, kInt8,  kInt8,  kInt32, kInt32,
+                        kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
   check(api->CustomOpDomain_Add(
       domain, define<Attention>("GroupQueryAttention", attention, {kFloat, kInt8, kInt8}, 1, threads)));
   check(api->AddCustomOpDomain(options, domain));

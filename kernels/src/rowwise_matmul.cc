@@ -65,8 +65,8 @@ void RowwiseMatMul::compute(Call& call) const {
   float* const memory = scratch(0, count * (stride / sizeof(float) + 1));
   auto* const values = reinterpret_cast<uint8_t*>(memory + count);
   call.share(count, count <= kMostDirect ? 1 : threads_, [&](int row, int) {
-    memory[row] = arithmetic_.quantize(input.values<float>() + static_cast<size_t>(row) * depth_, depth_,
-                                       values + row * stride);
+    memory[row] =
+        arithmetic_.quantize(input.values<float>() + static_cast<size_t>(row) * depth_, depth_, values + row * stride);
   });
   const Rows x{values, memory, count, stride};
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
@@ -77,7 +77,8 @@ void RowwiseMatMul::compute(Call& call) const {
     by_depth(call, x, y);
 }
 
-// y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at `begin`.
+// y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at
+// `begin`.
 void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
                            float* y) const {
   for (int i = 0; i < count; i++)
@@ -130,8 +131,8 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
     call.share(count, threads_, [&](int block, int) {
       const int begin = (first + block) * kBlock;
       if (transposed_)
-        arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_, std::min(kBlock, columns_ - begin),
-                              panels + block * size);
+        arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_,
+                              std::min(kBlock, columns_ - begin), panels + block * size);
       else
         arithmetic_.pack_columns(weights_, depth_, columns_, begin, panels + block * size);
     });

@@ -28,7 +28,8 @@ class RowwiseMatMul {
   void by_depth(Call& call, const Rows& x, float* y) const;
   void by_columns(Call& call, const Rows& x, float* y) const;
   void by_panels(Call& call, const Rows& x, float* y) const;
-  void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end, float* y) const;
+  void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
+              float* y) const;
 
   const Arithmetic& arithmetic_;
   bool transposed_;
