@@ -3,9 +3,9 @@
     python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--texts FOLDER] [--json FILE]
 
 Each bundle is INT8 and passed the gate of its export; bundles with one type of cache are compared with each other. A
-round is a fresh process that opens them all and decodes with each in turn, a few steps at a time: what else the machine
-does then weighs on all alike. A round's ratio is the median over the turns of the steps' time against the uncompressed
-bundle's of the same turn; the table shows medians of the rounds, with the least and the largest ratio.
+round measures each of them in a fresh process, every other round in the opposite order; the table shows medians of the
+rounds, with the least and the largest ratio of a round. (In one process, in turns, the waiting threads of the sessions
+take the processor from each other: what saved a fifth of the time in a process of its own then saved nothing.)
 
 The reference has random weights, which decide neither size nor speed; what steps cost in quality, and what training
 gives back, is compared on a trained model, by `compare_training.py`, whose table follows where --texts names its texts.
@@ -27,12 +27,11 @@ from bench import prepare
 CONTEXTS = (128, 1900)
 CACHES = ("int8", "float32")
 UNCOMPRESSED = "uncompressed"
-_TURNS, _STEPS = 60, 6
-# The first steps of a turn find the bundle before in the processor's caches, and its threads not yet at rest.
-_SETTLING = 2
+# Steps that are timed, behind some that are not.
+_STEPS, _SETTLING = 150, 10
 
-# By bundle and context: seconds of a step, the median of each turn.
-Round = dict[str, dict[str, list[float]]]
+# By bundle and context: seconds of a step.
+Round = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench"), help="folder for models and bundles, kept for the next run"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="processes that measure all bundles (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of every bundle (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument(
         "--texts", type=Path, metavar="FOLDER", help="also compare the steps that train, on these texts"
     )
-    parser.add_argument("--worker", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(measure(arguments.worker, arguments.threads)))
@@ -127,51 +126,42 @@ def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[Rou
     found = []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        found.append(dict(zip(bundles, _in_process(list(bundles.values()), threads), strict=True)))
+        names = list(bundles)[:: -1 if number % 2 else 1]
+        found.append({name: _in_process(bundles[name], threads) for name in names})
     return found
 
 
-def measure(bundles: list[Path], threads: int) -> list[dict[str, list[float]]]:
-    """Seconds of a step of each bundle at each context: the median of each turn."""
+def measure(bundle: Path, threads: int) -> dict[str, float]:
+    """Seconds of a step at each context, the median of many."""
     from edgelm.runtime.measure import time_prompt, time_step
     from edgelm.runtime.session import open_folder
 
-    opened = [open_folder(folder, threads) for folder in bundles]
-    sessions = [session for _, session in opened]
-    ids = [7 * i % opened[0][0].manifest.model.vocab_size for i in range(max(CONTEXTS))]
-    found: list[dict[str, list[float]]] = [{str(context): [] for context in CONTEXTS} for _ in sessions]
+    opened, session = open_folder(bundle, threads)
+    ids = [7 * i % opened.manifest.model.vocab_size for i in range(max(CONTEXTS))]
+    found = {}
     for context in CONTEXTS:
-        for session in sessions:
-            time_prompt(session, ids[:context])
-        for turn in range(_TURNS):
-            # There and back, so that none always comes after the same one.
-            for index in range(len(sessions)) if turn % 2 == 0 else reversed(range(len(sessions))):
-                times = [time_step(sessions[index], ids[:context]) for _ in range(_STEPS)]
-                found[index][str(context)].append(statistics.median(times[_SETTLING:]))
-    for session in sessions:
-        session.close()
+        time_prompt(session, ids[:context])
+        times = [time_step(session, ids[:context]) for _ in range(_SETTLING + _STEPS)]
+        found[str(context)] = statistics.median(times[_SETTLING:])
+    session.close()
     return found
 
 
 def row(name: str, kv: str, bundles: dict[str, Path], rounds: list[Round]) -> dict[str, Any]:
     """The figures of a bundle beside those of the whole one with the same type of cache."""
     own, other = (_sizes(bundles[one]) for one in (name, UNCOMPRESSED))
-    ratios = {str(c): [_ratio(found[UNCOMPRESSED][str(c)], found[name][str(c)]) for found in rounds] for c in CONTEXTS}
+    ratios = {str(c): [found[UNCOMPRESSED][str(c)] / found[name][str(c)] for found in rounds] for c in CONTEXTS}
     return {
         "name": name,
         "kv": kv,
         **own,
         "kv_ratio": own["kv_bytes_per_token"] / other["kv_bytes_per_token"],
         "decode_tokens_per_s": {
-            str(c): 1 / statistics.median(statistics.median(found[name][str(c)]) for found in rounds) for c in CONTEXTS
+            str(c): 1 / statistics.median(found[name][str(c)] for found in rounds) for c in CONTEXTS
         },
         "decode_ratio": {context: statistics.median(values) for context, values in ratios.items()},
         "decode_ratio_from_to": {context: [min(values), max(values)] for context, values in ratios.items()},
     }
-
-
-def _ratio(whole: list[float], own: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(whole, own, strict=True))
 
 
 def misses(found: dict[str, Any], case: Case) -> list[str]:
@@ -214,11 +204,9 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {"bytes": bundle.total_bytes(), "kv_bytes_per_token": cache}
 
 
-def _in_process(bundles: list[Path], threads: int) -> list[dict[str, list[float]]]:
-    command = [sys.executable, __file__, "--threads", str(threads), "--worker", *map(str, bundles)]
-    result: list[dict[str, list[float]]] = json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    )
+def _in_process(bundle: Path, threads: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--threads", str(threads), "--worker", str(bundle)]
+    result: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return result
 
 
