@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .errors import SessionError
 from .onnx_file import domains
 
 # Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
@@ -29,7 +30,13 @@ def _arithmetic() -> str | None:
         return None
     import edgelm_kernels
 
-    found: str | None = edgelm_kernels.arithmetic()
+    try:
+        found: str | None = edgelm_kernels.arithmetic()
+    except OSError as error:
+        raise SessionError(
+            f"edgelm-kernels is installed and cannot be loaded ({error}): install it again, for this system, or leave "
+            f"it out with  {SWITCH}=off"
+        ) from error
     return found
 
 
@@ -37,6 +44,7 @@ def identity() -> str | None:
     """Version and instruction sets of the kernels, which decide the last bits of attention; None if none are used.
 
     They are left out where the package is not installed, has no code for this processor, or is switched off.
+    Raises: SessionError, if they cannot be loaded.
     """
     if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
         return None
@@ -46,7 +54,7 @@ def identity() -> str | None:
 
 
 def serve(graph: Path) -> bool:
-    """Whether a graph calls functions, and kernels are there. Raises: BundleMissingError, BundleCorruptError."""
+    """Whether a graph calls functions, and kernels are there. Raises: as `identity` and `domains`."""
     return identity() is not None and _DOMAIN in domains(graph)
 
 

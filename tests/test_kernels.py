@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgelm.export.passes.functions import EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
 from edgelm.runtime import kernels, machine
+from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
 
 from .conftest import ROOT
@@ -50,6 +51,17 @@ def session(model: ir.Model, with_kernels: bool, threads: int = THREADS) -> Any:
     if with_kernels:
         kernels.register(options, threads)
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "kernels.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", damaged)
+    kernels._arithmetic.cache_clear()
+    with pytest.raises(SessionError, match=r"edgelm-kernels is installed and cannot be loaded .*EDGELM_KERNELS=off"):
+        kernels.identity()
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    assert kernels.identity() is None
 
 
 # The products: bit for bit what the bodies compute
