@@ -57,7 +57,7 @@ def torch_greedy(module: Any, ids: list[int], steps: int) -> list[int]:
         ([{"use": "skip-attention", "layers": [True]}], "whole number"),
         ([{"use": "skip-attention", "last": "two"}], "must be a number"),
         ([{"use": "skip-attention", "last": 1.5}], "a share between 0 and 1, found 1.5"),
-        ([{"use": "skip-attention", "least-useful": -1}], "one layer or more"),
+        ([{"use": "skip-attention", "least_useful": -1}], "one layer or more"),
         ([{"use": "prune-magnitude", "ratio": 1}], "ratio must be between 0 and 1, found 1"),
         ([{"use": "prune-structured", "ratio": 0.0}], "ratio must be between 0 and 1, found 0"),
         ([{"use": "prune-structured", "ratio": 0.1, "importance": "size"}], "'taylor' or 'magnitude'"),
@@ -142,7 +142,7 @@ def test_compressed_folder_exports_as_the_recipe_does(tiny_model: Path, tmp_path
 
 
 def test_bundle_of_a_compressed_model_answers_as_torch_does(tiny_model: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.toml", {"use": "skip-attention", "least-useful": 1})
+    recipe = write_recipe(tmp_path / "r.toml", {"use": "skip-attention", "least_useful": 1})
     folder, out = tmp_path / "small", tmp_path / "bundle"
     compress_model(ExportConfig(str(tiny_model), out=folder, compress=recipe))
     export_model(ExportConfig(str(folder), out=out, scheme="fp32"))

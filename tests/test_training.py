@@ -88,15 +88,15 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
         ({"use": "recover", "steps": 0}, "steps must be 1 or more"),
         ({"use": "recover", "batch": 0}, "batch must be"),
         ({"use": "recover", "length": 1}, "length must be 2 or more"),
-        ({"use": "recover", "learning-rate": 0.0}, "learning-rate must be above 0"),
+        ({"use": "recover", "learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"use": "recover", "warmup": 2}, "warmup is a share"),
         ({"use": "recover", "seed": -1}, "seed must be"),
-        ({"use": "recover", "checkpoint-every": 0}, "checkpoint-every must be"),
-        ({"use": "recover", "lora-rank": 0}, "lora-rank must be"),
+        ({"use": "recover", "checkpoint_every": 0}, "checkpoint_every must be"),
+        ({"use": "recover", "lora_rank": 0}, "lora_rank must be"),
         ({"use": "recover", "alpha": 0.5}, "has no key alpha"),
         ({"use": "distil", "alpha": 1.5}, "alpha must be 0 to 1"),
         ({"use": "distil", "temperature": 0}, "temperature must be above 0"),
-        ({"use": "quantization-aware", "weight-bits": 4}, "weight-bits must be 7 or 8"),
+        ({"use": "quantization-aware", "weight_bits": 4}, "weight_bits must be 7 or 8"),
     ],
 )
 def test_settings_that_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -388,7 +388,7 @@ def command(model: Path, recipe: str, out: Path) -> list[str]:
 
 
 def test_killed_compression_goes_on_when_it_is_run_again(tiny_model: Path, tmp_path: Path) -> None:
-    training = {"steps": 60, "batch": 4, "length": 128, "checkpoint-every": 5}
+    training = {"steps": 60, "batch": 4, "length": 128, "checkpoint_every": 5}
     recipe = write_recipe(
         tmp_path / "r.toml",
         {"use": "drop-layers", "last": 1},
@@ -425,7 +425,7 @@ def test_two_processes_train_as_one_does(tiny_model: Path, tmp_path: Path) -> No
         tmp_path / "r.toml",
         {"use": "drop-layers", "last": 1},
         {"use": "distil", "steps": 8, "batch": 4, "length": 32},
-        {"use": "recover", "steps": 4, "batch": 4, "length": 32, "lora-rank": 2},
+        {"use": "recover", "steps": 4, "batch": 4, "length": 32, "lora_rank": 2},
     )
     two, one = tmp_path / "two", tmp_path / "one"
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

@@ -101,7 +101,7 @@ def identify(step: Schedule, module: PreTrainedModel, token_ids: list[int], benc
 
     module: that is trained, before; others: folders of further models that take part. Cost: reading the weights once.
     """
-    settings = {key: value for key, value in step_settings(step).items() if key != "checkpoint-every"}
+    settings = {key: value for key, value in step_settings(step).items() if key != "checkpoint_every"}
     files = [path for folder in (bench.source, *others) for path in sorted(folder.glob("*.safetensors"))]
     parts = {
         "step": settings,

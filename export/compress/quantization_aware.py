@@ -31,7 +31,7 @@ class QuantizationAware(Schedule):
         """Raises: RecipeError."""
         super().__post_init__()
         if self.weight_bits not in (7, 8):
-            raise RecipeError(f"weight-bits must be 7 or 8, found {self.weight_bits}")
+            raise RecipeError(f"weight_bits must be 7 or 8, found {self.weight_bits}")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""

@@ -40,7 +40,7 @@ class Recipe:
 
 def step_settings(step: Step) -> dict[str, Any]:
     """One step as a recipe would write it, with its defaults filled in and what is not set left out."""
-    given = {key.replace("_", "-"): value for key, value in dataclasses.asdict(step).items() if value is not None}
+    given = {key: value for key, value in dataclasses.asdict(step).items() if value is not None}
     return {"use": step_name(step), **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
 
 
@@ -83,17 +83,17 @@ def _step(table: dict[str, Any], where: str) -> Step:
         raise RecipeError(f"{where}: use = {use!r} is no step: {hint}" if use else f"{where}: the key use is missing")
     kind = step_class(use)
     hints = typing.get_type_hints(kind)
-    keys = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(kind)}
+    keys = [item.name for item in dataclasses.fields(kind)]
     given = {key: value for key, value in table.items() if key != "use"}
     for key in given:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(keys)}"
             raise RecipeError(f"{where}: {use} has no key {key}: {hint}")
-    needed = [key for key, name in keys.items() if _required(kind, name) and key not in given]
+    needed = [key for key in keys if _required(kind, key) and key not in given]
     if needed:
         raise RecipeError(f"{where}: {use} needs the key {needed[0]}")
-    values = {keys[key]: _value(hints[keys[key]], value, f"{where}: {key}") for key, value in given.items()}
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in given.items()}
     try:
         step: Step = kind(**values)
     except RecipeError as error:

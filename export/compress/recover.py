@@ -24,7 +24,7 @@ class Recover(Schedule):
         """Raises: RecipeError."""
         super().__post_init__()
         if self.lora_rank is not None and self.lora_rank < 1:
-            raise RecipeError(f"lora-rank must be 1 or more, found {self.lora_rank}")
+            raise RecipeError(f"lora_rank must be 1 or more, found {self.lora_rank}")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
@@ -66,7 +66,7 @@ def _require_plain(module: PreTrainedModel) -> None:
         if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head:
             other = seen.setdefault(id(layer.weight), name)
             if other != name:
-                raise RecipeError(f"{name} and {other} share their weights, which lora-rank cannot train: leave it out")
+                raise RecipeError(f"{name} and {other} share their weights, which lora_rank cannot train: leave it out")
     pruned = zeros_of(dict(module.named_parameters()))
     if pruned:
-        raise RecipeError(f"{min(pruned)} was pruned to zeros, which lora-rank would fill: leave it out")
+        raise RecipeError(f"{min(pruned)} was pruned to zeros, which lora_rank would fill: leave it out")

@@ -37,14 +37,14 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
-        counts = {"steps": self.steps, "batch": self.batch, "checkpoint-every": self.checkpoint_every}
+        counts = {"steps": self.steps, "batch": self.batch, "checkpoint_every": self.checkpoint_every}
         for name, value in counts.items():
             if value < 1:
                 raise RecipeError(f"{name} must be 1 or more, found {value}")
         if self.length is not None and self.length < 2:
             raise RecipeError(f"length must be 2 or more, found {self.length}")
         if not 0 < self.learning_rate < float("inf"):
-            raise RecipeError(f"learning-rate must be above 0, found {self.learning_rate}")
+            raise RecipeError(f"learning_rate must be above 0, found {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
             raise RecipeError(f"warmup is a share of the steps, 0 to 1, found {self.warmup}")
         if not 0 <= self.seed < 1 << 32:

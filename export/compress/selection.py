@@ -19,10 +19,10 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
-        keys = {"last": self.last, "layers": self.layers, "least-useful": self.least_useful}
+        keys = {"last": self.last, "layers": self.layers, "least_useful": self.least_useful}
         given = [name for name, value in keys.items() if value is not None]
         if len(given) != 1:
-            raise RecipeError(f"give one of last, layers and least-useful, found {', '.join(given) or 'none'}")
+            raise RecipeError(f"give one of last, layers and least_useful, found {', '.join(given) or 'none'}")
         for name in ("last", "least_useful"):
             count = getattr(self, name)
             if count is not None and float(count).is_integer():

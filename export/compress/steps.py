@@ -1,6 +1,6 @@
 """What a step of a recipe is, and which there are.
 
-A step is a frozen dataclass whose fields are its keys in the recipe (`least_useful` is written `least-useful`), which
+A step is a frozen dataclass whose fields are its keys in the recipe, which
 checks them when it is made, and whose `apply` takes a module and returns one. Each is a file of its own.
 """
 

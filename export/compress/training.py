@@ -148,7 +148,7 @@ class _Loop:
         what = "the loss" if not math.isfinite(mean) else "its gradient"
         return (
             f"{what} is no longer a finite number at step {index + 1} of {self._step.steps}, and {kept}: compress with "
-            "a lower learning-rate or a longer warmup, to another place"
+            "a lower learning_rate or a longer warmup, to another place"
         )
 
     def _agree(self, done: int) -> None:
