@@ -126,7 +126,7 @@ def test_a_row_of_another_length_is_refused() -> None:
         session(model, True).run(None, {"x": np.ones((2, 9), np.float32)})
 
 
-# Attention: as close to the bodies as float additions in another order, and the same under any cut
+# Attention: close to the bodies, a small part of what the cache's rounding costs, and the same under any cut
 
 
 class Attention:
@@ -210,7 +210,9 @@ def test_attention_agrees_with_its_body(shape: dict[str, int]) -> None:
     cuts = [270, 1, 1, 8, 20]
     expected, cache = attention.run(body, x, cuts, 320)
     got, own_cache = attention.run(kernel, x, cuts, 320)
-    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    # Queries are rounded to 16 bits and weights to 15; keys and values were, by the cache, to 8.
+    np.testing.assert_allclose(got, expected, atol=5e-4 * np.abs(expected).max())
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 2e-4 * np.sqrt(np.mean(expected**2))
     for left, right in zip(own_cache, cache, strict=True):
         # A rotation in another order of operations rounds a key the other way now and then.
         assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999

@@ -16,6 +16,8 @@ constexpr int kBlock = 64;
 constexpr int kFewRows = 4;
 // Lanes of the floating point functions: lengths of float arrays are multiples of it.
 constexpr int kLanes = 16;
+// The weight of the largest of some scores, in attention.
+constexpr int kOne = 1 << 14;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
@@ -56,29 +58,35 @@ struct Arithmetic {
   void (*scale)(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count,
                 float* y);
 
-  // c[row][column] = a[row][0] * b[0][column], then fused additions of a[row][k] * b[k][column] for k = 1, 2, ...
-  // columns: a multiple of kLanes.
-  void (*product)(const float* a, size_t stride_a, int rows, int depth, const float* b, size_t stride_b, int columns,
-                  float* c, size_t stride_c);
-
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);
   // y[i] = x[i] * factors[i], rounded to even, within the range of int8.
   void (*to_int8)(const float* x, const float* factors, int size, int8_t* y);
-  // Both ask for the memory behind x, as much as x is, which is read next.
-  // int8 (count, size) to float (size, padded(count)): transposed. Columns beyond count are 0. stride: of the result.
-  void (*widen_transposed)(const int8_t* x, int count, int size, float* y, size_t stride);
-  // int8 (count, size) to float (count, stride); columns beyond size are 0.
-  void (*widen)(const int8_t* x, int count, int size, float* y, size_t stride);
+  // q[i] = round(x[i] * (limit / r)), r the largest magnitude; what is behind them up to an even number is 0. Returns
+  // r / limit.
+  float (*to_int16)(const float* x, int size, int limit, int16_t* q);
 
-  // Turn scores s[begin, end) into exp(s - largest), all others of `padded(count, kLanes)` into 0. Returns their sum:
-  // that of 16 partial sums, lane by lane, added pairwise (8 apart, 4, 2, 1). begin < end.
-  float (*exponentials)(float* s, int begin, int end, int count, float* largest);
-  // exp(x) as above, for one number.
-  float (*exponential)(float x);
+  // Keys and values (count, size) as columns for `pairs`, whose depth is that of a key, and the keys' positions. What
+  // is missing is 0. Both ask for the memory behind x, as much as x is, which is read next.
+  void (*key_pairs)(const int8_t* x, int count, int size, int16_t* columns);
+  void (*value_pairs)(const int8_t* x, int count, int size, int16_t* columns);
+
+  // sums[row][column] = sum over k of a[row][k] * columns[k][column], for k in [0, 2 * depth): as many pairs as depth.
+  // columns: groups of kLanes columns, one behind the other, each with `depth` times their pairs.
+  void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count,
+                int32_t* sums, size_t stride_sums);
+
+  // w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being that of s[i] * factor; all
+  // others of `padded(count, 2 * kLanes)` are 0, and s is overwritten there. Returns the sum of w. begin < end, 0 <=
+  // factor.
+  int32_t (*weights)(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* largest);
+  // 2^x for x <= 0, as `weights` computes it; 2^-100 below.
+  float (*power)(float x);
 
   // a = a * p + b * q, by a product and a fused addition, `count` of them, a multiple of kLanes.
-  void (*merge)(float* a, float p, const float* b, float q, int count);
+  void (*merge)(float* a, float p, const int32_t* b, float q, int count);
+  // y[i] = a[i] / divisor * factors[i].
+  void (*divide)(const float* a, float divisor, const float* factors, int size, float* y);
 };
 
 // The fastest implementation for this processor, or null if there is none.

@@ -33,21 +33,6 @@ inline Lanes load_tail(const float* x, int count) {
   return load(lanes);
 }
 
-template <typename Operation>
-inline float reduce(Lanes x, Operation operation) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = operation(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-inline float largest(Lanes x) {
-  return reduce(x, [](float a, float b) { return a > b ? a : b; });
-}
-inline float sum(Lanes x) {
-  return reduce(x, [](float a, float b) { return a + b; });
-}
-
 float quantize(const float* x, int size, uint8_t* q) {
   const int whole = size / kLanes * kLanes;
   Lanes most = zero();
@@ -70,84 +55,47 @@ void scale(const int32_t* sums, const int32_t* corrections, const float* scales,
   for (; i < count; i++) y[i] = static_cast<float>(sums[i] - corrections[i]) * scales[i] * factor;
 }
 
-// Cephes' expf (S. Moshier): x = n ln 2 + r, a polynomial in r, times 2^n. 0 below 2^-126.
-inline Lanes exp_of(Lanes x) {
-  const Lanes lowest = set(-87.33654f);
-  const Lanes bounded = max(x, lowest);
-  const Lanes n = round(mul(bounded, set(1.44269504f)));
-  const Lanes r = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), bounded));
-  Lanes y = set(1.9875691500e-4f);
-  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = fma(y, r, set(coefficient));
-  y = add(fma(y, mul(r, r), r), set(1));
-  return where_at_least(x, lowest, mul(y, power(n)));
+// one * 2^x for x <= 0 and a power of two, as Cephes' exp2f (S. Moshier): x = n + r, a polynomial in r, times 2^n.
+inline Lanes power_of_two(Lanes x, float one) {
+  const Lanes bounded = max(x, set(-100));
+  const Lanes n = round(bounded), r = sub(bounded, n);
+  Lanes y = set(1.535336188319500e-4f * one);
+  for (float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                            6.931472028550421e-1f, 1.0f})
+    y = fma(y, r, set(coefficient * one));
+  return times_power(y, n);
 }
 
-float exponential(float x) {
+float power(float x) {
   float lanes[kLanes];
-  store(lanes, exp_of(set(x)));
+  store(lanes, power_of_two(set(x), 1));
   return lanes[0];
 }
 
-float exponentials(float* s, int begin, int end, int count, float* most) {
-  const int length = padded(count, kLanes);
-  std::fill(s, s + begin, -std::numeric_limits<float>::infinity());
-  std::fill(s + end, s + length, -std::numeric_limits<float>::infinity());
-  Lanes high = load(s);
-  for (int i = kLanes; i < length; i += kLanes) high = max(high, load(s + i));
-  *most = largest(high);
-  const Lanes shift = set(-*most);
-  Lanes sums = zero();
-  for (int i = 0; i < length; i += kLanes) {
-    const Lanes p = exp_of(add(load(s + i), shift));
-    store(s + i, p);
-    sums = add(sums, p);
-  }
-  return sum(sums);
-}
-
-void merge(float* a, float p, const float* b, float q, int count) {
+void merge(float* a, float p, const int32_t* b, float q, int count) {
   for (int i = 0; i < count; i += kLanes) store(a + i, fma(load(b + i), set(q), mul(load(a + i), set(p))));
 }
 
-template <int R, int V>
-inline void product_tile(const float* a, size_t stride_a, int depth, const float* b, size_t stride_b, float* c,
-                         size_t stride_c) {
-  Lanes sums[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = zero();
-  for (int k = 0; k < depth; k++) {
-    Lanes row[V];
-    for (int v = 0; v < V; v++) row[v] = load(b + k * stride_b + v * kLanes);
-    for (int r = 0; r < R; r++) {
-      const Lanes factor = set(a[r * stride_a + k]);
-      for (int v = 0; v < V; v++) sums[r][v] = fma(factor, row[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * stride_c + v * kLanes, sums[r][v]);
+void divide(const float* a, float divisor, const float* factors, int size, float* y) {
+  for (int i = 0; i < size; i++) y[i] = a[i] / divisor * factors[i];
 }
 
-template <int R>
-inline void product_rows(const float* a, size_t stride_a, int depth, const float* b, size_t stride_b, int columns,
-                         float* c, size_t stride_c) {
-  constexpr int kStep = kProductVectors * kLanes;
-  int column = 0;
-  for (; column + kStep <= columns; column += kStep)
-    product_tile<R, kProductVectors>(a, stride_a, depth, b + column, stride_b, c + column, stride_c);
-  for (; column < columns; column += kLanes)
-    product_tile<R, 1>(a, stride_a, depth, b + column, stride_b, c + column, stride_c);
-}
-
-void product(const float* a, size_t stride_a, int rows, int depth, const float* b, size_t stride_b, int columns,
-             float* c, size_t stride_c) {
-  int row = 0;
-  for (; row + kProductRows <= rows; row += kProductRows)
-    product_rows<kProductRows>(a + row * stride_a, stride_a, depth, b, stride_b, columns, c + row * stride_c, stride_c);
-  for (; row + 3 <= rows; row += 3)
-    product_rows<3>(a + row * stride_a, stride_a, depth, b, stride_b, columns, c + row * stride_c, stride_c);
-  for (; row < rows; row++)
-    product_rows<1>(a + row * stride_a, stride_a, depth, b, stride_b, columns, c + row * stride_c, stride_c);
+int32_t weights(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* most) {
+  const int length = padded(count, kLanes);
+  std::fill(s, s + begin, std::numeric_limits<int32_t>::min());
+  std::fill(s + end, s + length, std::numeric_limits<int32_t>::min());
+  Lanes high = load(s);
+  for (int i = kLanes; i < length; i += kLanes) high = max(high, load(s + i));
+  // Rounding keeps the order: the largest score has the largest product.
+  *most = largest(high) * factor;
+  const Lanes scale = set(factor), shift = set(-*most);
+  for (int i = 0; i < length; i += kLanes) store_words(w + i, power_of_two(add(mul(load(s + i), scale), shift), kOne));
+  // Where the factor is 0, all scores are the same.
+  std::fill(w, w + begin, int16_t{0});
+  std::fill(w + end, w + padded(count, 2 * kLanes), int16_t{0});
+  Ints sums = zero_ints();
+  for (int i = 0; i < length; i += kBytes / 2) sums = dot_pairs(sums, load_bytes(w + i), broadcast(0x00010001));
+  return total(sums);
 }
 
 // --- int8 keys and values ---------------------------------------------------------------------------------------
@@ -183,50 +131,121 @@ inline void transpose(Square rows[kSquare]) {
   }
 }
 
-#if !defined(EDGELM_OWN_TRANSPOSITION)
-inline void widen_square(const int8_t* x, size_t stride_x, float* y, size_t stride_y) {
-  Square square[kSquare];
-  for (int i = 0; i < kSquare; i++) std::memcpy(&square[i], x + i * stride_x, kSquare);
-  transpose(square);
-  for (int i = 0; i < kSquare; i++) store(y + i * stride_y, load(reinterpret_cast<const int8_t*>(&square[i])));
-}
-#endif
-
 // Asks for the memory that follows `count` values as far as x is from its end: a chunk ahead, a line at a time. Asked
 // for all at once, or found out by the processor, it comes later: a step over 1,900 positions took 1.5 times as long.
 inline void prefetch_next(const int8_t* x, int count, int size) {
   __builtin_prefetch(x + static_cast<size_t>(count) * size);
 }
 
-void widen_transposed(const int8_t* x, int count, int size, float* y, size_t stride) {
-  for (int row = 0; row < count; row += kSquare) {
+float to_int16(const float* x, int size, int limit, int16_t* q) {
+  Lanes most = zero();
+  const int whole = size / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) most = max(most, abs(load(x + i)));
+  if (whole < size) most = max(most, abs(load_tail(x + whole, size - whole)));
+  const float r = largest(most);
+  const Lanes factor = set(r == 0 ? 0 : static_cast<float>(limit) / r);
+  for (int i = 0; i < whole; i += kLanes) store_words(q + i, mul(load(x + i), factor));
+  if (whole < size) {
+    int16_t words[kLanes];
+    store_words(words, mul(load_tail(x + whole, size - whole), factor));
+    std::copy_n(words, padded(size - whole, 2), q + whole);
+  }
+  return r / static_cast<float>(limit);
+}
+
+#if !defined(EDGELM_OWN_TRANSPOSITION)
+inline void square_pairs(const int8_t* x, size_t stride, int16_t* y) {
+  Square square[kSquare];
+  for (int i = 0; i < kSquare; i++) std::memcpy(&square[i], x + i * stride, kSquare);
+  transpose(square);
+  for (int i = 0; i < kSquare; i += 2, y += 2 * kLanes)
+    store_pairs(y, reinterpret_cast<const int8_t*>(&square[i]), reinterpret_cast<const int8_t*>(&square[i + 1]));
+}
+#endif
+
+void key_pairs(const int8_t* x, int count, int size, int16_t* columns) {
+  const size_t depth = padded(size, 2) * kLanes;
+  for (int row = 0; row < count; row += kSquare, columns += depth) {
     for (int i = 0; i < kSquare; i++) prefetch_next(x + (row + i) * static_cast<size_t>(size), count, size);
     for (int column = 0; column < size; column += kSquare) {
+      const int8_t* const corner = x + row * static_cast<size_t>(size) + column;
+      int16_t* const y = columns + column * kLanes;
       if (row + kSquare <= count && column + kSquare <= size) {
-        widen_square(x + row * static_cast<size_t>(size) + column, size, y + column * stride + row, stride);
+        square_pairs(corner, size, y);
         continue;
       }
-      const int rows = std::min(kSquare, count - row), columns = std::min(kSquare, size - column);
-      Square square[kSquare] = {};
-      for (int i = 0; i < rows; i++)
-        std::memcpy(&square[i], x + (row + i) * static_cast<size_t>(size) + column, columns);
-      transpose(square);
-      for (int i = 0; i < columns; i++)
-        store(y + (column + i) * stride + row, load(reinterpret_cast<const int8_t*>(&square[i])));
+      int8_t square[kSquare][kSquare] = {};
+      int16_t pairs[kSquare * kLanes];
+      const int rows = std::min(kSquare, count - row), length = std::min(kSquare, size - column);
+      for (int i = 0; i < rows; i++) std::memcpy(square[i], corner + i * static_cast<size_t>(size), length);
+      square_pairs(square[0], kSquare, pairs);
+      std::copy_n(pairs, padded(length, 2) * kLanes, y);
     }
   }
 }
 
-void widen(const int8_t* x, int count, int size, float* y, size_t stride) {
-  const int whole = size / kLanes * kLanes;
-  for (int row = 0; row < count; row++, x += size, y += stride) {
-    prefetch_next(x, count, size);
-    for (int column = 0; column < whole; column += kLanes) store(y + column, load(x + column));
-    if (whole == size) continue;
-    int8_t bytes[kLanes] = {};
-    std::memcpy(bytes, x + whole, size - whole);
-    store(y + whole, load(bytes));
+void value_pairs(const int8_t* x, int count, int size, int16_t* columns) {
+  static constexpr int8_t kNone[kLanes] = {};
+  const size_t depth = padded(count, 2) * kLanes;
+  for (int row = 0; row < count; row += 2, x += 2 * size, columns += 2 * kLanes) {
+    const bool both = row + 1 < count;
+    prefetch_next(x, count, size), prefetch_next(x + size, count, size);
+    for (int column = 0; column < size; column += kLanes) {
+      int16_t* const y = columns + column / kLanes * depth;
+      const int length = size - column;
+      if (length >= kLanes) {
+        store_pairs(y, x + column, both ? x + size + column : kNone);
+        continue;
+      }
+      int8_t rows[2][kLanes] = {};
+      std::memcpy(rows[0], x + column, length);
+      if (both) std::memcpy(rows[1], x + size + column, length);
+      store_pairs(y, rows[0], rows[1]);
+    }
   }
+}
+
+template <int R, int V>
+inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int32_t* sums,
+                       size_t stride_sums) {
+  constexpr int kParts = kLanes / kSumsPerInts;
+  Ints tile[R][V * kParts];
+  for (auto& row : tile)
+    for (auto& part : row) part = zero_ints();
+  for (int k = 0; k < 2 * depth; k += 2) {
+    Bytes pairs[V * kParts];
+    for (int v = 0; v < V; v++)
+      for (int i = 0; i < kParts; i++)
+        pairs[v * kParts + i] = load_bytes(columns + (v * 2 * depth + k) * kLanes + i * 2 * kSumsPerInts);
+    for (int r = 0; r < R; r++) {
+      const Bytes factors = broadcast(four(a + r * stride_a + k));
+      for (int i = 0; i < V * kParts; i++) tile[r][i] = dot_pairs(tile[r][i], pairs[i], factors);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < V * kParts; i++) store_ints(sums + r * stride_sums + i * kSumsPerInts, tile[r][i]);
+}
+
+template <int R>
+inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
+                       size_t stride_sums) {
+  constexpr int kStep = kPairVectors * kLanes;
+  int column = 0;
+  for (; column + kStep <= count; column += kStep)
+    pairs_tile<R, kPairVectors>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
+  for (; column < count; column += kLanes)
+    pairs_tile<R, 1>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
+}
+
+void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
+           size_t stride_sums) {
+  int row = 0;
+  for (; row + kPairRows <= rows; row += kPairRows)
+    pairs_rows<kPairRows>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
+  for (; row + 3 <= rows; row += 3)
+    pairs_rows<3>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
+  for (; row < rows; row++)
+    pairs_rows<1>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
 }
 
 // --- integer products -------------------------------------------------------------------------------------------
@@ -412,8 +431,8 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,    kOffset, quantize, columns,          rows,  pack_columns, pack_rows,   panel, scale,
-          product, rotate,  to_int8,  widen_transposed, widen, exponentials, exponential, merge};
+  return {name,    kOffset,  quantize,  columns,     rows,  pack_columns, pack_rows, panel, scale, rotate,
+          to_int8, to_int16, key_pairs, value_pairs, pairs, weights,      power,     merge, divide};
 }
 
 }  // namespace

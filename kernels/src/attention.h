@@ -1,11 +1,13 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel.
 //
-// A position's result is one order of additions, whatever other positions a step computes: the cache is cut into chunks
-// of kChunk positions, counted from its beginning. In a chunk the scores of all keys are exponentiated against the
-// largest of them, and the values added in their order; chunks are merged in their order, by the rule of online softmax
-// (Milakov and Gimelshein, arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there
-// are few (flash-decoding), and both give the same bits. Keys and values are widened to float once for all rows of a
-// tile.
+// Products are those of integers, as they are cached: a row's query is rounded to 16 bits, by its largest value, and
+// the weights of a chunk's values to 15, by the largest of them. The sums are exact, in whatever order they are added.
+//
+// A position's result is one order of the additions that are left, whatever other positions a step computes: the cache
+// is cut into chunks of kChunk positions, counted from its beginning. In a chunk the scores of all keys are weighed
+// against the largest of them; chunks are merged in their order, by the rule of online softmax (Milakov and Gimelshein,
+// arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there are few (flash-decoding),
+// and both give the same bits. Keys and values are arranged for the products once for all rows of a tile.
 #pragma once
 
 #include "arithmetic.h"
@@ -39,20 +41,48 @@ class Attention {
     int sequence, group, begin, positions;
   };
 
+  // Queries (rows, width) as integers, and what makes a score of them a power of two, by rows.
+  struct Queries {
+    int16_t* values;
+    float* factors;
+  };
+  // What a chunk adds to rows: the sum of its values, weighted (rows, width), that of the weights, and the largest
+  // score, by rows.
+  struct Part {
+    int32_t *values, *sums;
+    float* largest;
+  };
+  // The same of all chunks so far.
+  struct State {
+    float *values, *sums, *largest;
+  };
+  // What is computed of a chunk on the way: keys and values as columns, scores and weights (rows, kChunk).
+  struct Chunk {
+    int16_t *keys, *values, *weights;
+    int32_t* scores;
+  };
+
+  Queries queries(Memory& memory, int rows) const;
+  Part part(Memory& memory, int rows) const;
+  State state(Memory& memory, int rows) const;
+  Chunk chunk(Memory& memory, int rows) const;
+  Queries from(const Queries& queries, size_t row) const;
+  Part from(const Part& part, size_t row) const;
+
   Step read(Call& call) const;
   void rotated(const Step& step, int position, float* head) const;
   void append(const Step& step, int sequence, int row) const;
-  void queries(const Step& step, const Tile& tile, float* q) const;
-  void attend(const Step& step, const Tile& tile, int chunk, const float* q, float* memory, float* state) const;
-  void merge(int rows, float* state, const float* next) const;
-  void write(const Step& step, const Tile& tile, const float* state) const;
+  void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
+  void attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
+              const Part& part) const;
+  void clear(int rows, const State& state) const;
+  void merge(int rows, const State& state, const Part& part) const;
+  void write(const Step& step, const Tile& tile, const State& state) const;
   void by_rows(Call& call, const Step& step) const;
   void by_chunks(Call& call, const Step& step) const;
   int first_chunk(const Step& step, const Tile& tile) const;
   int last_chunk(const Step& step, const Tile& tile) const;
   int rows_of(const Tile& tile) const { return tile.positions * per_group_; }
-  size_t state_floats(int rows) const;
-  size_t chunk_floats(int rows) const;
 
   const Arithmetic& arithmetic_;
   int threads_;
@@ -60,9 +90,9 @@ class Attention {
   int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
-  float scale_;
-  std::vector<float> key_scales_, value_scales_;
-  std::vector<float> key_factors_, value_factors_;  // their inverses
+  int limit_;                                       // of a query's integers: a score fits into 32 bits
+  std::vector<float> query_scales_, value_scales_;  // the former with the scale of scores, for powers of two
+  std::vector<float> key_factors_, value_factors_;  // inverses of the cache's scales
 };
 
 }  // namespace edgelm

@@ -14,21 +14,22 @@ struct Lanes {
 inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Lanes set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
-inline __m256 widened(const int8_t* x) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
 inline __m256 differences(const int32_t* a, const int32_t* b) {
   const auto load = [](const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(a), load(b)));
 }
 inline Lanes difference(const int32_t* a, const int32_t* b) { return {differences(a, b), differences(a + 8, b + 8)}; }
-inline Lanes load(const int8_t* x) { return {widened(x), widened(x + 8)}; }
+inline __m256 floats(const int32_t* x) {
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline Lanes load(const int32_t* x) { return {floats(x), floats(x + 8)}; }
 inline void store(float* y, Lanes x) { _mm256_storeu_ps(y, x.low), _mm256_storeu_ps(y + 8, x.high); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 inline Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Lanes div(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 inline Lanes min(Lanes a, Lanes b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
@@ -36,17 +37,23 @@ inline Lanes abs(Lanes a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
+inline float largest(Lanes x) {
+  const __m256 eight = _mm256_max_ps(x.low, x.high);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
 inline Lanes round(Lanes a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};
 }
-inline __m256 powers(__m256 n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+inline __m256 times_powers(__m256 y, __m256 n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
-inline Lanes power(Lanes n) { return {powers(n.low), powers(n.high)}; }
-inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
-  return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ), y.low),
-          _mm256_and_ps(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ), y.high)};
+inline Lanes times_power(Lanes y, Lanes n) { return {times_powers(y.low, n.low), times_powers(y.high, n.high)}; }
+inline void store_words(int16_t* y, Lanes x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_permute4x64_epi64(words, 0xd8));
 }
 inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
   const __m256i add = _mm256_set1_epi32(offset), low = _mm256_set1_epi32(255);
@@ -60,7 +67,7 @@ inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
 using Bytes = __m256i;
 using Ints = __m256i;
 constexpr int kPanelRows = 2;
-constexpr int kProductRows = 2, kProductVectors = 2;
+constexpr int kPairRows = 4, kPairVectors = 1;
 
 inline Bytes load_bytes(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 inline void store_bytes(void* y, Bytes x) { _mm256_storeu_si256(static_cast<__m256i*>(y), x); }
@@ -85,6 +92,8 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 }
 #endif
 
+inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+
 inline int32_t total(Ints x) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
@@ -104,6 +113,13 @@ inline void in_order(Ints sums[4]) {
   const __m256i c = _mm256_permute2x128_si256(sums[0], sums[1], 0x31);
   const __m256i d = _mm256_permute2x128_si256(sums[2], sums[3], 0x31);
   sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+}
+
+inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+  store_bytes(y, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second)));
+  store_bytes(y + 16, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second)));
 }
 
 }  // namespace

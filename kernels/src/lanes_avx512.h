@@ -15,25 +15,25 @@ inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
 inline Lanes difference(const int32_t* a, const int32_t* b) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
 }
-inline Lanes load(const int8_t* x) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
-}
+inline Lanes load(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
 inline void store(float* y, Lanes x) { _mm512_storeu_ps(y, x); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
+inline float largest(Lanes x) { return _mm512_reduce_max_ps(x); }
 inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2 to the power of whole numbers in [-126, 127].
-inline Lanes power(Lanes n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+// y times 2 to the power of whole numbers n, where neither y nor that is subnormal.
+inline Lanes times_power(Lanes y, Lanes n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
-// y where x >= bound, else 0.
-inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);
+// Rounded to even, within the range of int16.
+inline void store_words(int16_t* y, Lanes x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
   const __m512i values = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(offset));
@@ -44,7 +44,7 @@ using Bytes = __m512i;
 using Ints = __m512i;
 constexpr int kOffset = 128;
 constexpr int kPanelRows = 6;
-constexpr int kProductRows = 6, kProductVectors = 4;
+constexpr int kPairRows = 6, kPairVectors = 4;
 
 inline Bytes load_bytes(const void* x) { return _mm512_loadu_si512(x); }
 inline void store_bytes(void* y, Bytes x) { _mm512_storeu_si512(y, x); }
@@ -55,6 +55,11 @@ inline void store_ints(int32_t* y, Ints x) { _mm512_storeu_si512(y, x); }
 // _mm512_dpbusd_epi32, written out: around the intrinsic, GCC moves all sums through memory.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+  return sums;
+}
+// Adds the products of 16 pairs of int16: _mm512_dpwssd_epi32, written out.
+inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   return sums;
 }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
@@ -74,28 +79,35 @@ inline void in_order(Ints sums[4]) {
   sums[2] = _mm512_shuffle_i32x4(b, d, 0x88), sums[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-// y[column * stride_y] = 16 values of column `column` of 16 rows of 16 int8 values.
+// a[i] and b[i] side by side, as int16, for 16 of them.
+inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+  const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi8(first, second));
+  _mm512_storeu_si512(y, _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, _mm_unpackhi_epi8(first, second), 1)));
+}
+
+// Columns 2 i and 2 i + 1 of 16 rows of 16 int8 values as pairs, for each i.
 #define EDGELM_OWN_TRANSPOSITION
-inline void widen_square(const int8_t* x, size_t stride_x, float* y, size_t stride_y) {
+inline void square_pairs(const int8_t* x, size_t stride, int16_t* y) {
   __m512i rows[4];  // four rows each, of four words of four values
   for (int i = 0; i < 4; i++) {
-    const auto row = [&](int j) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (4 * i + j) * stride_x));
-    };
+    const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (4 * i + j) * stride)); };
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
     const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
     rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  for (int word = 0; word < 4; word++) {
+  // The bytes of a word's first and second half as the upper ones of int16.
+  const __m512i upper = _mm512_set4_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080);
+  for (int word = 0; word < 4; word++, y += 4 * kLanes) {
     const __m512i order = _mm512_add_epi32(first, _mm512_set1_epi32(word));
     const __m512i low = _mm512_permutex2var_epi32(rows[0], order, rows[1]);
     const __m512i high = _mm512_permutex2var_epi32(rows[2], order, rows[3]);
     const __m512i words = _mm512_shuffle_i64x2(low, high, 0x44);
-    for (int i = 0; i < 4; i++) {
-      const __m512i values = _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * i), 24);
-      _mm512_storeu_ps(y + (4 * word + i) * stride_y, _mm512_cvtepi32_ps(values));
-    }
+    const __m512i later = _mm512_srli_epi32(words, 16);
+    _mm512_storeu_si512(y, _mm512_srai_epi16(_mm512_shuffle_epi8(words, upper), 8));
+    _mm512_storeu_si512(y + 2 * kLanes, _mm512_srai_epi16(_mm512_shuffle_epi8(later, upper), 8));
   }
 }
 

@@ -25,11 +25,8 @@ inline Lanes load(const float* x) {
 inline Lanes difference(const int32_t* a, const int32_t* b) {
   return each([&](int i) { return vcvtq_f32_s32(vsubq_s32(vld1q_s32(a + 4 * i), vld1q_s32(b + 4 * i))); });
 }
-inline Lanes load(const int8_t* x) {
-  const int8x16_t bytes = vld1q_s8(x);
-  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+inline Lanes load(const int32_t* x) {
+  return each([&](int i) { return vcvtq_f32_s32(vld1q_s32(x + 4 * i)); });
 }
 inline void store(float* y, Lanes x) {
   for (int i = 0; i < 4; i++) vst1q_f32(y + 4 * i, x.part[i]);
@@ -43,6 +40,9 @@ inline Lanes mul(Lanes a, Lanes b) {
 inline Lanes add(Lanes a, Lanes b) {
   return each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
 }
+inline Lanes sub(Lanes a, Lanes b) {
+  return each([&](int i) { return vsubq_f32(a.part[i], b.part[i]); });
+}
 inline Lanes div(Lanes a, Lanes b) {
   return each([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
 }
@@ -55,18 +55,20 @@ inline Lanes min(Lanes a, Lanes b) {
 inline Lanes abs(Lanes a) {
   return each([&](int i) { return vabsq_f32(a.part[i]); });
 }
+inline float largest(Lanes x) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
+}
 inline Lanes round(Lanes a) {
   return each([&](int i) { return vrndnq_f32(a.part[i]); });
 }
-inline Lanes power(Lanes n) {
+inline Lanes times_power(Lanes y, Lanes n) {
   return each([&](int i) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.part[i]), vdupq_n_s32(127)), 23));
+    const int32x4_t shift = vshlq_n_s32(vcvtnq_s32_f32(n.part[i]), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(y.part[i]), shift));
   });
 }
-inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
-  return each([&](int i) {
-    return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x.part[i], bound.part[i]), vreinterpretq_u32_f32(y.part[i])));
-  });
+inline void store_words(int16_t* y, Lanes x) {
+  for (int i = 0; i < 4; i++) vst1_s16(y + 4 * i, vqmovn_s32(vcvtnq_s32_f32(x.part[i])));
 }
 inline void store_bytes(uint8_t* y, Lanes whole, int offset) {
   const int32x4_t add = vdupq_n_s32(offset);
@@ -81,7 +83,7 @@ using Bytes = int8x16_t;
 using Ints = int32x4_t;
 constexpr int kOffset = 0;
 constexpr int kPanelRows = 4;
-constexpr int kProductRows = 4, kProductVectors = 1;
+constexpr int kPairRows = 4, kPairVectors = 1;
 
 inline Bytes load_bytes(const void* x) { return vld1q_s8(static_cast<const int8_t*>(x)); }
 inline void store_bytes(void* y, Bytes x) { vst1q_s8(static_cast<int8_t*>(y), x); }
@@ -99,6 +101,13 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 }
 #endif
 
+// a: four columns' first values, then their second ones; so nothing is added across a register.
+inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
+  const int16x8_t columns = vreinterpretq_s16_s8(a);
+  const int16x4_t factors = vget_low_s16(vreinterpretq_s16_s8(b));
+  return vmlal_high_lane_s16(vmlal_lane_s16(sums, vget_low_s16(columns), factors, 0), columns, factors, 1);
+}
+
 inline int32_t total(Ints x) { return vaddvq_s32(x); }
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
@@ -111,6 +120,16 @@ inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes qua
 }
 
 inline void in_order(Ints*) {}
+
+inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
+  const int8x16_t first = vld1q_s8(a), second = vld1q_s8(b);
+  const int16x8_t low[2] = {vmovl_s8(vget_low_s8(first)), vmovl_s8(vget_low_s8(second))};
+  const int16x8_t high[2] = {vmovl_high_s8(first), vmovl_high_s8(second)};
+  vst1q_s16(y, vcombine_s16(vget_low_s16(low[0]), vget_low_s16(low[1])));
+  vst1q_s16(y + 8, vcombine_s16(vget_high_s16(low[0]), vget_high_s16(low[1])));
+  vst1q_s16(y + 16, vcombine_s16(vget_low_s16(high[0]), vget_low_s16(high[1])));
+  vst1q_s16(y + 24, vcombine_s16(vget_high_s16(high[0]), vget_high_s16(high[1])));
+}
 
 }  // namespace
 }  // namespace edgelm

@@ -25,11 +25,21 @@ std::vector<int64_t> shape_of(const OrtValue* value) {
   return shape;
 }
 
+const void* data_of(const OrtValue* value) {
+  void* data = nullptr;
+  if (value != nullptr) check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  return data;
+}
+
 Tensor tensor_of(const OrtValue* value) {
   if (value == nullptr) return {};
-  void* data = nullptr;
-  check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  return {data, shape_of(value)};
+  return {data_of(value), shape_of(value)};
+}
+
+const OrtValue* input_of(const OrtKernelContext* context, size_t index) {
+  const OrtValue* value = nullptr;
+  check(api->KernelContext_GetInput(context, index, &value));
+  return value;
 }
 
 // Whether an attribute is there: a status is the only answer that the interface gives.
@@ -67,11 +77,9 @@ Tensor Info::constant(size_t index) const {
   return tensor_of(value);
 }
 
-Tensor Call::input(size_t index) const {
-  const OrtValue* value = nullptr;
-  check(api->KernelContext_GetInput(context_, index, &value));
-  return tensor_of(value);
-}
+Tensor Call::input(size_t index) const { return tensor_of(input_of(context_, index)); }
+
+const void* Call::data(size_t index) const { return data_of(input_of(context_, index)); }
 
 void* Call::output_data(size_t index, const std::vector<int64_t>& shape) {
   OrtValue* value = nullptr;

@@ -49,6 +49,11 @@ class Call {
   explicit Call(OrtKernelContext* context) : context_(context) {}
 
   Tensor input(size_t index) const;
+  // The values alone, null for an optional input that is not there: a shape costs more than they do.
+  template <typename T>
+  const T* values(size_t index) const {
+    return static_cast<const T*>(data(index));
+  }
   template <typename T>
   T* output(size_t index, const std::vector<int64_t>& shape) {
     return static_cast<T*>(output_data(index, shape));
@@ -67,6 +72,7 @@ class Call {
   void share(int tasks, int threads, Work work);
 
  private:
+  const void* data(size_t index) const;
   void* output_data(size_t index, const std::vector<int64_t>& shape);
 
   OrtKernelContext* context_;
@@ -74,6 +80,31 @@ class Call {
 
 // Memory for intermediate results, in two parts. A thread keeps it: the next call finds its pages there.
 float* scratch(int part, size_t floats);
+
+// Hands out arrays, each from a cache line on, of memory that begins at one; from 0 on it counts what is needed.
+class Memory {
+ public:
+  explicit Memory(float* begin) : next_((reinterpret_cast<uintptr_t>(begin) + kLine - 1) / kLine * kLine) {}
+
+  template <typename T>
+  T* take(size_t count) {
+    T* const array = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    return array;
+  }
+  // `layout(memory)` with memory of a part of `scratch` that is as large as it takes.
+  template <typename Layout>
+  static auto laid_out(int part, Layout layout) {
+    Memory counted(nullptr);
+    layout(counted);
+    Memory memory(scratch(part, (counted.next_ + kLine) / sizeof(float)));
+    return layout(memory);
+  }
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  uintptr_t next_;
+};
 
 }  // namespace edgelm
 
