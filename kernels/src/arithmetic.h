@@ -67,9 +67,9 @@ struct Arithmetic {
   float (*to_int16)(const float* x, int size, int limit, int16_t* q);
 
   // Keys and values (count, size) as columns for `pairs`, whose depth is that of a key, and the keys' positions. What
-  // is missing is 0. Both ask for the memory behind x, as much as x is, which is read next.
-  void (*key_pairs)(const int8_t* x, int count, int size, int16_t* columns);
-  void (*value_pairs)(const int8_t* x, int count, int size, int16_t* columns);
+  // is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
+  void (*key_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
+  void (*value_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
 
   // sums[row][column] = sum over k of a[row][k] * columns[k][column], for k in [0, 2 * depth): as many pairs as depth.
   // columns: groups of kLanes columns, one behind the other, each with `depth` times their pairs.

@@ -172,14 +172,20 @@ int Attention::last_chunk(const Step& step, const Tile& tile) const {
   return (step.past(tile.sequence) + tile.begin + tile.positions - 1) / kChunk;
 }
 
-// What the positions of one chunk add to a tile's rows.
-void Attention::attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
-                       const Part& part) const {
+// Where a chunk begins in the cache.
+size_t Attention::place(const Step& step, const Tile& tile, int index) const {
+  const size_t row = (static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity;
+  return (row + static_cast<size_t>(index) * kChunk) * size_;
+}
+
+// What the positions of one chunk add to a tile's rows. next: where the chunk begins that follows.
+void Attention::attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries,
+                       const Chunk& chunk, const Part& part) const {
   const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
   const int count = std::min(kChunk, first + tile.positions - begin);
-  const size_t place = ((static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity + begin) * size_;
-  arithmetic_.key_pairs(step.keys + place, count, size_, chunk.keys);
-  arithmetic_.value_pairs(step.values + place, count, size_, chunk.values);
+  const size_t from = place(step, tile, index);
+  arithmetic_.key_pairs(step.keys + from, count, size_, step.keys + next, chunk.keys);
+  arithmetic_.value_pairs(step.values + from, count, size_, step.values + next, chunk.values);
   arithmetic_.pairs(queries.values, rows, width_, chunk.keys, padded(size_, 2) / 2, padded(count, kLanes), chunk.scores,
                     kChunk);
   for (int row = 0; row < rows; row++) {
@@ -231,13 +237,13 @@ void Attention::by_rows(Call& call, const Step& step) const {
     const int begin = (tiles - 1 - task / (step.batch * groups_)) * positions;
     const Tile tile{task % step.batch, task / step.batch % groups_, begin, std::min(positions, step.rows - begin)};
     const int rows = rows_of(tile);
-    const auto [own, state_so_far, next, place] = Memory::laid_out(0, [&](Memory& memory) {
+    const auto [own, state_so_far, next, memory] = Memory::laid_out(0, [&](Memory& memory) {
       return std::tuple(queries(memory, rows), state(memory, rows), part(memory, rows), chunk(memory, rows));
     });
     prepare(step, tile, own);
     clear(rows, state_so_far);
     for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++) {
-      attend(step, tile, index, own, place, next);
+      attend(step, tile, index, place(step, tile, index + 1), own, memory, next);
       merge(rows, state_so_far, next);
     }
     write(step, tile, state_so_far);
@@ -256,12 +262,14 @@ void Attention::by_chunks(Call& call, const Step& step) const {
   // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
   const int tasks = tiles * most, workers = std::min(threads_, tasks);
   call.parallel(workers, [&](int worker) {
-    const Chunk place = Memory::laid_out(0, [&](Memory& memory) { return chunk(memory, rows); });
-    for (int task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
+    const Chunk memory = Memory::laid_out(0, [&](Memory& own) { return chunk(own, rows); });
+    const int end = tasks * (worker + 1) / workers;
+    for (int task = tasks * worker / workers; task < end; task++) {
       const Tile tile = tile_of(task / most);
-      const int index = task % most;
+      const int index = task % most, follows = std::min(task + 1, end - 1);
       if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile))
-        attend(step, tile, index, from(all, static_cast<size_t>(task / most) * rows), place,
+        attend(step, tile, index, place(step, tile_of(follows / most), follows % most),
+               from(all, static_cast<size_t>(task / most) * rows), memory,
                from(parts, static_cast<size_t>(task) * rows));
     }
   });

@@ -73,7 +73,8 @@ class Attention {
   void rotated(const Step& step, int position, float* head) const;
   void append(const Step& step, int sequence, int row) const;
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
-  void attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
+  size_t place(const Step& step, const Tile& tile, int index) const;
+  void attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries, const Chunk& chunk,
               const Part& part) const;
   void clear(int rows, const State& state) const;
   void merge(int rows, const State& state, const Part& part) const;
