@@ -33,6 +33,16 @@ inline Lanes load_tail(const float* x, int count) {
   return load(lanes);
 }
 
+// Lanes at the place of an array behind which `count` values are left, filled up with 0.
+inline Lanes load_some(const float* x, int count) { return count < kLanes ? load_tail(x, count) : load(x); }
+
+inline void store_some(float* y, int count, Lanes x) {
+  if (count >= kLanes) return store(y, x);
+  float lanes[kLanes];
+  store(lanes, x);
+  std::copy_n(lanes, count, y);
+}
+
 template <typename Operation>
 inline float reduce(Lanes x, Operation operation) {
   float lanes[kLanes];
@@ -104,6 +114,27 @@ float exponentials(float* s, int begin, int end, int count, float* most) {
     sums = add(sums, p);
   }
   return sum(sums);
+}
+
+void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y) {
+  Lanes squares = zero();
+  for (int i = 0; i < size; i += kLanes) {
+    const Lanes both = add(load_some(x + i, size - i), load_some(skip + i, size - i));
+    store_some(total + i, size - i, both);
+    squares = fma(both, both, squares);
+  }
+  const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
+  for (int i = 0; i < size; i += kLanes)
+    store(y + i, mul(mul(load_some(total + i, size - i), inverse), load_some(weight + i, size - i)));
+}
+
+// exp of a magnitude turned negative neither overflows nor loses digits.
+void gate(const float* gate, const float* up, int size, float* y) {
+  for (int i = 0; i < size; i += kLanes) {
+    const Lanes x = load_some(gate + i, size - i), e = exp_of(mul(abs(x), set(-1)));
+    const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
+    store(y + i, mul(mul(x, opening), load_some(up + i, size - i)));
+  }
 }
 
 void merge(float* a, float p, const float* b, float q, int count) {
@@ -412,8 +443,9 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,    kOffset, quantize, columns,          rows,  pack_columns, pack_rows,   panel, scale,
-          product, rotate,  to_int8,  widen_transposed, widen, exponentials, exponential, merge};
+  return {name,  kOffset, quantize, norm,   gate,    columns,          rows,  pack_columns, pack_rows,
+          panel, scale,   product,  rotate, to_int8, widen_transposed, widen, exponentials, exponential,
+          merge};
 }
 
 }  // namespace
