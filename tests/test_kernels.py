@@ -249,6 +249,9 @@ def test_halves_and_sums_of_another_length_are_refused() -> None:
     x = np.ones((2, 8), np.float32)
     with pytest.raises(Exception, match="two values of one shape"):
         session(normed, True).run(None, {"x": x, "skip": x[:1]})
+    normed.graph.initializers["g"].const_value = ir.tensor(np.ones(7, np.float32), name="g")
+    with pytest.raises(Exception, match="a weight for each value of a row"):
+        session(normed, True)
 
 
 # Attention: as close to the bodies as float additions in another order, and the same under any cut

@@ -33,14 +33,21 @@ inline Lanes load_tail(const float* x, int count) {
   return load(lanes);
 }
 
-// Lanes at the place of an array behind which `count` values are left, filled up with 0.
 inline Lanes load_some(const float* x, int count) { return count < kLanes ? load_tail(x, count) : load(x); }
 
-inline void store_some(float* y, int count, Lanes x) {
+inline void store_some(float* y, Lanes x, int count) {
   if (count >= kLanes) return store(y, x);
   float lanes[kLanes];
   store(lanes, x);
   std::copy_n(lanes, count, y);
+}
+
+// step(i, count) for lanes [i, i + count) of a row: all but the last ones are whole, which is known when compiling.
+template <typename Step>
+inline void each_lanes(int size, Step step) {
+  const int whole = size / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) step(i, kLanes);
+  if (whole < size) step(whole, size - whole);
 }
 
 template <typename Operation>
@@ -118,23 +125,24 @@ float exponentials(float* s, int begin, int end, int count, float* most) {
 
 void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y) {
   Lanes squares = zero();
-  for (int i = 0; i < size; i += kLanes) {
-    const Lanes both = add(load_some(x + i, size - i), load_some(skip + i, size - i));
-    store_some(total + i, size - i, both);
+  each_lanes(size, [&](int i, int count) {
+    const Lanes both = add(load_some(x + i, count), load_some(skip + i, count));
+    store_some(total + i, both, count);
     squares = fma(both, both, squares);
-  }
+  });
   const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
-  for (int i = 0; i < size; i += kLanes)
-    store(y + i, mul(mul(load_some(total + i, size - i), inverse), load_some(weight + i, size - i)));
+  each_lanes(size, [&](int i, int count) {
+    store(y + i, mul(mul(load_some(total + i, count), inverse), load_some(weight + i, count)));
+  });
 }
 
-// exp of a magnitude turned negative neither overflows nor loses digits.
 void gate(const float* gate, const float* up, int size, float* y) {
-  for (int i = 0; i < size; i += kLanes) {
-    const Lanes x = load_some(gate + i, size - i), e = exp_of(mul(abs(x), set(-1)));
+  each_lanes(size, [&](int i, int count) {
+    // e is at most 1: it neither overflows nor takes digits from the sum.
+    const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
     const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
-    store(y + i, mul(mul(x, opening), load_some(up + i, size - i)));
-  }
+    store(y + i, mul(mul(x, opening), load_some(up + i, count)));
+  });
 }
 
 void merge(float* a, float p, const float* b, float q, int count) {

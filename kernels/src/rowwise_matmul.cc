@@ -84,9 +84,12 @@ void RowwiseMatMul::compute(Call& call) const {
 }
 
 NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads)
-    : RowwiseMatMul(info, threads, 3, false),
-      norm_(info.constant(2).values<float>()),
-      epsilon_(info.number("epsilon", 0)) {}
+    : RowwiseMatMul(info, threads, 3, false), epsilon_(info.number("epsilon", 0)) {
+  const Tensor norm = info.constant(2);
+  norm_ = norm.values<float>();
+  if (norm.shape != std::vector<int64_t>{depth_})
+    throw std::runtime_error("a norm has a weight for each value of a row");
+}
 
 void NormedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0), skip = call.input(1);
