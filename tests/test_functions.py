@@ -15,7 +15,14 @@ import onnx_ir as ir
 import pytest
 
 from edgelm.export.passes import quantizing_passes
-from edgelm.export.passes.functions import EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
+from edgelm.export.passes.functions import (
+    EDGELM,
+    GATED_ROWWISE_MATMUL,
+    NORMED_ROWWISE_MATMUL,
+    ROWWISE_MATMUL,
+    ROWWISE_MATMUL_TRANSPOSED,
+    define,
+)
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
 from edgelm.export.passes.quantize_cache import QuantizeCache
 from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
@@ -45,6 +52,7 @@ from .test_passes import (
 )
 
 STEPS = [list(TEXT[:37].encode()), [65], list(TEXT[37:90].encode())]
+PRODUCTS = {ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL}
 LARGEST = {"0.key": np.full((1, 16), 4, np.float32), "0.value": np.full((1, 16), 3, np.float32)}
 
 
@@ -111,6 +119,42 @@ def test_a_products_body_is_the_documented_arithmetic(name: str, shape: tuple[in
     zeros = ~x.any(axis=-1)
     assert not got[zeros].any() and np.isfinite(got).all()
     assert (np.abs(got - expected) <= 1e-6 * np.abs(expected).max(axis=-1, keepdims=True)).all()
+
+
+def test_the_body_of_a_normed_product_is_the_documented_arithmetic() -> None:
+    weight, norm, x, skip = floats(24, 12), floats(24), floats(2, 5, 24), floats(2, 5, 24)
+    x[0, 1], skip[0, 1] = 0, 0
+    matrix, scales = quantized_columns(weight, 127)
+    text = "float[batch,new,24] x, float[batch,new,24] skip -> float[batch,new,12] y, float[batch,new,24] total"
+    body = f"y, total = {EDGELM}.{NORMED_ROWWISE_MATMUL} <epsilon = 0.25> (x, skip, g, w, s)"
+    model = graph(text, body, {"g": norm, "w": matrix, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, NORMED_ROWWISE_MATMUL)
+    got, total = compute(model, {"x": x, "skip": skip})
+    np.testing.assert_array_equal(total, x + skip)
+    normed = total / np.sqrt((total.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 0.25) * norm
+    assert_a_product_of(got, normed, weight)
+
+
+def test_the_body_of_a_gated_product_is_the_documented_arithmetic() -> None:
+    weight, x = floats(24, 12), floats(2, 5, 48)
+    x[0, 1] = 0
+    matrix, scales = quantized_columns(weight, 127)
+    body = f"y = {EDGELM}.{GATED_ROWWISE_MATMUL} (x, w, s)"
+    model = graph(
+        "float[batch,new,48] x -> float[batch,new,12] y", body, {"w": matrix, "s": scales}, (EDGELM, MICROSOFT)
+    )
+    define(model, GATED_ROWWISE_MATMUL)
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    assert_a_product_of(compute(model, {"x": x})[0], gate / (1 + np.exp(-gate)) * up, weight)
+
+
+def assert_a_product_of(got: Array, rows: Array, weight: Array) -> None:
+    """Up to a few values that are rounded the other way, since the rows are not the same in their last bits."""
+    expected = rowwise_reference(rows.astype(np.float32), weight)
+    step = np.abs(rows).max(axis=-1, keepdims=True) / 127 * np.abs(weight).max()
+    assert (np.abs(got - expected) <= 2 * step + 1e-5 * np.abs(expected).max()).all()
+    assert (np.abs(got - expected) <= 1e-5 * np.abs(expected).max()).mean() > 0.8
+    assert got.any() and not got[0, 1].any()
 
 
 def test_products_that_share_their_input_quantize_it_once(tmp_path: Path) -> None:
@@ -192,8 +236,8 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({}, {ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, ATTENTION}),
-        ({"kv": "float32"}, {ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED}),
+        ({}, {*PRODUCTS, ATTENTION}),
+        ({"kv": "float32"}, PRODUCTS),
         ({"scheme": "int8-tensor"}, set()),
         ({"scheme": "fp32"}, set()),
     ],

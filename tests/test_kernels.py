@@ -19,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.export.passes.functions import EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
+from edgelm.export.passes.functions import (
+    EDGELM,
+    GATED_ROWWISE_MATMUL,
+    NORMED_ROWWISE_MATMUL,
+    ROWWISE_MATMUL,
+    ROWWISE_MATMUL_TRANSPOSED,
+    define,
+)
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
 from edgelm.runtime import kernels, machine
 from edgelm.runtime.errors import SessionError
@@ -67,13 +74,34 @@ def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch
 # The products: bit for bit what the bodies compute
 
 
+EPSILON = 0.01
+
+
 def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
+    """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
-    stored = weight if name == ROWWISE_MATMUL else np.ascontiguousarray(weight.T)
-    text = f"float[rows,{depth}] x -> float[rows,{columns}] y"
-    model = graph(text, f"y = {EDGELM}.{name}(x, w, s)", {"w": stored, "s": scales}, (EDGELM, MICROSOFT))
+    inputs, call, outputs = {
+        NORMED_ROWWISE_MATMUL: (
+            f"float[rows,{depth}] x, float[rows,{depth}] skip",
+            f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, g, w, s)",
+            f"float[rows,{columns}] y, float[rows,{depth}] total",
+        ),
+        GATED_ROWWISE_MATMUL: (
+            f"float[rows,{2 * depth}] x",
+            f"y = {EDGELM}.{name}(x, w, s)",
+            f"float[rows,{columns}] y",
+        ),
+    }.get(name, (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y"))
+    weights = {"w": np.ascontiguousarray(weight.T) if name == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
+    if name == NORMED_ROWWISE_MATMUL:
+        weights["g"] = norm_weights(depth)
+    model = graph(f"{inputs} -> {outputs}", call, weights, (EDGELM, MICROSOFT))
     define(model, name)
     return model
+
+
+def norm_weights(depth: int) -> Array:
+    return np.random.default_rng(depth).uniform(-2, 2, depth).astype(np.float32)
 
 
 SIZES = st.tuples(
@@ -124,6 +152,106 @@ def test_a_row_of_another_length_is_refused() -> None:
     model.graph.inputs[0].shape = ir.Shape(["rows", "depth"])
     with pytest.raises(Exception, match="rows of 8 values are multiplied, found 9"):
         session(model, True).run(None, {"x": np.ones((2, 9), np.float32)})
+
+
+# What stands in front of a product: as close as float32 is, and the same for a row alone and among others
+
+
+def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> dict[str, Array]:
+    """Inputs whose rows differ in size, of gates that are open and shut; of several one is zeros, of many one has an
+    outlier."""
+    inputs, width = (("x", "skip"), depth) if name == NORMED_ROWWISE_MATMUL else (("x",), 2 * depth)
+    sizes = 10.0 ** random.integers(-4, 3, (rows, 1))
+    feeds = {name: (random.normal(size=(rows, width)) * sizes).astype(np.float32) for name in inputs}
+    for array in feeds.values():
+        array[0] *= rows == 1
+        array[rows // 2, random.integers(width)] *= 1e4 if rows > 4 else 1
+    return feeds
+
+
+def exact_rows(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
+    """What is multiplied, in double precision."""
+    if name == NORMED_ROWWISE_MATMUL:
+        total = (feeds["x"] + feeds["skip"]).astype(np.float64)
+        root = np.sqrt((total**2).mean(axis=-1, keepdims=True) + np.float32(EPSILON))
+        return np.asarray(total / root * norm_weights(depth))
+    gate, up = np.split(feeds["x"].astype(np.float64), 2, axis=-1)
+    return np.asarray(gate / (1 + np.exp(-np.maximum(gate, -700))) * up)
+
+
+TINY = float(np.finfo(np.float32).tiny)
+FRONTS = [NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL]
+
+
+@pytest.mark.parametrize("name", FRONTS)
+@settings(max_examples=40, deadline=None)
+@given(
+    depth=st.one_of(st.integers(1, 200), st.sampled_from([64, 576])), rows=st.integers(1, 30), seed=st.integers(0, 99)
+)
+def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, depth: int, rows: int, seed: int) -> None:
+    """Multiplied with the unit matrix a row is what it was quantized to: nowhere further from the exact row than half a
+    step and what float32 loses, here a thousandth of a step; the largest value is not rounded at all."""
+    random = np.random.default_rng(seed)
+    model = product_model(name, np.eye(depth, dtype=np.int8) * 127, np.full(depth, 1 / 127, np.float32))
+    feeds = rows_of(random, name, rows, depth)
+    got, *rest = session(model, True).run(None, feeds)
+    exact = exact_rows(name, feeds, depth)
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    assert (np.abs(got - exact) <= 0.501 / 127 * largest + TINY).all()
+    at = np.abs(exact).argmax(axis=-1)[:, None]
+    np.testing.assert_allclose(*(np.take_along_axis(rows, at, -1) for rows in (got, exact)), rtol=2e-6, atol=TINY)
+    if rest:
+        np.testing.assert_array_equal(rest[0], feeds["x"] + feeds["skip"])
+
+
+@pytest.mark.parametrize("name", FRONTS)
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> None:
+    """But for values that are halfway between two steps, which may be rounded either way."""
+    random = np.random.default_rng(rows)
+    depth, columns = 300, 130
+    weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
+    model = product_model(name, weight, np.ones(columns, np.float32))
+    feeds = rows_of(random, name, rows, depth)
+    exact = exact_rows(name, feeds, depth)
+    largest = np.maximum(np.abs(exact).max(axis=-1, keepdims=True), TINY)
+    codes = exact / largest * 127
+    halfway = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < 1e-3
+    allowed = (halfway @ np.abs(weight.astype(np.float64)) + 0.1) * largest / 127
+    (body, *_), (got, *_) = (session(model, way).run(None, feeds) for way in (False, True))
+    assert (np.abs(got - body) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", FRONTS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_row_with_a_front_has_the_same_bits_among_any_others(name: str, data: st.DataObject) -> None:
+    depth, rows, threads = data.draw(st.tuples(st.integers(1, 150), st.integers(1, 60), st.integers(1, 4)))
+    random = np.random.default_rng(depth)
+    weight = random.integers(-127, 128, (depth, 70)).astype(np.int8)
+    model = product_model(name, weight, random.uniform(0.01, 1, 70).astype(np.float32))
+    feeds = rows_of(random, name, rows, depth)
+    whole = session(model, True, 1).run(None, feeds)
+    begin = data.draw(st.integers(0, rows - 1))
+    end = data.draw(st.integers(begin + 1, rows))
+    part = session(model, True, threads).run(None, {key: array[begin:end] for key, array in feeds.items()})
+    for got, expected in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(got, expected[begin:end])
+
+
+def test_halves_and_sums_of_another_length_are_refused() -> None:
+    weight, scales = np.ones((8, 4), np.int8), np.ones(4, np.float32)
+    gated = product_model(GATED_ROWWISE_MATMUL, weight, scales)
+    gated.graph.inputs[0].shape = ir.Shape(["rows", "width"])
+    with pytest.raises(Exception, match="rows of 16 values are multiplied, found 8"):
+        session(gated, True).run(None, {"x": np.ones((2, 8), np.float32)})
+    normed = product_model(NORMED_ROWWISE_MATMUL, weight, scales)
+    x = np.ones((2, 8), np.float32)
+    with pytest.raises(Exception, match="two values of one shape"):
+        session(normed, True).run(None, {"x": x, "skip": x[:1]})
+    normed.graph.initializers["g"].const_value = ir.tensor(np.ones(7, np.float32), name="g")
+    with pytest.raises(Exception, match="a weight for each value of a row"):
+        session(normed, True)
 
 
 # Attention: close to the bodies, a small part of what the cache's rounding costs, and the same under any cut
@@ -246,10 +374,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cases")
     random = np.random.default_rng(1)
     weight = random.integers(-127, 128, (100, 150)).astype(np.int8)
-    for name in (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED):
+    for name in (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, *FRONTS):
         save(folder / name, product_model(name, weight, np.full(150, 0.01, np.float32)))
         for number, rows in enumerate((1, 3, 9, 40)):
-            np.savez(folder / f"{name}.{number}.npz", x=random.normal(size=(rows, 100)).astype(np.float32))
+            feeds = {"x": random.normal(size=(rows, 100)).astype(np.float32)}
+            np.savez(folder / f"{name}.{number}.npz", **(rows_of(random, name, rows, 100) if name in FRONTS else feeds))
     attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48)
     save(folder / "attention", attention.model)
     for number, (past, new) in enumerate([(0, 150), (150, 1), (300, 49)]):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.drop_reshapes import DropReshapes
 from edgelm.export.passes.fold_constants import FoldConstants
+from edgelm.export.passes.fuse_into_products import FuseIntoProducts
 from edgelm.export.passes.fuse_norms import FuseRMSNorm
 from edgelm.export.passes.fuse_residual_norms import FuseResidualNorms
 from edgelm.export.passes.keep_last_logits import KeepLastLogits
@@ -162,6 +163,7 @@ PASSES = [
     QuantizeLinears("int8-rowwise", 127),
     QuantizeLinears("int8-tensor", 127),
     QuantizeEmbedding(127),
+    FuseIntoProducts(),
     QuantizeCache({}),
 ]
 

@@ -12,14 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+from edgelm.export.passes.functions import EDGELM, NORMED_ROWWISE_MATMUL, define
+from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.report import part_bytes
 from edgelm.export.report_html import page
 from edgelm.runtime.cli import main
 from edgelm.runtime.figures import bytes_text, change_text, main_figures
 
 from .conftest import TEXT
+from .test_passes import graph
 
 Report = dict[str, Any]
 
@@ -66,6 +71,18 @@ def test_each_weight_is_counted_with_its_part(report: Report) -> None:
     assert before["norms"] == after["norms"] == 4 * 64  # those of a fresh model are alike and stored once
     assert after["embedding and head"] == 257 * (64 + 4)
     assert after["MLP"] == 2 * (3 * 64 * 96 + 4 * (2 * 96 + 64))
+
+
+def test_a_norm_inside_a_product_is_a_norm(tmp_path: Path) -> None:
+    """By where it stands, whatever its name; the matrix and its scales are none."""
+    weights = {"mlp_w": np.ones((8, 4), np.int8), "mlp_s": np.ones(4, np.float32), "mlp_g": np.ones(8, np.float32)}
+    text = "float[b,n,8] x -> float[b,n,4] y"
+    body = f"y, total = {EDGELM}.{NORMED_ROWWISE_MATMUL} <epsilon = 0.1> (x, x, mlp_g, mlp_w, mlp_s)"
+    model = graph(text, body, weights, (EDGELM, MICROSOFT))
+    define(model, NORMED_ROWWISE_MATMUL)
+    ir.save(model, tmp_path / "model.onnx")
+    parts = part_bytes(tmp_path / "model.onnx")
+    assert (parts["norms"], parts["MLP"]) == (4 * 8, 8 * 4 + 4 * 4)
 
 
 def test_the_cache_is_counted_as_the_runtime_allocates_it(report: Report) -> None:

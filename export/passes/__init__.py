@@ -11,6 +11,7 @@ from ..blocks import BlockQuantizer
 from .drop_reshapes import DropReshapes
 from .drop_zeros import DropZeros
 from .fold_constants import FoldConstants
+from .fuse_into_products import FuseIntoProducts
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
 from .keep_last_logits import KeepLastLogits
@@ -62,7 +63,7 @@ def quantizing_passes(
     if blocks is not None:
         passes.append(QuantizeBlocks(blocks, excluded))
     elif scheme not in _PLAIN:
-        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded)]
+        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded), FuseIntoProducts()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     return passes

@@ -17,6 +17,8 @@ from .graph import ATTENTION, MICROSOFT, Builder, use_domain
 EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
 ROWWISE_MATMUL_TRANSPOSED = "RowwiseMatMulTransposed"
+NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
+GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
 ATTENTION_ATTRIBUTES = (
     "num_heads",
     "kv_num_heads",
@@ -33,16 +35,16 @@ ATTENTION_ATTRIBUTES = (
 # uint8: calls that share their x would quantize it once each.
 # A row of zeros divides by zero. Whatever uint8 its NaN become, the product is finite, and times 0 it is 0: a guard
 # would be one more operator for each matrix, 3 % of a decode step of the reference model.
-_ROWWISE = f"""
+_PRODUCT = f"""
     axis = Constant<value_ints = [-1]>()
     step = Constant<value_float = {1 / 127!r}>()
     middle = Constant<value_int = 128>()
     zero_point = Cast<to = {ir.DataType.UINT8.value}>(middle)
-    magnitudes = Abs(x)
+    magnitudes = Abs(%(x)s)
     largest = ReduceMax<keepdims = 1>(magnitudes, axis)
-    shares = Div(x, largest)
+    shares = Div(%(x)s, largest)
     values = QuantizeLinear(shares, step, zero_point)
-    product = {MICROSOFT}.MatMulIntegerToFloat(values, %s, step, scales, zero_point)
+    product = {MICROSOFT}.MatMulIntegerToFloat(values, %(weight)s, step, scales, zero_point)
     y = Mul(product, largest)
 """
 _ATTENTION_INPUTS = (
@@ -53,12 +55,29 @@ _ATTENTION_OUTPUTS = "output, present_key, present_value"
 _TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
 
+
+def _product(x: str, weight: str) -> str:
+    """A row-wise product of two values of a body, named y."""
+    return _PRODUCT % {"x": x, "weight": weight}
+
+
 _TEXTS = {
-    ROWWISE_MATMUL: f"{ROWWISE_MATMUL} (x, weight, scales) => (y) {{ {_ROWWISE % 'weight'} }}",
+    ROWWISE_MATMUL: f"{ROWWISE_MATMUL} (x, weight, scales) => (y) {{ {_product('x', 'weight')} }}",
     # weight int8 (N, K).
     ROWWISE_MATMUL_TRANSPOSED: f"""{ROWWISE_MATMUL_TRANSPOSED} (x, weight, scales) => (y) {{
         turned = Transpose<perm = [1, 0]>(weight)
-        {_ROWWISE % "turned"} }}""",
+        {_product("x", "turned")} }}""",
+    # x, skip and total, their sum, (batch, new, K); norm (K).
+    NORMED_ROWWISE_MATMUL: f"""{NORMED_ROWWISE_MATMUL} <epsilon> (x, skip, norm, weight, scales) => (y, total) {{
+        normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)
+        {_product("normed", "weight")} }}""",
+    # x (..., 2 K): silu of the first half, times the second half.
+    GATED_ROWWISE_MATMUL: f"""{GATED_ROWWISE_MATMUL} (x, weight, scales) => (y) {{
+        gate, up = Split<axis = -1, num_outputs = 2>(x)
+        opening = Sigmoid(gate)
+        silu = Mul(gate, opening)
+        gated = Mul(silu, up)
+        {_product("gated", "weight")} }}""",
     # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
     # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
     ATTENTION: f"""{ATTENTION} <{", ".join(ATTENTION_ATTRIBUTES)}> ({_ATTENTION_INPUTS}) => ({_ATTENTION_OUTPUTS}) {{

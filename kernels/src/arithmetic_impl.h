@@ -33,6 +33,32 @@ inline Lanes load_tail(const float* x, int count) {
   return load(lanes);
 }
 
+inline Lanes load_some(const float* x, int count) { return count < kLanes ? load_tail(x, count) : load(x); }
+
+inline void store_some(float* y, Lanes x, int count) {
+  if (count >= kLanes) return store(y, x);
+  float lanes[kLanes];
+  store(lanes, x);
+  std::copy_n(lanes, count, y);
+}
+
+// step(i, count) for lanes [i, i + count) of a row: all but the last ones are whole, which is known when compiling.
+template <typename Step>
+inline void each_lanes(int size, Step step) {
+  const int whole = size / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) step(i, kLanes);
+  if (whole < size) step(whole, size - whole);
+}
+
+// 8 lanes apart are added first, then 4, 2, 1.
+inline float sum(Lanes x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 float quantize(const float* x, int size, uint8_t* q) {
   const int whole = size / kLanes * kLanes;
   Lanes most = zero();
@@ -70,6 +96,41 @@ float power(float x) {
   float lanes[kLanes];
   store(lanes, power_of_two(set(x), 1));
   return lanes[0];
+}
+
+// Cephes' expf, in the same manner: 0 below 2^-126.
+inline Lanes exp_of(Lanes x) {
+  const Lanes lowest = set(-87.33654f);
+  const Lanes bounded = max(x, lowest);
+  const Lanes n = round(mul(bounded, set(1.44269504f)));
+  const Lanes r = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), bounded));
+  Lanes y = set(1.9875691500e-4f);
+  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = fma(y, r, set(coefficient));
+  y = add(fma(y, mul(r, r), r), set(1));
+  return where_at_least(x, lowest, times_power(y, n));
+}
+
+void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y) {
+  Lanes squares = zero();
+  each_lanes(size, [&](int i, int count) {
+    const Lanes both = add(load_some(x + i, count), load_some(skip + i, count));
+    store_some(total + i, both, count);
+    squares = fma(both, both, squares);
+  });
+  const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
+  each_lanes(size, [&](int i, int count) {
+    store(y + i, mul(mul(load_some(total + i, count), inverse), load_some(weight + i, count)));
+  });
+}
+
+void gate(const float* gate, const float* up, int size, float* y) {
+  each_lanes(size, [&](int i, int count) {
+    // e is at most 1: it neither overflows nor takes digits from the sum.
+    const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
+    const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
+    store(y + i, mul(mul(x, opening), load_some(up + i, count)));
+  });
 }
 
 void merge(float* a, float p, const int32_t* b, float q, int count) {
@@ -429,8 +490,8 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,    kOffset,  quantize,  columns,     rows,  pack_columns, pack_rows, panel, scale, rotate,
-          to_int8, to_int16, key_pairs, value_pairs, pairs, weights,      power,     merge, divide};
+  return {name,   kOffset, quantize, norm,      gate,        columns, rows,    pack_columns, pack_rows, panel, scale,
+          rotate, to_int8, to_int16, key_pairs, value_pairs, pairs,   weights, power,        merge,     divide};
 }
 
 }  // namespace

@@ -51,6 +51,10 @@ inline __m256 times_powers(__m256 y, __m256 n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 inline Lanes times_power(Lanes y, Lanes n) { return {times_powers(y.low, n.low), times_powers(y.high, n.high)}; }
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ), y.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ), y.high)};
+}
 inline void store_words(int16_t* y, Lanes x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_permute4x64_epi64(words, 0xd8));

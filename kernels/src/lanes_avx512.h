@@ -31,6 +31,10 @@ inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEARE
 inline Lanes times_power(Lanes y, Lanes n) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
+// y where x >= bound, else 0.
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);
+}
 // Rounded to even, within the range of int16.
 inline void store_words(int16_t* y, Lanes x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));

@@ -67,6 +67,11 @@ inline Lanes times_power(Lanes y, Lanes n) {
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(y.part[i]), shift));
   });
 }
+inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
+  return each([&](int i) {
+    return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x.part[i], bound.part[i]), vreinterpretq_u32_f32(y.part[i])));
+  });
+}
 inline void store_words(int16_t* y, Lanes x) {
   for (int i = 0; i < 4; i++) vst1_s16(y + 4 * i, vqmovn_s32(vcvtnq_s32_f32(x.part[i])));
 }

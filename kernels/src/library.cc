@@ -36,14 +36,6 @@ OrtStatus* guarded(Function function) noexcept {
   }
 }
 
-RowwiseMatMul* make(const Info& info, int threads, RowwiseMatMul*) { return new RowwiseMatMul(info, false, threads); }
-
-struct Transposed : RowwiseMatMul {
-  Transposed(const Info& info, int threads) : RowwiseMatMul(info, true, threads) {}
-};
-Transposed* make(const Info& info, int threads, Transposed*) { return new Transposed(info, threads); }
-Attention* make(const Info& info, int threads, Attention*) { return new Attention(info, threads); }
-
 template <typename Operator>
 Definition* define(const char* name, Types inputs, Types outputs, size_t required, int threads) {
   auto* op = new Definition{};
@@ -68,7 +60,7 @@ Definition* define(const char* name, Types inputs, Types outputs, size_t require
   op->GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op->GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op->CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return guarded([&] { *kernel = make(Info(info), of(self).threads, static_cast<Operator*>(nullptr)); });
+    return guarded([&] { *kernel = new Operator(Info(info), of(self).threads); });
   };
   op->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return guarded([&] {
@@ -99,13 +91,15 @@ void add_operators(OrtSessionOptions* options) {
   // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(kDomain, &domain));
-  const Types product{kFloat, kInt8, kFloat};
-  check(api->CustomOpDomain_Add(domain, define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads)));
-  check(api->CustomOpDomain_Add(domain, define<Transposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads)));
+  const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat};
+  const auto add = [&](OrtCustomOp* op) { check(api->CustomOpDomain_Add(domain, op)); };
+  add(define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads));
+  add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads));
+  add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads));
+  add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads));
   const Types attention{kFloat, kFloat, kFloat, kInt8,  kInt8,  kInt32, kInt32,
                         kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
-  check(api->CustomOpDomain_Add(
-      domain, define<Attention>("GroupQueryAttention", attention, {kFloat, kInt8, kInt8}, 1, threads)));
+  add(define<Attention>("GroupQueryAttention", attention, {kFloat, kInt8, kInt8}, 1, threads));
   check(api->AddCustomOpDomain(options, domain));
 }
 

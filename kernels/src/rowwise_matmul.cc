@@ -27,12 +27,12 @@ int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
 
 }  // namespace
 
-RowwiseMatMul::RowwiseMatMul(const Info& info, bool transposed, int threads)
+RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed)
     : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads) {
-  const Tensor weights = info.constant(1), scales = info.constant(2);
-  depth_ = static_cast<int>(weights.shape.at(transposed ? 1 : 0));
-  columns_ = static_cast<int>(weights.shape.at(transposed ? 0 : 1));
-  weights_ = weights.values<int8_t>();
+  const Tensor matrix = info.constant(weights), scales = info.constant(weights + 1);
+  depth_ = static_cast<int>(matrix.shape.at(transposed ? 1 : 0));
+  columns_ = static_cast<int>(matrix.shape.at(transposed ? 0 : 1));
+  weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
   for (float& scale : scales_) scale *= kStep;
 }
@@ -50,11 +50,11 @@ void RowwiseMatMul::correct() const {
   for (int32_t& correction : corrections_) correction *= arithmetic_.offset;
 }
 
-void RowwiseMatMul::compute(Call& call) const {
-  const Tensor input = call.input(0);
-  std::vector<int64_t> shape = input.shape;
-  if (shape.empty() || shape.back() != depth_)
-    throw std::runtime_error("rows of " + std::to_string(depth_) + " values are multiplied, found " +
+template <typename Make>
+void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) const {
+  std::vector<int64_t> shape = x.shape;
+  if (shape.empty() || shape.back() != width)
+    throw std::runtime_error("rows of " + std::to_string(width) + " values are multiplied, found " +
                              (shape.empty() ? "none" : std::to_string(shape.back())));
   shape.back() = columns_;
   float* const y = call.output<float>(0, shape);
@@ -62,19 +62,54 @@ void RowwiseMatMul::compute(Call& call) const {
   if (count == 0) return;
   std::call_once(corrected_, [this] { correct(); });
   const size_t stride = padded(depth_, kBlock);
-  float* const memory = scratch(0, count * (stride / sizeof(float) + 1));
-  auto* const values = reinterpret_cast<uint8_t*>(memory + count);
-  call.share(count, count <= kMostDirect ? 1 : threads_, [&](int row, int) {
-    memory[row] =
-        arithmetic_.quantize(input.values<float>() + static_cast<size_t>(row) * depth_, depth_, values + row * stride);
-  });
-  const Rows x{values, memory, count, stride};
+  float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
+  float* const factors = memory + threads_ * stride;
+  auto* const values = reinterpret_cast<uint8_t*>(factors + count);
+  call.share(count, count <= kMostDirect ? 1 : threads_,
+             [&](int row, int worker) { factors[row] = make(row, memory + worker * stride, values + row * stride); });
+  const Rows rows{values, factors, count, stride};
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
-    by_panels(call, x, y);
+    by_panels(call, rows, y);
   else if (transposed_)
-    by_columns(call, x, y);
+    by_columns(call, rows, y);
   else
-    by_depth(call, x, y);
+    by_depth(call, rows, y);
+}
+
+void RowwiseMatMul::compute(Call& call) const {
+  const Tensor x = call.input(0);
+  multiply(call, x, depth_, [&](int row, float*, uint8_t* q) {
+    return arithmetic_.quantize(x.values<float>() + static_cast<size_t>(row) * depth_, depth_, q);
+  });
+}
+
+NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads)
+    : RowwiseMatMul(info, threads, 3, false), epsilon_(info.number("epsilon", 0)) {
+  const Tensor norm = info.constant(2);
+  norm_ = norm.values<float>();
+  if (norm.shape != std::vector<int64_t>{depth_})
+    throw std::runtime_error("a norm has a weight for each value of a row");
+}
+
+void NormedRowwiseMatMul::compute(Call& call) const {
+  const Tensor x = call.input(0), skip = call.input(1);
+  if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
+  float* const total = call.output<float>(1, x.shape);
+  multiply(call, x, depth_, [&](int row, float* own, uint8_t* q) {
+    const size_t place = static_cast<size_t>(row) * depth_;
+    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, total + place,
+                     own);
+    return arithmetic_.quantize(own, depth_, q);
+  });
+}
+
+void GatedRowwiseMatMul::compute(Call& call) const {
+  const Tensor x = call.input(0);
+  multiply(call, x, 2 * depth_, [&](int row, float* own, uint8_t* q) {
+    const float* const halves = x.values<float>() + static_cast<size_t>(row) * 2 * depth_;
+    arithmetic_.gate(halves, halves + depth_, depth_, own);
+    return arithmetic_.quantize(own, depth_, q);
+  });
 }
 
 // y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at

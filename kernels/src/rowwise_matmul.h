@@ -1,5 +1,6 @@
-// edgelm::RowwiseMatMul and edgelm::RowwiseMatMulTransposed: a row of activations is quantized by itself to 8 bits and
-// multiplied with an int8 matrix. Bit for bit what the functions' bodies compute (docs/bundle.md).
+// edgelm::RowwiseMatMul and those with something in front of the product: a row of activations is computed, quantized
+// by itself to 8 bits and multiplied with an int8 matrix (docs/bundle.md). Quantization and product are bit for bit
+// what the functions' bodies compute.
 #pragma once
 
 #include <mutex>
@@ -11,10 +12,23 @@ namespace edgelm {
 
 class RowwiseMatMul {
  public:
-  // transposed: the matrix is (columns, depth) instead of (depth, columns). threads: of the session.
-  RowwiseMatMul(const Info& info, bool transposed, int threads);
+  // threads: of the session.
+  RowwiseMatMul(const Info& info, int threads) : RowwiseMatMul(info, threads, 1, false) {}
 
   void compute(Call& call) const;
+
+ protected:
+  // weights: the input that is the matrix, with the scales behind it. transposed: it is (columns, depth) instead of
+  // (depth, columns).
+  RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed);
+
+  // The product of rows that are made of rows of x, `width` values each. make(row, own, q) writes a row's quantized
+  // values and returns its factor, as Arithmetic::quantize does; own: memory for a row of floats.
+  template <typename Make>
+  void multiply(Call& call, const Tensor& x, int width, Make make) const;
+
+  const Arithmetic& arithmetic_;
+  int depth_, columns_;
 
  private:
   struct Rows {
@@ -31,15 +45,38 @@ class RowwiseMatMul {
   void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
               float* y) const;
 
-  const Arithmetic& arithmetic_;
   bool transposed_;
   int threads_;
-  int depth_, columns_;
   const int8_t* weights_;
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
   std::vector<float> scales_;
+};
+
+class RowwiseMatMulTransposed : public RowwiseMatMul {
+ public:
+  RowwiseMatMulTransposed(const Info& info, int threads) : RowwiseMatMul(info, threads, 1, true) {}
+};
+
+// Of a residual sum's norm. The sum is an output too.
+class NormedRowwiseMatMul : public RowwiseMatMul {
+ public:
+  NormedRowwiseMatMul(const Info& info, int threads);
+
+  void compute(Call& call) const;
+
+ private:
+  const float* norm_;
+  float epsilon_;
+};
+
+// Of silu(the first half of a row) * the second half.
+class GatedRowwiseMatMul : public RowwiseMatMul {
+ public:
+  using RowwiseMatMul::RowwiseMatMul;
+
+  void compute(Call& call) const;
 };
 
 }  // namespace edgelm
