@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..blocks import BlockQuantizer
+from .call_attention import CallAttention
 from .drop_reshapes import DropReshapes
 from .drop_zeros import DropZeros
 from .fold_constants import FoldConstants
@@ -66,6 +67,9 @@ def quantizing_passes(
         passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded), FuseIntoProducts()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
+    rounds_activations = blocks is None and scheme not in _PLAIN
+    if cache_ranges or rounds_activations:
+        passes.append(CallAttention())
     return passes
 
 

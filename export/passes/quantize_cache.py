@@ -3,9 +3,6 @@
 Every GroupQueryAttention gets one scale per channel (kv head and position in the head), from the largest magnitudes
 seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. The types of
 past_key_values.* and present.* become int8.
-
-The node becomes a call of the function `edgelm::GroupQueryAttention`, unless it has an attribute or an input that the
-function does not: such a node stays com.microsoft's.
 """
 
 from __future__ import annotations
@@ -16,13 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .functions import ATTENTION_ATTRIBUTES, make_call
 from .graph import ATTENTION, GraphPass, add_weight, nodes_of
 
 _LIMIT = 127
 _SCALE_INPUTS = {"key": 12, "value": 13}
 _CACHE_INPUTS = {"key": 3, "value": 4}
-_UNKNOWN_INPUTS = (9, 10, 11)  # position_ids, attention_bias, head_sink
 
 
 class QuantizeCache(GraphPass):
@@ -60,11 +55,3 @@ class QuantizeCache(GraphPass):
             for value in (past, present):
                 value.type = ir.TensorType(ir.DataType.INT8)
         attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
-        if _is_callable(attention):
-            make_call(model, attention, ATTENTION)
-
-
-def _is_callable(attention: ir.Node) -> bool:
-    """Whether the function means what the node does."""
-    known = all(name in ATTENTION_ATTRIBUTES for name in attention.attributes)
-    return known and all(attention.inputs[index] is None for index in _UNKNOWN_INPUTS)

@@ -79,6 +79,13 @@ struct Arithmetic {
   void (*key_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
   void (*value_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
 
+  // The same of floats, each row rounded as by `to_int16` to integers; scales[row], padded(count, kLanes) of them with
+  // 0, is what these are multiplied by.
+  void (*float_key_pairs)(const float* x, int count, int size, int limit, const float* next, int16_t* columns,
+                          float* scales);
+  void (*float_value_pairs)(const float* x, int count, int size, int limit, const float* next, int16_t* columns,
+                            float* scales);
+
   // sums[row][column] = sum over k of a[row][k] * columns[k][column], for k in [0, 2 * depth): as many pairs as depth.
   // columns: groups of kLanes columns, one behind the other, each with `depth` times their pairs.
   void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count,
@@ -88,6 +95,11 @@ struct Arithmetic {
   // others of `padded(count, 2 * kLanes)` are 0, and s is overwritten there. Returns the sum of w. begin < end, 0 <=
   // factor.
   int32_t (*weights)(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* largest);
+  // The same of scores s[i] * key_scales[i], for values of scales of their own: with p[i] = 2^(s[i] * key_scales[i] *
+  // factor - largest), whose sum is returned (16 partial sums, added as in `norm`), *scale * w[i] is p[i] *
+  // value_scales[i], rounded so that w fits into 16 bits and sum(w) is at most limit and a half of their number.
+  float (*scaled_weights)(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
+                          const float* value_scales, float limit, int16_t* w, float* largest, float* scale);
   // 2^x for x <= 0, as `weights` computes it; 2^-100 below.
   float (*power)(float x);
 

@@ -59,12 +59,18 @@ inline float sum(Lanes x) {
   return lanes[0];
 }
 
+inline float largest_magnitude(const float* x, int size) {
+  Lanes most = zero();
+  each_lanes(size, [&](int i, int count) { most = max(most, abs(load_some(x + i, count))); });
+  return largest(most);
+}
+
+// What a row is multiplied by to be integers of magnitudes up to `limit`.
+inline float rounding(float largest, int limit) { return largest == 0 ? 0 : static_cast<float>(limit) / largest; }
+
 float quantize(const float* x, int size, uint8_t* q) {
   const int whole = size / kLanes * kLanes;
-  Lanes most = zero();
-  for (int i = 0; i < whole; i += kLanes) most = max(most, abs(load(x + i)));
-  if (whole < size) most = max(most, abs(load_tail(x + whole, size - whole)));
-  const float r = largest(most);
+  const float r = largest_magnitude(x, size);
   // The order of QuantizeLinear: two divisions, then rounding to even.
   const Lanes divisor = set(r), step = set(1.0f / 127);
   for (int i = 0; i < whole; i += kLanes) store_bytes(q + i, round(div(div(load(x + i), divisor), step)), kOffset);
@@ -159,7 +165,34 @@ int32_t weights(int32_t* s, int begin, int end, int count, float factor, int16_t
   return total(sums);
 }
 
-// --- int8 keys and values ---------------------------------------------------------------------------------------
+float scaled_weights(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
+                     const float* value_scales, float limit, int16_t* w, float* most, float* w_scale) {
+  const int length = padded(count, kLanes);
+  float* const t = reinterpret_cast<float*>(s);
+  for (int i = 0; i < length; i += kLanes) store(t + i, mul(mul(load(s + i), load(key_scales + i)), set(factor)));
+  std::fill(t, t + begin, -std::numeric_limits<float>::infinity());
+  std::fill(t + end, t + length, -std::numeric_limits<float>::infinity());
+  Lanes high = load(t);
+  for (int i = kLanes; i < length; i += kLanes) high = max(high, load(t + i));
+  *most = largest(high);
+  const Lanes shift = set(-*most), lowest = set(-100);
+  Lanes sums = zero(), scaled_sums = zero();
+  high = zero();
+  for (int i = 0; i < length; i += kLanes) {
+    const Lanes x = add(load(t + i), shift), p = where_at_least(x, lowest, power_of_two(x, 1));
+    const Lanes scaled = mul(p, load(value_scales + i));
+    store(t + i, scaled);
+    sums = add(sums, p), scaled_sums = add(scaled_sums, scaled), high = max(high, scaled);
+  }
+  const float r = largest(high);
+  const float parts = r == 0 ? 0 : std::min(std::numeric_limits<int16_t>::max() / r, limit / sum(scaled_sums));
+  for (int i = 0; i < length; i += kLanes) store_words(w + i, mul(load(t + i), set(parts)));
+  std::fill(w + length, w + padded(count, 2 * kLanes), int16_t{0});
+  *w_scale = r == 0 ? 0 : 1 / parts;
+  return sum(sums);
+}
+
+// --- keys and values ---------------------------------------------------------------------------------------
 
 void rotate(float* x, const float* cosines, const float* sines, int half) {
   for (int i = 0; i < half; i++) {
@@ -179,12 +212,13 @@ void to_int8(const float* x, const float* factors, int size, int8_t* y) {
 constexpr int kSquare = 16;
 using Square = int8_t __attribute__((vector_size(kSquare)));
 
-// Four rounds of interleaving rows i and i + 8 transpose 16 rows of 16 bytes.
-inline void transpose(Square rows[kSquare]) {
+// Four rounds of interleaving rows i and i + 8 transpose 16 rows of 16 values.
+template <typename Row>
+inline void transpose(Row rows[kSquare]) {
   for (int round = 0; round < 4; round++) {
-    Square next[kSquare];
+    Row next[kSquare];
     for (int i = 0; i < kSquare / 2; i++) {
-      const Square a = rows[i], b = rows[i + kSquare / 2];
+      const Row a = rows[i], b = rows[i + kSquare / 2];
       next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
       next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
@@ -197,18 +231,13 @@ inline void transpose(Square rows[kSquare]) {
 inline void prefetch(const int8_t* x, int row, int size) { __builtin_prefetch(x + row * static_cast<size_t>(size)); }
 
 float to_int16(const float* x, int size, int limit, int16_t* q) {
-  Lanes most = zero();
-  const int whole = size / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes) most = max(most, abs(load(x + i)));
-  if (whole < size) most = max(most, abs(load_tail(x + whole, size - whole)));
-  const float r = largest(most);
-  const Lanes factor = set(r == 0 ? 0 : static_cast<float>(limit) / r);
-  for (int i = 0; i < whole; i += kLanes) store_words(q + i, mul(load(x + i), factor));
-  if (whole < size) {
+  const float r = largest_magnitude(x, size);
+  const Lanes factor = set(rounding(r, limit));
+  each_lanes(size, [&](int i, int count) {
     int16_t words[kLanes];
-    store_words(words, mul(load_tail(x + whole, size - whole), factor));
-    std::copy_n(words, padded(size - whole, 2), q + whole);
-  }
+    store_words(words, mul(load_some(x + i, count), factor));
+    std::copy_n(words, padded(count, 2), q + i);
+  });
   return r / static_cast<float>(limit);
 }
 
@@ -261,6 +290,59 @@ void value_pairs(const int8_t* x, int count, int size, const int8_t* next, int16
       if (both) std::memcpy(rows[1], x + size + column, length);
       store_pairs(y, rows[0], rows[1]);
     }
+  }
+}
+
+inline void prefetch(const float* x, int row, int size) {
+  for (int i = 0; i < size; i += kLanes) __builtin_prefetch(x + row * static_cast<size_t>(size) + i);
+}
+
+// The scales of rows, and what their values are multiplied by; 0 for those that are missing of `kSquare`.
+inline void round_rows(const float* x, int count, int size, int limit, float* scales, float* factors) {
+  for (int i = 0; i < kSquare; i++) {
+    const float r = i < count ? largest_magnitude(x + i * static_cast<size_t>(size), size) : 0;
+    scales[i] = r / static_cast<float>(limit), factors[i] = rounding(r, limit);
+  }
+}
+
+void float_key_pairs(const float* x, int count, int size, int limit, const float* next, int16_t* columns,
+                     float* scales) {
+  using Words = int16_t __attribute__((vector_size(2 * kSquare)));
+  const size_t depth = padded(size, 2) * kLanes;
+  for (int row = 0; row < count; row += kSquare, columns += depth) {
+    const float* const rows = x + row * static_cast<size_t>(size);
+    const int there = std::min(kSquare, count - row);
+    float factors[kSquare];
+    round_rows(rows, there, size, limit, scales + row, factors);
+    for (int i = 0; i < there; i++) prefetch(next, row + i, size);
+    each_lanes(size, [&](int column, int length) {
+      Words square[kSquare] = {};
+      for (int i = 0; i < there; i++)
+        store_words(reinterpret_cast<int16_t*>(&square[i]),
+                    mul(load_some(rows + i * static_cast<size_t>(size) + column, length), set(factors[i])));
+      transpose(square);
+      for (int i = 0; i < padded(length, 2); i += 2)
+        store_pairs(columns + (column + i) * kLanes, reinterpret_cast<const int16_t*>(&square[i]),
+                    reinterpret_cast<const int16_t*>(&square[i + 1]));
+    });
+  }
+}
+
+void float_value_pairs(const float* x, int count, int size, int limit, const float* next, int16_t* columns,
+                       float* scales) {
+  const size_t depth = padded(count, 2) * kLanes;
+  float factors[kSquare];
+  for (int row = 0; row < count; row += 2, columns += 2 * kLanes) {
+    if (row % kSquare == 0)
+      round_rows(x + row * static_cast<size_t>(size), count - row, size, limit, scales + row, factors);
+    prefetch(next, row, size), prefetch(next, row + 1, size);
+    each_lanes(size, [&](int column, int length) {
+      int16_t words[2][kLanes] = {};
+      for (int i = 0; i < std::min(2, count - row); i++)
+        store_words(words[i], mul(load_some(x + (row + i) * static_cast<size_t>(size) + column, length),
+                                  set(factors[row % kSquare + i])));
+      store_pairs(columns + column / kLanes * depth, words[0], words[1]);
+    });
   }
 }
 
@@ -490,8 +572,9 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,   kOffset, quantize, norm,      gate,        columns, rows,    pack_columns, pack_rows, panel, scale,
-          rotate, to_int8, to_int16, key_pairs, value_pairs, pairs,   weights, power,        merge,     divide};
+  return {name,  kOffset, quantize,       norm,    gate,     columns,   rows,        pack_columns,    pack_rows,
+          panel, scale,   rotate,         to_int8, to_int16, key_pairs, value_pairs, float_key_pairs, float_value_pairs,
+          pairs, weights, scaled_weights, power,   merge,    divide};
 }
 
 }  // namespace

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <iterator>
 #include <limits>
 #include <numbers>
 #include <tuple>
@@ -18,39 +16,57 @@ constexpr int kChunk = 128;
 constexpr int kTileRows = 48;
 // Up to so many rows of a group of heads work is shared out by chunks: there are too few tiles for all threads.
 constexpr int kFewTileRows = 24;
+// Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
+// rounded: the products fit into 32 bits.
+constexpr int kValueLimit = 1 << 12;
+constexpr float kWeightLimit = std::numeric_limits<int32_t>::max() / kValueLimit - kChunk;
 
 }  // namespace
 
-Attention::Attention(const Info& info, int threads) : arithmetic_(*arithmetic()), threads_(threads) {
+template <typename Cached>
+Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arithmetic()), threads_(threads) {
   heads_ = static_cast<int>(info.integer("num_heads", 0));
   groups_ = static_cast<int>(info.integer("kv_num_heads", 0));
-  const std::string by_channel = "PER_CHANNEL";
   if (groups_ < 1 || heads_ % groups_ != 0) throw std::runtime_error("heads must be a multiple of groups");
-  if (info.text("k_quant_type", "NONE") != by_channel || info.text("v_quant_type", "NONE") != by_channel ||
-      info.integer("kv_cache_bit_width", 0) != 8 || info.integer("rotary_interleaved", 0) != 0 ||
-      info.number("softcap", 0) != 0 || info.integer("smooth_softmax", 0) > 0)
+  if (info.integer("rotary_interleaved", 0) != 0 || info.number("softcap", 0) != 0 ||
+      info.integer("smooth_softmax", 0) > 0)
     throw std::runtime_error("attention with these attributes belongs to com.microsoft");
-  const Tensor keys = info.constant(12), values = info.constant(13);
-  const std::vector<float> key_scales(keys.values<float>(), keys.values<float>() + keys.shape.at(0));
-  value_scales_.assign(values.values<float>(), values.values<float>() + values.shape.at(0));
-  const auto inverse = [](float scale) { return 1 / scale; };
-  std::transform(key_scales.begin(), key_scales.end(), std::back_inserter(key_factors_), inverse);
-  std::transform(value_scales_.begin(), value_scales_.end(), std::back_inserter(value_factors_), inverse);
   per_group_ = heads_ / groups_;
-  size_ = static_cast<int>(key_scales.size()) / groups_;
+  size_ = static_cast<int>(info.shape(3).at(3));
+  if (size_ < 1) throw std::runtime_error("the graph must say how large a head is");
   width_ = padded(size_, kLanes);
-  limit_ = std::min(std::numeric_limits<int16_t>::max() + 0, std::numeric_limits<int32_t>::max() / (128 * size_));
-  if (key_scales.size() != value_scales_.size() || size_ * groups_ != static_cast<int>(key_scales.size()))
-    throw std::runtime_error("keys and values must be of one size, with a scale for each channel");
   rotary_ = info.integer("do_rotary", 0) != 0;
   window_ = static_cast<int>(std::max<int64_t>(0, info.integer("local_window_size", -1)));
+  // As many bits for keys as for queries.
+  key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
+  query_limit_ =
+      std::min<int>(std::numeric_limits<int16_t>::max(), std::numeric_limits<int32_t>::max() / (key_limit_ * size_));
   float scale = info.number("scale", 0);
   if (scale == 0) scale = 1 / std::sqrt(static_cast<float>(size_));
-  std::transform(key_scales.begin(), key_scales.end(), std::back_inserter(query_scales_),
-                 [&](float key) { return key * scale * std::numbers::log2e_v<float>; });
+  query_scales_.assign(groups_ * size_, scale * std::numbers::log2e_v<float>);
+  value_scales_.assign(groups_ * size_, 1);
+  if constexpr (kRounded) read_scales(info);
 }
 
-Attention::Step Attention::read(Call& call) const {
+template <typename Cached>
+void Attention<Cached>::read_scales(const Info& info) {
+  const std::string by_channel = "PER_CHANNEL";
+  if (info.text("k_quant_type", "NONE") != by_channel || info.text("v_quant_type", "NONE") != by_channel ||
+      info.integer("kv_cache_bit_width", 0) != 8)
+    throw std::runtime_error("a cache of integers has 8 bits and a scale for each channel");
+  const Tensor keys = info.constant(12), values = info.constant(13);
+  for (const Tensor& scales : {keys, values})
+    if (scales.shape != std::vector<int64_t>{groups_ * size_})
+      throw std::runtime_error("keys and values must be of one size, with a scale for each channel");
+  for (int i = 0; i < groups_ * size_; i++) {
+    const float key = keys.values<float>()[i], value = values.values<float>()[i];
+    query_scales_[i] = key * query_scales_[i], value_scales_[i] = value;
+    key_factors_.push_back(1 / key), value_factors_.push_back(1 / value);
+  }
+}
+
+template <typename Cached>
+Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
   const Tensor query = call.input(0), past_key = call.input(3);
   Step step{};
   step.batch = static_cast<int>(query.shape.at(0)), step.rows = static_cast<int>(query.shape.at(1));
@@ -81,17 +97,18 @@ Attention::Step Attention::read(Call& call) const {
   }
   step.output = call.output<float>(0, {step.batch, step.rows, heads_ * size_});
   const std::vector<int64_t> cache{step.batch, groups_, step.capacity, size_};
-  step.keys = call.output<int8_t>(1, cache), step.values = call.output<int8_t>(2, cache);
+  step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
   for (auto [from, to] :
-       {std::pair(past_key.values<int8_t>(), step.keys), std::pair(call.values<int8_t>(4), step.values)}) {
+       {std::pair(past_key.values<Cached>(), step.keys), std::pair(call.template values<Cached>(4), step.values)}) {
     if (from == nullptr || from == to) continue;  // in place
     const size_t row = static_cast<size_t>(past) * size_, place = static_cast<size_t>(step.capacity) * size_;
-    for (int i = 0; i < step.batch * groups_; i++) std::memcpy(to + i * place, from + i * row, row);
+    for (int i = 0; i < step.batch * groups_; i++) std::copy_n(from + i * row, row, to + i * place);
   }
   return step;
 }
 
-void Attention::compute(Call& call) const {
+template <typename Cached>
+void Attention<Cached>::compute(Call& call) const {
   const Step step = read(call);
   const int rows = step.batch * step.rows;
   call.share(rows, rows <= kFewTileRows ? 1 : threads_,
@@ -102,13 +119,15 @@ void Attention::compute(Call& call) const {
     by_rows(call, step);
 }
 
-void Attention::rotated(const Step& step, int position, float* head) const {
+template <typename Cached>
+void Attention<Cached>::rotated(const Step& step, int position, float* head) const {
   const size_t place = static_cast<size_t>(position) * step.half;
   if (rotary_) arithmetic_.rotate(head, step.cosines + place, step.sines + place, step.half);
 }
 
 // Put the keys and values of a row into the cache.
-void Attention::append(const Step& step, int sequence, int row) const {
+template <typename Cached>
+void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   const int position = step.past(sequence) + row;
   const size_t place = (static_cast<size_t>(sequence) * step.rows + row) * step.stride_key;
   float* const key = scratch(0, size_);
@@ -117,40 +136,52 @@ void Attention::append(const Step& step, int sequence, int row) const {
     const int channel = group * size_;
     std::copy_n(step.key + place + channel, size_, key);
     rotated(step, position, key);
-    arithmetic_.to_int8(key, key_factors_.data() + channel, size_, step.keys + to);
-    arithmetic_.to_int8(step.value + place + channel, value_factors_.data() + channel, size_, step.values + to);
+    if constexpr (kRounded) {
+      arithmetic_.to_int8(key, key_factors_.data() + channel, size_, step.keys + to);
+      arithmetic_.to_int8(step.value + place + channel, value_factors_.data() + channel, size_, step.values + to);
+    } else {
+      std::copy_n(key, size_, step.keys + to);
+      std::copy_n(step.value + place + channel, size_, step.values + to);
+    }
   }
 }
 
-Attention::Queries Attention::queries(Memory& memory, int rows) const {
+template <typename Cached>
+Attention<Cached>::Queries Attention<Cached>::queries(Memory& memory, int rows) const {
   return {memory.take<int16_t>(static_cast<size_t>(rows) * width_), memory.take<float>(rows)};
 }
 
-Attention::Part Attention::part(Memory& memory, int rows) const {
-  return {memory.take<int32_t>(static_cast<size_t>(rows) * width_), memory.take<int32_t>(rows),
+template <typename Cached>
+Attention<Cached>::Part Attention<Cached>::part(Memory& memory, int rows) const {
+  return {memory.take<int32_t>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows),
           memory.take<float>(rows)};
 }
 
-Attention::State Attention::state(Memory& memory, int rows) const {
+template <typename Cached>
+Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) const {
   return {memory.take<float>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows)};
 }
 
-Attention::Chunk Attention::chunk(Memory& memory, int rows) const {
+template <typename Cached>
+Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory, int rows) const {
   const size_t weights = static_cast<size_t>(rows) * kChunk, arranged = static_cast<size_t>(kChunk) * width_;
   return {memory.take<int16_t>(arranged), memory.take<int16_t>(arranged), memory.take<int16_t>(weights),
-          memory.take<int32_t>(weights)};
+          memory.take<int32_t>(weights),  memory.take<float>(kChunk),     memory.take<float>(kChunk)};
 }
 
-Attention::Queries Attention::from(const Queries& queries, size_t row) const {
+template <typename Cached>
+Attention<Cached>::Queries Attention<Cached>::from(const Queries& queries, size_t row) const {
   return {queries.values + row * width_, queries.factors + row};
 }
 
-Attention::Part Attention::from(const Part& part, size_t row) const {
-  return {part.values + row * width_, part.sums + row, part.largest + row};
+template <typename Cached>
+Attention<Cached>::Part Attention<Cached>::from(const Part& part, size_t row) const {
+  return {part.values + row * width_, part.scales + row, part.sums + row, part.largest + row};
 }
 
 // The queries of a tile, rotated, times the scale of scores and those of the keys' channels, as integers.
-void Attention::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
+template <typename Cached>
+void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
   const float* const scales = query_scales_.data() + tile.group * size_;
   std::vector<float> query(size_);
   for (int row = 0; row < rows_of(tile); row++) {
@@ -159,69 +190,96 @@ void Attention::prepare(const Step& step, const Tile& tile, const Queries& queri
     std::copy_n(step.query + place, size_, query.data());
     rotated(step, step.past(tile.sequence) + index, query.data());
     for (int i = 0; i < size_; i++) query[i] *= scales[i];
-    queries.factors[row] = arithmetic_.to_int16(query.data(), size_, limit_, queries.values + row * width_);
+    queries.factors[row] = arithmetic_.to_int16(query.data(), size_, query_limit_, queries.values + row * width_);
   }
 }
 
-int Attention::first_chunk(const Step& step, const Tile& tile) const {
+template <typename Cached>
+int Attention<Cached>::first_chunk(const Step& step, const Tile& tile) const {
   const int position = step.past(tile.sequence) + tile.begin;
   return window_ == 0 ? 0 : std::max(0, position - window_ + 1) / kChunk;
 }
 
-int Attention::last_chunk(const Step& step, const Tile& tile) const {
+template <typename Cached>
+int Attention<Cached>::last_chunk(const Step& step, const Tile& tile) const {
   return (step.past(tile.sequence) + tile.begin + tile.positions - 1) / kChunk;
 }
 
 // Where a chunk begins in the cache.
-size_t Attention::place(const Step& step, const Tile& tile, int index) const {
+template <typename Cached>
+size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) const {
   const size_t row = (static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity;
   return (row + static_cast<size_t>(index) * kChunk) * size_;
 }
 
+// The weights of a row, for the positions [begin, end) of a chunk.
+template <typename Cached>
+void Attention<Cached>::weigh(const Chunk& chunk, int row, int begin, int end, int count, float factor,
+                              const Part& part) const {
+  int32_t* const scores = chunk.scores + row * kChunk;
+  int16_t* const weights = chunk.weights + row * kChunk;
+  part.scales[row] = 1;
+  if (begin >= end) {
+    std::fill_n(weights, padded(count, 2 * kLanes), int16_t{0});
+    part.sums[row] = 0, part.largest[row] = -std::numeric_limits<float>::infinity();
+  } else if constexpr (kRounded) {
+    part.sums[row] =
+        static_cast<float>(arithmetic_.weights(scores, begin, end, count, factor, weights, &part.largest[row]));
+  } else {
+    part.sums[row] = arithmetic_.scaled_weights(scores, begin, end, count, factor, chunk.key_scales, chunk.value_scales,
+                                                kWeightLimit, weights, &part.largest[row], &part.scales[row]);
+  }
+}
+
 // What the positions of one chunk add to a tile's rows. next: where the chunk begins that follows.
-void Attention::attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries,
-                       const Chunk& chunk, const Part& part) const {
+template <typename Cached>
+void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries,
+                               const Chunk& chunk, const Part& part) const {
   const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
   const int count = std::min(kChunk, first + tile.positions - begin);
   const size_t from = place(step, tile, index);
-  arithmetic_.key_pairs(step.keys + from, count, size_, step.keys + next, chunk.keys);
-  arithmetic_.value_pairs(step.values + from, count, size_, step.values + next, chunk.values);
+  if constexpr (kRounded) {
+    arithmetic_.key_pairs(step.keys + from, count, size_, step.keys + next, chunk.keys);
+    arithmetic_.value_pairs(step.values + from, count, size_, step.values + next, chunk.values);
+  } else {
+    arithmetic_.float_key_pairs(step.keys + from, count, size_, key_limit_, step.keys + next, chunk.keys,
+                                chunk.key_scales);
+    arithmetic_.float_value_pairs(step.values + from, count, size_, kValueLimit, step.values + next, chunk.values,
+                                  chunk.value_scales);
+  }
   arithmetic_.pairs(queries.values, rows, width_, chunk.keys, padded(size_, 2) / 2, padded(count, kLanes), chunk.scores,
                     kChunk);
   for (int row = 0; row < rows; row++) {
     const int position = first + row / per_group_, end = std::min(count, position + 1 - begin);
     const int start = window_ == 0 ? 0 : std::max(0, position + 1 - window_ - begin);
-    int16_t* const weights = chunk.weights + row * kChunk;
-    if (start < end) {
-      part.sums[row] = arithmetic_.weights(chunk.scores + row * kChunk, start, end, count, queries.factors[row],
-                                           weights, &part.largest[row]);
-    } else {
-      std::fill_n(weights, padded(count, 2 * kLanes), int16_t{0});
-      part.sums[row] = 0, part.largest[row] = -std::numeric_limits<float>::infinity();
-    }
+    weigh(chunk, row, start, end, count, queries.factors[row], part);
   }
   arithmetic_.pairs(chunk.weights, rows, kChunk, chunk.values, padded(count, 2) / 2, width_, part.values, width_);
 }
 
-void Attention::clear(int rows, const State& state) const {
+template <typename Cached>
+void Attention<Cached>::clear(int rows, const State& state) const {
   std::fill_n(state.values, static_cast<size_t>(rows) * width_, 0.0f);
   std::fill_n(state.sums, rows, 0.0f);
   std::fill_n(state.largest, rows, -std::numeric_limits<float>::infinity());
 }
 
-void Attention::merge(int rows, const State& state, const Part& part) const {
+template <typename Cached>
+void Attention<Cached>::merge(int rows, const State& state, const Part& part) const {
   for (int row = 0; row < rows; row++) {
     if (part.sums[row] == 0) continue;  // none of its positions is there
     const float most = std::max(state.largest[row], part.largest[row]);
     const float before = arithmetic_.power(state.largest[row] - most);
     const float after = arithmetic_.power(part.largest[row] - most);
-    arithmetic_.merge(state.values + row * width_, before, part.values + row * width_, after, width_);
-    state.sums[row] = std::fma(static_cast<float>(part.sums[row]), after, state.sums[row] * before);
+    arithmetic_.merge(state.values + row * width_, before, part.values + row * width_, after * part.scales[row],
+                      width_);
+    state.sums[row] = std::fma(part.sums[row], after, state.sums[row] * before);
     state.largest[row] = most;
   }
 }
 
-void Attention::write(const Step& step, const Tile& tile, const State& state) const {
+template <typename Cached>
+void Attention<Cached>::write(const Step& step, const Tile& tile, const State& state) const {
   const float* const scales = value_scales_.data() + tile.group * size_;
   for (int row = 0; row < rows_of(tile); row++) {
     const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
@@ -230,7 +288,8 @@ void Attention::write(const Step& step, const Tile& tile, const State& state) co
   }
 }
 
-void Attention::by_rows(Call& call, const Step& step) const {
+template <typename Cached>
+void Attention<Cached>::by_rows(Call& call, const Step& step) const {
   const int positions = std::max(1, kTileRows / per_group_), tiles = (step.rows + positions - 1) / positions;
   // The longest tiles first: what is left at the end is short.
   call.share(step.batch * groups_ * tiles, threads_, [&](int task, int) {
@@ -250,7 +309,8 @@ void Attention::by_rows(Call& call, const Step& step) const {
   });
 }
 
-void Attention::by_chunks(Call& call, const Step& step) const {
+template <typename Cached>
+void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
   const int rows = step.rows * per_group_, tiles = step.batch * groups_;
   const auto tile_of = [&](int index) { return Tile{index / groups_, index % groups_, 0, step.rows}; };
   int most = 0;
@@ -281,5 +341,8 @@ void Attention::by_chunks(Call& call, const Step& step) const {
     write(step, tile, state_so_far);
   }
 }
+
+template class Attention<int8_t>;
+template class Attention<float>;
 
 }  // namespace edgelm

@@ -1,7 +1,10 @@
-// edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel.
+// edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
+// floats.
 //
-// Products are those of integers, as they are cached: a row's query is rounded to 16 bits, by its largest value, and
-// the weights of a chunk's values to 15, by the largest of them. The sums are exact, in whatever order they are added.
+// Products are those of integers. A cache of 8 bits is taken as it is; a row's query is rounded to 16 bits, by its
+// largest value, and the weights of a chunk's values to 15, by the largest of them. Of floats, keys and values are
+// rounded to 13 bits by position, and queries and weights to what is left of 32 bits. The sums are exact, in whatever
+// order they are added.
 //
 // A position's result is one order of the additions that are left, whatever other positions a step computes: the cache
 // is cut into chunks of kChunk positions, counted from its beginning. In a chunk the scores of all keys are weighed
@@ -10,11 +13,15 @@
 // and both give the same bits. Keys and values are arranged for the products once for all rows of a tile.
 #pragma once
 
+#include <type_traits>
+
 #include "arithmetic.h"
 #include "operator.h"
 
 namespace edgelm {
 
+// Cached: int8_t or float.
+template <typename Cached>
 class Attention {
  public:
   Attention(const Info& info, int threads);
@@ -22,6 +29,8 @@ class Attention {
   void compute(Call& call) const;
 
  private:
+  static constexpr bool kRounded = std::is_same_v<Cached, int8_t>;
+
   // What a call is given. Positions are counted within a sequence of the batch.
   struct Step {
     int batch, rows, capacity;
@@ -31,7 +40,7 @@ class Attention {
     bool first;              // nothing was cached before
     const float *cosines, *sines;
     int angles, half;  // positions that have angles, and half of a head's rotated values
-    int8_t *keys, *values;
+    Cached *keys, *values;
     float* output;
 
     int past(int sequence) const { return first ? 0 : lengths[sequence] + 1 - rows; }
@@ -46,20 +55,22 @@ class Attention {
     int16_t* values;
     float* factors;
   };
-  // What a chunk adds to rows: the sum of its values, weighted (rows, width), that of the weights, and the largest
-  // score, by rows.
+  // What a chunk adds to rows: the sum of its values, weighted (rows, width), what that is multiplied by, the sum of
+  // the weights, and the largest score, by rows.
   struct Part {
-    int32_t *values, *sums;
-    float* largest;
+    int32_t* values;
+    float *scales, *sums, *largest;
   };
   // The same of all chunks so far.
   struct State {
     float *values, *sums, *largest;
   };
-  // What is computed of a chunk on the way: keys and values as columns, scores and weights (rows, kChunk).
+  // What is computed of a chunk on the way: keys and values as columns, scores and weights (rows, kChunk); and the
+  // scales of keys and values that were floats, by positions.
   struct Chunk {
     int16_t *keys, *values, *weights;
     int32_t* scores;
+    float *key_scales, *value_scales;
   };
 
   Queries queries(Memory& memory, int rows) const;
@@ -69,11 +80,13 @@ class Attention {
   Queries from(const Queries& queries, size_t row) const;
   Part from(const Part& part, size_t row) const;
 
+  void read_scales(const Info& info);
   Step read(Call& call) const;
   void rotated(const Step& step, int position, float* head) const;
   void append(const Step& step, int sequence, int row) const;
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
+  void weigh(const Chunk& chunk, int row, int begin, int end, int count, float factor, const Part& part) const;
   void attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries, const Chunk& chunk,
               const Part& part) const;
   void clear(int rows, const State& state) const;
@@ -91,9 +104,10 @@ class Attention {
   int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
-  int limit_;                                       // of a query's integers: a score fits into 32 bits
-  std::vector<float> query_scales_, value_scales_;  // the former with the scale of scores, for powers of two
-  std::vector<float> key_factors_, value_factors_;  // inverses of the cache's scales
+  int key_limit_, query_limit_;  // of their integers: a score fits into 32 bits
+  // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
+  std::vector<float> query_scales_, value_scales_;
+  std::vector<float> key_factors_, value_factors_;  // inverses of the scales of a cache of 8 bits
 };
 
 }  // namespace edgelm

@@ -126,5 +126,14 @@ inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   store_bytes(y + 16, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second)));
 }
 
+inline void store_pairs(int16_t* y, const int16_t* a, const int16_t* b) {
+  for (int i = 0; i < kLanes; i += 8) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i));
+    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i));
+    const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi16(first, second));
+    store_bytes(y + 2 * i, _mm256_inserti128_si256(low, _mm_unpackhi_epi16(first, second), 1));
+  }
+}
+
 }  // namespace
 }  // namespace edgelm

@@ -91,6 +91,13 @@ inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   _mm512_storeu_si512(y, _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, _mm_unpackhi_epi8(first, second), 1)));
 }
 
+inline void store_pairs(int16_t* y, const int16_t* a, const int16_t* b) {
+  const auto widened = [](const int16_t* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  };
+  _mm512_storeu_si512(y, _mm512_or_si512(widened(a), _mm512_slli_epi32(widened(b), 16)));
+}
+
 // Columns 2 i and 2 i + 1 of 16 rows of 16 int8 values as pairs, for each i.
 #define EDGELM_OWN_TRANSPOSITION
 inline void square_pairs(const int8_t* x, size_t stride, int16_t* y) {

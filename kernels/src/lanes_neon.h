@@ -136,5 +136,9 @@ inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   vst1q_s16(y + 24, vcombine_s16(vget_high_s16(high[0]), vget_high_s16(high[1])));
 }
 
+inline void store_pairs(int16_t* y, const int16_t* a, const int16_t* b) {
+  for (int i = 0; i < kLanes; i += 4) vst1q_s16(y + 2 * i, vcombine_s16(vld1_s16(a + i), vld1_s16(b + i)));
+}
+
 }  // namespace
 }  // namespace edgelm

@@ -97,9 +97,13 @@ void add_operators(OrtSessionOptions* options) {
   add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads));
   add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads));
   add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads));
-  const Types attention{kFloat, kFloat, kFloat, kInt8,  kInt8,  kInt32, kInt32,
-                        kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
-  add(define<Attention>("GroupQueryAttention", attention, {kFloat, kInt8, kInt8}, 1, threads));
+  const auto attention = [](auto cached) {
+    return Types{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
+                 kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
+  };
+  constexpr const char* kAttention = "GroupQueryAttention";
+  add(define<Attention<int8_t>>(kAttention, attention(kInt8), {kFloat, kInt8, kInt8}, 1, threads));
+  add(define<Attention<float>>(kAttention, attention(kFloat), {kFloat, kFloat, kFloat}, 1, threads));
   check(api->AddCustomOpDomain(options, domain));
 }
 

@@ -1,5 +1,7 @@
 #include "operator.h"
 
+#include <memory>
+
 namespace edgelm {
 
 const OrtApi* api = nullptr;
@@ -13,16 +15,20 @@ void check(OrtStatus* status) {
 
 namespace {
 
+std::vector<int64_t> shape_of(const OrtTensorTypeAndShapeInfo* info) {
+  size_t rank = 0;
+  check(api->GetDimensionsCount(info, &rank));
+  std::vector<int64_t> shape(rank);
+  check(api->GetDimensions(info, shape.data(), rank));
+  return shape;
+}
+
 std::vector<int64_t> shape_of(const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(api->GetTensorTypeAndShape(value, &info));
-  size_t rank = 0;
-  OrtStatus* status = api->GetDimensionsCount(info, &rank);
-  std::vector<int64_t> shape(rank);
-  if (status == nullptr) status = api->GetDimensions(info, shape.data(), rank);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  check(status);
-  return shape;
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api->ReleaseTensorTypeAndShapeInfo)> owned(
+      info, api->ReleaseTensorTypeAndShapeInfo);
+  return shape_of(info);
 }
 
 const void* data_of(const OrtValue* value) {
@@ -75,6 +81,15 @@ Tensor Info::constant(size_t index) const {
   check(api->KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
   if (!is_constant) throw std::runtime_error("input " + std::to_string(index) + " must be constant");
   return tensor_of(value);
+}
+
+std::vector<int64_t> Info::shape(size_t index) const {
+  OrtTypeInfo* type = nullptr;
+  check(api->KernelInfo_GetInputTypeInfo(info_, index, &type));
+  const std::unique_ptr<OrtTypeInfo, decltype(api->ReleaseTypeInfo)> owned(type, api->ReleaseTypeInfo);
+  const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+  check(api->CastTypeInfoToTensorInfo(type, &tensor));
+  return shape_of(tensor);
 }
 
 Tensor Call::input(size_t index) const { return tensor_of(input_of(context_, index)); }

@@ -38,6 +38,8 @@ class Info {
   std::string text(const char* name, const char* otherwise) const;
   // A constant input, which lives as long as the session. Throws if the input is computed.
   Tensor constant(size_t index) const;
+  // The shape that the graph gives an input; -1 for sizes that it does not fix.
+  std::vector<int64_t> shape(size_t index) const;
 
  private:
   const OrtKernelInfo* info_;
