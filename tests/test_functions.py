@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 
 from edgelm.export.passes import quantizing_passes
+from edgelm.export.passes.call_attention import CallAttention
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
@@ -188,22 +189,25 @@ def test_a_head_of_the_other_scheme_is_turned_by_an_operator() -> None:
 # Attention
 
 
-def attention(extra: str = "") -> ir.Model:
-    """An attention of which inputs in the middle and attributes are left out, with an INT8 cache."""
+def attention(extra: str = "", cached: str = "int8") -> ir.Model:
+    """An attention of which inputs in the middle and attributes are left out."""
     attend = ATTEND.format(out="y", q="q", k="k", v="v").replace("scale=0.3", f"scale=0.3{extra}")
     model = attention_graph(PLAIN + attend, projections(), inputs=X)
-    QuantizeCache(LARGEST)(model)
+    if cached == "int8":
+        QuantizeCache(LARGEST)(model)
+    CallAttention()(model)
     return model
 
 
+@pytest.mark.parametrize("cached", ["int8", "float32"])
 @pytest.mark.parametrize("extra", ["", ", local_window_size=3"])
-def test_attention_is_com_microsofts_operator(extra: str, tmp_path: Path) -> None:
-    model = attention(extra)
+def test_attention_is_com_microsofts_operator(extra: str, cached: str, tmp_path: Path) -> None:
+    model = attention(extra, cached)
     assert one(model, ATTENTION).domain == EDGELM
     feeds = attention_feeds()
     feeds["x"] = floats(1, 5, 32)
     for side in ("key", "value"):
-        feeds[f"past_key_values.0.{side}"] = RANDOM.integers(-127, 128, (1, 1, 3, 16)).astype(np.int8)
+        feeds[f"past_key_values.0.{side}"] = RANDOM.integers(-127, 128, (1, 1, 3, 16)).astype(cached)
     got, operators = compute(model, feeds), optimized(ir.to_proto(model), tmp_path)
     one(model, ATTENTION).domain = MICROSOFT
     model.functions.clear()
@@ -226,7 +230,7 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
     node = one(model, ATTENTION)
     node.resize_inputs(12)
     node.replace_input_with(index, model.graph.inputs[0])
-    QuantizeCache(LARGEST)(model)
+    CallAttention()(model)
     assert node.domain == MICROSOFT and not model.functions
 
 
@@ -237,7 +241,7 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
     ("settings", "names"),
     [
         ({}, {*PRODUCTS, ATTENTION}),
-        ({"kv": "float32"}, PRODUCTS),
+        ({"kv": "float32"}, {*PRODUCTS, ATTENTION}),
         ({"scheme": "int8-tensor"}, set()),
         ({"scheme": "fp32"}, set()),
     ],

@@ -24,7 +24,7 @@ from .pick_tokens import PickTokens
 from .quantize_blocks import QuantizeBlocks
 from .quantize_cache import QuantizeCache
 from .quantize_embedding import QuantizeEmbedding
-from .quantize_linears import QuantizeLinears
+from .quantize_linears import ROWWISE, QuantizeLinears
 from .rotate_in_attention import RotateInAttention
 from .to_float16 import ToFloat16
 
@@ -67,8 +67,7 @@ def quantizing_passes(
         passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded), FuseIntoProducts()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
-    rounds_activations = blocks is None and scheme not in _PLAIN
-    if cache_ranges or rounds_activations:
+    if cache_ranges or scheme == ROWWISE:
         passes.append(CallAttention())
     return passes
 

@@ -1,8 +1,8 @@
 """Attention becomes a call of the function `edgelm::GroupQueryAttention`, which a kernel may compute.
 
 A node that has an attribute or an input that the function does not stays com.microsoft's. Runs where what attention
-reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that compute
-in floats keep onnxruntime's attention.
+reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
+compute in floats keep onnxruntime's attention.
 """
 
 from __future__ import annotations
