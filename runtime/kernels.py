@@ -1,8 +1,9 @@
 """Compiled kernels for the functions that an INT8 graph calls, where the package edgelm-kernels is installed.
 
 A function of the domain `edgelm` has a body of onnxruntime's own operators. If a library of kernels is registered,
-onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way,
-attention on an INT8 cache has not, so that what is cached names the kernels (`identity`).
+onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way;
+attention on an INT8 cache, and norms and gates in front of products, have not, so that what is cached names the kernels
+(`identity`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _arithmetic() -> str | None:
 
 
 def identity() -> str | None:
-    """Version and instruction sets of the kernels, which decide the last bits of attention; None if none are used.
+    """Version and instruction sets of the kernels, which decide the last bits of logits; None if none are used.
 
     They are left out where the package is not installed, has no code for this processor, or is switched off.
     Raises: SessionError, if they cannot be loaded.

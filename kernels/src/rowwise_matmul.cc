@@ -12,6 +12,8 @@ namespace {
 constexpr float kStep = 1.0f / 127;
 // Rows for which the matrix is read as it stands. For more, arranging it in panels pays.
 constexpr int kMostDirect = 8;
+// Rows that a thread makes one after the other: so it reads and writes longer runs of memory.
+constexpr int kRowsTogether = 8;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
 constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 1024;
@@ -65,8 +67,11 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
-  call.share(count, count <= kMostDirect ? 1 : threads_,
-             [&](int row, int worker) { factors[row] = make(row, memory + worker * stride, values + row * stride); });
+  call.share(pieces(count, kRowsTogether), threads_, [&](int task, int worker) {
+    const int end = std::min((task + 1) * kRowsTogether, count);
+    for (int row = task * kRowsTogether; row < end; row++)
+      factors[row] = make(row, memory + worker * stride, values + row * stride);
+  });
   const Rows rows{values, factors, count, stride};
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
     by_panels(call, rows, y);
