@@ -52,9 +52,9 @@ struct Arithmetic {
   void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
                 size_t stride_sums);
 
-  // y = (float(sum - correction) * scale) * factor, for `count` columns.
-  void (*scale)(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count,
-                float* y);
+  // y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
+  void (*scale)(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
+                const float* factors, int rows, int columns, float* y, size_t stride_y);
 
   // c[row][column] = a[row][0] * b[0][column], then fused additions of a[row][k] * b[k][column] for k = 1, 2, ...
   // columns: a multiple of kLanes.
