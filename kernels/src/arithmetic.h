@@ -62,9 +62,9 @@ struct Arithmetic {
   void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
                 size_t stride_sums);
 
-  // y = (float(sum - correction) * scale) * factor, for `count` columns.
-  void (*scale)(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count,
-                float* y);
+  // y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
+  void (*scale)(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
+                const float* factors, int rows, int columns, float* y, size_t stride_y);
 
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);

@@ -80,11 +80,15 @@ float quantize(const float* x, int size, uint8_t* q) {
   return r;
 }
 
-void scale(const int32_t* sums, const int32_t* corrections, const float* scales, float factor, int count, float* y) {
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(y + i, mul(mul(difference(sums + i, corrections + i), load(scales + i)), set(factor)));
-  for (; i < count; i++) y[i] = static_cast<float>(sums[i] - corrections[i]) * scales[i] * factor;
+void scale(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
+           const float* factors, int rows, int columns, float* y, size_t stride_y) {
+  for (int row = 0; row < rows; row++, sums += stride_sums, y += stride_y) {
+    const Lanes factor = set(factors[row]);
+    int i = 0;
+    for (; i + kLanes <= columns; i += kLanes)
+      store(y + i, mul(mul(difference(sums + i, corrections + i), load(scales + i)), factor));
+    for (; i < columns; i++) y[i] = static_cast<float>(sums[i] - corrections[i]) * scales[i] * factors[row];
+  }
 }
 
 // one * 2^x for x <= 0 and a power of two, as Cephes' exp2f (S. Moshier): x = n + r, a polynomial in r, times 2^n.
@@ -562,13 +566,18 @@ inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, i
   }
 }
 
+template <int M>
+void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
+                size_t stride_sums) {
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums)
+    panel_tile<M>(x, stride_x, panel, depth, sums, stride_sums);
+  if constexpr (M > 1)
+    if (rows > 0) panel_rows<M - 1>(x, rows, stride_x, panel, depth, sums, stride_sums);
+}
+
 void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
            size_t stride_sums) {
-  int row = 0;
-  for (; row + kPanelRows <= rows; row += kPanelRows)
-    panel_tile<kPanelRows>(x + row * stride_x, stride_x, panel, depth, sums + row * stride_sums, stride_sums);
-  for (; row < rows; row++)
-    panel_tile<1>(x + row * stride_x, stride_x, panel, depth, sums + row * stride_sums, stride_sums);
+  panel_rows<kPanelRows>(x, rows, stride_x, panel, depth, sums, stride_sums);
 }
 
 constexpr Arithmetic implementation(const char* name) {

@@ -12,16 +12,14 @@ namespace {
 constexpr float kStep = 1.0f / 127;
 // Rows for which the matrix is read as it stands. For more, arranging it in panels pays.
 constexpr int kMostDirect = 8;
-// Rows that a thread makes one after the other: so it reads and writes longer runs of memory.
-constexpr int kRowsTogether = 8;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
 constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 1024;
-// Panels that are arranged together, in bytes: they stay in the second or third cache.
-constexpr size_t kPanelBytes = 1 << 20;
-// Rows of a task over a panel, and of its sums, which stay in the first cache.
-constexpr int kTaskRows = 96;
-constexpr int kRowsAtOnce = 24;
+// Rows that a thread makes one after the other: their factors are a line of 64 bytes, which no two threads write.
+constexpr int kTaskRows = 16;
+// Rows that are multiplied by a panel at once, a multiple of the rows that a processor takes together: their sums stay
+// in the first cache, and between them the memory is asked for a few lines.
+constexpr int kRowsAtOnce = 12;
 
 int pieces(int size, int piece) { return (size + piece - 1) / piece; }
 
@@ -67,9 +65,9 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
-  call.share(pieces(count, kRowsTogether), threads_, [&](int task, int worker) {
-    const int end = std::min((task + 1) * kRowsTogether, count);
-    for (int row = task * kRowsTogether; row < end; row++)
+  call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
+    const int end = std::min((task + 1) * kTaskRows, count);
+    for (int row = task * kTaskRows; row < end; row++)
       factors[row] = make(row, memory + worker * stride, values + row * stride);
   });
   const Rows rows{values, factors, count, stride};
@@ -121,9 +119,8 @@ void GatedRowwiseMatMul::compute(Call& call) const {
 // `begin`.
 void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
                            float* y) const {
-  for (int i = 0; i < count; i++)
-    arithmetic_.scale(sums + i * stride, corrections_.data() + begin, scales_.data() + begin, x.factors[row + i],
-                      end - begin, y + static_cast<size_t>(row + i) * columns_ + begin);
+  arithmetic_.scale(sums, stride, corrections_.data() + begin, scales_.data() + begin, x.factors + row, count,
+                    end - begin, y + static_cast<size_t>(row) * columns_ + begin, columns_);
 }
 
 // Each thread reads one part of the matrix from one end to the other, and the sums, which are integers, are added.
@@ -160,34 +157,36 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
   });
 }
 
+// A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
+// for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
 void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
-  const size_t size = static_cast<size_t>(padded(depth_, 4)) * kBlock, sums_size = kRowsAtOnce * kBlock;
-  const int together = std::max(1, static_cast<int>(kPanelBytes / size)), blocks = pieces(columns_, kBlock);
-  const int parts = pieces(x.count, kTaskRows), rows = pieces(x.count, parts);
-  float* const memory = scratch(1, threads_ * sums_size + together * size / sizeof(float));
-  auto* const panels = reinterpret_cast<int8_t*>(memory + threads_ * sums_size);
-  for (int first = 0; first < blocks; first += together) {
-    const int count = std::min(together, blocks - first);
-    call.share(count, threads_, [&](int block, int) {
-      const int begin = (first + block) * kBlock;
-      if (transposed_)
-        arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_,
-                              std::min(kBlock, columns_ - begin), panels + block * size);
-      else
-        arithmetic_.pack_columns(weights_, depth_, columns_, begin, panels + block * size);
-    });
-    call.share(count * parts, threads_, [&](int task, int worker) {
-      const int block = task / parts, begin = (first + block) * kBlock, end = std::min(begin + kBlock, columns_);
-      int32_t* const sums = integers(memory + worker * sums_size);
-      const int stop = std::min((task % parts + 1) * rows, x.count);
-      for (int row = task % parts * rows; row < stop; row += kRowsAtOnce) {
-        const int some = std::min(kRowsAtOnce, stop - row);
-        arithmetic_.panel(x.values + row * x.stride, some, x.stride, panels + block * size, padded(depth_, 4), sums,
-                          kBlock);
-        finish(x, row, some, sums, kBlock, begin, end, y);
-      }
-    });
-  }
+  const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, kRowsAtOnce);
+  const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
+  const size_t panel_size = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
+  const size_t own = panel_size + kRowsAtOnce * kBlock;
+  // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
+  const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
+  const size_t stride = transposed_ ? kBlock : columns_;
+  float* const memory = scratch(1, threads_ * own);
+  call.share(whole + left * parts, threads_, [&](int task, int worker) {
+    const int block = task < whole ? task : whole + (task - whole) / parts;
+    const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
+    const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
+    auto* const panel = reinterpret_cast<int8_t*>(memory + worker * own);
+    int32_t* const sums = integers(memory + worker * own + panel_size);
+    if (transposed_)
+      arithmetic_.pack_rows(weights_ + block * width, depth_, end - begin, panel);
+    else
+      arithmetic_.pack_columns(weights_, depth_, columns_, begin, panel);
+    for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
+      if (next < blocks)
+        for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
+          __builtin_prefetch(weights_ + next * width + line * stride, 0, 2);
+      const int row = group * kRowsAtOnce, count = std::min(kRowsAtOnce, x.count - row);
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), sums, kBlock);
+      finish(x, row, count, sums, kBlock, begin, end, y);
+    }
+  });
 }
 
 }  // namespace edgelm
