@@ -12,8 +12,8 @@ namespace {
 
 // Positions of the cache that are weighed together: what is computed of them stays in the first cache.
 constexpr int kChunk = 128;
-// Rows of a tile, where there are many: arranging a chunk is small beside them, and their scores stay in the cache.
-constexpr int kTileRows = 48;
+// Rows of a tile, where there are many: arranging a chunk is small beside them.
+constexpr int kTileRows = 96;
 // Up to so many rows of a group of heads work is shared out by chunks: there are too few tiles for all threads.
 constexpr int kFewTileRows = 24;
 // Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
