@@ -20,7 +20,7 @@ REPORT_NAME = "report.json"
 REPORT_PAGE_NAME = "report.html"
 
 _REQUIRED = (GRAPH_NAME, TOKENIZER_NAME)
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ class Bundle:
 def file_digest(path: Path) -> str:
     """ "sha256:" and the SHA-256 of a file's bytes in hexadecimal. Raises: BundleMissingError."""
     digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
     except OSError as error:
         raise BundleMissingError(
             f"{path} cannot be read ({error.strerror}): copy or export the bundle again"

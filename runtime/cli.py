@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .errors import EdgelmError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _ENTRY_POINTS = "edgelm.commands"
 _OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval")
@@ -75,6 +77,8 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def _general(words: list[str]) -> int:
     """`edgelm` without a command: --help and --version."""
+    from importlib.metadata import version
+
     parser = argparse.ArgumentParser(
         prog="edgelm",
         description="Compress a language model to INT8 for the machine it will run on, and run it without PyTorch.",
@@ -82,7 +86,7 @@ def _general(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="edgelm COMMAND ...  (edgelm COMMAND --help tells more)",
     )
-    parser.add_argument("--version", action="version", version=f"edgelm {importlib.metadata.version('edgelm')}")
+    parser.add_argument("--version", action="version", version=f"edgelm {version('edgelm')}")
     add_debug(parser)
     parser.parse_args(words)
     parser.print_help()
@@ -90,16 +94,23 @@ def _general(words: list[str]) -> int:
 
 
 def _names() -> list[str]:
-    return sorted({*_OWN, *(entry.name for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS))})
+    return sorted({*_OWN, *(entry.name for entry in _foreign_commands())})
 
 
 def _find(name: str) -> Any:
     """The module of a command, or None."""
     if name in _OWN:
         return importlib.import_module(f".commands.{name}", __package__)
-    for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS, name=name):
-        return entry.load()
+    for entry in _foreign_commands():
+        if entry.name == name:
+            return entry.load()
     return None
+
+
+def _foreign_commands() -> Collection[EntryPoint]:
+    from importlib.metadata import entry_points  # 4 MB, which `edgelm run` can do without
+
+    return entry_points(group=_ENTRY_POINTS)
 
 
 def _fail(message: str, error: BaseException, debug: bool) -> int:

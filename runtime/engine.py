@@ -29,7 +29,7 @@ from .prefix_cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_pr
 from .requests import RequestMaker
 from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
 from .results import Chunk, Completion
-from .session import OrtSession, Session, open_folder, session_numerics
+from .session import OrtSession, Session, find_folder, session_numerics
 from .settings import GenerationSettings, SettingsKeywords
 from .tokenizer import Tokenizer
 from .turns import Caller, Turns
@@ -70,8 +70,11 @@ def load(
     it is warned of.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, session = open_folder(path, threads, graph, prepare, provider)
+    bundle, load_model = find_folder(path, threads, graph, prepare, provider)
+    # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
+    give_back()
+    session = load_model()
     give_back()
     return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 

@@ -9,6 +9,7 @@ attention on an INT8 cache, and norms and gates in front of products, have not, 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -41,17 +42,24 @@ def _arithmetic() -> str | None:
     return found
 
 
+@functools.cache
+def _library_digest() -> str:
+    """More exact than the package's version, and without `importlib.metadata`, which takes 2 to 4 MB."""
+    import edgelm_kernels
+
+    return hashlib.sha256(edgelm_kernels.library().read_bytes()).hexdigest()[:12]
+
+
 def identity() -> str | None:
-    """Version and instruction sets of the kernels, which decide the last bits of logits; None if none are used.
+    """Which kernels, by a digest of their library, and with which instruction sets: what decides the last bits of
+    logits; None if none are used.
 
     They are left out where the package is not installed, has no code for this processor, or is switched off.
     Raises: SessionError, if they cannot be loaded.
     """
     if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
         return None
-    from importlib.metadata import version
-
-    return f"edgelm-kernels {version('edgelm-kernels')} {_arithmetic()}"
+    return f"edgelm-kernels {_library_digest()} {_arithmetic()}"
 
 
 def serve(graph: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import LayerCache, Model
-from .memory import available_bytes, require_bytes
+from .memory import available_bytes, require_bytes, zeros
 
 _FIRST_CAPACITY = 256
 _DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
@@ -56,7 +56,7 @@ class KVCache:
         grown: dict[str, NDArray[np.generic]] = {}
         for index, layer in self._layers():
             for side, size in (("key", layer.key_size), ("value", layer.value_size)):
-                fresh = np.zeros((self._rows, layer.kv_heads, capacity, size), self._dtype)
+                fresh = zeros((self._rows, layer.kv_heads, capacity, size), self._dtype)
                 name = f"{index}.{side}"
                 if name in self._buffers:
                     fresh[:, :, : self.length] = self._buffers[name][:, :, : self.length]

@@ -89,7 +89,7 @@ class _RowBlocks:
 class PrefixCache:
     """Beginnings of texts for one session. Not safe between threads: the engine's turn is held.
 
-    Between processes: files are shared. Raises: MemoryError, where the KV cache cannot grow; of files nothing.
+    Between processes: files are shared. Raises: MemoryShortageError, where the KV cache cannot grow; of files nothing.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ DEFAULT_BUDGET_BYTES = 8 << 30
 _FORMAT = "edgelm-prepared-1"
 _CHECKS_NAME = "checks.json"
 _FILES = (GRAPH_NAME, WEIGHTS_NAME)
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 # Smaller weights are loaded at once, and their copy costs little.
 _LEAST_WEIGHTS_BYTES = 16 << 20
 _STALE_S = 24 * 3600.0
@@ -163,7 +163,8 @@ def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
 def _crc(file: Path) -> int:
     """CRC-32, which small boards compute faster than they read; it is to find damage, not malice."""
     crc = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(chunk):
+            crc = zlib.crc32(chunk[:count], crc)
     return crc

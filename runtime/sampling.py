@@ -7,6 +7,7 @@ that cannot be chosen. `docs/generation.md` has the formulas and where they come
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
@@ -56,6 +57,7 @@ class Sampler:
         self._seen = np.zeros(vocab_size, bool)
         self._seen[list(prompt_ids)] = True
         self._counts = np.zeros(vocab_size, np.int64)
+        self._changes = grammar is not None or not dataclasses.replace(settings, min_tokens=0, logprobs=None).plain
         self._chosen = 0
         self.logprobs: list[TokenLogprob] = []
 
@@ -69,8 +71,7 @@ class Sampler:
 
         Raises: SettingsError, if the settings leave no token; SessionError for logits that are NaN.
         """
-        row = self._adjusted(logits)
-        best = int(row.argmax())
+        row, best = self._best(logits)
         if not row[best] < np.inf:
             raise SessionError("the model's logits are NaN or infinite: export the bundle again, and check its source")
         if row[best] == _BANNED:
@@ -84,6 +85,16 @@ class Sampler:
         if self._grammar is not None and token not in self._end_ids:
             self._grammar.accept(token)
         return token
+
+    def _best(self, logits: NDArray[np.float32]) -> tuple[Row, int]:
+        """The row to choose from, and its most likely token. Where nothing but min_tokens changes logits, a row of its
+        own is needed only if an end would come."""
+        if not self._changes:
+            best = int(logits.argmax())
+            if self._chosen >= self._settings.min_tokens or best not in self._end_ids:
+                return logits, best
+        row = self._adjusted(logits)
+        return row, int(row.argmax())
 
     def _adjusted(self, logits: NDArray[np.float32]) -> Row:
         settings, row = self._settings, logits.copy()
@@ -104,13 +115,14 @@ class Sampler:
         if settings.top_k:
             keep_top_k(logits, settings.top_k)
         # A temperature changes no order, so it may come after top-k, when there is less to compute.
-        tokens = np.flatnonzero(logits > _BANNED)
-        row = with_temperature(logits[tokens], settings.temperature)
+        tokens = _left(logits)
+        row = with_temperature(logits if tokens is None else logits[tokens], settings.temperature)
         if settings.top_p < 1:
             keep_top_p(row, settings.top_p)
         if settings.min_p:
             keep_min_p(row, settings.min_p)
-        return int(tokens[draw(row, self._random.random())])
+        place = draw(row, self._random.random())
+        return place if tokens is None else int(tokens[place])
 
 
 def penalize_repetition(row: Row, seen: NDArray[np.bool_], penalty: float) -> None:
@@ -162,9 +174,10 @@ def keep_min_p(row: Row, p: float) -> None:
 
 def draw(row: Row, number: float) -> int:
     """The token at which the cumulative probabilities, in the order of ids, pass a number from [0, 1)."""
-    tokens = np.flatnonzero(row > _BANNED)
-    cumulative = np.cumsum(np.exp(row[tokens] - row.max()))
-    return int(tokens[min(np.searchsorted(cumulative, number * cumulative[-1], side="right"), len(tokens) - 1)])
+    tokens = _left(row)
+    cumulative = np.cumsum(np.exp((row if tokens is None else row[tokens]) - row.max()))
+    place = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(cumulative) - 1)
+    return place if tokens is None else int(tokens[place])
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, alternatives: int) -> TokenLogprob:
@@ -184,6 +197,12 @@ def check_token_ids(settings: GenerationSettings, vocab_size: int) -> None:
         beyond = [token for token in ids if token >= vocab_size]
         if beyond:
             raise SettingsError(f"{name} names token {beyond[0]}: the model has ids 0 to {vocab_size - 1}")
+
+
+def _left(row: Row) -> NDArray[np.intp] | None:
+    """The tokens that are not banned; None where none is, so that nothing needs to be picked out."""
+    left = row > _BANNED
+    return None if left.all() else np.flatnonzero(left)
 
 
 def _softmax(row: Row) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     code = f"import sys, {package}; print([name for name in {late!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_answering_a_prompt_reads_no_packages_metadata() -> None:
+    """`importlib.metadata` brings mail, archives and tables along: 4 MB."""
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import edgelm.runtime.cli, edgelm.runtime.commands.run, edgelm.runtime.machine\n"
+        "assert edgelm.runtime.machine.numerics()\n"
+        "print('importlib.metadata' in sys.modules.keys() - before)"
+    )
+    environment = {**os.environ, "EDGELM_KERNELS": "on"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("module", sorted(PUBLIC))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgelm.runtime.errors import MemoryShortageError
 from edgelm.runtime.kv import KVCache
 from edgelm.runtime.manifest import CacheType, LayerCache, Model
 
@@ -165,16 +168,16 @@ def test_growth_that_runs_out_of_memory_changes_nothing(failing_call: int, monke
     cache = KVCache(model())
     cache.reserve(200)
     fill(cache, 0, 200)
-    real_zeros, calls = np.zeros, iter(range(100))
+    real_mmap, calls = mmap.mmap, iter(range(100))
 
-    def zeros(*arguments: Any, **settings: Any) -> Any:
+    def refusing(*arguments: Any, **settings: Any) -> Any:
         if next(calls) == failing_call:
-            raise MemoryError
-        return real_zeros(*arguments, **settings)
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real_mmap(*arguments, **settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr(np, "zeros", zeros)
-        with pytest.raises(MemoryError):
+        patched.setattr(mmap, "mmap", refusing)
+        with pytest.raises(MemoryShortageError, match=r"refuses \d+ MiB of memory \(Cannot allocate memory\)"):
             cache.reserve(257)
     assert cache.capacity == 256
     check_contents(cache)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -66,6 +69,40 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(
     machine_with(50_000)
     with pytest.raises(MemoryShortageError, match=r"takes \d+ MiB of memory, and 0 MiB are left"):
         load(tiny_bundle)
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="what is resident differs between systems")
+
+
+@linux_only
+def test_zeros_take_memory_where_they_are_written_and_as_long_as_they_live() -> None:
+    def resident() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    before = resident()
+    array = memory.zeros((64, 1 << 20), np.int8)
+    array[3] = 1
+    assert resident() - before < 8 << 20
+    assert [row.any() for row in array] == [index == 3 for index in range(64)]
+    array[:] = 2
+    assert resident() - before > 56 << 20
+    del array
+    assert resident() - before < 8 << 20
+
+
+@linux_only
+def test_zeros_are_not_shared_with_a_forked_process() -> None:
+    array = memory.zeros((3,), np.float32)
+    child = os.fork()
+    if not child:
+        array[1] = 1
+        os._exit(int(array[1] != 1))
+    assert os.waitpid(child, 0)[1] == 0
+    assert array.tolist() == [0, 0, 0]
+
+
+def test_zeros_of_no_size_are_an_array_too() -> None:
+    assert memory.zeros((2, 0, 5), np.float32).shape == (2, 0, 5)
 
 
 def cache_of(positions: int) -> KVCache:

@@ -263,6 +263,19 @@ def test_end_tokens_cannot_come_before_min_tokens() -> None:
     assert choices([row] * 4, [0], {1, 2}, min_tokens=2) == [0, 0, 1, 1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(0, 5))
+def test_min_tokens_alone_takes_the_most_likely_token_that_ends_nothing(values: list[list[int]], count: int) -> None:
+    """The lowest id among equals, of which there are many here."""
+    rows = [np.array(row, np.float32) for row in values]
+    sampler = Sampler(GenerationSettings(min_tokens=count), [], {1, 4}, 6)
+    for index, row in enumerate(rows):
+        expected = row.copy()
+        expected[[1, 4] if index < count else []] = -np.inf
+        assert sampler.choose(row) == int(expected.argmax())
+        assert row.tolist() == values[index]
+
+
 def test_a_bias_of_minus_infinity_bans_a_token() -> None:
     row = row_of(2)
     best, second = np.argsort(row)[[-1, -2]].tolist()
