@@ -421,8 +421,8 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,    kOffset, quantize, columns,          rows,  pack_columns, pack_rows,   panel, scale,
-          product, rotate,  to_int8,  widen_transposed, widen, exponentials, exponential, merge};
+  return {name,  kOffset, kPanelRows, quantize, columns,          rows,  pack_columns, pack_rows,   panel,
+          scale, product, rotate,     to_int8,  widen_transposed, widen, exponentials, exponential, merge};
 }
 
 }  // namespace
