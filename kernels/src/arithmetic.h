@@ -26,6 +26,8 @@ struct Arithmetic {
   const char* name;
   // What `quantize` adds to each value, so that a product is sum(x * w) - offset * sum(w).
   int offset;
+  // Rows that `panel` takes together: of a multiple of them it makes the most.
+  int panel_rows;
 
   // Quantize a row x of `size` floats: the largest magnitude r is returned, and q = round(x / r / (1 / 127)) + offset
   // written, `padded(size, kBlock)` bytes; padding is 0. A row of zeros, or with a value that is no number, gives what

@@ -581,9 +581,31 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,  kOffset, quantize,       norm,    gate,     columns,   rows,        pack_columns,    pack_rows,
-          panel, scale,   rotate,         to_int8, to_int16, key_pairs, value_pairs, float_key_pairs, float_value_pairs,
-          pairs, weights, scaled_weights, power,   merge,    divide};
+  return {name,
+          kOffset,
+          kPanelRows,
+          quantize,
+          norm,
+          gate,
+          columns,
+          rows,
+          pack_columns,
+          pack_rows,
+          panel,
+          scale,
+          rotate,
+          to_int8,
+          to_int16,
+          key_pairs,
+          value_pairs,
+          float_key_pairs,
+          float_value_pairs,
+          pairs,
+          weights,
+          scaled_weights,
+          power,
+          merge,
+          divide};
 }
 
 }  // namespace

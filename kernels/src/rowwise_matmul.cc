@@ -17,9 +17,9 @@ constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 1024;
 // Rows that a thread makes one after the other: their factors are a line of 64 bytes, which no two threads write.
 constexpr int kTaskRows = 16;
-// Rows that are multiplied by a panel at once, a multiple of the rows that a processor takes together: their sums stay
-// in the first cache, and between them the memory is asked for a few lines.
-constexpr int kRowsAtOnce = 12;
+// Rows that are multiplied by a panel at once, at least. The fewer, the more evenly are additions mixed with requests
+// for the next panel and with what is written.
+constexpr int kRowsAtOnce = 6;
 
 int pieces(int size, int piece) { return (size + piece - 1) / piece; }
 
@@ -160,10 +160,11 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
 // A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
 // for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
 void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
-  const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, kRowsAtOnce);
+  const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
+  const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
   const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
   const size_t panel_size = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
-  const size_t own = panel_size + kRowsAtOnce * kBlock;
+  const size_t own = panel_size + at_once * kBlock;
   // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
   const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
   const size_t stride = transposed_ ? kBlock : columns_;
@@ -182,7 +183,7 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
       if (next < blocks)
         for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
           __builtin_prefetch(weights_ + next * width + line * stride, 0, 2);
-      const int row = group * kRowsAtOnce, count = std::min(kRowsAtOnce, x.count - row);
+      const int row = group * at_once, count = std::min(at_once, x.count - row);
       arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), sums, kBlock);
       finish(x, row, count, sums, kBlock, begin, end, y);
     }
