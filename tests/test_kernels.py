@@ -337,7 +337,7 @@ def values(attention: Attention, batch: int, positions: int) -> list[Array]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_agrees_with_its_body(shape: dict[str, int]) -> None:
+def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 300)
     body, kernel = (session(attention.model, way) for way in (False, True))
@@ -357,10 +357,24 @@ def test_attention_agrees_with_its_body(shape: dict[str, int]) -> None:
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign: int) -> None:
+    """All products at their limits: every position weighs the same, and what is attended to is what all values are."""
+    attention = Attention(**{**shape, "rotary": 0})
+    x = [np.full((1, 300, width), 50, np.float32) for width in attention.widths]
+    x[1] *= sign
+    got, cache = attention.run(session(attention.model, True), x, [140, 1, 159], 300)
+    scales = attention.model.graph.initializers["vs"].const_value if attention.cached == "int8" else None
+    value = cache[1][0, :, 0].reshape(-1) * (1 if scales is None else scales.numpy())
+    heads = value.reshape(attention.groups, 1, -1).repeat(shape["heads"] // attention.groups, axis=1)
+    np.testing.assert_allclose(got, np.broadcast_to(heads.reshape(-1), got.shape), rtol=2e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, int], data: st.DataObject) -> None:
+def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: st.DataObject) -> None:
     attention = Attention(**shape)
     positions, batch = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 3))
     cuts: list[int] = []
