@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ from edgelm.runtime import kernels, machine
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
 
-from .conftest import ROOT
 from .test_passes import graph
 
 edgelm_kernels = pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
@@ -446,23 +444,14 @@ def test_every_kind_of_processor_gets_the_same_bits(name: str, cases: Path) -> N
     assert digests(command, cases, library, name) == digests(command, cases, library)
 
 
-@pytest.fixture(scope="session")
-def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels for Arm, compiled here."""
-    compiler, cmake = shutil.which("aarch64-linux-gnu-g++"), shutil.which("cmake")
-    if compiler is None or cmake is None:
-        pytest.skip("no compiler for Arm here: Debian has it as g++-aarch64-linux-gnu, and cmake")
-    folder = tmp_path_factory.mktemp("arm")
-    system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    for words in (["-S", str(ROOT / "kernels"), "-B", str(folder), *system], ["--build", str(folder)]):
-        subprocess.run([cmake, *words], check=True, capture_output=True)
-    return folder / "kernels.so"
-
-
 @pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
-def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path, arm_library: Path) -> None:
+def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path) -> None:
     machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is not here")
     if not machines.is_ready():
         pytest.skip("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
-    emulated = digests(machines.command(cpu, str(RUNNER)), cases, arm_library)
+    try:
+        library = machines.kernels() / "edgelm_kernels" / "kernels.so"
+    except machines.NotHereError as error:
+        pytest.skip(str(error))
+    emulated = digests(machines.command(cpu, str(RUNNER)), cases, library)
     assert emulated == digests([sys.executable, str(RUNNER)], cases, edgelm_kernels.library())

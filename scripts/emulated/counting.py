@@ -19,7 +19,8 @@ from . import machines
 
 # With the cache that arm-cpu has for them, and the default with the other one.
 SCHEMES = ("int8-rowwise", "int8-weight", "int4-weight", "int8-tensor", "fp32")
-OTHER = ("int8-rowwise", "float32")
+SERVED = "int8-rowwise"  # by compiled kernels
+OTHER = (SERVED, "float32")
 # What is counted is this part of the reference model, in the same proportions: loading and exporting take a while. On
 # a Cortex-A72, five times its counts are within 1 % of those of the whole.
 PART = 5
@@ -42,13 +43,19 @@ _SOURCE, STEPS = (Path(__file__).with_name(name) for name in ("counting.c", "ste
 
 def report(bundles: dict[str, Path]) -> None:
     """Print what tokens cost, in millions of instructions, for each core and bundle, as the whole reference model would
-    need them."""
+    need them; where compiled kernels serve a bundle, without and with them. Raises: NotHereError."""
     build()
+    kernels = machines.kernels()
     for core in (core.cpu for core in machines.CORES.values() if core.architecture == "aarch64"):
         for name, bundle in bundles.items():
-            costs = {kind: PART * instructions / 1e6 for kind, instructions in per_token(core, bundle).items()}
-            figures = ", ".join(f"{kind} {millions:8.2f} M" for kind, millions in costs.items())
-            print(f"  {core:12} {name:28} {figures}", flush=True)
+            _show(core, name, per_token(core, bundle))
+            if SERVED in name:
+                _show(core, f"{name}, kernels", per_token(core, bundle, kernels))
+
+
+def _show(core: str, name: str, instructions: dict[str, float]) -> None:
+    figures = ", ".join(f"{kind} {PART * number / 1e6:8.2f} M" for kind, number in instructions.items())
+    print(f"  {core:12} {name:38} {figures}", flush=True)
 
 
 def model() -> Path:
@@ -63,14 +70,14 @@ def model() -> Path:
     return folder
 
 
-def per_token(core: str, bundle: Path) -> dict[str, float]:
+def per_token(core: str, bundle: Path, *packages: Path) -> dict[str, float]:
     """Instructions for one token decoded behind a short prompt, how many more for each further token before it, and for
-    one token of a long prompt.
+    one token of a long prompt. packages: as `machines.command`.
 
     Raises: NotHereError.
     """
     arguments = (str(STEPS), str(bundle), *map(str, (_DECODED, _SHORT, _LONG)))
-    command = machines.command(core, *arguments, qemu=_QEMU, options=("-plugin", str(_PLUGIN)))
+    command = machines.command(core, *arguments, qemu=_QEMU, options=("-plugin", str(_PLUGIN)), packages=packages)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise machines.NotHereError(f"{core}: nothing was counted: {done.stderr.strip()[-500:]}")

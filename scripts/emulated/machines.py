@@ -80,23 +80,45 @@ def is_ready() -> bool:
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == _fingerprint()
 
 
-def command(cpu: str, *arguments: str, qemu: Path | None = None, options: tuple[str, ...] = ()) -> list[str]:
+def command(
+    cpu: str,
+    *arguments: str,
+    qemu: Path | None = None,
+    options: tuple[str, ...] = (),
+    packages: tuple[Path, ...] = (),
+) -> list[str]:
     """The command that runs Python with these arguments on a processor of `CORES`.
 
-    qemu: another build of QEMU than Debian's; options: of QEMU.
+    qemu: another build of QEMU than Debian's; options: of QEMU; packages: folders with more packages for Arm.
     """
     architecture = CORES[cpu].architecture
     start = [str(qemu or FOLDER / "host" / "usr" / "bin" / f"qemu-{architecture}"), "-cpu", cpu, *options]
     if architecture == "x86_64":
         return [*start, sys.executable, *arguments]
     root = FOLDER / "arm64"
-    paths = f"{FOLDER / 'packages'}:{FOLDER / 'tree'}"
+    paths = ":".join(map(str, (*packages, FOLDER / "packages", FOLDER / "tree")))
     settings = {"PYTHONHOME": root / "usr", "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": 1}
     # Emulated, numpy's OpenBLAS lets the threads that it starts spin, where elsewhere they soon sleep.
     settings |= {"OPENBLAS_NUM_THREADS": 1}
     start += ["-L", str(root), *(word for key, value in settings.items() for word in ("-E", f"{key}={value}"))]
     (python,) = (root / "usr" / "bin").glob("python3.*")
     return [*start, str(python), *arguments]
+
+
+def kernels() -> Path:
+    """A folder with the package edgelm-kernels for Arm, compiled here. Raises: NotHereError, without a compiler for
+    that."""
+    folder, compiler = FOLDER / "kernels", "aarch64-linux-gnu-g++"
+    if shutil.which(compiler) is None:
+        raise NotHereError(f"no compiler for Arm here: Debian has it as g++-aarch64-linux-gnu ({compiler})")
+    system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    run(["cmake", "-S", str(ROOT / "kernels"), "-B", str(folder / "build"), *system])
+    run(["cmake", "--build", str(folder / "build")])
+    package = folder / "edgelm_kernels"
+    package.mkdir(exist_ok=True)
+    for file in (folder / "build" / "kernels.so", ROOT / "kernels" / "edgelm_kernels" / "__init__.py"):
+        shutil.copy(file, package)
+    return folder
 
 
 def prepare() -> None:
