@@ -473,16 +473,20 @@ void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int de
   }
 }
 
+// The same for any number of rows, M of them at once.
+template <int M>
+void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
+                int32_t* sums, size_t stride_sums) {
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums)
+    add_strip<M>(x, stride_x, w, k, depth, width, sums, stride_sums);
+  if constexpr (M > 1)
+    if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, sums, stride_sums);
+}
+
 void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, int32_t* sums,
              size_t stride_sums) {
   // While a strip is in the cache, all rows take it.
-  for (int k = 0; k < depth; k += kDepthStep) {
-    int row = 0;
-    for (; row + 4 <= rows; row += 4)
-      add_strip<4>(x + row * stride_x, stride_x, w, k, depth, width, sums + row * stride_sums, stride_sums);
-    for (; row < rows; row++)
-      add_strip<1>(x + row * stride_x, stride_x, w, k, depth, width, sums + row * stride_sums, stride_sums);
-  }
+  for (int k = 0; k < depth; k += kDepthStep) add_strips<4>(x, rows, stride_x, w, k, depth, width, sums, stride_sums);
 }
 
 template <int M, int N>

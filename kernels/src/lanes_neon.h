@@ -92,17 +92,22 @@ constexpr int kPairRows = 4, kPairVectors = 1;
 
 inline Bytes load_bytes(const void* x) { return vld1q_s8(static_cast<const int8_t*>(x)); }
 inline void store_bytes(void* y, Bytes x) { vst1q_s8(static_cast<int8_t*>(y), x); }
-inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
 inline Ints zero_ints() { return vdupq_n_s32(0); }
 inline Ints load_ints(const int32_t* x) { return vld1q_s32(x); }
 inline void store_ints(int32_t* y, Ints x) { vst1q_s32(y, x); }
 
 #if defined(__ARM_FEATURE_DOTPROD)
+inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
 inline Ints dot(Ints sums, Bytes w, Bytes x) { return vdotq_s32(sums, w, x); }
 #else
+// Here four columns' quads are their first two values, then their last two, so that a product of all takes three
+// instructions: magnitudes are at most 127, and a sum of two products fits into 16 bits.
+inline Bytes broadcast(uint32_t x) {
+  const uint8x16_t order = {0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3};
+  return vreinterpretq_s8_u8(vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(x)), order));
+}
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
-  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
-  return vaddq_s32(sums, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(w, x))));
+  return vpadalq_s16(sums, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), w, x));
 }
 #endif
 
@@ -116,12 +121,19 @@ inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
 inline int32_t total(Ints x) { return vaddvq_s32(x); }
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
-  const int16x8_t a = vreinterpretq_s16_s8(vzip1q_s8(row0, row1));
-  const int16x8_t b = vreinterpretq_s16_s8(vzip2q_s8(row0, row1));
-  const int16x8_t c = vreinterpretq_s16_s8(vzip1q_s8(row2, row3));
-  const int16x8_t d = vreinterpretq_s16_s8(vzip2q_s8(row2, row3));
-  quads[0] = vreinterpretq_s8_s16(vzip1q_s16(a, c)), quads[1] = vreinterpretq_s8_s16(vzip2q_s16(a, c));
-  quads[2] = vreinterpretq_s8_s16(vzip1q_s16(b, d)), quads[3] = vreinterpretq_s8_s16(vzip2q_s16(b, d));
+  const Bytes a = vzip1q_s8(row0, row1), b = vzip2q_s8(row0, row1);
+  const Bytes c = vzip1q_s8(row2, row3), d = vzip2q_s8(row2, row3);
+#if defined(__ARM_FEATURE_DOTPROD)
+  const auto zip = [](Bytes x, Bytes y, Bytes* both) {
+    const int16x8_t left = vreinterpretq_s16_s8(x), right = vreinterpretq_s16_s8(y);
+    both[0] = vreinterpretq_s8_s16(vzip1q_s16(left, right)), both[1] = vreinterpretq_s8_s16(vzip2q_s16(left, right));
+  };
+#else
+  const auto zip = [](Bytes x, Bytes y, Bytes* both) {
+    both[0] = vcombine_s8(vget_low_s8(x), vget_low_s8(y)), both[1] = vcombine_s8(vget_high_s8(x), vget_high_s8(y));
+  };
+#endif
+  zip(a, c, quads), zip(b, d, quads + 2);
 }
 
 inline void in_order(Ints*) {}
