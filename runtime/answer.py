@@ -19,7 +19,6 @@ from .lookup import Lookup
 from .manifest import Manifest
 from .results import Chunk, Completion, FinishReason, Stats, TokenLogprob
 from .sampling import Grammar, Sampler
-from .session import least_rows
 from .settings import GenerationSettings
 from .stops import StopMatcher
 from .tokenizer import Detokenizer, Tokenizer
@@ -63,7 +62,7 @@ class Answer:
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids), settings)
         # Guesses are exact for any chooser, since each row of logits is that of a plain run.
         looks = settings.lookup and manifest.exact_under_cuts
-        self._lookup = Lookup(free=least_rows(manifest.model) - 1) if looks else None
+        self._lookup = Lookup() if looks else None
         self._reported = self._chosen = self._generated = 0
         self._first = 0.0
         self._ended = False

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lookup import Lookup
-from .session import Session
+from .session import Session, least_rows
 
 if TYPE_CHECKING:
     from .prefix_cache import PrefixCache
@@ -137,7 +137,7 @@ class Sequencer:
             if interrupted():
                 return
         if lookup is not None:
-            lookup.begin(token_ids)
+            lookup.begin(token_ids, least_rows(self._session) - 1)
         guesses: list[int] = []
         for left in range(max_tokens - 1, -1, -1):
             token = int(rows[0]) if picks else chooser.choose(rows[0])

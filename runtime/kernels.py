@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SessionError
-from .onnx_file import domains
+from .onnx_file import domains, operators
 
 # Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
 SWITCH = "EDGELM_KERNELS"
 _PACKAGE = "edgelm_kernels"
-_DOMAIN = "edgelm"
+_DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
 # How the library learns what `intra_op_num_threads` is: onnxruntime does not tell operators.
 _THREADS_KEY = "edgelm.threads"
 
@@ -65,6 +65,11 @@ def identity() -> str | None:
 def serve(graph: Path) -> bool:
     """Whether a graph calls functions, and kernels are there. Raises: as `identity` and `domains`."""
     return identity() is not None and _DOMAIN in domains(graph)
+
+
+def attend(graph: Path) -> bool:
+    """Whether kernels compute all of a graph's attention. Raises: as `serve`."""
+    return serve(graph) and (_MICROSOFT, "GroupQueryAttention") not in operators(graph)
 
 
 def register(options: Any, threads: int) -> None:

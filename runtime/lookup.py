@@ -21,18 +21,18 @@ class Lookup:
     guessed: tokens that were guessed; accepted: those of them that came. Not safe between threads.
     """
 
-    def __init__(self, free: int = 0) -> None:
-        """free: so many guesses cost nothing, because a step computes rows for them anyway."""
+    def __init__(self) -> None:
         self.guessed = self.accepted = 0
         self._text = Text(())
-        self._pace = Pace(free)
+        self._pace = Pace()
         self._open: list[int] = []
         self._hits = 0
 
-    def begin(self, token_ids: Sequence[int]) -> None:
+    def begin(self, token_ids: Sequence[int], free: int = 0) -> None:
         """The text that guesses are taken from, also where it changes within an answer. How well guesses do is not
-        forgotten."""
+        forgotten. free: so many guesses cost nothing, because a step computes rows for them anyway."""
         self._text = Text(token_ids)
+        self._pace.free = free
         self._open = []
 
     def add(self, token: int) -> None:
@@ -116,7 +116,7 @@ class Pace:
 
     def __init__(self, free: int = 0) -> None:
         """free: guesses that cost nothing and are wanted always."""
-        self._free = free
+        self.free = free
         self._length = 1
         self._pause = self._wait = 0
 
@@ -124,7 +124,7 @@ class Pace:
         """How many to guess for the step that is next. Asked once for each step."""
         if self._wait:
             self._wait -= 1
-            return self._free
+            return self.free
         return self._length
 
     def learn(self, guessed: int, accepted: int) -> None:
@@ -132,6 +132,6 @@ class Pace:
         if accepted:
             self._length = min(2 * guessed, MOST_GUESSES) if accepted == guessed else accepted
             self._pause = self._wait = 0
-        elif guessed > self._free:
+        elif guessed > self.free:
             self._length = 1
             self._pause = self._wait = min(2 * self._pause + 1, _LONGEST_PAUSE)

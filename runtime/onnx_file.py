@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import BundleCorruptError, BundleMissingError
 
@@ -24,9 +25,12 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2
 _OPSET_IMPORT, _DOMAIN = 8, 1
+_GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+
+_Found = TypeVar("_Found")
 
 
 def weight_files(graph: Path) -> list[str]:
@@ -42,7 +46,13 @@ def domains(graph: Path) -> frozenset[str]:
     return frozenset(_read(graph, _imports))
 
 
-def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[str]]) -> list[str]:
+def operators(graph: Path) -> frozenset[tuple[str, str]]:
+    """Domain and name of the operators and functions that the graph's own nodes call. Cost and errors as
+    `weight_files`."""
+    return frozenset(_read(graph, _calls))
+
+
+def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_Found]:
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(find(data))
@@ -58,6 +68,16 @@ def _imports(data: mmap.mmap) -> Iterator[str]:
         if number == _OPSET_IMPORT:
             found = {inner: data[start:stop] for inner, start, stop in _fields(data, begin, end)}
             yield found.get(_DOMAIN, b"").decode("utf-8")
+
+
+def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:
+    for number, begin, end in _fields(data, 0, len(data)):
+        if number == _GRAPH:
+            for inner, start, stop in _fields(data, begin, end):
+                if inner == _NODE:
+                    node = {part: data[first:last] for part, first, last in _fields(data, start, stop) if part in _CALL}
+                    domain, name = (node.get(part, b"").decode("utf-8") for part in _CALL)
+                    yield domain, name
 
 
 def _locations(data: mmap.mmap, begin: int, end: int, kind: str) -> Iterator[str]:

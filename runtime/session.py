@@ -29,7 +29,8 @@ from .providers import CPU, choose_provider, device_of, foreign_machine, gpu_nam
 
 _REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
-# bits. With a float32 cache a step therefore always has two rows; with an int8 cache both kernels give the same bits.
+# bits. With a float32 cache a step therefore always has two rows, unless compiled kernels compute its attention; with
+# an int8 cache both of onnxruntime's kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
 # Rows of logits that a step may keep without a new buffer: those of a token and the guesses behind it. The system gives
 # memory only to rows that are written.
@@ -94,14 +95,15 @@ class OrtSession:
         self._room = self._logits
         self._bind_input("logits_to_keep", self._keep)
         self._errors = onnxruntime_errors()
-        self._min_rows = least_rows(model)
+        by_onnxruntime = model.kv.type == "float32" and not (providers[0] == CPU and kernels.attend(graph))
+        self.least_rows = _FLOAT_CACHE_ROWS if by_onnxruntime else 1
 
     @property
     def length(self) -> int:
         return self.cache.length
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        padding = max(0, self._min_rows - len(token_ids))
+        padding = max(0, self.least_rows - len(token_ids))
         rows = len(token_ids) + padding
         try:
             self._prepare(rows, keep + padding)
@@ -175,9 +177,9 @@ class OrtSession:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def least_rows(model: Model) -> int:
-    """Rows that each step of an `OrtSession` has, were it for one token; those beyond its tokens are padding."""
-    return _FLOAT_CACHE_ROWS if model.kv.type == "float32" else 1
+def least_rows(session: Session) -> int:
+    """Rows that each step of a session has, were it for one token; those beyond its tokens are padding."""
+    return session.least_rows if isinstance(session, OrtSession) else 1
 
 
 def make_session(

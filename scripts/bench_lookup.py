@@ -30,7 +30,7 @@ from edgelm.runtime import Bundle, GenerationSettings
 from edgelm.runtime.decode import Chooser, Greedy, Sequencer
 from edgelm.runtime.lookup import Lookup
 from edgelm.runtime.sampling import Sampler
-from edgelm.runtime.session import least_rows, open_session
+from edgelm.runtime.session import open_session
 from edgelm.runtime.tokenizer import Tokenizer
 
 _SCRIPTS = Path(__file__).parent
@@ -62,7 +62,7 @@ class Pair:
 
     def run(self, case: Case, first: int) -> dict[str, Any]:
         """One round. first: which of the two begins each time. Returns tokens per second of both, and counts."""
-        lookup = Lookup(free=least_rows(self.manifest.model) - 1)
+        lookup = Lookup()
         streams = [
             sequencer.generate(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=guesses)
             for sequencer, guesses in zip(self._sequencers, (None, lookup), strict=True)

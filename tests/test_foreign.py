@@ -27,7 +27,7 @@ from edgelm.runtime.errors import (
     SessionError,
     SettingsError,
 )
-from edgelm.runtime.onnx_file import weight_files
+from edgelm.runtime.onnx_file import operators, weight_files
 from edgelm.runtime.session import Session, open_folder
 
 from .conftest import ROOT
@@ -458,6 +458,12 @@ def test_weight_files_are_found_in_every_place(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     assert weight_files(path) == ["a.bin", "constant.bin", "inner.bin", "é/b.bin"]
     assert weight_files(FIXTURE / "decoder_model_merged.onnx") == []
+
+
+def test_operators_of_a_graph(tiny_bundle: Path) -> None:
+    path = tiny_bundle / "model.onnx"
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert operators(path) == {(node.domain, node.op_type) for node in nodes}
 
 
 def test_weight_files_of_what_is_no_graph(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from edgelm.export.passes.functions import (
 )
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
 from edgelm.runtime import kernels, machine
+from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.session import least_rows, open_session
 
 from .test_passes import graph
 
@@ -386,6 +388,19 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
     np.testing.assert_array_equal(got[:1], whole)
     for left, right in zip(own_cache, cache, strict=True):
         np.testing.assert_array_equal(left[:1, :, :positions], right[:, :, :positions])
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+@pytest.mark.parametrize("settings", [{}, {"kv": "float32"}, {"kv": "float32", "scheme": "fp32"}])
+def test_steps_are_padded_where_onnxruntimes_attention_needs_it(
+    export_tiny: Callable[..., Path], settings: dict[str, Any], switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(export_tiny(**settings))
+    monkeypatch.setenv(kernels.SWITCH, switch)
+    opened = open_session(bundle, threads=THREADS)
+    by_kernels = switch == "on" and settings.get("scheme") is None
+    assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
+    opened.close()
 
 
 # Processors
