@@ -42,7 +42,9 @@ class Quantizer:
     def matrices(self) -> list[str]:
         """Names of all matrices that the scheme quantizes: those that a quantized graph has no more."""
         left = self._apply((), {}).graph.initializers
-        return [name for name in ir.load(self.graph).graph.initializers if name not in left]
+        # What is fused into products loses constants, too: the sizes of a gate's halves.
+        weights = ir.load(self.graph).graph.initializers.items()
+        return [name for name, value in weights if name not in left and len(value.shape or ()) > 1]
 
     def alone(self, names: Collection[str]) -> ir.Model:
         """The fp32 graph in which these matrices, and nothing else, are quantized. Activations stay float32."""

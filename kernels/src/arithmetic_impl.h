@@ -165,7 +165,7 @@ int32_t weights(int32_t* s, int begin, int end, int count, float factor, int16_t
   std::fill(w, w + begin, int16_t{0});
   std::fill(w + end, w + padded(count, 2 * kLanes), int16_t{0});
   Ints sums = zero_ints();
-  for (int i = 0; i < length; i += kBytes / 2) sums = dot_pairs(sums, load_bytes(w + i), broadcast(0x00010001));
+  for (int i = 0; i < length; i += kBytes / 2) sums = dot_pairs(sums, load_bytes(w + i), broadcast_pair(0x00010001));
   return total(sums);
 }
 
@@ -363,7 +363,7 @@ inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns
       for (int i = 0; i < kParts; i++)
         pairs[v * kParts + i] = load_bytes(columns + (v * 2 * depth + k) * kLanes + i * 2 * kSumsPerInts);
     for (int r = 0; r < R; r++) {
-      const Bytes factors = broadcast(four(a + r * stride_a + k));
+      const Bytes factors = broadcast_pair(four(a + r * stride_a + k));
       for (int i = 0; i < V * kParts; i++) tile[r][i] = dot_pairs(tile[r][i], pairs[i], factors);
     }
   }

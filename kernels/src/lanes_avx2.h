@@ -96,6 +96,7 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 }
 #endif
 
+inline Bytes broadcast_pair(uint32_t x) { return broadcast(x); }
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
 
 inline int32_t total(Ints x) {

@@ -61,6 +61,7 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
   return sums;
 }
+inline Bytes broadcast_pair(uint32_t x) { return broadcast(x); }
 // Adds the products of 16 pairs of int16: _mm512_dpwssd_epi32, written out.
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));

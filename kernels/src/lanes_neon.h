@@ -111,6 +111,7 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 }
 #endif
 
+inline Bytes broadcast_pair(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
 // a: four columns' first values, then their second ones; so nothing is added across a register.
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   const int16x8_t columns = vreinterpretq_s16_s8(a);
