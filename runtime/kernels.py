@@ -2,7 +2,7 @@
 
 A function of the domain `edgelm` has a body of onnxruntime's own operators. If a library of kernels is registered,
 onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way;
-attention on an INT8 cache, and norms and gates in front of products, have not, so that what is cached names the kernels
+attention, and norms and gates in front of products, have not, so that what is cached names the kernels
 (`identity`).
 """
 
@@ -21,6 +21,9 @@ from .onnx_file import domains, operators
 # Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
 SWITCH = "EDGELM_KERNELS"
 _PACKAGE = "edgelm_kernels"
+# That of the package. With others, functions that they lack would run as their bodies, slower, and where a single row
+# relies on a kernel, with other bits.
+_INTERFACE = 2
 _DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
 # How the library learns what `intra_op_num_threads` is: onnxruntime does not tell operators.
 _THREADS_KEY = "edgelm.threads"
@@ -32,6 +35,11 @@ def _arithmetic() -> str | None:
         return None
     import edgelm_kernels
 
+    if getattr(edgelm_kernels, "INTERFACE", None) != _INTERFACE:
+        raise SessionError(
+            "edgelm-kernels belongs to another version of edgelm: install both from one copy  (pip install ./kernels), "
+            f"or leave it out with  {SWITCH}=off"
+        )
     try:
         found: str | None = edgelm_kernels.arithmetic()
     except OSError as error:
@@ -55,7 +63,7 @@ def identity() -> str | None:
     logits; None if none are used.
 
     They are left out where the package is not installed, has no code for this processor, or is switched off.
-    Raises: SessionError, if they cannot be loaded.
+    Raises: SessionError, if they cannot be loaded, or belong to another version of edgelm.
     """
     if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
         return None

@@ -71,6 +71,15 @@ def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch
     assert kernels.identity() is None
 
 
+def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(edgelm_kernels, "INTERFACE")
+    kernels._arithmetic.cache_clear()
+    with pytest.raises(SessionError, match=r"belongs to another version of edgelm.*EDGELM_KERNELS=off"):
+        kernels.identity()
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    assert kernels.identity() is None
+
+
 # The products: bit for bit what the bodies compute
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+# Which functions the library computes, and how: edgelm uses the kernels that have the number it knows. It changes with
+# them.
+INTERFACE = 2
+
 _LIBRARY = Path(__file__).parent / "kernels.so"
 
 
