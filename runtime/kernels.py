@@ -23,10 +23,13 @@ SWITCH = "EDGELM_KERNELS"
 _PACKAGE = "edgelm_kernels"
 # That of the package. With others, functions that they lack would run as their bodies, slower, and where a single row
 # relies on a kernel, with other bits.
-_INTERFACE = 2
+_INTERFACE = 3
 _DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
-# How the library learns what `intra_op_num_threads` is: onnxruntime does not tell operators.
-_THREADS_KEY = "edgelm.threads"
+# How the library learns with how many threads to compute, onnxruntime does not tell operators, and whether its own.
+_THREADS_KEY, _OWN_THREADS_KEY = "edgelm.threads", "edgelm.own_threads"
+# Operators of onnxruntime in front of a model's layers and behind them: mask, embedding, the last norm. Where there are
+# more, they are in the layers, and take onnxruntime's threads for long prompts.
+_AROUND_LAYERS = 24
 
 
 @functools.cache
@@ -80,9 +83,21 @@ def attend(graph: Path) -> bool:
     return serve(graph) and (_MICROSOFT, "GroupQueryAttention") not in operators(graph)
 
 
-def register(options: Any, threads: int) -> None:
-    """Add the kernels to the options of a session that computes with so many threads."""
+def compute_layers(graph: Path) -> bool:
+    """Whether kernels compute all of a graph's layers, nearly. Raises: as `operators`."""
+    others = sum(count for (domain, _), count in operators(graph).items() if domain != _DOMAIN)
+    return others <= _AROUND_LAYERS
+
+
+def register(options: Any, threads: int, own_threads: bool) -> None:
+    """Add the kernels to the options of a session that computes with so many threads.
+
+    own_threads: kernels bring them, and read ahead between two operators, while onnxruntime has none beside the
+    caller's; else they share onnxruntime's. Threads of both would wait awake for each other's processors.
+    """
     import edgelm_kernels
 
+    options.intra_op_num_threads = 1 if own_threads else threads
     options.add_session_config_entry(_THREADS_KEY, str(threads))
+    options.add_session_config_entry(_OWN_THREADS_KEY, str(int(own_threads)))
     options.register_custom_ops_library(str(edgelm_kernels.library()))

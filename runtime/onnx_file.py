@@ -8,6 +8,7 @@ on the way to a tensor's `external_data` are entered; everything else, weights a
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -46,10 +47,10 @@ def domains(graph: Path) -> frozenset[str]:
     return frozenset(_read(graph, _imports))
 
 
-def operators(graph: Path) -> frozenset[tuple[str, str]]:
-    """Domain and name of the operators and functions that the graph's own nodes call. Cost and errors as
+def operators(graph: Path) -> Counter[tuple[str, str]]:
+    """How often the graph's own nodes call each operator and function, by domain and name. Cost and errors as
     `weight_files`."""
-    return frozenset(_read(graph, _calls))
+    return Counter(_read(graph, _calls))
 
 
 def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_Found]:

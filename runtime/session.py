@@ -353,7 +353,7 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: P
             options.add_session_config_entry(f"session.{name}", value)
     with mapped_errors(f"could not load {graph}", _REPAIR):
         if providers[0] == CPU and kernels.serve(graph):
-            kernels.register(options, threads)
+            kernels.register(options, threads, kernels.compute_layers(graph))
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     require_used(providers[0], session.get_providers())
     return session

@@ -21,8 +21,9 @@ def main(folder: Path, library: str) -> None:
     for path in sorted(folder.glob("*.onnx")):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = THREADS
+        options.intra_op_num_threads = 1
         options.add_session_config_entry("edgelm.threads", str(THREADS))
+        options.add_session_config_entry("edgelm.own_threads", "1")
         options.register_custom_ops_library(library)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for inputs in sorted(folder.glob(f"{path.stem}.*.npz")):

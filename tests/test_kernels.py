@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +53,13 @@ def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kernels.SWITCH, raising=False)
 
 
-def session(model: ir.Model, with_kernels: bool, threads: int = THREADS) -> Any:
+def session(model: ir.Model, with_kernels: bool, threads: int = THREADS, own_threads: bool = True) -> Any:
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     if with_kernels:
-        kernels.register(options, threads)
+        kernels.register(options, threads, own_threads)
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
@@ -124,24 +127,79 @@ SIZES = st.tuples(
 @given(
     sizes=SIZES,
     rows=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 23, 24, 25, 97, 200]), min_size=1, max_size=3),
-    threads=st.integers(1, 4),
+    threads=st.tuples(st.integers(1, 4), st.booleans()),
     seed=st.integers(0, 99),
 )
 def test_a_product_has_the_bits_of_its_body(
-    name: str, sizes: tuple[int, int], rows: list[int], threads: int, seed: int
+    name: str, sizes: tuple[int, int], rows: list[int], threads: tuple[int, bool], seed: int
 ) -> None:
     depth, columns = sizes
     random = np.random.default_rng(seed)
     weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
     weight[:, random.integers(columns)] = 127
     model = product_model(name, weight, random.uniform(1e-4, 1, columns).astype(np.float32))
-    body, kernel = session(model, False), session(model, True, threads)
+    body, kernel = session(model, False), session(model, True, *threads)
     for count in rows:
         x = (random.normal(size=(count, depth)) * 10.0 ** random.integers(-6, 6, (count, 1))).astype(np.float32)
         x[random.integers(count)] = 0
         x[random.integers(count), random.integers(depth)] = 1e4
         (expected,), (got,) = body.run(None, {"x": x}), kernel.run(None, {"x": x})
         np.testing.assert_array_equal(got, expected)
+
+
+def product_and_rows(depth: int = 600, columns: int = 200) -> tuple[ir.Model, Array]:
+    random = np.random.default_rng(depth)
+    weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
+    model = product_model(ROWWISE_MATMUL, weight, random.uniform(0.1, 1, columns).astype(np.float32))
+    return model, random.normal(size=(40, depth)).astype(np.float32)
+
+
+def test_threads_that_fell_asleep_wake_up() -> None:
+    model, rows = product_and_rows()
+    (expected,) = session(model, False).run(None, {"x": rows[:1]})
+    kernel = session(model, True, 4)
+    for _ in range(10):
+        np.testing.assert_array_equal(kernel.run(None, {"x": rows[:1]})[0], expected)
+        time.sleep(0.02)
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    """Of one session and of several, which come and go meanwhile."""
+    model, rows = product_and_rows()
+    (expected,) = session(model, False).run(None, {"x": rows})
+    shared = session(model, True, 3)
+
+    def call(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        kernel = shared if seed % 2 else session(model, True, 1 + seed % 4)
+        for _ in range(50):
+            begin = random.integers(len(rows))
+            end = random.integers(begin, len(rows)) + 1
+            np.testing.assert_array_equal(kernel.run(None, {"x": rows[begin:end]})[0], expected[begin:end])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(call, range(12)))
+
+
+def test_more_threads_than_there_can_be() -> None:
+    model, rows = product_and_rows(4500, 70)
+    (expected,) = session(model, False).run(None, {"x": rows})
+    kernel = session(model, True, 100)
+    for count in (1, 40):
+        np.testing.assert_array_equal(kernel.run(None, {"x": rows[:count]})[0], expected[:count])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_computes() -> None:
+    model, rows = product_and_rows()
+    kernel = session(model, True, 3)
+    (expected,) = kernel.run(None, {"x": rows})
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        got = kernel.run(None, {"x": rows})[0]
+        os._exit(0 if np.array_equal(got, expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_largest_products_do_not_overflow() -> None:
@@ -235,7 +293,9 @@ def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> No
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_row_with_a_front_has_the_same_bits_among_any_others(name: str, data: st.DataObject) -> None:
-    depth, rows, threads = data.draw(st.tuples(st.integers(1, 150), st.integers(1, 60), st.integers(1, 4)))
+    depth, rows, threads, own = data.draw(
+        st.tuples(st.integers(1, 150), st.integers(1, 60), st.integers(1, 4), st.booleans())
+    )
     random = np.random.default_rng(depth)
     weight = random.integers(-127, 128, (depth, 70)).astype(np.int8)
     model = product_model(name, weight, random.uniform(0.01, 1, 70).astype(np.float32))
@@ -243,7 +303,7 @@ def test_a_row_with_a_front_has_the_same_bits_among_any_others(name: str, data: 
     whole = session(model, True, 1).run(None, feeds)
     begin = data.draw(st.integers(0, rows - 1))
     end = data.draw(st.integers(begin + 1, rows))
-    part = session(model, True, threads).run(None, {key: array[begin:end] for key, array in feeds.items()})
+    part = session(model, True, threads, own).run(None, {key: array[begin:end] for key, array in feeds.items()})
     for got, expected in zip(part, whole, strict=True):
         np.testing.assert_array_equal(got, expected[begin:end])
 
@@ -393,7 +453,9 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
         cuts = [positions - min(3, positions - 1), *[1] * min(3, positions - 1)]
     x = values(attention, batch, positions)
     whole, cache = attention.run(session(attention.model, True, 1), [part[:1] for part in x], [positions], 320)
-    got, own_cache = attention.run(session(attention.model, True, data.draw(st.integers(1, 4))), x, cuts, 310)
+    got, own_cache = attention.run(
+        session(attention.model, True, data.draw(st.integers(1, 4)), data.draw(st.booleans())), x, cuts, 310
+    )
     np.testing.assert_array_equal(got[:1], whole)
     for left, right in zip(own_cache, cache, strict=True):
         np.testing.assert_array_equal(left[:1, :, :positions], right[:, :, :positions])

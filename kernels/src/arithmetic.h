@@ -42,11 +42,13 @@ struct Arithmetic {
   // Rows of `size`; of y padded(size, kLanes) are written.
   void (*gate)(const float* gate, const float* up, int size, float* y);
 
-  // sums[row][column] = sum over k of x[row][k] * w[k][column].
+  // sums[row][column] = sum over k of x[row][k] * w[k][column], added to what is there unless `first`. Blocks of
+  // columns are in an order of their own, which `scale_parts` undoes. Asks for the memory of `next`, as much as w has,
+  // which is read next; null: nothing is.
   // x: rows of `stride_x` bytes, of which padded(depth, 4) are read; w: depth rows of `width` values; sums: rows of
   // `stride_sums`, at least padded(width, kBlock), all of which may be written.
-  void (*columns)(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, int32_t* sums,
-                  size_t stride_sums);
+  void (*columns)(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
+                  const int8_t* next, int32_t* sums, size_t stride_sums);
 
   // sums[row][n] = sum over k of x[row][k] * w[n][k], for n in [0, count).
   // x: at most kFewRows rows; w: rows of `depth` values, a whole number of
@@ -67,6 +69,9 @@ struct Arithmetic {
   // y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
   void (*scale)(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
                 const float* factors, int rows, int columns, float* y, size_t stride_y);
+  // The same of the sum of several sums that `columns` computed.
+  void (*scale_parts)(const int32_t* const* sums, int parts, size_t stride_sums, const int32_t* corrections,
+                      const float* scales, const float* factors, int rows, int columns, float* y, size_t stride_y);
 
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);

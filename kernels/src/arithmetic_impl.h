@@ -12,10 +12,13 @@ namespace edgelm {
 namespace {
 
 constexpr int kBytes = sizeof(Bytes);
+constexpr int kLine = 64;
 constexpr int kSumsPerInts = sizeof(Ints) / sizeof(int32_t);
 // Rows of a matrix that are read side by side: so many streams a processor prefetches, and the sums that stand in the
 // first cache meanwhile are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
+// Of a transposed matrix's tiles, how many further on is asked for.
+constexpr int kTilesAhead = 4;
 
 template <typename T>
 inline uint32_t four(const T* bytes) {
@@ -439,6 +442,9 @@ struct Sums {
       for (int i = 0; i < 4; i++) values[m][i] = dot(values[m][i], quads[i], factor);
     }
   }
+  void add(const int32_t* place) {
+    for (int i = 0; i < 4; i++) values[0][i] = add_ints(values[0][i], load_ints(place + i * kSumsPerInts));
+  }
   void order() {
     for (auto& row : values) in_order(row);
   }
@@ -446,11 +452,13 @@ struct Sums {
 
 // Adds the products with kDepthStep rows of w, the first of them row k of the matrix.
 template <int M>
-void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int depth, size_t width, int32_t* sums,
-               size_t stride_sums) {
+void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int depth, size_t width, bool first,
+               const int8_t* next, int32_t* sums, size_t stride_sums) {
   for (size_t column = 0; column < width; column += kBytes) {
+    if (next != nullptr)
+      for (int i = 0; i < kDepthStep * kBytes; i += kLine) __builtin_prefetch(next + column * kDepthStep + i);
     Sums<M> tile;
-    if (k == 0)
+    if (first)
       tile.clear();
     else
       tile.load(sums + column, stride_sums);
@@ -468,7 +476,6 @@ void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int de
         tile.add(quads, x + j, stride_x);
       }
     }
-    if (k + kDepthStep >= depth) tile.order();
     tile.store(sums + column, stride_sums);
   }
 }
@@ -476,17 +483,35 @@ void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int de
 // The same for any number of rows, M of them at once.
 template <int M>
 void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
-                int32_t* sums, size_t stride_sums) {
-  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums)
-    add_strip<M>(x, stride_x, w, k, depth, width, sums, stride_sums);
+                bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums, next = nullptr)
+    add_strip<M>(x, stride_x, w, k, depth, width, first, next, sums, stride_sums);
   if constexpr (M > 1)
-    if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, sums, stride_sums);
+    if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
 }
 
-void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, int32_t* sums,
-             size_t stride_sums) {
+void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
+             const int8_t* next, int32_t* sums, size_t stride_sums) {
   // While a strip is in the cache, all rows take it.
-  for (int k = 0; k < depth; k += kDepthStep) add_strips<4>(x, rows, stride_x, w, k, depth, width, sums, stride_sums);
+  for (int k = 0; k < depth; k += kDepthStep)
+    add_strips<4>(x, rows, stride_x, w, k, depth, width, first && k == 0,
+                  k + kDepthStep < depth ? w + (k + kDepthStep) * width : next, sums, stride_sums);
+}
+
+void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, const int32_t* corrections,
+                 const float* scales, const float* factors, int rows, int columns, float* y, size_t stride_y) {
+  for (int row = 0; row < rows; row++)
+    for (int column = 0; column < columns; column += kBytes) {
+      const size_t place = row * stride_sums + column;
+      Sums<1> tile;
+      tile.load(sums[0] + place, 0);
+      for (int part = 1; part < parts; part++) tile.add(sums[part] + place);
+      tile.order();
+      int32_t total[kBytes];
+      tile.store(total, 0);
+      scale(total, 0, corrections + column, scales + column, factors + row, 1, std::min(kBytes, columns - column),
+            y + row * stride_y + column, 0);
+    }
 }
 
 template <int M, int N>
@@ -495,11 +520,14 @@ inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int de
   Ints tile[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) tile[m][n] = zero_ints();
-  for (int k = 0; k < depth; k += kBytes)
+  for (int k = 0; k < depth; k += kBytes) {
+    for (int i = 0; i < N * kBytes; i += kLine)
+      __builtin_prefetch(w + kTilesAhead * N * static_cast<size_t>(depth) + k * N + i);
     for (int n = 0; n < N; n++) {
       const Bytes weights = load_bytes(w + n * static_cast<size_t>(depth) + k);
       for (int m = 0; m < M; m++) tile[m][n] = dot(tile[m][n], weights, load_bytes(x + m * stride_x + k));
     }
+  }
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) sums[m * stride_sums + n] = total(tile[m][n]);
 }
@@ -585,30 +613,11 @@ void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int
 }
 
 constexpr Arithmetic implementation(const char* name) {
-  return {name,
-          kOffset,
-          kPanelRows,
-          quantize,
-          norm,
-          gate,
-          columns,
-          rows,
-          pack_columns,
-          pack_rows,
-          panel,
-          scale,
-          rotate,
-          to_int8,
-          to_int16,
-          key_pairs,
-          value_pairs,
-          float_key_pairs,
-          float_value_pairs,
-          pairs,
-          weights,
-          scaled_weights,
-          power,
-          merge,
+  return {name,     kOffset,   kPanelRows,     quantize,        norm,
+          gate,     columns,   rows,           pack_columns,    pack_rows,
+          panel,    scale,     scale_parts,    rotate,          to_int8,
+          to_int16, key_pairs, value_pairs,    float_key_pairs, float_value_pairs,
+          pairs,    weights,   scaled_weights, power,           merge,
           divide};
 }
 

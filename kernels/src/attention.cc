@@ -321,7 +321,8 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
   for (int i = 0; i < tiles; i++) prepare(step, tile_of(i), from(all, static_cast<size_t>(i) * rows));
   // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
   const int tasks = tiles * most, workers = std::min(threads_, tasks);
-  call.parallel(workers, [&](int worker) {
+  const auto begin = [&](int task) { return step.keys + place(step, tile_of(task / most), task % most); };
+  const auto work = [&](int worker) {
     const Chunk memory = Memory::laid_out(0, [&](Memory& own) { return chunk(own, rows); });
     const int end = tasks * (worker + 1) / workers;
     for (int task = tasks * worker / workers; task < end; task++) {
@@ -332,7 +333,8 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
                from(all, static_cast<size_t>(task / most) * rows), memory,
                from(parts, static_cast<size_t>(task) * rows));
     }
-  });
+  };
+  call.parallel(workers, work, {begin(0), (begin(tasks / workers) - begin(0)) * sizeof(Cached)}, successor_);
   for (int i = 0; i < tiles; i++) {
     const Tile tile = tile_of(i);
     clear(rows, state_so_far);

@@ -108,6 +108,7 @@ class Attention {
   // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
   std::vector<float> query_scales_, value_scales_;
   std::vector<float> key_factors_, value_factors_;  // inverses of the scales of a cache of 8 bits
+  std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();
 };
 
 }  // namespace edgelm

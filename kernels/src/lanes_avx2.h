@@ -98,6 +98,7 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 inline Bytes broadcast_pair(uint32_t x) { return broadcast(x); }
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
 
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline int32_t total(Ints x) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));

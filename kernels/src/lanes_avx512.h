@@ -66,6 +66,7 @@ inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   return sums;
 }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {

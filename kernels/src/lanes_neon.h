@@ -116,6 +116,7 @@ inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   return vmlal_high_lane_s16(vmlal_lane_s16(sums, vget_low_s16(columns), factors, 0), columns, factors, 1);
 }
 
+inline Ints add_ints(Ints a, Ints b) { return vaddq_s32(a, b); }
 inline int32_t total(Ints x) { return vaddvq_s32(x); }
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {

@@ -1,5 +1,6 @@
 // What onnxruntime calls when the library is registered: adds the operators of the domain "edgelm" to a session.
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -13,6 +14,8 @@ namespace {
 constexpr const char* kDomain = "edgelm";
 // The session's threads, which onnxruntime does not tell operators; the runtime sets it beside its own option.
 constexpr const char* kThreadsKey = "edgelm.threads";
+// "1": operators compute on threads of their own, where hardly any other operator needs onnxruntime's.
+constexpr const char* kOwnThreadsKey = "edgelm.own_threads";
 
 using Types = std::vector<ONNXTensorElementDataType>;
 
@@ -22,6 +25,13 @@ struct Definition : OrtCustomOp {
   Types inputs, outputs;
   size_t required;
   int threads;
+  bool own_threads;
+};
+
+template <typename Operator>
+struct Kernel {
+  Operator operation;
+  bool own_threads;
 };
 
 const Definition& of(const OrtCustomOp* op) { return *static_cast<const Definition*>(op); }
@@ -37,10 +47,10 @@ OrtStatus* guarded(Function function) noexcept {
 }
 
 template <typename Operator>
-Definition* define(const char* name, Types inputs, Types outputs, size_t required, int threads) {
+Definition* define(const char* name, Types inputs, Types outputs, size_t required, int threads, bool own_threads) {
   auto* op = new Definition{};
   op->name = name, op->inputs = std::move(inputs), op->outputs = std::move(outputs);
-  op->required = required, op->threads = threads;
+  op->required = required, op->threads = threads, op->own_threads = own_threads;
   op->version = kApiVersion;
   op->GetName = [](const OrtCustomOp* self) { return of(self).name; };
   op->GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -60,27 +70,34 @@ Definition* define(const char* name, Types inputs, Types outputs, size_t require
   op->GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op->GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op->CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return guarded([&] { *kernel = new Operator(Info(info), of(self).threads); });
+    return guarded(
+        [&] { *kernel = new Kernel<Operator>{Operator(Info(info), of(self).threads), of(self).own_threads}; });
   };
   op->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return guarded([&] {
-      Call call(context);
-      static_cast<const Operator*>(kernel)->compute(call);
+      const auto& self = *static_cast<const Kernel<Operator>*>(kernel);
+      Call call(context, self.own_threads);
+      self.operation.compute(call);
     });
   };
-  op->KernelDestroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
+  op->KernelDestroy = [](void* kernel) { delete static_cast<Kernel<Operator>*>(kernel); };
   return op;
 }
 
-int threads_of(const OrtSessionOptions* options) {
+// The number that a session's option holds; 0: it is not set.
+int option(const OrtSessionOptions* options, const char* key) {
   char text[16] = {};
   size_t size = sizeof text;
   int there = 0;
-  check(api->HasSessionConfigEntry(options, kThreadsKey, &there));
-  if (there) check(api->GetSessionConfigEntry(options, kThreadsKey, text, &size));
-  const int threads = std::atoi(text);
+  check(api->HasSessionConfigEntry(options, key, &there));
+  if (there) check(api->GetSessionConfigEntry(options, key, text, &size));
+  return std::atoi(text);
+}
+
+int threads_of(const OrtSessionOptions* options) {
+  const int threads = option(options, kThreadsKey);
   if (threads < 1) throw std::runtime_error(std::string("set the session's option ") + kThreadsKey);
-  return threads;
+  return std::min(threads, kMostWorkers);
 }
 
 void add_operators(OrtSessionOptions* options) {
@@ -88,22 +105,23 @@ void add_operators(OrtSessionOptions* options) {
   constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
   constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
   const int threads = threads_of(options);
+  const bool own = option(options, kOwnThreadsKey) != 0;
   // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(kDomain, &domain));
   const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat};
   const auto add = [&](OrtCustomOp* op) { check(api->CustomOpDomain_Add(domain, op)); };
-  add(define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads));
-  add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads));
-  add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads));
-  add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads));
+  add(define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads, own));
+  add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads, own));
+  add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads, own));
+  add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads, own));
   const auto attention = [](auto cached) {
     return Types{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
   };
   constexpr const char* kAttention = "GroupQueryAttention";
-  add(define<Attention<int8_t>>(kAttention, attention(kInt8), {kFloat, kInt8, kInt8}, 1, threads));
-  add(define<Attention<float>>(kAttention, attention(kFloat), {kFloat, kFloat, kFloat}, 1, threads));
+  add(define<Attention<int8_t>>(kAttention, attention(kInt8), {kFloat, kInt8, kInt8}, 1, threads, own));
+  add(define<Attention<float>>(kAttention, attention(kFloat), {kFloat, kFloat, kFloat}, 1, threads, own));
   check(api->AddCustomOpDomain(options, domain));
 }
 

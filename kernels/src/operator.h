@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "onnxruntime_c_api.h"
+#include "team.h"
 
 namespace edgelm {
 
@@ -48,7 +49,8 @@ class Info {
 // What an operator is called with.
 class Call {
  public:
-  explicit Call(OrtKernelContext* context) : context_(context) {}
+  // own_threads: whether the operators compute on threads of their own, or on onnxruntime's.
+  Call(OrtKernelContext* context, bool own_threads) : context_(context), own_threads_(own_threads) {}
 
   Tensor input(size_t index) const;
   // The values alone, null for an optional input that is not there: a shape costs more than they do.
@@ -61,12 +63,16 @@ class Call {
     return static_cast<T*>(output_data(index, shape));
   }
 
-  // Run work(worker) for each worker in [0, workers), on onnxruntime's threads. work must not throw.
+  // Run work(worker) for each worker in [0, workers), on the operators' own threads as `together` does, or on
+  // onnxruntime's. work may only wait for what a running worker has begun, and must not throw.
   template <typename Work>
-  void parallel(int workers, Work work) {
+  void parallel(int workers, Work work, const Reads& reads = {},
+                const std::shared_ptr<Successor>& successor = nullptr) {
     if (workers == 1) return static_cast<void>(work(0));
-    const auto run = [](void* data, size_t worker) { (*static_cast<Work*>(data))(static_cast<int>(worker)); };
-    check(api->KernelContext_ParallelFor(context_, run, workers, 0, &work));
+    const auto run = [](void* data, int worker) { (*static_cast<Work*>(data))(worker); };
+    if (own_threads_) return together(workers, run, &work, reads, successor);
+    const auto run_one = [](void* data, size_t worker) { (*static_cast<Work*>(data))(static_cast<int>(worker)); };
+    check(api->KernelContext_ParallelFor(context_, run_one, workers, 0, &work));
   }
 
   // Run work(task, worker) for each task, whoever of at most `threads` workers is free.
@@ -78,6 +84,7 @@ class Call {
   void* output_data(size_t index, const std::vector<int64_t>& shape);
 
   OrtKernelContext* context_;
+  bool own_threads_;
 };
 
 // Memory for intermediate results, in two parts. A thread keeps it: the next call finds its pages there.

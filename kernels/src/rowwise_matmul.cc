@@ -1,6 +1,7 @@
 #include "rowwise_matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <numeric>
 
@@ -12,9 +13,11 @@ namespace {
 constexpr float kStep = 1.0f / 127;
 // Rows for which the matrix is read as it stands. For more, arranging it in panels pays.
 constexpr int kMostDirect = 8;
+// Depth of a strip of the matrix, which is shared out as a whole.
+constexpr int kStripDepth = 32;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
 constexpr int kLeastDepth = 64;
-constexpr int kTaskColumns = 1024;
+constexpr int kTaskColumns = 256;
 // Rows that a thread makes one after the other: their factors are a line of 64 bytes, which no two threads write.
 constexpr int kTaskRows = 16;
 // Rows that are multiplied by a panel at once, at least. The fewer, the more evenly are additions mixed with requests
@@ -65,18 +68,19 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
+  const Rows rows{values, factors, count, stride};
+  const auto make_row = [&](int row, int worker) {
+    factors[row] = make(row, memory + worker * stride, values + row * stride);
+  };
+  if (count <= kMostDirect && !transposed_) return by_depth(call, rows, make_row, y);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
-    for (int row = task * kTaskRows; row < end; row++)
-      factors[row] = make(row, memory + worker * stride, values + row * stride);
+    for (int row = task * kTaskRows; row < end; row++) make_row(row, worker);
   });
-  const Rows rows{values, factors, count, stride};
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
     by_panels(call, rows, y);
-  else if (transposed_)
-    by_columns(call, rows, y);
   else
-    by_depth(call, rows, y);
+    by_columns(call, rows, y);
 }
 
 void RowwiseMatMul::compute(Call& call) const {
@@ -123,38 +127,58 @@ void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sum
                     end - begin, y + static_cast<size_t>(row) * columns_ + begin, columns_);
 }
 
-// Each thread reads one part of the matrix from one end to the other, and the sums, which are integers, are added.
-void RowwiseMatMul::by_depth(Call& call, const Rows& x, float* y) const {
-  const int parts = std::min(threads_, pieces(depth_, kLeastDepth));
-  const int depth = padded(pieces(depth_, parts), kLanes);
+// Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
+// comes first makes the rows. The last one that is done scales the sums.
+template <typename MakeRow>
+void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, float* y) const {
+  const int strips = pieces(depth_, kStripDepth), parts = std::min(threads_, pieces(depth_, kLeastDepth));
   const size_t stride = padded(columns_, kBlock), own = stride * x.count;
   int32_t* const sums = integers(scratch(1, own * parts));
-  call.parallel(parts, [&](int part) {
-    const int begin = std::min(part * depth, depth_), count = std::min(depth, depth_ - begin);
-    int32_t* const to = sums + part * own;
-    if (count <= 0)
-      std::fill_n(to, own, 0);
-    else
-      arithmetic_.columns(x.values + begin, x.count, x.stride, weights_ + static_cast<size_t>(begin) * columns_, count,
-                          columns_, to, stride);
-  });
-  for (int part = 1; part < parts; part++)
-    std::transform(sums, sums + own, sums + part * own, sums, std::plus<int32_t>());
-  finish(x, 0, x.count, sums, stride, 0, columns_, y);
+  const int32_t* used[kMostWorkers];
+  std::atomic<int> next_row{0}, made{0}, done{0};
+  Runs runs(strips, parts);
+  const auto begin = [&](int strip) { return weights_ + static_cast<size_t>(strip) * kStripDepth * columns_; };
+  const auto add = [&](int part) {
+    used[part] = nullptr;
+    for (int strip = runs.take(part); strip >= 0; strip = runs.take(part)) {
+      const int from = strip * kStripDepth, last = runs.last(part);
+      const int8_t* next = strip < last ? begin(strip + 1) : nullptr;
+      if (strip == last) next = reinterpret_cast<const int8_t*>(successor_->begin(part));
+      arithmetic_.columns(x.values + from, x.count, x.stride, begin(strip), std::min(kStripDepth, depth_ - from),
+                          columns_, used[part] == nullptr, next, sums + part * own, stride);
+      used[part] = sums + part * own;
+    }
+  };
+  const auto work = [&](int part) {
+    for (int row = next_row++; row < x.count; row = next_row++) make_row(row, part), made++;
+    while (made < x.count) relax();
+    add(part);
+    if (++done < parts) return;
+    const int count = static_cast<int>(std::remove(used, used + parts, nullptr) - used);
+    arithmetic_.scale_parts(used, count, stride, corrections_.data(), scales_.data(), x.factors, x.count, columns_, y,
+                            columns_);
+  };
+  call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
 
 void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
-  int32_t* const sums = integers(scratch(1, static_cast<size_t>(threads_) * kTaskColumns * kFewRows));
-  call.share(pieces(columns_, kTaskColumns), threads_, [&](int task, int worker) {
-    const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
+  const int tasks = pieces(columns_, kTaskColumns), workers = std::min(threads_, tasks);
+  const size_t task_size = static_cast<size_t>(kTaskColumns) * depth_;
+  int32_t* const sums = integers(scratch(1, static_cast<size_t>(workers) * kTaskColumns * kFewRows));
+  Runs runs(tasks, workers);
+  const auto work = [&](int worker) {
     int32_t* const own = sums + static_cast<size_t>(worker) * kTaskColumns * kFewRows;
-    for (int row = 0; row < x.count; row += kFewRows) {
-      const int count = std::min(kFewRows, x.count - row);
-      arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + static_cast<size_t>(begin) * depth_,
-                       depth_, end - begin, own, kTaskColumns);
-      finish(x, row, count, own, kTaskColumns, begin, end, y);
+    for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
+      const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
+      for (int row = 0; row < x.count; row += kFewRows) {
+        const int count = std::min(kFewRows, x.count - row);
+        arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + task * task_size, depth_, end - begin,
+                         own, kTaskColumns);
+        finish(x, row, count, own, kTaskColumns, begin, end, y);
+      }
     }
-  });
+  };
+  call.parallel(workers, work, {weights_, tasks / workers * task_size}, successor_);
 }
 
 // A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks

@@ -32,14 +32,15 @@ class RowwiseMatMul {
 
  private:
   struct Rows {
-    const uint8_t* values;
-    const float* factors;
+    uint8_t* values;
+    float* factors;
     int count;
     size_t stride;
   };
 
   void correct() const;
-  void by_depth(Call& call, const Rows& x, float* y) const;
+  template <typename MakeRow>
+  void by_depth(Call& call, const Rows& x, MakeRow make_row, float* y) const;
   void by_columns(Call& call, const Rows& x, float* y) const;
   void by_panels(Call& call, const Rows& x, float* y) const;
   void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
@@ -52,6 +53,7 @@ class RowwiseMatMul {
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
   std::vector<float> scales_;
+  std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();
 };
 
 class RowwiseMatMulTransposed : public RowwiseMatMul {

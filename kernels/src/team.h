@@ -1,0 +1,82 @@
+// Threads that compute an operator together, in place of onnxruntime's, which rest between two operators: these read
+// ahead meanwhile.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+
+namespace edgelm {
+
+constexpr int kMostWorkers = 64;
+
+// Where the indices of a call begin to read: index i at begin + i * stride.
+struct Reads {
+  const void* begin = nullptr;
+  size_t stride = 0;
+};
+
+// What the operator reads that is computed next: learned from one step to the next. Addresses are asked for, never
+// read, so that they may be out of date.
+class Successor {
+ public:
+  void learn(const Reads& reads) {
+    begin_.store(static_cast<const char*>(reads.begin), std::memory_order_relaxed);
+    stride_.store(reads.stride, std::memory_order_relaxed);
+  }
+  // Where an index will begin; null: not known.
+  const char* begin(int index) const {
+    const char* const first = begin_.load(std::memory_order_relaxed);
+    return first == nullptr ? nullptr : first + index * stride_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<const char*> begin_{nullptr};
+  std::atomic<size_t> stride_{0};
+};
+
+// Run work(data, i) once for each i in [0, count), count at most kMostWorkers, on the calling thread and on threads
+// that wait for such calls; returns when all are done. Index i is meant for the i-th thread; another one takes it over
+// where that does not come in time, so that work may only wait for what a running index has begun. work must not throw.
+//
+// reads: what the calling operator begins with. successor: of the calling operator. Threads that are done ask for the
+// memory that the next operator will read: meanwhile a row is normed, or onnxruntime works, and the memory would rest.
+//
+// Threads are started when they are first needed; throws std::system_error if there can be no more of them. They wait
+// for the next call awake for a millisecond, longer than a session takes between two operators or steps, then asleep.
+// Calls from several threads at once have threads of their own. In a forked process, which has none of them, the
+// calling thread computes alone.
+void together(int count, void (*work)(void* data, int index), void* data, const Reads& reads,
+              const std::shared_ptr<Successor>& successor);
+
+// Tasks [0, count) for some workers: each has a run of tasks, one behind the other, and who is done with its own takes
+// what others have left.
+class Runs {
+ public:
+  Runs(int count, int workers);
+
+  // The last task of a worker's own run.
+  int last(int worker) const { return runs_[worker].end - 1; }
+  // The next task of a worker; -1: there is none.
+  int take(int worker);
+
+ private:
+  struct alignas(64) Run {
+    std::atomic<int> next;
+    int end;
+  };
+
+  int workers_;
+  Run runs_[kMostWorkers];
+};
+
+// A processor's hint that a thread waits for another one.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace edgelm
