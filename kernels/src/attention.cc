@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -315,33 +316,39 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
   const auto tile_of = [&](int index) { return Tile{index / groups_, index % groups_, 0, step.rows}; };
   int most = 0;
   for (int i = 0; i < tiles; i++) most = std::max(most, last_chunk(step, tile_of(i)) + 1);
-  const auto [all, parts, state_so_far] = Memory::laid_out(1, [&](Memory& memory) {
-    return std::tuple(queries(memory, tiles * rows), part(memory, tiles * most * rows), state(memory, rows));
-  });
+  const auto [all, parts] = Memory::laid_out(
+      1, [&](Memory& memory) { return std::tuple(queries(memory, tiles * rows), part(memory, tiles * most * rows)); });
   for (int i = 0; i < tiles; i++) prepare(step, tile_of(i), from(all, static_cast<size_t>(i) * rows));
-  // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
   const int tasks = tiles * most, workers = std::min(threads_, tasks);
-  const auto begin = [&](int task) { return step.keys + place(step, tile_of(task / most), task % most); };
+  Runs runs(tasks, workers);
+  std::vector<std::atomic<int>> left(tiles);  // chunks of each tile
+  for (auto& chunks : left) chunks.store(most, std::memory_order_relaxed);
+  const auto place_of = [&](int task) { return place(step, tile_of(task / most), task % most); };
   const auto work = [&](int worker) {
-    const Chunk memory = Memory::laid_out(0, [&](Memory& own) { return chunk(own, rows); });
-    const int end = tasks * (worker + 1) / workers;
-    for (int task = tasks * worker / workers; task < end; task++) {
-      const Tile tile = tile_of(task / most);
-      const int index = task % most, follows = std::min(task + 1, end - 1);
+    const auto [memory, result] =
+        Memory::laid_out(0, [&](Memory& own) { return std::tuple(chunk(own, rows), state(own, rows)); });
+    for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
+      const int index = task % most, i = task / most;
+      const Tile tile = tile_of(i);
+      // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
       if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile))
-        attend(step, tile, index, place(step, tile_of(follows / most), follows % most),
-               from(all, static_cast<size_t>(task / most) * rows), memory,
-               from(parts, static_cast<size_t>(task) * rows));
+        attend(step, tile, index, place_of(std::min(task + 1, tasks - 1)), from(all, static_cast<size_t>(i) * rows),
+               memory, from(parts, static_cast<size_t>(task) * rows));
+      if (--left[i] == 0) gather(step, tile, from(parts, static_cast<size_t>(i) * most * rows), result);
     }
   };
-  call.parallel(workers, work, {begin(0), (begin(tasks / workers) - begin(0)) * sizeof(Cached)}, successor_);
-  for (int i = 0; i < tiles; i++) {
-    const Tile tile = tile_of(i);
-    clear(rows, state_so_far);
-    for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++)
-      merge(rows, state_so_far, from(parts, (static_cast<size_t>(i) * most + index) * rows));
-    write(step, tile, state_so_far);
-  }
+  const size_t apart = (place_of(tasks / workers) - place_of(0)) * sizeof(Cached);
+  call.parallel(workers, work, {step.keys + place_of(0), apart}, successor_);
+}
+
+// The output of a tile from the parts of its chunks.
+template <typename Cached>
+void Attention<Cached>::gather(const Step& step, const Tile& tile, const Part& parts, const State& result) const {
+  const int rows = rows_of(tile);
+  clear(rows, result);
+  for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++)
+    merge(rows, result, from(parts, static_cast<size_t>(index) * rows));
+  write(step, tile, result);
 }
 
 template class Attention<int8_t>;

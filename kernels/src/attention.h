@@ -91,6 +91,7 @@ class Attention {
               const Part& part) const;
   void clear(int rows, const State& state) const;
   void merge(int rows, const State& state, const Part& part) const;
+  void gather(const Step& step, const Tile& tile, const Part& parts, const State& result) const;
   void write(const Step& step, const Tile& tile, const State& state) const;
   void by_rows(Call& call, const Step& step) const;
   void by_chunks(Call& call, const Step& step) const;
