@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import subprocess
@@ -60,15 +61,71 @@ def session(model: ir.Model, with_kernels: bool, threads: int = THREADS) -> Any:
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
+def install(folder: Path, library: bytes) -> Path:
+    """A library with its digest, as the package has them."""
+    path = folder / "kernels.so"
+    path.write_bytes(library)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(library).hexdigest())
+    return path
+
+
 def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = tmp_path / "kernels.so"
-    damaged.write_bytes(b"no library")
-    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", damaged)
+    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", install(tmp_path, b"no library"))
     kernels._arithmetic.cache_clear()
     with pytest.raises(SessionError, match=r"edgelm-kernels is installed and cannot be loaded .*EDGELM_KERNELS=off"):
         kernels.identity()
     monkeypatch.setenv(kernels.SWITCH, "off")
     assert kernels.identity() is None
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "whole": lambda whole: whole,
+    "half": lambda whole: whole[: len(whole) // 2],
+    "one byte less": lambda whole: whole[:-1],
+    "empty": lambda whole: b"",
+    "zeros": lambda whole: bytes(len(whole)),
+    "zeros at the end": lambda whole: whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+    "zeros within": lambda whole: whole[:0x8000] + bytes(0x8000) + whole[0x10000:],
+    "one bit": lambda whole: whole[:0x8000] + bytes([whole[0x8000] ^ 1]) + whole[0x8001:],
+    "random behind the headers": lambda whole: whole[:0x270] + np.random.default_rng(0).bytes(len(whole) - 0x270),
+}
+# In a process of its own, which may end of it.
+DAMAGED = """
+import pathlib, sys, edgelm_kernels
+from edgelm.runtime.cli import main
+edgelm_kernels._LIBRARY = pathlib.Path(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def with_library(library: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What a command of edgelm says with this library of kernels."""
+    words = [sys.executable, "-c", DAMAGED, str(library), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_refused_in_one_line(damage: str, tmp_path: Path, tiny_bundle: Path) -> None:
+    library = install(tmp_path, edgelm_kernels.library().read_bytes())
+    library.write_bytes(DAMAGES[damage](library.read_bytes()))
+    done = with_library(library, "run", tiny_bundle, "Once", "--max-tokens", "2")
+    if damage == "whole":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert f"{library} is damaged" in line and "install it again" in line and "EDGELM_KERNELS=off" in line
+
+
+@pytest.mark.parametrize("lost", ["kernels.so", "kernels.sha256"])
+def test_a_library_that_lost_a_file_is_refused_in_one_line(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", install(tmp_path, edgelm_kernels.library().read_bytes()))
+    (tmp_path / lost).unlink()
+    kernels._arithmetic.cache_clear()
+    with pytest.raises(SessionError, match=rf"cannot be loaded .*{lost}.*install it again"):
+        kernels.identity()
 
 
 def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
