@@ -117,6 +117,14 @@ def test_a_damaged_library_is_refused_in_one_line(damage: str, tmp_path: Path, t
         assert f"{library} is damaged" in line and "install it again" in line and "EDGELM_KERNELS=off" in line
 
 
+def test_the_doctor_goes_on_beside_a_damaged_library(tmp_path: Path) -> None:
+    library = install(tmp_path, edgelm_kernels.library().read_bytes())
+    library.write_bytes(library.read_bytes()[:9000])
+    done = with_library(library, "doctor")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{library} is damaged" in done.stdout and "versions" in done.stdout
+
+
 @pytest.mark.parametrize("lost", ["kernels.so", "kernels.sha256"])
 def test_a_library_that_lost_a_file_is_refused_in_one_line(
     lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
