@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
@@ -28,12 +29,15 @@ from edgelm.export.passes.functions import (
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.export.trace import trace_model
 from edgelm.runtime import kernels, machine
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import least_rows, open_session
+from edgelm.runtime.session import OrtSession, least_rows, open_session
 
+from .model_zoo import CONTEXT, tiny_model
+from .test_models import FLOAT, session_of
 from .test_passes import graph
 
 edgelm_kernels = pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
@@ -475,6 +479,56 @@ def test_steps_are_padded_where_onnxruntimes_attention_needs_it(
     by_kernels = switch == "on" and settings.get("scheme") is None
     assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
     opened.close()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt2", "olmoe"])
+def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: str, tmp_path: Path) -> None:
+    """Heads in groups, a window, norms of heads, learned positions, experts; rows of unlike lengths, some of which
+    leave."""
+    alone = quantized(model_type, tmp_path)
+    assert alone.least_rows == 1
+
+    @settings(max_examples=8, deadline=None)
+    @given(
+        st.lists(st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 256, 290])), min_size=1, max_size=5),
+        st.lists(st.integers(0, 4), min_size=1, max_size=12),
+        st.integers(0, 99),
+    )
+    def check(lengths: list[int], leaving: list[int], seed: int) -> None:
+        random = np.random.default_rng(seed)
+        texts = [random.integers(0, 256, length).tolist() for length in lengths]
+        got: list[list[Array]] = [[] for _ in texts]
+        rows, held = alone.rows(len(texts)), list(range(len(texts)))
+        for row, text in enumerate(texts):
+            rows.add()
+            cut = int(random.integers(len(text)))
+            for piece in filter(None, (text[:cut], text[cut:])):
+                last = rows.feed(row, piece).copy()
+            got[row].append(last)
+        for leaves in leaving:
+            tokens = random.integers(0, 256, len(held)).tolist()
+            for text, token, logits in zip(held, tokens, rows.step(tokens), strict=True):
+                texts[text].append(token)
+                got[text].append(logits.copy())
+            if leaves < len(held) - 1:
+                rows.remove(leaves)
+                last_row = held.pop()
+                if leaves < len(held):
+                    held[leaves] = last_row
+        for text, logits in zip(texts, got, strict=True):
+            alone.rewind(0)
+            np.testing.assert_array_equal(np.array(logits), alone.step(text, len(logits)))
+
+    check()
+
+
+def quantized(model_type: str, folder: Path) -> OrtSession:
+    """A random model of the zoo in row-wise INT8, with a float32 cache."""
+    traced = trace_model(tiny_model(model_type))
+    ir.passes.PassManager([*fusing_passes(CONTEXT), *quantizing_passes("int8-rowwise", 8, {})])(traced.graph)
+    opened = session_of(traced, folder / "quantized.onnx", FLOAT)
+    assert isinstance(opened, OrtSession)
+    return opened
 
 
 # Processors
