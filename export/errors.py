@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from ..runtime.errors import EdgelmError
 
+_EXPORTER = "torch.onnx"
+
 
 class ExportError(EdgelmError):
     """An export cannot go on."""
@@ -36,3 +38,12 @@ class TraceError(ExportError):
 
 class StageError(ExportError):
     """A stage failed in a way that nobody foresaw. The cause is chained; the message names the stages before."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Type and first line of what went wrong. torch's exporter raises errors that begin with the step at which it
+    failed and end in advice to its developers: what it failed of is their cause."""
+    while type(error).__module__.startswith(_EXPORTER) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"

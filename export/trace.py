@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from ..runtime.manifest import CacheLayout, LayerCache, StateTensor
-from .errors import TraceError
+from .errors import TraceError, reason_of
 from .experts import traceable_experts
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def trace_model(model: PreTrainedModel) -> TracedModel:
         try:
             program = _export(model, layers)
         except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
-            raise TraceError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
+            raise TraceError(f"{type(model).__name__} cannot be traced: {reason_of(error)}") from error
     graph = program.model
     name_weights(graph)
     count = max(getattr(model.config, "num_hidden_layers", 0), max(layers) + 1)
@@ -238,7 +238,7 @@ def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:
             model(input_ids=ids, past_key_values=_CacheStandIn(), use_cache=True)
     except Exception as error:  # noqa: BLE001, modeling code that wants another cache than our stand-in fails in its own ways
         probe.layers.clear()
-        reason = first_line(error)
+        reason = reason_of(error)
     if not probe.layers:
         raise TraceError(
             f"{type(model).__name__} does not call transformers' attention registry as others do ({reason}), so its "
@@ -293,8 +293,3 @@ def name_weights(graph: ir.Model) -> None:
     for value in list(graph.graph.initializers.values()):
         if value.name is not None and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -18,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..runtime.manifest import LayerCache, StateTensor
-from .errors import TraceError
+from .errors import TraceError, reason_of
 from .experts import traceable_experts
 from .source import cache_argument
-from .trace import TracedModel, first_line, name_weights, quiet_exporter
+from .trace import TracedModel, name_weights, quiet_exporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ def trace_plain(model: PreTrainedModel, step_tokens: int | None = None) -> Trace
         except TraceError:
             raise
         except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
-            raise TraceError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
+            raise TraceError(f"{type(model).__name__} cannot be traced: {reason_of(error)}") from error
     lost = [
         slot.name for slot in examples if f"present.{slot.name}" not in {value.name for value in graph.graph.outputs}
     ]

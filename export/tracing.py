@@ -24,6 +24,7 @@ from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
 from .compress.weights_int4 import noted_weights, require_agreement
 from .errors import RecipeError, TraceError
 from .passes import fusing_passes
+from .paths import refused
 from .source import SourceModel, describe_source, load_module, token_embedding
 from .tokenizer_check import check_tokenizer
 from .trace import TracedModel
@@ -69,16 +70,18 @@ def trace(context: Context) -> None:
     """Trace on the first path, of those that were not tried yet, that the model can go."""
     if context.module is None:
         context.module = load_module(context.folder)
+    last: TraceError | None = None
     for name, take in context.paths:
         try:
             traced = take(context.module)
         except TraceError as error:
             context.refusals.append(f"{name}: {error}")
+            last = error
             continue
         context.path, context.graph, context.shape = name, traced.graph, _shape(context.source, traced)
         context.kv = _cache_type(context)
         return
-    raise TraceError(f"{context.config.model} cannot be exported. " + ". ".join(context.refusals))
+    raise refused(f"{context.config.model} cannot be exported", context.refusals) from last
 
 
 def _shape(source: SourceModel, traced: TracedModel) -> Model:

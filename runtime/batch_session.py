@@ -1,7 +1,7 @@
 """Several sequences in one graph: each has its row in the buffers of the KV cache, and a step runs all of them.
 
 The rows in use are the first ones, so that the graph sees one contiguous part of each buffer; a row is contiguous too,
-so a prompt is fed into its place. With an int8 cache a row's logits are bit for bit those that it has alone.
+so a prompt is fed into its place. Where `rows_are_exact`, a row's logits are bit for bit those that it has alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .manifest import Manifest, Model
 from .ort import onnxruntime_errors
 
 
-def rows_are_exact(manifest: Manifest) -> bool:
-    """Whether a row of a batch gets the bits that it gets alone: with the scheme that promises them, and an int8 cache.
+def rows_are_exact(manifest: Manifest, least_rows: int) -> bool:
+    """Whether a row of a batch gets the bits that it gets alone: with the scheme that promises them, where a step of a
+    session over one text may have a single row.
 
-    Not with a float32 cache: there one token takes another kernel inside attention than two, and onnxruntime's
-    attention refuses two tokens a row in a batch.
+    least_rows: `session.least_rows`. It is 2 where onnxruntime computes attention on a float32 cache, which takes
+    another kernel for one token than for two, and refuses two tokens a row in a batch.
     """
-    return manifest.exact_under_cuts and manifest.model.kv.type == "int8"
+    return manifest.exact_under_cuts and least_rows == 1
 
 
 class OrtRowsSession:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from . import kernels, machine
-from .errors import CacheError
+from .errors import CacheError, SessionError
 from .home import home
 from .memory import available_bytes
 from .ort import load_onnxruntime
@@ -31,8 +31,9 @@ class Diagnosis:
     """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
 
     target: the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are,
-    in words; kernels: the compiled ones that are used, None without; extras: name to whether all its packages are
-    installed; home: where caches lie, None without a home.
+    in words; kernels: the compiled ones that are used, None without; kernels_fault: why those that are installed cannot
+    be used, which stops every model; extras: name to whether all its packages are installed; home: where caches lie,
+    None without a home.
     """
 
     system: str
@@ -44,6 +45,7 @@ class Diagnosis:
     target: str | None
     int8: str
     kernels: str | None
+    kernels_fault: str | None
     versions: dict[str, str]
     providers: tuple[str, ...]
     extras: dict[str, bool]
@@ -58,6 +60,7 @@ def diagnose() -> Diagnosis:
     providers = tuple(onnxruntime.get_available_providers())
     sets = tuple(name for name in _TELLING_SETS if name in machine.instruction_sets())
     folder, problem = _home()
+    used, fault = _kernels()
     extras = _extras()
     target = _target(providers)
     free = shutil.disk_usage(_existing(folder)).free if folder is not None else None
@@ -70,7 +73,8 @@ def diagnose() -> Diagnosis:
         available_bytes=available_bytes(),
         target=target,
         int8=_int8_speed(sets),
-        kernels=kernels.identity(),
+        kernels=used,
+        kernels_fault=fault,
         versions={
             "python": platform.python_version(),
             "edgelm": importlib.metadata.version("edgelm"),
@@ -108,6 +112,14 @@ def _int8_speed(sets: tuple[str, ...]) -> str:
     if kind in _ARM:
         return "fast (dot product)" if "asimddp" in sets else "slower (no dot product instructions)"
     return "unknown"
+
+
+def _kernels() -> tuple[str | None, str | None]:
+    """The compiled kernels that are used, and what is wrong with them."""
+    try:
+        return kernels.identity(), None
+    except SessionError as error:
+        return None, str(error)
 
 
 def _home() -> tuple[Path | None, str | None]:

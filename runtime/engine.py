@@ -280,7 +280,8 @@ class Engine:
     def _run_batch(
         self, requests: Sequence[Request], max_rows: int, caller: Caller | None = None
     ) -> Generator[tuple[int, Chunk], None, None]:
-        if isinstance(self._session, OrtSession) and rows_are_exact(self.bundle.manifest):
+        session = self._session
+        if isinstance(session, OrtSession) and rows_are_exact(self.bundle.manifest, session.least_rows):
             yield from known_or_computed(
                 requests, self._responses, self._requests.key, lambda some: self._compute_batch(some, max_rows, caller)
             )

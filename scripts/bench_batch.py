@@ -1,11 +1,13 @@
 """Measure prompts in a batch against one: tokens per second of 4, 8 and 12 prompts at once, texts compared.
 
-    python scripts/bench_batch.py [--work build/bench] [--rounds 5] [--rows 4 8 12] [--threads 2] [--json FILE]
+    python scripts/bench_batch.py [--work build/bench] [--rounds 5] [--rows 4 8 12] [--kv int8] [--threads 2]
+        [--json FILE]
 
 Uses the reference model of `scripts/bench.py` and builds it where it is missing. Each round answers the same prompts of
 unlike lengths one by one with `generate`, then as one batch of each size, and compares all texts and tokens; then come
 medians, and the medians of each round's ratio. Decoding counts from each answer's first token: a batch's is the tokens
-of all common steps over their time. "whole" is everything, the feeding of the prompts included, on either side.
+of all common steps over their time. "whole" is everything, the feeding of the prompts included, on either side. Batches
+on a float32 cache need the compiled kernels.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of model and bundle")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 12])
+    parser.add_argument("--kv", default="int8", choices=("int8", "float32"), help="of the bundle (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     arguments = parser.parse_args()
-    bundle = arguments.work / "bundle-int8"
-    prepare(arguments.work / "model", bundle, "int8")
+    bundle = arguments.work / f"bundle-{arguments.kv}"
+    prepare(arguments.work / "model", bundle, arguments.kv)
     with load(bundle, threads=arguments.threads, response_cache=False) as engine:
         rounds = []
         for number in range(arguments.rounds):

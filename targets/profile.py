@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import platform
+import re
 import sys
 import typing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ else:
     import tomli as tomllib
 
 EXTENDS = "extends"
+# A name becomes part of a bundle's folder name.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 T = TypeVar("T")
 
@@ -164,6 +167,11 @@ def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
 
 
 def _check(profile: Profile, path: Path) -> None:
+    if not _NAME.fullmatch(profile.name):
+        raise TargetError(
+            f"{path}: name must be of a to z, 0 to 9, '.', '_' and '-', and begin with a letter or a digit, "
+            f"found {profile.name!r}"
+        )
     if profile.activations not in ACTIVATIONS:
         raise TargetError(f"{path}: activations must be {' or '.join(ACTIVATIONS)}, found {profile.activations!r}")
     missing = lacks(profile.provider, profile.activations)

@@ -109,6 +109,16 @@ def _one_torch_thread() -> None:
         torch.set_num_threads(1)
 
 
+def require_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Let what is opened now use the compiled kernels, or skip the test."""
+    pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
+    from edgelm.runtime import kernels
+
+    patch.setenv(kernels.SWITCH, "on")
+    if kernels.identity() is None:
+        pytest.skip("edgelm-kernels has no code for this processor")
+
+
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     """Where the bundle of a shared model lies in a folder that `--bundles` names; skips the test if it is not there."""
     found = folder / "-".join([name, *(f"{key}-{value}" for key, value in sorted(settings.items()))])
@@ -177,19 +187,24 @@ def stories_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 def engine_of(
     export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], Engine]]:
-    """An engine by name, opened once for all tests of a file, which knows nothing but its last text."""
+    """An engine by name, opened once for all tests of a file, which knows nothing but its last text. Those with kernels
+    have them whatever `EDGELM_KERNELS` says; without, their tests are skipped."""
     from edgelm.runtime import load
 
     folders: dict[str, Callable[[], Path]] = {
         "int8 cache": export_tiny,
         "float32 cache": lambda: export_tiny(kv="float32"),
+        "float32 cache, kernels": lambda: export_tiny(kv="float32"),
         "stories260k": lambda: stories_bundle("int8-rowwise"),
     }
     opened: dict[str, Engine] = {}
 
     def get(name: str) -> Engine:
         if name not in opened:
-            opened[name] = load(folders[name](), threads=1, response_cache=False, prefix_cache=False)
+            with pytest.MonkeyPatch.context() as patch:
+                if name.endswith("kernels"):
+                    require_kernels(patch)
+                opened[name] = load(folders[name](), threads=1, response_cache=False, prefix_cache=False)
         return opened[name]
 
     yield get

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Completion, Engine, GenerationSettings, load
+from edgelm.runtime import Completion, Engine, GenerationSettings, kernels, load
 from edgelm.runtime.batch_decode import Batch, Row
 from edgelm.runtime.batch_session import OrtRowsSession
 from edgelm.runtime.decode import Greedy
@@ -197,7 +197,15 @@ def ids_of(engine: Engine, length: int, seed: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(3, vocab_size - 1, length)]
 
 
-@pytest.mark.parametrize(("name", "examples"), [("int8 cache", 15), ("stories260k", 6), ("float32 cache", 2)])
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [
+        ("int8 cache", 15),
+        ("stories260k", 6),
+        ("float32 cache", 2),
+        ("float32 cache, kernels", 15),
+    ],
+)
 def test_a_batch_answers_as_each_prompt_alone(engine_of: Callable[[str], Engine], name: str, examples: int) -> None:
     engine = engine_of(name)
 
@@ -213,8 +221,13 @@ def test_a_batch_answers_as_each_prompt_alone(engine_of: Callable[[str], Engine]
     check()
 
 
-def test_logits_of_a_row_are_bit_for_bit_those_alone(engine: Engine) -> None:
+EXACT = pytest.mark.parametrize("name", ["int8 cache", "float32 cache, kernels"])
+
+
+@EXACT
+def test_logits_of_a_row_are_bit_for_bit_those_alone(engine_of: Callable[[str], Engine], name: str) -> None:
     """Beside rows of other lengths, behind rows that left, and after the buffers grew."""
+    engine = engine_of(name)
     alone = engine._session
     assert isinstance(alone, OrtSession)
     rows = alone.rows(4)
@@ -249,7 +262,11 @@ def test_prompts_with_a_beginning_in_common_answer_as_alone(engine: Engine) -> N
     assert [done.stats.reused_tokens for done in together[:3]] == [0, 270, 270]
 
 
-def test_one_call_of_the_graph_serves_all_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@EXACT
+def test_one_call_of_the_graph_serves_all_rows(
+    engine_of: Callable[[str], Engine], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(name)
     steps: list[int] = []
     step = OrtRowsSession.step
     monkeypatch.setattr(OrtRowsSession, "step", lambda self, ids: (steps.append(len(ids)), step(self, ids))[1])
@@ -258,8 +275,16 @@ def test_one_call_of_the_graph_serves_all_rows(engine: Engine, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_rows")
-def test_a_cache_that_cannot_be_exact_in_a_batch_answers_one_by_one(engine_of: Callable[[str], Engine]) -> None:
-    assert len(engine_of("float32 cache").generate_batch(["a", "b"], max_tokens=3)) == 2
+@pytest.mark.parametrize(
+    ("switch", "settings"),
+    [("off", {"kv": "float32"}), ("on", {"kv": "float32", "scheme": "fp32"}), ("on", {"scheme": "int8-tensor"})],
+)
+def test_what_cannot_be_exact_in_a_batch_is_answered_one_by_one(
+    export_tiny: Callable[..., Path], switch: str, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(kernels.SWITCH, switch)
+    with load(export_tiny(**settings), threads=1, response_cache=False, prefix_cache=False) as engine:
+        assert len(engine.generate_batch(["a", "b"], max_tokens=3)) == 2
 
 
 def test_texts_messages_and_ids_in_one_batch(engine: Engine) -> None:

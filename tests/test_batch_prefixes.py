@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,31 @@ import pytest
 
 from edgelm.runtime import Engine, PrefixCacheSettings, load
 
+from .conftest import require_kernels
+
 PREAMBLE = list(range(60, 131))
 PROMPTS = [[*PREAMBLE, 7, 8], [*PREAMBLE[:40], 1, 2, 3], [5, 6, 7], PREAMBLE, [*PREAMBLE, *range(30, 70)]]
 
 
+@pytest.fixture(scope="module", params=[{}, {"kv": "float32"}], ids=["int8", "float32"])
+def bundle(request: pytest.FixtureRequest, export_tiny: Callable[..., Path]) -> Iterator[Path]:
+    """Batches on a float32 cache take the compiled kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            require_kernels(patch)
+        yield export_tiny(**request.param)
+
+
 @pytest.fixture(scope="module")
-def cold(tiny_bundle: Path) -> Iterator[Engine]:
-    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=False) as engine:
+def cold(bundle: Path) -> Iterator[Engine]:
+    with load(bundle, threads=1, response_cache=False, prefix_cache=False) as engine:
         yield engine
 
 
 @pytest.fixture
-def engine(tiny_bundle: Path) -> Iterator[Engine]:
+def engine(bundle: Path) -> Iterator[Engine]:
     settings = PrefixCacheSettings(disk=False)
-    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=settings) as engine:
+    with load(bundle, threads=1, response_cache=False, prefix_cache=settings) as engine:
         yield engine
 
 
@@ -59,10 +70,10 @@ def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: 
     assert (done.text, done.token_ids, done.finish_reason, done.logprobs) == expected[4]
 
 
-def test_a_restart_finds_it_in_the_files(tiny_bundle: Path, cold: Engine) -> None:
+def test_a_restart_finds_it_in_the_files(bundle: Path, cold: Engine) -> None:
     expected, _ = answers(cold)
     for reused_first in (0, 64):
-        with load(tiny_bundle, threads=1, response_cache=False) as engine:
+        with load(bundle, threads=1, response_cache=False) as engine:
             found, reused = answers(engine)
             assert found == expected
             assert reused[0] == reused_first

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from edgelm.runtime import cpuid, doctor, machine
+from edgelm.runtime import cpuid, doctor, kernels, machine
 from edgelm.runtime.cli import main
 from edgelm.runtime.doctor import diagnose
+from edgelm.runtime.errors import SessionError
 
 
 @pytest.fixture
@@ -86,3 +88,25 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out)
     assert found["threads"] == machine.default_threads()
     assert 0 < found["available_bytes"] <= found["memory_bytes"]
+
+
+def test_kernels_that_cannot_be_used_are_a_finding_beside_the_others(
+    pretend: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> str:
+        raise SessionError("the kernels are damaged: install them again")
+
+    pretend.setattr(kernels, "identity", refuse)
+    pretend.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"^kernels +installed, but cannot be used$", text, re.MULTILINE)
+    assert "onnxruntime" in text and "GB free" in text
+    assert text.index("- the kernels are damaged: install them again") < text.index("- there is an NVIDIA driver")
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kernels"], found["kernels_fault"]) == (None, "the kernels are damaged: install them again")
+
+
+def test_a_machine_without_faults_has_none(pretend: pytest.MonkeyPatch) -> None:
+    assert diagnose().kernels_fault is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import signal
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
@@ -30,12 +32,15 @@ from edgelm.export.passes.functions import (
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.export.trace import trace_model
 from edgelm.runtime import kernels, machine
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import least_rows, open_session
+from edgelm.runtime.session import OrtSession, least_rows, open_session
 
+from .model_zoo import CONTEXT, tiny_model
+from .test_models import FLOAT, session_of
 from .test_passes import graph
 
 edgelm_kernels = pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
@@ -63,15 +68,79 @@ def session(model: ir.Model, with_kernels: bool, threads: int = THREADS, own_thr
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
+def install(folder: Path, library: bytes) -> Path:
+    """A library with its digest, as the package has them."""
+    path = folder / "kernels.so"
+    path.write_bytes(library)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(library).hexdigest())
+    return path
+
+
 def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = tmp_path / "kernels.so"
-    damaged.write_bytes(b"no library")
-    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", damaged)
+    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", install(tmp_path, b"no library"))
     kernels._arithmetic.cache_clear()
     with pytest.raises(SessionError, match=r"edgelm-kernels is installed and cannot be loaded .*EDGELM_KERNELS=off"):
         kernels.identity()
     monkeypatch.setenv(kernels.SWITCH, "off")
     assert kernels.identity() is None
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "whole": lambda whole: whole,
+    "half": lambda whole: whole[: len(whole) // 2],
+    "one byte less": lambda whole: whole[:-1],
+    "empty": lambda whole: b"",
+    "zeros": lambda whole: bytes(len(whole)),
+    "zeros at the end": lambda whole: whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+    "zeros within": lambda whole: whole[:0x8000] + bytes(0x8000) + whole[0x10000:],
+    "one bit": lambda whole: whole[:0x8000] + bytes([whole[0x8000] ^ 1]) + whole[0x8001:],
+    "random behind the headers": lambda whole: whole[:0x270] + np.random.default_rng(0).bytes(len(whole) - 0x270),
+}
+# In a process of its own, which may end of it.
+DAMAGED = """
+import pathlib, sys, edgelm_kernels
+from edgelm.runtime.cli import main
+edgelm_kernels._LIBRARY = pathlib.Path(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def with_library(library: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What a command of edgelm says with this library of kernels."""
+    words = [sys.executable, "-c", DAMAGED, str(library), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_refused_in_one_line(damage: str, tmp_path: Path, tiny_bundle: Path) -> None:
+    library = install(tmp_path, edgelm_kernels.library().read_bytes())
+    library.write_bytes(DAMAGES[damage](library.read_bytes()))
+    done = with_library(library, "run", tiny_bundle, "Once", "--max-tokens", "2")
+    if damage == "whole":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert f"{library} is damaged" in line and "install it again" in line and "EDGELM_KERNELS=off" in line
+
+
+def test_the_doctor_goes_on_beside_a_damaged_library(tmp_path: Path) -> None:
+    library = install(tmp_path, edgelm_kernels.library().read_bytes())
+    library.write_bytes(library.read_bytes()[:9000])
+    done = with_library(library, "doctor")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{library} is damaged" in done.stdout and "versions" in done.stdout
+
+
+@pytest.mark.parametrize("lost", ["kernels.so", "kernels.sha256"])
+def test_a_library_that_lost_a_file_is_refused_in_one_line(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edgelm_kernels, "_LIBRARY", install(tmp_path, edgelm_kernels.library().read_bytes()))
+    (tmp_path / lost).unlink()
+    kernels._arithmetic.cache_clear()
+    with pytest.raises(SessionError, match=rf"cannot be loaded .*{lost}.*install it again"):
+        kernels.identity()
 
 
 def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +541,56 @@ def test_steps_are_padded_where_onnxruntimes_attention_needs_it(
     by_kernels = switch == "on" and settings.get("scheme") is None
     assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
     opened.close()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt2", "olmoe"])
+def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: str, tmp_path: Path) -> None:
+    """Heads in groups, a window, norms of heads, learned positions, experts; rows of unlike lengths, some of which
+    leave."""
+    alone = quantized(model_type, tmp_path)
+    assert alone.least_rows == 1
+
+    @settings(max_examples=8, deadline=None)
+    @given(
+        st.lists(st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 256, 290])), min_size=1, max_size=5),
+        st.lists(st.integers(0, 4), min_size=1, max_size=12),
+        st.integers(0, 99),
+    )
+    def check(lengths: list[int], leaving: list[int], seed: int) -> None:
+        random = np.random.default_rng(seed)
+        texts = [random.integers(0, 256, length).tolist() for length in lengths]
+        got: list[list[Array]] = [[] for _ in texts]
+        rows, held = alone.rows(len(texts)), list(range(len(texts)))
+        for row, text in enumerate(texts):
+            rows.add()
+            cut = int(random.integers(len(text)))
+            for piece in filter(None, (text[:cut], text[cut:])):
+                last = rows.feed(row, piece).copy()
+            got[row].append(last)
+        for leaves in leaving:
+            tokens = random.integers(0, 256, len(held)).tolist()
+            for text, token, logits in zip(held, tokens, rows.step(tokens), strict=True):
+                texts[text].append(token)
+                got[text].append(logits.copy())
+            if leaves < len(held) - 1:
+                rows.remove(leaves)
+                last_row = held.pop()
+                if leaves < len(held):
+                    held[leaves] = last_row
+        for text, logits in zip(texts, got, strict=True):
+            alone.rewind(0)
+            np.testing.assert_array_equal(np.array(logits), alone.step(text, len(logits)))
+
+    check()
+
+
+def quantized(model_type: str, folder: Path) -> OrtSession:
+    """A random model of the zoo in row-wise INT8, with a float32 cache."""
+    traced = trace_model(tiny_model(model_type))
+    ir.passes.PassManager([*fusing_passes(CONTEXT), *quantizing_passes("int8-rowwise", 8, {})])(traced.graph)
+    opened = session_of(traced, folder / "quantized.onnx", FLOAT)
+    assert isinstance(opened, OrtSession)
+    return opened
 
 
 # Processors

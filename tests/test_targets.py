@@ -196,6 +196,19 @@ def test_weight_bits_of_7_are_accepted(tmp_path: Path) -> None:
     assert load_target(str(path)).weight_bits == 7
 
 
+@pytest.mark.parametrize("name", ["", " ", "my board", "my/board", "..", "../board", "Mine", "-x", "m\u00fc", "a\\n"])
+def test_what_cannot_be_part_of_a_file_name_is_no_name(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path, VALID.replace('name = "mine"', f'name = "{name}"'))
+    assert "name must be of a to z, 0 to 9" in message and "mine.toml" in message
+
+
+@pytest.mark.parametrize("name", ["m", "mine", "pi-5", "board_2.1", "8core"])
+def test_small_letters_digits_and_marks_are_a_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace('name = "mine"', f'name = "{name}"'), encoding="utf-8")
+    assert load_target(str(path)).name == name
+
+
 def test_an_unknown_kv_type_is_named_with_those_there_are(tmp_path: Path) -> None:
     message = refusal(tmp_path, VALID.replace('int8-tensor = "float32"', 'int8-tensor = "float16"'))
     assert "kv.int8-tensor must be one of int8, float32, found 'float16'" in message

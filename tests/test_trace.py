@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import TraceError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.trace import ATTENTION_NAME, trace_model
 from edgelm.runtime.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.session import OrtSession
+
+from .conftest import byte_tokenizer
 
 VOCABULARY = 257
 CONTEXT = 160
@@ -181,6 +185,39 @@ def test_attention_beside_the_registry_is_refused_and_the_model_left_as_it_was(
     assert model.config._attn_implementation == before != ATTENTION_NAME
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.fixture
+def branching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llamas that decide by values what to compute, which no graph can."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) if x.sum() > 0 else x)
+
+
+@pytest.mark.usefixtures("branching")
+def test_the_reason_behind_the_exporters_error_is_told() -> None:
+    model = build("LlamaConfig", {**GROUPED, "num_hidden_layers": 1})
+    words = (
+        r"LlamaForCausalLM cannot be traced: GuardOnDataDependentSymNode: Could not guard on data-dependent expression"
+    )
+    with pytest.raises(TraceError, match=f"^{words}.*$"):
+        trace_model(model)
+
+
+@pytest.mark.usefixtures("branching")
+def test_a_model_that_can_go_no_path_is_refused_with_each_reason_once(tmp_path: Path) -> None:
+    build("LlamaConfig", {**GROUPED, "num_hidden_layers": 1}).save_pretrained(tmp_path / "model")
+    byte_tokenizer(tmp_path / "model")
+    with pytest.raises(TraceError) as caught:
+        export_model(ExportConfig(str(tmp_path / "model"), target="x86-cpu", out=tmp_path / "bundle"))
+    (message,) = str(caught.value).splitlines()
+    assert "fused attention / plain attention / plain attention, token by token: LlamaForCausalLM cannot" in message
+    assert message.count("GuardOnDataDependentSymNode") == 1
+    assert message.endswith("docs/models.md lists the types that can be; --debug shows all that was raised")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "torch.onnx" in shown, "the exporter's own error is chained"
 
 
 def test_a_model_that_fails_in_the_trace_is_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from ...targets import Profile
 from ..errors import TraceError
 from ..hessians import make_block_quantizer
 from ..passes import fusing_passes
-from ..paths import PATHS
+from ..paths import PATHS, refused
 from ..quantize import Quantizer
 from ..trace import TracedModel
 from .weights_int4 import SCHEME, noted_weights
@@ -114,10 +114,12 @@ class Meter:
 
 def _trace(module: PreTrainedModel) -> TracedModel:
     """By the first path that the model can go. Whether it answers as torch does is the export's to prove."""
-    refusals = []
+    refusals: list[str] = []
+    last: TraceError | None = None
     for name, trace in PATHS:
         try:
             return trace(module)
         except TraceError as error:  # noqa: PERF203, three turns
             refusals.append(f"{name}: {error}")
-    raise TraceError(f"{type(module).__name__} cannot be traced. " + ". ".join(refusals))
+            last = error
+    raise refused(f"{type(module).__name__} cannot be traced", refusals) from last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from pathlib import Path
 
 # Which functions the library computes, and how: edgelm uses the kernels that have the number it knows. It changes with
@@ -19,8 +20,16 @@ def library() -> Path:
 
 def arithmetic() -> str | None:
     """The instruction sets that the operators use on this processor; None if they have no code for it, and must not be
-    registered. Raises: OSError, if the library cannot be loaded."""
+    registered. Raises: OSError, if the library is damaged or cannot be loaded."""
+    _require_whole()
     tell = ctypes.CDLL(str(_LIBRARY)).edgelm_kernels_arithmetic
     tell.restype = ctypes.c_char_p
     name = tell()
     return None if name is None else name.decode()
+
+
+def _require_whole() -> None:
+    """The system's loader maps the file unread: one that ends early, or has lost a part, ends the process."""
+    digest = hashlib.sha256(_LIBRARY.read_bytes()).hexdigest()
+    if _LIBRARY.with_suffix(".sha256").read_bytes() != digest.encode():
+        raise OSError(f"{_LIBRARY} is damaged")

@@ -18,29 +18,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look and print."""
+    """Look and print. Advice is no failure; kernels that stop every model are."""
     found = diagnose()
+    status = 0 if found.kernels_fault is None else 1
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found)))
-        return 0
+        return status
     for name, value in _lines(found):
         print(f"{name:14}{value}")
-    for sentence in found.advice:
+    sentences = [*filter(None, [found.kernels_fault]), *found.advice]
+    for sentence in sentences:
         print(f"\n- {sentence}", end="")
-    print("\n" if found.advice else "\nNothing is missing.")
-    return 0
+    print("\n" if sentences else "\nNothing is missing.")
+    return status
 
 
 def _lines(found: Diagnosis) -> list[tuple[str, str]]:
     free = "" if found.home_free_bytes is None else f", {found.home_free_bytes / _GB:,.1f} GB free"
     extras = ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in found.extras.items())
+    without = "onnxruntime's own" if found.kernels_fault is None else "installed, but cannot be used"
     # A bundle's weights take a byte each, and onnxruntime's own copy of them has to fit.
     largest = found.available_bytes / 1e9
     return [
         ("system", found.system),
         ("processor", f"{found.processor}, {found.threads} threads"),
         ("INT8", f"{found.int8}; {' '.join(found.instruction_sets) or 'no telling instruction sets'}"),
-        ("kernels", found.kernels or "onnxruntime's own"),
+        ("kernels", found.kernels or without),
         ("memory", f"{found.available_bytes / _GB:,.1f} GB free of {found.memory_bytes / _GB:,.1f} GB"),
         ("models", f"up to about {largest:,.1f} billion parameters in INT8 fit into the free memory"),
         ("target", f"edgelm export MODEL --target {found.target}" if found.target else "none"),

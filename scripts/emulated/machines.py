@@ -114,10 +114,8 @@ def kernels() -> Path:
     system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
     run(["cmake", "-S", str(ROOT / "kernels"), "-B", str(folder / "build"), *system])
     run(["cmake", "--build", str(folder / "build")])
-    package = folder / "edgelm_kernels"
-    package.mkdir(exist_ok=True)
-    for file in (folder / "build" / "kernels.so", ROOT / "kernels" / "edgelm_kernels" / "__init__.py"):
-        shutil.copy(file, package)
+    run(["cmake", "--install", str(folder / "build"), "--prefix", str(folder)])
+    shutil.copy(ROOT / "kernels" / "edgelm_kernels" / "__init__.py", folder / "edgelm_kernels")
     return folder
 
 
