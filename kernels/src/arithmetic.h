@@ -21,6 +21,20 @@ constexpr int kOne = 1 << 14;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
+// Where sums go: y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
+// There are corrections and scales for whole blocks of columns; y has rows of `stride`.
+struct Result {
+  const int32_t* corrections;
+  const float* scales;
+  const float* factors;
+  float* y;
+  size_t stride;
+
+  Result from(int row, int column) const {
+    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride};
+  }
+};
+
 struct Arithmetic {
   // Instruction sets, as Linux names them, joined by "+".
   const char* name;
@@ -60,13 +74,11 @@ struct Arithmetic {
   // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
-  // sums[row][column] of kBlock columns, for any number of rows, from a panel of `depth` rows.
-  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
-                size_t stride_sums);
-
-  // y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
-  void (*scale)(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
-                const float* factors, int rows, int columns, float* y, size_t stride_y);
+  // The product of any number of rows with the first `columns` of a panel of `depth` rows.
+  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+                const Result& result);
+  // The same of sums, rows of `stride_sums`, a whole number of blocks.
+  void (*scale)(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result);
 
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);

@@ -34,11 +34,12 @@ RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, size_t weights, bool
   columns_ = static_cast<int>(matrix.shape.at(transposed ? 0 : 1));
   weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
+  scales_.resize(padded(columns_, kBlock));
   for (float& scale : scales_) scale *= kStep;
 }
 
 void RowwiseMatMul::correct() const {
-  corrections_.assign(columns_, 0);
+  corrections_.assign(scales_.size(), 0);
   if (arithmetic_.offset == 0) return;
   for (int row = 0; row < (transposed_ ? columns_ : depth_); row++) {
     const int8_t* const values = weights_ + static_cast<size_t>(row) * (transposed_ ? depth_ : columns_);
@@ -70,13 +71,14 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
     for (int row = task * kTaskRows; row < end; row++)
       factors[row] = make(row, memory + worker * stride, values + row * stride);
   });
-  const Rows rows{values, factors, count, stride};
+  const Rows rows{values, count, stride};
+  const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_)};
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
-    by_panels(call, rows, y);
+    by_panels(call, rows, result);
   else if (transposed_)
-    by_columns(call, rows, y);
+    by_columns(call, rows, result);
   else
-    by_depth(call, rows, y);
+    by_depth(call, rows, result);
 }
 
 void RowwiseMatMul::compute(Call& call) const {
@@ -115,16 +117,8 @@ void GatedRowwiseMatMul::compute(Call& call) const {
   });
 }
 
-// y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at
-// `begin`.
-void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
-                           float* y) const {
-  arithmetic_.scale(sums, stride, corrections_.data() + begin, scales_.data() + begin, x.factors + row, count,
-                    end - begin, y + static_cast<size_t>(row) * columns_ + begin, columns_);
-}
-
 // Each thread reads one part of the matrix from one end to the other, and the sums, which are integers, are added.
-void RowwiseMatMul::by_depth(Call& call, const Rows& x, float* y) const {
+void RowwiseMatMul::by_depth(Call& call, const Rows& x, const Result& y) const {
   const int parts = std::min(threads_, pieces(depth_, kLeastDepth));
   const int depth = padded(pieces(depth_, parts), kLanes);
   const size_t stride = padded(columns_, kBlock), own = stride * x.count;
@@ -140,10 +134,10 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, float* y) const {
   });
   for (int part = 1; part < parts; part++)
     std::transform(sums, sums + own, sums + part * own, sums, std::plus<int32_t>());
-  finish(x, 0, x.count, sums, stride, 0, columns_, y);
+  arithmetic_.scale(sums, stride, x.count, columns_, y);
 }
 
-void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
+void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const {
   int32_t* const sums = integers(scratch(1, static_cast<size_t>(threads_) * kTaskColumns * kFewRows));
   call.share(pieces(columns_, kTaskColumns), threads_, [&](int task, int worker) {
     const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
@@ -152,19 +146,18 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
       const int count = std::min(kFewRows, x.count - row);
       arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + static_cast<size_t>(begin) * depth_,
                        depth_, end - begin, own, kTaskColumns);
-      finish(x, row, count, own, kTaskColumns, begin, end, y);
+      arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row, begin));
     }
   });
 }
 
 // A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
 // for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
-void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
+void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const {
   const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
   const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
   const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
-  const size_t panel_size = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
-  const size_t own = panel_size + at_once * kBlock;
+  const size_t own = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
   // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
   const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
   const size_t stride = transposed_ ? kBlock : columns_;
@@ -174,7 +167,6 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
     const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
     const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
     auto* const panel = reinterpret_cast<int8_t*>(memory + worker * own);
-    int32_t* const sums = integers(memory + worker * own + panel_size);
     if (transposed_)
       arithmetic_.pack_rows(weights_ + block * width, depth_, end - begin, panel);
     else
@@ -184,8 +176,8 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
         for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
           __builtin_prefetch(weights_ + next * width + line * stride, 0, 2);
       const int row = group * at_once, count = std::min(at_once, x.count - row);
-      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), sums, kBlock);
-      finish(x, row, count, sums, kBlock, begin, end, y);
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), end - begin,
+                        y.from(row, begin));
     }
   });
 }

@@ -33,17 +33,14 @@ class RowwiseMatMul {
  private:
   struct Rows {
     const uint8_t* values;
-    const float* factors;
     int count;
     size_t stride;
   };
 
   void correct() const;
-  void by_depth(Call& call, const Rows& x, float* y) const;
-  void by_columns(Call& call, const Rows& x, float* y) const;
-  void by_panels(Call& call, const Rows& x, float* y) const;
-  void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
-              float* y) const;
+  void by_depth(Call& call, const Rows& x, const Result& y) const;
+  void by_columns(Call& call, const Rows& x, const Result& y) const;
+  void by_panels(Call& call, const Rows& x, const Result& y) const;
 
   bool transposed_;
   int threads_;
@@ -51,7 +48,7 @@ class RowwiseMatMul {
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
-  std::vector<float> scales_;
+  std::vector<float> scales_;  // for whole blocks, as are the corrections
 };
 
 class RowwiseMatMulTransposed : public RowwiseMatMul {
