@@ -50,11 +50,13 @@ struct Arithmetic {
 
   // total = x + skip, y = total * (1 / sqrt(m + epsilon)) * weight, from left to right, where m is the mean of the
   // squares of total: their sum, of 16 partial sums by fused additions, lane by lane, added 8 lanes apart, then 4, 2,
-  // 1, divided by their number. Rows of `size`; of y padded(size, kLanes) are written.
-  void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y);
+  // 1, divided by their number. Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind
+  // x, skip and total is asked for meanwhile.
+  void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
+               float* y);
   // y = gate * s * up, from left to right, where s = (gate < 0 ? e : 1) / (1 + e), e = exp(-|gate|): silu.
-  // Rows of `size`; of y padded(size, kLanes) are written.
-  void (*gate)(const float* gate, const float* up, int size, float* y);
+  // Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind gate and up is asked for.
+  void (*gate)(const float* gate, const float* up, int size, int next, float* y);
 
   // sums[row][column] = sum over k of x[row][k] * w[k][column].
   // x: rows of `stride_x` bytes, of which padded(depth, 4) are read; w: depth rows of `width` values; sums: rows of

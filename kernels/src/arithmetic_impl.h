@@ -146,9 +146,12 @@ inline Lanes exp_of(Lanes x) {
   return where_at_least(x, lowest, times_power(y, n));
 }
 
-void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y) {
+void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
+          float* y) {
   Lanes squares = zero();
   each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {x + i + next, skip + i + next}) __builtin_prefetch(ahead);
+    __builtin_prefetch(total + i + next, 1);
     const Lanes both = add(load_some(x + i, count), load_some(skip + i, count));
     store_some(total + i, both, count);
     squares = fma(both, both, squares);
@@ -159,8 +162,9 @@ void norm(const float* x, const float* skip, const float* weight, float epsilon,
   });
 }
 
-void gate(const float* gate, const float* up, int size, float* y) {
+void gate(const float* gate, const float* up, int size, int next, float* y) {
   each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {gate + i + next, up + i + next}) __builtin_prefetch(ahead);
     // e is at most 1: it neither overflows nor takes digits from the sum.
     const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
     const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));

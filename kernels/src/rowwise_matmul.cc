@@ -69,7 +69,7 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
     for (int row = task * kTaskRows; row < end; row++)
-      factors[row] = make(row, memory + worker * stride, values + row * stride);
+      factors[row] = make(row, row + 1 < end ? 1 : 0, memory + worker * stride, values + row * stride);
   });
   const Rows rows{values, count, stride};
   const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_)};
@@ -83,7 +83,7 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
 
 void RowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, depth_, [&](int row, float*, uint8_t* q) {
+  multiply(call, x, depth_, [&](int row, int, float*, uint8_t* q) {
     return arithmetic_.quantize(x.values<float>() + static_cast<size_t>(row) * depth_, depth_, q);
   });
 }
@@ -100,19 +100,19 @@ void NormedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0), skip = call.input(1);
   if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
   float* const total = call.output<float>(1, x.shape);
-  multiply(call, x, depth_, [&](int row, float* own, uint8_t* q) {
+  multiply(call, x, depth_, [&](int row, int next, float* own, uint8_t* q) {
     const size_t place = static_cast<size_t>(row) * depth_;
-    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, total + place,
-                     own);
+    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, next * depth_,
+                     total + place, own);
     return arithmetic_.quantize(own, depth_, q);
   });
 }
 
 void GatedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, 2 * depth_, [&](int row, float* own, uint8_t* q) {
+  multiply(call, x, 2 * depth_, [&](int row, int next, float* own, uint8_t* q) {
     const float* const halves = x.values<float>() + static_cast<size_t>(row) * 2 * depth_;
-    arithmetic_.gate(halves, halves + depth_, depth_, own);
+    arithmetic_.gate(halves, halves + depth_, depth_, next * 2 * depth_, own);
     return arithmetic_.quantize(own, depth_, q);
   });
 }
@@ -157,16 +157,16 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const 
   const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
   const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
   const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
-  const size_t own = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
+  const size_t own = static_cast<size_t>(padded(depth_, 4)) * kBlock;
   // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
   const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
   const size_t stride = transposed_ ? kBlock : columns_;
-  float* const memory = scratch(1, threads_ * own);
+  auto* const panels = Memory::laid_out(1, [&](Memory& memory) { return memory.take<int8_t>(threads_ * own); });
   call.share(whole + left * parts, threads_, [&](int task, int worker) {
     const int block = task < whole ? task : whole + (task - whole) / parts;
     const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
     const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
-    auto* const panel = reinterpret_cast<int8_t*>(memory + worker * own);
+    int8_t* const panel = panels + worker * own;
     if (transposed_)
       arithmetic_.pack_rows(weights_ + block * width, depth_, end - begin, panel);
     else
@@ -174,7 +174,7 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const 
     for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
       if (next < blocks)
         for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
-          __builtin_prefetch(weights_ + next * width + line * stride, 0, 2);
+          __builtin_prefetch(weights_ + next * width + line * stride);
       const int row = group * at_once, count = std::min(at_once, x.count - row);
       arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), end - begin,
                         y.from(row, begin));

@@ -22,8 +22,9 @@ class RowwiseMatMul {
   // (depth, columns).
   RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed);
 
-  // The product of rows that are made of rows of x, `width` values each. make(row, own, q) writes a row's quantized
-  // values and returns its factor, as Arithmetic::quantize does; own: memory for a row of floats.
+  // The product of rows that are made of rows of x, `width` values each. make(row, next, own, q) writes a row's
+  // quantized values and returns its factor, as Arithmetic::quantize does; next: how many rows further its thread goes
+  // on, 0 at the end; own: memory for a row of floats.
   template <typename Make>
   void multiply(Call& call, const Tensor& x, int width, Make make) const;
 
