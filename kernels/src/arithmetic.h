@@ -21,6 +21,20 @@ constexpr int kOne = 1 << 14;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
+// Where sums go: y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
+// There are corrections and scales for whole blocks of columns; y has rows of `stride`.
+struct Result {
+  const int32_t* corrections;
+  const float* scales;
+  const float* factors;
+  float* y;
+  size_t stride;
+
+  Result from(int row, int column) const {
+    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride};
+  }
+};
+
 struct Arithmetic {
   // Instruction sets, as Linux names them, joined by "+".
   const char* name;
@@ -36,11 +50,13 @@ struct Arithmetic {
 
   // total = x + skip, y = total * (1 / sqrt(m + epsilon)) * weight, from left to right, where m is the mean of the
   // squares of total: their sum, of 16 partial sums by fused additions, lane by lane, added 8 lanes apart, then 4, 2,
-  // 1, divided by their number. Rows of `size`; of y padded(size, kLanes) are written.
-  void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y);
+  // 1, divided by their number. Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind
+  // x, skip and total is asked for meanwhile.
+  void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
+               float* y);
   // y = gate * s * up, from left to right, where s = (gate < 0 ? e : 1) / (1 + e), e = exp(-|gate|): silu.
-  // Rows of `size`; of y padded(size, kLanes) are written.
-  void (*gate)(const float* gate, const float* up, int size, float* y);
+  // Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind gate and up is asked for.
+  void (*gate)(const float* gate, const float* up, int size, int next, float* y);
 
   // sums[row][column] = sum over k of x[row][k] * w[k][column], added to what is there unless `first`. Blocks of
   // columns are in an order of their own, which `scale_parts` undoes. Asks for the memory of `next`, as much as w has,
@@ -62,16 +78,14 @@ struct Arithmetic {
   // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
-  // sums[row][column] of kBlock columns, for any number of rows, from a panel of `depth` rows.
-  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
-                size_t stride_sums);
-
-  // y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
-  void (*scale)(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
-                const float* factors, int rows, int columns, float* y, size_t stride_y);
+  // The product of any number of rows with the first `columns` of a panel of `depth` rows.
+  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+                const Result& result);
+  // The same of sums, rows of `stride_sums`, a whole number of blocks.
+  void (*scale)(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result);
   // The same of the sum of several sums that `columns` computed.
-  void (*scale_parts)(const int32_t* const* sums, int parts, size_t stride_sums, const int32_t* corrections,
-                      const float* scales, const float* factors, int rows, int columns, float* y, size_t stride_y);
+  void (*scale_parts)(const int32_t* const* sums, int parts, size_t stride_sums, int rows, int columns,
+                      const Result& result);
 
   // Rotate the first 2 * half values of a head in place: value i with value half + i, by an angle's cosine and sine.
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);

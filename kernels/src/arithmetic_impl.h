@@ -14,6 +14,7 @@ namespace {
 constexpr int kBytes = sizeof(Bytes);
 constexpr int kLine = 64;
 constexpr int kSumsPerInts = sizeof(Ints) / sizeof(int32_t);
+constexpr int kIntsPerLanes = kLanes / kSumsPerInts;
 // Rows of a matrix that are read side by side: so many streams a processor prefetches, and the sums that stand in the
 // first cache meanwhile are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
@@ -63,35 +64,59 @@ inline float sum(Lanes x) {
 }
 
 inline float largest_magnitude(const float* x, int size) {
-  Lanes most = zero();
-  each_lanes(size, [&](int i, int count) { most = max(most, abs(load_some(x + i, count))); });
-  return largest(most);
+  // Several at once: one alone would wait for itself.
+  constexpr int kAtOnce = 4;
+  Lanes most[kAtOnce] = {zero(), zero(), zero(), zero()};
+  const int whole = size / (kAtOnce * kLanes) * (kAtOnce * kLanes);
+  for (int i = 0; i < whole; i += kAtOnce * kLanes)
+    for (int j = 0; j < kAtOnce; j++) most[j] = max(most[j], abs(load(x + i + j * kLanes)));
+  each_lanes(size - whole, [&](int i, int count) { most[0] = max(most[0], abs(load_some(x + whole + i, count))); });
+  return largest(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
 // What a row is multiplied by to be integers of magnitudes up to `limit`.
 inline float rounding(float largest, int limit) { return largest == 0 ? 0 : static_cast<float>(limit) / largest; }
 
 float quantize(const float* x, int size, uint8_t* q) {
-  const int whole = size / kLanes * kLanes;
   const float r = largest_magnitude(x, size);
-  // The order of QuantizeLinear: two divisions, then rounding to even.
-  const Lanes divisor = set(r), step = set(1.0f / 127);
-  for (int i = 0; i < whole; i += kLanes) store_bytes(q + i, round(div(div(load(x + i), divisor), step)), kOffset);
-  const int length = padded(size, kBlock);
-  if (whole < size) store_bytes(q + whole, round(div(div(load_tail(x + whole, size - whole), divisor), step)), kOffset);
-  std::fill(q + size, q + length, uint8_t{0});
+  // The order of QuantizeLinear: two divisions, then rounding to even. A product differs from them by five roundings of
+  // at most 127, 4e-5 together, so that it is rounded to the same unless it is as near to halfway between two, or a row
+  // has no values to divide by.
+  const Lanes divisor = set(r), step = set(1.0f / 127), factor = set(127 / r), almost_half = set(0.4999f);
+  each_lanes(size, [&](int i, int count) {
+    const Lanes values = load_some(x + i, count), scaled = mul(values, factor);
+    Lanes whole = round(scaled);
+    if (!all_below(abs(sub(scaled, whole)), almost_half)) whole = round(div(div(values, divisor), step));
+    store_bytes(q + i, whole, kOffset);
+  });
+  std::fill(q + size, q + padded(size, kBlock), uint8_t{0});
   return r;
 }
 
-void scale(const int32_t* sums, size_t stride_sums, const int32_t* corrections, const float* scales,
-           const float* factors, int rows, int columns, float* y, size_t stride_y) {
-  for (int row = 0; row < rows; row++, sums += stride_sums, y += stride_y) {
-    const Lanes factor = set(factors[row]);
-    int i = 0;
-    for (; i + kLanes <= columns; i += kLanes)
-      store(y + i, mul(mul(difference(sums + i, corrections + i), load(scales + i)), factor));
-    for (; i < columns; i++) y[i] = static_cast<float>(sums[i] - corrections[i]) * scales[i] * factors[row];
+// What kLanes columns' sums are turned into values with. It is loaded before anything is written, which a compiler
+// cannot know to be elsewhere.
+struct Scaling {
+  Ints corrections[kIntsPerLanes];
+  Lanes scales;
+
+  Scaling(const Result& result, int column) : scales(load(result.scales + column)) {
+    for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
   }
+  Lanes apply(const Ints* sums, float factor) const {
+    return mul(mul(difference(sums, corrections), scales), set(factor));
+  }
+};
+
+void scale(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result) {
+  each_lanes(columns, [&](int column, int count) {
+    const Scaling scaling(result, column);
+    for (int row = 0; row < rows; row++) {
+      Ints parts[kIntsPerLanes];
+      for (int i = 0; i < kIntsPerLanes; i++)
+        parts[i] = load_ints(sums + row * stride_sums + column + i * kSumsPerInts);
+      store_some(result.y + row * result.stride + column, scaling.apply(parts, result.factors[row]), count);
+    }
+  });
 }
 
 // one * 2^x for x <= 0 and a power of two, as Cephes' exp2f (S. Moshier): x = n + r, a polynomial in r, times 2^n.
@@ -124,9 +149,12 @@ inline Lanes exp_of(Lanes x) {
   return where_at_least(x, lowest, times_power(y, n));
 }
 
-void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, float* total, float* y) {
+void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
+          float* y) {
   Lanes squares = zero();
   each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {x + i + next, skip + i + next}) __builtin_prefetch(ahead);
+    __builtin_prefetch(total + i + next, 1);
     const Lanes both = add(load_some(x + i, count), load_some(skip + i, count));
     store_some(total + i, both, count);
     squares = fma(both, both, squares);
@@ -137,8 +165,9 @@ void norm(const float* x, const float* skip, const float* weight, float epsilon,
   });
 }
 
-void gate(const float* gate, const float* up, int size, float* y) {
+void gate(const float* gate, const float* up, int size, int next, float* y) {
   each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {gate + i + next, up + i + next}) __builtin_prefetch(ahead);
     // e is at most 1: it neither overflows nor takes digits from the sum.
     const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
     const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
@@ -356,7 +385,7 @@ void float_value_pairs(const float* x, int count, int size, int limit, const flo
 template <int R, int V>
 inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int32_t* sums,
                        size_t stride_sums) {
-  constexpr int kParts = kLanes / kSumsPerInts;
+  constexpr int kParts = kIntsPerLanes;
   Ints tile[R][V * kParts];
   for (auto& row : tile)
     for (auto& part : row) part = zero_ints();
@@ -436,6 +465,16 @@ struct Sums {
     for (int m = 0; m < M; m++)
       for (int i = 0; i < 4; i++) store_ints(place + m * stride + i * kSumsPerInts, values[m][i]);
   }
+  // Unrolled: an index that is computed would put the sums into memory.
+  void store(const Result& result) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i += kIntsPerLanes) {
+      const Scaling scaling(result, i * kSumsPerInts);
+      float* y = result.y + i * kSumsPerInts;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++, y += result.stride) edgelm::store(y, scaling.apply(values[m] + i, result.factors[m]));
+    }
+  }
   void add(const Bytes quads[4], const uint8_t* x, size_t stride_x) {
     for (int m = 0; m < M; m++) {
       const Bytes factor = broadcast(four(x + m * stride_x));
@@ -445,8 +484,13 @@ struct Sums {
   void add(const int32_t* place) {
     for (int i = 0; i < 4; i++) values[0][i] = add_ints(values[0][i], load_ints(place + i * kSumsPerInts));
   }
-  void order() {
+  // Put in order and scaled; of less than kBytes columns so many.
+  void finish(int columns, const Result& result) {
     for (auto& row : values) in_order(row);
+    if (columns >= kBytes) return store(result);
+    int32_t sums[M * kBytes];
+    store(sums, kBytes);
+    scale(sums, kBytes, M, columns, result);
   }
 };
 
@@ -498,19 +542,15 @@ void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int d
                   k + kDepthStep < depth ? w + (k + kDepthStep) * width : next, sums, stride_sums);
 }
 
-void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, const int32_t* corrections,
-                 const float* scales, const float* factors, int rows, int columns, float* y, size_t stride_y) {
+void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int rows, int columns,
+                 const Result& result) {
   for (int row = 0; row < rows; row++)
     for (int column = 0; column < columns; column += kBytes) {
       const size_t place = row * stride_sums + column;
       Sums<1> tile;
       tile.load(sums[0] + place, 0);
       for (int part = 1; part < parts; part++) tile.add(sums[part] + place);
-      tile.order();
-      int32_t total[kBytes];
-      tile.store(total, 0);
-      scale(total, 0, corrections + column, scales + column, factors + row, 1, std::min(kBytes, columns - column),
-            y + row * stride_y + column, 0);
+      tile.finish(columns - column, result.from(row, column));
     }
 }
 
@@ -582,9 +622,12 @@ void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
 }
 
 template <int M>
-inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
-                       size_t stride_sums) {
-  for (int part = 0; part < kBlock; part += kBytes) {
+inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns,
+                       const Result& result) {
+  for (int part = 0; part < columns; part += kBytes) {
+    // What is written is on its way meanwhile: y is larger than the caches, and few stores wait side by side.
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < kBytes; i += kLanes) __builtin_prefetch(result.y + m * result.stride + part + i, 1);
     Sums<M> tile;
     tile.clear();
     const int8_t* w = panel + part * 4;
@@ -593,23 +636,24 @@ inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, i
                               load_bytes(w + 3 * kBytes)};
       tile.add(quads, x + k, stride_x);
     }
-    tile.order();
-    tile.store(sums + part, stride_sums);
+    tile.finish(columns - part, result.from(0, part));
   }
 }
 
 template <int M>
-void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
-                size_t stride_sums) {
-  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums)
-    panel_tile<M>(x, stride_x, panel, depth, sums, stride_sums);
+void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+                const Result& result) {
+  int row = 0;
+  for (; row + M <= rows; row += M)
+    panel_tile<M>(x + row * stride_x, stride_x, panel, depth, columns, result.from(row, 0));
   if constexpr (M > 1)
-    if (rows > 0) panel_rows<M - 1>(x, rows, stride_x, panel, depth, sums, stride_sums);
+    if (row < rows)
+      panel_rows<M - 1>(x + row * stride_x, rows - row, stride_x, panel, depth, columns, result.from(row, 0));
 }
 
-void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int32_t* sums,
-           size_t stride_sums) {
-  panel_rows<kPanelRows>(x, rows, stride_x, panel, depth, sums, stride_sums);
+void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+           const Result& result) {
+  panel_rows<kPanelRows>(x, rows, stride_x, panel, depth, columns, result);
 }
 
 constexpr Arithmetic implementation(const char* name) {

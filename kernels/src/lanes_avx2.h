@@ -14,11 +14,6 @@ struct Lanes {
 inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Lanes set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
-inline __m256 differences(const int32_t* a, const int32_t* b) {
-  const auto load = [](const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(a), load(b)));
-}
-inline Lanes difference(const int32_t* a, const int32_t* b) { return {differences(a, b), differences(a + 8, b + 8)}; }
 inline __m256 floats(const int32_t* x) {
   return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
@@ -54,6 +49,10 @@ inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound.low, _CMP_GE_OQ), y.low),
           _mm256_and_ps(_mm256_cmp_ps(x.high, bound.high, _CMP_GE_OQ), y.high)};
 }
+inline bool all_below(Lanes x, Lanes bound) {
+  const __m256 low = _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ), high = _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ);
+  return _mm256_movemask_ps(_mm256_and_ps(low, high)) == 0xff;
+}
 inline void store_words(int16_t* y, Lanes x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_permute4x64_epi64(words, 0xd8));
@@ -78,6 +77,9 @@ inline Bytes broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
 inline Ints load_ints(const int32_t* x) { return load_bytes(x); }
 inline void store_ints(int32_t* y, Ints x) { store_bytes(static_cast<void*>(y), x); }
+inline Lanes difference(const Ints* a, const Ints* b) {
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(a[0], b[0])), _mm256_cvtepi32_ps(_mm256_sub_epi32(a[1], b[1]))};
+}
 
 #if defined(__AVXVNNI__)
 constexpr int kOffset = 128;

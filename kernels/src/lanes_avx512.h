@@ -12,9 +12,6 @@ using Lanes = __m512;
 inline Lanes zero() { return _mm512_setzero_ps(); }
 inline Lanes set(float x) { return _mm512_set1_ps(x); }
 inline Lanes load(const float* x) { return _mm512_loadu_ps(x); }
-inline Lanes difference(const int32_t* a, const int32_t* b) {
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
-}
 inline Lanes load(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
 inline void store(float* y, Lanes x) { _mm512_storeu_ps(y, x); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
@@ -34,6 +31,8 @@ inline Lanes times_power(Lanes y, Lanes n) {
 inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);
 }
+// Not if there is one that is no number.
+inline bool all_below(Lanes x, Lanes bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ) == 0; }
 // Rounded to even, within the range of int16.
 inline void store_words(int16_t* y, Lanes x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
@@ -55,6 +54,7 @@ inline Bytes broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints load_ints(const int32_t* x) { return _mm512_loadu_si512(x); }
 inline void store_ints(int32_t* y, Ints x) { _mm512_storeu_si512(y, x); }
+inline Lanes difference(const Ints* a, const Ints* b) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(*a, *b)); }
 // _mm512_dpbusd_epi32, written out: around the intrinsic, GCC moves all sums through memory.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));

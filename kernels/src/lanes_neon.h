@@ -22,9 +22,6 @@ inline Lanes zero() { return set(0); }
 inline Lanes load(const float* x) {
   return each([&](int i) { return vld1q_f32(x + 4 * i); });
 }
-inline Lanes difference(const int32_t* a, const int32_t* b) {
-  return each([&](int i) { return vcvtq_f32_s32(vsubq_s32(vld1q_s32(a + 4 * i), vld1q_s32(b + 4 * i))); });
-}
 inline Lanes load(const int32_t* x) {
   return each([&](int i) { return vcvtq_f32_s32(vld1q_s32(x + 4 * i)); });
 }
@@ -69,6 +66,11 @@ inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
     return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x.part[i], bound.part[i]), vreinterpretq_u32_f32(y.part[i])));
   });
 }
+inline bool all_below(Lanes x, Lanes bound) {
+  uint32x4_t below = vcltq_f32(x.part[0], bound.part[0]);
+  for (int i = 1; i < 4; i++) below = vandq_u32(below, vcltq_f32(x.part[i], bound.part[i]));
+  return vminvq_u32(below) != 0;
+}
 inline void store_words(int16_t* y, Lanes x) {
   for (int i = 0; i < 4; i++) vst1_s16(y + 4 * i, vqmovn_s32(vcvtnq_s32_f32(x.part[i])));
 }
@@ -92,6 +94,9 @@ inline void store_bytes(void* y, Bytes x) { vst1q_s8(static_cast<int8_t*>(y), x)
 inline Ints zero_ints() { return vdupq_n_s32(0); }
 inline Ints load_ints(const int32_t* x) { return vld1q_s32(x); }
 inline void store_ints(int32_t* y, Ints x) { vst1q_s32(y, x); }
+inline Lanes difference(const Ints* a, const Ints* b) {
+  return each([&](int i) { return vcvtq_f32_s32(vsubq_s32(a[i], b[i])); });
+}
 
 #if defined(__ARM_FEATURE_DOTPROD)
 inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }

@@ -37,11 +37,12 @@ RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, size_t weights, bool
   columns_ = static_cast<int>(matrix.shape.at(transposed ? 0 : 1));
   weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
+  scales_.resize(padded(columns_, kBlock));
   for (float& scale : scales_) scale *= kStep;
 }
 
 void RowwiseMatMul::correct() const {
-  corrections_.assign(columns_, 0);
+  corrections_.assign(scales_.size(), 0);
   if (arithmetic_.offset == 0) return;
   for (int row = 0; row < (transposed_ ? columns_ : depth_); row++) {
     const int8_t* const values = weights_ + static_cast<size_t>(row) * (transposed_ ? depth_ : columns_);
@@ -68,24 +69,25 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
-  const Rows rows{values, factors, count, stride};
-  const auto make_row = [&](int row, int worker) {
-    factors[row] = make(row, memory + worker * stride, values + row * stride);
+  const Rows rows{values, count, stride};
+  const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_)};
+  const auto make_row = [&](int row, int next, int worker) {
+    factors[row] = make(row, next, memory + worker * stride, values + row * stride);
   };
-  if (count <= kMostDirect && !transposed_) return by_depth(call, rows, make_row, y);
+  if (count <= kMostDirect && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
-    for (int row = task * kTaskRows; row < end; row++) make_row(row, worker);
+    for (int row = task * kTaskRows; row < end; row++) make_row(row, row + 1 < end ? 1 : 0, worker);
   });
   if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
-    by_panels(call, rows, y);
+    by_panels(call, rows, result);
   else
-    by_columns(call, rows, y);
+    by_columns(call, rows, result);
 }
 
 void RowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, depth_, [&](int row, float*, uint8_t* q) {
+  multiply(call, x, depth_, [&](int row, int, float*, uint8_t* q) {
     return arithmetic_.quantize(x.values<float>() + static_cast<size_t>(row) * depth_, depth_, q);
   });
 }
@@ -102,35 +104,27 @@ void NormedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0), skip = call.input(1);
   if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
   float* const total = call.output<float>(1, x.shape);
-  multiply(call, x, depth_, [&](int row, float* own, uint8_t* q) {
+  multiply(call, x, depth_, [&](int row, int next, float* own, uint8_t* q) {
     const size_t place = static_cast<size_t>(row) * depth_;
-    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, total + place,
-                     own);
+    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, next * depth_,
+                     total + place, own);
     return arithmetic_.quantize(own, depth_, q);
   });
 }
 
 void GatedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, 2 * depth_, [&](int row, float* own, uint8_t* q) {
+  multiply(call, x, 2 * depth_, [&](int row, int next, float* own, uint8_t* q) {
     const float* const halves = x.values<float>() + static_cast<size_t>(row) * 2 * depth_;
-    arithmetic_.gate(halves, halves + depth_, depth_, own);
+    arithmetic_.gate(halves, halves + depth_, depth_, next * 2 * depth_, own);
     return arithmetic_.quantize(own, depth_, q);
   });
-}
-
-// y of rows [row, row + count) and columns [begin, end) from their sums, rows of `stride`, the first of them at
-// `begin`.
-void RowwiseMatMul::finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
-                           float* y) const {
-  arithmetic_.scale(sums, stride, corrections_.data() + begin, scales_.data() + begin, x.factors + row, count,
-                    end - begin, y + static_cast<size_t>(row) * columns_ + begin, columns_);
 }
 
 // Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
 // comes first makes the rows. The last one that is done scales the sums.
 template <typename MakeRow>
-void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, float* y) const {
+void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
   const int strips = pieces(depth_, kStripDepth), parts = std::min(threads_, pieces(depth_, kLeastDepth));
   const size_t stride = padded(columns_, kBlock), own = stride * x.count;
   int32_t* const sums = integers(scratch(1, own * parts));
@@ -150,18 +144,17 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, float*
     }
   };
   const auto work = [&](int part) {
-    for (int row = next_row++; row < x.count; row = next_row++) make_row(row, part), made++;
+    for (int row = next_row++; row < x.count; row = next_row++) make_row(row, 0, part), made++;
     while (made < x.count) relax();
     add(part);
     if (++done < parts) return;
     const int count = static_cast<int>(std::remove(used, used + parts, nullptr) - used);
-    arithmetic_.scale_parts(used, count, stride, corrections_.data(), scales_.data(), x.factors, x.count, columns_, y,
-                            columns_);
+    arithmetic_.scale_parts(used, count, stride, x.count, columns_, y);
   };
   call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
 
-void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
+void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const {
   const int tasks = pieces(columns_, kTaskColumns), workers = std::min(threads_, tasks);
   const size_t task_size = static_cast<size_t>(kTaskColumns) * depth_;
   int32_t* const sums = integers(scratch(1, static_cast<size_t>(workers) * kTaskColumns * kFewRows));
@@ -174,7 +167,7 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
         const int count = std::min(kFewRows, x.count - row);
         arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + task * task_size, depth_, end - begin,
                          own, kTaskColumns);
-        finish(x, row, count, own, kTaskColumns, begin, end, y);
+        arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row, begin));
       }
     }
   };
@@ -183,22 +176,20 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, float* y) const {
 
 // A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
 // for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
-void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
+void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const {
   const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
   const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
   const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
-  const size_t panel_size = static_cast<size_t>(padded(depth_, 4)) * kBlock / sizeof(float);
-  const size_t own = panel_size + at_once * kBlock;
+  const size_t own = static_cast<size_t>(padded(depth_, 4)) * kBlock;
   // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
   const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
   const size_t stride = transposed_ ? kBlock : columns_;
-  float* const memory = scratch(1, threads_ * own);
+  auto* const panels = Memory::laid_out(1, [&](Memory& memory) { return memory.take<int8_t>(threads_ * own); });
   call.share(whole + left * parts, threads_, [&](int task, int worker) {
     const int block = task < whole ? task : whole + (task - whole) / parts;
     const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
     const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
-    auto* const panel = reinterpret_cast<int8_t*>(memory + worker * own);
-    int32_t* const sums = integers(memory + worker * own + panel_size);
+    int8_t* const panel = panels + worker * own;
     if (transposed_)
       arithmetic_.pack_rows(weights_ + block * width, depth_, end - begin, panel);
     else
@@ -206,10 +197,10 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, float* y) const {
     for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
       if (next < blocks)
         for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
-          __builtin_prefetch(weights_ + next * width + line * stride, 0, 2);
+          __builtin_prefetch(weights_ + next * width + line * stride);
       const int row = group * at_once, count = std::min(at_once, x.count - row);
-      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), sums, kBlock);
-      finish(x, row, count, sums, kBlock, begin, end, y);
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), end - begin,
+                        y.from(row, begin));
     }
   });
 }

@@ -22,8 +22,9 @@ class RowwiseMatMul {
   // (depth, columns).
   RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed);
 
-  // The product of rows that are made of rows of x, `width` values each. make(row, own, q) writes a row's quantized
-  // values and returns its factor, as Arithmetic::quantize does; own: memory for a row of floats.
+  // The product of rows that are made of rows of x, `width` values each. make(row, next, own, q) writes a row's
+  // quantized values and returns its factor, as Arithmetic::quantize does; next: how many rows further its thread goes
+  // on, 0 at the end; own: memory for a row of floats.
   template <typename Make>
   void multiply(Call& call, const Tensor& x, int width, Make make) const;
 
@@ -32,19 +33,16 @@ class RowwiseMatMul {
 
  private:
   struct Rows {
-    uint8_t* values;
-    float* factors;
+    const uint8_t* values;
     int count;
     size_t stride;
   };
 
   void correct() const;
   template <typename MakeRow>
-  void by_depth(Call& call, const Rows& x, MakeRow make_row, float* y) const;
-  void by_columns(Call& call, const Rows& x, float* y) const;
-  void by_panels(Call& call, const Rows& x, float* y) const;
-  void finish(const Rows& x, int row, int count, const int32_t* sums, size_t stride, int begin, int end,
-              float* y) const;
+  void by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const;
+  void by_columns(Call& call, const Rows& x, const Result& y) const;
+  void by_panels(Call& call, const Rows& x, const Result& y) const;
 
   bool transposed_;
   int threads_;
@@ -52,7 +50,7 @@ class RowwiseMatMul {
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
-  std::vector<float> scales_;
+  std::vector<float> scales_;  // for whole blocks, as are the corrections
   std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();
 };
 
