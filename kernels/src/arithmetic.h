@@ -21,6 +21,17 @@ constexpr int kOne = 1 << 14;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
+// What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is
+// multiplied by, the sum of the weights, and the largest score, by rows.
+struct AttentionPart {
+  int32_t* values;
+  float *scales, *sums, *largest;
+};
+// The same of all chunks so far.
+struct AttentionState {
+  float *values, *sums, *largest;
+};
+
 struct Arithmetic {
   // Instruction sets, as Linux names them, joined by "+".
   const char* name;
@@ -89,8 +100,8 @@ struct Arithmetic {
                             float* scales);
 
   // sums[row][column] = sum over k of a[row][k] * columns[k][column], for k in [0, 2 * depth): as many pairs as depth.
-  // columns: groups of kLanes columns, one behind the other, each with `depth` times their pairs.
-  void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count,
+  // columns: groups of kLanes columns, one behind the other, each with `stride` times their pairs.
+  void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                 int32_t* sums, size_t stride_sums);
 
   // w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being that of s[i] * factor; all
@@ -102,11 +113,12 @@ struct Arithmetic {
   // value_scales[i], rounded so that w fits into 16 bits and sum(w) is at most limit and a half of their number.
   float (*scaled_weights)(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
                           const float* value_scales, float limit, int16_t* w, float* largest, float* scale);
-  // 2^x for x <= 0, as `weights` computes it; 2^-100 below.
-  float (*power)(float x);
 
-  // a = a * p + b * q, by a product and a fused addition, `count` of them, a multiple of kLanes.
-  void (*merge)(float* a, float p, const int32_t* b, float q, int count);
+  // What a chunk adds to rows, added to what is there of earlier ones. With the larger of the two largest scores, and p
+  // and q = 2^(largest - that one), as `weights` computes it, 2^-100 below, of earlier chunks and of this one:
+  // values = values * p + part values * (q * part scale), and the same of the sums, without a scale; by a product and
+  // a fused addition. width: a multiple of kLanes. A part whose sum is 0 adds nothing.
+  void (*merge)(const AttentionState& state, const AttentionPart& part, int rows, int width);
   // y[i] = a[i] / divisor * factors[i].
   void (*divide)(const float* a, float divisor, const float* factors, int size, float* y);
 };

@@ -102,12 +102,6 @@ inline Lanes power_of_two(Lanes x, float one) {
   return times_power(y, n);
 }
 
-float power(float x) {
-  float lanes[kLanes];
-  store(lanes, power_of_two(set(x), 1));
-  return lanes[0];
-}
-
 // Cephes' expf, in the same manner: 0 below 2^-126.
 inline Lanes exp_of(Lanes x) {
   const Lanes lowest = set(-87.33654f);
@@ -143,8 +137,24 @@ void gate(const float* gate, const float* up, int size, float* y) {
   });
 }
 
-void merge(float* a, float p, const int32_t* b, float q, int count) {
-  for (int i = 0; i < count; i += kLanes) store(a + i, fma(load(b + i), set(q), mul(load(a + i), set(p))));
+void merge(const AttentionState& state, const AttentionPart& part, int rows, int width) {
+  each_lanes(rows, [&](int begin, int count) {
+    const Lanes before = load_some(state.largest + begin, count), added = load_some(part.largest + begin, count);
+    const Lanes most = max(before, added);
+    store_some(state.largest + begin, most, count);
+    float p[kLanes], q[kLanes];
+    store(p, power_of_two(sub(before, most), 1)), store(q, power_of_two(sub(added, most), 1));
+    for (int i = 0; i < count; i++) {
+      const int row = begin + i;
+      if (part.sums[row] == 0) continue;
+      const Lanes own = set(p[i]), other = set(q[i] * part.scales[row]);
+      float* const values = state.values + row * static_cast<size_t>(width);
+      const int32_t* const more = part.values + row * static_cast<size_t>(width);
+      for (int j = 0; j < width; j += kLanes)
+        store(values + j, fma(load(more + j), other, mul(load(values + j), own)));
+      state.sums[row] = std::fma(part.sums[row], q[i], state.sums[row] * p[i]);
+    }
+  });
 }
 
 void divide(const float* a, float divisor, const float* factors, int size, float* y) {
@@ -351,7 +361,7 @@ void float_value_pairs(const float* x, int count, int size, int limit, const flo
 }
 
 template <int R, int V>
-inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int32_t* sums,
+inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int32_t* sums,
                        size_t stride_sums) {
   constexpr int kParts = kLanes / kSumsPerInts;
   Ints tile[R][V * kParts];
@@ -361,7 +371,7 @@ inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns
     Bytes pairs[V * kParts];
     for (int v = 0; v < V; v++)
       for (int i = 0; i < kParts; i++)
-        pairs[v * kParts + i] = load_bytes(columns + (v * 2 * depth + k) * kLanes + i * 2 * kSumsPerInts);
+        pairs[v * kParts + i] = load_bytes(columns + (v * 2 * stride + k) * kLanes + i * 2 * kSumsPerInts);
     for (int r = 0; r < R; r++) {
       const Bytes factors = broadcast_pair(four(a + r * stride_a + k));
       for (int i = 0; i < V * kParts; i++) tile[r][i] = dot_pairs(tile[r][i], pairs[i], factors);
@@ -372,25 +382,25 @@ inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns
 }
 
 template <int R>
-inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
-                       size_t stride_sums) {
+inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
+                       int32_t* sums, size_t stride_sums) {
   constexpr int kStep = kPairVectors * kLanes;
   int column = 0;
   for (; column + kStep <= count; column += kStep)
-    pairs_tile<R, kPairVectors>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
+    pairs_tile<R, kPairVectors>(a, stride_a, columns + column * 2 * stride, stride, depth, sums + column, stride_sums);
   for (; column < count; column += kLanes)
-    pairs_tile<R, 1>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
+    pairs_tile<R, 1>(a, stride_a, columns + column * 2 * stride, stride, depth, sums + column, stride_sums);
 }
 
-void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
-           size_t stride_sums) {
-  int row = 0;
-  for (; row + kPairRows <= rows; row += kPairRows)
-    pairs_rows<kPairRows>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
-  for (; row + 3 <= rows; row += 3)
-    pairs_rows<3>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
-  for (; row < rows; row++)
-    pairs_rows<1>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
+void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
+           int32_t* sums, size_t stride_sums) {
+  const auto next = [&]<int R>() {
+    pairs_rows<R>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
+    rows -= R, a += R * stride_a, sums += R * stride_sums;
+  };
+  while (rows >= kPairRows) next.template operator()<kPairRows>();
+  while (rows >= 3) next.template operator()<3>();
+  while (rows > 0) next.template operator()<1>();
 }
 
 // --- integer products -------------------------------------------------------------------------------------------
@@ -607,7 +617,6 @@ constexpr Arithmetic implementation(const char* name) {
           pairs,
           weights,
           scaled_weights,
-          power,
           merge,
           divide};
 }
