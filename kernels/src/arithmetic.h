@@ -27,6 +27,14 @@ struct AttentionPart {
   int32_t* values;
   float *scales, *sums, *largest;
 };
+// Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0.
+struct AttentionScores {
+  int32_t* values;  // overwritten
+  int16_t* weights;
+  size_t stride;
+  const int *begin, *end;
+  const float* factors;
+};
 // The same of all chunks so far.
 struct AttentionState {
   float *values, *sums, *largest;
@@ -104,15 +112,17 @@ struct Arithmetic {
   void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                 int32_t* sums, size_t stride_sums);
 
-  // w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being that of s[i] * factor; all
-  // others of `padded(count, 2 * kLanes)` are 0, and s is overwritten there. Returns the sum of w. begin < end, 0 <=
-  // factor.
-  int32_t (*weights)(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* largest);
+  // For each row of scores s: w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being
+  // that of s[i] * factor; all others of `padded(count, 2 * kLanes)` are 0. part.sums gets the sum of w, part.scales 1.
+  // A row that sees nothing has a sum of 0, and -infinity is its largest. 0 <= factor.
+  void (*weights)(const AttentionScores& scores, int rows, int count, const AttentionPart& part);
   // The same of scores s[i] * key_scales[i], for values of scales of their own: with p[i] = 2^(s[i] * key_scales[i] *
-  // factor - largest), whose sum is returned (16 partial sums, added as in `norm`), *scale * w[i] is p[i] *
-  // value_scales[i], rounded so that w fits into 16 bits and sum(w) is at most limit and a half of their number.
-  float (*scaled_weights)(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
-                          const float* value_scales, float limit, int16_t* w, float* largest, float* scale);
+  // factor - largest), by a fused addition, to 18 bits and at least 2^-100, whose sum (16 partial sums, added as in
+  // `norm`) part.sums gets, and v[i] = p[i] * value_scales[i]: w[i] = round(v[i] * (1 / scale)), where scale, which
+  // part.scales gets, is the larger of max(v) / 32767 and sum(v) / limit: w fits into 16 bits, and its sum is at most
+  // limit and a half of their number. Where scale is below 2^-100, w is 0.
+  void (*scaled_weights)(const AttentionScores& scores, int rows, int count, const float* key_scales,
+                         const float* value_scales, float limit, const AttentionPart& part);
 
   // What a chunk adds to rows, added to what is there of earlier ones. With the larger of the two largest scores, and p
   // and q = 2^(largest - that one), as `weights` computes it, 2^-100 below, of earlier chunks and of this one:

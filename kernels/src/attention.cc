@@ -173,7 +173,7 @@ Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory) const {
 template <typename Cached>
 Attention<Cached>::Scores Attention<Cached>::scores(Memory& memory, int rows) const {
   const size_t size = static_cast<size_t>(rows) * kChunk;
-  return {memory.take<int32_t>(size), memory.take<int16_t>(size)};
+  return {memory.take<int32_t>(size), memory.take<int16_t>(size), memory.take<int>(rows), memory.take<int>(rows)};
 }
 
 template <typename Cached>
@@ -236,29 +236,10 @@ Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Til
   } else {
     arithmetic_.float_key_pairs(step.keys + from, chunk.count, size_, key_limit_, step.keys + next, chunk.keys,
                                 chunk.key_scales);
-    arithmetic_.float_value_pairs(step.values + from, chunk.count, size_, kValueLimit, step.values + next,
-                                  chunk.values, chunk.value_scales);
+    arithmetic_.float_value_pairs(step.values + from, chunk.count, size_, kValueLimit, step.values + next, chunk.values,
+                                  chunk.value_scales);
   }
   return chunk;
-}
-
-// The weights of a row, for the positions [begin, end) of a chunk.
-template <typename Cached>
-void Attention<Cached>::weigh(const Chunk& chunk, const Scores& all, int row, int begin, int end, int count,
-                              float factor, const Part& part) const {
-  int32_t* const scores = all.values + row * kChunk;
-  int16_t* const weights = all.weights + row * kChunk;
-  part.scales[row] = 1;
-  if (begin >= end) {
-    std::fill_n(weights, padded(count, 2 * kLanes), int16_t{0});
-    part.sums[row] = 0, part.largest[row] = -std::numeric_limits<float>::infinity();
-  } else if constexpr (kRounded) {
-    part.sums[row] =
-        static_cast<float>(arithmetic_.weights(scores, begin, end, count, factor, weights, &part.largest[row]));
-  } else {
-    part.sums[row] = arithmetic_.scaled_weights(scores, begin, end, count, factor, chunk.key_scales, chunk.value_scales,
-                                                kWeightLimit, weights, &part.largest[row], &part.scales[row]);
-  }
 }
 
 // What the positions of a chunk add to a tile's rows.
@@ -272,10 +253,15 @@ void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, co
   for (int row = 0; row < rows; row++) {
     const int position = first + row / per_group_, end = std::min(count, position + 1 - begin);
     const int start = window_ == 0 ? 0 : std::max(0, position + 1 - window_ - begin);
-    weigh(chunk, scores, row, start, end, count, queries.factors[row], part);
+    scores.begin[row] = start < end ? start : 0, scores.end[row] = start < end ? end : 0;
   }
-  arithmetic_.pairs(scores.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, padded(count, 2) / 2, width_,
-                    part.values, width_);
+  const AttentionScores all{scores.values, scores.weights, kChunk, scores.begin, scores.end, queries.factors};
+  if constexpr (kRounded)
+    arithmetic_.weights(all, rows, count, part);
+  else
+    arithmetic_.scaled_weights(all, rows, count, chunk.key_scales, chunk.value_scales, kWeightLimit, part);
+  arithmetic_.pairs(scores.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, padded(count, 2) / 2,
+                    width_, part.values, width_);
 }
 
 template <typename Cached>

@@ -70,6 +70,7 @@ class Attention {
   struct Scores {
     int32_t* values;
     int16_t* weights;
+    int *begin, *end;  // of the positions that they see
   };
 
   Queries queries(Memory& memory, int rows) const;
@@ -88,8 +89,6 @@ class Attention {
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
   Chunk arranged(const Step& step, const Tile& tile, int index, size_t next, Chunk chunk) const;
-  void weigh(const Chunk& chunk, const Scores& scores, int row, int begin, int end, int count, float factor,
-             const Part& part) const;
   void attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
               const Scores& scores, const Part& part) const;
   void clear(int rows, const State& state) const;
