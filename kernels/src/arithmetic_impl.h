@@ -167,7 +167,9 @@ void merge(const AttentionState& state, const AttentionPart& part, int rows, int
 }
 
 void divide(const float* a, float divisor, const float* factors, int size, float* y) {
-  for (int i = 0; i < size; i++) y[i] = a[i] / divisor * factors[i];
+  each_lanes(size, [&](int i, int count) {
+    store_some(y + i, mul(div(load_some(a + i, count), set(divisor)), load_some(factors + i, count)), count);
+  });
 }
 
 // The positions [begin, end) of a chunk, which a row sees, and all of a chunk, a multiple of 2 * kLanes.
@@ -389,8 +391,10 @@ float to_int16(const float* x, int size, int limit, int16_t* q) {
   const float r = largest_magnitude(x, size);
   const Lanes factor = set(rounding(r, limit));
   each_lanes(size, [&](int i, int count) {
+    const Lanes scaled = mul(load_some(x + i, count), factor);
+    if (count == kLanes) return store_words(q + i, scaled);
     int16_t words[kLanes];
-    store_words(words, mul(load_some(x + i, count), factor));
+    store_words(words, scaled);
     std::copy_n(words, padded(count, 2), q + i);
   });
   return r / static_cast<float>(limit);
@@ -505,38 +509,45 @@ template <int R, int V>
 inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int32_t* sums,
                        size_t stride_sums) {
   constexpr int kParts = kLanes / kSumsPerInts;
-  Ints tile[R][V * kParts];
-  for (auto& row : tile)
-    for (auto& part : row) part = zero_ints();
+  Ints tile[R * V * kParts];
+#pragma GCC unroll 64
+  for (int i = 0; i < R * V * kParts; i++) tile[i] = zero_ints();
   for (int k = 0; k < 2 * depth; k += 2) {
     Bytes pairs[V * kParts];
+#pragma GCC unroll 16
     for (int v = 0; v < V; v++)
+#pragma GCC unroll 16
       for (int i = 0; i < kParts; i++)
         pairs[v * kParts + i] = load_bytes(columns + (v * 2 * stride + k) * kLanes + i * 2 * kSumsPerInts);
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const Bytes factors = broadcast_pair(four(a + r * stride_a + k));
-      for (int i = 0; i < V * kParts; i++) tile[r][i] = dot_pairs(tile[r][i], pairs[i], factors);
+#pragma GCC unroll 16
+      for (int i = 0; i < V * kParts; i++)
+        tile[r * V * kParts + i] = dot_pairs(tile[r * V * kParts + i], pairs[i], factors);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < V * kParts; i++) store_ints(sums + r * stride_sums + i * kSumsPerInts, tile[r][i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < V * kParts; i++)
+      store_ints(sums + r * stride_sums + i * kSumsPerInts, tile[r * V * kParts + i]);
 }
 
-template <int R>
+// V groups of columns at once, of what is left half as many.
+template <int R, int V>
 inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                        int32_t* sums, size_t stride_sums) {
-  constexpr int kStep = kPairVectors * kLanes;
-  int column = 0;
-  for (; column + kStep <= count; column += kStep)
-    pairs_tile<R, kPairVectors>(a, stride_a, columns + column * 2 * stride, stride, depth, sums + column, stride_sums);
-  for (; column < count; column += kLanes)
-    pairs_tile<R, 1>(a, stride_a, columns + column * 2 * stride, stride, depth, sums + column, stride_sums);
+  constexpr int kStep = V * kLanes;
+  for (; count >= kStep; count -= kStep, columns += kStep * 2 * stride, sums += kStep)
+    pairs_tile<R, V>(a, stride_a, columns, stride, depth, sums, stride_sums);
+  if constexpr (V > 1) pairs_rows<R, V / 2>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
 }
 
 void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
            int32_t* sums, size_t stride_sums) {
   const auto next = [&]<int R>() {
-    pairs_rows<R>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
+    pairs_rows<R, kPairVectors>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
     rows -= R, a += R * stride_a, sums += R * stride_sums;
   };
   while (rows >= kPairRows) next.template operator()<kPairRows>();

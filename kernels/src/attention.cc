@@ -250,10 +250,11 @@ void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, co
   const int count = std::min(kChunk, first + tile.positions - begin), depth = padded(size_, 2) / 2;
   arithmetic_.pairs(queries.values, rows, width_, chunk.keys, depth, depth, padded(count, kLanes), scores.values,
                     kChunk);
-  for (int row = 0; row < rows; row++) {
-    const int position = first + row / per_group_, end = std::min(count, position + 1 - begin);
-    const int start = window_ == 0 ? 0 : std::max(0, position + 1 - window_ - begin);
-    scores.begin[row] = start < end ? start : 0, scores.end[row] = start < end ? end : 0;
+  for (int i = 0; i < tile.positions; i++) {
+    const int end = std::min(count, first + i + 1 - begin);
+    const int start = window_ == 0 ? 0 : std::max(0, first + i + 1 - window_ - begin);
+    std::fill_n(scores.begin + i * per_group_, per_group_, start < end ? start : 0);
+    std::fill_n(scores.end + i * per_group_, per_group_, start < end ? end : 0);
   }
   const AttentionScores all{scores.values, scores.weights, kChunk, scores.begin, scores.end, queries.factors};
   if constexpr (kRounded)
