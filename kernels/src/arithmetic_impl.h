@@ -182,9 +182,9 @@ struct All {
 
 // Lanes [i, i + kLanes): 1 where they are seen, 0 elsewhere.
 inline Lanes seen_lanes(Some seen, int i) {
-  float lanes[kLanes];
-  for (int lane = 0; lane < kLanes; lane++) lanes[lane] = i + lane >= seen.begin && i + lane < seen.end ? 1 : 0;
-  return load(lanes);
+  static constexpr float kOnes[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const auto first = [](int count) { return load(kOnes + kLanes - std::clamp(count, 0, kLanes)); };
+  return sub(first(seen.end - i), first(seen.begin - i));
 }
 inline Lanes or_zero(Lanes x, All) { return x; }
 inline Lanes or_zero(Lanes x, Lanes seen) { return where_at_least(seen, set(1), x); }
@@ -210,8 +210,8 @@ inline void each_seen(Some some, Step step) {
 // Zeros around what `each_seen` reaches of `count` weights.
 inline void clear_unseen(All, int, int16_t*) {}
 inline void clear_unseen(Some seen, int count, int16_t* w) {
-  std::fill(w, w + seen.begin / kLanes * kLanes, int16_t{0});
-  std::fill(w + padded(seen.end, kLanes), w + padded(count, 2 * kLanes), int16_t{0});
+  for (int i = 0; i + kLanes <= seen.begin; i += kLanes) store_words(w + i, zero());
+  for (int i = padded(seen.end, kLanes); i < padded(count, 2 * kLanes); i += kLanes) store_words(w + i, zero());
 }
 
 // Rows that are weighed together: while one waits for its largest score or a sum, others are computed.
