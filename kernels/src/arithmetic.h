@@ -22,12 +22,13 @@ constexpr int kOne = 1 << 14;
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
 // What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is
-// multiplied by, the sum of the weights, and the largest score, by rows.
+// multiplied by, the sum of the weights, and the largest score, by rows. kLanes may be read behind the largest ones.
 struct AttentionPart {
   int32_t* values;
   float *scales, *sums, *largest;
 };
-// Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0.
+// Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0;
+// a row no less at the end than those before it.
 struct AttentionScores {
   int32_t* values;  // overwritten
   int16_t* weights;

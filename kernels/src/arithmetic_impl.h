@@ -148,22 +148,21 @@ void gate(const float* gate, const float* up, int size, float* y) {
 }
 
 void merge(const AttentionState& state, const AttentionPart& part, int rows, int width) {
-  each_lanes(rows, [&](int begin, int count) {
-    const Lanes before = load_some(state.largest + begin, count), added = load_some(part.largest + begin, count);
-    const Lanes most = max(before, added);
-    store_some(state.largest + begin, most, count);
-    float p[kLanes], q[kLanes];
-    store(p, power_of_two(sub(before, most), 1)), store(q, power_of_two(sub(added, most), 1));
-    for (int i = 0; i < count; i++) {
-      const int row = begin + i;
+  for (int begin = 0; begin < rows; begin += kLanes) {
+    const Lanes before = load(state.largest + begin), added = load(part.largest + begin), high = max(before, added);
+    float largest[kLanes], p[kLanes], q[kLanes];
+    store(largest, high);
+    store(p, power_of_two(sub(before, high), 1)), store(q, power_of_two(sub(added, high), 1));
+    for (int row = begin; row < std::min(begin + kLanes, rows); row++) {
       if (part.sums[row] == 0) continue;
-      const Lanes own = set(p[i]), other = set(q[i] * part.scales[row]);
+      const Lanes own = set(p[row - begin]), other = set(q[row - begin] * part.scales[row]);
       float* const values = state.values + row * static_cast<size_t>(width);
       const int32_t* const more = part.values + row * static_cast<size_t>(width);
-      for (int j = 0; j < width; j += kLanes) store(values + j, fma(load(more + j), other, mul(load(values + j), own)));
-      state.sums[row] = std::fma(part.sums[row], q[i], state.sums[row] * p[i]);
+      for (int i = 0; i < width; i += kLanes) store(values + i, fma(load(more + i), other, mul(load(values + i), own)));
+      state.sums[row] = std::fma(part.sums[row], q[row - begin], state.sums[row] * p[row - begin]);
+      state.largest[row] = largest[row - begin];
     }
-  });
+  }
 }
 
 void divide(const float* a, float divisor, const float* factors, int size, float* y) {
@@ -262,8 +261,9 @@ template <typename Weigh>
 inline void together(AttentionScores scores, int all_rows, int count, AttentionPart part, Weigh weigh) {
   for (; all_rows > 0; all_rows -= kTogether) {
     const int rows = std::min(all_rows, kTogether);
-    const bool whole = count % (2 * kLanes) == 0 && *std::max_element(scores.begin, scores.begin + rows) == 0 &&
-                       *std::min_element(scores.end, scores.end + rows) == count;
+    // Between two rows that see all of it, all do.
+    const bool whole = count % (2 * kLanes) == 0 && scores.begin[rows - 1] == 0 && scores.end[rows - 1] == count &&
+                       scores.end[0] == count;
     if (whole)
       weigh(scores, rows, [count](int) { return All{count}; }, part);
     else

@@ -155,12 +155,13 @@ Attention<Cached>::Queries Attention<Cached>::queries(Memory& memory, int rows) 
 template <typename Cached>
 Attention<Cached>::Part Attention<Cached>::part(Memory& memory, int rows) const {
   return {memory.take<int32_t>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows),
-          memory.take<float>(rows)};
+          memory.take<float>(rows + kLanes)};
 }
 
 template <typename Cached>
 Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) const {
-  return {memory.take<float>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows)};
+  return {memory.take<float>(static_cast<size_t>(rows) * width_), memory.take<float>(rows),
+          memory.take<float>(rows + kLanes)};
 }
 
 template <typename Cached>
