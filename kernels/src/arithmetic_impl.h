@@ -285,14 +285,19 @@ void weights(const AttentionScores& all, int all_rows, int count, const Attentio
       int16_t* const w = scores.weights + row * scores.stride;
       part.largest[row] = largest_score(scores, row, high);
       const Lanes factor = set(scores.factors[row]), shift = set(-part.largest[row]);
-      Lanes sum = zero();
       each_seen(seen_by(row), [&](int i, auto seen) {
-        const Lanes weight = or_zero(round(power_of_two(add(mul(load(s + i), factor), shift), kOne)), seen);
-        store_words(w + i, weight);
-        sum = add(sum, weight);
+        store_words(w + i, or_zero(power_of_two(add(mul(load(s + i), factor), shift), kOne), seen));
       });
       clear_unseen(seen_by(row), count, w);
-      store(sums.lanes[row], sum);
+    }
+    for (int row = 0; row < rows; row++) {
+      const int16_t* const w = scores.weights + row * scores.stride;
+      Ints sum = zero_ints();
+      for (int i = 0; i < padded(count, 2 * kLanes); i += kBytes / 2)
+        sum = dot_pairs(sum, load_bytes(w + i), broadcast_pair(0x00010001));
+      alignas(64) int32_t parts[kLanes] = {};
+      store_ints(parts, sum);
+      store(sums.lanes[row], load(parts));
     }
     sums.add_rows(rows);
     for (int row = 0; row < rows; row++) part.sums[row] = sums[row], part.scales[row] = 1;
