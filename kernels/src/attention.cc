@@ -16,6 +16,7 @@ constexpr int kChunk = 128;
 constexpr int kTileRows = 24;
 // Rows of a task, where there are more, so that arranging a chunk is small beside them; and the tasks for each thread,
 // so that all of them end together.
+constexpr int kAppendedRows = 32;
 constexpr int kTaskRows = 96, kTasksPerThread = 3;
 // Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
 // rounded: the products fit into 32 bits.
@@ -111,9 +112,11 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
 template <typename Cached>
 void Attention<Cached>::compute(Call& call) const {
   const Step step = read(call);
-  const int rows = step.batch * step.rows;
-  call.share(rows, rows <= kTileRows ? 1 : threads_,
-             [&](int row, int) { append(step, row / step.rows, row % step.rows); });
+  const int rows = step.batch * step.rows, parts = (rows + kAppendedRows - 1) / kAppendedRows;
+  call.share(parts, threads_, [&](int part, int) {
+    for (int row = part * kAppendedRows; row < std::min((part + 1) * kAppendedRows, rows); row++)
+      append(step, row / step.rows, row % step.rows);
+  });
   if (step.rows * per_group_ <= kTileRows)
     by_chunks(call, step);
   else
