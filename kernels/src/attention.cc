@@ -12,12 +12,14 @@ namespace {
 
 // Positions of the cache that are weighed together: what is computed of them stays in the first cache.
 constexpr int kChunk = 128;
-// Rows of a tile: its scores and weights stay in the first cache.
+// Positions whose keys and values a thread puts into the cache at once.
+constexpr int kAppended = 32;
+// Rows of a tile: its scores and weights stay in the first cache. Where a step has no more of a group of heads, it is
+// shared out by chunks.
 constexpr int kTileRows = 24;
-// Rows of a task, where there are more, so that arranging a chunk is small beside them; and the tasks for each thread,
-// so that all of them end together.
-constexpr int kAppendedRows = 32;
-constexpr int kTaskRows = 96, kTasksPerThread = 3;
+// Rows of a task, so that arranging a chunk is small beside them and a thread's memory bounded; and as many tasks for
+// each thread as that allows, so that all of them end together.
+constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
 // rounded: the products fit into 32 bits.
 constexpr int kValueLimit = 1 << 12;
@@ -112,9 +114,9 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
 template <typename Cached>
 void Attention<Cached>::compute(Call& call) const {
   const Step step = read(call);
-  const int rows = step.batch * step.rows, parts = (rows + kAppendedRows - 1) / kAppendedRows;
-  call.share(parts, threads_, [&](int part, int) {
-    for (int row = part * kAppendedRows; row < std::min((part + 1) * kAppendedRows, rows); row++)
+  const int rows = step.batch * step.rows;
+  call.share((rows + kAppended - 1) / kAppended, threads_, [&](int part, int) {
+    for (int row = part * kAppended; row < std::min((part + 1) * kAppended, rows); row++)
       append(step, row / step.rows, row % step.rows);
   });
   if (step.rows * per_group_ <= kTileRows)
@@ -286,10 +288,10 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   }
 }
 
-// Positions of a task: a whole step's, halved until there are enough tasks.
+// Positions of a task: a step's, halved until there are enough tasks.
 template <typename Cached>
 int Attention<Cached>::task_positions(const Step& step) const {
-  int positions = step.rows;
+  int positions = std::min(step.rows, std::max(1, kMostTaskRows / per_group_));
   while (positions * per_group_ > kTaskRows &&
          step.batch * groups_ * ((step.rows + positions - 1) / positions) < kTasksPerThread * threads_)
     positions = (positions + 1) / 2;
