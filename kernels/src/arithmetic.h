@@ -27,6 +27,10 @@ struct AttentionPart {
   int32_t* values;
   float *scales, *sums, *largest;
 };
+// The same of all chunks so far.
+struct AttentionState {
+  float *values, *sums, *largest;
+};
 // Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0;
 // a row no less at the end than those before it.
 struct AttentionScores {
@@ -35,10 +39,6 @@ struct AttentionScores {
   size_t stride;
   const int *begin, *end;
   const float* factors;
-};
-// The same of all chunks so far.
-struct AttentionState {
-  float *values, *sums, *largest;
 };
 
 struct Arithmetic {
@@ -114,14 +114,14 @@ struct Arithmetic {
                 int32_t* sums, size_t stride_sums);
 
   // For each row of scores s: w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being
-  // that of s[i] * factor; all others of `padded(count, 2 * kLanes)` are 0. part.sums gets the sum of w, part.scales 1.
-  // A row that sees nothing has a sum of 0, and -infinity is its largest. 0 <= factor.
+  // that of s[i], times factor; all others of `padded(count, 2 * kLanes)` are 0. part.sums gets the sum of w,
+  // part.scales 1. A row that sees nothing has a sum of 0, and -infinity is its largest. 0 <= factor.
   void (*weights)(const AttentionScores& scores, int rows, int count, const AttentionPart& part);
   // The same of scores s[i] * key_scales[i], for values of scales of their own: with p[i] = 2^(s[i] * key_scales[i] *
   // factor - largest), by a fused addition, to 18 bits and at least 2^-100, whose sum (16 partial sums, added as in
   // `norm`) part.sums gets, and v[i] = p[i] * value_scales[i]: w[i] = round(v[i] * (1 / scale)), where scale, which
-  // part.scales gets, is the larger of max(v) / 32767 and sum(v) / limit: w fits into 16 bits, and its sum is at most
-  // limit and a half of their number. Where scale is below 2^-100, w is 0.
+  // part.scales gets, is the larger of max(v) * (1 / 32767) and sum(v) * (1 / limit), a sum by fused additions: w fits
+  // into 16 bits, and its sum is at most limit and a half of their number. Where scale is below 2^-126, w is 0.
   void (*scaled_weights)(const AttentionScores& scores, int rows, int count, const float* key_scales,
                          const float* value_scales, float limit, const AttentionPart& part);
 

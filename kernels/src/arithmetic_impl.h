@@ -166,9 +166,7 @@ void merge(const AttentionState& state, const AttentionPart& part, int rows, int
 }
 
 void divide(const float* a, float divisor, const float* factors, int size, float* y) {
-  each_lanes(size, [&](int i, int count) {
-    store_some(y + i, mul(div(load_some(a + i, count), set(divisor)), load_some(factors + i, count)), count);
-  });
+  for (int i = 0; i < size; i++) y[i] = a[i] / divisor * factors[i];
 }
 
 // The positions [begin, end) of a chunk, which a row sees, and all of a chunk, a multiple of 2 * kLanes.
@@ -304,12 +302,12 @@ void weights(const AttentionScores& all, int all_rows, int count, const Attentio
   });
 }
 
-// What weights are multiplied by to be integers, by what they are scaled by, four rows at once.
+// What weights are multiplied by, so that they are integers times these scales.
 inline ByRows inverses(const ByRows& scales, int rows) {
   ByRows y;
   for (int i = 0; i < (rows + 3) / 4; i++) {
     const Lanes scale = load(scales.lanes[i]);
-    store(y.lanes[i], where_at_least(scale, set(0x1p-100f), div(set(1), scale)));
+    store(y.lanes[i], where_at_least(scale, set(0x1p-126f), div(set(1), scale)));
   }
   return y;
 }
@@ -396,10 +394,8 @@ float to_int16(const float* x, int size, int limit, int16_t* q) {
   const float r = largest_magnitude(x, size);
   const Lanes factor = set(rounding(r, limit));
   each_lanes(size, [&](int i, int count) {
-    const Lanes scaled = mul(load_some(x + i, count), factor);
-    if (count == kLanes) return store_words(q + i, scaled);
     int16_t words[kLanes];
-    store_words(words, scaled);
+    store_words(words, mul(load_some(x + i, count), factor));
     std::copy_n(words, padded(count, 2), q + i);
   });
   return r / static_cast<float>(limit);
@@ -514,6 +510,7 @@ template <int R, int V>
 inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int32_t* sums,
                        size_t stride_sums) {
   constexpr int kParts = kLanes / kSumsPerInts;
+  // Loops over sums are unrolled early: GCC 12 would keep them on the stack before and behind the loop over depth.
   Ints tile[R * V * kParts];
 #pragma GCC unroll 64
   for (int i = 0; i < R * V * kParts; i++) tile[i] = zero_ints();
