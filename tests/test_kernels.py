@@ -509,6 +509,23 @@ def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign:
     np.testing.assert_allclose(got, np.broadcast_to(heads.reshape(-1), got.shape), rtol=2e-4)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape["cached"] == "float32"])
+def test_values_of_very_different_sizes_are_attended_to(shape: dict[str, Any]) -> None:
+    """Positions whose keys and values are large, small or zero, as rows of their own: each keeps its own digits."""
+    attention = Attention(**shape)
+    x = values(attention, 1, 300)
+    sizes = 10.0 ** np.random.default_rng(2).integers(-20, 4, (1, 300, 1))
+    sizes[:, ::5] = 0
+    x[1][:, ::3] *= 1e-6
+    x[1][:, ::7] = 0
+    x[2] *= sizes.astype(np.float32)
+    (expected, _), (got, _) = (attention.run(session(attention.model, way), x, [280, 20], 300) for way in (False, True))
+    seen = np.maximum.accumulate(np.abs(x[2]).max(axis=-1), axis=1)[..., None]
+    if shape["window"]:
+        seen = np.stack([np.abs(x[2][0, max(0, i + 1 - shape["window"]) : i + 1]).max() for i in range(300)])[:, None]
+    assert (np.abs(got - expected) <= 3e-3 * seen).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())

@@ -35,6 +35,26 @@ struct Result {
   }
 };
 
+// What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is
+// multiplied by, the sum of the weights, and the largest score, by rows. kLanes may be read behind the largest ones.
+struct AttentionPart {
+  int32_t* values;
+  float *scales, *sums, *largest;
+};
+// The same of all chunks so far.
+struct AttentionState {
+  float *values, *sums, *largest;
+};
+// Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0;
+// a row no less at the end than those before it.
+struct AttentionScores {
+  int32_t* values;  // overwritten
+  int16_t* weights;
+  size_t stride;
+  const int *begin, *end;
+  const float* factors;
+};
+
 struct Arithmetic {
   // Instruction sets, as Linux names them, joined by "+".
   const char* name;
@@ -108,24 +128,27 @@ struct Arithmetic {
                             float* scales);
 
   // sums[row][column] = sum over k of a[row][k] * columns[k][column], for k in [0, 2 * depth): as many pairs as depth.
-  // columns: groups of kLanes columns, one behind the other, each with `depth` times their pairs.
-  void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count,
+  // columns: groups of kLanes columns, one behind the other, each with `stride` times their pairs.
+  void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                 int32_t* sums, size_t stride_sums);
 
-  // w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being that of s[i] * factor; all
-  // others of `padded(count, 2 * kLanes)` are 0, and s is overwritten there. Returns the sum of w. begin < end, 0 <=
-  // factor.
-  int32_t (*weights)(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* largest);
+  // For each row of scores s: w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being
+  // that of s[i], times factor; all others of `padded(count, 2 * kLanes)` are 0. part.sums gets the sum of w,
+  // part.scales 1. A row that sees nothing has a sum of 0, and -infinity is its largest. 0 <= factor.
+  void (*weights)(const AttentionScores& scores, int rows, int count, const AttentionPart& part);
   // The same of scores s[i] * key_scales[i], for values of scales of their own: with p[i] = 2^(s[i] * key_scales[i] *
-  // factor - largest), whose sum is returned (16 partial sums, added as in `norm`), *scale * w[i] is p[i] *
-  // value_scales[i], rounded so that w fits into 16 bits and sum(w) is at most limit and a half of their number.
-  float (*scaled_weights)(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
-                          const float* value_scales, float limit, int16_t* w, float* largest, float* scale);
-  // 2^x for x <= 0, as `weights` computes it; 2^-100 below.
-  float (*power)(float x);
+  // factor - largest), by a fused addition, to 18 bits and at least 2^-100, whose sum (16 partial sums, added as in
+  // `norm`) part.sums gets, and v[i] = p[i] * value_scales[i]: w[i] = round(v[i] * (1 / scale)), where scale, which
+  // part.scales gets, is the larger of max(v) * (1 / 32767) and sum(v) * (1 / limit), a sum by fused additions: w fits
+  // into 16 bits, and its sum is at most limit and a half of their number. Where scale is below 2^-126, w is 0.
+  void (*scaled_weights)(const AttentionScores& scores, int rows, int count, const float* key_scales,
+                         const float* value_scales, float limit, const AttentionPart& part);
 
-  // a = a * p + b * q, by a product and a fused addition, `count` of them, a multiple of kLanes.
-  void (*merge)(float* a, float p, const int32_t* b, float q, int count);
+  // What a chunk adds to rows, added to what is there of earlier ones. With the larger of the two largest scores, and p
+  // and q = 2^(largest - that one), as `weights` computes it, 2^-100 below, of earlier chunks and of this one:
+  // values = values * p + part values * (q * part scale), and the same of the sums, without a scale; by a product and
+  // a fused addition. width: a multiple of kLanes. A part whose sum is 0 adds nothing.
+  void (*merge)(const AttentionState& state, const AttentionPart& part, int rows, int width);
   // y[i] = a[i] / divisor * factors[i].
   void (*divide)(const float* a, float divisor, const float* factors, int size, float* y);
 };

@@ -130,10 +130,14 @@ inline Lanes power_of_two(Lanes x, float one) {
   return times_power(y, n);
 }
 
-float power(float x) {
-  float lanes[kLanes];
-  store(lanes, power_of_two(set(x), 1));
-  return lanes[0];
+// The same with a polynomial of 18 bits.
+inline Lanes nearly_power_of_two(Lanes x) {
+  const Lanes bounded = max(x, set(-100));
+  const Lanes n = round(bounded), r = sub(bounded, n);
+  Lanes y = set(9.582852944731712e-3f);
+  for (float coefficient : {5.5906426161527634e-2f, 2.4024099111557007e-1f, 6.931241750717163e-1f, 1.0f})
+    y = fma(y, r, set(coefficient));
+  return times_power(y, n);
 }
 
 // Cephes' expf, in the same manner: 0 below 2^-126.
@@ -175,57 +179,209 @@ void gate(const float* gate, const float* up, int size, int next, float* y) {
   });
 }
 
-void merge(float* a, float p, const int32_t* b, float q, int count) {
-  for (int i = 0; i < count; i += kLanes) store(a + i, fma(load(b + i), set(q), mul(load(a + i), set(p))));
+void merge(const AttentionState& state, const AttentionPart& part, int rows, int width) {
+  for (int begin = 0; begin < rows; begin += kLanes) {
+    const Lanes before = load(state.largest + begin), added = load(part.largest + begin), high = max(before, added);
+    float largest[kLanes], p[kLanes], q[kLanes];
+    store(largest, high);
+    store(p, power_of_two(sub(before, high), 1)), store(q, power_of_two(sub(added, high), 1));
+    for (int row = begin; row < std::min(begin + kLanes, rows); row++) {
+      if (part.sums[row] == 0) continue;
+      const Lanes own = set(p[row - begin]), other = set(q[row - begin] * part.scales[row]);
+      float* const values = state.values + row * static_cast<size_t>(width);
+      const int32_t* const more = part.values + row * static_cast<size_t>(width);
+      for (int i = 0; i < width; i += kLanes) store(values + i, fma(load(more + i), other, mul(load(values + i), own)));
+      state.sums[row] = std::fma(part.sums[row], q[row - begin], state.sums[row] * p[row - begin]);
+      state.largest[row] = largest[row - begin];
+    }
+  }
 }
 
 void divide(const float* a, float divisor, const float* factors, int size, float* y) {
   for (int i = 0; i < size; i++) y[i] = a[i] / divisor * factors[i];
 }
 
-int32_t weights(int32_t* s, int begin, int end, int count, float factor, int16_t* w, float* most) {
-  const int length = padded(count, kLanes);
-  std::fill(s, s + begin, std::numeric_limits<int32_t>::min());
-  std::fill(s + end, s + length, std::numeric_limits<int32_t>::min());
-  Lanes high = load(s);
-  for (int i = kLanes; i < length; i += kLanes) high = max(high, load(s + i));
-  // Rounding keeps the order: the largest score has the largest product.
-  *most = largest(high) * factor;
-  const Lanes scale = set(factor), shift = set(-*most);
-  for (int i = 0; i < length; i += kLanes) store_words(w + i, power_of_two(add(mul(load(s + i), scale), shift), kOne));
-  // Where the factor is 0, all scores are the same.
-  std::fill(w, w + begin, int16_t{0});
-  std::fill(w + end, w + padded(count, 2 * kLanes), int16_t{0});
-  Ints sums = zero_ints();
-  for (int i = 0; i < length; i += kBytes / 2) sums = dot_pairs(sums, load_bytes(w + i), broadcast_pair(0x00010001));
-  return total(sums);
+// The positions [begin, end) of a chunk, which a row sees, and all of a chunk, a multiple of 2 * kLanes.
+struct Some {
+  int begin, end;
+};
+struct All {
+  int end;
+};
+
+// Lanes [i, i + kLanes): 1 where they are seen, 0 elsewhere.
+inline Lanes seen_lanes(Some seen, int i) {
+  static constexpr float kOnes[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const auto first = [](int count) { return load(kOnes + kLanes - std::clamp(count, 0, kLanes)); };
+  return sub(first(seen.end - i), first(seen.begin - i));
+}
+inline Lanes or_zero(Lanes x, All) { return x; }
+inline Lanes or_zero(Lanes x, Lanes seen) { return where_at_least(seen, set(1), x); }
+inline Lanes or_lowest(Lanes x, All) { return x; }
+inline Lanes or_lowest(Lanes x, Lanes seen) {
+  return add(or_zero(x, seen), mul(sub(seen, set(1)), set(std::numeric_limits<float>::max())));
 }
 
-float scaled_weights(int32_t* s, int begin, int end, int count, float factor, const float* key_scales,
-                     const float* value_scales, float limit, int16_t* w, float* most, float* w_scale) {
-  const int length = padded(count, kLanes);
-  float* const t = reinterpret_cast<float*>(s);
-  for (int i = 0; i < length; i += kLanes) store(t + i, mul(mul(load(s + i), load(key_scales + i)), set(factor)));
-  std::fill(t, t + begin, -std::numeric_limits<float>::infinity());
-  std::fill(t + end, t + length, -std::numeric_limits<float>::infinity());
-  Lanes high = load(t);
-  for (int i = kLanes; i < length; i += kLanes) high = max(high, load(t + i));
-  *most = largest(high);
-  const Lanes shift = set(-*most), lowest = set(-100);
-  Lanes sums = zero(), scaled_sums = zero();
-  high = zero();
-  for (int i = 0; i < length; i += kLanes) {
-    const Lanes x = add(load(t + i), shift), p = where_at_least(x, lowest, power_of_two(x, 1));
-    const Lanes scaled = mul(p, load(value_scales + i));
-    store(t + i, scaled);
-    sums = add(sums, p), scaled_sums = add(scaled_sums, scaled), high = max(high, scaled);
+// step(i, seen) for the lanes of which some are seen: All, or those of `seen_lanes`.
+template <typename Step>
+inline void each_seen(All all, Step step) {
+  for (int i = 0; i < all.end; i += kLanes) step(i, all);
+}
+template <typename Step>
+inline void each_seen(Some some, Step step) {
+  const int whole = some.end / kLanes * kLanes;
+  for (int i = some.begin / kLanes * kLanes; i < some.end;) {
+    if (i < some.begin || i >= whole) step(i, seen_lanes(some, i)), i += kLanes;
+    for (; i < whole; i += kLanes) step(i, All{});
   }
-  const float r = largest(high);
-  const float parts = r == 0 ? 0 : std::min(std::numeric_limits<int16_t>::max() / r, limit / sum(scaled_sums));
-  for (int i = 0; i < length; i += kLanes) store_words(w + i, mul(load(t + i), set(parts)));
-  std::fill(w + length, w + padded(count, 2 * kLanes), int16_t{0});
-  *w_scale = r == 0 ? 0 : 1 / parts;
-  return sum(sums);
+}
+
+// Zeros around what `each_seen` reaches of `count` weights.
+inline void clear_unseen(All, int, int16_t*) {}
+inline void clear_unseen(Some seen, int count, int16_t* w) {
+  for (int i = 0; i + kLanes <= seen.begin; i += kLanes) store_words(w + i, zero());
+  for (int i = padded(seen.end, kLanes); i < padded(count, 2 * kLanes); i += kLanes) store_words(w + i, zero());
+}
+
+// Rows that are weighed together: while one waits for its largest score or a sum, others are computed.
+constexpr int kTogether = 32;
+
+// What all lanes of each row give.
+struct ByRows {
+  alignas(64) float lanes[kTogether][kLanes];
+
+  // From the lanes on, those of row / 4 are what row gives, for four rows.
+  template <typename Operation>
+  void fold_rows(int rows, Operation operation) {
+    for (int row = rows; row % 4 != 0; row++) store(lanes[row], zero());
+    for (int row = 0; row < rows; row += 4) {
+      const Lanes four[4] = {load(lanes[row]), load(lanes[row + 1]), load(lanes[row + 2]), load(lanes[row + 3])};
+      store(lanes[row / 4], fold(four, operation));
+    }
+  }
+  void add_rows(int rows) {
+    fold_rows(rows, [](Lanes a, Lanes b) { return add(a, b); });
+  }
+  void find_largest(int rows) {
+    fold_rows(rows, [](Lanes a, Lanes b) { return max(a, b); });
+  }
+  float operator[](int row) const { return lanes[row / 4][row % 4 * 4]; }
+};
+
+// The largest of score(row, i, seen) of each row.
+template <typename Seen, typename Score>
+inline ByRows largest_scores(int rows, Seen seen_by, Score score) {
+  ByRows high;
+  for (int row = 0; row < rows; row++) {
+    Lanes most = set(-std::numeric_limits<float>::max());
+    each_seen(seen_by(row), [&](int i, auto seen) { most = max(most, score(row, i, seen)); });
+    store(high.lanes[row], most);
+  }
+  high.find_largest(rows);
+  return high;
+}
+
+// That of a row, and -infinity where it sees nothing.
+inline float largest_score(const AttentionScores& scores, int row, const ByRows& high) {
+  return scores.end[row] == 0 ? -std::numeric_limits<float>::infinity() : high[row] * scores.factors[row];
+}
+
+// weigh(scores, rows, seen_by, part) for so many rows of them, of which row sees seen_by(row).
+template <typename Weigh>
+inline void together(AttentionScores scores, int all_rows, int count, AttentionPart part, Weigh weigh) {
+  for (; all_rows > 0; all_rows -= kTogether) {
+    const int rows = std::min(all_rows, kTogether);
+    // Between two rows that see all of it, all do.
+    const bool whole = count % (2 * kLanes) == 0 && scores.begin[rows - 1] == 0 && scores.end[rows - 1] == count &&
+                       scores.end[0] == count;
+    if (whole)
+      weigh(scores, rows, [count](int) { return All{count}; }, part);
+    else
+      weigh(scores, rows, [&](int row) { return Some{scores.begin[row], scores.end[row]}; }, part);
+    scores.values += kTogether * scores.stride, scores.weights += kTogether * scores.stride;
+    scores.begin += kTogether, scores.end += kTogether, scores.factors += kTogether;
+    part.scales += kTogether, part.sums += kTogether, part.largest += kTogether;
+  }
+}
+
+void weights(const AttentionScores& all, int all_rows, int count, const AttentionPart& parts) {
+  together(all, all_rows, count, parts, [count](auto scores, int rows, auto seen_by, auto part) {
+    const ByRows high = largest_scores(rows, seen_by, [&](int row, int i, auto seen) {
+      return or_lowest(load(scores.values + row * scores.stride + i), seen);
+    });
+    ByRows sums;
+    for (int row = 0; row < rows; row++) {
+      const int32_t* const s = scores.values + row * scores.stride;
+      int16_t* const w = scores.weights + row * scores.stride;
+      part.largest[row] = largest_score(scores, row, high);
+      const Lanes factor = set(scores.factors[row]), shift = set(-part.largest[row]);
+      each_seen(seen_by(row), [&](int i, auto seen) {
+        store_words(w + i, or_zero(power_of_two(add(mul(load(s + i), factor), shift), kOne), seen));
+      });
+      clear_unseen(seen_by(row), count, w);
+    }
+    for (int row = 0; row < rows; row++) {
+      const int16_t* const w = scores.weights + row * scores.stride;
+      Ints sum = zero_ints();
+      for (int i = 0; i < padded(count, 2 * kLanes); i += kBytes / 2)
+        sum = dot_pairs(sum, load_bytes(w + i), broadcast_pair(0x00010001));
+      alignas(64) int32_t parts[kLanes] = {};
+      store_ints(parts, sum);
+      store(sums.lanes[row], load(parts));
+    }
+    sums.add_rows(rows);
+    for (int row = 0; row < rows; row++) part.sums[row] = sums[row], part.scales[row] = 1;
+  });
+}
+
+// What weights are multiplied by, so that they are integers times these scales.
+inline ByRows inverses(const ByRows& scales, int rows) {
+  ByRows y;
+  for (int i = 0; i < (rows + 3) / 4; i++) {
+    const Lanes scale = load(scales.lanes[i]);
+    store(y.lanes[i], where_at_least(scale, set(0x1p-126f), div(set(1), scale)));
+  }
+  return y;
+}
+
+void scaled_weights(const AttentionScores& all, int all_rows, int count, const float* key_scales,
+                    const float* value_scales, float limit, const AttentionPart& parts) {
+  together(all, all_rows, count, parts, [=](auto scores, int rows, auto seen_by, auto part) {
+    const auto values = [&](int row) { return reinterpret_cast<float*>(scores.values + row * scores.stride); };
+    const ByRows most = largest_scores(rows, seen_by, [&](int row, int i, auto seen) {
+      float* const v = values(row) + i;
+      const Lanes score = or_lowest(mul(load(reinterpret_cast<int32_t*>(v)), load(key_scales + i)), seen);
+      store(v, score);
+      return score;
+    });
+    ByRows sums, scaled_sums, scales;
+    for (int row = 0; row < rows; row++) {
+      float* const v = values(row);
+      part.largest[row] = largest_score(scores, row, most);
+      const Lanes factor = set(scores.factors[row]), shift = set(-part.largest[row]);
+      Lanes sum = zero(), scaled_sum = zero(), high = zero();
+      each_seen(seen_by(row), [&](int i, auto seen) {
+        const Lanes p = or_zero(nearly_power_of_two(fma(load(v + i), factor, shift)), seen);
+        const Lanes scale = load(value_scales + i), scaled = mul(p, scale);
+        store(v + i, scaled);
+        sum = add(sum, p), scaled_sum = fma(p, scale, scaled_sum), high = max(high, scaled);
+      });
+      store(sums.lanes[row], sum), store(scaled_sums.lanes[row], scaled_sum), store(scales.lanes[row], high);
+    }
+    sums.add_rows(rows), scaled_sums.add_rows(rows), scales.find_largest(rows);
+    const Lanes to_words = set(1.0f / std::numeric_limits<int16_t>::max()), to_limit = set(1 / limit);
+    for (int i = 0; i < (rows + 3) / 4; i++)
+      store(scales.lanes[i], max(mul(load(scales.lanes[i]), to_words), mul(load(scaled_sums.lanes[i]), to_limit)));
+    const ByRows inverse = inverses(scales, rows);
+    for (int row = 0; row < rows; row++) {
+      int16_t* const w = scores.weights + row * scores.stride;
+      each_seen(seen_by(row), [&, v = values(row), factor = set(inverse[row])](int i, auto) {
+        store_words(w + i, mul(load(v + i), factor));
+      });
+      clear_unseen(seen_by(row), count, w);
+      part.sums[row] = sums[row], part.scales[row] = scales[row];
+    }
+  });
 }
 
 // --- keys and values ---------------------------------------------------------------------------------------
@@ -383,46 +539,54 @@ void float_value_pairs(const float* x, int count, int size, int limit, const flo
 }
 
 template <int R, int V>
-inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int32_t* sums,
+inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int32_t* sums,
                        size_t stride_sums) {
   constexpr int kParts = kIntsPerLanes;
-  Ints tile[R][V * kParts];
-  for (auto& row : tile)
-    for (auto& part : row) part = zero_ints();
+  // Loops over sums are unrolled early: GCC 12 would keep them on the stack before and behind the loop over depth.
+  Ints tile[R * V * kParts];
+#pragma GCC unroll 64
+  for (int i = 0; i < R * V * kParts; i++) tile[i] = zero_ints();
   for (int k = 0; k < 2 * depth; k += 2) {
     Bytes pairs[V * kParts];
+#pragma GCC unroll 16
     for (int v = 0; v < V; v++)
+#pragma GCC unroll 16
       for (int i = 0; i < kParts; i++)
-        pairs[v * kParts + i] = load_bytes(columns + (v * 2 * depth + k) * kLanes + i * 2 * kSumsPerInts);
+        pairs[v * kParts + i] = load_bytes(columns + (v * 2 * stride + k) * kLanes + i * 2 * kSumsPerInts);
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const Bytes factors = broadcast_pair(four(a + r * stride_a + k));
-      for (int i = 0; i < V * kParts; i++) tile[r][i] = dot_pairs(tile[r][i], pairs[i], factors);
+#pragma GCC unroll 16
+      for (int i = 0; i < V * kParts; i++)
+        tile[r * V * kParts + i] = dot_pairs(tile[r * V * kParts + i], pairs[i], factors);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < V * kParts; i++) store_ints(sums + r * stride_sums + i * kSumsPerInts, tile[r][i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < V * kParts; i++)
+      store_ints(sums + r * stride_sums + i * kSumsPerInts, tile[r * V * kParts + i]);
 }
 
-template <int R>
-inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
-                       size_t stride_sums) {
-  constexpr int kStep = kPairVectors * kLanes;
-  int column = 0;
-  for (; column + kStep <= count; column += kStep)
-    pairs_tile<R, kPairVectors>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
-  for (; column < count; column += kLanes)
-    pairs_tile<R, 1>(a, stride_a, columns + column * 2 * depth, depth, sums + column, stride_sums);
+// V groups of columns at once, of what is left half as many.
+template <int R, int V>
+inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
+                       int32_t* sums, size_t stride_sums) {
+  constexpr int kStep = V * kLanes;
+  for (; count >= kStep; count -= kStep, columns += kStep * 2 * stride, sums += kStep)
+    pairs_tile<R, V>(a, stride_a, columns, stride, depth, sums, stride_sums);
+  if constexpr (V > 1) pairs_rows<R, V / 2>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
 }
 
-void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count, int32_t* sums,
-           size_t stride_sums) {
-  int row = 0;
-  for (; row + kPairRows <= rows; row += kPairRows)
-    pairs_rows<kPairRows>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
-  for (; row + 3 <= rows; row += 3)
-    pairs_rows<3>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
-  for (; row < rows; row++)
-    pairs_rows<1>(a + row * stride_a, stride_a, columns, depth, count, sums + row * stride_sums, stride_sums);
+void pairs(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
+           int32_t* sums, size_t stride_sums) {
+  const auto next = [&]<int R>() {
+    pairs_rows<R, kPairVectors>(a, stride_a, columns, stride, depth, count, sums, stride_sums);
+    rows -= R, a += R * stride_a, sums += R * stride_sums;
+  };
+  while (rows >= kPairRows) next.template operator()<kPairRows>();
+  while (rows >= 3) next.template operator()<3>();
+  while (rows > 0) next.template operator()<1>();
 }
 
 // --- integer products -------------------------------------------------------------------------------------------
@@ -661,8 +825,7 @@ constexpr Arithmetic implementation(const char* name) {
           gate,     columns,   rows,           pack_columns,    pack_rows,
           panel,    scale,     scale_parts,    rotate,          to_int8,
           to_int16, key_pairs, value_pairs,    float_key_pairs, float_value_pairs,
-          pairs,    weights,   scaled_weights, power,           merge,
-          divide};
+          pairs,    weights,   scaled_weights, merge,           divide};
 }
 
 }  // namespace

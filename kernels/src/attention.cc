@@ -13,10 +13,14 @@ namespace {
 
 // Positions of the cache that are weighed together: what is computed of them stays in the first cache.
 constexpr int kChunk = 128;
-// Rows of a tile, where there are many: arranging a chunk is small beside them.
-constexpr int kTileRows = 96;
-// Up to so many rows of a group of heads work is shared out by chunks: there are too few tiles for all threads.
-constexpr int kFewTileRows = 24;
+// Positions whose keys and values a thread puts into the cache at once.
+constexpr int kAppended = 32;
+// Rows of a tile: its scores and weights stay in the first cache. Where a step has no more of a group of heads, it is
+// shared out by chunks.
+constexpr int kTileRows = 24;
+// Rows of a task, so that arranging a chunk is small beside them and a thread's memory bounded; and as many tasks for
+// each thread as that allows, so that all of them end together.
+constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
 // rounded: the products fit into 32 bits.
 constexpr int kValueLimit = 1 << 12;
@@ -112,9 +116,11 @@ template <typename Cached>
 void Attention<Cached>::compute(Call& call) const {
   const Step step = read(call);
   const int rows = step.batch * step.rows;
-  call.share(rows, rows <= kFewTileRows ? 1 : threads_,
-             [&](int row, int) { append(step, row / step.rows, row % step.rows); });
-  if (step.rows * per_group_ <= kFewTileRows)
+  call.share((rows + kAppended - 1) / kAppended, threads_, [&](int part, int) {
+    for (int row = part * kAppended; row < std::min((part + 1) * kAppended, rows); row++)
+      append(step, row / step.rows, row % step.rows);
+  });
+  if (step.rows * per_group_ <= kTileRows)
     by_chunks(call, step);
   else
     by_rows(call, step);
@@ -155,19 +161,26 @@ Attention<Cached>::Queries Attention<Cached>::queries(Memory& memory, int rows) 
 template <typename Cached>
 Attention<Cached>::Part Attention<Cached>::part(Memory& memory, int rows) const {
   return {memory.take<int32_t>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows),
-          memory.take<float>(rows)};
+          memory.take<float>(rows + kLanes)};
 }
 
 template <typename Cached>
 Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) const {
-  return {memory.take<float>(static_cast<size_t>(rows) * width_), memory.take<float>(rows), memory.take<float>(rows)};
+  return {memory.take<float>(static_cast<size_t>(rows) * width_), memory.take<float>(rows),
+          memory.take<float>(rows + kLanes)};
 }
 
 template <typename Cached>
-Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory, int rows) const {
-  const size_t weights = static_cast<size_t>(rows) * kChunk, arranged = static_cast<size_t>(kChunk) * width_;
-  return {memory.take<int16_t>(arranged), memory.take<int16_t>(arranged), memory.take<int16_t>(weights),
-          memory.take<int32_t>(weights),  memory.take<float>(kChunk),     memory.take<float>(kChunk)};
+Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory) const {
+  const size_t size = static_cast<size_t>(kChunk) * width_;
+  return {memory.take<int16_t>(size), memory.take<int16_t>(size), memory.take<float>(kChunk),
+          memory.take<float>(kChunk), 0};
+}
+
+template <typename Cached>
+Attention<Cached>::Scores Attention<Cached>::scores(Memory& memory, int rows) const {
+  const size_t size = static_cast<size_t>(rows) * kChunk;
+  return {memory.take<int32_t>(size), memory.take<int16_t>(size), memory.take<int>(rows), memory.take<int>(rows)};
 }
 
 template <typename Cached>
@@ -178,6 +191,11 @@ Attention<Cached>::Queries Attention<Cached>::from(const Queries& queries, size_
 template <typename Cached>
 Attention<Cached>::Part Attention<Cached>::from(const Part& part, size_t row) const {
   return {part.values + row * width_, part.scales + row, part.sums + row, part.largest + row};
+}
+
+template <typename Cached>
+Attention<Cached>::State Attention<Cached>::from(const State& state, size_t row) const {
+  return {state.values + row * width_, state.sums + row, state.largest + row};
 }
 
 // The queries of a tile, rotated, times the scale of scores and those of the keys' channels, as integers.
@@ -213,49 +231,45 @@ size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) c
   return (row + static_cast<size_t>(index) * kChunk) * size_;
 }
 
-// The weights of a row, for the positions [begin, end) of a chunk.
+// Arrange a chunk up to the last position that a tile sees. next: where the chunk begins that follows.
 template <typename Cached>
-void Attention<Cached>::weigh(const Chunk& chunk, int row, int begin, int end, int count, float factor,
-                              const Part& part) const {
-  int32_t* const scores = chunk.scores + row * kChunk;
-  int16_t* const weights = chunk.weights + row * kChunk;
-  part.scales[row] = 1;
-  if (begin >= end) {
-    std::fill_n(weights, padded(count, 2 * kLanes), int16_t{0});
-    part.sums[row] = 0, part.largest[row] = -std::numeric_limits<float>::infinity();
-  } else if constexpr (kRounded) {
-    part.sums[row] =
-        static_cast<float>(arithmetic_.weights(scores, begin, end, count, factor, weights, &part.largest[row]));
-  } else {
-    part.sums[row] = arithmetic_.scaled_weights(scores, begin, end, count, factor, chunk.key_scales, chunk.value_scales,
-                                                kWeightLimit, weights, &part.largest[row], &part.scales[row]);
-  }
-}
-
-// What the positions of one chunk add to a tile's rows. next: where the chunk begins that follows.
-template <typename Cached>
-void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries,
-                               const Chunk& chunk, const Part& part) const {
-  const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
-  const int count = std::min(kChunk, first + tile.positions - begin);
+Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Tile& tile, int index, size_t next,
+                                                     Chunk chunk) const {
   const size_t from = place(step, tile, index);
+  chunk.count = std::min(kChunk, step.past(tile.sequence) + tile.begin + tile.positions - index * kChunk);
   if constexpr (kRounded) {
-    arithmetic_.key_pairs(step.keys + from, count, size_, step.keys + next, chunk.keys);
-    arithmetic_.value_pairs(step.values + from, count, size_, step.values + next, chunk.values);
+    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, step.keys + next, chunk.keys);
+    arithmetic_.value_pairs(step.values + from, chunk.count, size_, step.values + next, chunk.values);
   } else {
-    arithmetic_.float_key_pairs(step.keys + from, count, size_, key_limit_, step.keys + next, chunk.keys,
+    arithmetic_.float_key_pairs(step.keys + from, chunk.count, size_, key_limit_, step.keys + next, chunk.keys,
                                 chunk.key_scales);
-    arithmetic_.float_value_pairs(step.values + from, count, size_, kValueLimit, step.values + next, chunk.values,
+    arithmetic_.float_value_pairs(step.values + from, chunk.count, size_, kValueLimit, step.values + next, chunk.values,
                                   chunk.value_scales);
   }
-  arithmetic_.pairs(queries.values, rows, width_, chunk.keys, padded(size_, 2) / 2, padded(count, kLanes), chunk.scores,
+  return chunk;
+}
+
+// What the positions of a chunk add to a tile's rows.
+template <typename Cached>
+void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, const Queries& queries,
+                               const Chunk& chunk, const Scores& scores, const Part& part) const {
+  const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
+  const int count = std::min(kChunk, first + tile.positions - begin), depth = padded(size_, 2) / 2;
+  arithmetic_.pairs(queries.values, rows, width_, chunk.keys, depth, depth, padded(count, kLanes), scores.values,
                     kChunk);
-  for (int row = 0; row < rows; row++) {
-    const int position = first + row / per_group_, end = std::min(count, position + 1 - begin);
-    const int start = window_ == 0 ? 0 : std::max(0, position + 1 - window_ - begin);
-    weigh(chunk, row, start, end, count, queries.factors[row], part);
+  for (int i = 0; i < tile.positions; i++) {
+    const int end = std::min(count, first + i + 1 - begin);
+    const int start = window_ == 0 ? 0 : std::max(0, first + i + 1 - window_ - begin);
+    std::fill_n(scores.begin + i * per_group_, per_group_, start < end ? start : 0);
+    std::fill_n(scores.end + i * per_group_, per_group_, start < end ? end : 0);
   }
-  arithmetic_.pairs(chunk.weights, rows, kChunk, chunk.values, padded(count, 2) / 2, width_, part.values, width_);
+  const AttentionScores all{scores.values, scores.weights, kChunk, scores.begin, scores.end, queries.factors};
+  if constexpr (kRounded)
+    arithmetic_.weights(all, rows, count, part);
+  else
+    arithmetic_.scaled_weights(all, rows, count, chunk.key_scales, chunk.value_scales, kWeightLimit, part);
+  arithmetic_.pairs(scores.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, padded(count, 2) / 2,
+                    width_, part.values, width_);
 }
 
 template <typename Cached>
@@ -263,20 +277,6 @@ void Attention<Cached>::clear(int rows, const State& state) const {
   std::fill_n(state.values, static_cast<size_t>(rows) * width_, 0.0f);
   std::fill_n(state.sums, rows, 0.0f);
   std::fill_n(state.largest, rows, -std::numeric_limits<float>::infinity());
-}
-
-template <typename Cached>
-void Attention<Cached>::merge(int rows, const State& state, const Part& part) const {
-  for (int row = 0; row < rows; row++) {
-    if (part.sums[row] == 0) continue;  // none of its positions is there
-    const float most = std::max(state.largest[row], part.largest[row]);
-    const float before = arithmetic_.power(state.largest[row] - most);
-    const float after = arithmetic_.power(part.largest[row] - most);
-    arithmetic_.merge(state.values + row * width_, before, part.values + row * width_, after * part.scales[row],
-                      width_);
-    state.sums[row] = std::fma(part.sums[row], after, state.sums[row] * before);
-    state.largest[row] = most;
-  }
 }
 
 template <typename Cached>
@@ -289,24 +289,43 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   }
 }
 
+// Positions of a task: a step's, halved until there are enough tasks.
+template <typename Cached>
+int Attention<Cached>::task_positions(const Step& step) const {
+  int positions = std::min(step.rows, std::max(1, kMostTaskRows / per_group_));
+  while (positions * per_group_ > kTaskRows &&
+         step.batch * groups_ * ((step.rows + positions - 1) / positions) < kTasksPerThread * threads_)
+    positions = (positions + 1) / 2;
+  return positions;
+}
+
 template <typename Cached>
 void Attention<Cached>::by_rows(Call& call, const Step& step) const {
-  const int positions = std::max(1, kTileRows / per_group_), tiles = (step.rows + positions - 1) / positions;
-  // The longest tiles first: what is left at the end is short.
-  call.share(step.batch * groups_ * tiles, threads_, [&](int task, int) {
-    const int begin = (tiles - 1 - task / (step.batch * groups_)) * positions;
-    const Tile tile{task % step.batch, task / step.batch % groups_, begin, std::min(positions, step.rows - begin)};
-    const int rows = rows_of(tile);
-    const auto [own, state_so_far, next, memory] = Memory::laid_out(0, [&](Memory& memory) {
-      return std::tuple(queries(memory, rows), state(memory, rows), part(memory, rows), chunk(memory, rows));
+  const int positions = task_positions(step), parts = (step.rows + positions - 1) / positions;
+  const int tile_positions = std::max(1, kTileRows / per_group_), tile_rows = tile_positions * per_group_;
+  // The longest tasks first: what is left at the end is short.
+  call.share(step.batch * groups_ * parts, threads_, [&](int task, int) {
+    const int begin = (parts - 1 - task / (step.batch * groups_)) * positions;
+    const Tile whole{task % step.batch, task / step.batch % groups_, begin, std::min(positions, step.rows - begin)};
+    const int rows = rows_of(whole);
+    const auto [own, state_so_far, memory, work, next] = Memory::laid_out(0, [&](Memory& memory) {
+      return std::tuple(queries(memory, rows), state(memory, rows), chunk(memory), scores(memory, tile_rows),
+                        part(memory, tile_rows));
     });
-    prepare(step, tile, own);
+    prepare(step, whole, own);
     clear(rows, state_so_far);
-    for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++) {
-      attend(step, tile, index, place(step, tile, index + 1), own, memory, next);
-      merge(rows, state_so_far, next);
+    for (int index = first_chunk(step, whole); index <= last_chunk(step, whole); index++) {
+      const Chunk chunk = arranged(step, whole, index, place(step, whole, index + 1), memory);
+      for (int done = 0; done < whole.positions; done += tile_positions) {
+        Tile tile = whole;
+        tile.begin += done, tile.positions = std::min(tile_positions, whole.positions - done);
+        if (index < first_chunk(step, tile) || index > last_chunk(step, tile)) continue;
+        const size_t row = static_cast<size_t>(done) * per_group_;
+        attend(step, tile, index, from(own, row), chunk, work, next);
+        arithmetic_.merge(from(state_so_far, row), next, rows_of(tile), width_);
+      }
     }
-    write(step, tile, state_so_far);
+    write(step, whole, state_so_far);
   });
 }
 
@@ -325,15 +344,16 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
   for (auto& chunks : left) chunks.store(most, std::memory_order_relaxed);
   const auto place_of = [&](int task) { return place(step, tile_of(task / most), task % most); };
   const auto work = [&](int worker) {
-    const auto [memory, result] =
-        Memory::laid_out(0, [&](Memory& own) { return std::tuple(chunk(own, rows), state(own, rows)); });
+    const auto [memory, weighed, result] =
+        Memory::laid_out(0, [&](Memory& own) { return std::tuple(chunk(own), scores(own, rows), state(own, rows)); });
     for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
       const int index = task % most, i = task / most;
       const Tile tile = tile_of(i);
       // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
       if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile))
-        attend(step, tile, index, place_of(std::min(task + 1, tasks - 1)), from(all, static_cast<size_t>(i) * rows),
-               memory, from(parts, static_cast<size_t>(task) * rows));
+        attend(step, tile, index, from(all, static_cast<size_t>(i) * rows),
+               arranged(step, tile, index, place_of(std::min(task + 1, tasks - 1)), memory), weighed,
+               from(parts, static_cast<size_t>(task) * rows));
       if (--left[i] == 0) gather(step, tile, from(parts, static_cast<size_t>(i) * most * rows), result);
     }
   };
@@ -347,7 +367,7 @@ void Attention<Cached>::gather(const Step& step, const Tile& tile, const Part& p
   const int rows = rows_of(tile);
   clear(rows, result);
   for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++)
-    merge(rows, result, from(parts, static_cast<size_t>(index) * rows));
+    arithmetic_.merge(result, from(parts, static_cast<size_t>(index) * rows), rows, width_);
   write(step, tile, result);
 }
 

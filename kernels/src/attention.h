@@ -10,7 +10,8 @@
 // is cut into chunks of kChunk positions, counted from its beginning. In a chunk the scores of all keys are weighed
 // against the largest of them; chunks are merged in their order, by the rule of online softmax (Milakov and Gimelshein,
 // arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there are few (flash-decoding),
-// and both give the same bits. Keys and values are arranged for the products once for all rows of a tile.
+// and both give the same bits. Keys and values are arranged for the products once for all rows of a task, which are
+// multiplied tile by tile.
 #pragma once
 
 #include <type_traits>
@@ -46,6 +47,7 @@ class Attention {
     int past(int sequence) const { return first ? 0 : lengths[sequence] + 1 - rows; }
   };
   // Rows that attend together: the heads of a group, side by side, at positions [begin, begin + positions) of a step.
+  // Those of a task are cut into smaller ones.
   struct Tile {
     int sequence, group, begin, positions;
   };
@@ -55,30 +57,30 @@ class Attention {
     int16_t* values;
     float* factors;
   };
-  // What a chunk adds to rows: the sum of its values, weighted (rows, width), what that is multiplied by, the sum of
-  // the weights, and the largest score, by rows.
-  struct Part {
-    int32_t* values;
-    float *scales, *sums, *largest;
-  };
-  // The same of all chunks so far.
-  struct State {
-    float *values, *sums, *largest;
-  };
-  // What is computed of a chunk on the way: keys and values as columns, scores and weights (rows, kChunk); and the
-  // scales of keys and values that were floats, by positions.
+  using Part = AttentionPart;
+  using State = AttentionState;
+  // A chunk, arranged: keys and values of `count` positions as columns; and the scales of those that were floats, by
+  // positions.
   struct Chunk {
-    int16_t *keys, *values, *weights;
-    int32_t* scores;
+    int16_t *keys, *values;
     float *key_scales, *value_scales;
+    int count;
+  };
+  // Of the rows of a tile (rows, kChunk).
+  struct Scores {
+    int32_t* values;
+    int16_t* weights;
+    int *begin, *end;  // of the positions that they see
   };
 
   Queries queries(Memory& memory, int rows) const;
   Part part(Memory& memory, int rows) const;
   State state(Memory& memory, int rows) const;
-  Chunk chunk(Memory& memory, int rows) const;
+  Chunk chunk(Memory& memory) const;
+  Scores scores(Memory& memory, int rows) const;
   Queries from(const Queries& queries, size_t row) const;
   Part from(const Part& part, size_t row) const;
+  State from(const State& state, size_t row) const;
 
   void read_scales(const Info& info);
   Step read(Call& call) const;
@@ -86,17 +88,17 @@ class Attention {
   void append(const Step& step, int sequence, int row) const;
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
-  void weigh(const Chunk& chunk, int row, int begin, int end, int count, float factor, const Part& part) const;
-  void attend(const Step& step, const Tile& tile, int index, size_t next, const Queries& queries, const Chunk& chunk,
-              const Part& part) const;
+  Chunk arranged(const Step& step, const Tile& tile, int index, size_t next, Chunk chunk) const;
+  void attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
+              const Scores& scores, const Part& part) const;
   void clear(int rows, const State& state) const;
-  void merge(int rows, const State& state, const Part& part) const;
   void gather(const Step& step, const Tile& tile, const Part& parts, const State& result) const;
   void write(const Step& step, const Tile& tile, const State& state) const;
   void by_rows(Call& call, const Step& step) const;
   void by_chunks(Call& call, const Step& step) const;
   int first_chunk(const Step& step, const Tile& tile) const;
   int last_chunk(const Step& step, const Tile& tile) const;
+  int task_positions(const Step& step) const;
   int rows_of(const Tile& tile) const { return tile.positions * per_group_; }
 
   const Arithmetic& arithmetic_;

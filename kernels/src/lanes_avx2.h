@@ -37,6 +37,20 @@ inline float largest(Lanes x) {
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
+template <typename Operation>
+inline Lanes fold(const Lanes (&rows)[4], Operation operation) {
+  const auto halves = [](__m256 a, __m256 b, __m256 c, __m256 d, auto one) { return Lanes{one(a, b), one(c, d)}; };
+  const auto lower = [](__m256 a, __m256 b) { return _mm256_permute2f128_ps(a, b, 0x20); };
+  const auto upper = [](__m256 a, __m256 b) { return _mm256_permute2f128_ps(a, b, 0x31); };
+  const Lanes a = operation(Lanes{rows[0].low, rows[1].low}, Lanes{rows[0].high, rows[1].high});
+  const Lanes b = operation(Lanes{rows[2].low, rows[3].low}, Lanes{rows[2].high, rows[3].high});
+  const Lanes four =
+      operation(halves(a.low, a.high, b.low, b.high, lower), halves(a.low, a.high, b.low, b.high, upper));
+  const auto twos = [](__m256 x) { return _mm256_shuffle_ps(x, x, 0x4e); };
+  const auto ones = [](__m256 x) { return _mm256_shuffle_ps(x, x, 0xb1); };
+  const Lanes two = operation(four, Lanes{twos(four.low), twos(four.high)});
+  return operation(two, Lanes{ones(two.low), ones(two.high)});
+}
 inline Lanes round(Lanes a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};

@@ -22,11 +22,20 @@ inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
 inline float largest(Lanes x) { return _mm512_reduce_max_ps(x); }
+// Of four rows: lanes 4 i to 4 i + 3 are what all lanes of row i give, those that are 8 apart first, then 4, 2, 1.
+template <typename Operation>
+inline Lanes fold(const Lanes (&rows)[4], Operation operation) {
+  const auto eight = [&](Lanes a, Lanes b) {
+    return operation(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const Lanes a = eight(rows[0], rows[1]), b = eight(rows[2], rows[3]);
+  const Lanes four = operation(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const Lanes two = operation(four, _mm512_shuffle_ps(four, four, 0x4e));
+  return operation(two, _mm512_shuffle_ps(two, two, 0xb1));
+}
 inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // y times 2 to the power of whole numbers n, where neither y nor that is subnormal.
-inline Lanes times_power(Lanes y, Lanes n) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
-}
+inline Lanes times_power(Lanes y, Lanes n) { return _mm512_scalef_ps(y, n); }
 // y where x >= bound, else 0.
 inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);

@@ -52,6 +52,17 @@ inline Lanes abs(Lanes a) {
 inline float largest(Lanes x) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
 }
+template <typename Operation>
+inline Lanes fold(const Lanes (&rows)[4], Operation operation) {
+  const auto eight = [&](const float32x4_t* a, const float32x4_t* b) {
+    return operation(Lanes{a[0], a[1], b[0], b[1]}, Lanes{a[2], a[3], b[2], b[3]});
+  };
+  const Lanes a = eight(rows[0].part, rows[1].part), b = eight(rows[2].part, rows[3].part);
+  const Lanes four =
+      operation(Lanes{a.part[0], a.part[2], b.part[0], b.part[2]}, Lanes{a.part[1], a.part[3], b.part[1], b.part[3]});
+  const Lanes two = operation(four, each([&](int i) { return vextq_f32(four.part[i], four.part[i], 2); }));
+  return operation(two, each([&](int i) { return vrev64q_f32(two.part[i]); }));
+}
 inline Lanes round(Lanes a) {
   return each([&](int i) { return vrndnq_f32(a.part[i]); });
 }
