@@ -60,6 +60,8 @@ class ConcatSession:
             wanted = min(len(piece), keep - (len(token_ids) - begin - len(piece)))
             logits = self._run(piece, max(1, wanted))
             rows += [logits] if wanted > 0 else []
+        if not rows:
+            return np.empty((0, self._model.vocab_size), np.float32)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def can_rewind(self, length: int) -> bool:

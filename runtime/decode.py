@@ -43,7 +43,7 @@ class PicksTokens(Protocol):
 
     def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
         """Append tokens as `Session.step` does. Returns: (keep) ids, the most likely one behind each of the last
-        `keep` tokens, the lowest among equals."""
+        `keep` tokens, the lowest among equals. 0 <= keep <= len(token_ids)."""
 
 
 def never() -> bool:
@@ -108,8 +108,8 @@ class Sequencer:
     def feed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Bring the cache to hold exactly `token_ids`, reusing what it holds, piece by piece.
 
-        Yields: the logits (1, vocab_size) of each piece's last token; the last ones yielded are the prompt's. Stop
-        iterating to cancel: what ran stays in the cache and can be reused.
+        Yields: for each piece the logits that it computed: of the prompt's last token (1, vocab_size), before that none.
+        Stop iterating to cancel: what ran stays in the cache and can be reused.
         """
         return self._feed(token_ids, False)
 
@@ -189,7 +189,8 @@ class Sequencer:
     def _feed(self, token_ids: Sequence[int], picks: bool) -> Iterator[NDArray[Any]]:
         """As `feed`; with `picks` the last token's most likely successor in place of its logits."""
         for begin in range(self.reuse(token_ids), len(token_ids), self._piece_tokens):
-            yield self._append(token_ids[begin : begin + self._piece_tokens], 1, picks)
+            end = begin + self._piece_tokens
+            yield self._append(token_ids[begin:end], int(end >= len(token_ids)), picks)
 
     def _keep(self) -> None:
         """Costs a copy of what is new, so it is not done between steps."""

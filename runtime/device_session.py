@@ -44,16 +44,16 @@ class DeviceSession:
         return self._length
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        logits = np.empty((1, keep, self._model.vocab_size), np.float32)
+        logits = np.empty((1, max(1, keep), self._model.vocab_size), np.float32)
         self._run(_LOGITS, token_ids, logits)
-        return np.asarray(logits[0])
+        return np.asarray(logits[0, :keep])
 
     def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
         """Append tokens as `step` does; the most likely token behind each of the last `keep`, the lowest id among
         equals. Nothing else leaves the device. Raises: SessionError, MemoryShortageError."""
-        tokens = np.empty((1, keep), np.int64)
+        tokens = np.empty((1, max(1, keep)), np.int64)
         self._run(_TOKENS, token_ids, tokens)
-        return np.asarray(tokens[0])
+        return np.asarray(tokens[0, :keep])
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self._length

@@ -35,6 +35,8 @@ _FLOAT_CACHE_ROWS = 2
 # Rows of logits that a step may keep without a new buffer: those of a token and the guesses behind it. The system gives
 # memory only to rows that are written.
 _SHARED_ROWS = 1 + MOST_GUESSES
+# For `logits_to_keep`, of which 0 means all: the graph takes rows from minus that on, and there are none so far on.
+_NO_ROWS = -np.iinfo(np.int64).max
 
 _PREPARING = {
     "optimized_model_external_initializers_file_name": WEIGHTS_NAME,
@@ -52,9 +54,9 @@ class Session(Protocol):
         """Positions in the cache."""
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        """Append tokens and compute the logits of the last `keep` of them.
+        """Append tokens and compute the logits of the last `keep` of them; 0, where a prompt goes on behind them.
 
-        Returns: (keep, vocab_size) float32, valid until the next step. 1 <= keep <= len(token_ids), and length +
+        Returns: (keep, vocab_size) float32, valid until the next step. 0 <= keep <= len(token_ids), and length +
         len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError.
         """
 
@@ -94,6 +96,7 @@ class OrtSession:
         self._logits = np.zeros((1, 0, model.vocab_size), np.float32)
         self._room = self._logits
         self._bind_input("logits_to_keep", self._keep)
+        self._bind_output("logits", self._logits)
         self._errors = onnxruntime_errors()
         by_onnxruntime = model.kv.type == "float32" and not (providers[0] == CPU and kernels.attend(graph))
         self.least_rows = _FLOAT_CACHE_ROWS if by_onnxruntime else 1
@@ -165,7 +168,7 @@ class OrtSession:
                 self._room = zeros((1, size, self._model.vocab_size), np.float32)
             self._logits = self._room[:, :keep]
             self._bind_output("logits", self._logits)
-        self._keep[0] = keep
+        self._keep[0] = keep or _NO_ROWS
         # The one binding of every step, in the way that takes 20 microseconds in place of 55.
         self._binding.bind_cpu_input("attention_mask", self._mask[:, : self.length + rows])
 
