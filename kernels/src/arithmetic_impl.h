@@ -309,7 +309,6 @@ void weights(const AttentionScores& all, int all_rows, int count, const Attentio
     const ByRows high = largest_scores(rows, seen_by, [&](int row, int i, auto seen) {
       return or_lowest(load(scores.values + row * scores.stride + i), seen);
     });
-    ByRows sums;
     for (int row = 0; row < rows; row++) {
       const int32_t* const s = scores.values + row * scores.stride;
       int16_t* const w = scores.weights + row * scores.stride;
@@ -325,12 +324,8 @@ void weights(const AttentionScores& all, int all_rows, int count, const Attentio
       Ints sum = zero_ints();
       for (int i = 0; i < padded(count, 2 * kLanes); i += kBytes / 2)
         sum = dot_pairs(sum, load_bytes(w + i), broadcast_pair(0x00010001));
-      alignas(64) int32_t parts[kLanes] = {};
-      store_ints(parts, sum);
-      store(sums.lanes[row], load(parts));
+      part.sums[row] = static_cast<float>(total(sum)), part.scales[row] = 1;
     }
-    sums.add_rows(rows);
-    for (int row = 0; row < rows; row++) part.sums[row] = sums[row], part.scales[row] = 1;
   });
 }
 
