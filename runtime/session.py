@@ -98,6 +98,9 @@ class OrtSession:
         self._bind_input("logits_to_keep", self._keep)
         self._bind_output("logits", self._logits)
         self._errors = onnxruntime_errors()
+        # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one at least.
+        whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
+        self._least_kept = 0 if whole else 1
         by_onnxruntime = model.kv.type == "float32" and not (providers[0] == CPU and kernels.attend(graph))
         self.least_rows = _FLOAT_CACHE_ROWS if by_onnxruntime else 1
 
@@ -109,7 +112,7 @@ class OrtSession:
         padding = max(0, self.least_rows - len(token_ids))
         rows = len(token_ids) + padding
         try:
-            self._prepare(rows, keep + padding)
+            self._prepare(rows, max(keep, self._least_kept) + padding)
             self._ids[0, : len(token_ids)] = token_ids
             if padding:
                 self._ids[0, len(token_ids) :] = token_ids[-1]

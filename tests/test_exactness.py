@@ -109,6 +109,14 @@ def test_token_by_token(exact: Exact) -> None:
     assert_same_bits(feed(exact.session, exact.ids, [1]), exact.whole)
 
 
+def test_steps_without_logits(exact: Exact) -> None:
+    session = exact.session
+    session.rewind(0)
+    assert session.step(exact.ids[:1], 0).shape == (0, exact.whole.shape[1])
+    assert session.step(exact.ids[1:40], 0).shape == (0, exact.whole.shape[1])
+    assert_same_bits(feed(session, exact.ids, [50]), exact.whole[40:])
+
+
 @pytest.mark.parametrize("cuts", [(2,), (257,), (256, 1), (64, 1, 31), (TOKENS - 1, 1)])
 def test_fixed_cuts_with_one_and_two_threads(exact: Exact, cuts: tuple[int, ...]) -> None:
     for session in (exact.session, exact.two_threads):
@@ -173,13 +181,13 @@ def test_growth_by_a_single_token(exact: Exact, before: int) -> None:
 
 @contextmanager
 def recorded(session: OrtSession) -> Iterator[list[NDArray[np.float32]]]:
-    """The logits that each step inside the block gives."""
+    """The logits that the steps inside the block give, each of its last token."""
     rows: list[NDArray[np.float32]] = []
     step = session.step
 
     def recording(token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         logits = step(token_ids, keep)
-        rows.append(logits[-1].copy())
+        rows.extend(logits[-1:].copy())
         return logits
 
     session.step = recording  # type: ignore[method-assign]
