@@ -33,8 +33,8 @@ class FakeSession:
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         """Logits (keep, vocab_size): 1 for the token that follows, 0 elsewhere."""
-        if not 1 <= keep <= len(token_ids):
-            raise ValueError(f"keep must be 1 to {len(token_ids)}, found {keep}")
+        if not 0 <= keep <= len(token_ids):
+            raise ValueError(f"keep must be 0 to {len(token_ids)}, found {keep}")
         self.steps.append(list(token_ids))
         self.tokens.extend(token_ids)
         logits = np.zeros((keep, self.vocab_size), np.float32)

@@ -19,6 +19,7 @@ from edgelm.export.passes.fuse_into_products import FuseIntoProducts
 from edgelm.export.passes.fuse_norms import FuseRMSNorm
 from edgelm.export.passes.fuse_residual_norms import FuseResidualNorms
 from edgelm.export.passes.keep_last_logits import KeepLastLogits
+from edgelm.export.passes.keep_rows import KeepRows
 from edgelm.export.passes.lower_positions import LowerPositions
 from edgelm.export.passes.merge_linears import MergeLinears
 from edgelm.export.passes.pack_attention_inputs import PackAttentionInputs
@@ -164,6 +165,7 @@ PASSES = [
     QuantizeLinears("int8-tensor", 127),
     QuantizeEmbedding(127),
     FuseIntoProducts(),
+    KeepRows(),
     QuantizeCache({}),
 ]
 

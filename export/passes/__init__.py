@@ -16,6 +16,7 @@ from .fuse_into_products import FuseIntoProducts
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
 from .keep_last_logits import KeepLastLogits
+from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
 from .normalize_linears import NormalizeLinears
@@ -64,7 +65,8 @@ def quantizing_passes(
     if blocks is not None:
         passes.append(QuantizeBlocks(blocks, excluded))
     elif scheme not in _PLAIN:
-        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded), FuseIntoProducts()]
+        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded)]
+        passes += [FuseIntoProducts(), KeepRows()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     if cache_ranges or scheme == ROWWISE:
