@@ -108,8 +108,8 @@ class Sequencer:
     def feed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Bring the cache to hold exactly `token_ids`, reusing what it holds, piece by piece.
 
-        Yields: for each piece the logits that it computed: of the prompt's last token (1, vocab_size), before that none.
-        Stop iterating to cancel: what ran stays in the cache and can be reused.
+        Yields: for each piece the logits that it computed: of the prompt's last token (1, vocab_size), before it none
+        (0, vocab_size). Stop iterating to cancel: what ran stays in the cache and can be reused.
         """
         return self._feed(token_ids, False)
 

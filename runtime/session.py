@@ -98,7 +98,7 @@ class OrtSession:
         self._bind_input("logits_to_keep", self._keep)
         self._bind_output("logits", self._logits)
         self._errors = onnxruntime_errors()
-        # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one at least.
+        # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
         whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
         self._least_kept = 0 if whole else 1
         by_onnxruntime = model.kv.type == "float32" and not (providers[0] == CPU and kernels.attend(graph))

@@ -650,6 +650,8 @@ def test_the_fake_gives_the_logits_of_the_last_rows_and_refuses_impossible_reque
     for length in (-1, 2):
         with pytest.raises(ValueError):
             session.rewind(length)
-    for keep in (0, 3):
+    for keep in (-1, 3):
         with pytest.raises(ValueError):
             session.step([1, 2], keep)
+    assert session.step([5, 6], 0).shape == (0, session.vocab_size)
+    assert session.tokens == [4, 5, 6]
