@@ -289,14 +289,13 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   }
 }
 
-// Positions of a task: a step's, halved until there are enough tasks.
+// Positions of a task: all tasks have as many, but for the last ones.
 template <typename Cached>
 int Attention<Cached>::task_positions(const Step& step) const {
-  int positions = std::min(step.rows, std::max(1, kMostTaskRows / per_group_));
-  while (positions * per_group_ > kTaskRows &&
-         step.batch * groups_ * ((step.rows + positions - 1) / positions) < kTasksPerThread * threads_)
-    positions = (positions + 1) / 2;
-  return positions;
+  const auto parts = [&](int positions) { return (step.rows + positions - 1) / positions; };
+  const int most = parts(std::max(1, kTaskRows / per_group_)), least = parts(std::max(1, kMostTaskRows / per_group_));
+  const int groups = step.batch * groups_, enough = (kTasksPerThread * threads_ + groups - 1) / groups;
+  return parts(std::clamp(enough, least, most));
 }
 
 template <typename Cached>
