@@ -25,6 +25,8 @@ from typing import Any
 
 CONTEXTS = (128, 1024, 1900)
 DECODE_TOKENS = 64
+# In which decoding and reading memory are compared.
+TURNS, PASSES = 15, 16
 REFERENCE = Path(__file__).parent / "reference" / "config.json"
 
 
@@ -165,26 +167,33 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
         figures[f"decode_tokens_per_s_{context}"] = statistics.median(rates)
         figures[f"python_share_{context}"] = statistics.median(shares)
         figures[f"resident_mb_{context}"] = done.stats.resident_bytes / 1e6
+    figures |= _weights_read(engine, (bundle / "model.onnx.data").stat().st_size, threads)
     engine.close()
-    read = (bundle / "model.onnx.data").stat().st_size * figures[f"decode_tokens_per_s_{CONTEXTS[0]}"]
-    figures["memory_gb_per_s"] = _memory_bytes_per_s(threads) / 1e9
-    figures["weights_read_share"] = read / 1e9 / figures["memory_gb_per_s"]
     return figures
 
 
-def _memory_bytes_per_s(threads: int) -> float:
-    """How fast so many threads read memory that no processor cache holds: the limit of a decode step, which reads every
-    weight once. The best of several passes; numpy lets other threads run while it compares."""
+def _weights_read(engine: Any, size: int, threads: int) -> dict[str, float]:
+    """Which share of the memory's speed decoding reads weights with, in bytes `size`, on the shortest context: a step
+    reads each once. Both are averages over some 0.2 s, in turns, as other processes use the memory too; medians of the
+    turns."""
     import numpy as np
 
     parts = [np.ones(1 << 25, np.int64) for _ in range(threads)]
-    best = 0.0
+    speeds, shares = [], []
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(7):
-            started = time.perf_counter()
-            list(pool.map(np.ndarray.max, parts))
-            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started))
-    return best
+        for turn in range(TURNS):
+            done = engine.generate(token_ids=[100 + turn, *_ids(CONTEXTS[0] - 1)], max_tokens=DECODE_TOKENS)
+            speeds.append(_reading(pool, parts))
+            shares.append(size * done.stats.decode_tokens_per_s / speeds[-1])
+    return {"memory_gb_per_s": statistics.median(speeds) / 1e9, "weights_read_share": statistics.median(shares)}
+
+
+def _reading(pool: ThreadPoolExecutor, parts: list[Any]) -> float:
+    """Bytes a second that a pool's threads read together, of arrays that no processor cache holds."""
+    started = time.perf_counter()
+    for _ in range(PASSES):
+        list(pool.map(type(parts[0]).max, parts))  # numpy lets other threads run meanwhile
+    return float(PASSES * sum(part.nbytes for part in parts)) / (time.perf_counter() - started)
 
 
 def _clock_of(engine: Any) -> list[float]:
