@@ -5,6 +5,9 @@
 #include <chrono>
 #include <cstdint>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -51,6 +54,7 @@ class Team {
   // Beside the number of threads inside: no more may come in.
   static constexpr int kClosed = 1 << 30;
 
+  void start(int index);
   void wait_for_jobs(int index);
   LookAhead take_part(int index);
 
@@ -85,9 +89,17 @@ void Team::wait_for_jobs(int index) {
   }
 }
 
+void Team::start(int index) {
+  try {
+    std::thread([this, index] { wait_for_jobs(index); }).detach();
+  } catch (const std::system_error& error) {
+    throw std::runtime_error(std::string("no more threads can be started here (") + error.what() +
+                             "): allow this user more, or load with fewer threads");
+  }
+}
+
 void Team::run(Job job, const Reads& reads) {
-  for (; threads_ < job.count - 1; threads_++)
-    std::thread([this, index = threads_ + 1] { wait_for_jobs(index); }).detach();
+  for (; threads_ < job.count - 1; threads_++) start(threads_ + 1);
   if (job_.successor != nullptr) job_.successor->learn(reads);
   job_ = std::move(job);
   taken_.store(0);

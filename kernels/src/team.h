@@ -42,7 +42,7 @@ class Successor {
 // reads: what the calling operator begins with. successor: of the calling operator. Threads that are done ask for the
 // memory that the next operator will read: meanwhile a row is normed, or onnxruntime works, and the memory would rest.
 //
-// Threads are started when they are first needed; throws std::system_error if there can be no more of them. They wait
+// Threads are started when they are first needed; throws std::runtime_error if there can be no more of them. They wait
 // for the next call awake for a millisecond, longer than a session takes between two operators or steps, then asleep.
 // Calls from several threads at once have threads of their own. In a forked process, which has none of them, the
 // calling thread computes alone.
