@@ -41,6 +41,9 @@ class TorchSession:
             logits = self._module(input_ids=torch.tensor([self._ids]), use_cache=False).logits
         return np.asarray(logits[0, -keep:].numpy(), np.float32)
 
+    def expect(self, positions: int) -> None:
+        """Nothing: there is no cache."""
+
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self.length
 

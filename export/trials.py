@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.decode import PIECE_TOKENS
 from ..runtime.manifest import Model
+from ..runtime.session import KERNELS_PIECE_TOKENS
 
 _TEXT_PROMPTS, _TEXT_TOKENS, _TEXT_STEPS = 4, 16, 32
 _RANDOM_PROMPTS, _RANDOM_TOKENS, _RANDOM_STEPS = 2, 24, 16
 # Longer than the runtime's pieces, so that a prompt that takes two of them is among the trials.
-_LONG_TOKENS, _LONG_STEPS = PIECE_TOKENS + 40, 16
+_LONG_TOKENS, _LONG_STEPS = KERNELS_PIECE_TOKENS + 40, 16
 # A prompt of this length costs torch seconds on models of a billion parameters; what needs more is left out by name.
 _LONGEST = 600
 # How far the long prompt goes beyond the last limit, so that many positions feel it.

@@ -12,13 +12,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .decode import PIECE_TOKENS, Chooser, never, shortened
+from .decode import Chooser, never, shortened
 
 
 class RowsSession(Protocol):
-    """Several sequences in a model, in rows that are numbered from 0 without a gap. Not safe between threads."""
+    """Several sequences in a model, in rows that are numbered from 0 without a gap. Not safe between threads.
+
+    piece_tokens: tokens of a prompt that are best fed at once.
+    """
 
     max_rows: int
+    piece_tokens: int
 
     def add(self) -> None:
         """Begin an empty row behind the others; there are less than `max_rows`."""
@@ -85,14 +89,12 @@ class Batch:
         session: RowsSession,
         rows: Iterable[Row],
         context_length: int,
-        piece_tokens: int = PIECE_TOKENS,
         prefixes: RowPrefixes | None = None,
     ) -> None:
         """prefixes: those that `session` reads and writes."""
         self._session = session
         self._prefixes = prefixes
         self._context = context_length
-        self._piece_tokens = piece_tokens
         self._waiting = iter(rows)
         self._rows: list[Row] = []
         # Rows that are to be fed more than one token, before the next common step.
@@ -139,7 +141,7 @@ class Batch:
     def _feed(self, index: int) -> Iterator[tuple[Row, int | None]]:
         row = self._rows[index]
         while row.fed < len(row.known) and not row.interrupted():
-            piece = row.known[row.fed : row.fed + self._piece_tokens]
+            piece = row.known[row.fed : row.fed + self._session.piece_tokens]
             logits = self._session.feed(index, piece)
             row.fed += len(piece)
         if row.interrupted():

@@ -31,9 +31,10 @@ def rows_are_exact(manifest: Manifest, least_rows: int) -> bool:
 class OrtRowsSession:
     """`RowsSession` over onnxruntime. Memory: the cache of `max_rows` texts as long as the longest one."""
 
-    def __init__(self, inference: Any, model: Model, max_rows: int) -> None:
-        """inference: onnxruntime's session, which may serve others too."""
+    def __init__(self, inference: Any, model: Model, max_rows: int, piece_tokens: int) -> None:
+        """inference: onnxruntime's session, which may serve others too; the others: see `RowsSession`."""
         self.max_rows = max_rows
+        self.piece_tokens = piece_tokens
         self._inference = inference
         self._model = model
         self.cache = KVCache(model, max_rows)

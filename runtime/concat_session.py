@@ -64,6 +64,9 @@ class ConcatSession:
             return np.empty((0, self._model.vocab_size), np.float32)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
+    def expect(self, positions: int) -> None:
+        """Nothing: the graph makes the cache anew in each step."""
+
     def can_rewind(self, length: int) -> bool:
         return length in (0, self._length) or (0 < length < self._length and not self._model.states)
 

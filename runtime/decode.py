@@ -13,14 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lookup import Lookup
-from .session import Session, least_rows
+from .session import Session, best_piece, least_rows
 
 if TYPE_CHECKING:
     from .prefix_cache import PrefixCache
-
-# Pieces bound the memory of a step and are faster than a whole prompt at once, because attention computes nothing above
-# the diagonal of a piece. Measured at 1,900 tokens (docs/benchmarks.md): 64 to 512 tokens differ by 25 %.
-PIECE_TOKENS = 256
 
 
 class Chooser(Protocol):
@@ -64,10 +60,11 @@ class Sequencer:
     Not safe between threads.
     """
 
-    def __init__(self, session: Session, piece_tokens: int = PIECE_TOKENS, prefixes: PrefixCache | None = None) -> None:
-        """prefixes: where beginnings of texts are found that `session` does not hold any more; its own."""
+    def __init__(self, session: Session, piece_tokens: int | None = None, prefixes: PrefixCache | None = None) -> None:
+        """piece_tokens: of a prompt, fed at once, None for `best_piece`; prefixes: where beginnings of texts are found
+        that `session` does not hold any more; its own."""
         self._session = session
-        self._piece_tokens = piece_tokens
+        self._piece_tokens = piece_tokens or best_piece(session)
         self._prefixes = prefixes
         self._cached: list[int] = []
         self._unkept = False
@@ -132,6 +129,8 @@ class Sequencer:
         chooser is asked for the same rows in the same order.
         """
         picks = type(chooser) is Greedy and isinstance(self._session, PicksTokens)
+        # Answers may end long before `max_tokens`.
+        self._session.expect(len(token_ids) + min(max_tokens, len(token_ids)))
         rows: NDArray[Any] = np.empty(0)
         for rows in self._feed(token_ids, picks):  # noqa: B007, the last ones count
             if interrupted():

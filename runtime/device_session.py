@@ -19,7 +19,7 @@ from .manifest import LayerCache, Model
 from .ort import load_onnxruntime, onnxruntime_errors
 from .providers import mapped_step_error
 
-# The first buffers; they double when they are full. A GPU has room for more than a Raspberry Pi.
+# The first buffers at least; they double when they are full. A GPU has room for more than a Raspberry Pi.
 _FIRST_CAPACITY = 1024
 _LOGITS, _TOKENS = "logits", "next_tokens"
 _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
@@ -54,6 +54,9 @@ class DeviceSession:
         tokens = np.empty((1, max(1, keep)), np.int64)
         self._run(_TOKENS, token_ids, tokens)
         return np.asarray(tokens[0, :keep])
+
+    def expect(self, positions: int) -> None:
+        self._cache.expected = positions
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self._length
@@ -91,12 +94,13 @@ class _DeviceCache:
         self.values: dict[str, Any] = {}
         self.mask: Any = None
         self.capacity = 0
+        self.expected = 0
 
     def reserve(self, positions: int, used: int) -> None:
         """Make room. Growing copies what is in use through the host's memory, which doubling makes rare."""
         if positions <= self.capacity:
             return
-        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
         capacity = max(positions, min(wanted, self._model.context_length))
         grown = {}
         for name, layer, size in self._sides():

@@ -43,6 +43,9 @@ class FakeSession:
             logits[row, self._next_token(known)] = 1.0
         return logits
 
+    def expect(self, positions: int) -> None:
+        """Nothing: there is room for any text."""
+
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= len(self.tokens)
 

@@ -1,7 +1,8 @@
 """The KV cache: one growing buffer per layer and side, which the graph reads and writes in place.
 
-A buffer starts small and doubles; it is never sized to the context length, so a model with a context of 128k tokens
-costs what the conversation needs. Rewinding is setting a length back: nothing is erased, later steps overwrite.
+A buffer starts as large as the text is expected to be and doubles; it is never sized to the context length, so a model
+with a context of 128k tokens costs what the conversation needs. Rewinding is setting a length back: nothing is erased,
+later steps overwrite.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class KVCache:
     """Keys and values of all layers for one sequence, or for several rows. Not safe between threads.
 
     `length` counts the positions in use (of the longest row), `capacity` those that the buffers can hold; bytes grow
-    with capacity times rows.
+    with capacity times rows. `expected` is for others to set: positions that are likely to be in use soon, for which
+    room is made when there is too little, where memory has it.
     """
 
     def __init__(self, model: Model, rows: int = 1) -> None:
@@ -32,17 +34,18 @@ class KVCache:
         self._buffers: dict[str, NDArray[np.generic]] = {}
         self.capacity = 0
         self.length = 0
+        self.expected = 0
 
     def reserve(self, positions: int) -> bool:
         """Make room for `positions`; True if the buffers moved, so that they must be bound again.
 
-        Cost: nothing while the room suffices, else a copy of what is in use. Doubles, at most to the context length
-        plus one spare position (a padding row may stand behind the last token), and not where memory has no room for
-        twice as much. Raises: MemoryShortageError, which leaves the cache as it is.
+        Cost: nothing while the room suffices, else a copy of what is in use. Doubles or makes room for `expected`, at
+        most up to the context length plus one spare position (a padding row may stand behind the last token), and not
+        where memory has no room for as much. Raises: MemoryShortageError, which leaves the cache as it is.
         """
         if positions <= self.capacity:
             return False
-        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
         capacity = max(positions, min(wanted, self._model.context_length + 1))
         row_bytes = self._rows * self.bytes_per_position()
         if capacity * row_bytes > available_bytes():

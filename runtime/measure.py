@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .decode import PIECE_TOKENS, PicksTokens
-from .session import Session
+from .decode import PicksTokens
+from .session import Session, best_piece
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def time_prompt(session: Session, token_ids: Sequence[int]) -> float:
     """Feed a prompt, in pieces, to a session that forgets what it held. Returns seconds."""
     session.rewind(0)
     started = time.perf_counter()
-    for begin in range(0, len(token_ids), PIECE_TOKENS):
-        _step(session, token_ids[begin : begin + PIECE_TOKENS])
+    piece = best_piece(session)
+    for begin in range(0, len(token_ids), piece):
+        _step(session, token_ids[begin : begin + piece])
     return time.perf_counter() - started
 
 

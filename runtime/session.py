@@ -32,6 +32,10 @@ _REPAIR = "export the model again, and check that onnxruntime is as new as the o
 # bits. With a float32 cache a step therefore always has two rows, unless compiled kernels compute its attention; with
 # an int8 cache both of onnxruntime's kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
+# Prompts are fed in pieces, which bound the memory of a step. onnxruntime's attention computes what lies above the
+# diagonal of a piece, too: 384 tokens take 7 to 17 % longer a token than 256. Compiled kernels arrange keys, values and
+# weights once for each piece instead: 384 take 4 % less (docs/speed.md), longer ones as much.
+PIECE_TOKENS, KERNELS_PIECE_TOKENS = 256, 384
 # Rows of logits that a step may keep without a new buffer: those of a token and the guesses behind it. The system gives
 # memory only to rows that are written.
 _SHARED_ROWS = 1 + MOST_GUESSES
@@ -59,6 +63,9 @@ class Session(Protocol):
         Returns: (keep, vocab_size) float32, valid until the next step. 0 <= keep <= len(token_ids), and length +
         len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError.
         """
+
+    def expect(self, positions: int) -> None:
+        """Tell how long the text is likely to become, so that room for it is made at once. It may become longer."""
 
     def can_rewind(self, length: int) -> bool:
         """Whether `rewind` can go back to this length. To 0 it always can; a recurrence knows no way back to others."""
@@ -101,8 +108,9 @@ class OrtSession:
         # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
         whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
         self._least_kept = 0 if whole else 1
-        by_onnxruntime = model.kv.type == "float32" and not (providers[0] == CPU and kernels.attend(graph))
-        self.least_rows = _FLOAT_CACHE_ROWS if by_onnxruntime else 1
+        by_kernels = providers[0] == CPU and kernels.attend(graph)
+        self.least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not by_kernels else 1
+        self.piece_tokens = KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS
 
     @property
     def length(self) -> int:
@@ -125,6 +133,9 @@ class OrtSession:
         self.cache.length += len(token_ids)
         return self._logits[0, :keep]
 
+    def expect(self, positions: int) -> None:
+        self.cache.expected = positions
+
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self.length
 
@@ -133,7 +144,7 @@ class OrtSession:
 
     def rows(self, max_rows: int) -> OrtRowsSession:
         """Several sequences over the same graph, in a cache of their own."""
-        return OrtRowsSession(self._inference, self._model, max_rows)
+        return OrtRowsSession(self._inference, self._model, max_rows, self.piece_tokens)
 
     def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
         """Copy the keys and values of positions begin to end - 1, as `KVCache.read`."""
@@ -186,6 +197,11 @@ class OrtSession:
 def least_rows(session: Session) -> int:
     """Rows that each step of a session has, were it for one token; those beyond its tokens are padding."""
     return session.least_rows if isinstance(session, OrtSession) else 1
+
+
+def best_piece(session: Session) -> int:
+    """Tokens of a prompt that a session takes at once: fewer or more are slower."""
+    return session.piece_tokens if isinstance(session, OrtSession) else PIECE_TOKENS
 
 
 def make_session(

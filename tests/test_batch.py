@@ -40,8 +40,9 @@ LETTERS = 5
 class FakeRows:
     """A `FakeSession` for each row."""
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, piece_tokens: int = 4) -> None:
         self.max_rows = max_rows
+        self.piece_tokens = piece_tokens
         self.rows: list[FakeSession] = []
         self.steps: list[int] = []
         self.pieces: list[int] = []
@@ -85,11 +86,11 @@ texts = st.tuples(
 def test_every_row_gets_the_tokens_that_it_gets_alone(
     asked: list[tuple[list[int], int, set[int]]], max_rows: int, piece_tokens: int
 ) -> None:
-    session = FakeRows(max_rows)
+    session = FakeRows(max_rows, piece_tokens)
     rows = [Row(prompt, max_tokens, Greedy(), stop_ids) for prompt, max_tokens, stop_ids in asked]
     got: dict[Row, list[int]] = {row: [] for row in rows}
     left = []
-    for row, token in Batch(session, rows, 100, piece_tokens).tokens():
+    for row, token in Batch(session, rows, 100).tokens():
         assert row not in left
         if token is None:
             left.append(row)

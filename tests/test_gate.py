@@ -19,10 +19,9 @@ from edgelm.export.calibrate import cache_ranges
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.graph import ATTENTION
 from edgelm.export.trace import trace_model
-from edgelm.runtime.decode import PIECE_TOKENS
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.session import OrtSession, Session
+from edgelm.runtime.session import KERNELS_PIECE_TOKENS, OrtSession, Session
 from edgelm.targets import load_target
 
 from .conftest import TEXT, tiny_llama
@@ -273,7 +272,7 @@ def test_a_right_fp32_graph_passes(exported: Exported) -> None:
     assert found.steps == found.equal_steps == 4 * 32 + 3 * 16
     assert found.near_ties == 0
     assert found.prompts == 7
-    assert found.longest_prompt == PIECE_TOKENS + 40
+    assert found.longest_prompt == KERNELS_PIECE_TOKENS + 40
     assert found.left_out == ()
 
 
@@ -404,6 +403,9 @@ class Spoiled:
         logits = self._session.step(token_ids, keep).copy()
         self._spoil(logits)
         return logits
+
+    def expect(self, positions: int) -> None:
+        self._session.expect(positions)
 
     def rewind(self, length: int) -> None:
         self._session.rewind(length)

@@ -37,7 +37,7 @@ from edgelm.runtime import kernels, machine
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import OrtSession, least_rows, open_session
+from edgelm.runtime.session import KERNELS_PIECE_TOKENS, PIECE_TOKENS, OrtSession, best_piece, least_rows, open_session
 
 from .model_zoo import CONTEXT, tiny_model
 from .test_models import FLOAT, session_of
@@ -549,7 +549,7 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
 
 @pytest.mark.parametrize("switch", ["on", "off"])
 @pytest.mark.parametrize("settings", [{}, {"kv": "float32"}, {"kv": "float32", "scheme": "fp32"}])
-def test_steps_are_padded_where_onnxruntimes_attention_needs_it(
+def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it(
     export_tiny: Callable[..., Path], settings: dict[str, Any], switch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(export_tiny(**settings))
@@ -557,6 +557,7 @@ def test_steps_are_padded_where_onnxruntimes_attention_needs_it(
     opened = open_session(bundle, threads=THREADS)
     by_kernels = switch == "on" and settings.get("scheme") is None
     assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
+    assert best_piece(opened) == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
     opened.close()
 
 

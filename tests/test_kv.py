@@ -94,6 +94,19 @@ def test_one_large_request_is_met_at_once() -> None:
     assert cache.capacity == 5_001
 
 
+def test_room_for_what_is_expected_is_made_at_once() -> None:
+    cache = KVCache(model())
+    cache.expected = 700
+    assert cache.reserve(300)
+    assert cache.capacity == 700
+    assert not cache.reserve(700)
+    assert cache.reserve(701)
+    assert cache.capacity == 1_400
+    cache.expected = 90_000
+    assert cache.reserve(1_401)
+    assert cache.capacity == 5_001
+
+
 def test_buffers_stay_the_same_objects_until_reserve_says_otherwise() -> None:
     cache = KVCache(model())
     cache.reserve(10)

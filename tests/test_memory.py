@@ -118,6 +118,16 @@ def test_a_cache_grows_by_what_is_needed_where_twice_as_much_does_not_fit(monkey
     assert cache.capacity == 300
 
 
+def test_a_cache_has_room_for_what_is_needed_where_what_is_expected_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = cache_of(100_000)
+    cache.expected = 400
+    monkeypatch.setattr(kv, "available_bytes", lambda: 300 * cache.bytes_per_position())
+    cache.reserve(270)
+    assert cache.capacity == 270
+
+
 def test_a_cache_that_cannot_grow_stays_as_it_is(machine_with: Callable[..., None]) -> None:
     cache = cache_of(100_000)
     cache.reserve(256)
