@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ..runtime import bundle as names
 from ..runtime.manifest import Model, Tokens
 from .package import write_json
-from .passes.graph import ATTENTION, nodes_of
+from .passes.graph import ATTENTION, KEPT_ATTENTION
 from .passes.last_logits_only import LastLogitsOnly
 
 GENAI_GRAPH_NAME = "model.genai.onnx"
@@ -38,7 +38,8 @@ def write_genai_files(folder: Path, model: Model, tokens: Tokens) -> str | None:
     graph = ir.load(folder / names.GRAPH_NAME)
     LastLogitsOnly()(graph)
     ir.save(graph, folder / GENAI_GRAPH_NAME)
-    heads = next(nodes_of(graph, ATTENTION)).attributes["num_heads"].as_int()
+    attention = next(node for node in graph.graph if node.op_type in (ATTENTION, KEPT_ATTENTION))
+    heads = attention.attributes["num_heads"].as_int()
     write_json(folder / GENAI_CONFIG_NAME, genai_config(model, tokens, heads))
     return None
 

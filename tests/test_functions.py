@@ -24,8 +24,11 @@ from edgelm.export.passes.functions import (
     ROWWISE_MATMUL_TRANSPOSED,
     define,
 )
-from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
+from edgelm.export.passes.keep_last_logits import KeepLastLogits
+from edgelm.export.passes.keep_rows import KeepRows
 from edgelm.export.passes.quantize_cache import QuantizeCache
+from edgelm.export.passes.quantize_linears import QuantizeLinears
 from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
 from edgelm.runtime.ort import load_onnxruntime
 from edgelm.runtime.session import OrtSession
@@ -216,6 +219,35 @@ def test_attention_is_com_microsofts_operator(extra: str, cached: str, tmp_path:
     assert operators == optimized(ir.to_proto(model), tmp_path)
 
 
+@pytest.mark.parametrize("cached", ["int8", "float32"])
+def test_the_last_attention_takes_in_the_rows_that_are_kept(cached: str) -> None:
+    body = PLAIN + ATTEND.format(out="a", q="q", k="k", v="v") + "p = MatMul(a, w) y = MatMul(p, head)"
+    weights = {**projections(), "w": floats(32, 32), "head": floats(32, 32)}
+    before, model = (attention_graph(body, weights, inputs=X) for _ in range(2))
+    for built in (before, model):
+        for node in built.graph:
+            value = node.outputs[0]
+            if node.op_type in (ATTENTION, "MatMul") and value.shape is None:
+                value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), built.graph.inputs[0].shape
+        KeepLastLogits()(built)
+        QuantizeLinears("int8-rowwise", 127)(built)
+        if built is model:
+            assert KeepRows()(built).modified
+        if cached == "int8":
+            QuantizeCache(LARGEST)(built)
+        CallAttention()(built)
+    assert (count(before, ATTENTION), count(before, KEPT_ATTENTION)) == (1, 0)
+    assert (count(model, ATTENTION), count(model, KEPT_ATTENTION)) == (0, 1)
+    assert count(model, "Slice") == 0
+    feeds = {**attention_feeds(), "x": floats(1, 5, 32)}
+    for side in ("key", "value"):
+        feeds[f"past_key_values.0.{side}"] = RANDOM.integers(-127, 128, (1, 1, 3, 16)).astype(cached)
+    for keep in (1, 2, 5, 0):
+        feeds["logits_to_keep"] = np.array([keep])
+        for left, right in zip(compute(model, feeds), compute(before, feeds), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
 @pytest.mark.parametrize("extra", [", softcap=30.0", ", smooth_softmax=1", ", do_rotary=0, rotary_interleaved=1"])
 def test_attention_with_an_attribute_of_another_kind_stays(extra: str) -> None:
     model = attention(extra)
@@ -240,8 +272,8 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({}, {*PRODUCTS, ATTENTION}),
-        ({"kv": "float32"}, {*PRODUCTS, ATTENTION}),
+        ({}, {*PRODUCTS, ATTENTION, KEPT_ATTENTION}),
+        ({"kv": "float32"}, {*PRODUCTS, ATTENTION, KEPT_ATTENTION}),
         ({"scheme": "int8-tensor"}, set()),
         ({"scheme": "fp32"}, set()),
     ],

@@ -31,7 +31,7 @@ from edgelm.export.passes.functions import (
     ROWWISE_MATMUL_TRANSPOSED,
     define,
 )
-from edgelm.export.passes.graph import ATTENTION, MICROSOFT
+from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
 from edgelm.export.trace import trace_model
 from edgelm.runtime import kernels, machine
 from edgelm.runtime.bundle import Bundle
@@ -396,10 +396,22 @@ def test_halves_and_sums_of_another_length_are_refused() -> None:
 
 
 class Attention:
-    """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place."""
+    """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place.
+
+    some: whether `run` says which rows are wanted.
+    """
 
     def __init__(
-        self, *, heads: int, groups: int, size: int, packed: bool, window: int, rotary: int, cached: str = "int8"
+        self,
+        *,
+        heads: int,
+        groups: int,
+        size: int,
+        packed: bool,
+        window: int,
+        rotary: int,
+        cached: str = "int8",
+        some: bool = False,
     ) -> None:
         self.groups, self.size, self.packed, self.cached = groups, size, packed, cached
         self.widths = (heads * size, groups * size, groups * size)
@@ -412,8 +424,9 @@ class Attention:
         cached = {"int8": "int8", "float32": "float"}[cached]
         cache = f"{cached}[batch,{groups},past,{size}]"
         text = (
-            f"{', '.join(inputs)}, {cache} pk, {cache} pv, int32[batch] lengths, int32 total -> "
-            f"float[batch,new,{heads * size}] y, {cached}[batch,{groups},all,{size}] key, "
+            f"{', '.join(inputs)}, {cache} pk, {cache} pv, int32[batch] lengths, int32 total"
+            f"{', int64[1] start -> float[batch,kept' if some else ' -> float[batch,new'},{heads * size}] y, "
+            f"{cached}[batch,{groups},all,{size}] key, "
             f"{cached}[batch,{groups},all,{size}] value"
         )
         attributes = f"num_heads={heads}, kv_num_heads={groups}, scale=0.2, do_rotary={int(rotary > 0)}"
@@ -422,18 +435,25 @@ class Attention:
         if cached == "int8":
             attributes += ', kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL"'
             rest += ", , , , ks, vs"
+        elif some:
+            rest += ", , , , , "
+        name = KEPT_ATTENTION if some else ATTENTION
+        rest += ", start" if some else ""
         body = (
-            f"y, key, value = {EDGELM}.{ATTENTION} <{attributes}> "
+            f"y, key, value = {EDGELM}.{name} <{attributes}> "
             f"(q, {', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(", ,  ,", ", , ,")
         )
         weights = {"ks": scales[0], "vs": scales[1]}
         if rotary:
             weights |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
         self.model = graph(text, body, weights, (EDGELM, MICROSOFT))
-        define(self.model, ATTENTION)
+        define(self.model, name)
 
-    def run(self, inference: Any, x: list[Array], cuts: list[int], capacity: int) -> tuple[Array, list[Array]]:
-        """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values."""
+    def run(
+        self, inference: Any, x: list[Array], cuts: list[int], capacity: int, start: int | None = None
+    ) -> tuple[Array, list[Array]]:
+        """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values;
+        start: of each piece the first row that is wanted."""
         batch = len(x[0])
         cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.size), self.cached) for _ in range(2)]
         found, begin = [], 0
@@ -444,6 +464,8 @@ class Attention:
                 feeds = {"q": np.concatenate(parts, axis=-1)}
             binding = inference.io_binding()
             feeds |= {"lengths": np.full(batch, end - 1, np.int32), "total": np.array(end, np.int32)}
+            if start is not None:
+                feeds["start"] = np.array([start])
             for name, array in feeds.items():
                 binding.bind_cpu_input(name, array)
             for name, other, buffer in zip(("pk", "pv"), ("key", "value"), cache, strict=True):
@@ -493,6 +515,22 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
             assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
         else:
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("start", [0, -1, -2, -9, -150, -9999, 3, 260, 2**63 - 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rows_that_are_wanted_have_the_bits_of_all(shape: dict[str, Any], start: int, with_kernels: bool) -> None:
+    some, whole = Attention(**shape, some=True), Attention(**shape)
+    batch, cuts = (2, [270]) if with_kernels else (1, [270, 5, 1])
+    x = values(whole, batch, sum(cuts))
+    expected, cache = whole.run(session(whole.model, with_kernels), x, cuts, 320)
+    got, own_cache = some.run(session(some.model, with_kernels), x, cuts, 320, start)
+    ends = list(itertools.accumulate(cuts))
+    pieces = [expected[:, end - cut : end][:, start:] for cut, end in zip(cuts, ends, strict=True)]
+    np.testing.assert_array_equal(got, np.concatenate(pieces, axis=1))
+    for left, right in zip(own_cache, cache, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -2,7 +2,8 @@
 
 A node that has an attribute or an input that the function does not stays com.microsoft's. Runs where what attention
 reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
-compute in floats keep onnxruntime's attention.
+compute in floats keep onnxruntime's attention. Of the last attention `KeepRows` left a part of the rows: it becomes a
+call of `edgelm::KeptGroupQueryAttention`, which computes no others.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .functions import ATTENTION_ATTRIBUTES, make_call
-from .graph import ATTENTION, GraphPass, nodes_of
+from .graph import ATTENTION, KEPT_ATTENTION, GraphPass, nodes_of, replace_value
+from .keep_rows import keeps_last
 
 _UNKNOWN_INPUTS = (9, 10, 11)  # position_ids, attention_bias, head_sink
+_START = 14  # of the function that keeps rows: behind all inputs of the other
 
 
 class CallAttention(GraphPass):
@@ -21,8 +24,21 @@ class CallAttention(GraphPass):
     def apply(self, model: ir.Model) -> bool:
         callable_nodes = [node for node in nodes_of(model, ATTENTION) if _is_callable(node)]
         for node in callable_nodes:
-            make_call(model, node, ATTENTION)
+            users = [use.node for use in node.outputs[0].uses()]
+            if len(users) == 1 and keeps_last(users[0]):
+                _take_in(node, users[0])
+                make_call(model, node, KEPT_ATTENTION)
+            else:
+                make_call(model, node, ATTENTION)
         return bool(callable_nodes)
+
+
+def _take_in(attention: ir.Node, cut: ir.Node) -> None:
+    """The rows that a Slice keeps of a result are all that there are."""
+    attention.resize_inputs(_START + 1)
+    attention.replace_input_with(_START, cut.inputs[1])
+    attention.outputs[0].shape = cut.outputs[0].shape
+    replace_value(cut.outputs[0], attention.outputs[0])
 
 
 def _is_callable(attention: ir.Node) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import onnx.parser
 import onnx_ir as ir
 
-from .graph import ATTENTION, MICROSOFT, Builder, use_domain
+from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, Builder, use_domain
 
 EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
@@ -51,8 +51,9 @@ _ATTENTION_INPUTS = (
     "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
     "attention_bias, head_sink, k_scale, v_scale"
 )
-_ATTENTION_OUTPUTS = "output, present_key, present_value"
+_ATTENTION_STATES = "present_key, present_value"
 _TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
+_ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
 
 
@@ -80,8 +81,14 @@ _TEXTS = {
         {_product("gated", "weight")} }}""",
     # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
     # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
-    ATTENTION: f"""{ATTENTION} <{", ".join(ATTENTION_ATTRIBUTES)}> ({_ATTENTION_INPUTS}) => ({_ATTENTION_OUTPUTS}) {{
-        {_ATTENTION_OUTPUTS} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
+    ATTENTION: f"""{ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}) => (output, {_ATTENTION_STATES}) {{
+        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
+    # The same, of whose rows those from `start` on are kept (int64 (1), from the end where it is negative).
+    KEPT_ATTENTION: f"""{KEPT_ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}, start) => (kept, {_ATTENTION_STATES}) {{
+        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS})
+        end = Constant<value_ints = [{2**63 - 1}]>()
+        axis = Constant<value_ints = [1]>()
+        kept = Slice(output, start, end, axis) }}""",
 }
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"
 ATTENTION = "GroupQueryAttention"
+KEPT_ATTENTION = "KeptGroupQueryAttention"
 
 
 class GraphPass(ir.passes.InPlacePass):

@@ -28,7 +28,7 @@ class KeepRows(GraphPass):
     """See the module."""
 
     def apply(self, model: ir.Model) -> bool:
-        cut = next((node for node in nodes_of(model, "Slice") if _keeps_last(node)), None)
+        cut = next((node for node in nodes_of(model, "Slice") if keeps_last(node)), None)
         if cut is None or cut.inputs[0] is None:
             return False
         between = _only_for(model, cut)
@@ -36,7 +36,7 @@ class KeepRows(GraphPass):
         if not any(node.domain == EDGELM for node in between) or not all(_has_rows(value) for value in needed):
             return False
         count = next(value for value in model.graph.inputs if value.name == INPUT_NAME)
-        start = Builder(model, between[0], f"{cut.name}.start")("Neg", count)
+        start = Builder(model, next(iter(model.graph)), f"{cut.name}.start")("Neg", count)
         for value, user in needed.items():
             kept = Builder(model, user, f"{value.name}.kept")("Slice", value, start, *cut.inputs[2:], like=value)
             kept.shape = _cut_shape(value, cut)
@@ -51,7 +51,8 @@ class KeepRows(GraphPass):
         return True
 
 
-def _keeps_last(node: ir.Node) -> bool:
+def keeps_last(node: ir.Node) -> bool:
+    """Whether a node keeps the rows whose logits are asked for."""
     start = producer(node.inputs[1], "Neg")
     return start is not None and start.inputs[0] is not None and start.inputs[0].name == INPUT_NAME
 

@@ -25,6 +25,14 @@ constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // rounded: the products fit into 32 bits.
 constexpr int kValueLimit = 1 << 12;
 constexpr float kWeightLimit = std::numeric_limits<int32_t>::max() / kValueLimit - kChunk;
+// The input that says which rows are kept: from the first of them on, counted from the end where that is negative.
+constexpr size_t kStart = 14;
+
+int kept(int rows, const int64_t* start) {
+  if (start == nullptr) return rows;
+  const int64_t first = *start < 0 ? rows + *start : *start;
+  return rows - static_cast<int>(std::clamp<int64_t>(first, 0, rows));
+}
 
 }  // namespace
 
@@ -75,6 +83,7 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
   const Tensor query = call.input(0), past_key = call.input(3);
   Step step{};
   step.batch = static_cast<int>(query.shape.at(0)), step.rows = static_cast<int>(query.shape.at(1));
+  step.kept = kept(step.rows, call.values<int64_t>(kStart));
   step.query = query.values<float>();
   step.key = call.values<float>(1), step.value = call.values<float>(2);
   step.lengths = call.values<int32_t>(5);
@@ -100,7 +109,7 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
                                " of a sequence in a cache of " + std::to_string(step.capacity) +
                                " are not there, or have no angles");
   }
-  step.output = call.output<float>(0, {step.batch, step.rows, heads_ * size_});
+  step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
   const std::vector<int64_t> cache{step.batch, groups_, step.capacity, size_};
   step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
   for (auto [from, to] :
@@ -120,7 +129,8 @@ void Attention<Cached>::compute(Call& call) const {
     for (int row = part * kAppended; row < std::min((part + 1) * kAppended, rows); row++)
       append(step, row / step.rows, row % step.rows);
   });
-  if (step.rows * per_group_ <= kTileRows)
+  if (step.kept == 0) return;
+  if (step.kept * per_group_ <= kTileRows)
     by_chunks(call, step);
   else
     by_rows(call, step);
@@ -284,7 +294,8 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   const float* const scales = value_scales_.data() + tile.group * size_;
   for (int row = 0; row < rows_of(tile); row++) {
     const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
-    float* const y = step.output + ((static_cast<size_t>(tile.sequence) * step.rows + index) * heads_ + head) * size_;
+    const size_t place = static_cast<size_t>(tile.sequence) * step.kept + index - step.left_out();
+    float* const y = step.output + (place * heads_ + head) * size_;
     arithmetic_.divide(state.values + row * width_, state.sums[row], scales, size_, y);
   }
 }
@@ -292,7 +303,7 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
 // Positions of a task: all tasks have as many, but for the last ones.
 template <typename Cached>
 int Attention<Cached>::task_positions(const Step& step) const {
-  const auto parts = [&](int positions) { return (step.rows + positions - 1) / positions; };
+  const auto parts = [&](int positions) { return (step.kept + positions - 1) / positions; };
   const int most = parts(std::max(1, kTaskRows / per_group_)), least = parts(std::max(1, kMostTaskRows / per_group_));
   const int groups = step.batch * groups_, enough = (kTasksPerThread * threads_ + groups - 1) / groups;
   return parts(std::clamp(enough, least, most));
@@ -300,11 +311,11 @@ int Attention<Cached>::task_positions(const Step& step) const {
 
 template <typename Cached>
 void Attention<Cached>::by_rows(Call& call, const Step& step) const {
-  const int positions = task_positions(step), parts = (step.rows + positions - 1) / positions;
+  const int positions = task_positions(step), parts = (step.kept + positions - 1) / positions;
   const int tile_positions = std::max(1, kTileRows / per_group_), tile_rows = tile_positions * per_group_;
   // The longest tasks first: what is left at the end is short.
   call.share(step.batch * groups_ * parts, threads_, [&](int task, int) {
-    const int begin = (parts - 1 - task / (step.batch * groups_)) * positions;
+    const int begin = step.left_out() + (parts - 1 - task / (step.batch * groups_)) * positions;
     const Tile whole{task % step.batch, task / step.batch % groups_, begin, std::min(positions, step.rows - begin)};
     const int rows = rows_of(whole);
     const auto [own, state_so_far, memory, work, next] = Memory::laid_out(0, [&](Memory& memory) {
@@ -330,8 +341,8 @@ void Attention<Cached>::by_rows(Call& call, const Step& step) const {
 
 template <typename Cached>
 void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
-  const int rows = step.rows * per_group_, tiles = step.batch * groups_;
-  const auto tile_of = [&](int index) { return Tile{index / groups_, index % groups_, 0, step.rows}; };
+  const int rows = step.kept * per_group_, tiles = step.batch * groups_;
+  const auto tile_of = [&](int index) { return Tile{index / groups_, index % groups_, step.left_out(), step.kept}; };
   int most = 0;
   for (int i = 0; i < tiles; i++) most = std::max(most, last_chunk(step, tile_of(i)) + 1);
   const auto [all, parts] = Memory::laid_out(

@@ -1,5 +1,5 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
-// floats.
+// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone.
 //
 // Products are those of integers. A cache of 8 bits is taken as it is; a row's query is rounded to 16 bits, by its
 // largest value, and the weights of a chunk's values to 15, by the largest of them. Of floats, keys and values are
@@ -35,6 +35,7 @@ class Attention {
   // What a call is given. Positions are counted within a sequence of the batch.
   struct Step {
     int batch, rows, capacity;
+    int kept;                         // of a sequence's rows: the last ones, whose results are asked for
     size_t stride_query, stride_key;  // from one position to the next
     const float *query, *key, *value;
     const int32_t* lengths;  // of each sequence, with this step's rows, less 1
@@ -45,6 +46,7 @@ class Attention {
     float* output;
 
     int past(int sequence) const { return first ? 0 : lengths[sequence] + 1 - rows; }
+    int left_out() const { return rows - kept; }
   };
   // Rows that attend together: the heads of a group, side by side, at positions [begin, begin + positions) of a step.
   // Those of a task are cut into smaller ones.

@@ -115,13 +115,16 @@ void add_operators(OrtSessionOptions* options) {
   add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads, own));
   add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads, own));
   add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads, own));
-  const auto attention = [](auto cached) {
-    return Types{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
+  const auto add_attention = [&]<typename Cached>(ONNXTensorElementDataType cached) {
+    Types inputs{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
+    const Types outputs{kFloat, cached, cached};
+    add(define<Attention<Cached>>("GroupQueryAttention", inputs, outputs, 1, threads, own));
+    inputs.push_back(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+    add(define<Attention<Cached>>("KeptGroupQueryAttention", inputs, outputs, 1, threads, own));
   };
-  constexpr const char* kAttention = "GroupQueryAttention";
-  add(define<Attention<int8_t>>(kAttention, attention(kInt8), {kFloat, kInt8, kInt8}, 1, threads, own));
-  add(define<Attention<float>>(kAttention, attention(kFloat), {kFloat, kFloat, kFloat}, 1, threads, own));
+  add_attention.operator()<int8_t>(kInt8);
+  add_attention.operator()<float>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
   check(api->AddCustomOpDomain(options, domain));
 }
 
