@@ -300,23 +300,34 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   }
 }
 
-// Positions of a task: all tasks have as many, but for the last ones.
+// Parts into which a sequence's rows are cut, for each group of heads.
 template <typename Cached>
-int Attention<Cached>::task_positions(const Step& step) const {
-  const auto parts = [&](int positions) { return (step.kept + positions - 1) / positions; };
-  const int most = parts(std::max(1, kTaskRows / per_group_)), least = parts(std::max(1, kMostTaskRows / per_group_));
+int Attention<Cached>::parts_of(const Step& step) const {
+  const auto parts = [&](int rows) { return (step.kept * per_group_ + rows - 1) / rows; };
   const int groups = step.batch * groups_, enough = (kTasksPerThread * threads_ + groups - 1) / groups;
-  return parts(std::clamp(enough, least, most));
+  return std::clamp(enough, parts(kMostTaskRows), parts(kTaskRows));
+}
+
+// Which of a sequence's rows the parts in front of this one end with: each part costs as much, a row what it sees.
+template <typename Cached>
+int Attention<Cached>::cut(const Step& step, int sequence, int nth, int parts) const {
+  if (nth == parts) return step.rows;
+  const double share = static_cast<double>(nth) / parts, first = step.past(sequence) + step.left_out();
+  const double row =
+      window_ > 0 ? share * step.kept : std::sqrt(first * first + share * step.kept * (2 * first + step.kept)) - first;
+  const int tile = std::max(1, kTileRows / per_group_);
+  return step.left_out() + static_cast<int>(row) / tile * tile;
 }
 
 template <typename Cached>
 void Attention<Cached>::by_rows(Call& call, const Step& step) const {
-  const int positions = task_positions(step), parts = (step.kept + positions - 1) / positions;
+  const int parts = parts_of(step), groups = step.batch * groups_;
   const int tile_positions = std::max(1, kTileRows / per_group_), tile_rows = tile_positions * per_group_;
-  // The longest tasks first: what is left at the end is short.
-  call.share(step.batch * groups_ * parts, threads_, [&](int task, int) {
-    const int begin = step.left_out() + (parts - 1 - task / (step.batch * groups_)) * positions;
-    const Tile whole{task % step.batch, task / step.batch % groups_, begin, std::min(positions, step.rows - begin)};
+  call.share(groups * parts, threads_, [&](int task, int) {
+    const int sequence = task % step.batch, group = task / step.batch % groups_, nth = task / groups;
+    const int begin = cut(step, sequence, nth, parts), end = cut(step, sequence, nth + 1, parts);
+    if (begin == end) return;
+    const Tile whole{sequence, group, begin, end - begin};
     const int rows = rows_of(whole);
     const auto [own, state_so_far, memory, work, next] = Memory::laid_out(0, [&](Memory& memory) {
       return std::tuple(queries(memory, rows), state(memory, rows), chunk(memory), scores(memory, tile_rows),

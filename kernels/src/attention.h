@@ -100,7 +100,8 @@ class Attention {
   void by_chunks(Call& call, const Step& step) const;
   int first_chunk(const Step& step, const Tile& tile) const;
   int last_chunk(const Step& step, const Tile& tile) const;
-  int task_positions(const Step& step) const;
+  int parts_of(const Step& step) const;
+  int cut(const Step& step, int sequence, int nth, int parts) const;
   int rows_of(const Tile& tile) const { return tile.positions * per_group_; }
 
   const Arithmetic& arithmetic_;
