@@ -129,8 +129,8 @@ class Sequencer:
         chooser is asked for the same rows in the same order.
         """
         picks = type(chooser) is Greedy and isinstance(self._session, PicksTokens)
-        # Answers may end long before `max_tokens`.
-        self._session.expect(len(token_ids) + min(max_tokens, len(token_ids)))
+        # With its answer and what may be asked next. A cache that moves while it is full is in memory twice.
+        self._session.expect(2 * len(token_ids))
         rows: NDArray[Any] = np.empty(0)
         for rows in self._feed(token_ids, picks):  # noqa: B007, the last ones count
             if interrupted():
