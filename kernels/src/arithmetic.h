@@ -48,7 +48,8 @@ struct AttentionState {
 // Rows of scores, `stride` apart as their weights are: each sees those in [begin, end), nothing where both are 0;
 // a row no less at the end than those before it.
 struct AttentionScores {
-  int32_t* values;  // overwritten
+  float* values;         // overwritten
+  const float* largest;  // of each row kLanes, of which the largest is that of its scores up to `count`
   int16_t* weights;
   size_t stride;
   const int *begin, *end;
@@ -132,23 +133,31 @@ struct Arithmetic {
   void (*pairs)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                 int32_t* sums, size_t stride_sums);
 
+  // The same as scores: sums times key_scales[column], null for integers that are scores already. largest[row][lane] is
+  // that of the columns lane, lane + kLanes, and so on.
+  void (*scores)(const int16_t* a, int rows, size_t stride_a, const int16_t* columns, int depth, int count,
+                 const float* key_scales, float* scores, size_t stride_scores, float* largest);
+
   // For each row of scores s: w[i] = round(kOne * 2^(s[i] * factor - largest)) for i in [begin, end), largest being
   // that of s[i], times factor; all others of `padded(count, 2 * kLanes)` are 0. part.sums gets the sum of w,
   // part.scales 1. A row that sees nothing has a sum of 0, and -infinity is its largest. 0 <= factor.
   void (*weights)(const AttentionScores& scores, int rows, int count, const AttentionPart& part);
-  // The same of scores s[i] * key_scales[i], for values of scales of their own: with p[i] = 2^(s[i] * key_scales[i] *
-  // factor - largest), by a fused addition, to 18 bits and at least 2^-100, whose sum (16 partial sums, added as in
-  // `norm`) part.sums gets, and v[i] = p[i] * value_scales[i]: w[i] = round(v[i] * (1 / scale)), where scale, which
-  // part.scales gets, is the larger of max(v) * (1 / 32767) and sum(v) * (1 / limit), a sum by fused additions: w fits
-  // into 16 bits, and its sum is at most limit and a half of their number. Where scale is below 2^-126, w is 0.
-  void (*scaled_weights)(const AttentionScores& scores, int rows, int count, const float* key_scales,
-                         const float* value_scales, float limit, const AttentionPart& part);
+  // The same for values of scales of their own: with p[i] = 2^(s[i] * factor - largest), by a fused addition, to 18
+  // bits and at least 2^-100, whose sum (16 partial sums, added as in `norm`) part.sums gets, and v[i] = p[i] *
+  // value_scales[i]: w[i] = round(v[i] * (1 / scale)), where scale, which part.scales gets, is the larger of max(v) *
+  // (1 / 32767) and sum(v) * (1 / limit), a sum by fused additions: w fits into 16 bits, and its sum is at most limit
+  // and a half of their number. Where scale is below 2^-126, w is 0.
+  void (*scaled_weights)(const AttentionScores& scores, int rows, int count, const float* value_scales, float limit,
+                         const AttentionPart& part);
 
   // What a chunk adds to rows, added to what is there of earlier ones. With the larger of the two largest scores, and p
   // and q = 2^(largest - that one), as `weights` computes it, 2^-100 below, of earlier chunks and of this one:
   // values = values * p + part values * (q * part scale), and the same of the sums, without a scale; by a product and
   // a fused addition. width: a multiple of kLanes. A part whose sum is 0 adds nothing.
   void (*merge)(const AttentionState& state, const AttentionPart& part, int rows, int width);
+  // The same of a chunk whose values are still to be multiplied, as by `pairs`.
+  void (*merge_values)(const AttentionState& state, const AttentionPart& part, const int16_t* weights, int rows,
+                       size_t stride_weights, const int16_t* columns, int stride, int depth, int width);
   // y[i] = a[i] / divisor * factors[i].
   void (*divide)(const float* a, float divisor, const float* factors, int size, float* y);
 };

@@ -183,14 +183,17 @@ Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) cons
 template <typename Cached>
 Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory) const {
   const size_t size = static_cast<size_t>(kChunk) * width_;
-  return {memory.take<int16_t>(size), memory.take<int16_t>(size), memory.take<float>(kChunk),
-          memory.take<float>(kChunk), 0};
+  Chunk chunk{memory.take<int16_t>(size), memory.take<int16_t>(size), nullptr, nullptr, 0};
+  if constexpr (!kRounded)
+    chunk.key_scales = memory.take<float>(kChunk), chunk.value_scales = memory.take<float>(kChunk);
+  return chunk;
 }
 
 template <typename Cached>
 Attention<Cached>::Scores Attention<Cached>::scores(Memory& memory, int rows) const {
   const size_t size = static_cast<size_t>(rows) * kChunk;
-  return {memory.take<int32_t>(size), memory.take<int16_t>(size), memory.take<int>(rows), memory.take<int>(rows)};
+  return {memory.take<float>(size), memory.take<float>(static_cast<size_t>(rows) * kLanes), memory.take<int16_t>(size),
+          memory.take<int>(rows), memory.take<int>(rows)};
 }
 
 template <typename Cached>
@@ -259,27 +262,33 @@ Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Til
   return chunk;
 }
 
-// What the positions of a chunk add to a tile's rows.
+// How a tile's rows weigh the positions of a chunk.
 template <typename Cached>
-void Attention<Cached>::attend(const Step& step, const Tile& tile, int index, const Queries& queries,
-                               const Chunk& chunk, const Scores& scores, const Part& part) const {
+void Attention<Cached>::weigh(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
+                              const Scores& scores, const Part& part) const {
   const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
   const int count = std::min(kChunk, first + tile.positions - begin), depth = padded(size_, 2) / 2;
-  arithmetic_.pairs(queries.values, rows, width_, chunk.keys, depth, depth, padded(count, kLanes), scores.values,
-                    kChunk);
+  arithmetic_.scores(queries.values, rows, width_, chunk.keys, depth, padded(count, kLanes), chunk.key_scales,
+                     scores.values, kChunk, scores.largest);
   for (int i = 0; i < tile.positions; i++) {
     const int end = std::min(count, first + i + 1 - begin);
     const int start = window_ == 0 ? 0 : std::max(0, first + i + 1 - window_ - begin);
     std::fill_n(scores.begin + i * per_group_, per_group_, start < end ? start : 0);
     std::fill_n(scores.end + i * per_group_, per_group_, start < end ? end : 0);
   }
-  const AttentionScores all{scores.values, scores.weights, kChunk, scores.begin, scores.end, queries.factors};
+  const AttentionScores all{scores.values, scores.largest, scores.weights, kChunk,
+                            scores.begin,  scores.end,     queries.factors};
   if constexpr (kRounded)
     arithmetic_.weights(all, rows, count, part);
   else
-    arithmetic_.scaled_weights(all, rows, count, chunk.key_scales, chunk.value_scales, kWeightLimit, part);
-  arithmetic_.pairs(scores.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, padded(count, 2) / 2,
-                    width_, part.values, width_);
+    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kWeightLimit, part);
+}
+
+// Pairs of a chunk's positions that some row of a tile sees.
+template <typename Cached>
+int Attention<Cached>::seen_pairs(const Step& step, const Tile& tile, int index) const {
+  const int end = step.past(tile.sequence) + tile.begin + tile.positions;
+  return padded(std::min(kChunk, end - index * kChunk), 2) / 2;
 }
 
 template <typename Cached>
@@ -342,8 +351,9 @@ void Attention<Cached>::by_rows(Call& call, const Step& step) const {
         tile.begin += done, tile.positions = std::min(tile_positions, whole.positions - done);
         if (index < first_chunk(step, tile) || index > last_chunk(step, tile)) continue;
         const size_t row = static_cast<size_t>(done) * per_group_;
-        attend(step, tile, index, from(own, row), chunk, work, next);
-        arithmetic_.merge(from(state_so_far, row), next, rows_of(tile), width_);
+        weigh(step, tile, index, from(own, row), chunk, work, next);
+        arithmetic_.merge_values(from(state_so_far, row), next, work.weights, rows_of(tile), kChunk, chunk.values,
+                                 padded(chunk.count, 2) / 2, seen_pairs(step, tile, index), width_);
       }
     }
     write(step, whole, state_so_far);
@@ -371,10 +381,14 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
       const int index = task % most, i = task / most;
       const Tile tile = tile_of(i);
       // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
-      if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile))
-        attend(step, tile, index, from(all, static_cast<size_t>(i) * rows),
-               arranged(step, tile, index, place_of(std::min(task + 1, tasks - 1)), memory), weighed,
-               from(parts, static_cast<size_t>(task) * rows));
+      if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile)) {
+        const Chunk chunk = arranged(step, tile, index, place_of(std::min(task + 1, tasks - 1)), memory);
+        const Part part = from(parts, static_cast<size_t>(task) * rows);
+        weigh(step, tile, index, from(all, static_cast<size_t>(i) * rows), chunk, weighed, part);
+        const int pairs = seen_pairs(step, tile, index);
+        arithmetic_.pairs(weighed.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, pairs, width_,
+                          part.values, width_);
+      }
       if (--left[i] == 0) gather(step, tile, from(parts, static_cast<size_t>(i) * most * rows), result);
     }
   };

@@ -70,7 +70,7 @@ class Attention {
   };
   // Of the rows of a tile (rows, kChunk).
   struct Scores {
-    int32_t* values;
+    float *values, *largest;
     int16_t* weights;
     int *begin, *end;  // of the positions that they see
   };
@@ -91,8 +91,9 @@ class Attention {
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
   Chunk arranged(const Step& step, const Tile& tile, int index, size_t next, Chunk chunk) const;
-  void attend(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
-              const Scores& scores, const Part& part) const;
+  void weigh(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
+             const Scores& scores, const Part& part) const;
+  int seen_pairs(const Step& step, const Tile& tile, int index) const;
   void clear(int rows, const State& state) const;
   void gather(const Step& step, const Tile& tile, const Part& parts, const State& result) const;
   void write(const Step& step, const Tile& tile, const State& state) const;

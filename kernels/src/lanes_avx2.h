@@ -91,6 +91,7 @@ inline Bytes broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
 inline Ints load_ints(const int32_t* x) { return load_bytes(x); }
 inline void store_ints(int32_t* y, Ints x) { store_bytes(static_cast<void*>(y), x); }
+inline Lanes lanes_of(const Ints* x) { return {_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])}; }
 inline Lanes difference(const Ints* a, const Ints* b) {
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(a[0], b[0])), _mm256_cvtepi32_ps(_mm256_sub_epi32(a[1], b[1]))};
 }

@@ -63,6 +63,7 @@ inline Bytes broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints load_ints(const int32_t* x) { return _mm512_loadu_si512(x); }
 inline void store_ints(int32_t* y, Ints x) { _mm512_storeu_si512(y, x); }
+inline Lanes lanes_of(const Ints* x) { return _mm512_cvtepi32_ps(*x); }
 inline Lanes difference(const Ints* a, const Ints* b) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(*a, *b)); }
 // _mm512_dpbusd_epi32, written out: around the intrinsic, GCC moves all sums through memory.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {

@@ -105,6 +105,9 @@ inline void store_bytes(void* y, Bytes x) { vst1q_s8(static_cast<int8_t*>(y), x)
 inline Ints zero_ints() { return vdupq_n_s32(0); }
 inline Ints load_ints(const int32_t* x) { return vld1q_s32(x); }
 inline void store_ints(int32_t* y, Ints x) { vst1q_s32(y, x); }
+inline Lanes lanes_of(const Ints* x) {
+  return each([&](int i) { return vcvtq_f32_s32(x[i]); });
+}
 inline Lanes difference(const Ints* a, const Ints* b) {
   return each([&](int i) { return vcvtq_f32_s32(vsubq_s32(a[i], b[i])); });
 }

@@ -1,0 +1,321 @@
+// Products of quantized rows, and what makes the rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "lanes.h"
+
+namespace edgelm {
+namespace {
+
+// Rows of a matrix that are read side by side: so many streams a processor prefetches, and the sums that stand in the
+// first cache meanwhile are loaded and stored once for 16 products.
+constexpr int kDepthStep = 16;
+// Of a transposed matrix's tiles, how many further on is asked for.
+constexpr int kTilesAhead = 4;
+
+// --- rows -----------------------------------------------------------------------------------------------------------
+
+float quantize(const float* x, int size, uint8_t* q) {
+  const float r = largest_magnitude(x, size);
+  // The order of QuantizeLinear: two divisions, then rounding to even. A product differs from them by five roundings of
+  // at most 127, 4e-5 together, so that it is rounded to the same unless it is as near to halfway between two, or a row
+  // has no values to divide by.
+  const Lanes divisor = set(r), step = set(1.0f / 127), factor = set(127 / r), almost_half = set(0.4999f);
+  each_lanes(size, [&](int i, int count) {
+    const Lanes values = load_some(x + i, count), scaled = mul(values, factor);
+    Lanes whole = round(scaled);
+    if (!all_below(abs(sub(scaled, whole)), almost_half)) whole = round(div(div(values, divisor), step));
+    store_bytes(q + i, whole, kOffset);
+  });
+  std::fill(q + size, q + padded(size, kBlock), uint8_t{0});
+  return r;
+}
+
+void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
+          float* y) {
+  Lanes squares = zero();
+  each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {x + i + next, skip + i + next}) __builtin_prefetch(ahead);
+    __builtin_prefetch(total + i + next, 1);
+    const Lanes both = add(load_some(x + i, count), load_some(skip + i, count));
+    store_some(total + i, both, count);
+    squares = fma(both, both, squares);
+  });
+  const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
+  each_lanes(size, [&](int i, int count) {
+    store(y + i, mul(mul(load_some(total + i, count), inverse), load_some(weight + i, count)));
+  });
+}
+
+void gate(const float* gate, const float* up, int size, int next, float* y) {
+  each_lanes(size, [&](int i, int count) {
+    for (const float* ahead : {gate + i + next, up + i + next}) __builtin_prefetch(ahead);
+    // e is at most 1: it neither overflows nor takes digits from the sum.
+    const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
+    const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
+    store(y + i, mul(mul(x, opening), load_some(up + i, count)));
+  });
+}
+
+// --- integer products -----------------------------------------------------------------------------------------------
+
+// What kLanes columns' sums are turned into values with. It is loaded before anything is written, which a compiler
+// cannot know to be elsewhere.
+struct Scaling {
+  Ints corrections[kIntsPerLanes];
+  Lanes scales;
+
+  Scaling(const Result& result, int column) : scales(load(result.scales + column)) {
+    for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
+  }
+  Lanes apply(const Ints* sums, float factor) const {
+    return mul(mul(difference(sums, corrections), scales), set(factor));
+  }
+};
+
+void scale(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result) {
+  each_lanes(columns, [&](int column, int count) {
+    const Scaling scaling(result, column);
+    for (int row = 0; row < rows; row++) {
+      Ints parts[kIntsPerLanes];
+      for (int i = 0; i < kIntsPerLanes; i++)
+        parts[i] = load_ints(sums + row * stride_sums + column + i * kSumsPerInts);
+      store_some(result.y + row * result.stride + column, scaling.apply(parts, result.factors[row]), count);
+    }
+  });
+}
+
+// kBytes columns of four rows of a matrix.
+inline void load_quads(const int8_t* w, size_t width, Bytes quads[4]) {
+  interleave(load_bytes(w), load_bytes(w + width), load_bytes(w + 2 * width), load_bytes(w + 3 * width), quads);
+}
+
+// The same at the edges of a matrix (depth, width): rows and columns that it does not have are 0.
+[[gnu::noinline]] void load_edge(const int8_t* w, int k, int depth, size_t width, size_t column, Bytes quads[4]) {
+  int8_t rows[4][kBytes] = {};
+  if (column < width)
+    for (int i = 0; i < std::min(4, depth - k); i++)
+      std::memcpy(rows[i], w + (k + i) * width + column, std::min<size_t>(width - column, kBytes));
+  load_quads(rows[0], kBytes, quads);
+}
+
+inline void load_quads(const int8_t* w, int k, int depth, size_t width, size_t column, Bytes quads[4]) {
+  if (k + 4 <= depth && column + kBytes <= width)
+    load_quads(w + k * width + column, width, quads);
+  else
+    load_edge(w, k, depth, width, column, quads);
+}
+
+// The sums of M rows of x in kBytes columns.
+template <int M>
+struct Sums {
+  Ints values[M][4];
+
+  void clear() {
+    for (auto& row : values)
+      for (auto& part : row) part = zero_ints();
+  }
+  void load(const int32_t* place, size_t stride) {
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++) values[m][i] = load_ints(place + m * stride + i * kSumsPerInts);
+  }
+  void store(int32_t* place, size_t stride) const {
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++) store_ints(place + m * stride + i * kSumsPerInts, values[m][i]);
+  }
+  // Unrolled: an index that is computed would put the sums into memory.
+  void store(const Result& result) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i += kIntsPerLanes) {
+      const Scaling scaling(result, i * kSumsPerInts);
+      float* y = result.y + i * kSumsPerInts;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++, y += result.stride) edgelm::store(y, scaling.apply(values[m] + i, result.factors[m]));
+    }
+  }
+  void add(const Bytes quads[4], const uint8_t* x, size_t stride_x) {
+    for (int m = 0; m < M; m++) {
+      const Bytes factor = broadcast(four(x + m * stride_x));
+      for (int i = 0; i < 4; i++) values[m][i] = dot(values[m][i], quads[i], factor);
+    }
+  }
+  void add(const int32_t* place) {
+    for (int i = 0; i < 4; i++) values[0][i] = add_ints(values[0][i], load_ints(place + i * kSumsPerInts));
+  }
+  // Put in order and scaled; of less than kBytes columns so many.
+  void finish(int columns, const Result& result) {
+    for (auto& row : values) in_order(row);
+    if (columns >= kBytes) return store(result);
+    int32_t sums[M * kBytes];
+    store(sums, kBytes);
+    scale(sums, kBytes, M, columns, result);
+  }
+};
+
+// Adds the products with kDepthStep rows of w, the first of them row k of the matrix.
+template <int M>
+void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int depth, size_t width, bool first,
+               const int8_t* next, int32_t* sums, size_t stride_sums) {
+  for (size_t column = 0; column < width; column += kBytes) {
+    if (next != nullptr)
+      for (int i = 0; i < kDepthStep * kBytes; i += kLine) __builtin_prefetch(next + column * kDepthStep + i);
+    Sums<M> tile;
+    if (first)
+      tile.clear();
+    else
+      tile.load(sums + column, stride_sums);
+    Bytes quads[4];
+    if (k + kDepthStep <= depth && column + kBytes <= width) {
+      const int8_t* const corner = w + k * width + column;
+#pragma GCC unroll 4
+      for (int j = 0; j < kDepthStep; j += 4) {
+        load_quads(corner + j * width, width, quads);
+        tile.add(quads, x + k + j, stride_x);
+      }
+    } else {
+      for (int j = k; j < std::min(k + kDepthStep, depth); j += 4) {
+        load_edge(w, j, depth, width, column, quads);
+        tile.add(quads, x + j, stride_x);
+      }
+    }
+    tile.store(sums + column, stride_sums);
+  }
+}
+
+// The same for any number of rows, M of them at once.
+template <int M>
+void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
+                bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums, next = nullptr)
+    add_strip<M>(x, stride_x, w, k, depth, width, first, next, sums, stride_sums);
+  if constexpr (M > 1)
+    if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
+}
+
+void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
+             const int8_t* next, int32_t* sums, size_t stride_sums) {
+  // While a strip is in the cache, all rows take it.
+  for (int k = 0; k < depth; k += kDepthStep)
+    add_strips<4>(x, rows, stride_x, w, k, depth, width, first && k == 0,
+                  k + kDepthStep < depth ? w + (k + kDepthStep) * width : next, sums, stride_sums);
+}
+
+void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int rows, int columns,
+                 const Result& result) {
+  for (int row = 0; row < rows; row++)
+    for (int column = 0; column < columns; column += kBytes) {
+      const size_t place = row * stride_sums + column;
+      Sums<1> tile;
+      tile.load(sums[0] + place, 0);
+      for (int part = 1; part < parts; part++) tile.add(sums[part] + place);
+      tile.finish(columns - column, result.from(row, column));
+    }
+}
+
+template <int M, int N>
+inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int32_t* sums,
+                      size_t stride_sums) {
+  Ints tile[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) tile[m][n] = zero_ints();
+  for (int k = 0; k < depth; k += kBytes) {
+    for (int i = 0; i < N * kBytes; i += kLine)
+      __builtin_prefetch(w + kTilesAhead * N * static_cast<size_t>(depth) + k * N + i);
+    for (int n = 0; n < N; n++) {
+      const Bytes weights = load_bytes(w + n * static_cast<size_t>(depth) + k);
+      for (int m = 0; m < M; m++) tile[m][n] = dot(tile[m][n], weights, load_bytes(x + m * stride_x + k));
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) sums[m * stride_sums + n] = total(tile[m][n]);
+}
+
+template <int M>
+void rows_of(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
+             size_t stride_sums) {
+  int n = 0;
+  for (; n + 4 <= count; n += 4)
+    rows_tile<M, 4>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
+  for (; n < count; n++) rows_tile<M, 1>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
+}
+
+void rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
+          size_t stride_sums) {
+  static constexpr decltype(&rows_of<1>) kByRows[kFewRows] = {rows_of<1>, rows_of<2>, rows_of<3>, rows_of<4>};
+  kByRows[rows - 1](x, stride_x, w, depth, count, sums, stride_sums);
+}
+
+// A panel holds, for each four rows, kBlock / kBytes times four `Bytes`, as `interleave` gives them.
+void pack_columns(const int8_t* w, int depth, size_t width, size_t column, int8_t* panel) {
+  for (int k = 0; k < depth; k += 4)
+    for (size_t part = column; part < column + kBlock; part += kBytes, panel += 4 * kBytes) {
+      Bytes quads[4];
+      load_quads(w, k, depth, width, part, quads);
+      for (int i = 0; i < 4; i++) store_bytes(panel + i * kBytes, quads[i]);
+    }
+}
+
+// The transposition of (count, depth) values at column k, as kSquare rows of kBlock columns; what is missing is 0.
+inline void transpose_block(const int8_t* w, int depth, int k, int count, int8_t (&columns)[kSquare][kBlock]) {
+  for (int row = 0; row < kBlock; row += kSquare) {
+    Square square[kSquare] = {};
+    for (int i = 0; i < std::min(kSquare, count - row); i++)
+      std::memcpy(&square[i], w + (row + i) * static_cast<size_t>(depth) + k, std::min(kSquare, depth - k));
+    transpose(square);
+    for (int i = 0; i < kSquare; i++) std::memcpy(&columns[i][row], &square[i], kSquare);
+  }
+}
+
+void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
+  for (int k = 0; k < depth; k += kSquare) {
+    int8_t columns[kSquare][kBlock];
+    transpose_block(w, depth, k, count, columns);
+    for (int j = 0; j < std::min(kSquare, padded(depth - k, 4)); j += 4)
+      for (int part = 0; part < kBlock; part += kBytes, panel += 4 * kBytes) {
+        Bytes quads[4];
+        load_quads(&columns[j][part], kBlock, quads);
+        for (int i = 0; i < 4; i++) store_bytes(panel + i * kBytes, quads[i]);
+      }
+  }
+}
+
+template <int M>
+inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns,
+                       const Result& result) {
+  for (int part = 0; part < columns; part += kBytes) {
+    // What is written is on its way meanwhile: y is larger than the caches, and few stores wait side by side.
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < kBytes; i += kLanes) __builtin_prefetch(result.y + m * result.stride + part + i, 1);
+    Sums<M> tile;
+    tile.clear();
+    const int8_t* w = panel + part * 4;
+    for (int k = 0; k < depth; k += 4, w += 4 * kBlock) {
+      const Bytes quads[4] = {load_bytes(w), load_bytes(w + kBytes), load_bytes(w + 2 * kBytes),
+                              load_bytes(w + 3 * kBytes)};
+      tile.add(quads, x + k, stride_x);
+    }
+    tile.finish(columns - part, result.from(0, part));
+  }
+}
+
+template <int M>
+void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+                const Result& result) {
+  int row = 0;
+  for (; row + M <= rows; row += M)
+    panel_tile<M>(x + row * stride_x, stride_x, panel, depth, columns, result.from(row, 0));
+  if constexpr (M > 1)
+    if (row < rows)
+      panel_rows<M - 1>(x + row * stride_x, rows - row, stride_x, panel, depth, columns, result.from(row, 0));
+}
+
+void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+           const Result& result) {
+  panel_rows<kPanelRows>(x, rows, stride_x, panel, depth, columns, result);
+}
+
+}  // namespace
+}  // namespace edgelm
