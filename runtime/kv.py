@@ -1,8 +1,8 @@
 """The KV cache: one growing buffer per layer and side, which the graph reads and writes in place.
 
-A buffer starts as large as the text is expected to be and doubles; it is never sized to the context length, so a model
-with a context of 128k tokens costs what the conversation needs. Rewinding is setting a length back: nothing is erased,
-later steps overwrite.
+A buffer starts small, or as large as the text is expected to be, and doubles; it is never sized to the context length,
+so a model with a context of 128k tokens costs what the conversation needs. Rewinding is setting a length back: nothing
+is erased, later steps overwrite.
 """
 
 from __future__ import annotations
@@ -40,16 +40,14 @@ class KVCache:
         """Make room for `positions`; True if the buffers moved, so that they must be bound again.
 
         Cost: nothing while the room suffices, else a copy of what is in use. Doubles or makes room for `expected`, at
-        most up to the context length plus one spare position (a padding row may stand behind the last token), and not
-        where memory has no room for as much. Raises: MemoryShortageError, which leaves the cache as it is.
+        most up to the context length plus one spare position (a padding row may stand behind the last token), or for
+        less where memory has no room for as much. Raises: MemoryShortageError, which leaves the cache as it is.
         """
         if positions <= self.capacity:
             return False
-        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
-        capacity = max(positions, min(wanted, self._model.context_length + 1))
         row_bytes = self._rows * self.bytes_per_position()
-        if capacity * row_bytes > available_bytes():
-            capacity = positions
+        free = available_bytes()
+        capacity = next((size for size in self._sizes(positions) if size * row_bytes <= free), positions)
         # The old buffers stay until the new ones are filled. Nothing changes where memory does not suffice.
         require_bytes(
             capacity * row_bytes,
@@ -124,6 +122,12 @@ class KVCache:
                     self.capacity,
                     layer.value_size,
                 )
+
+    def _sizes(self, positions: int) -> list[int]:
+        """Capacities, the best first: a cache shall move seldom, in a small memory too, and never at each token."""
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
+        sizes = wanted, 2 * self.capacity, positions + _FIRST_CAPACITY
+        return [max(positions, min(size, self._model.context_length + 1)) for size in sizes]
 
     def _parts(
         self, block: NDArray[np.uint8], positions: int, row: int

@@ -33,8 +33,8 @@ _REPAIR = "export the model again, and check that onnxruntime is as new as the o
 # an int8 cache both of onnxruntime's kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
 # Prompts are fed in pieces, which bound the memory of a step. onnxruntime's attention computes what lies above the
-# diagonal of a piece, too: 384 tokens take 7 to 17 % longer a token than 256. Compiled kernels arrange keys, values and
-# weights once for each piece instead: 384 take 4 % less (docs/speed.md), longer ones as much.
+# diagonal of a piece, too: with 384 tokens a prompt takes 7 to 11 % longer than with 256. Compiled kernels arrange
+# keys, values and weights once a piece instead: with 384 it takes 4 % less, and with more no less (docs/speed.md).
 PIECE_TOKENS, KERNELS_PIECE_TOKENS = 256, 384
 # Rows of logits that a step may keep without a new buffer: those of a token and the guesses behind it. The system gives
 # memory only to rows that are written.

@@ -487,6 +487,7 @@ SHAPES = [
     {"heads": 6, "groups": 2, "size": 48, "packed": True, "window": 70, "rotary": 16},
     {"heads": 3, "groups": 1, "size": 40, "packed": False, "window": 0, "rotary": 0},
     {"heads": 2, "groups": 1, "size": 256, "packed": True, "window": 5, "rotary": 0},
+    {"heads": 30, "groups": 1, "size": 16, "packed": True, "window": 200, "rotary": 16},
 ]
 SHAPES = [{**shape, "cached": cached} for cached in ("int8", "float32") for shape in SHAPES]
 
@@ -517,12 +518,15 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize(
+    ("with_kernels", "batch", "cuts"), [(True, 1, [150, 115, 5]), (True, 2, [270]), (False, 1, [270, 5])]
+)
 @pytest.mark.parametrize("start", [0, -1, -2, -9, -150, -9999, 3, 260, 2**63 - 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_rows_that_are_wanted_have_the_bits_of_all(shape: dict[str, Any], start: int, with_kernels: bool) -> None:
+def test_the_rows_that_are_wanted_have_the_bits_of_all(
+    shape: dict[str, Any], start: int, with_kernels: bool, batch: int, cuts: list[int]
+) -> None:
     some, whole = Attention(**shape, some=True), Attention(**shape)
-    batch, cuts = (2, [270]) if with_kernels else (1, [270, 5, 1])
     x = values(whole, batch, sum(cuts))
     expected, cache = whole.run(session(whole.model, with_kernels), x, cuts, 320)
     got, own_cache = some.run(session(some.model, with_kernels), x, cuts, 320, start)

@@ -128,6 +128,17 @@ def test_a_cache_has_room_for_what_is_needed_where_what_is_expected_does_not_fit
     assert cache.capacity == 270
 
 
+@pytest.mark.parametrize("positions", [6_000, 3_700, 3_000, 2_200])
+def test_a_cache_moves_seldom_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """A prompt of 1,900 tokens in pieces, and 200 tokens of an answer."""
+    cache = cache_of(100_000)
+    cache.expected = 3_800
+    monkeypatch.setattr(kv, "available_bytes", lambda: positions * cache.bytes_per_position())
+    moves = [cache.reserve(length) for length in (384, 768, 1_152, 1_536, *range(1_900, 2_101))]
+    assert sum(moves) <= 6
+    assert cache.capacity >= 2_100
+
+
 def test_a_cache_that_cannot_grow_stays_as_it_is(machine_with: Callable[..., None]) -> None:
     cache = cache_of(100_000)
     cache.reserve(256)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .functions import ATTENTION_ATTRIBUTES, make_call
-from .graph import ATTENTION, KEPT_ATTENTION, GraphPass, nodes_of, replace_value
+from .graph import ATTENTION, KEPT_ATTENTION, GraphPass, nodes_of, only_user, replace_value
 from .keep_rows import keeps_last
 
 _UNKNOWN_INPUTS = (9, 10, 11)  # position_ids, attention_bias, head_sink
@@ -24,9 +24,9 @@ class CallAttention(GraphPass):
     def apply(self, model: ir.Model) -> bool:
         callable_nodes = [node for node in nodes_of(model, ATTENTION) if _is_callable(node)]
         for node in callable_nodes:
-            users = [use.node for use in node.outputs[0].uses()]
-            if len(users) == 1 and keeps_last(users[0]):
-                _take_in(node, users[0])
+            user = only_user(node.outputs[0])
+            if user is not None and keeps_last(user):
+                _take_in(node, user)
                 make_call(model, node, KEPT_ATTENTION)
             else:
                 make_call(model, node, ATTENTION)

@@ -17,7 +17,7 @@ from .functions import (
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
 )
-from .graph import Builder, GraphPass, nodes_of, producer, replace_value
+from .graph import Builder, GraphPass, producer, replace_value
 from .keep_last_logits import INPUT_NAME
 
 _PRODUCTS = (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL)
@@ -28,7 +28,7 @@ class KeepRows(GraphPass):
     """See the module."""
 
     def apply(self, model: ir.Model) -> bool:
-        cut = next((node for node in nodes_of(model, "Slice") if keeps_last(node)), None)
+        cut = next((node for node in model.graph if keeps_last(node)), None)
         if cut is None or cut.inputs[0] is None:
             return False
         between = _only_for(model, cut)
@@ -53,6 +53,8 @@ class KeepRows(GraphPass):
 
 def keeps_last(node: ir.Node) -> bool:
     """Whether a node keeps the rows whose logits are asked for."""
+    if node.op_type != "Slice":
+        return False
     start = producer(node.inputs[1], "Neg")
     return start is not None and start.inputs[0] is not None and start.inputs[0].name == INPUT_NAME
 

@@ -49,7 +49,7 @@ struct AttentionState {
 // a row no less at the end than those before it.
 struct AttentionScores {
   float* values;         // overwritten
-  const float* largest;  // of each row kLanes, of which the largest is that of its scores up to `count`
+  const float* largest;  // of each row kLanes, of which the largest is that of `count` scores, a whole number of lanes
   int16_t* weights;
   size_t stride;
   const int *begin, *end;
@@ -155,7 +155,7 @@ struct Arithmetic {
   // values = values * p + part values * (q * part scale), and the same of the sums, without a scale; by a product and
   // a fused addition. width: a multiple of kLanes. A part whose sum is 0 adds nothing.
   void (*merge)(const AttentionState& state, const AttentionPart& part, int rows, int width);
-  // The same of a chunk whose values are still to be multiplied, as by `pairs`.
+  // The same of a chunk whose values, in place of the part's, are still to be multiplied, as by `pairs`.
   void (*merge_values)(const AttentionState& state, const AttentionPart& part, const int16_t* weights, int rows,
                        size_t stride_weights, const int16_t* columns, int stride, int depth, int width);
   // y[i] = a[i] / divisor * factors[i].

@@ -18,8 +18,8 @@ constexpr int kAppended = 32;
 // Rows of a tile: its scores and weights stay in the first cache. Where a step has no more of a group of heads, it is
 // shared out by chunks.
 constexpr int kTileRows = 24;
-// Rows of a task, so that arranging a chunk is small beside them and a thread's memory bounded; and as many tasks for
-// each thread as that allows, so that all of them end together.
+// Rows of a task, on average, so that arranging a chunk is small beside them and a thread's memory bounded; and as many
+// tasks for each thread as that allows, so that all of them end together.
 constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
 // rounded: the products fit into 32 bits.
@@ -322,8 +322,10 @@ template <typename Cached>
 int Attention<Cached>::cut(const Step& step, int sequence, int nth, int parts) const {
   if (nth == parts) return step.rows;
   const double share = static_cast<double>(nth) / parts, first = step.past(sequence) + step.left_out();
-  const double row =
-      window_ > 0 ? share * step.kept : std::sqrt(first * first + share * step.kept * (2 * first + step.kept)) - first;
+  // Behind a window's length all rows see as much.
+  const double row = window_ > 0 && first >= window_
+                         ? share * step.kept
+                         : std::sqrt(first * first + share * step.kept * (2 * first + step.kept)) - first;
   const int tile = std::max(1, kTileRows / per_group_);
   return step.left_out() + static_cast<int>(row) / tile * tile;
 }
@@ -333,7 +335,7 @@ void Attention<Cached>::by_rows(Call& call, const Step& step) const {
   const int parts = parts_of(step), groups = step.batch * groups_;
   const int tile_positions = std::max(1, kTileRows / per_group_), tile_rows = tile_positions * per_group_;
   call.share(groups * parts, threads_, [&](int task, int) {
-    const int sequence = task % step.batch, group = task / step.batch % groups_, nth = task / groups;
+    const int sequence = task % step.batch, group = task / step.batch % groups_, nth = parts - 1 - task / groups;
     const int begin = cut(step, sequence, nth, parts), end = cut(step, sequence, nth + 1, parts);
     if (begin == end) return;
     const Tile whole{sequence, group, begin, end - begin};
