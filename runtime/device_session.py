@@ -19,7 +19,7 @@ from .manifest import LayerCache, Model
 from .ort import load_onnxruntime, onnxruntime_errors
 from .providers import mapped_step_error
 
-# The first buffers at least; they double when they are full. A GPU has room for more than a Raspberry Pi.
+# The first buffers; they double when they are full. A GPU has room for more than a Raspberry Pi.
 _FIRST_CAPACITY = 1024
 _LOGITS, _TOKENS = "logits", "next_tokens"
 _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
@@ -56,7 +56,7 @@ class DeviceSession:
         return np.asarray(tokens[0, :keep])
 
     def expect(self, positions: int) -> None:
-        self._cache.expected = positions
+        """Nothing: memory of a device is taken whole, and one without room for a guess may have room for the text."""
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self._length
@@ -94,13 +94,12 @@ class _DeviceCache:
         self.values: dict[str, Any] = {}
         self.mask: Any = None
         self.capacity = 0
-        self.expected = 0
 
     def reserve(self, positions: int, used: int) -> None:
         """Make room. Growing copies what is in use through the host's memory, which doubling makes rare."""
         if positions <= self.capacity:
             return
-        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
+        wanted = max(_FIRST_CAPACITY, 2 * self.capacity, positions)
         capacity = max(positions, min(wanted, self._model.context_length))
         grown = {}
         for name, layer, size in self._sides():
