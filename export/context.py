@@ -21,6 +21,7 @@ from ..runtime.measure import Speed
 from ..runtime.session import Session, make_session
 from ..targets import Profile
 from . import verify
+from .arithmetic import Arithmetic
 from .blocks import BlockSettings
 from .cache_gate import CacheAgreement
 from .cache_prompts import UnusualTokens
@@ -49,6 +50,7 @@ class Context:
     source: SourceModel = field(init=False)  # load
     module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
+    calibrating_ids: list[list[int]] = field(init=False)  # load
     unusual: UnusualTokens = field(init=False)  # load
     blocks: BlockSettings | None = None  # load: how a compressed model's weights are to be stored
     kv: str = field(init=False)  # trace
@@ -60,6 +62,7 @@ class Context:
     ranges: Ranges = field(default_factory=dict)  # calibrate
     cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
+    arithmetic: Arithmetic | None = None  # choose arithmetic
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: verify.QuantizedAgreement | None = None  # judge
     sensitivity: tuple[Sensitivity, ...] = ()  # judge

@@ -42,7 +42,7 @@ from .stages import Progress, StageRecord, run_stages
 if TYPE_CHECKING:
     pass
 from .context import Context
-from .quantizing import calibrate, judge_quantized, measure, quantize, write_for_other_runtimes
+from .quantizing import calibrate, choose_arithmetic, judge_quantized, measure, quantize, write_for_other_runtimes
 from .tracing import compare_with_torch, fuse, load, trace
 
 
@@ -81,6 +81,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
             ("compare with torch", compare_with_torch),
             ("calibrate", calibrate),
             ("quantize", quantize),
+            ("choose arithmetic", choose_arithmetic),
             ("judge", judge_quantized),
             ("measure", measure),
             ("other runtimes", write_for_other_runtimes),
@@ -130,7 +131,11 @@ def _write(context: Context, report: dict[str, Any]) -> None:
         source=source.source,
         target=Target(context.profile.name, context.profile.settings()),
         compression=tuple(without_figures(step) for step in source.compression),
-        quantization=Quantization(context.scheme, context.excluded),
+        quantization=Quantization(
+            context.scheme,
+            context.excluded,
+            {} if context.arithmetic is None else context.arithmetic.activations,
+        ),
         model=context.model(context.kv),
         tokens=source.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},

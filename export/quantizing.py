@@ -1,10 +1,12 @@
-"""The stages from the fp32 graph to the one that ships: calibrate, quantize, judge, measure, other runtimes."""
+"""The stages from the fp32 graph to the one that ships: calibrate, quantize, choose arithmetic, judge, measure, other
+runtimes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -15,14 +17,19 @@ from ..runtime.measure import measure_speed
 from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.session import Session
 from . import verify
+from .arithmetic import Arithmetic, choose_activations, wide_everywhere
 from .blocks import BlockQuantizer, BlockSettings
 from .cache_gate import calibrate_cache
 from .cache_prompts import cache_prompts
 from .calibrate import Ranges
 from .genai import write_genai_files
 from .hessians import make_block_quantizer
+from .passes.quantize_linears import ROWWISE
+from .passes.widen_activations import WidenActivations, matrices_of
+from .paths import FUSED
 from .quantize import Quantizer
 from .repair import Candidate, judge
+from .rounding import round_matrices
 
 if TYPE_CHECKING:
     pass
@@ -53,6 +60,12 @@ def _cache_probe(context: Context, ranges: Ranges) -> Iterator[Session]:
 
 def quantize(context: Context) -> None:
     """Write the bundle's graph and weights, all matrices quantized."""
+    rounded: Mapping[str, Path] = {}
+    # The other ways to trace give graphs with inputs of their own: their matrices are rounded to the nearest.
+    if context.scheme == ROWWISE and context.path == FUSED and not context.shape.states:
+        graph, limit = context.reference / names.GRAPH_NAME, (1 << (context.profile.weight_bits - 1)) - 1
+        texts, length = context.calibrating_ids, context.source.context_length
+        rounded = round_matrices(graph, texts, length, limit, context.answers)
     context.quantizer = Quantizer(
         context.reference / names.GRAPH_NAME,
         context.scheme,
@@ -60,8 +73,47 @@ def quantize(context: Context) -> None:
         context.ranges,
         context.profile.activations,
         None if context.blocks is None else _block_quantizer(context, context.blocks),
+        rounded,
     )
     _write_quantized(context, ())
+
+
+def choose_arithmetic(context: Context) -> None:
+    """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
+    everywhere: there is no long step in which 8 would save time."""
+    if context.scheme != ROWWISE:
+        return None
+    matrices = matrices_of(ir.load(context.result / names.GRAPH_NAME))
+    if context.shape.step_tokens is not None:
+        return use_arithmetic(context, wide_everywhere(matrices))
+    probe = partial(_arithmetic_probe, context, frozenset(matrices))
+    budget = context.profile.gate.activations_kl
+    return use_arithmetic(context, choose_activations(matrices, probe, context.calibrating_ids, budget))
+
+
+def use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
+    """Let the bundle's graph compute so. The weights stay as they are."""
+    graph = _with_wide(context, arithmetic.wide())
+    ir.save(graph, context.result / names.GRAPH_NAME)
+    context.arithmetic = arithmetic
+
+
+def _with_wide(context: Context, wide: Collection[str]) -> ir.Model:
+    """The bundle's graph, over the weights that are written, with activations of 16 bits for these matrices alone."""
+    graph = ir.load(context.result / names.GRAPH_NAME)
+    ir.passes.PassManager([WidenActivations(wide)])(graph)
+    return graph
+
+
+@contextmanager
+def _arithmetic_probe(context: Context, matrices: frozenset[str], narrow: Collection[str]) -> Iterator[Session]:
+    """A session on the bundle's graph in which these matrices have activations of 8 bits, and all others of 16."""
+    ir.save(_with_wide(context, matrices.difference(narrow)), context.result / _PROBE_NAME)
+    try:
+        with context.session(context.result, context.kv, _PROBE_NAME) as session:
+            yield session
+    finally:
+        (context.result / _PROBE_NAME).unlink()
 
 
 def _block_quantizer(context: Context, settings: BlockSettings) -> BlockQuantizer:

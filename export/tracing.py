@@ -26,6 +26,7 @@ from .errors import RecipeError, TraceError
 from .passes import fusing_passes
 from .paths import refused
 from .source import SourceModel, describe_source, load_module, token_embedding
+from .texts import calibrating_texts
 from .tokenizer_check import check_tokenizer
 from .trace import TracedModel
 
@@ -49,6 +50,7 @@ def load(context: Context) -> None:
     bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
     check_tokenizer(context.source.tokenizer, bundled, text)
     context.text_ids = bundled.encode(text)
+    context.calibrating_ids = [bundled.encode(text) for text in calibrating_texts()]
     context.unusual = _unusual_tokens(context, module)
     # A text that fills no window of the scoring would give figures that say less than they seem to.
     needed = min(DEFAULT_WINDOW, context.source.context_length)

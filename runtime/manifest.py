@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from .errors import BundleCorruptError, BundleVersionError
@@ -20,6 +20,10 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32", "float16")
 EXACT_SCHEME = "int8-rowwise"
+
+# Metadata of fields that manifests of the same schema version may lack, because they were added later.
+_OPTIONAL = "optional"
+ACTIVATION_BITS = (8, 16)
 
 CacheLayout = Literal["in_place", "concatenated"]
 
@@ -54,10 +58,12 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The scheme of the weights and activations."""
+    """The scheme of the weights and activations. activations: {matrix: 8 or 16}, the bits that its activations are
+    quantized to in int8-rowwise; empty for other schemes, and in bundles from before there were 16."""
 
     scheme: str
     excluded: tuple[Exclusion, ...]
+    activations: dict[str, int] = field(default_factory=dict, metadata={_OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,9 @@ def _check_values(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if entry.bytes < 0:
             raise _mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
+    for name, bits in manifest.quantization.activations.items():
+        if bits not in ACTIVATION_BITS:
+            raise _mismatch(f"quantization.activations.{name}", " or ".join(map(str, ACTIVATION_BITS)), bits)
     if model.kv.type not in CACHE_TYPES:
         raise _mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
 
@@ -223,10 +232,11 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     for key in data:
         if key not in hints:
             raise BundleCorruptError(f"{MANIFEST_NAME}: unknown key {_join(where, key)}")
-    for key in hints:
+    fields = dataclasses.fields(typing.cast("type[Any]", cls))
+    for key in (item.name for item in fields if _OPTIONAL not in item.metadata):
         if key not in data:
             raise BundleCorruptError(f"{MANIFEST_NAME}: key {_join(where, key)} is missing")
-    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items()})
+    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items() if key in data})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one return for each kind of hint

@@ -38,6 +38,7 @@ logit_difference = 1e-4
 perplexity_increase_percent = 3
 decided_margin = 0.2
 agreement_percent = 97.0
+activations_kl = 0.0004
 """
 
 
@@ -86,7 +87,7 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
             "fp32": "float32",
         },
         opset=20,
-        gate=Gate(1e-4, 3.0, 97.0, 0.2),
+        gate=Gate(1e-4, 3.0, 97.0, 0.2, 0.0004),
     )
     assert isinstance(profile.gate.perplexity_increase_percent, float)
 
