@@ -29,6 +29,7 @@ from edgelm.export.passes.functions import (
     NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
+    WIDE,
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
@@ -161,6 +162,7 @@ EPSILON = 0.01
 def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
     """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
+    kind = name.removesuffix(WIDE)
     inputs, call, outputs = {
         NORMED_ROWWISE_MATMUL: (
             f"float[rows,{depth}] x, float[rows,{depth}] skip",
@@ -172,9 +174,9 @@ def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
             f"y = {EDGELM}.{name}(x, w, s)",
             f"float[rows,{columns}] y",
         ),
-    }.get(name, (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y"))
-    weights = {"w": np.ascontiguousarray(weight.T) if name == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
-    if name == NORMED_ROWWISE_MATMUL:
+    }.get(kind, (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y"))
+    weights = {"w": np.ascontiguousarray(weight.T) if kind == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
+    if kind == NORMED_ROWWISE_MATMUL:
         weights["g"] = norm_weights(depth)
     model = graph(f"{inputs} -> {outputs}", call, weights, (EDGELM, MICROSOFT))
     define(model, name)
@@ -191,7 +193,10 @@ SIZES = st.tuples(
 )
 
 
-@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+BARE = [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED]
+
+
+@pytest.mark.parametrize("name", [*BARE, *(name + WIDE for name in BARE)])
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=SIZES,

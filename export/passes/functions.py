@@ -7,7 +7,7 @@ before anything is optimized. The texts below are the specification of the kerne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx.parser
 import onnx_ir as ir
@@ -19,6 +19,8 @@ ROWWISE_MATMUL = "RowwiseMatMul"
 ROWWISE_MATMUL_TRANSPOSED = "RowwiseMatMulTransposed"
 NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
+# Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
+WIDE = "16"
 ATTENTION_ATTRIBUTES = (
     "num_heads",
     "kv_num_heads",
@@ -47,6 +49,29 @@ _PRODUCT = f"""
     product = {MICROSOFT}.MatMulIntegerToFloat(values, %(weight)s, step, scales, zero_point)
     y = Mul(product, largest)
 """
+# The same with 16 bits, as two planes of 8: what the first one leaves over is quantized again, to steps that are 256
+# times finer. Both are rows of one integer product, which reads the matrix once.
+_WIDE_PRODUCT = f"""
+    axis = Constant<value_ints = [-1]>()
+    step = Constant<value_float = {1 / 127!r}>()
+    low_step = Constant<value_float = {1 / 32512!r}>()
+    part = Constant<value_float = {1 / 256!r}>()
+    middle = Constant<value_int = 128>()
+    zero_point = Cast<to = {ir.DataType.UINT8.value}>(middle)
+    magnitudes = Abs(%(x)s)
+    largest = ReduceMax<keepdims = 1>(magnitudes, axis)
+    shares = Div(%(x)s, largest)
+    high = QuantizeLinear(shares, step, zero_point)
+    covered = DequantizeLinear(high, step, zero_point)
+    rest = Sub(shares, covered)
+    low = QuantizeLinear(rest, low_step, zero_point)
+    planes = Concat<axis = 0>(high, low)
+    products = {MICROSOFT}.MatMulIntegerToFloat(planes, %(weight)s, step, scales, zero_point)
+    high_product, low_product = Split<axis = 0, num_outputs = 2>(products)
+    low_part = Mul(low_product, part)
+    product = Add(high_product, low_part)
+    y = Mul(product, largest)
+"""
 _ATTENTION_INPUTS = (
     "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
     "attention_bias, head_sink, k_scale, v_scale"
@@ -57,28 +82,48 @@ _ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
 
 
-def _product(x: str, weight: str) -> str:
-    """A row-wise product of two values of a body, named y."""
-    return _PRODUCT % {"x": x, "weight": weight}
+class _Front(NamedTuple):
+    """What a product's function does before it multiplies: its signature, statements, and the names of what is
+    multiplied."""
+
+    signature: str
+    statements: str = ""
+    x: str = "x"
+    weight: str = "weight"
+
+
+_FRONTS = {
+    ROWWISE_MATMUL: _Front("(x, weight, scales) => (y)"),
+    # weight int8 (N, K).
+    ROWWISE_MATMUL_TRANSPOSED: _Front(
+        "(x, weight, scales) => (y)", "turned = Transpose<perm = [1, 0]>(weight)", weight="turned"
+    ),
+    # x, skip and total, their sum, (batch, new, K); norm (K).
+    NORMED_ROWWISE_MATMUL: _Front(
+        "<epsilon> (x, skip, norm, weight, scales) => (y, total)",
+        f"normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)",
+        x="normed",
+    ),
+    # x (..., 2 K): silu of the first half, times the second half.
+    GATED_ROWWISE_MATMUL: _Front(
+        "(x, weight, scales) => (y)",
+        """gate, up = Split<axis = -1, num_outputs = 2>(x)
+        opening = Sigmoid(gate)
+        silu = Mul(gate, opening)
+        gated = Mul(silu, up)""",
+        x="gated",
+    ),
+}
+
+
+def _product(name: str, front: _Front, body: str) -> str:
+    multiplied = body % {"x": front.x, "weight": front.weight}
+    return f"{name} {front.signature} {{ {front.statements} {multiplied} }}"
 
 
 _TEXTS = {
-    ROWWISE_MATMUL: f"{ROWWISE_MATMUL} (x, weight, scales) => (y) {{ {_product('x', 'weight')} }}",
-    # weight int8 (N, K).
-    ROWWISE_MATMUL_TRANSPOSED: f"""{ROWWISE_MATMUL_TRANSPOSED} (x, weight, scales) => (y) {{
-        turned = Transpose<perm = [1, 0]>(weight)
-        {_product("x", "turned")} }}""",
-    # x, skip and total, their sum, (batch, new, K); norm (K).
-    NORMED_ROWWISE_MATMUL: f"""{NORMED_ROWWISE_MATMUL} <epsilon> (x, skip, norm, weight, scales) => (y, total) {{
-        normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)
-        {_product("normed", "weight")} }}""",
-    # x (..., 2 K): silu of the first half, times the second half.
-    GATED_ROWWISE_MATMUL: f"""{GATED_ROWWISE_MATMUL} (x, weight, scales) => (y) {{
-        gate, up = Split<axis = -1, num_outputs = 2>(x)
-        opening = Sigmoid(gate)
-        silu = Mul(gate, opening)
-        gated = Mul(silu, up)
-        {_product("gated", "weight")} }}""",
+    **{name: _product(name, front, _PRODUCT) for name, front in _FRONTS.items()},
+    **{name + WIDE: _product(name + WIDE, front, _WIDE_PRODUCT) for name, front in _FRONTS.items()},
     # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
     # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
     ATTENTION: f"""{ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}) => (output, {_ATTENTION_STATES}) {{

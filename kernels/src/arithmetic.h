@@ -18,20 +18,28 @@ constexpr int kFewRows = 4;
 constexpr int kLanes = 16;
 // The weight of the largest of some scores, in attention.
 constexpr int kOne = 1 << 14;
+// A value of a row that is quantized to 8 bits, as the bodies of the functions scale it.
+constexpr float kStep = 1.0f / 127;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
-// Where sums go: y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
-// There are corrections and scales for whole blocks of columns; y has rows of `stride`.
+// What the low plane of a row that is quantized to 16 bits counts, in values of the high plane.
+constexpr float kLowStep = 1.0f / 256;
+
+// Where sums go. With p = float(sum - correction of the column) * scale of the column, y[row][column] = p * factor of
+// the row. Where rows have two planes, each row of y takes two rows of sums, high and low: y = (p + low p * kLowStep) *
+// factor. There are corrections and scales for whole blocks of columns; y has rows of `stride`.
 struct Result {
   const int32_t* corrections;
   const float* scales;
   const float* factors;
   float* y;
   size_t stride;
+  int planes;
 
+  // row: of y.
   Result from(int row, int column) const {
-    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride};
+    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride, planes};
   }
 };
 
@@ -67,7 +75,9 @@ struct Arithmetic {
   // Quantize a row x of `size` floats: the largest magnitude r is returned, and q = round(x / r / (1 / 127)) + offset
   // written, `padded(size, kBlock)` bytes; padding is 0. A row of zeros, or with a value that is no number, gives what
   // the product multiplies by r, whatever q is.
-  float (*quantize)(const float* x, int size, uint8_t* q);
+  // Of two planes the second one, behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within
+  // the range of int8.
+  float (*quantize)(const float* x, int size, int planes, uint8_t* q);
 
   // total = x + skip, y = total * (1 / sqrt(m + epsilon)) * weight, from left to right, where m is the mean of the
   // squares of total: their sum, of 16 partial sums by fused additions, lane by lane, added 8 lanes apart, then 4, 2,
@@ -99,7 +109,7 @@ struct Arithmetic {
   // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
-  // The product of any number of rows with the first `columns` of a panel of `depth` rows.
+  // The product of any number of rows, all planes of some, with the first `columns` of a panel of `depth` rows.
   void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
                 const Result& result);
   // The same of sums, rows of `stride_sums`, a whole number of blocks.
