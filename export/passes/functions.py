@@ -115,6 +115,8 @@ _FRONTS = {
     ),
 }
 
+PRODUCTS = tuple(_FRONTS)
+
 
 def _product(name: str, front: _Front, body: str) -> str:
     multiplied = body % {"x": front.x, "weight": front.weight}
