@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from ..runtime import bundle as names
 from ..runtime import providers
 from ..runtime.measure import measure_speed
-from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.session import Session
-from . import verify
+from ..runtime.tokenizer import Tokenizer
 from .blocks import BlockQuantizer, BlockSettings
 from .cache_gate import calibrate_cache
 from .cache_prompts import cache_prompts
 from .calibrate import Ranges
 from .genai import write_genai_files
 from .hessians import make_block_quantizer
+from .quality import QuantizedAgreement, Reference, write_answers
 from .quantize import Quantizer
-from .repair import Candidate, judge
+from .repair import Attempt, Candidate, judge
 
 if TYPE_CHECKING:
     pass
@@ -30,6 +30,7 @@ from .context import Context, save_graph
 
 _MEASURED_PROMPT = 128
 _PROBE_NAME = "probe.onnx"
+_EXAMPLES = 8
 
 
 def calibrate(context: Context) -> None:
@@ -52,7 +53,7 @@ def _cache_probe(context: Context, ranges: Ranges) -> Iterator[Session]:
 
 
 def quantize(context: Context) -> None:
-    """Write the bundle's graph and weights, all matrices quantized."""
+    """Get ready to quantize. What is written in the end is the gate's to say."""
     context.quantizer = Quantizer(
         context.reference / names.GRAPH_NAME,
         context.scheme,
@@ -61,7 +62,6 @@ def quantize(context: Context) -> None:
         context.profile.activations,
         None if context.blocks is None else _block_quantizer(context, context.blocks),
     )
-    _write_quantized(context, ())
 
 
 def _block_quantizer(context: Context, settings: BlockSettings) -> BlockQuantizer:
@@ -95,19 +95,43 @@ def _written_probe(context: Context, graph: ir.Model, kv: str) -> Iterator[Sessi
 def judge_quantized(context: Context) -> None:
     """The gate: the quantized graph against the fp32 one, repaired where it can be. Raises: VerificationError."""
     if context.scheme == "fp32" and context.kv == "float32":
+        _write_quantized(context, ())
         return
+    gate = context.profile.gate_of(context.scheme)
     candidate = Candidate(
         reference=partial(context.session, context.reference, "float32"),
         reference_bytes=(context.reference / names.WEIGHTS_NAME).stat().st_size,
         quantized=partial(context.session, context.result, context.kv),
-        write=partial(_write_quantized, context),
+        attempts=[Attempt("with all matrices quantized", partial(_write_quantized, context, ()))],
+        leave_out=None if context.scheme == "int8-rowwise" else partial(_write_quantized, context),
+        remedy=_remedy(context),
         probe=partial(_probe, context),
         matrices=context.quantizer.matrices,
     )
-    window = verify.usable_window(context.source.context_length, len(context.text_ids), DEFAULT_WINDOW)
-    verdict = judge(candidate, context.text_ids, window, context.profile.gate)
+    verdict = judge(candidate, context.judging, context.source.context_length, gate, context.answers)
     context.quantized_agreement = verdict.agreement
     context.sensitivity, context.excluded = verdict.sensitivity, verdict.excluded
+    context.examples = _examples(context, verdict.reference, verdict.agreement)
+
+
+def _remedy(context: Context) -> str:
+    return "--kv float32, --scheme int8-weight or --scheme fp32" if context.kv == "int8" else "--scheme fp32"
+
+
+def _examples(context: Context, reference: Reference, agreement: QuantizedAgreement) -> list[dict[str, Any]]:
+    """Prompts with both answers as text, for the report."""
+    assert agreement.answers is not None, "there are prompts for every model"
+    decode = Tokenizer(context.result / names.TOKENIZER_NAME).decode
+    with context.session(context.result, context.kv) as session:
+        answers = write_answers(reference, agreement.answers, session, context.judging.stop_ids, _EXAMPLES)
+    return [
+        {
+            "prompt": passage.kind,
+            "fp32": decode(passage.token_ids[passage.begin + 1 :]),
+            "quantized": decode(answer),
+        }
+        for passage, answer in zip(reference.answers, answers, strict=False)
+    ]
 
 
 def measure(context: Context) -> None:
