@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,17 @@ class Arithmetic:
         return [name for name, bits in self.activations.items() if bits == 16]
 
     def measured(self) -> dict[str, Any]:
-        """As plain data for a report."""
-        return {**asdict(self), "groups": [asdict(group) for group in self.groups]}
+        """As plain data for a report: an entry for each group, named after its first matrix."""
+        rows = [
+            {
+                "name": group.name if len(group.matrices) == 1 else f"{group.name} and {len(group.matrices) - 1} more",
+                "activations": group.bits,
+                "kl_if_8": group.kl,
+                "multiply_adds": group.multiply_adds,
+            }
+            for group in self.groups
+        ]
+        return {"matrices": rows, "kl_chosen": self.kl, "multiply_adds_saved_percent": self.saved_percent}
 
 
 def wide_everywhere(matrices: Mapping[str, int]) -> Arithmetic:

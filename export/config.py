@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from ..targets import Profile, TargetError, load_target, native_target
 from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
+from .judging import Texts, built_in_texts, cut_text
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ExportConfig:
 
     model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or
     path of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or
-    branch of a hub id; text: UTF-8 file to calibrate and judge with (None: the one that comes with edgelm); out:
+    branch of a hub id; text: UTF-8 file of which one half calibrates and the other judges (None: those of edgelm); out:
     folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there; compress:
     name of a recipe or path of a TOML file (None: the model as it is).
     """
@@ -60,10 +60,15 @@ class ExportConfig:
             raise RecipeError(f"{which}, where a KV cache cannot be {self.kv}: it can be {known}")
         return scheme
 
+    def read_texts(self) -> Texts:
+        """What calibrates, and what judges: the texts that come with edgelm, or the two halves of the user's. Raises:
+        RecipeError."""
+        return built_in_texts() if self.text is None else cut_text(self.read_text(), str(self.text))
+
     def read_text(self) -> str:
-        """The text to calibrate and judge with. Raises: RecipeError."""
+        """The user's whole text, or the one that calibrates of those that come with edgelm. Raises: RecipeError."""
         if self.text is None:
-            return (resources.files(__package__) / "text" / "default.txt").read_text(encoding="utf-8")
+            return built_in_texts().calibrating
         try:
             return self.text.read_text(encoding="utf-8")
         except OSError as error:

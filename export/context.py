@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -27,7 +27,9 @@ from .cache_gate import CacheAgreement
 from .cache_prompts import UnusualTokens
 from .calibrate import Ranges
 from .config import ExportConfig
+from .judging import Judging
 from .paths import PATHS, TracePath
+from .quality import QuantizedAgreement
 from .quantize import Quantizer
 from .sensitivity import Sensitivity
 from .source import SourceModel
@@ -51,6 +53,7 @@ class Context:
     module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
     calibrating_ids: list[list[int]] = field(init=False)  # load
+    judging: Judging = field(init=False)  # load
     unusual: UnusualTokens = field(init=False)  # load
     blocks: BlockSettings | None = None  # load: how a compressed model's weights are to be stored
     kv: str = field(init=False)  # trace
@@ -64,7 +67,8 @@ class Context:
     quantizer: Quantizer = field(init=False)  # quantize
     arithmetic: Arithmetic | None = None  # choose arithmetic
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
-    quantized_agreement: verify.QuantizedAgreement | None = None  # judge
+    quantized_agreement: QuantizedAgreement | None = None  # judge
+    examples: list[dict[str, Any]] = field(default_factory=list)  # judge: prompts with both answers
     sensitivity: tuple[Sensitivity, ...] = ()  # judge
     excluded: tuple[Exclusion, ...] = ()  # judge
     speeds: dict[str, Speed] = field(default_factory=dict)  # measure

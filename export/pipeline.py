@@ -65,7 +65,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     folder = find_source(config.model, config.revision)
     out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
     package.check_output(out, config.force)
-    config.read_text()
+    config.read_texts()
     scheme = config.quantization(profile)
     recipe = None if config.compress is None else load_recipe(config.compress)
     if recipe is not None and any(isinstance(step, WeightsInt4) for step in recipe.steps):
@@ -161,6 +161,8 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             speeds=context.speeds,
             against_source=context.source_agreement,
             against_fp32=context.quantized_agreement,
+            examples=context.examples,
+            arithmetic=None if context.arithmetic is None else context.arithmetic.measured(),
             cache=context.cache_agreement,
             stages=records,
             path=context.path,

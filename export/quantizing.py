@@ -7,16 +7,15 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from ..runtime import bundle as names
 from ..runtime import providers
 from ..runtime.measure import measure_speed
-from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.session import Session
-from . import verify
+from ..runtime.tokenizer import Tokenizer
 from .arithmetic import Arithmetic, choose_activations, wide_everywhere
 from .blocks import BlockQuantizer, BlockSettings
 from .cache_gate import calibrate_cache
@@ -27,8 +26,9 @@ from .hessians import make_block_quantizer
 from .passes.quantize_linears import ROWWISE
 from .passes.widen_activations import WidenActivations, matrices_of
 from .paths import FUSED
+from .quality import QuantizedAgreement, Reference, write_answers
 from .quantize import Quantizer
-from .repair import Candidate, judge
+from .repair import Attempt, Candidate, judge
 from .rounding import round_matrices
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ from .context import Context, save_graph
 
 _MEASURED_PROMPT = 128
 _PROBE_NAME = "probe.onnx"
+_EXAMPLES = 8
 
 
 def calibrate(context: Context) -> None:
@@ -82,19 +83,33 @@ def choose_arithmetic(context: Context) -> None:
     """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
     everywhere: there is no long step in which 8 would save time."""
     if context.scheme != ROWWISE:
-        return None
+        return
     matrices = matrices_of(ir.load(context.result / names.GRAPH_NAME))
     if context.shape.step_tokens is not None:
-        return use_arithmetic(context, wide_everywhere(matrices))
+        context.arithmetic = wide_everywhere(matrices)
+        return
     probe = partial(_arithmetic_probe, context, frozenset(matrices))
     budget = context.profile.gate.activations_kl
-    return use_arithmetic(context, choose_activations(matrices, probe, context.calibrating_ids, budget))
+    context.arithmetic = choose_activations(matrices, probe, context.calibrating_ids, budget)
 
 
-def use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
+def _attempts(context: Context) -> list[Attempt]:
+    """The chosen arithmetic, then 16 bits everywhere; for other schemes the one graph that is written."""
+    chosen = context.arithmetic
+    if chosen is None:
+        return [Attempt("with all matrices quantized", lambda: None)]
+    everywhere = Attempt(
+        "with activations of 16 bits everywhere",
+        partial(_use_arithmetic, context, wide_everywhere(dict.fromkeys(chosen.activations, 0))),
+    )
+    if set(chosen.activations.values()) == {16}:
+        return [everywhere]
+    return [Attempt("with activations of 8 and 16 bits", partial(_use_arithmetic, context, chosen)), everywhere]
+
+
+def _use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
     """Let the bundle's graph compute so. The weights stay as they are."""
-    graph = _with_wide(context, arithmetic.wide())
-    ir.save(graph, context.result / names.GRAPH_NAME)
+    ir.save(_with_wide(context, arithmetic.wide()), context.result / names.GRAPH_NAME)
     context.arithmetic = arithmetic
 
 
@@ -148,18 +163,41 @@ def judge_quantized(context: Context) -> None:
     """The gate: the quantized graph against the fp32 one, repaired where it can be. Raises: VerificationError."""
     if context.scheme == "fp32" and context.kv == "float32":
         return
+    gate = context.profile.gate_of(context.scheme)
     candidate = Candidate(
         reference=partial(context.session, context.reference, "float32"),
         reference_bytes=(context.reference / names.WEIGHTS_NAME).stat().st_size,
         quantized=partial(context.session, context.result, context.kv),
-        write=partial(_write_quantized, context),
+        attempts=_attempts(context),
+        leave_out=None if context.scheme == ROWWISE else partial(_write_quantized, context),
+        remedy=_remedy(context),
         probe=partial(_probe, context),
         matrices=context.quantizer.matrices,
     )
-    window = verify.usable_window(context.source.context_length, len(context.text_ids), DEFAULT_WINDOW)
-    verdict = judge(candidate, context.text_ids, window, context.profile.gate)
+    verdict = judge(candidate, context.judging, context.source.context_length, gate, context.answers)
     context.quantized_agreement = verdict.agreement
     context.sensitivity, context.excluded = verdict.sensitivity, verdict.excluded
+    context.examples = _examples(context, verdict.reference, verdict.agreement)
+
+
+def _remedy(context: Context) -> str:
+    return "--kv float32, --scheme int8-weight or --scheme fp32" if context.kv == "int8" else "--scheme fp32"
+
+
+def _examples(context: Context, reference: Reference, agreement: QuantizedAgreement) -> list[dict[str, Any]]:
+    """Prompts with both answers as text, for the report."""
+    assert agreement.answers is not None, "there are prompts for every model"
+    decode = Tokenizer(context.result / names.TOKENIZER_NAME).decode
+    with context.session(context.result, context.kv) as session:
+        answers = write_answers(reference, agreement.answers, session, context.judging.stop_ids, _EXAMPLES)
+    return [
+        {
+            "prompt": passage.kind,
+            "fp32": decode(passage.token_ids[passage.begin + 1 :]),
+            "quantized": decode(answer),
+        }
+        for passage, answer in zip(reference.answers, answers, strict=False)
+    ]
 
 
 def measure(context: Context) -> None:

@@ -21,7 +21,8 @@ from ..runtime.manifest import CacheType, Model, Source
 from ..runtime.measure import Speed
 from . import package, verify
 from .cache_gate import CacheAgreement
-from .passes.functions import NORMED_ROWWISE_MATMUL
+from .passes.functions import NORMED_ROWWISE_MATMUL, WIDE
+from .quality import QuantizedAgreement
 from .report_html import page
 from .sensitivity import Sensitivity
 from .stages import StageRecord
@@ -35,7 +36,7 @@ _PARTS = {
 }
 _OTHER = "other"
 _NORM_OPERATOR = "LayerNormalization"
-_NORM_INPUT = (NORMED_ROWWISE_MATMUL, 2)
+_NORM_INPUTS = ((NORMED_ROWWISE_MATMUL, 2), (NORMED_ROWWISE_MATMUL + WIDE, 2))
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Measurements:
 
     model: with the bundle's type of cache; before, after: folders of the fp32 graph and of the bundle; speeds: of
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
-    refused_paths: how the model was traced, and why not otherwise; cache: None for a float32 cache; without_genai: why
-    onnxruntime-genai cannot open the bundle, or None where it can; compression: the steps that the model went through,
-    with their figures; not_run: in words, what could not be tried on the machine of the export.
+    refused_paths: how the model was traced, and why not otherwise; examples: prompts with both graphs' answers;
+    arithmetic: which activations have 8 and which 16 bits and what that cost and bought, None for a scheme without that
+    choice; cache: None for a float32 cache; without_genai: why onnxruntime-genai cannot open the bundle, or None where
+    it can; compression: the steps that the model went through, with their figures; not_run: in words, what could not be
+    tried on the machine of the export.
     """
 
     name: str
@@ -58,11 +61,13 @@ class Measurements:
     after: Path
     speeds: dict[str, Speed]
     against_source: verify.SourceAgreement
-    against_fp32: verify.QuantizedAgreement | None
+    against_fp32: QuantizedAgreement | None
     stages: Sequence[StageRecord]
     path: str
     refused_paths: Sequence[str] = ()
     sensitivity: Sequence[Sensitivity] = ()
+    examples: Sequence[dict[str, Any]] = ()
+    arithmetic: dict[str, Any] | None = None
     cache: CacheAgreement | None = None
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
@@ -91,8 +96,10 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "parts": parts,
         "memory": {side: _memory(models[side], parts[side]) for side in sides},
         "speed": {side: _speed(speed) for side, speed in found.speeds.items()},
-        "against_source": verify.measured(found.against_source),
-        "against_fp32": verify.measured(found.against_fp32),
+        "against_source": found.against_source.measured(),
+        "against_fp32": None if found.against_fp32 is None else found.against_fp32.measured(),
+        "examples": list(found.examples),
+        "arithmetic": found.arithmetic,
         "cache": None if found.cache is None else found.cache.measured(),
         "path": found.path,
         "refused_paths": list(found.refused_paths),
@@ -126,7 +133,7 @@ def part_bytes(graph: Path) -> dict[str, int]:
 def _part(value: ir.Value) -> str:
     if value.dtype == ir.DataType.INT64:
         return _OTHER  # axes and shapes, which are named after what they serve
-    if any(_NORM_OPERATOR in use.node.op_type or (use.node.op_type, use.idx) == _NORM_INPUT for use in value.uses()):
+    if any(_NORM_OPERATOR in use.node.op_type or (use.node.op_type, use.idx) in _NORM_INPUTS for use in value.uses()):
         return "norms"
     name = (value.name or "").lower()
     return next((part for part, pattern in _PARTS.items() if pattern.search(name)), _OTHER)

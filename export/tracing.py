@@ -16,13 +16,13 @@ from ..runtime.manifest import (
     CacheType,
     Model,
 )
-from ..runtime.scoring import DEFAULT_WINDOW
 from ..runtime.tokenizer import Tokenizer
 from . import package, verify
 from .cache_prompts import UnusualTokens, unusual_tokens
 from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
 from .compress.weights_int4 import noted_weights, require_agreement
 from .errors import RecipeError, TraceError
+from .judging import make_judging
 from .passes import fusing_passes
 from .paths import refused
 from .source import SourceModel, describe_source, load_module, token_embedding
@@ -46,19 +46,14 @@ def load(context: Context) -> None:
     for folder in (context.result, context.reference, context.answers):
         folder.mkdir()
     package.write_tokenizer(context.source.tokenizer, module, context.result)
-    text = context.config.read_text()
+    texts = context.config.read_texts()
     bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
-    check_tokenizer(context.source.tokenizer, bundled, text)
-    context.text_ids = bundled.encode(text)
-    context.calibrating_ids = [bundled.encode(text) for text in calibrating_texts()]
+    check_tokenizer(context.source.tokenizer, bundled, texts.calibrating)
+    context.text_ids = bundled.encode(texts.calibrating)
+    context.calibrating_ids = [bundled.encode(text) for text in (texts.calibrating, *calibrating_texts())]
     context.unusual = _unusual_tokens(context, module)
-    # A text that fills no window of the scoring would give figures that say less than they seem to.
-    needed = min(DEFAULT_WINDOW, context.source.context_length)
-    if len(context.text_ids) < needed:
-        raise RecipeError(
-            f"{context.config.text or 'the text that comes with edgelm'} has {len(context.text_ids)} tokens, too few "
-            f"to judge this model by: give a text of {needed} or more with --text"
-        )
+    source = context.source
+    context.judging = make_judging(texts, bundled, context.result, source.context_length, source.tokens)
 
 
 def _unusual_tokens(context: Context, module: PreTrainedModel) -> UnusualTokens:

@@ -1,9 +1,7 @@
-"""The gate: does the graph answer as the model does? Measured with the runtime that ships, never with a stand-in.
+"""The gate's first half: does the fp32 graph answer as the model does? Measured with the runtime that ships, never with
+a stand-in. `quality` is the second half.
 
-`ask_source` lets torch answer, `compare_with_source` holds the fp32 graph against these answers, and
-`compare_quantized` the quantized graph against the fp32 one. Both return what they measured. The first raises where it
-is outside the target's tolerances; the second's result is judged by `faults`, since a quantized graph that misses them
-can be repaired.
+`ask_source` lets torch answer, and `compare_with_source` holds the fp32 graph against these answers.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from numpy.typing import NDArray
 from ..runtime.decode import Sequencer
 from ..runtime.errors import VerificationError
 from ..runtime.manifest import Model
-from ..runtime.scoring import negative_log_likelihood, score
 from ..runtime.session import Session
 from ..targets import Gate
 from .source import cache_argument
@@ -47,23 +44,9 @@ class SourceAgreement:
     longest_prompt: int
     left_out: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class QuantizedAgreement:
-    """Quantized graph against fp32 graph, on `tokens` tokens of a text in windows of `window`.
-
-    agreement_percent: positions with the same most likely token; decided_percent: the same among the positions where
-    fp32's first choice leads by the gate's margin, of which there are `decided_positions`.
-    """
-
-    perplexity_before: float
-    perplexity_after: float
-    perplexity_increase_percent: float
-    agreement_percent: float
-    decided_percent: float
-    decided_positions: int
-    tokens: int
-    window: int
+    def measured(self) -> dict[str, Any]:
+        """As plain data for a report."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -161,59 +144,6 @@ def _equal_steps(answer: SourceAnswer, tokens: list[int], gate: Gate) -> int:
     return step
 
 
-def compare_quantized(
-    before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate
-) -> QuantizedAgreement:
-    """Perplexity of both graphs and agreement of their most likely tokens on a text, for `faults` to judge.
-
-    gate: gives the margin from which on a position is decided.
-    """
-    losses = np.zeros(2)
-    count = agree = decided = agree_decided = 0
-    stride = window // 2
-    for (targets, left), (_, right) in zip(
-        score(before, token_ids, window, stride), score(after, token_ids, window, stride), strict=True
-    ):
-        losses += [float(negative_log_likelihood(logits, targets).sum()) for logits in (left, right)]
-        same = left.argmax(axis=1) == right.argmax(axis=1)
-        clear = lead(left) >= gate.decided_margin
-        count, agree = count + len(targets), agree + int(same.sum())
-        decided, agree_decided = decided + int(clear.sum()), agree_decided + int((same & clear).sum())
-    perplexities = np.exp(losses / count)
-    return QuantizedAgreement(
-        perplexity_before=float(perplexities[0]),
-        perplexity_after=float(perplexities[1]),
-        perplexity_increase_percent=float(100 * (perplexities[1] / perplexities[0] - 1)),
-        agreement_percent=100 * agree / count,
-        decided_percent=100 * agree_decided / decided if decided else 100.0,
-        decided_positions=decided,
-        tokens=count,
-        window=window,
-    )
-
-
-def faults(result: QuantizedAgreement, gate: Gate) -> list[str]:
-    """In words, with the figures, each tolerance of the target that is missed. Empty: the gate holds."""
-    found = []
-    # Written so that a perplexity that is not a number fails too.
-    if not result.perplexity_increase_percent <= gate.perplexity_increase_percent:
-        found.append(
-            f"perplexity rises by {result.perplexity_increase_percent:.2f} % ({result.perplexity_before:.4g} to "
-            f"{result.perplexity_after:.4g}), the target allows {gate.perplexity_increase_percent} %"
-        )
-    if not result.decided_percent >= gate.agreement_percent:
-        found.append(
-            f"the most likely token is the same at {result.decided_percent:.2f} % of the {result.decided_positions} "
-            f"positions where fp32 is clear, the target asks for {gate.agreement_percent} %"
-        )
-    return found
-
-
-def measured(result: SourceAgreement | QuantizedAgreement | None) -> dict[str, Any] | None:
-    """The figures as plain data for a report."""
-    return None if result is None else asdict(result)
-
-
 def _torch_greedy(model: PreTrainedModel, trial: Trial, context_length: int) -> list[int]:
     """The most likely tokens, as far as the context has room. Not by `generate`: the model's own generation
     configuration may ask for penalties and end tokens, and fills in whatever another one leaves open."""
@@ -244,8 +174,3 @@ def lead(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
     top = np.partition(exponentials, -2, axis=1)[:, -2:]
     return np.asarray((top[:, 1] - top[:, 0]) / exponentials.sum(axis=1))
-
-
-def usable_window(context_length: int, tokens: int, default: int) -> int:
-    """The window to score a text with: the default, or less where the context or the text is shorter."""
-    return max(2, min(default, context_length, tokens))

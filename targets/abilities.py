@@ -16,6 +16,8 @@ _KV_TYPES = {"float32": ("int8", "float32"), "float16": ("float16",)}
 SCHEMES = tuple(dict.fromkeys(scheme for schemes in _SCHEMES.values() for scheme in schemes))
 KV_TYPES = tuple(dict.fromkeys(kind for kinds in _KV_TYPES.values() for kind in kinds))
 ACTIVATIONS = tuple(_SCHEMES)
+# One scale for all rows of an activation, and weights of 4 bits: who asks for these knows that they cost quality.
+COARSE_SCHEMES = ("int8-tensor", "int4-weight")
 
 
 def schemes_with(activations: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .abilities import ACTIVATIONS, SCHEMES, kv_types_with, lacks, schemes_with
+from .abilities import ACTIVATIONS, COARSE_SCHEMES, SCHEMES, kv_types_with, lacks, schemes_with
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,6 +27,8 @@ else:
 EXTENDS = "extends"
 # A name becomes part of a bundle's folder name.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# Keys of the gate that are shares, and the whole of each.
+_SHARES = {"agreement_percent": 100.0, "answers_percent": 100.0, "decided_margin": 1.0}
 
 T = TypeVar("T")
 
@@ -36,19 +38,32 @@ class TargetError(Exception):
 
 
 @dataclass(frozen=True)
-class Gate:
+class Limits:
+    """How far the quantized graph may be from the fp32 graph.
+
+    mean_kl, p99_kl: KL divergence of the next token's distribution in nats, mean and 99th percentile over the judging
+    texts; perplexity_increase_percent: on the same texts; agreement_percent: positions where both choose the same
+    token, among those where the fp32 graph's first choice leads by at least the gate's `decided_margin` in probability;
+    answers_percent: the same along the fp32 graph's greedy answers.
+    """
+
+    mean_kl: float
+    p99_kl: float
+    perplexity_increase_percent: float
+    agreement_percent: float
+    answers_percent: float
+
+
+@dataclass(frozen=True)
+class Gate(Limits):
     """How far the exported model may be from the original before the export fails.
 
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
-    magnitude of torch's logits; perplexity_increase_percent: quantized against fp32 graph, on the text;
-    agreement_percent: positions where both choose the same token, among those where the fp32 graph's first choice leads
-    by at least `decided_margin` in probability; activations_kl: nats a token that activations of 8 bits may add to what
-    those of 16 bits lose (int8-rowwise).
+    magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
+    may add to what those of 16 bits lose (int8-rowwise).
     """
 
     logit_difference: float
-    perplexity_increase_percent: float
-    agreement_percent: float
     decided_margin: float
     activations_kl: float
 
@@ -59,7 +74,8 @@ class Profile:
 
     provider: onnxruntime's execution provider; activations: their type, float32 or float16; scheme: the default of
     --scheme; weight_bits: 8, or 7 where integer products saturate; kv: {scheme: type of the KV cache}, the default of
-    --kv, for each scheme that there is with these activations; opset: ONNX operator set of the graph.
+    --kv, for each scheme that there is with these activations; opset: ONNX operator set of the graph; coarse_gate: the
+    gate's limits for the schemes of `abilities.COARSE_SCHEMES`.
     """
 
     name: str
@@ -72,6 +88,13 @@ class Profile:
     kv: dict[str, str]
     opset: int
     gate: Gate
+    coarse_gate: Limits
+
+    def gate_of(self, scheme: str) -> Gate:
+        """The gate of a scheme: with the limits of `coarse_gate` where the scheme's rounding is known to be coarse."""
+        if scheme not in COARSE_SCHEMES:
+            return self.gate
+        return dataclasses.replace(self.gate, **dataclasses.asdict(self.coarse_gate))
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain data, for a manifest."""
@@ -169,6 +192,8 @@ def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
 
 
 def _check(profile: Profile, path: Path) -> None:
+    _check_gate("gate", profile.gate, path)
+    _check_gate("coarse_gate", profile.coarse_gate, path)
     if not _NAME.fullmatch(profile.name):
         raise TargetError(
             f"{path}: name must be of a to z, 0 to 9, '.', '_' and '-', and begin with a letter or a digit, "
@@ -193,3 +218,14 @@ def _check(profile: Profile, path: Path) -> None:
     unknown = sorted(set(profile.kv) - set(schemes))
     if unknown:
         raise TargetError(f"{path}: unknown key kv.{unknown[0]}")
+
+
+def _check_gate(table: str, limits: Limits, path: Path) -> None:
+    """Refuse what nothing can meet: rounding always costs something, and no share is above the whole."""
+    for key, value in dataclasses.asdict(limits).items():
+        where = f"{path}: {table}.{key}"
+        if key in _SHARES:
+            if not 0 <= value <= _SHARES[key]:
+                raise TargetError(f"{where} must be 0 to {_SHARES[key]:g}, found {value:g}")
+        elif value <= 0:
+            raise TargetError(f"{where} must be more than 0, which nothing but the original itself meets: {value:g}")
