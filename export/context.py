@@ -57,6 +57,7 @@ class Context:
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     shape: Model = field(init=False)  # trace
     graph: ir.Model | None = None  # trace, until it is written
+    granularity: str = "channel"  # fuse: of the scales of an INT8 cache
     ranges: Ranges = field(default_factory=dict)  # calibrate
     cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
@@ -95,7 +96,7 @@ class Context:
 
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
-        return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
+        return replace(self.shape, kv=CacheType(kv, self.granularity if kv == "int8" else None))
 
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
