@@ -101,9 +101,12 @@ class Context:
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
         """The shipping runtime over a graph that was written: the quantized one on the target's provider, if it is
-        here, the fp32 graph and all that is made of it for trial on the CPU."""
-        provider = self.provider if folder == self.result else providers.CPU
-        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [provider])
+        here, the fp32 graph and all that is made of it for trial on the CPU, with fixed scales of an INT8 cache, which
+        are the coarser ones."""
+        provider, model = self.provider, self.model(kv)
+        if folder != self.result:
+            provider, model = providers.CPU, replace(model, kv=CacheType(kv, None))
+        session = make_session(folder / graph, model, machine.default_threads(), [provider])
         try:
             yield session
         finally:

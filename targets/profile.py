@@ -42,13 +42,16 @@ class Gate:
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
     magnitude of torch's logits; perplexity_increase_percent: quantized against fp32 graph, on the text;
     agreement_percent: positions where both choose the same token, among those where the fp32 graph's first choice leads
-    by at least `decided_margin` in probability.
+    by at least `decided_margin` in probability; cache_kl, cache_kl_limit: of an INT8 cache alone, with scales that the
+    export fixes, in nats: where ranges are widened, and where the export fails.
     """
 
     logit_difference: float
     perplexity_increase_percent: float
     agreement_percent: float
     decided_margin: float
+    cache_kl: float
+    cache_kl_limit: float
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,14 @@ PROMPTS = [_RANDOM.integers(0, 256, length).tolist() for length in (40, 5)]
 FLOAT = CacheType("float32", None)
 INT8 = CacheType("int8", "channel")
 # Loose: 2 random layers spread their logits less evenly than trained ones, and of 71 positions few are decided.
-GATE = Gate(logit_difference=1e-4, perplexity_increase_percent=20.0, agreement_percent=75.0, decided_margin=0.3)
+GATE = Gate(
+    logit_difference=1e-4,
+    perplexity_increase_percent=20.0,
+    agreement_percent=75.0,
+    decided_margin=0.3,
+    cache_kl=0.001,
+    cache_kl_limit=0.01,
+)
 
 
 @dataclass(frozen=True)

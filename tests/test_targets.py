@@ -38,6 +38,8 @@ logit_difference = 1e-4
 perplexity_increase_percent = 3
 decided_margin = 0.2
 agreement_percent = 97.0
+cache_kl = 0.001
+cache_kl_limit = 0.01
 """
 
 

@@ -180,9 +180,8 @@ def _cache(manifest: Manifest) -> str:
     layers = [layer for layer in manifest.model.layers if layer is not None]
     values = sum(layer.kv_heads * (layer.key_size + layer.value_size) for layer in layers) * width
     scales = sum(2 * layer.kv_heads for layer in layers) * kv.scale_bytes
-    return (
-        f"{kv.type}{' per ' + kv.granularity if kv.granularity else ''}, {values:,} bytes a token"
-        + (f", {values + scales:,} with kernels" if scales else "")
+    return f"{kv.type}{' per ' + kv.granularity if kv.granularity else ''}, {values:,} bytes a token" + (
+        f", {values + scales:,} with kernels" if scales else ""
     )
 
 
