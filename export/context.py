@@ -62,6 +62,7 @@ class Context:
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     shape: Model = field(init=False)  # trace
     graph: ir.Model | None = None  # trace, until it is written
+    granularity: str = "channel"  # fuse: of the scales of an INT8 cache
     ranges: Ranges = field(default_factory=dict)  # calibrate
     cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
@@ -102,14 +103,17 @@ class Context:
 
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
-        return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
+        return replace(self.shape, kv=CacheType(kv, self.granularity if kv == "int8" else None))
 
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
         """The shipping runtime over a graph that was written: the quantized one on the target's provider, if it is
-        here, the fp32 graph and all that is made of it for trial on the CPU."""
-        provider = self.provider if folder == self.result else providers.CPU
-        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [provider])
+        here, the fp32 graph and all that is made of it for trial on the CPU, with fixed scales of an INT8 cache, which
+        are the coarser ones."""
+        provider, model = self.provider, self.model(kv)
+        if folder != self.result:
+            provider, model = providers.CPU, replace(model, kv=CacheType(kv, None))
+        session = make_session(folder / graph, model, machine.default_threads(), [provider])
         try:
             yield session
         finally:

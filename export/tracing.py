@@ -24,6 +24,7 @@ from .compress.weights_int4 import noted_weights, require_agreement
 from .errors import RecipeError, TraceError
 from .judging import make_judging
 from .passes import fusing_passes
+from .passes.call_attention import calls_all_attention
 from .paths import refused
 from .source import SourceModel, describe_source, load_module, token_embedding
 from .texts import calibrating_texts
@@ -113,6 +114,8 @@ def fuse(context: Context) -> None:
     assert context.graph is not None, "set when the model was traced"
     ir.passes.PassManager(fusing_passes(context.source.context_length))(context.graph)
     save_graph(context.graph, context.reference)
+    # Kernels give each key and value a scale of its own, where they compute all attention.
+    context.granularity = "token" if calls_all_attention(context.graph) else "channel"
     context.graph = None  # it is read from its file from now on; this one holds on to torch's weights
 
 

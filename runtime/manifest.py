@@ -19,6 +19,9 @@ from .errors import BundleCorruptError, BundleVersionError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32", "float16")
+GRANULARITIES = ("channel", "token")
+# The scale of its own, a float32, that a key or value of an INT8 cache "by token" ends with.
+_SCALE_BYTES = 4
 EXACT_SCHEME = "int8-rowwise"
 
 # Metadata of fields that manifests of the same schema version may lack, because they were added later.
@@ -79,10 +82,18 @@ class LayerCache:
 @dataclass(frozen=True)
 class CacheType:
     """The element type of all keys and values: "int8", "float32" or "float16"; granularity of the scales:
-    "channel" or null."""
+
+    "channel" (fixed at export), "token" (each key and value of a head has one of its own on top of the channels', where
+    compiled kernels compute attention; else as "channel"), or null.
+    """
 
     type: str
     granularity: str | None
+
+    @property
+    def scale_bytes(self) -> int:
+        """What compiled kernels need of each row, a key or value of one head, for a scale of its own."""
+        return _SCALE_BYTES if self.granularity == "token" else 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,10 @@ def _check_values(manifest: Manifest) -> None:
             raise _mismatch(f"quantization.activations.{name}", " or ".join(map(str, ACTIVATION_BITS)), bits)
     if model.kv.type not in CACHE_TYPES:
         raise _mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
+    if model.kv.granularity not in (None, *GRANULARITIES) or (model.kv.scale_bytes and model.kv.type != "int8"):
+        raise _mismatch(
+            f"model.kv.granularity of {model.kv.type}", f"{' or '.join(GRANULARITIES)}", model.kv.granularity
+        )
 
 
 def _build(cls: type[T], data: Any, where: str) -> T:

@@ -94,7 +94,10 @@ class OrtSession:
         """
         self._model = model
         self._inference = load_graph(graph, threads, providers, preparing)
-        self.cache = KVCache(model)
+        by_kernels = providers[0] == CPU and kernels.attend(graph)
+        # Without kernels, keys and values have the fixed scales alone: rows are as long as a head.
+        self._scale_bytes = model.kv.scale_bytes if by_kernels else 0
+        self.cache = KVCache(model, scale_bytes=self._scale_bytes)
         self._binding = self._inference.io_binding()
         self._unbound = False
         self._ids = np.zeros((1, 0), np.int64)
@@ -108,7 +111,6 @@ class OrtSession:
         # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
         whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
         self._least_kept = 0 if whole else 1
-        by_kernels = providers[0] == CPU and kernels.attend(graph)
         self.least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not by_kernels else 1
         self.piece_tokens = KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS
 
@@ -144,7 +146,7 @@ class OrtSession:
 
     def rows(self, max_rows: int) -> OrtRowsSession:
         """Several sequences over the same graph, in a cache of their own."""
-        return OrtRowsSession(self._inference, self._model, max_rows, self.piece_tokens)
+        return OrtRowsSession(self._inference, self._model, max_rows, self.piece_tokens, self._scale_bytes)
 
     def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
         """Copy the keys and values of positions begin to end - 1, as `KVCache.read`."""

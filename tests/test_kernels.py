@@ -400,10 +400,14 @@ def test_halves_and_sums_of_another_length_are_refused() -> None:
 # Attention: close to the bodies, a small part of what the cache's rounding costs, and the same under any cut
 
 
+OWN_SCALES = "int8 by token"
+
+
 class Attention:
     """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place.
 
-    some: whether `run` says which rows are wanted.
+    cached: "int8", "float32", or "int8 by token", whose rows end with a scale of their own: their length is open in the
+    graph; some: whether `run` says which rows are wanted.
     """
 
     def __init__(
@@ -418,7 +422,9 @@ class Attention:
         cached: str = "int8",
         some: bool = False,
     ) -> None:
+        by_token, cached = cached == OWN_SCALES, cached.split(maxsplit=1)[0]
         self.groups, self.size, self.packed, self.cached = groups, size, packed, cached
+        self.row = size + (4 if by_token else 0)
         self.widths = (heads * size, groups * size, groups * size)
         random = np.random.default_rng(heads * 100 + size)
         angles = random.uniform(0, 6, (1024, max(1, rotary // 2)))
@@ -427,12 +433,13 @@ class Attention:
         if packed:
             inputs = [f"float[batch,new,{sum(self.widths)}] q"]
         cached = {"int8": "int8", "float32": "float"}[cached]
-        cache = f"{cached}[batch,{groups},past,{size}]"
+        row = "row" if by_token else size
+        cache = f"{cached}[batch,{groups},past,{row}]"
         text = (
             f"{', '.join(inputs)}, {cache} pk, {cache} pv, int32[batch] lengths, int32 total"
             f"{', int64[1] start -> float[batch,kept' if some else ' -> float[batch,new'},{heads * size}] y, "
-            f"{cached}[batch,{groups},all,{size}] key, "
-            f"{cached}[batch,{groups},all,{size}] value"
+            f"{cached}[batch,{groups},all,{row}] key, "
+            f"{cached}[batch,{groups},all,{row}] value"
         )
         attributes = f"num_heads={heads}, kv_num_heads={groups}, scale=0.2, do_rotary={int(rotary > 0)}"
         attributes += f", local_window_size={window or -1}"
@@ -460,7 +467,7 @@ class Attention:
         """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values;
         start: of each piece the first row that is wanted."""
         batch = len(x[0])
-        cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.size), self.cached) for _ in range(2)]
+        cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.row), self.cached) for _ in range(2)]
         found, begin = [], 0
         for end in itertools.accumulate(cuts):
             parts = [np.ascontiguousarray(part[:, begin:end]) for part in x]
@@ -494,7 +501,15 @@ SHAPES = [
     {"heads": 2, "groups": 1, "size": 256, "packed": True, "window": 5, "rotary": 0},
     {"heads": 30, "groups": 1, "size": 16, "packed": True, "window": 200, "rotary": 16},
 ]
-SHAPES = [{**shape, "cached": cached} for cached in ("int8", "float32") for shape in SHAPES]
+SHAPES = [{**shape, "cached": cached} for cached in ("int8", OWN_SCALES, "float32") for shape in SHAPES]
+# Those whose cache onnxruntime's operator reads too.
+BODY_SHAPES = [shape for shape in SHAPES if shape["cached"] != OWN_SCALES]
+
+
+def unpacked(attention: Attention, cache: Array) -> tuple[Array, Array]:
+    """The values of a cache's rows, and the scales of the rows."""
+    stored, scale = np.split(cache, [attention.size], axis=-1)
+    return stored, np.ascontiguousarray(scale).view(np.float32) if scale.shape[-1] else np.ones(1, np.float32)
 
 
 def values(attention: Attention, batch: int, positions: int) -> list[Array]:
@@ -502,7 +517,7 @@ def values(attention: Attention, batch: int, positions: int) -> list[Array]:
     return [random.normal(size=(batch, positions, width)).astype(np.float32) for width in attention.widths]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", BODY_SHAPES)
 def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 300)
@@ -531,6 +546,8 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
 def test_the_rows_that_are_wanted_have_the_bits_of_all(
     shape: dict[str, Any], start: int, with_kernels: bool, batch: int, cuts: list[int]
 ) -> None:
+    if shape["cached"] == OWN_SCALES and not with_kernels:
+        shape = {**shape, "cached": "int8"}  # as a body, it has rows of one head
     some, whole = Attention(**shape, some=True), Attention(**shape)
     x = values(whole, batch, sum(cuts))
     expected, cache = whole.run(session(whole.model, with_kernels), x, cuts, 320)
@@ -551,7 +568,8 @@ def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign:
     x[1] *= sign
     got, cache = attention.run(session(attention.model, True), x, [140, 1, 159], 300)
     scales = attention.model.graph.initializers["vs"].const_value if attention.cached == "int8" else None
-    value = cache[1][0, :, 0].reshape(-1) * (1 if scales is None else scales.numpy())
+    stored, of_row = unpacked(attention, cache[1])
+    value = (stored * of_row)[0, :, 0].reshape(-1) * (1 if scales is None else scales.numpy())
     heads = value.reshape(attention.groups, 1, -1).repeat(shape["heads"] // attention.groups, axis=1)
     np.testing.assert_allclose(got, np.broadcast_to(heads.reshape(-1), got.shape), rtol=2e-4)
 
@@ -592,6 +610,79 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
     np.testing.assert_array_equal(got[:1], whole)
     for left, right in zip(own_cache, cache, strict=True):
         np.testing.assert_array_equal(left[:1, :, :positions], right[:, :, :positions])
+
+
+TOKEN_SHAPES = [shape for shape in SHAPES if shape["cached"] == OWN_SCALES]
+
+
+def exact(shape: dict[str, Any], x: list[Array]) -> Array:
+    """The same attention on keys and values that are not rounded: a float32 cache, in onnxruntime."""
+    attention = Attention(**{**shape, "cached": "float32"})
+    return attention.run(session(attention.model, False), x, [len(x[0][0])], len(x[0][0]))[0]
+
+
+@pytest.mark.parametrize("size", [1, 1e4, 1e-6])
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_no_value_is_beyond_a_range_that_is_computed_when_it_is_written(shape: dict[str, Any], size: float) -> None:
+    """Keys and values of any size, also far beyond the graph's scales, lose what 8 bits lose."""
+    attention = Attention(**shape)
+    x = values(attention, 1, 300)
+    x[0] /= np.float32(size)
+    x[1:] = [part * np.float32(size) for part in x[1:]]
+    expected = exact(shape, x)
+    got, cache = attention.run(session(attention.model, True), x, [270, 1, 29], 320)
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.02 * np.sqrt(np.mean(expected**2))
+    for rows in cache:
+        stored = unpacked(attention, rows)[0][:, :, :300].astype(int)
+        assert (np.abs(stored).max(axis=-1) == 127).all(), "each row has a range of its own"
+
+
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_one_large_token_costs_the_others_nothing(shape: dict[str, Any]) -> None:
+    attention = Attention(**shape)
+    x = values(attention, 1, 200)
+    _, plain = attention.run(session(attention.model, True), x, [200], 200)
+    for part in x[1:]:
+        part[:, 7] *= 1e4
+    _, cache = attention.run(session(attention.model, True), x, [200], 200)
+    others = np.arange(200) != 7
+    for left, right in zip(plain, cache, strict=True):
+        np.testing.assert_array_equal(left[:, :, others], right[:, :, others])
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf, 3e38, 0.0, 1e-42])
+@pytest.mark.parametrize("shape", TOKEN_SHAPES[:2])
+def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
+    attention = Attention(**shape)
+    x = values(attention, 1, 150)
+    expected, _ = attention.run(session(attention.model, True), x, [150], 150)
+    for part in x[1:]:
+        part[:, 140] = what
+    for cuts in ([150], [140, 1, 9]):
+        got, _ = attention.run(session(attention.model, True), x, cuts, 150)
+        np.testing.assert_array_equal(got[:, :140], expected[:, :140])
+    if what in (0.0, 1e-42):
+        assert np.isfinite(got).all()
+
+
+def test_rows_of_another_length_are_refused() -> None:
+    attention = Attention(**TOKEN_SHAPES[0])
+    attention.row += 1
+    with pytest.raises(Exception, match="another length than a head, with or without a scale"):
+        attention.run(session(attention.model, True), values(attention, 1, 3), [3], 8)
+
+
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_an_open_row_of_one_head_has_the_bits_of_a_fixed_one(shape: dict[str, Any]) -> None:
+    """Where the runtime keeps no scales in a cache, kernels use the graph's alone."""
+    attention, fixed = Attention(**shape), Attention(**{**shape, "cached": "int8"})
+    attention.row = attention.size
+    x = values(attention, 1, 150)
+    expected, cache = fixed.run(session(fixed.model, True), x, [130, 20], 150)
+    got, own_cache = attention.run(session(attention.model, True), x, [130, 20], 150)
+    np.testing.assert_array_equal(got, expected)
+    for left, right in zip(own_cache, cache, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])
@@ -672,13 +763,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, rows in enumerate((1, 3, 9, 40)):
             feeds = {"x": random.normal(size=(rows, 100)).astype(np.float32)}
             np.savez(folder / f"{name}.{number}.npz", **(rows_of(random, name, rows, 100) if name in FRONTS else feeds))
-    for cached in ("int8", "float32"):
+    for cached in ("int8", OWN_SCALES, "float32"):
         attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48, cached=cached)
-        save(folder / f"attention-{cached}", attention.model)
+        name = f"attention-{cached.replace(' ', '-')}"
+        save(folder / name, attention.model)
         for number, (past, new) in enumerate([(0, 150), (150, 1), (300, 49)]):
-            cache = [(random.normal(size=(1, 2, past, 48)) * 50).astype(cached) for _ in range(2)]
+            cache = [(random.normal(size=(1, 2, past, 48)) * 50).astype(attention.cached) for _ in range(2)]
+            if cached == OWN_SCALES:
+                of_rows = random.uniform(1e-3, 1, (2, 1, 2, past, 1)).astype(np.float32).view(np.int8)
+                cache = [np.concatenate([rows, scale], -1) for rows, scale in zip(cache, of_rows, strict=True)]
             np.savez(
-                folder / f"attention-{cached}.{number}.npz",
+                folder / f"{name}.{number}.npz",
                 q=random.normal(size=(1, new, sum(attention.widths))).astype(np.float32),
                 pk=cache[0],
                 pv=cache[1],

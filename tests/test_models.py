@@ -44,6 +44,8 @@ GATE = Gate(
     agreement_percent=75.0,
     decided_margin=0.3,
     activations_kl=0.0,
+    cache_kl=0.001,
+    cache_kl_limit=0.01,
 )
 
 

@@ -39,6 +39,8 @@ perplexity_increase_percent = 3
 decided_margin = 0.2
 agreement_percent = 97.0
 activations_kl = 0.0004
+cache_kl = 0.001
+cache_kl_limit = 0.01
 """
 
 

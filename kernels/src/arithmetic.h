@@ -122,14 +122,17 @@ struct Arithmetic {
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);
   // y[i] = x[i] * factors[i], rounded to even, within the range of int8.
   void (*to_int8)(const float* x, const float* factors, int size, int8_t* y);
+  // y[i] = x[i] * factors[i] * (127 / r), from left to right, rounded to even; r, the largest magnitude of x[i] *
+  // factors[i]. Returns r / 127. Where r is below 2^-100, y is 0, and so is what is returned.
+  float (*to_scaled_int8)(const float* x, const float* factors, int size, int8_t* y);
   // q[i] = round(x[i] * (limit / r)), r the largest magnitude; what is behind them up to an even number is 0. Returns
   // r / limit.
   float (*to_int16)(const float* x, int size, int limit, int16_t* q);
 
-  // Keys and values (count, size) as columns for `pairs`, whose depth is that of a key, and the keys' positions. What
-  // is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
-  void (*key_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
-  void (*value_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
+  // Keys and values (count, size), rows `stride` apart, as columns for `pairs`, whose depth is that of a key, and the
+  // keys' positions. What is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
+  void (*key_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
+  void (*value_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
 
   // The same of floats, each row rounded as by `to_int16` to integers; scales[row], padded(count, kLanes) of them with
   // 0, is what these are multiplied by.

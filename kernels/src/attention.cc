@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <tuple>
@@ -25,6 +26,9 @@ constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // rounded: the products fit into 32 bits.
 constexpr int kValueLimit = 1 << 12;
 constexpr float kWeightLimit = std::numeric_limits<int32_t>::max() / kValueLimit - kChunk;
+constexpr float kByteWeightLimit = std::numeric_limits<int32_t>::max() / 128 - kChunk;
+// What a row of an 8-bit cache is longer by where it has a scale of its own.
+constexpr int kScaleBytes = sizeof(float);
 // The input that says which rows are kept: from the first of them on, counted from the end where that is negative.
 constexpr size_t kStart = 14;
 
@@ -46,6 +50,8 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
     throw std::runtime_error("attention with these attributes belongs to com.microsoft");
   per_group_ = heads_ / groups_;
   size_ = static_cast<int>(info.shape(3).at(3));
+  // Where the length of a row is left open, so that it may end with a scale, the channels tell the size.
+  if (kRounded && size_ < 1) size_ = static_cast<int>(info.constant(12).shape.at(0)) / groups_;
   if (size_ < 1) throw std::runtime_error("the graph must say how large a head is");
   width_ = padded(size_, kLanes);
   rotary_ = info.integer("do_rotary", 0) != 0;
@@ -110,12 +116,17 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
                                " are not there, or have no angles");
   }
   step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
-  const std::vector<int64_t> cache{step.batch, groups_, step.capacity, size_};
+  step.stride_cache = past_key.data == nullptr ? size_ : static_cast<int>(past_key.shape.at(3));
+  step.scaled = kRounded && step.stride_cache == size_ + kScaleBytes;
+  if (!step.scaled && step.stride_cache != size_)
+    throw std::runtime_error("a row of the cache has another length than a head, with or without a scale");
+  const std::vector<int64_t> cache{step.batch, groups_, step.capacity, step.stride_cache};
   step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
   for (auto [from, to] :
        {std::pair(past_key.values<Cached>(), step.keys), std::pair(call.template values<Cached>(4), step.values)}) {
     if (from == nullptr || from == to) continue;  // in place
-    const size_t row = static_cast<size_t>(past) * size_, place = static_cast<size_t>(step.capacity) * size_;
+    const size_t row = static_cast<size_t>(past) * step.stride_cache;
+    const size_t place = static_cast<size_t>(step.capacity) * step.stride_cache;
     for (int i = 0; i < step.batch * groups_; i++) std::copy_n(from + i * row, row, to + i * place);
   }
   return step;
@@ -149,18 +160,37 @@ void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   const size_t place = (static_cast<size_t>(sequence) * step.rows + row) * step.stride_key;
   float* const key = scratch(0, size_);
   for (int group = 0; group < groups_; group++) {
-    const size_t to = ((static_cast<size_t>(sequence) * groups_ + group) * step.capacity + position) * size_;
+    const size_t head = static_cast<size_t>(sequence) * groups_ + group;
+    const size_t to = (head * step.capacity + position) * step.stride_cache;
     const int channel = group * size_;
     std::copy_n(step.key + place + channel, size_, key);
     rotated(step, position, key);
     if constexpr (kRounded) {
-      arithmetic_.to_int8(key, key_factors_.data() + channel, size_, step.keys + to);
-      arithmetic_.to_int8(step.value + place + channel, value_factors_.data() + channel, size_, step.values + to);
+      store_row(key, key_factors_.data() + channel, step.scaled, step.keys + to);
+      store_row(step.value + place + channel, value_factors_.data() + channel, step.scaled, step.values + to);
     } else {
       std::copy_n(key, size_, step.keys + to);
       std::copy_n(step.value + place + channel, size_, step.values + to);
     }
   }
+}
+
+// A row of a cache of 8 bits, with its scale where it has one.
+template <typename Cached>
+void Attention<Cached>::store_row(const float* x, const float* factors, bool scaled, Cached* row) const {
+  if constexpr (kRounded) {
+    if (!scaled) return arithmetic_.to_int8(x, factors, size_, row);
+    const float scale = arithmetic_.to_scaled_int8(x, factors, size_, row);
+    std::memcpy(row + size_, &scale, kScaleBytes);
+  }
+}
+
+// The scales that rows of a cache end with, up to a whole number of lanes.
+template <typename Cached>
+void Attention<Cached>::read_row_scales(const Step& step, const Cached* rows, int count, float* scales) const {
+  for (int i = 0; i < count; i++)
+    std::memcpy(scales + i, rows + static_cast<size_t>(i) * step.stride_cache + size_, kScaleBytes);
+  std::fill(scales + count, scales + padded(count, kLanes), 0.0f);
 }
 
 template <typename Cached>
@@ -183,10 +213,8 @@ Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) cons
 template <typename Cached>
 Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory) const {
   const size_t size = static_cast<size_t>(kChunk) * width_;
-  Chunk chunk{memory.take<int16_t>(size), memory.take<int16_t>(size), nullptr, nullptr, 0};
-  if constexpr (!kRounded)
-    chunk.key_scales = memory.take<float>(kChunk), chunk.value_scales = memory.take<float>(kChunk);
-  return chunk;
+  return {memory.take<int16_t>(size), memory.take<int16_t>(size), memory.take<float>(kChunk),
+          memory.take<float>(kChunk), 0};
 }
 
 template <typename Cached>
@@ -241,7 +269,7 @@ int Attention<Cached>::last_chunk(const Step& step, const Tile& tile) const {
 template <typename Cached>
 size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) const {
   const size_t row = (static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity;
-  return (row + static_cast<size_t>(index) * kChunk) * size_;
+  return (row + static_cast<size_t>(index) * kChunk) * step.stride_cache;
 }
 
 // Arrange a chunk up to the last position that a tile sees. next: where the chunk begins that follows.
@@ -251,8 +279,15 @@ Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Til
   const size_t from = place(step, tile, index);
   chunk.count = std::min(kChunk, step.past(tile.sequence) + tile.begin + tile.positions - index * kChunk);
   if constexpr (kRounded) {
-    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, step.keys + next, chunk.keys);
-    arithmetic_.value_pairs(step.values + from, chunk.count, size_, step.values + next, chunk.values);
+    const int stride = step.stride_cache;
+    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, stride, step.keys + next, chunk.keys);
+    arithmetic_.value_pairs(step.values + from, chunk.count, size_, stride, step.values + next, chunk.values);
+    if (step.scaled) {
+      read_row_scales(step, step.keys + from, chunk.count, chunk.key_scales);
+      read_row_scales(step, step.values + from, chunk.count, chunk.value_scales);
+    } else {
+      chunk.key_scales = chunk.value_scales = nullptr;
+    }
   } else {
     arithmetic_.float_key_pairs(step.keys + from, chunk.count, size_, key_limit_, step.keys + next, chunk.keys,
                                 chunk.key_scales);
@@ -278,10 +313,10 @@ void Attention<Cached>::weigh(const Step& step, const Tile& tile, int index, con
   }
   const AttentionScores all{scores.values, scores.largest, scores.weights, kChunk,
                             scores.begin,  scores.end,     queries.factors};
-  if constexpr (kRounded)
+  if (chunk.value_scales == nullptr)
     arithmetic_.weights(all, rows, count, part);
   else
-    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kWeightLimit, part);
+    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kRounded ? kByteWeightLimit : kWeightLimit, part);
 }
 
 // Pairs of a chunk's positions that some row of a tile sees.
