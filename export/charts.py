@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ _VARIABLES = ("ink", "muted", "track", "before", "after", "part0", "part1", "par
 COLORS = {name: f"#0000{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 _WIDTH_IN = 3.9  # narrow, so that the text is readable where the page is as wide as a phone
 _TEXT, _SMALL = 10.5, 9.5
-_ROW_IN = 0.48
+_ROW_IN, _LINE_IN = 0.48, 0.17
+# Characters of a line, at 0.6 of the text's size each, which a page's font may be as wide as.
+_LINE_CHARACTERS = 43
+_MOST_LINES = 3
 _STYLE = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify": False}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -38,20 +43,38 @@ class Row:
 
 
 def bars(name: str, description: str, rows: Sequence[Row]) -> str:
-    """Bars below each other, each on a track of the full width. name: unlike that of the page's other charts."""
+    """Bars below each other, each on a track of the full width. name: unlike that of the page's other charts.
+
+    A label that leaves no room for its value takes several lines, the value stands in the last one.
+    """
+    wrapped = [_lines(row) for row in rows]
+    tops = [0.0, *accumulate(_ROW_IN + (len(lines) - 1) * _LINE_IN for lines in wrapped)]
     with _style(name):
-        figure, axes = _canvas(len(rows) * _ROW_IN)
+        figure, axes = _canvas(tops[-1])
         axes.set_xlim(0, 1)
-        axes.set_ylim(len(rows), 0)
-        for index, row in enumerate(rows):
-            axes.text(0, index + 0.38, row.label, color=COLORS["ink"], size=_TEXT)
-            axes.text(1, index + 0.38, row.value, color=COLORS["ink"], size=_TEXT, ha="right")
-            axes.barh(index + 0.64, 1, 0.24, color=COLORS["track"])
+        axes.set_ylim(tops[-1], 0)
+        for row, lines, bottom in zip(rows, wrapped, tops[1:], strict=True):
+            text, bar = bottom - 0.62 * _ROW_IN, bottom - 0.36 * _ROW_IN
+            for index, line in enumerate(reversed(lines)):
+                axes.text(0, text - index * _LINE_IN, line, color=COLORS["ink"], size=_TEXT)
+            axes.text(1, text, row.value, color=COLORS["ink"], size=_TEXT, ha="right")
+            axes.barh(bar, 1, 0.24 * _ROW_IN, color=COLORS["track"])
             begin = 0.0
             for share, color in row.segments:
-                axes.barh(index + 0.64, share, 0.24, left=begin, color=COLORS[color])
+                axes.barh(bar, share, 0.24 * _ROW_IN, left=begin, color=COLORS[color])
                 begin += share
         return _svg(figure, name, description)
+
+
+def _lines(row: Row) -> list[str]:
+    """The label in lines, of which the last leaves room for the value, and no more than `_MOST_LINES`."""
+    room = _LINE_CHARACTERS - len(row.value) - 2
+    if len(row.label) <= room:
+        return [row.label]
+    most = _LINE_CHARACTERS * (_MOST_LINES - 1)
+    label = row.label if len(row.label) <= most else f"{row.label[: most // 2 - 1]}…{row.label[-most // 2 :]}"
+    lines = textwrap.wrap(label, _LINE_CHARACTERS) or [""]
+    return lines if len(lines[-1]) <= room else [*lines, ""]
 
 
 def squares(name: str, description: str, percent: float) -> str:

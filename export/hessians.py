@@ -6,6 +6,7 @@ model's sums never are in memory together with all its activations.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .passes.linear import weight_of
 
 _PROBE = "hessians.onnx"
 _WINDOW = 256
-_MOST_WINDOWS = 64
+_MOST_WINDOWS = 32
 _GROUP_BYTES = 1 << 30
 
 Hessians = dict[str, NDArray[np.float32]]
@@ -39,11 +40,10 @@ def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context:
     with on the texts (token ids), in groups of up to 1 GiB.
 
     graph: path of the fp32 graph, beside which a probe is written for the time being. A matrix that several products
-    share gets the mean over all their rows. Cost: one run of up to 16,384 tokens with the fp32 graph for each group.
+    share gets the mean over all their rows. Cost: one run of up to 8,192 tokens with the fp32 graph for each group.
     Raises: RecipeError, where attention is not fused; VerificationError, where x is not finite; SessionError.
     """
-    window = min(_WINDOW, context)
-    pieces = [text[begin : begin + window] for text in texts for begin in range(0, len(text), window)][:_MOST_WINDOWS]
+    pieces = _pieces(texts, min(_WINDOW, context))
     for group in _groups(_inputs_of_matrices(ir.load(graph))):
         values = list(dict.fromkeys(value for _, read in group.values() for value in read))
         try:
@@ -51,6 +51,13 @@ def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context:
         finally:
             (graph.parent / _PROBE).unlink(missing_ok=True)
         yield {name: _mean([sums[value] for value in read], name) for name, (_, read) in group.items()}
+
+
+def _pieces(texts: Sequence[Sequence[int]], window: int) -> list[Sequence[int]]:
+    """Windows of the texts, one of each by turns, so that a long text does not crowd out the others."""
+    cut = [[text[begin : begin + window] for begin in range(0, len(text), window)] for text in texts]
+    turns = (piece for turn in itertools.zip_longest(*cut) for piece in turn if piece is not None)
+    return list(itertools.islice(turns, _MOST_WINDOWS))
 
 
 def make_block_quantizer(

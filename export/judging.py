@@ -65,7 +65,7 @@ def cut_text(text: str, origin: str) -> Texts:
     """Cut a text in two, as near to its middle as whole paragraphs allow; between lines, else words, where paragraphs
     leave less than a quarter on one side.
 
-    origin: of the text, for errors. Raises: RecipeError, for a text of one word or none.
+    origin: of the text, for errors. A text of a single word leaves nothing to judge by, which `make_judging` refuses.
     """
     text = text.strip()
     for separator in _SEPARATORS:
@@ -75,7 +75,7 @@ def cut_text(text: str, origin: str) -> Texts:
         halves = text[:end].strip(), text[end:].strip()
         if all(halves) and (separator == _SEPARATORS[-1] or min(map(len, halves)) >= len(text) / 4):
             return Texts(halves[0], (("text", halves[1]),), origin)
-    raise RecipeError(f"{origin} has fewer than two words: one half of the text calibrates and the other judges")
+    return Texts(text, (("text", ""),), origin)
 
 
 def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_length: int, tokens: Tokens) -> Judging:
@@ -94,8 +94,8 @@ def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_lengt
     found = sum(len(ids) for _, ids in windows)
     if found < window:
         raise RecipeError(
-            f"{texts.origin} leaves {found} tokens to judge this model by, the half that does not calibrate: give a "
-            f"text of {2 * window} tokens or more with --text"
+            f"{texts.origin} is too short to judge this model by: the half that does not calibrate has {found} tokens, "
+            f"{window} are needed: give a text of {2 * window} tokens or more with --text"
         )
     room = context_length - ANSWER_TOKENS
     prompts = list(_chat_prompts(tokenizer, folder, room)) or list(_starts(windows, tokenizer, room))

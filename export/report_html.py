@@ -21,6 +21,7 @@ from ..runtime.figures import (
     speed_text,
     was_changed,
 )
+from ..runtime.side_by_side import examples
 from . import charts
 from .charts import Row
 
@@ -43,6 +44,7 @@ def page(report: dict[str, Any]) -> str:
         tiles=_tiles(figures),
         perplexity=next((figure for figure in figures if figure.title == PERPLEXITY), None),
         parts=_parts(report),
+        examples=examples(report),
         steps=[COMPRESSION_COLUMNS, *compression_rows(report.get("compression"))],
         step_notes=compression_notes(report.get("compression")),
         charts=_charts(report),
@@ -82,6 +84,10 @@ def _charts(report: dict[str, Any]) -> dict[str, str]:
     if quality:
         percent = quality["agreement_percent"]
         drawn["agreement"] = charts.squares("agreement", f"{percent:.1f} of 100 squares are filled", percent)
+        if quality.get("positions"):
+            drawn["positions"] = _positions(quality["positions"])
+    if report.get("arithmetic"):
+        drawn["arithmetic"] = _arithmetic(report["arithmetic"]["matrices"])
     if report.get("sensitivity"):
         drawn["sensitivity"] = _sensitivity(report["sensitivity"])
     return drawn
@@ -134,6 +140,36 @@ def _stages(report: dict[str, Any]) -> str:
         for stage in report["stages"]
     ]
     return charts.bars("stages", "Time and peak memory of each stage", rows)
+
+
+def _positions(positions: list[dict[str, Any]]) -> str:
+    worst = max(float(item["mean_kl"]) for item in positions) or 1
+    rows = [
+        Row(
+            f"token {item['end']}"
+            if item["end"] - item["begin"] == 1
+            else f"tokens {item['begin'] + 1} to {item['end']}",
+            f"{item['mean_kl']:.2g}",
+            [(max(float(item["mean_kl"]), 0) / worst, "after")],
+        )
+        for item in positions
+    ]
+    return charts.bars("positions", "Distance from fp32 by position in the text", rows)
+
+
+def _arithmetic(matrices: list[dict[str, Any]]) -> str:
+    """The matrices that would cost most with activations of 8 bits, with the bits that they got."""
+    ranked = sorted(matrices, key=lambda matrix: -float(matrix["kl_if_8"]))[:_SHOWN_LAYERS]
+    worst = max((float(matrix["kl_if_8"]) for matrix in ranked), default=0) or 1
+    rows = [
+        Row(
+            str(matrix["name"]),
+            f"{matrix['kl_if_8']:.1e}, {matrix['activations']} bits",
+            [(max(float(matrix["kl_if_8"]), 0) / worst, "before" if matrix["activations"] == 8 else "after")],
+        )
+        for matrix in ranked
+    ]
+    return charts.bars("arithmetic", "What activations of 8 bits would cost each matrix", rows)
 
 
 def _sensitivity(layers: list[dict[str, Any]]) -> str:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 AGREEMENT = "Same first choice as fp32"
+DISTANCE = "Distance from fp32"
+ANSWERS = "Same answers as fp32"
 PERPLEXITY = "Perplexity, lower is better"
+_ANSWERS = ("equal", "prompts", "first_differs")
 _SAME_PERCENT = 2.0  # speeds and sizes closer than this are called the same
 _SAME_PERPLEXITY_PERCENT = 0.05
 
@@ -38,7 +41,7 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
     figures = list(_compared(report))
     if not changed:
         figures = [Figure(figure.title, None, figure.after) for figure in figures]
-    return [*figures, *_quality(report), *_cache(report), *_against_source(report)]
+    return [*figures, *_quality(report), *_arithmetic(report), *_cache(report), *_against_source(report)]
 
 
 COMPRESSION_COLUMNS = ("after", "parameters", "size", "perplexity", "same token", "tokens/s")
@@ -117,12 +120,30 @@ def _quality(report: dict[str, Any]) -> Iterator[Figure]:
         verdict = "the same" if same else f"{abs(percent):.2f} % {'worse' if percent > 0 else 'better'}"
         better = None if same or percent > 0 else True  # a small rise is what INT8 costs, and inside the tolerance
         yield Figure(PERPLEXITY, f"{before:.3f}", f"{after:.3f}", verdict, better)
+    mean, worst = (_number(report, "against_fp32", key) for key in ("mean_kl", "p99_kl"))
+    if mean is not None and worst is not None:
+        yield Figure(DISTANCE, None, f"{mean:.2g} nats a token", f"{worst:.2g} at the worst of 100")
     agreement = _number(report, "against_fp32", "agreement_percent")
     if agreement is not None:
         yield Figure(AGREEMENT, None, f"{agreement:.1f} % of tokens")
     decided, positions = (_number(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
     if decided is not None and positions:
         yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
+    equal, prompts, first = (_number(report, "against_fp32", "answers", key) for key in _ANSWERS)
+    if equal is not None and prompts and first is not None:
+        verdict = f"the first word is another in {first:,.0f}" if first else "the first word is the same in all"
+        yield Figure(ANSWERS, None, f"{equal:,.0f} of {prompts:,.0f} from beginning to end", verdict)
+
+
+def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
+    """Which activations have 16 bits, and what those in 8 bits save."""
+    found = report.get("arithmetic")
+    matrices = found.get("matrices") if isinstance(found, dict) else None
+    bits = [_number(matrix, "activations") for matrix in matrices] if isinstance(matrices, (list, tuple)) else []
+    saved = _number(report, "arithmetic", "multiply_adds_saved_percent")
+    if bits and saved is not None:
+        words = f"{bits.count(16)} of {len(bits)} matrices"
+        yield Figure("Activations of 16 bits", None, words, f"{saved:.0f} % of the multiply-adds saved")
 
 
 def _cache(report: dict[str, Any]) -> Iterator[Figure]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .profile import Gate, Profile, TargetError, available_targets, load_target, native_target
+from .profile import Gate, Limits, Profile, TargetError, available_targets, load_target, native_target
 from .reasons import Setting, settings_of
 
 __all__ = [
     "Gate",
+    "Limits",
     "Profile",
     "Setting",
     "TargetError",

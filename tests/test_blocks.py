@@ -27,7 +27,6 @@ from edgelm.export.passes.quantize_blocks import QuantizeBlocks
 from edgelm.export.quantize import Quantizer
 from edgelm.export.source import describe_source, find_source, load_module
 from edgelm.export.trace import trace_model
-from edgelm.export.verify import compare_quantized
 from edgelm.runtime import load
 from edgelm.runtime.bundle import GRAPH_NAME, Bundle
 from edgelm.runtime.manifest import CacheType, Model
@@ -35,7 +34,7 @@ from edgelm.runtime.ort import load_onnxruntime
 from edgelm.runtime.session import OrtSession
 from edgelm.targets import load_target
 
-from .conftest import ROOT, TEXT, tiny_llama
+from .conftest import ROOT, TEXT, compare_texts, tiny_llama
 
 if TYPE_CHECKING:
     from edgelm.export.compress.steps import Workbench
@@ -315,7 +314,7 @@ def test_what_a_scheme_costs_a_trained_model(
     graph = Quantizer(tales.graph, scheme, 8, {}, activations).quantized()
     ir.save(graph, tmp_path / GRAPH_NAME, external_data="model.onnx.data")
     before, after = tales.session(tales.graph, "float32"), tales.session(tmp_path / GRAPH_NAME, activations)
-    found = compare_quantized(before, after, tales.token_ids, 512, load_target("cuda").gate)
+    found = compare_texts(before, after, tales.token_ids, 512, load_target("cuda").gate)
     assert found.perplexity_increase_percent < most_percent
     assert found.decided_percent > 98
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < most_bytes

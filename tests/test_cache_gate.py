@@ -17,7 +17,7 @@ from edgelm.runtime.cli import main
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.tokenizer import Tokenizer
 
-from .conftest import TEXT, byte_tokenizer, tiny_llama
+from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, tiny_llama
 
 IDS = list(range(32, 120)) * 20
 VOCABULARY = 257
@@ -58,7 +58,7 @@ def planted(folder: Path, size: float) -> Path:
 
 
 def export(model: Path, out: Path, **settings: Any) -> Path:
-    return export_model(ExportConfig(str(model), target="x86-cpu", out=out, **settings)).path
+    return export_model(ExportConfig(str(model), target=WIDE_TARGET, out=out, **settings)).path
 
 
 def report_of(bundle: Path) -> Any:

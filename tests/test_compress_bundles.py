@@ -21,7 +21,7 @@ from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 from edgelm.runtime.manifest import Source
 
-from .conftest import TEXT, byte_tokenizer, shared, tiny_llama
+from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, shared, tiny_llama
 from .model_zoo import tiny_model as zoo_model
 from .test_compress import torch_greedy, write_recipe
 
@@ -72,7 +72,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             else:
                 compress(model, UNEQUAL, folder / "small")
                 model = folder / "small"
-            config = ExportConfig(str(model), target="x86-cpu", out=folder / "b", compress=recipe)
+            config = ExportConfig(str(model), target=WIDE_TARGET, out=folder / "b", compress=recipe)
             done[name] = export_model(config).path
         return done[name]
 

@@ -18,7 +18,7 @@ import pytest
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 
-from .conftest import TEXT, byte_tokenizer, tiny_llama
+from .conftest import byte_tokenizer, tiny_llama
 
 Refused = Callable[..., str]
 
@@ -399,14 +399,20 @@ def test_a_text_that_is_not_utf8(refused: Refused, tiny_model: Path, tmp_path: P
     refused(tiny_model, "--text", tmp_path / "latin.txt", words=("latin.txt", "not UTF-8", "byte 1", "convert"))
 
 
-@pytest.mark.parametrize("text", ["", "Too short.", 511 * "x"], ids=["empty", "short", "one token short of a window"])
-def test_a_text_that_is_too_short(refused: Refused, tiny_model: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [("", 0), ("Too short.", 6), (2000 * "x", 0), (511 * "x" + " " + 511 * "y", 511)],
+    ids=["empty", "short", "one word", "one token short of a window"],
+)
+def test_a_text_that_is_too_short(refused: Refused, tiny_model: Path, tmp_path: Path, text: str, left: int) -> None:
+    """A half of the text judges, and must fill a window."""
     (tmp_path / "short.txt").write_text(text, encoding="utf-8")
-    refused(tiny_model, "--text", tmp_path / "short.txt", words=("short.txt", f"has {len(text)} tokens", "512 or more"))
+    words = ("short.txt", f"has {left} tokens, 512 are needed", "1024 tokens or more")
+    refused(tiny_model, "--text", tmp_path / "short.txt", words=words)
 
 
-def test_a_text_of_one_window_is_enough(tiny_model: Path, here: Path) -> None:
-    (here / "text.txt").write_text(TEXT[:512], encoding="ascii")
+def test_a_text_of_two_windows_is_enough(tiny_model: Path, here: Path) -> None:
+    (here / "text.txt").write_text(512 * "x" + " " + 512 * "y", encoding="ascii")
     assert main(["export", str(tiny_model), "--text", "text.txt", "--out", "bundle", "--scheme", "fp32"]) == 0
 
 

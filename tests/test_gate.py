@@ -18,13 +18,14 @@ from edgelm.export import verify
 from edgelm.export.calibrate import cache_ranges
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.graph import ATTENTION
+from edgelm.export.quality import QuantizedAgreement, faults
 from edgelm.export.trace import trace_model
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.session import KERNELS_PIECE_TOKENS, OrtSession, Session
 from edgelm.targets import load_target
 
-from .conftest import TEXT, tiny_llama
+from .conftest import TEXT, compare_texts, tiny_llama
 
 GATE = load_target("x86-cpu").gate
 CONTEXT = 512
@@ -518,22 +519,20 @@ def quantized(exported: Exported) -> ir.Model:
 
 
 @pytest.fixture
-def compare(exported: Exported, tmp_path: Path) -> Iterator[Callable[[ir.Model], verify.QuantizedAgreement]]:
+def compare(exported: Exported, tmp_path: Path) -> Iterator[Callable[[ir.Model], QuantizedAgreement]]:
     """Judge a quantized graph with an INT8 cache as the export does."""
 
-    def judge(graph: ir.Model) -> verify.QuantizedAgreement:
+    def judge(graph: ir.Model) -> QuantizedAgreement:
         save(graph, tmp_path)
         before, after = exported.session(exported.folder), exported.session(tmp_path, "int8")
-        return verify.compare_quantized(before, after, IDS, WINDOW, GATE)
+        return compare_texts(before, after, IDS, WINDOW, GATE)
 
     yield judge
 
 
-def test_a_right_int8_graph_passes(
-    exported: Exported, compare: Callable[[ir.Model], verify.QuantizedAgreement]
-) -> None:
+def test_a_right_int8_graph_passes(exported: Exported, compare: Callable[[ir.Model], QuantizedAgreement]) -> None:
     found = compare(quantized(exported))
-    assert found.tokens == len(IDS) - 1
+    assert found.tokens == len(IDS) - len(WINDOWS)
     assert abs(found.perplexity_increase_percent) <= GATE.perplexity_increase_percent
     assert found.decided_percent >= GATE.agreement_percent
     assert 0 < found.decided_positions < found.tokens
@@ -543,12 +542,12 @@ def test_a_right_int8_graph_passes(
 @pytest.mark.parametrize("fault", INT8_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_wrong_int8_graph_is_caught(
     exported: Exported,
-    compare: Callable[[ir.Model], verify.QuantizedAgreement],
+    compare: Callable[[ir.Model], QuantizedAgreement],
     fault: Callable[[ir.Model], None],
 ) -> None:
     graph = quantized(exported)
     fault(graph)
-    assert verify.faults(compare(graph), GATE)
+    assert faults(compare(graph), GATE)
 
 
 def test_the_tolerances_decide(exported: Exported) -> None:
@@ -558,14 +557,14 @@ def test_the_tolerances_decide(exported: Exported) -> None:
     def spoil(logits: NDArray[np.float32]) -> None:
         logits *= np.float32(0.9)
 
-    def judge(gate: Any) -> verify.QuantizedAgreement:
+    def judge(gate: Any) -> QuantizedAgreement:
         after = Spoiled(exported.session(exported.folder), spoil)
-        return verify.compare_quantized(before, after, IDS[:400], WINDOW, gate)
+        return compare_texts(before, after, IDS[:400], WINDOW, gate)
 
     wide = dataclasses.replace(GATE, perplexity_increase_percent=1e9)
     rise = judge(wide).perplexity_increase_percent
     assert rise != 0
     found = judge(wide)
-    assert verify.faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise + 1e-6)) == []
-    (fault,) = verify.faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise - 1e-6))
+    assert faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise + 1e-6)) == []
+    (fault,) = faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise - 1e-6))
     assert fault.startswith("perplexity rises by")

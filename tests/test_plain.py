@@ -16,7 +16,7 @@ from edgelm.export.paths import STEPWISE
 from edgelm.runtime import load
 from edgelm.runtime.cli import main
 
-from .conftest import TEXT, byte_tokenizer
+from .conftest import TEXT, WIDE_TARGET, byte_tokenizer
 from .model_zoo import CONTEXT, SAME, tiny_model
 
 
@@ -30,7 +30,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folder = tmp_path_factory.mktemp(kind)
             tiny_model(kind).save_pretrained(folder / "model")
             byte_tokenizer(folder / "model")
-            done[kind] = export_model(ExportConfig(str(folder / "model"), target="x86-cpu", out=folder / "bundle")).path
+            done[kind] = export_model(
+                ExportConfig(str(folder / "model"), target=WIDE_TARGET, out=folder / "bundle")
+            ).path
         return done[kind]
 
     return run

@@ -23,7 +23,7 @@ from edgelm.export.report_html import page
 from edgelm.runtime.cli import main
 from edgelm.runtime.figures import bytes_text, change_text, main_figures
 
-from .conftest import TEXT
+from .conftest import TEXT, WIDE_TARGET
 from .test_passes import graph
 
 Report = dict[str, Any]
@@ -188,9 +188,9 @@ def test_a_model_folder_with_an_odd_name_is_exported(tiny_model: Path, tmp_path:
     from edgelm.export import ExportConfig, export_model
 
     text = tmp_path / "text.txt"
-    text.write_text(TEXT[:600], encoding="utf-8")
+    text.write_text(TEXT[:1100], encoding="utf-8")
     model = Path(shutil.copytree(tiny_model, tmp_path / "<b>x & y"))
-    done = export_model(ExportConfig(str(model), target="x86-cpu", text=text, out=tmp_path / "out"))
+    done = export_model(ExportConfig(str(model), target=WIDE_TARGET, text=text, out=tmp_path / "out"))
     assert "<b>x & y" in words_of((done.path / "report.html").read_text(encoding="utf-8"))
 
 

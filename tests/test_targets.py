@@ -12,7 +12,16 @@ import onnx
 import pytest
 
 from edgelm.runtime.cli import main
-from edgelm.targets import Gate, Profile, TargetError, available_targets, load_target, native_target, settings_of
+from edgelm.targets import (
+    Gate,
+    Limits,
+    Profile,
+    TargetError,
+    available_targets,
+    load_target,
+    native_target,
+    settings_of,
+)
 
 from .conftest import ROOT
 
@@ -35,12 +44,21 @@ int8-tensor = "float32"
 fp32 = "float32"
 [gate]
 logit_difference = 1e-4
+mean_kl = 0.006
+p99_kl = 0.06
 perplexity_increase_percent = 3
 decided_margin = 0.2
 agreement_percent = 97.0
+answers_percent = 98
 activations_kl = 0.0004
 cache_kl = 0.001
 cache_kl_limit = 0.01
+[coarse_gate]
+mean_kl = 0.1
+p99_kl = 1
+perplexity_increase_percent = 5
+agreement_percent = 90
+answers_percent = 80
 """
 
 
@@ -89,7 +107,19 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
             "fp32": "float32",
         },
         opset=20,
-        gate=Gate(1e-4, 3.0, 97.0, 0.2, 0.0004),
+        gate=Gate(
+            mean_kl=0.006,
+            p99_kl=0.06,
+            perplexity_increase_percent=3.0,
+            agreement_percent=97.0,
+            answers_percent=98.0,
+            logit_difference=1e-4,
+            decided_margin=0.2,
+            activations_kl=0.0004,
+            cache_kl=0.001,
+            cache_kl_limit=0.01,
+        ),
+        coarse_gate=Limits(0.1, 1.0, 5.0, 90.0, 80.0),
     )
     assert isinstance(profile.gate.perplexity_increase_percent, float)
 
@@ -116,7 +146,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(tmp_path: Path, wron
 
 
 def test_an_unknown_key_of_the_gate_is_named_with_its_place(tmp_path: Path) -> None:
-    message = refusal(tmp_path, VALID + "decided_margins = 0.2\n")
+    message = refusal(tmp_path, VALID.replace("[gate]\n", "[gate]\ndecided_margins = 0.2\n"))
     assert "unknown key gate.decided_margins, did you mean decided_margin?" in message
 
 
@@ -125,7 +155,7 @@ def test_an_unknown_scheme_in_the_kv_table_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [field.name for field in dataclasses.fields(Profile) if field.name not in ("kv", "gate")]
+    "field", [field.name for field in dataclasses.fields(Profile) if field.name not in ("kv", "gate", "coarse_gate")]
 )
 def test_a_missing_key_is_named(tmp_path: Path, field: str) -> None:
     text = re.sub(rf"^{field} = .*\n", "", VALID, flags=re.MULTILINE)
@@ -139,7 +169,7 @@ def test_a_missing_key_of_the_gate_is_named_with_its_place(tmp_path: Path, field
     assert f"key gate.{field} is missing" in refusal(tmp_path, text)
 
 
-@pytest.mark.parametrize("table", ["kv", "gate"])
+@pytest.mark.parametrize("table", ["kv", "gate", "coarse_gate"])
 def test_a_missing_table_is_named(tmp_path: Path, table: str) -> None:
     text = re.sub(rf"\[{table}\]\n([^\[]*)", "", VALID)
     assert f"key {table} is missing" in refusal(tmp_path, text)
@@ -175,7 +205,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_found(
     assert f"{where} has the wrong type" in message
 
 
-@pytest.mark.parametrize("table", ["kv", "gate"])
+@pytest.mark.parametrize("table", ["kv", "gate", "coarse_gate"])
 def test_a_value_in_place_of_a_table_is_named(tmp_path: Path, table: str) -> None:
     text = f"{table} = 1\n" + re.sub(rf"\[{table}\]\n([^\[]*)", "", VALID)
     assert f"{table} has the wrong type" in refusal(tmp_path, text)
@@ -370,6 +400,42 @@ def test_int8_uses_integer_products_that_every_core_has(export_tiny: Callable[..
     operators = {node.op_type for part in (model.graph, *model.functions) for node in part.node}
     assert "MatMulIntegerToFloat" in operators
     assert "MatMulNBits" not in operators
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("mean_kl = 0.006", "mean_kl = 0", "gate.mean_kl must be more than 0"),
+        ("p99_kl = 0.06", "p99_kl = -0.1", "gate.p99_kl must be more than 0"),
+        (
+            "perplexity_increase_percent = 3",
+            "perplexity_increase_percent = 0.0",
+            "gate.perplexity_increase",
+        ),
+        ("logit_difference = 1e-4", "logit_difference = 0", "gate.logit_difference must be more than 0"),
+        (
+            "agreement_percent = 97.0",
+            "agreement_percent = 100.5",
+            "gate.agreement_percent must be 0 to 100",
+        ),
+        ("answers_percent = 98", "answers_percent = -1", "gate.answers_percent must be 0 to 100, found -1"),
+        ("decided_margin = 0.2", "decided_margin = 2", "gate.decided_margin must be 0 to 1, found 2"),
+        ("p99_kl = 1\n", "p99_kl = 0\n", "coarse_gate.p99_kl must be more than 0"),
+    ],
+)
+def test_a_budget_that_nothing_can_meet_is_refused(tmp_path: Path, right: str, wrong: str, words: str) -> None:
+    assert right in VALID
+    assert words in refusal(tmp_path, VALID.replace(right, wrong))
+
+
+def test_coarse_schemes_have_limits_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID, encoding="utf-8")
+    profile = load_target(str(path))
+    assert profile.gate_of("int8-rowwise") == profile.gate
+    coarse = profile.gate_of("int4-weight")
+    assert (coarse.mean_kl, coarse.agreement_percent) == (0.1, 90.0)
+    assert (coarse.logit_difference, coarse.decided_margin) == (1e-4, 0.2)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -16,6 +16,7 @@ from ..bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..errors import BundleCorruptError, BundleMissingError
 from ..figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
 from ..manifest import LayerCache, Manifest
+from ..side_by_side import Cut, examples
 from .folder import add_folder
 
 _CACHE_BYTES = {"int8": 1, "float16": 2, "float32": 4}
@@ -72,6 +73,29 @@ def _show_report(bundle: Bundle, as_json: bool) -> None:
     for sentence in report.get("not_run") or ():
         print(f"  {'not run':30}{sentence}")
     _show_compression(report.get("compression"))
+    _show_examples(report)
+
+
+def _show_examples(report: dict[str, Any]) -> None:
+    """Prompts with the answers of both graphs, the first word that is another in brackets."""
+    found = examples(report)
+    if found:
+        print("Answers of the fp32 graph and of this bundle:")
+    for example in found:
+        print(f"  > {_line(example.prompt)}")
+        if example.equal:
+            print(f"      both  {_line(example.before.same)}")
+        else:
+            print(f"      fp32  {_marked(example.before)}")
+            print(f"    bundle  {_marked(example.after)}")
+
+
+def _marked(cut: Cut) -> str:
+    return _line(f"{cut.same}[{cut.word}]{cut.rest}")
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", "\\n")
 
 
 def _show_compression(steps: Any) -> None:
@@ -81,7 +105,7 @@ def _show_compression(steps: Any) -> None:
         return
     print("Compressed before, step by step:")
     for name, *cells in (COMPRESSION_COLUMNS, *rows):
-        print(f"  {name:18}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"  {name:18} " + "".join(f"{cell:>13} " for cell in cells).rstrip())
     for note in compression_notes(steps):
         print(f"  {note}")
 
