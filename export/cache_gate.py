@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.divergence import divergence
 from ..runtime.errors import VerificationError
 from ..runtime.session import OrtSession, Session
 from ..targets import Gate
 from .cache_prompts import CachePrompts
 from .calibrate import Ranges, cache_ranges, magnitudes, wider
-from .sensitivity import divergence, log_probabilities
+from .sensitivity import log_probabilities
 from .verify import lead
 
 # Another text goes a little beyond every maximum that was seen. On builtin:tales, with 1.5 times at most, the answers

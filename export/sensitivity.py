@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.divergence import divergence, log_softmax
 from ..runtime.session import Session
 
 MOST_PROBES = 48
@@ -94,11 +95,4 @@ def log_probabilities(session: Session, token_ids: Sequence[int]) -> Iterator[ND
     session.rewind(0)
     for begin in range(0, len(token_ids), _PIECE_TOKENS):
         piece = token_ids[begin : begin + _PIECE_TOKENS]
-        logits = session.step(piece, len(piece))
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        yield shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
-def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL divergence of each row of log probabilities (n, vocab_size), in nats."""
-    return np.asarray((np.exp(expected) * (expected - got)).sum(axis=1, dtype=np.float64))
+        yield log_softmax(session.step(piece, len(piece)))

@@ -1,0 +1,39 @@
+"""Divergence of next-token distributions, against its definition in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.runtime.divergence import divergence, log_softmax
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(np.float64(logits) - np.float64(logits).max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([-1e4, 0.0, 1e4]))
+def test_both_functions_are_their_definitions(seed: int, spread: float, offset: float) -> None:
+    random = np.random.default_rng(seed)
+    left = random.normal(offset, spread, (3, 500)).astype(np.float32)
+    right = (left + random.normal(0, spread / 10, left.shape)).astype(np.float32)
+    expected, got = softmax(left), softmax(right)
+    assert np.exp(log_softmax(left)) == pytest.approx(expected, rel=2e-4, abs=1e-7)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        true = np.where(expected > 0, expected * np.log(expected / got), 0).sum(axis=1)
+    assert divergence(log_softmax(left), log_softmax(right)) == pytest.approx(true, rel=1e-3, abs=1e-5)
+
+
+def test_equal_distributions_have_none_and_each_row_has_its_own() -> None:
+    rows = log_softmax(np.array([[0, 1, 2], [5, 0, 0]], np.float32))
+    assert divergence(rows, rows).tolist() == [0, 0]
+    found = divergence(rows, rows[[0, 0]])
+    assert found.shape == (2,) and found[0] == 0 and found[1] > 0.1
+
+
+def test_what_is_not_a_number_stays_one() -> None:
+    good, bad = np.zeros((1, 4), np.float32), np.array([[np.nan, 0, 0, 0]], np.float32)
+    assert np.isnan(divergence(log_softmax(good), log_softmax(bad)))[0]
