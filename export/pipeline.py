@@ -36,7 +36,7 @@ from .compress.run import Task, checkpoint_folder, compress_folder
 from .compress.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
 from .report import Measurements, build_report, write_report
-from .source import find_source
+from .source import find_source, short_name
 from .stages import Progress, StageRecord, run_stages
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     """
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
+    out = config.out or Path(f"{short_name(config.model)}-{profile.name}")
     package.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
@@ -173,7 +173,3 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             not_run=context.not_run,
         )
     )
-
-
-def _short_name(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
