@@ -29,13 +29,14 @@ from ..targets import Gate
 from .cache_prompts import CachePrompts
 from .calibrate import Ranges, cache_ranges, magnitudes, wider
 from .sensitivity import log_probabilities
-from .verify import lead
 
 # Another text goes beyond every maximum that was seen, up to twice as far. SmolLM2-135M on 1,024 tokens of WikiText-2,
 # KL divergence by ranges of 1, 1.25, 1.5 and 2 times what 2,300 other tokens showed: 0.0018, 0.0011, 0.0012, 0.0024
 # nats. Clipping costs more than a coarser scale.
 _MARGIN = 1.25
-_TOLERATED_EXCESS = 1.25
+# Of a range with its margin. On SmolLM2-135M the farthest value of rare tokens lies 1.8 times as far out: widening for
+# it gains 1e-4 nats on text, and costs a second trial of all prompts.
+_TOLERATED_EXCESS = 2.0
 _MOST_EXCESS = 1e6  # of a channel that was zero all the time, to have a number
 
 # Opens a session on the fp32 graph with an INT8 cache of these ranges.
@@ -124,7 +125,7 @@ def calibrate_cache(
     before: tuple[KindAgreement, ...] = ()
     kinds, widened = judge(ranges), 0
     far = any(layer.largest_excess > _TOLERATED_EXCESS for layer in layers)
-    if far or (layers and not _mean_kl(kinds) <= gate.cache_kl):
+    if far or (layers and not kinds[0].kl <= gate.cache_kl):
         wide = wider(ranges, observed.largest)
         widened = sum(int((wide[name] > ranges[name]).sum()) for name in ranges)
         ranges, before = wide, kinds
@@ -172,11 +173,17 @@ def _compare(session: Session, prompts: CachePrompts, answers: Sequence[Path], g
             if other == kind:
                 rows = _rows(prompt, np.load(path, mmap_mode="r"), session)
                 for expected, got in rows:
-                    clear = lead(expected) >= gate.decided_margin
+                    clear = _lead(expected) >= gate.decided_margin
                     tokens, decided = tokens + len(got), decided + int(clear.sum())
                     agree += int((clear & (expected.argmax(axis=1) == got.argmax(axis=1))).sum())
                     total += float(divergence(expected, got).sum())
         yield KindAgreement(kind, tokens, total / tokens, decided, agree)
+
+
+def _lead(log_probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far the first choice is ahead of the second, in probability, for each row."""
+    top = np.exp(np.partition(log_probabilities, -2, axis=1)[:, -2:])
+    return np.asarray(top[:, 1] - top[:, 0])
 
 
 def _rows(
@@ -186,10 +193,6 @@ def _rows(
     for got in log_probabilities(session, prompt):
         yield expected[begin : begin + len(got)], got
         begin += len(got)
-
-
-def _mean_kl(kinds: Sequence[KindAgreement]) -> float:
-    return sum(kind.kl * kind.tokens for kind in kinds) / sum(kind.tokens for kind in kinds)
 
 
 def _faults(kinds: Sequence[KindAgreement], gate: Gate) -> list[str]:
