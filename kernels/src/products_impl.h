@@ -32,8 +32,8 @@ void quantize_8(const float* x, int size, float r, uint8_t* q) {
 }
 
 // x / divisor, rounded as by `div`, without its wait: a product with the inverse, and another one with what that leaves
-// over, which is exact (P. Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of floats;
-// those below 2^-30 may be off.
+// over, which is exact (P. Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of
+// floats; those below 2^-30 may be off.
 class Quotient {
  public:
   explicit Quotient(float divisor) : negative_(set(-divisor)), inverse_(set(1 / divisor)) {}
