@@ -46,6 +46,9 @@ inline Lanes div(Lanes a, Lanes b) {
 inline Lanes max(Lanes a, Lanes b) {
   return each([&](int i) { return vmaxq_f32(a.part[i], b.part[i]); });
 }
+inline Lanes min(Lanes a, Lanes b) {
+  return each([&](int i) { return vminq_f32(a.part[i], b.part[i]); });
+}
 inline Lanes abs(Lanes a) {
   return each([&](int i) { return vabsq_f32(a.part[i]); });
 }

@@ -31,14 +31,37 @@ void quantize_8(const float* x, int size, float r, uint8_t* q) {
   });
 }
 
+// x / divisor, rounded as by `div`, without its wait: a product with the inverse, and another one with what that leaves
+// over, which is exact (P. Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of
+// floats; those below 2^-30 may be off.
+class Quotient {
+ public:
+  explicit Quotient(float divisor) : negative_(set(-divisor)), inverse_(set(1 / divisor)) {}
+
+  Lanes operator()(Lanes x) const {
+    const Lanes nearly = mul(x, inverse_);
+    return fma(fma(nearly, negative_, x), inverse_, nearly);
+  }
+
+ private:
+  Lanes negative_, inverse_;
+};
+
 void quantize_16(const float* x, int size, float r, uint8_t* high, uint8_t* low) {
-  const Lanes divisor = set(r), step = set(kStep), low_step = set(kStep * kLowStep), most = set(127);
-  each_lanes(size, [&](int i, int count) {
-    const Lanes shares = div(load_some(x + i, count), divisor), whole = round(div(shares, step));
-    const Lanes rest = round(div(sub(shares, mul(whole, step)), low_step));
-    store_bytes(high + i, whole, kOffset);
-    store_bytes(low + i, sub(most, max(sub(most, rest), zero())), kOffset);
-  });
+  const Quotient in_steps(kStep), in_low_steps(kStep * kLowStep);
+  const auto store_planes = [&](auto share) {
+    each_lanes(size, [&](int i, int count) {
+      const Lanes shares = share(load_some(x + i, count)), whole = round(in_steps(shares));
+      const Lanes rest = sub(shares, mul(whole, set(kStep)));
+      store_bytes(high + i, whole, kOffset);
+      store_bytes(low + i, min(round(in_low_steps(rest)), set(127)), kOffset);
+    });
+  };
+  constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+  if (kLeast < r && r < kMost)
+    store_planes(Quotient(r));
+  else
+    store_planes([divisor = set(r)](Lanes values) { return div(values, divisor); });
 }
 
 float quantize(const float* x, int size, int planes, uint8_t* q) {

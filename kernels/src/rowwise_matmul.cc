@@ -11,6 +11,9 @@ namespace {
 
 // Quantized rows for which the matrix is read as it stands. For more, arranging it in panels pays.
 constexpr int kMostDirect = 8;
+// The same of a transposed matrix, whose panels cost more: a transposition.
+constexpr int kMostDirectTransposed = 24;
+static_assert(kFewRows % 2 == 0, "the planes of a row go together");
 // Depth of a strip of the matrix, which is shared out as a whole.
 constexpr int kStripDepth = 32;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
@@ -74,15 +77,16 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
     const float* const made = make(row, next, memory + worker * stride);
     factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
   };
-  if (rows.count <= kMostDirect && !transposed_) return by_depth(call, rows, make_row, result);
+  const bool direct = rows.count <= (transposed_ ? kMostDirectTransposed : kMostDirect);
+  if (direct && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
     for (int row = task * kTaskRows; row < end; row++) make_row(row, row + 1 < end ? 1 : 0, worker);
   });
-  if (rows.count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
-    by_panels(call, rows, result);
-  else
+  if (direct && depth_ % kBlock == 0)
     by_columns(call, rows, result);
+  else
+    by_panels(call, rows, result);
 }
 
 void RowwiseMatMul::compute(Call& call) const {
