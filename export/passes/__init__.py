@@ -19,6 +19,7 @@ from .keep_last_logits import KeepLastLogits
 from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
+from .norm_in_attention import NormInAttention
 from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
 from .pick_tokens import PickTokens
@@ -70,7 +71,7 @@ def quantizing_passes(
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     if cache_ranges or scheme == ROWWISE:
-        passes.append(CallAttention())
+        passes += [CallAttention(), NormInAttention()]
     return passes
 
 

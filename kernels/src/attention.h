@@ -1,5 +1,6 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
-// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone.
+// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone; the two with Normed in
+// their names norm the heads of queries and keys first.
 //
 // Products are those of integers. A cache of 8 bits is taken as it is; a row's query is rounded to 16 bits, by its
 // largest value, and the weights of a chunk's values to 15, by the largest of them. Of floats, keys and values are
@@ -86,7 +87,8 @@ class Attention {
 
   void read_scales(const Info& info);
   Step read(Call& call) const;
-  void rotated(const Step& step, int position, float* head) const;
+  const float* head_norm(const Info& info, size_t input) const;
+  void place_head(const Step& step, int position, const float* norm, float* head) const;
   void append(const Step& step, int sequence, int row) const;
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
@@ -111,6 +113,8 @@ class Attention {
   int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
+  float epsilon_;  // of the norms of queries and keys; below 0: there are none
+  const float *query_norm_ = nullptr, *key_norm_ = nullptr;
   int key_limit_, query_limit_;  // of their integers: a score fits into 32 bits
   // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
   std::vector<float> query_scales_, value_scales_;
