@@ -547,7 +547,7 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     expected, cache = attention.run(body, x, cuts, 320)
     got, own_cache = attention.run(kernel, x, cuts, 320)
     # Queries are rounded to 16 bits and weights to 15, where keys and values were, by the cache, to 8; keys, values and
-    # queries of a float32 cache to 11 to 13. Of normed heads of 256 values, scores are twice as large as of others here.
+    # queries of a float32 cache to 11 to 13, and scores of heads of 256 values are the largest here.
     limit = {"int8": 2e-4, "float32": 2e-3 if attention.size == 256 else 8e-4}[attention.cached]
     assert np.sqrt(np.mean((got - expected) ** 2)) < limit * np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(got, expected, atol=3 * limit * np.abs(expected).max())
