@@ -2,11 +2,11 @@
 
     python scripts/bench.py [--shape llama] [--work build/bench] [--rounds 5] [--threads 2] [--json FILE]
 
-Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms behind layers and of queries
-and keys, gates of GELU) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys). `weights_read_share` is
-the speed at which a step of decoding reads the weights, in parts of that at which the same threads read memory.
-Builds the model from its configuration in `scripts/reference`, exports it, then measures both systems in alternation, each round
-in fresh processes, and prints medians and the medians of each round's ratio. Speed does not depend on weights' values.
+Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms behind layers and of
+queries and keys, gates of GELU) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys).
+Builds the model from its configuration in `scripts/reference`, exports it, then measures both systems in alternation,
+each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is how
+fast decoding reads the weights, in parts of how fast memory is read. Speed does not depend on weights' values.
 """
 
 from __future__ import annotations
