@@ -23,8 +23,8 @@ from .passes.graph import nodes_of
 from .passes.linear import weight_of
 
 _PROBE = "hessians.onnx"
-_WINDOW = 256
-_MOST_WINDOWS = 32
+_WINDOW = 512
+_MOST_WINDOWS = 16
 _GROUP_BYTES = 1 << 30
 
 Hessians = dict[str, NDArray[np.float32]]
@@ -115,7 +115,9 @@ def _sums(graph: Path, values: list[str], pieces: Sequence[Sequence[int]]) -> di
         for piece in pieces:
             for name, rows in zip(values, session.run(values, _feeds(session, piece)), strict=True):
                 flat = np.asarray(rows, np.float32).reshape(-1, rows.shape[-1])
-                sums[name] = sums.get(name, 0) + flat.T @ flat
+                if name not in sums:
+                    sums[name] = np.zeros((flat.shape[1],) * 2, np.float32)
+                sums[name] += flat.T @ flat
             count += len(piece)
     return {name: total / np.float32(count) for name, total in sums.items()}
 

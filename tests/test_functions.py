@@ -3,6 +3,7 @@ them what it makes of one that has the operators in their place."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ from edgelm.export.passes.call_attention import CallAttention
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
+    GELU_GATED_ROWWISE_MATMUL,
     NORMED_ROWWISE_MATMUL,
+    POST_NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
     define,
@@ -150,6 +153,41 @@ def test_the_body_of_a_gated_product_is_the_documented_arithmetic() -> None:
     define(model, GATED_ROWWISE_MATMUL)
     gate, up = np.split(x.astype(np.float64), 2, axis=-1)
     assert_a_product_of(compute(model, {"x": x})[0], gate / (1 + np.exp(-gate)) * up, weight)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_body_of_a_product_gated_by_gelu_is_the_documented_arithmetic(approximate: str) -> None:
+    weight, x = floats(24, 12), floats(2, 5, 48)
+    x[0, 1] = 0
+    matrix, scales = quantized_columns(weight, 127)
+    body = f'y = {EDGELM}.{GELU_GATED_ROWWISE_MATMUL} <approximate = "{approximate}"> (x, w, s)'
+    model = graph(
+        "float[batch,new,48] x -> float[batch,new,12] y", body, {"w": matrix, "s": scales}, (EDGELM, MICROSOFT)
+    )
+    define(model, GELU_GATED_ROWWISE_MATMUL)
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    share = np.vectorize(math.erf)(gate / math.sqrt(2))
+    if approximate == "tanh":
+        share = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    assert_a_product_of(compute(model, {"x": x})[0], gate * (1 + share) / 2 * up, weight)
+
+
+def test_the_body_of_a_product_behind_two_norms_is_the_documented_arithmetic() -> None:
+    weight, post, norm, x, skip = floats(24, 12), floats(24), floats(24), floats(2, 5, 24), floats(2, 5, 24)
+    x[0, 1], skip[0, 1] = 0, 0
+    matrix, scales = quantized_columns(weight, 127)
+    text = "float[batch,new,24] x, float[batch,new,24] skip -> float[batch,new,12] y, float[batch,new,24] total"
+    body = f"y, total = {EDGELM}.{POST_NORMED_ROWWISE_MATMUL} <epsilon = 0.25> (x, skip, p, g, w, s)"
+    model = graph(text, body, {"p": post, "g": norm, "w": matrix, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, POST_NORMED_ROWWISE_MATMUL)
+    got, total = compute(model, {"x": x, "skip": skip})
+    expected = x + normed(skip, post)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+    assert_a_product_of(got, normed(expected, norm), weight)
+
+
+def normed(x: Array, weight: Array) -> Array:
+    return np.asarray(x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 0.25) * weight)
 
 
 def assert_a_product_of(got: Array, rows: Array, weight: Array) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,10 @@ from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
+    GELU_GATED_ROWWISE_MATMUL,
+    NORMED,
     NORMED_ROWWISE_MATMUL,
+    POST_NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
     WIDE,
@@ -157,34 +161,34 @@ def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 EPSILON = 0.01
+NORMS = {NORMED_ROWWISE_MATMUL: ["g"], POST_NORMED_ROWWISE_MATMUL: ["p", "g"]}
+# GELU's function has a variant of each kind.
+EXACT_GELU, TANH_GELU = (f"{GELU_GATED_ROWWISE_MATMUL}-{kind}" for kind in ("none", "tanh"))
+GATES = [GATED_ROWWISE_MATMUL, EXACT_GELU, TANH_GELU]
 
 
-def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
+def product_model(case: str, weight: Array, scales: Array) -> ir.Model:
     """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
+    name, _, approximate = case.partition("-")
     kind = name.removesuffix(WIDE)
-    inputs, call, outputs = {
-        NORMED_ROWWISE_MATMUL: (
-            f"float[rows,{depth}] x, float[rows,{depth}] skip",
-            f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, g, w, s)",
-            f"float[rows,{columns}] y, float[rows,{depth}] total",
-        ),
-        GATED_ROWWISE_MATMUL: (
-            f"float[rows,{2 * depth}] x",
-            f"y = {EDGELM}.{name}(x, w, s)",
-            f"float[rows,{columns}] y",
-        ),
-    }.get(kind, (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y"))
+    inputs, call, outputs = (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y")
+    if kind in NORMS:
+        inputs, outputs = f"{inputs}, float[rows,{depth}] skip", f"{outputs}, float[rows,{depth}] total"
+        call = f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, {', '.join(NORMS[kind])}, w, s)"
+    if kind in (GATED_ROWWISE_MATMUL, GELU_GATED_ROWWISE_MATMUL):
+        inputs = f"float[rows,{2 * depth}] x"
+        attributes = f'<approximate = "{approximate}">' if approximate else ""
+        call = f"y = {EDGELM}.{name} {attributes} (x, w, s)"
     weights = {"w": np.ascontiguousarray(weight.T) if kind == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
-    if kind == NORMED_ROWWISE_MATMUL:
-        weights["g"] = norm_weights(depth)
+    weights |= {norm: norm_weights(depth, norm) for norm in NORMS.get(kind, [])}
     model = graph(f"{inputs} -> {outputs}", call, weights, (EDGELM, MICROSOFT))
     define(model, name)
     return model
 
 
-def norm_weights(depth: int) -> Array:
-    return np.random.default_rng(depth).uniform(-2, 2, depth).astype(np.float32)
+def norm_weights(depth: int, norm: str = "g") -> Array:
+    return np.random.default_rng([depth, ord(norm)]).uniform(-2, 2, depth).astype(np.float32)
 
 
 SIZES = st.tuples(
@@ -337,7 +341,7 @@ def test_a_row_of_another_length_is_refused() -> None:
 def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> dict[str, Array]:
     """Inputs whose rows differ in size, of gates that are open and shut; of several one is zeros, of many one has an
     outlier."""
-    inputs, width = (("x", "skip"), depth) if name.startswith(NORMED_ROWWISE_MATMUL) else (("x",), 2 * depth)
+    inputs, width = (("x", "skip"), depth) if name.removesuffix(WIDE) in NORMS else (("x",), 2 * depth)
     sizes = 10.0 ** random.integers(-4, 3, (rows, 1))
     feeds = {name: (random.normal(size=(rows, width)) * sizes).astype(np.float32) for name in inputs}
     for array in feeds.values():
@@ -348,16 +352,35 @@ def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> di
 
 def exact_rows(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
     """What is multiplied, in double precision."""
-    if name.startswith(NORMED_ROWWISE_MATMUL):
-        total = (feeds["x"] + feeds["skip"]).astype(np.float64)
-        root = np.sqrt((total**2).mean(axis=-1, keepdims=True) + np.float32(EPSILON))
-        return np.asarray(total / root * norm_weights(depth))
+    name = name.removesuffix(WIDE)
+    if name in NORMS:
+        return normed(exact_sum(name, feeds, depth), norm_weights(depth))
     gate, up = np.split(feeds["x"].astype(np.float64), 2, axis=-1)
-    return np.asarray(gate / (1 + np.exp(-np.maximum(gate, -700))) * up)
+    return np.asarray(gate * SHARES[name](gate) * up)
 
 
+def exact_sum(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
+    """What is normed, in double precision, but for a plain sum, which is one of floats."""
+    if name == NORMED_ROWWISE_MATMUL:
+        return np.asarray(feeds["x"] + feeds["skip"], np.float64)
+    return feeds["x"] + normed(feeds["skip"].astype(np.float64), norm_weights(depth, "p"))
+
+
+def normed(x: NDArray[np.float64], weight: Array) -> NDArray[np.float64]:
+    return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.float32(EPSILON)) * weight)
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-np.maximum(x, -700))))
+
+
+SHARES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    GATED_ROWWISE_MATMUL: sigmoid,
+    EXACT_GELU: lambda x: np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+    TANH_GELU: lambda x: sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+}
 TINY = float(np.finfo(np.float32).tiny)
-FRONTS = [NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL]
+FRONTS = [*NORMS, *GATES]
 ALL_FRONTS = [*FRONTS, *(name + WIDE for name in FRONTS)]
 
 
@@ -379,9 +402,13 @@ def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, dept
     limit = 1.02 / 32512 if name.endswith(WIDE) else 0.501 / 127
     assert (np.abs(got - exact) <= limit * largest + TINY).all()
     at = np.abs(exact).argmax(axis=-1)[:, None]
-    np.testing.assert_allclose(*(np.take_along_axis(rows, at, -1) for rows in (got, exact)), rtol=2e-6, atol=TINY)
-    if rest:
+    # GELU of far below 0 has the error of an exponent there: some millionths of what is next to nothing.
+    rtol, atol = (1e-5, TINY * 1e6) if name.removesuffix(WIDE) in (EXACT_GELU, TANH_GELU) else (2e-6, TINY)
+    np.testing.assert_allclose(*(np.take_along_axis(rows, at, -1) for rows in (got, exact)), rtol=rtol, atol=atol)
+    if name.removesuffix(WIDE) == NORMED_ROWWISE_MATMUL:
         np.testing.assert_array_equal(rest[0], feeds["x"] + feeds["skip"])
+    elif rest:
+        np.testing.assert_allclose(rest[0], exact_sum(name.removesuffix(WIDE), feeds, depth), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL_FRONTS)
@@ -448,7 +475,7 @@ class Attention:
     """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place.
 
     cached: "int8", "float32", or "int8 by token", whose rows end with a scale of their own: their length is open in the
-    graph; some: whether `run` says which rows are wanted.
+    graph; some: whether `run` says which rows are wanted; normed: heads of queries and keys are normed first.
     """
 
     def __init__(
@@ -462,6 +489,7 @@ class Attention:
         rotary: int,
         cached: str = "int8",
         some: bool = False,
+        normed: bool = False,
     ) -> None:
         by_token, cached = cached == OWN_SCALES, cached.split(maxsplit=1)[0]
         self.groups, self.size, self.packed, self.cached = groups, size, packed, cached
@@ -491,12 +519,18 @@ class Attention:
         elif some:
             rest += ", , , , , "
         name = KEPT_ATTENTION if some else ATTENTION
+        if normed:
+            name, attributes = NORMED[name], f"{attributes}, epsilon={EPSILON}"
         rest += ", start" if some else ""
         body = (
             f"y, key, value = {EDGELM}.{name} <{attributes}> "
-            f"(q, {', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(", ,  ,", ", , ,")
+            f"(q, {'qn, kn' if normed else ', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(
+                ", ,  ,", ", , ,"
+            )
         )
         weights = {"ks": scales[0], "vs": scales[1]}
+        if normed:
+            weights |= {norm: norm_weights(size, norm[0]) for norm in ("qn", "kn")}
         if rotary:
             weights |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
         self.model = graph(text, body, weights, (EDGELM, MICROSOFT))
@@ -541,6 +575,9 @@ SHAPES = [
     {"heads": 3, "groups": 1, "size": 40, "packed": False, "window": 0, "rotary": 0},
     {"heads": 2, "groups": 1, "size": 256, "packed": True, "window": 5, "rotary": 0},
     {"heads": 30, "groups": 1, "size": 16, "packed": True, "window": 200, "rotary": 16},
+    {"heads": 4, "groups": 1, "size": 256, "packed": True, "window": 70, "rotary": 256, "normed": True},
+    {"heads": 6, "groups": 3, "size": 40, "packed": True, "window": 0, "rotary": 0, "normed": True},
+    {"heads": 4, "groups": 2, "size": 128, "packed": True, "window": 0, "rotary": 128, "normed": True},
 ]
 SHAPES = [{**shape, "cached": cached} for cached in ("int8", OWN_SCALES, "float32") for shape in SHAPES]
 # Those whose cache onnxruntime's operator reads too.
@@ -567,8 +604,8 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     expected, cache = attention.run(body, x, cuts, 320)
     got, own_cache = attention.run(kernel, x, cuts, 320)
     # Queries are rounded to 16 bits and weights to 15, where keys and values were, by the cache, to 8; keys, values and
-    # queries of a float32 cache to 11 to 13.
-    limit = {"int8": 2e-4, "float32": 8e-4}[attention.cached]
+    # queries of a float32 cache to 11 to 13, and scores of heads of 256 values are the largest here.
+    limit = {"int8": 2e-4, "float32": 2e-3 if attention.size == 256 else 8e-4}[attention.cached]
     assert np.sqrt(np.mean((got - expected) ** 2)) < limit * np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(got, expected, atol=3 * limit * np.abs(expected).max())
     for left, right in zip(own_cache, cache, strict=True):
@@ -576,7 +613,7 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
         if attention.cached == "int8":
             assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
         else:
-            np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(left, right, rtol=0, atol=4e-6 if shape.get("normed") else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -805,9 +842,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
             feeds = {"x": random.normal(size=(rows, 100)).astype(np.float32)}
             feeds = rows_of(random, name, rows, 100) if name in ALL_FRONTS else feeds
             np.savez(folder / f"{name}.{number}.npz", **feeds)
-    for cached in ("int8", OWN_SCALES, "float32"):
-        attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48, cached=cached)
-        name = f"attention-{cached.replace(' ', '-')}"
+    for cached, normed in itertools.product(("int8", OWN_SCALES, "float32"), (False, True)):
+        shape: dict[str, Any] = {"heads": 4, "groups": 2, "size": 48, "packed": True, "window": 0, "rotary": 48}
+        attention = Attention(**shape, cached=cached, normed=normed)
+        name = f"attention-{cached.replace(' ', '-')}-{'normed' if normed else 'plain'}"
         save(folder / name, attention.model)
         for number, (past, new) in enumerate([(0, 150), (150, 1), (300, 49)]):
             cache = [(random.normal(size=(1, 2, past, 48)) * 50).astype(attention.cached) for _ in range(2)]

@@ -20,6 +20,7 @@ from .keep_last_logits import KeepLastLogits
 from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
+from .norm_in_attention import NormInAttention
 from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
 from .pick_tokens import PickTokens
@@ -76,7 +77,7 @@ def quantizing_passes(
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     if cache_ranges or scheme == ROWWISE:
-        passes.append(CallAttention())
+        passes += [CallAttention(), NormInAttention()]
     if wide:
         passes.append(WidenActivations(wide))
     return passes

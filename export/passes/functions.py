@@ -7,6 +7,7 @@ before anything is optimized. The texts below are the specification of the kerne
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import onnx.parser
@@ -18,7 +19,10 @@ EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
 ROWWISE_MATMUL_TRANSPOSED = "RowwiseMatMulTransposed"
 NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
+POST_NORMED_ROWWISE_MATMUL = "PostNormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
+GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
+NORMED = {ATTENTION: f"Normed{ATTENTION}", KEPT_ATTENTION: f"KeptNormed{ATTENTION}"}
 # Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
 WIDE = "16"
 ATTENTION_ATTRIBUTES = (
@@ -80,6 +84,32 @@ _ATTENTION_STATES = "present_key, present_value"
 _TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
 _ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
+# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). What is computed of constants
+# alone is constant to onnxruntime.
+_HEAD_NORMS = """
+    size = Shape(query_norm)
+    query_heads = Constant<value_int: int = @num_heads>()
+    key_heads = Constant<value_int: int = @kv_num_heads>()
+    query_width = Mul(query_heads, size)
+    key_width = Mul(key_heads, size)
+    widths = Concat<axis = 0>(query_width, key_width, key_width)
+    side_by_side = Constant<value_ints = [0, 0, -1]>()
+    by_head = Concat<axis = 0>(side_by_side, size)
+    plain_queries, plain_keys, values = Split<axis = 2>(query, widths)
+    queries_by_head = Reshape(plain_queries, by_head)
+    keys_by_head = Reshape(plain_keys, by_head)
+    normed_queries = SimplifiedLayerNormalization
+        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (queries_by_head, query_norm)
+    normed_keys = SimplifiedLayerNormalization
+        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (keys_by_head, key_norm)
+    queries = Reshape(normed_queries, side_by_side)
+    keys = Reshape(normed_keys, side_by_side)
+"""
+_KEPT_ROWS = f"""
+    end = Constant<value_ints = [{2**63 - 1}]>()
+    axis = Constant<value_ints = [1]>()
+    kept = Slice(output, start, end, axis)
+"""
 
 
 class _Front(NamedTuple):
@@ -104,6 +134,14 @@ _FRONTS = {
         f"normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)",
         x="normed",
     ),
+    # The same of x and a norm of skip, with the weights post (K): a norm behind a layer, and one in front of the next.
+    POST_NORMED_ROWWISE_MATMUL: _Front(
+        "<epsilon> (x, skip, post, norm, weight, scales) => (y, total)",
+        f"""added = SimplifiedLayerNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (skip, post)
+        normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization
+            <epsilon: float = @epsilon> (x, added, norm)""",
+        x="normed",
+    ),
     # x (..., 2 K): silu of the first half, times the second half.
     GATED_ROWWISE_MATMUL: _Front(
         "(x, weight, scales) => (y)",
@@ -113,9 +151,24 @@ _FRONTS = {
         gated = Mul(silu, up)""",
         x="gated",
     ),
+    # The same with GELU, exact or by tanh, as the attribute of ONNX's operator says.
+    GELU_GATED_ROWWISE_MATMUL: _Front(
+        "<approximate> (x, weight, scales) => (y)",
+        """gate, up = Split<axis = -1, num_outputs = 2>(x)
+        gelu = Gelu<approximate: string = @approximate>(gate)
+        gated = Mul(gelu, up)""",
+        x="gated",
+    ),
 }
 
-PRODUCTS = tuple(_FRONTS)
+_NORMS = {NORMED_ROWWISE_MATMUL: (2,), POST_NORMED_ROWWISE_MATMUL: (2, 3)}
+# Of all row-wise products.
+PRODUCTS = frozenset(name + bits for name in _FRONTS for bits in ("", WIDE))
+# Inputs of functions that are weights of norms.
+NORM_INPUTS = frozenset(
+    [(name + bits, index) for name, indices in _NORMS.items() for bits in ("", WIDE) for index in indices]
+    + [(name, index) for name in NORMED.values() for index in (1, 2)]
+)
 
 
 def _product(name: str, front: _Front, body: str) -> str:
@@ -123,19 +176,34 @@ def _product(name: str, front: _Front, body: str) -> str:
     return f"{name} {front.signature} {{ {front.statements} {multiplied} }}"
 
 
+def _attention_name(kept: bool, normed: bool) -> str:
+    return f"{'Kept' if kept else ''}{'Normed' if normed else ''}{ATTENTION}"
+
+
+def _attention(kept: bool, normed: bool) -> str:
+    """com.microsoft's operator, on an INT8 cache with a scale per channel, or between INT8 activations. Attributes that
+    few models need (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay
+    com.microsoft's.
+
+    kept: with the rows from `start` on alone (int64 (1), from the end where it is negative); normed: each head of
+    queries and keys, which come side by side with the values, is normed first.
+    """
+    inputs, attributes, attended = _ATTENTION_INPUTS, _ATTRIBUTES, _ATTENTION_INPUTS
+    if normed:
+        attended = inputs.replace("query, key, value", "queries, keys, values", 1)
+        inputs, attributes = inputs.replace("key, value", "query_norm, key_norm", 1), f"{attributes}, epsilon"
+    given = f"{inputs}, start" if kept else inputs
+    return f"""{_attention_name(kept, normed)} <{attributes}> ({given}) => (
+            {"kept" if kept else "output"}, {_ATTENTION_STATES}) {{
+        {_HEAD_NORMS if normed else ""}
+        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({attended})
+        {_KEPT_ROWS if kept else ""} }}"""
+
+
 _TEXTS = {
     **{name: _product(name, front, _PRODUCT) for name, front in _FRONTS.items()},
     **{name + WIDE: _product(name + WIDE, front, _WIDE_PRODUCT) for name, front in _FRONTS.items()},
-    # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
-    # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
-    ATTENTION: f"""{ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}) => (output, {_ATTENTION_STATES}) {{
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
-    # The same, of whose rows those from `start` on are kept (int64 (1), from the end where it is negative).
-    KEPT_ATTENTION: f"""{KEPT_ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}, start) => (kept, {_ATTENTION_STATES}) {{
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS})
-        end = Constant<value_ints = [{2**63 - 1}]>()
-        axis = Constant<value_ints = [1]>()
-        kept = Slice(output, start, end, axis) }}""",
+    **{_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)},
 }
 
 

@@ -28,7 +28,7 @@ class WidenActivations(GraphPass):
         self._names = frozenset(names)
 
     def apply(self, model: ir.Model) -> bool:
-        calls = [node for node, name in _products(model) if name in self._names and node.op_type in PRODUCTS]
+        calls = [node for node, name in _products(model) if name in self._names and not node.op_type.endswith(WIDE)]
         for node in calls:
             make_call(model, node, node.op_type + WIDE)
         return bool(calls)
@@ -46,7 +46,7 @@ def matrices_of(model: ir.Model) -> dict[str, int]:
 
 def _products(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     for node in list(model.graph):
-        if node.domain == EDGELM and node.op_type.removesuffix(WIDE) in PRODUCTS:
+        if node.domain == EDGELM and node.op_type in PRODUCTS:
             name = _matrix(node).name or ""
             suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
             yield node, name.removesuffix(suffix)

@@ -85,9 +85,15 @@ struct Arithmetic {
   // x, skip and total is asked for meanwhile.
   void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
                float* y);
+  // The same of x alone.
+  void (*plain_norm)(const float* x, const float* weight, float epsilon, int size, float* y);
   // y = gate * s * up, from left to right, where s = (gate < 0 ? e : 1) / (1 + e), e = exp(-|gate|): silu.
   // Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind gate and up is asked for.
   void (*gate)(const float* gate, const float* up, int size, int next, float* y);
+  // The same with other shares s: that of sqrt(8 / pi) * (x + 0.044715 * x^3) for x, GELU as tanh has it, and GELU's
+  // own, of the normal distribution below x. Their errors are a few units in the last place of gate * up.
+  void (*tanh_gelu_gate)(const float* gate, const float* up, int size, int next, float* y);
+  void (*gelu_gate)(const float* gate, const float* up, int size, int next, float* y);
 
   // sums[row][column] = sum over k of x[row][k] * w[k][column], added to what is there unless `first`. Blocks of
   // columns are in an order of their own, which `scale_parts` undoes. Asks for the memory of `next`, as much as w has,

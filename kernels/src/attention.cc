@@ -55,6 +55,8 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
   if (size_ < 1) throw std::runtime_error("the graph must say how large a head is");
   width_ = padded(size_, kLanes);
   rotary_ = info.integer("do_rotary", 0) != 0;
+  epsilon_ = info.number("epsilon", -1);
+  if (epsilon_ >= 0) query_norm_ = head_norm(info, 1), key_norm_ = head_norm(info, 2);
   window_ = static_cast<int>(std::max<int64_t>(0, info.integer("local_window_size", -1)));
   // As many bits for keys as for queries.
   key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
@@ -65,6 +67,14 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
   query_scales_.assign(groups_ * size_, scale * std::numbers::log2e_v<float>);
   value_scales_.assign(groups_ * size_, 1);
   if constexpr (kRounded) read_scales(info);
+}
+
+template <typename Cached>
+const float* Attention<Cached>::head_norm(const Info& info, size_t input) const {
+  const Tensor weights = info.constant(input);
+  if (weights.shape != std::vector<int64_t>{size_})
+    throw std::runtime_error("a norm of heads has a weight for each value of a head");
+  return weights.values<float>();
 }
 
 template <typename Cached>
@@ -91,7 +101,7 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
   step.batch = static_cast<int>(query.shape.at(0)), step.rows = static_cast<int>(query.shape.at(1));
   step.kept = kept(step.rows, call.values<int64_t>(kStart));
   step.query = query.values<float>();
-  step.key = call.values<float>(1), step.value = call.values<float>(2);
+  if (query_norm_ == nullptr) step.key = call.values<float>(1), step.value = call.values<float>(2);
   step.lengths = call.values<int32_t>(5);
   if (rotary_) {
     const Tensor cosines = call.input(7);
@@ -147,9 +157,11 @@ void Attention<Cached>::compute(Call& call) const {
     by_rows(call, step);
 }
 
+// A head of a query or key as it is at a position: normed, and rotated. There is memory for whole lanes.
 template <typename Cached>
-void Attention<Cached>::rotated(const Step& step, int position, float* head) const {
+void Attention<Cached>::place_head(const Step& step, int position, const float* norm, float* head) const {
   const size_t place = static_cast<size_t>(position) * step.half;
+  if (norm != nullptr) arithmetic_.plain_norm(head, norm, epsilon_, size_, head);
   if (rotary_) arithmetic_.rotate(head, step.cosines + place, step.sines + place, step.half);
 }
 
@@ -158,13 +170,13 @@ template <typename Cached>
 void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   const int position = step.past(sequence) + row;
   const size_t place = (static_cast<size_t>(sequence) * step.rows + row) * step.stride_key;
-  float* const key = scratch(0, size_);
+  float* const key = scratch(0, width_);
   for (int group = 0; group < groups_; group++) {
     const size_t head = static_cast<size_t>(sequence) * groups_ + group;
     const size_t to = (head * step.capacity + position) * step.stride_cache;
     const int channel = group * size_;
     std::copy_n(step.key + place + channel, size_, key);
-    rotated(step, position, key);
+    place_head(step, position, key_norm_, key);
     if constexpr (kRounded) {
       store_row(key, key_factors_.data() + channel, step.scaled, step.keys + to);
       store_row(step.value + place + channel, value_factors_.data() + channel, step.scaled, step.values + to);
@@ -239,16 +251,16 @@ Attention<Cached>::State Attention<Cached>::from(const State& state, size_t row)
   return {state.values + row * width_, state.sums + row, state.largest + row};
 }
 
-// The queries of a tile, rotated, times the scale of scores and those of the keys' channels, as integers.
+// The queries of a tile, at their places, times the scale of scores and those of the keys' channels, as integers.
 template <typename Cached>
 void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
   const float* const scales = query_scales_.data() + tile.group * size_;
-  std::vector<float> query(size_);
+  std::vector<float> query(width_);
   for (int row = 0; row < rows_of(tile); row++) {
     const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
     const size_t place = (static_cast<size_t>(tile.sequence) * step.rows + index) * step.stride_query + head * size_;
     std::copy_n(step.query + place, size_, query.data());
-    rotated(step, step.past(tile.sequence) + index, query.data());
+    place_head(step, step.past(tile.sequence) + index, query_norm_, query.data());
     for (int i = 0; i < size_; i++) query[i] *= scales[i];
     queries.factors[row] = arithmetic_.to_int16(query.data(), size_, query_limit_, queries.values + row * width_);
   }

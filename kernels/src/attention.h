@@ -1,5 +1,6 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
-// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone.
+// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone; the two with Normed in
+// their names norm the heads of queries and keys first.
 //
 // How long a row of an 8-bit cache is says how it is scaled. A row of head size has the scales of its channels, which
 // the graph fixes: values beyond them are clipped. A row that is longer by a float has a scale of its own, which stands
@@ -93,7 +94,8 @@ class Attention {
 
   void read_scales(const Info& info);
   Step read(Call& call) const;
-  void rotated(const Step& step, int position, float* head) const;
+  const float* head_norm(const Info& info, size_t input) const;
+  void place_head(const Step& step, int position, const float* norm, float* head) const;
   void append(const Step& step, int sequence, int row) const;
   void store_row(const float* x, const float* factors, bool scaled, Cached* row) const;
   void read_row_scales(const Step& step, const Cached* rows, int count, float* scales) const;
@@ -120,6 +122,8 @@ class Attention {
   int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
+  float epsilon_;  // of the norms of queries and keys; below 0: there are none
+  const float *query_norm_ = nullptr, *key_norm_ = nullptr;
   int key_limit_, query_limit_;  // of their integers: a score fits into 32 bits
   // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
   std::vector<float> query_scales_, value_scales_;

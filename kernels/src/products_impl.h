@@ -76,6 +76,10 @@ float quantize(const float* x, int size, int planes, uint8_t* q) {
   return r;
 }
 
+inline float inverse_root(Lanes squares, int size, float epsilon) {
+  return 1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
+}
+
 void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
           float* y) {
   Lanes squares = zero();
@@ -86,20 +90,52 @@ void norm(const float* x, const float* skip, const float* weight, float epsilon,
     store_some(total + i, both, count);
     squares = fma(both, both, squares);
   });
-  const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
+  const Lanes inverse = set(inverse_root(squares, size, epsilon));
   each_lanes(size, [&](int i, int count) {
     store(y + i, mul(mul(load_some(total + i, count), inverse), load_some(weight + i, count)));
   });
 }
 
-void gate(const float* gate, const float* up, int size, int next, float* y) {
+void plain_norm(const float* x, const float* weight, float epsilon, int size, float* y) {
+  Lanes squares = zero();
+  each_lanes(size, [&](int i, int count) {
+    const Lanes values = load_some(x + i, count);
+    squares = fma(values, values, squares);
+  });
+  const Lanes inverse = set(inverse_root(squares, size, epsilon));
+  each_lanes(size, [&](int i, int count) {
+    store(y + i, mul(mul(load_some(x + i, count), inverse), load_some(weight + i, count)));
+  });
+}
+
+// y = gate * opening(gate) * up.
+template <typename Opening>
+inline void open(const float* gate, const float* up, int size, int next, float* y, Opening opening) {
   each_lanes(size, [&](int i, int count) {
     for (const float* ahead : {gate + i + next, up + i + next}) __builtin_prefetch(ahead);
-    // e is at most 1: it neither overflows nor takes digits from the sum.
-    const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
-    const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
-    store(y + i, mul(mul(x, opening), load_some(up + i, count)));
+    const Lanes x = load_some(gate + i, count);
+    store(y + i, mul(mul(x, opening(x)), load_some(up + i, count)));
   });
+}
+
+inline Lanes sigmoid(Lanes x) {
+  // e is at most 1: it neither overflows nor takes digits from the sum.
+  const Lanes e = exp_of(mul(abs(x), set(-1)));
+  return div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
+}
+
+void gate(const float* gate, const float* up, int size, int next, float* y) {
+  open(gate, up, size, next, y, [](Lanes x) { return sigmoid(x); });
+}
+
+void tanh_gelu_gate(const float* gate, const float* up, int size, int next, float* y) {
+  // (1 + tanh(u)) / 2 = sigmoid(2 u), where u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+  open(gate, up, size, next, y,
+       [](Lanes x) { return sigmoid(mul(x, fma(mul(x, x), set(7.135481627e-2f), set(1.595769122f)))); });
+}
+
+void gelu_gate(const float* gate, const float* up, int size, int next, float* y) {
+  open(gate, up, size, next, y, [](Lanes x) { return normal_distribution(x); });
 }
 
 // --- integer products -----------------------------------------------------------------------------------------------

@@ -95,22 +95,41 @@ void RowwiseMatMul::compute(Call& call) const {
            [&](int row, int, float*) { return x.values<float>() + static_cast<size_t>(row) * depth_; });
 }
 
-NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, int planes)
-    : RowwiseMatMul(info, threads, planes, 3, false), epsilon_(info.number("epsilon", 0)) {
-  const Tensor norm = info.constant(2);
-  norm_ = norm.values<float>();
-  if (norm.shape != std::vector<int64_t>{depth_})
+NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm)
+    : RowwiseMatMul(info, threads, planes, norm + 1, false),
+      epsilon_(info.number("epsilon", 0)),
+      norm_(norm_weights(info, norm)) {}
+
+const float* NormedRowwiseMatMul::norm_weights(const Info& info, size_t input) const {
+  const Tensor weights = info.constant(input);
+  if (weights.shape != std::vector<int64_t>{depth_})
     throw std::runtime_error("a norm has a weight for each value of a row");
+  return weights.values<float>();
 }
 
-void NormedRowwiseMatMul::compute(Call& call) const {
+template <typename Add>
+void NormedRowwiseMatMul::compute(Call& call, Add add) const {
   const Tensor x = call.input(0), skip = call.input(1);
   if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
   float* const total = call.output<float>(1, x.shape);
   multiply(call, x, depth_, [&](int row, int next, float* own) {
     const size_t place = static_cast<size_t>(row) * depth_;
-    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, next * depth_,
-                     total + place, own);
+    arithmetic_.norm(x.values<float>() + place, add(skip.values<float>() + place, own), norm_, epsilon_, depth_,
+                     next * depth_, total + place, own);
+    return own;
+  });
+}
+
+void NormedRowwiseMatMul::compute(Call& call) const {
+  compute(call, [](const float* skip, float*) { return skip; });
+}
+
+PostNormedRowwiseMatMul::PostNormedRowwiseMatMul(const Info& info, int threads, int planes)
+    : NormedRowwiseMatMul(info, threads, planes, 3), post_(norm_weights(info, 2)) {}
+
+void PostNormedRowwiseMatMul::compute(Call& call) const {
+  NormedRowwiseMatMul::compute(call, [&](const float* skip, float* own) {
+    arithmetic_.plain_norm(skip, post_, epsilon_, depth_, own);
     return own;
   });
 }
@@ -119,10 +138,15 @@ void GatedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
   multiply(call, x, 2 * depth_, [&](int row, int next, float* own) {
     const float* const halves = x.values<float>() + static_cast<size_t>(row) * 2 * depth_;
-    arithmetic_.gate(halves, halves + depth_, depth_, next * 2 * depth_, own);
+    gate_(halves, halves + depth_, depth_, next * 2 * depth_, own);
     return own;
   });
 }
+
+GeluGatedRowwiseMatMul::GeluGatedRowwiseMatMul(const Info& info, int threads, int planes)
+    : GatedRowwiseMatMul(
+          info, threads, planes,
+          info.text("approximate", "none") == "tanh" ? arithmetic()->tanh_gelu_gate : arithmetic()->gelu_gate) {}
 
 // Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
 // comes first makes the rows. The last one that is done scales the sums.

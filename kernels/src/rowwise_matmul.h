@@ -63,21 +63,57 @@ class RowwiseMatMulTransposed : public RowwiseMatMul {
 // Of a residual sum's norm. The sum is an output too.
 class NormedRowwiseMatMul : public RowwiseMatMul {
  public:
-  NormedRowwiseMatMul(const Info& info, int threads, int planes = 1);
+  NormedRowwiseMatMul(const Info& info, int threads, int planes = 1) : NormedRowwiseMatMul(info, threads, planes, 2) {}
+
+  void compute(Call& call) const;
+
+ protected:
+  // norm: the input that is the norm's weights, with the matrix behind it.
+  NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm);
+
+  const float* norm_weights(const Info& info, size_t input) const;
+  // add(skip, own) returns what is added to a row of x, of a row of skip; own: memory for a row.
+  template <typename Add>
+  void compute(Call& call, Add add) const;
+
+  float epsilon_;
+
+ private:
+  const float* norm_;
+};
+
+// Of a residual sum of x and another row's norm.
+class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
+ public:
+  PostNormedRowwiseMatMul(const Info& info, int threads, int planes = 1);
 
   void compute(Call& call) const;
 
  private:
-  const float* norm_;
-  float epsilon_;
+  const float* post_;
 };
 
 // Of silu(the first half of a row) * the second half.
 class GatedRowwiseMatMul : public RowwiseMatMul {
  public:
-  using RowwiseMatMul::RowwiseMatMul;
+  GatedRowwiseMatMul(const Info& info, int threads, int planes = 1)
+      : GatedRowwiseMatMul(info, threads, planes, arithmetic()->gate) {}
 
   void compute(Call& call) const;
+
+ protected:
+  using Gate = decltype(Arithmetic::gate);
+  GatedRowwiseMatMul(const Info& info, int threads, int planes, Gate gate)
+      : RowwiseMatMul(info, threads, planes), gate_(gate) {}
+
+ private:
+  Gate gate_;
+};
+
+// The same with GELU.
+class GeluGatedRowwiseMatMul : public GatedRowwiseMatMul {
+ public:
+  GeluGatedRowwiseMatMul(const Info& info, int threads, int planes = 1);
 };
 
 // One of the above on rows of 16 bits.
