@@ -21,7 +21,7 @@ from ..runtime.manifest import CacheType, Model, Source
 from ..runtime.measure import Speed
 from . import package, verify
 from .cache_gate import CacheAgreement
-from .passes.functions import NORM_INPUTS, WIDE
+from .passes.functions import NORM_INPUTS
 from .quality import QuantizedAgreement
 from .report_html import page
 from .sensitivity import Sensitivity
