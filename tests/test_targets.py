@@ -88,7 +88,7 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
             "fp32": "float32",
         },
         opset=20,
-        gate=Gate(1e-4, 3.0, 97.0, 0.2),
+        gate=Gate(1e-4, 3.0, 97.0, 0.2, 0.001, 0.01),
     )
     assert isinstance(profile.gate.perplexity_increase_percent, float)
 
