@@ -97,9 +97,9 @@ def test_no_prompt_is_longer_than_the_context(context: int) -> None:
 
 @pytest.fixture(scope="module")
 def widened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Model and bundle, where the planted token's key is 7 times as large as any on the calibrating prompts."""
+    """Model and bundle, where the planted token's key is 6 times as large as any on the calibrating prompts."""
     folder = tmp_path_factory.mktemp("planted")
-    model = planted(folder / "model", 7.0)
+    model = planted(folder / "model", 6.0)
     return model, export(model, folder / "bundle")
 
 
@@ -108,7 +108,7 @@ def test_a_far_value_is_found_and_its_channel_widened(widened: tuple[Path, Path]
     found = report_of(bundle)
     worst = found["layers"][0]
     assert worst["layer"] == 0
-    assert 5 < worst["largest_excess"] == found["largest_excess"] < 7
+    assert 4 < worst["largest_excess"] == found["largest_excess"] < 6
     assert found["widened_channels"] > 0
     assert found["clipped_percent"] > 0
     before = {item["kind"]: item["kl"] for item in found["kinds_before_widening"]}

@@ -304,6 +304,21 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
     assert node.domain == MICROSOFT and not model.functions
 
 
+@pytest.mark.parametrize(
+    ("extra", "cached", "open_"), [("", "int8", 4), ("", "float32", 0), (", softcap=30.0", "int8", 0)]
+)
+def test_rows_of_an_int8_cache_are_open_where_kernels_may_compute_all_attention(
+    extra: str, cached: str, open_: int
+) -> None:
+    """Where some attention stays onnxruntime's, which knows no scales of rows, all rows are of one head."""
+    model = attention(extra, cached)
+    shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if ".0." in (value.name or "")]
+    rows = [shape[-1] for shape in shapes if shape is not None and shape[-1] != 16]
+    assert len(shapes) == 4
+    assert len(rows) == open_
+    assert len({str(row) for row in rows}) == open_ // 2, "one symbol for past and present, another for values"
+
+
 # Bundles
 
 
