@@ -25,6 +25,7 @@ from edgelm.export.passes.functions import (
     POST_NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
+    WIDE,
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
@@ -126,6 +127,52 @@ def test_a_products_body_is_the_documented_arithmetic(name: str, shape: tuple[in
     zeros = ~x.any(axis=-1)
     assert not got[zeros].any() and np.isfinite(got).all()
     assert (np.abs(got - expected) <= 1e-6 * np.abs(expected).max(axis=-1, keepdims=True)).all()
+
+
+def wide_reference(x: Array, weight: Array) -> Array:
+    """x @ weight with rows of 16 bits in two planes of 8, in float32 as the body has it."""
+    matrix, scales = quantized_columns(weight, 127)
+    step, low_step = np.float32(1 / 127), np.float32(1 / 32512)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    shares = np.divide(x, largest, out=np.zeros_like(x), where=largest > 0)
+    high = np.rint(shares / step)
+    low = np.clip(np.rint((shares - high * step) / low_step), -128, 127)
+    parts = [(plane.astype(np.int64) @ matrix).astype(np.float32) * (step * scales) for plane in (high, low)]
+    return np.asarray((parts[0] + parts[1] * np.float32(1 / 256)) * largest, np.float32)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
+@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+def test_the_body_of_a_product_of_16_bits_is_the_documented_arithmetic(name: str, shape: tuple[int, ...]) -> None:
+    weight, x = floats(24, 12), floats(*shape)
+    if len(shape) > 1 and shape[0] > 1:
+        x[0], x[1] = 0, x[1] * 1e-6
+    matrix, scales = quantized_columns(weight, 127)
+    stored = matrix if name == ROWWISE_MATMUL else np.ascontiguousarray(matrix.T)
+    axes = ",".join(f"d{axis}" for axis in range(len(shape) - 1))
+    call = f"y = {EDGELM}.{name}{WIDE}(x, w, s)"
+    model = graph(f"float[{axes},24] x -> float[{axes},12] y", call, {"w": stored, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, name + WIDE)
+    (got,) = compute(model, {"x": x})
+    np.testing.assert_array_equal(got, wide_reference(x, weight))
+    # Row by row, the bits of all rows at once.
+    flat_x, flat_y = x.reshape(-1, 24), got.reshape(-1, 12)
+    for i in range(len(flat_x)):
+        (alone,) = compute(model, {"x": flat_x[i].reshape((1,) * (len(shape) - 1) + (24,))})
+        np.testing.assert_array_equal(alone.reshape(12), flat_y[i])
+
+
+def test_products_of_16_bits_that_share_their_input_quantize_its_high_plane_once(tmp_path: Path) -> None:
+    """onnxruntime never makes one DequantizeLinear of several, so that the low plane is computed for each product."""
+    calls = " ".join(f"{y} = {EDGELM}.{ROWWISE_MATMUL}{WIDE}(x, {w}, s)" for y, w in ("fq", "gk", "hv"))
+    weights = {name: quantized_columns(floats(32, 12), 127)[0] for name in "qkv"} | {"s": np.ones(12, np.float32)}
+    text = f"{calls} e = Add(f, g) y = Add(e, h)"
+    model = graph("float[batch,new,32] x -> float[batch,new,12] y", text, weights, (EDGELM, MICROSOFT))
+    define(model, ROWWISE_MATMUL + WIDE)
+    found = optimized(ir.to_proto(model), tmp_path)
+    assert [found[f":{kind}"] for kind in ("Abs", "ReduceMax", "Div", "Cast")] == [1, 1, 1, 0]
+    assert found[":QuantizeLinear"] == 1 + found[":DequantizeLinear"] == 4
+    assert found[f"{MICROSOFT}:MatMulIntegerToFloat"] == found[":Split"] == 3
 
 
 def test_the_body_of_a_normed_product_is_the_documented_arithmetic() -> None:
