@@ -17,6 +17,7 @@ from .fuse_into_products import FuseIntoProducts
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
 from .keep_last_logits import KeepLastLogits
+from .keep_on_host import KeepOnHost
 from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
@@ -85,4 +86,4 @@ def quantizing_passes(
 
 def narrowing_passes() -> list[ir.passes.PassBase]:
     """From a graph with float32 activations to the one that a GPU runs."""
-    return [ToFloat16(), PickTokens()]
+    return [ToFloat16(), PickTokens(), KeepOnHost()]
