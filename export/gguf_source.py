@@ -276,7 +276,8 @@ def _without_foreign(tokenizer: Any, count: int) -> Any:
         return tokenizer
     backend["added_tokens"] = own
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    return make(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)), chat_template=tokenizer.chat_template, **named
     )
 

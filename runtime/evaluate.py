@@ -1,4 +1,5 @@
-"""How good a model is at language: perplexity of a text, and the accuracy of the last word on LAMBADA.
+"""How good a model is at language: perplexity of a text, how far it is from another model there, and the accuracy of
+the last word on LAMBADA.
 
 Works on any `Session`, so that a bundle and the model that it was made of are judged by the same code.
 """
@@ -10,10 +11,33 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import PromptError, SettingsError
-from .scoring import DEFAULT_WINDOW, Perplexity, perplexity
+import numpy as np
+from numpy.typing import NDArray
+
+from .divergence import divergence, log_softmax
+from .errors import PromptError, SettingsError, VerificationError
+from .scoring import DEFAULT_WINDOW, Perplexity, negative_log_likelihood, perplexity, score
 from .session import Session
 from .tokenizer import Tokenizer
+
+# Rows of logits whose divergence is computed at once, so that little memory is needed beside the logits.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Against:
+    """A model beside a reference, on the same tokens in the same windows.
+
+    perplexity: of the reference; increase_percent: of the model's over it; kl, kl_p99: KL divergence of the next
+    token's distribution from the reference's, mean and 99th percentile, in nats a token; same: share of the tokens, 0
+    to 1, at which both hold one token most likely.
+    """
+
+    perplexity: float
+    increase_percent: float
+    kl: float
+    kl_p99: float
+    same: float
 
 
 @dataclass(frozen=True)
@@ -38,12 +62,69 @@ def text_perplexity(
     window: 512 tokens if not given, or the context where that is shorter; stride: half of it. Raises: SettingsError for
     a window that the context does not hold; PromptError for a text of less than two tokens.
     """
+    ids, window = _windowed(tokenizer, text, context_length, window)
+    return perplexity(session, ids, window, stride)
+
+
+def text_against(
+    session: Session,
+    reference: Session,
+    tokenizer: Tokenizer,
+    text: str,
+    context_length: int,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+) -> tuple[Perplexity, Against]:
+    """Perplexity of a text, and what it is beside a reference, which runs the same tokens in lockstep.
+
+    context_length: the shorter one of both. Memory: the logits of one piece of each, and three numbers a token. Raises:
+    as `text_perplexity`; SettingsError for vocabularies of two sizes; VerificationError for logits that are no numbers.
+    """
+    ids, window = _windowed(tokenizer, text, context_length, window)
+    stride = stride or max(1, window // 2)
+    rows: list[NDArray[np.float64]] = []
+    for (targets, ours), (_, theirs) in zip(
+        score(session, ids, window, stride), score(reference, ids, window, stride), strict=True
+    ):
+        if ours.shape != theirs.shape:
+            raise SettingsError(
+                f"the vocabularies have {ours.shape[1]} and {theirs.shape[1]} tokens: compare with a model of the same"
+            )
+        for begin in range(0, len(targets), _ROWS):
+            part = slice(begin, begin + _ROWS)
+            rows.append(_compared(targets[part], ours[part], theirs[part]))
+    losses, expected_losses, divergences, same = np.concatenate(rows, axis=1)
+    if not np.isfinite(divergences).all():
+        token = int(np.argmin(np.isfinite(divergences)))
+        raise VerificationError(f"the logits at token {token + 1} are not all numbers, in one of both models")
+    value, expected = np.exp(losses.mean()), np.exp(expected_losses.mean())
+    return Perplexity(float(value), losses.size, window, stride), Against(
+        perplexity=float(expected),
+        increase_percent=float(100 * (value / expected - 1)),
+        kl=float(divergences.mean()),
+        kl_p99=float(np.percentile(divergences, 99)),
+        same=float(same.mean()),
+    )
+
+
+def _compared(
+    targets: NDArray[np.int64], ours: NDArray[np.float32], theirs: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Both negative log-likelihoods, divergence and equality of each row, (4, n)."""
+    losses = [negative_log_likelihood(logits, targets) for logits in (ours, theirs)]
+    same = ours.argmax(axis=1) == theirs.argmax(axis=1)
+    return np.stack([*losses, divergence(log_softmax(theirs), log_softmax(ours)), same.astype(np.float64)])
+
+
+def _windowed(tokenizer: Tokenizer, text: str, context_length: int, window: int | None) -> tuple[list[int], int]:
+    """The text's tokens, and the window to score them in."""
     if window is not None and not 2 <= window <= context_length:
         raise SettingsError(f"the window must be 2 to {context_length} tokens for this model, found {window}")
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise PromptError("the text has fewer than two tokens: give a longer one")
-    return perplexity(session, ids, window or min(DEFAULT_WINDOW, context_length), stride)
+    return ids, window or min(DEFAULT_WINDOW, context_length)
 
 
 def last_words(session: Session, tokenizer: Tokenizer, passages: Iterable[str], context_length: int) -> LastWords:

@@ -1,11 +1,14 @@
 """Measure edgelm beside other ways to run a language model on a CPU: the same model, machine, token ids and threads.
 
-    python scripts/compare_peers.py --rounds 3
+    python scripts/compare_peers.py --rounds 3 --text wikitext-2/test.txt --questions mt_bench_questions.jsonl
 
-Makes a virtual environment for each peer and converts the model for each of them (kept below --cache for the next run;
-`--rounds 0` stops there), then measures all in alternation, every measurement in a fresh process, and prints tables of
-medians. Needs edgelm with the extra `export`, a C++ compiler for llama.cpp, and about 10 GB on the disk. pip's own
-settings say where packages come from. A peer that cannot be had or fails is reported with the reason.
+Takes the real model of real_model.py and bench.py's reference with random weights, unless --model names others. Makes a
+virtual environment for each peer and converts the model for each of them (kept below --cache for the next run;
+`--rounds 0` makes no measurement of speed), then measures all in alternation, every measurement in a fresh process, and
+prints tables of medians. With --text and --questions it also measures what each peer's arithmetic costs: KL divergence
+from the fp32 model and perplexity on the text's first 40 kB, and greedy answers that are fp32's. Needs edgelm with the
+extra `export`, a C++ compiler for llama.cpp, and about 10 GB on the disk. pip's own settings say where packages come
+from. A peer that cannot be had or fails is reported with the reason.
 """
 
 from __future__ import annotations
@@ -23,13 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import bench
-from peers import report
+import real_model
+from peers import quality, report
 from peers.environments import Environments, PeerError
 from peers.harness import COLD
 
 CONTEXTS = (128, 1024, 1900)
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "-kernels"
+# What the others' distributions and answers are compared with.
+REFERENCE = "transformers-fp32"
+QUALITY = "quality"
+TEXT_BYTES, WINDOW, STRIDE = 40_000, 512, 256
+QUESTIONS, ANSWER_TOKENS = 80, 48
 PEERS = {
     peer.name: peer
     for peer in (
@@ -51,13 +60,23 @@ PEERS = {
 def main() -> None:
     """Parse, prepare, measure, report."""
     arguments = _parse()
-    cache = arguments.cache.resolve()
-    model = _model(arguments.model)
+    models = [path.resolve() for path in arguments.model or [real_model.make(), _random_model()]]
+    for model in models:
+        out = arguments.out / model.name if len(models) > 1 else arguments.out
+        text = compare(model, arguments, out)
+        print(text)
+        if arguments.markdown:
+            with arguments.markdown.open("a" if model != models[0] else "w", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+
+def compare(model: Path, arguments: argparse.Namespace, out: Path) -> str:
+    """Prepare, measure, and write JSON and plot of one model; its tables."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     longest = config.get("max_position_embeddings", max(CONTEXTS) * 2)
     kinds = [COLD, *(str(context) for context in CONTEXTS if context + 100 <= longest)]
     failures: dict[str, dict[str, str]] = {}
-    comparison = Comparison(cache, model, config["vocab_size"], arguments.threads, failures)
+    comparison = Comparison(arguments.cache.resolve(), model, config["vocab_size"], arguments.threads, failures)
     ready = [PEERS[name] for name in arguments.peers if comparison.prepare(PEERS[name])]
     rounds = [comparison.round(ready, kinds, number, arguments.rounds) for number in range(arguments.rounds)]
     facts = {
@@ -67,16 +86,16 @@ def main() -> None:
         "model": {"name": model.name, "config": config},
         "versions": comparison.environments.versions,
     }
+    task = quality_task(model, arguments.text, arguments.questions)
+    facts["quality"] = comparison.quality(ready, task) if task is not None else {}
     found = report.summarize([PEERS[name] for name in arguments.peers], rounds, failures) | facts
-    text = report.markdown(found)
-    print(text)
+    if rounds or facts["quality"]:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "peers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if rounds:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "peers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        report.plot(found, arguments.out / "peers.svg")
-        print(f"{arguments.out}/peers.json and peers.svg are written", file=sys.stderr)
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
+        report.plot(found, out / "peers.svg")
+    print(f"results are in {out}", file=sys.stderr)
+    return report.markdown(found)
 
 
 def _parse() -> argparse.Namespace:
@@ -86,7 +105,11 @@ def _parse() -> argparse.Namespace:
         "--rounds", type=int, default=3, help="runs of every measurement (%(default)s); 0: prepare only"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of each peer (%(default)s)")
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: bench.py's reference model)")
+    parser.add_argument(
+        "--model", type=Path, action="append", help="a Hugging Face folder, more than once for several (both models)"
+    )
+    parser.add_argument("--text", type=Path, help="UTF-8 text to measure quality on, its first 40 kB")
+    parser.add_argument("--questions", type=Path, help="JSON lines with the key turns, of which the first is asked")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", help="kept environments and models")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "peers" / "results", help="for JSON and plot")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to a file")
@@ -100,14 +123,43 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _model(model: Path | None) -> Path:
-    """The folder to convert; the reference model is built where it is not there yet."""
-    if model is not None:
-        return model.resolve()
+def _random_model() -> Path:
+    """The folder of the reference with random weights, built where it is not there yet."""
     model = ROOT / "build" / "bench" / "model"
     if not (model / "tokenizer.json").is_file():
         bench.build_model(model, ROOT / "scripts" / "reference" / "config.json", "float32")
     return model
+
+
+def quality_task(model: Path, text: Path | None, questions: Path | None) -> dict[str, Any] | None:
+    """What quality is measured on, as token ids, so that no peer's tokenizer decides anything; None for nothing.
+
+    Prompts of a model without a chat template are the questions alone.
+    """
+    if text is None and questions is None:
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    begin = text.read_bytes()[:TEXT_BYTES].decode("utf-8", errors="ignore") if text is not None else ""
+    lines = questions.read_text(encoding="utf-8").splitlines()[:QUESTIONS] if questions is not None else []
+    settings = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    ends = settings.get("eos_token_id")
+    return {
+        "ids": list(tokenizer(begin, verbose=False)["input_ids"]) if begin else [],
+        "window": WINDOW,
+        "stride": STRIDE,
+        "prompts": [_prompt(tokenizer, json.loads(line)["turns"][0]) for line in lines],
+        "answer_tokens": ANSWER_TOKENS,
+        "ends": ends if isinstance(ends, list) else [] if ends is None else [ends],
+    }
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return list(tokenizer(question)["input_ids"])
+    chat = [{"role": "user", "content": question}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 class Comparison:
@@ -152,6 +204,30 @@ class Comparison:
                 if kind not in self._failures.get(peer.name, {}):
                     figures[peer.name] |= self._measure(peer, kind) or {}
         return figures
+
+    def quality(self, peers: list[report.Peer], task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Figures by the peer's name; the reference's first, which is prepared where it is not among the peers."""
+        reference = PEERS[REFERENCE]
+        if reference not in peers and not self.prepare(reference):
+            return {}
+        file = self._work / "task.json"
+        file.write_text(json.dumps(task), encoding="utf-8")
+        found: dict[str, dict[str, Any]] = {}
+        for peer in [reference, *(peer for peer in peers if peer is not reference)]:
+            print(f"{peer.name}: {QUALITY}", file=sys.stderr, flush=True)
+            words = ["--task-file", str(file), "--threads", str(self._threads)]
+            words += ["--reference"] if peer is reference else []
+            try:
+                found[peer.name] = json.loads(self._harness(peer, QUALITY, *words))
+            except PeerError as error:
+                self._fail(peer, QUALITY, error)
+                if peer is reference:
+                    return {}
+                continue
+            expected = found[reference.name]["answers"]
+            found[peer.name] |= quality.equal_answers(expected, found[peer.name]["answers"])
+        (self._work / quality.REFERENCE_NAME).unlink(missing_ok=True)  # gigabytes that nothing else needs
+        return {name: {"label": PEERS[name].label, **figures} for name, figures in found.items()}
 
     def _measure(self, peer: report.Peer, kind: str) -> dict[str, Any] | None:
         words = ["--kind", kind, "--threads", str(self._threads), "--vocab", str(self._vocab)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from .conftest import ROOT
@@ -158,3 +159,79 @@ def test_every_peer_has_an_adapter_and_pinned_packages(script: ModuleType) -> No
     for peer in script.PEERS.values():
         assert (ROOT / "scripts" / "peers" / f"{peer.adapter}.py").is_file()
         assert all("==" in package for package in environments.PACKAGES[peer.adapter])
+
+
+class Told:
+    """A model whose logits at a position depend on nothing but the token there."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.asked = table, []
+
+    def logits(self, ids: list[int]) -> Any:
+        self.asked.append(ids)
+        return self.table[ids]
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        return [ids[-1]] * count
+
+
+def test_quality_is_measured_as_edgelm_eval_measures_it(script: ModuleType, tmp_path: Path) -> None:
+    """The same windows, the same scored positions, each of them once."""
+    from edgelm.runtime.fake import FakeSession
+    from edgelm.runtime.scoring import negative_log_likelihood, score
+
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 50, 700).tolist()
+    table = random.normal(0, 2, (50, 50)).astype(np.float32)
+    other = (table + random.normal(0, 0.2, table.shape)).astype(np.float32)
+    task = {"ids": ids, "window": 128, "stride": 64, "prompts": [[1, 2]], "answer_tokens": 3, "ends": []}
+    reference = script.quality.measure(Told(table), task, tmp_path, True)
+    assert reference["kl"] == 0 and reference["same_token"] == 1 and reference["answers"] == [[2, 2, 2]]
+    model = Told(other)
+    found = script.quality.measure(model, task, tmp_path, False)
+
+    class Session(FakeSession):
+        def step(self, token_ids: Any, keep: int = 1) -> Any:
+            super().step(token_ids, keep)
+            return other[self.tokens[-keep:]]
+
+    session = Session(50, lambda _: 0)
+    losses = np.concatenate(
+        [negative_log_likelihood(logits, targets) for targets, logits in score(session, ids, 128, 64)]
+    )
+    assert found["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-6)
+    assert found["tokens"] == len(losses) == len(ids) - 1
+    assert [window[0] for window in model.asked] == [ids[begin] for begin in range(0, 640, 64)]
+    left, right = (np.float64(one) - np.log(np.exp(np.float64(one)).sum(1, keepdims=True)) for one in (table, other))
+    each = (np.exp(left) * (left - right)).sum(1)
+    assert found["kl"] == pytest.approx(each[ids[:-1]].mean(), rel=1e-4)
+
+
+def test_answers_are_equal_from_beginning_to_end_or_not(script: ModuleType) -> None:
+    found = script.quality.equal_answers([[1, 2], [3, 4], [5], []], [[1, 2], [3, 5], [6], []])
+    assert found == {"answer_count": 4, "equal_answers": 2, "equal_first": 3}
+
+
+def test_quality_stands_in_the_tables(script: ModuleType, found: dict[str, Any]) -> None:
+    row = {"kl": 0.00391, "kl_p99": 0.05, "perplexity": 26.5, "same_token": 0.961}
+    row |= {"answer_count": 80, "equal_answers": 51, "equal_first": 79}
+    text = script.report.markdown(found | {"quality": {"llama.cpp-q8_0": {"label": "llama.cpp, Q8_0", **row}}})
+    assert "| llama.cpp, Q8_0 | 0.00391 | 0.0500 | 26.500 | 96.10% | 51 of 80 | 79 of 80 |" in text
+
+
+CPUINFO = (
+    "processor : 0\nflags : fpu sse4_2 avx f16c fma bmi2 avx2 avx512f avx512cd avx512vl avx512dq avx512bw {more}\n"
+)
+
+
+def test_llama_cpp_is_built_for_what_the_system_allows(script: ModuleType, tmp_path: Path) -> None:
+    from peers import environments, processor
+
+    (tmp_path / "cpuinfo").write_text(CPUINFO.format(more="avx512_vnni"), encoding="utf-8")
+    settings = processor.llama_cpp_settings(processor.cpu_flags(tmp_path / "cpuinfo"))
+    assert "-DGGML_NATIVE=OFF" in settings and "-DGGML_AVX512=ON" in settings and "-DGGML_AVX512_VNNI=ON" in settings
+    assert "-DGGML_AVX_VNNI=OFF" in settings and not any("AMX" in setting for setting in settings)
+    assert "-DGGML_AVX512=OFF" in processor.llama_cpp_settings({"avx2", "avx512f"})
+    assert processor.llama_cpp_settings({"asimd", "asimddp", "i8mm"})[1] == "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+i8mm"
+    assert processor.llama_cpp_settings(set()) == ["-DGGML_NATIVE=ON"]
+    assert all("CMAKE_ARGS" in settings for settings in environments.BUILDS.values())

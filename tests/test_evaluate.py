@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgelm.export.torch_session import open_model
-from edgelm.runtime.bundle import TOKENIZER_NAME
+from edgelm.runtime.bundle import TOKENIZER_NAME, file_digest
 from edgelm.runtime.cli import main
 from edgelm.runtime.commands import eval as eval_command
-from edgelm.runtime.errors import PromptError, SettingsError
-from edgelm.runtime.evaluate import last_words, read_passages, text_perplexity
+from edgelm.runtime.errors import PromptError, SettingsError, VerificationError
+from edgelm.runtime.evaluate import last_words, read_passages, text_against, text_perplexity
 from edgelm.runtime.fake import FakeSession
+from edgelm.runtime.manifest import MANIFEST_NAME, FileEntry, parse_manifest
 from edgelm.runtime.session import open_folder
 from edgelm.runtime.tokenizer import Tokenizer
 
@@ -137,11 +142,92 @@ def test_the_command_takes_a_model(
     assert 'models need the exporter: pip install "edgelm[export]"' in capsys.readouterr().err
 
 
+class Told(FakeSession):
+    """A session whose logits at each position are rows of an array (positions, vocab_size)."""
+
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        super().__init__(rows.shape[1], lambda _: 0)
+        self._rows = rows
+
+    def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        super().step(token_ids, keep)
+        return self._rows[self.length - keep : self.length]
+
+
+def rows_like(rows: NDArray[np.float32], change: float) -> NDArray[np.float32]:
+    return np.asarray(rows + np.random.default_rng(1).normal(0, change, rows.shape), np.float32)
+
+
+def test_a_model_beside_a_reference(tokenizer: Tokenizer) -> None:
+    """As its definition over all rows at once says, whatever the pieces are."""
+    text = TEXT[:301]
+    ids = tokenizer.encode(text)
+    theirs = np.random.default_rng(0).normal(0, 2, (len(ids) - 1, 257)).astype(np.float32)
+    ours = rows_like(theirs, 0.3)
+    found, against = text_against(Told(ours), Told(theirs), tokenizer, text, 512)
+    left, right = (rows - np.log(np.exp(rows).sum(1, keepdims=True)) for rows in (np.float64(theirs), np.float64(ours)))
+    kl = (np.exp(left) * (left - right)).sum(1)
+    assert against.kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert against.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=1e-4)
+    assert against.same == (theirs.argmax(1) == ours.argmax(1)).mean() < 1
+    chosen = np.arange(len(kl)), ids[1:]
+    assert found.value == pytest.approx(np.exp(-right[chosen].mean()), rel=1e-5) and found.tokens == len(kl)
+    assert against.perplexity == pytest.approx(np.exp(-left[chosen].mean()), rel=1e-5)
+    assert against.increase_percent == pytest.approx(100 * (found.value / against.perplexity - 1))
+
+
+def test_a_reference_that_does_not_fit(tokenizer: Tokenizer) -> None:
+    rows = np.ones((100, 257), np.float32)
+    with pytest.raises(SettingsError, match="257 and 300 tokens"):
+        text_against(Told(rows), Told(np.ones((100, 300), np.float32)), tokenizer, TEXT[:101], 512)
+    spoiled = rows.copy()
+    spoiled[70, 3] = np.nan
+    with pytest.raises(VerificationError, match="logits at token 71 are not all numbers"):
+        text_against(Told(spoiled), Told(rows), tokenizer, TEXT[:101], 512)
+
+
+def test_the_command_compares(
+    tiny_bundle: Path, export_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.txt").write_text(TEXT[:600], encoding="utf-8")
+    command = ["eval", str(tiny_bundle), "--text", str(tmp_path / "t.txt"), "--window", "128", "--against"]
+    whole = str(export_tiny(scheme="fp32"))
+    assert main([*command, whole, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against"]["model"] == whole
+    assert 0 < found["against"]["kl"] < found["against"]["kl_p99"] and 0.5 < found["against"]["same"] <= 1
+    assert main([*command[:-1], "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)["perplexity"]
+    assert found["perplexity"] == {**alone, "value": pytest.approx(alone["value"], rel=1e-9)}
+    assert main([*command, str(tiny_bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("(+0.00 %)") and lines[2].startswith("KL divergence  0.00000 nats a token")
+    assert lines[3].startswith("same token     100.00 %")
+
+
+def test_a_reference_with_another_tokenizer(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.txt").write_text(TEXT[:600], encoding="utf-8")
+    other = shutil.copytree(tiny_bundle, tmp_path / "other")
+    data = json.loads((other / TOKENIZER_NAME).read_text(encoding="utf-8"))
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / TOKENIZER_NAME).write_text(json.dumps(data), encoding="utf-8")
+    manifest = parse_manifest((other / MANIFEST_NAME).read_text(encoding="utf-8"))
+    path = other / TOKENIZER_NAME
+    files = {**manifest.files, TOKENIZER_NAME: FileEntry(path.stat().st_size, file_digest(path))}
+    (other / MANIFEST_NAME).write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8")
+    assert main(["eval", str(tiny_bundle), "--text", str(tmp_path / "t.txt"), "--against", str(other)]) == 1
+    assert "cuts the text into other tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ([], "give --text or --lambada"),
         (["--lambada", "p.jsonl", "--window", "8"], "belong to --text"),
+        (["--lambada", "p.jsonl", "--against", "other"], "compares two models on --text"),
         (["--text", "missing.txt"], "cannot be read"),
         (["--text", "{text}", "--window", "64", "--stride", "64"], "the stride must be at least 1 and less"),
     ],

@@ -1,4 +1,5 @@
-"""`edgelm eval`: perplexity and last-word accuracy of a bundle, or of the model that a bundle is made of.
+"""`edgelm eval`: perplexity and last-word accuracy of a bundle, or of the model that a bundle is made of; how far it is
+from another one.
 
 Bundles need nothing but the runtime. Models need the exporter, which offers itself by the entry point group
 `edgelm.models`: a function from a model's name to a manifest's model, a tokenizer and a session.
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..bundle import TOKENIZER_NAME
 from ..errors import BundleMissingError, SettingsError
-from ..evaluate import last_words, read_passages, text_perplexity
+from ..evaluate import last_words, read_passages, text_against, text_perplexity
 from ..foreign import is_foreign
 from ..manifest import MANIFEST_NAME
 from ..session import Session, open_folder
@@ -26,6 +27,7 @@ from .text_file import read_text
 
 SUMMARY = "measure perplexity and LAMBADA accuracy of a bundle or a model"
 _ENTRY_POINTS = "edgelm.models"
+_Opened = tuple[int, Tokenizer, Session]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on")
     parser.add_argument("--window", type=int, metavar="N", help="tokens of a window (512, or the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (half a window)")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="a bundle or a model that runs the text too: prints how far --text's is from it",
+    )
     parser.add_argument(
         "--lambada", type=Path, metavar="FILE", help="JSON lines with the key text, whose last words are asked for"
     )
@@ -51,35 +58,64 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("there is nothing to measure on: give --text or --lambada")
     if arguments.text is None and (arguments.window, arguments.stride) != (None, None):
         raise SettingsError("--window and --stride belong to --text: give both")
+    if arguments.text is None and arguments.against is not None:
+        raise SettingsError("--against compares two models on --text: give both")
     text = None if arguments.text is None else read_text(arguments.text)
     passages = None if arguments.lambada is None else read_passages(arguments.lambada)
     figures: dict[str, Any] = {"model": arguments.model}
-    with _opened(arguments) as (context, tokenizer, session):
+    with _opened(arguments.model, arguments.threads, arguments.graph) as opened:
+        context, tokenizer, session = opened
         if text is not None:
-            sizes = {"window": arguments.window, "stride": arguments.stride}
-            found = text_perplexity(session, tokenizer, text, context, **sizes)
-            figures["perplexity"] = dataclasses.asdict(found)
+            figures |= _on_text(opened, text, arguments)
         if passages is not None:
             figures["lambada"] = dataclasses.asdict(last_words(session, tokenizer, passages, context))
     if arguments.json:
         print(json.dumps(figures))
         return 0
+    _print(figures)
+    return 0
+
+
+def _on_text(opened: _Opened, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity, and what it is beside the reference, if there is one."""
+    context, tokenizer, session = opened
+    sizes = {"window": arguments.window, "stride": arguments.stride}
+    if arguments.against is None:
+        found = text_perplexity(session, tokenizer, text, context, **sizes)
+        return {"perplexity": dataclasses.asdict(found)}
+    with _opened(arguments.against, arguments.threads) as (other_context, other_tokenizer, reference):
+        if other_tokenizer.encode(text) != tokenizer.encode(text):
+            raise SettingsError(
+                f"{arguments.against} cuts the text into other tokens: compare with the model's own source"
+            )
+        found, against = text_against(session, reference, tokenizer, text, min(context, other_context), **sizes)
+    return {
+        "perplexity": dataclasses.asdict(found),
+        "against": {"model": arguments.against, **dataclasses.asdict(against)},
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
     if "perplexity" in figures:
         row = figures["perplexity"]
         where = f"window {row['window']}, stride {row['stride']}"
         print(f"perplexity     {row['value']:.4f} on {row['tokens']:,} tokens ({where})")
+    if "against" in figures:
+        row = figures["against"]
+        print(f"against        {row['perplexity']:.4f} of {row['model']} ({row['increase_percent']:+.2f} %)")
+        print(f"KL divergence  {row['kl']:.5f} nats a token, 99th percentile {row['kl_p99']:.4f}")
+        print(f"same token     {100 * row['same']:.2f} % of the tokens have one most likely token in both")
     if "lambada" in figures:
         row = figures["lambada"]
         print(f"last words     {100 * row['accuracy']:.2f} % of {row['passages']:,} passages")
-    return 0
 
 
 @contextlib.contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[tuple[int, Tokenizer, Session]]:
+def _opened(model: str, threads: int | None, graph: str | None = None) -> Iterator[_Opened]:
     """Context length, tokenizer and session of a bundle, or of a model."""
-    folder = Path(arguments.model)
-    if (folder / MANIFEST_NAME).is_file() or arguments.graph is not None or (folder.is_dir() and is_foreign(folder)):
-        bundle, session = open_folder(folder, arguments.threads, arguments.graph)
+    folder = Path(model)
+    if (folder / MANIFEST_NAME).is_file() or graph is not None or (folder.is_dir() and is_foreign(folder)):
+        bundle, session = open_folder(folder, threads, graph)
         try:
             yield bundle.manifest.model.context_length, Tokenizer(bundle.path / TOKENIZER_NAME), session
         finally:
@@ -87,8 +123,6 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[int, Tokenizer, Ses
         return
     found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")
     if not found:
-        raise BundleMissingError(
-            f'{arguments.model} is no bundle, and models need the exporter: pip install "edgelm[export]"'
-        )
-    with next(iter(found)).load()(arguments.model, arguments.threads) as opened:
+        raise BundleMissingError(f'{model} is no bundle, and models need the exporter: pip install "edgelm[export]"')
+    with next(iter(found)).load()(model, threads) as opened:
         yield opened

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
+import numpy as np
 
 FILES = ("model.bin",)
 
@@ -27,6 +30,15 @@ class Loaded:
         # A minimum length keeps end tokens away; one candidate is greedy.
         for result in self._generator.generate_tokens(words, max_length=count, min_length=count, sampling_topk=1):
             yield result.token_id
+
+    def logits(self, ids: list[int]) -> Any:
+        words = [self._vocabulary[token] for token in ids]
+        return np.array(self._generator.forward_batch([words]))[0]
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        words = [self._vocabulary[token] for token in ids]
+        found = (item.token_id for item in self._generator.generate_tokens(words, max_length=count, sampling_topk=1))
+        return list(itertools.takewhile(lambda token: token not in ends, found))
 
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:

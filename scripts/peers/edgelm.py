@@ -3,14 +3,20 @@ compute ("int8", "int8+kernels")."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edgelm.runtime import Engine, kernels
 from edgelm.runtime import load as load_bundle
+from edgelm.runtime.session import Session, open_folder
 
 FILES = ("model.onnx", "model.onnx.data")
+_PIECE = 128
 
 
 def convert(model: Path, folder: Path, variant: str) -> None:
@@ -29,15 +35,29 @@ def _switch(variant: str) -> None:
 
 
 class Loaded:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, folder: Path, threads: int) -> None:
         self._engine = engine
+        self._folder, self._threads = folder, threads
+        self._session: Session | None = None
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         # No guesses: what repeats itself behind a made-up prompt says nothing about real texts.
         for chunk in self._engine.stream(token_ids=ids, max_tokens=count, min_tokens=count, lookup=False):
             yield from chunk.token_ids
 
+    def logits(self, ids: list[int]) -> Any:
+        if self._session is None:
+            _, self._session = open_folder(self._folder, self._threads)
+        self._session.rewind(0)
+        pieces = [ids[begin : begin + _PIECE] for begin in range(0, len(ids), _PIECE)]
+        return np.concatenate([self._session.step(piece, len(piece)).copy() for piece in pieces])
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        found = list(self._engine.generate(token_ids=ids, max_tokens=count, lookup=False).token_ids)
+        return list(itertools.takewhile(lambda token: token not in ends, found))
+
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
     _switch(variant)
-    return Loaded(load_bundle(folder, threads=threads, response_cache=False, prefix_cache=False))
+    engine = load_bundle(folder, threads=threads, response_cache=False, prefix_cache=False)
+    return Loaded(engine, folder, threads)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime_genai as og
 
 FILES = ("model.onnx", "model.onnx.data")
@@ -34,6 +36,31 @@ class Loaded:
         for _ in range(count):
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
+
+    def logits(self, ids: list[int]) -> Any:
+        # The graph keeps the last row of a step only, so every token is a step, as in an answer.
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self._capacity, do_sample=False)
+        generator = og.Generator(self._model, parameters)
+        rows = []
+        for token in ids:
+            generator.append_tokens([token])
+            rows.append(np.array(generator.get_logits(), np.float32).reshape(-1))
+        return np.stack(rows)
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self._capacity, do_sample=False)
+        generator = og.Generator(self._model, parameters)
+        generator.append_tokens(ids)
+        tokens: list[int] = []
+        while len(tokens) < count and not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in ends:
+                break
+            tokens.append(token)
+        return tokens
 
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:

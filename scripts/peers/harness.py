@@ -1,7 +1,9 @@
-"""Converts a model for one peer, or measures one thing of one peer, in this process. Standard library only.
+"""Converts a model for one peer, or measures one thing of one peer, in this process. Standard library only, and numpy
+for quality.
 
     python -m peers.harness convert ADAPTER VARIANT --model FOLDER --folder FOLDER --result FILE
     python -m peers.harness measure ADAPTER VARIANT --folder FOLDER --kind first --threads N --vocab N --result FILE
+    python -m peers.harness quality ADAPTER VARIANT --folder FOLDER --task-file FILE --threads N --result FILE
 
 `first` is what a program that is started for one prompt feels: the times from the load to the first token behind 128,
 nothing warmed up. Instead of it a number, a context: the speed of reading a prompt of so many tokens, and of
@@ -36,13 +38,15 @@ class Model(Protocol):
 def main() -> None:
     """Parse, then do what is asked for; figures go to a file, for peers print as they like."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("convert", "measure"))
+    parser.add_argument("task", choices=("convert", "measure", "quality"))
     parser.add_argument("adapter", help="a module beside this one")
     parser.add_argument("variant")
     parser.add_argument("--folder", type=Path, required=True, help="the peer's form of the model")
     parser.add_argument("--model", type=Path, help="what to convert")
     parser.add_argument("--kind", help=f"{COLD!r}, or a number of tokens of context")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--task-file", type=Path, help="what quality is measured on, see quality.py")
+    parser.add_argument("--reference", action="store_true", help="this peer is what the others are compared with")
     parser.add_argument("--vocab", type=int, help="size of the vocabulary, for the prompts")
     parser.add_argument("--result", type=Path, required=True, help="where the figures go, as JSON")
     arguments = parser.parse_args()
@@ -54,6 +58,10 @@ def main() -> None:
         return
     importing = time.perf_counter() - started
     load = functools.partial(adapter.load, arguments.folder, arguments.variant, arguments.threads)
+    if arguments.task == "quality":
+        figures = quality(load, arguments.task_file, arguments.reference)
+        arguments.result.write_text(json.dumps(figures), encoding="utf-8")
+        return
     if arguments.kind == COLD:
         files = [path for pattern in adapter.FILES for path in arguments.folder.glob(pattern)]
         figures = {"import_s": importing, "file_mb": sum(path.stat().st_size for path in files) / 1e6}
@@ -83,6 +91,16 @@ def warm(load: Callable[[int], Model], context: int, vocab: int) -> dict[str, An
         f"decode_{context}": statistics.median(rate for _, rate, _ in runs),
         f"tokens_{context}": runs[0][2],
     }
+
+
+def quality(load: Callable[[int], Model], file: Path, is_reference: bool) -> dict[str, Any]:
+    """Figures of `quality.py`; the reference's rows lie beside the task."""
+    from . import quality as measures
+
+    task = measures.read_task(file)
+    longest = max(task["window"], *(len(prompt) + task["answer_tokens"] for prompt in task["prompts"]), 0)
+    model: Any = load(longest + 1)
+    return measures.measure(model, task, file.parent, is_reference)
 
 
 def timed(model: Model, ids: list[int], count: int) -> tuple[float, float, list[int]]:

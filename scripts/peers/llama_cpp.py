@@ -6,10 +6,12 @@ LLAMA_CPP_SOURCE names the unpacked package.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import llama_cpp
@@ -72,6 +74,34 @@ class Loaded:
             yield token
             if step + 1 < count:
                 self._feed([token])
+
+    def logits(self, ids: list[int]) -> Any:
+        context = self._llama.ctx
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        rows = np.empty((len(ids), self._vocab), np.float32)
+        for begin in range(0, len(ids), _PIECE):
+            piece = ids[begin : begin + _PIECE]
+            self._feed_all(piece, begin)
+            for row in range(len(piece)):
+                found = llama_cpp.llama_get_logits_ith(context, row)
+                rows[begin + row] = np.ctypeslib.as_array(found, (self._vocab,))
+        return rows
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        return list(itertools.takewhile(lambda token: token not in ends, self.generate(ids, count)))
+
+    def _feed_all(self, ids: list[int], begin: int) -> None:
+        """Feed tokens and ask for the logits of each."""
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for row, token in enumerate(ids):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, begin + row, 1
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = 0
+        code = llama_cpp.llama_decode(self._llama.ctx, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise SystemExit(f"llama_decode ended with {code}")
 
     def _feed(self, ids: list[int]) -> None:
         tokens = (llama_cpp.llama_token * len(ids))(*ids)

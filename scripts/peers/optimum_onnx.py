@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -51,6 +53,24 @@ class Loaded:
             )
             past, step = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
             yield int(step)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Any:
+        step = torch.tensor([ids])
+        return (
+            self._model(
+                input_ids=step,
+                attention_mask=torch.ones_like(step),
+                position_ids=torch.arange(len(ids))[None],
+                past_key_values=None,
+                use_cache=True,
+            )
+            .logits[0]
+            .numpy()
+        )
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        return list(itertools.takewhile(lambda token: token not in ends, self.generate(ids, count)))
 
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:

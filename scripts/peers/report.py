@@ -104,6 +104,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             label = rows[REFERENCE]["label"]
             parts.append(f"{label}, divided by each:\n\n" + _table(others, both, _ratio))
         parts.append("Divided by the best INT8 peer:\n\n" + _best(report, both))
+    if report.get("quality"):
+        parts.append("Beside the fp32 model, on the same token ids:\n\n" + _quality(report["quality"]))
     failed = [
         f"- {row['label']}, {_doing(stage)}: {reason}"
         for row in rows.values()
@@ -112,6 +114,31 @@ def markdown(report: Mapping[str, Any]) -> str:
     if failed:
         parts.append("Not measured:\n\n" + "\n".join(failed) + "\n")
     return "\n".join(parts)
+
+
+def _quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    titles = [
+        "",
+        "KL, nats a token",
+        "99th percentile",
+        "perplexity",
+        "same token",
+        "equal answers",
+        "equal first tokens",
+    ]
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows.values():
+        on_text = ["-"] * 4
+        if "kl" in row:
+            on_text = [
+                f"{row['kl']:.5f}",
+                f"{row['kl_p99']:.4f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['same_token']:.2%}",
+            ]
+        answers = [f"{row[key]} of {row['answer_count']}" for key in ("equal_answers", "equal_first")]
+        lines.append([row["label"], *on_text, *(answers if row["answer_count"] else ["-", "-"])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _contexts(report: Mapping[str, Any]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ class Loaded:
             output = self._module(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, step = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
             yield int(step)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Any:
+        return self._module(torch.tensor([ids])).logits[0].numpy()
+
+    def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
+        return list(itertools.takewhile(lambda token: token not in ends, self.generate(ids, count)))
 
 
 def load(folder: Path, variant: str, threads: int, capacity: int) -> Loaded:
