@@ -1,10 +1,14 @@
 """The gate's part for the INT8 cache: values that calibration did not show are met here, and not by a bundle's users.
 
-The scales are held against prompts that did not calibrate them (`cache_prompts`): how many keys and values lie beyond
-their channel's range, where the operator clips them, and how far the answers of one graph, the fp32 one, with an INT8
-cache then are from its answers with a float32 cache. Where values lie far beyond, the channels concerned are widened
-until they hold all that was seen, and the answers are judged again. What is outside the target's tolerances then, since
-wide scales are coarse ones, is no model for an INT8 cache.
+A channel's range is the largest value of a short text and a margin. The scales are held against prompts that did not
+calibrate them (`cache_prompts`): how many keys and values lie beyond their channel's range, where the operator clips
+them, and how far the answers of one graph, the fp32 one, with an INT8 cache then are from its answers with a float32
+cache. Where values lie far beyond, or the answers miss the target's aim, the channels concerned are widened until they
+hold all that was seen, and the answers are judged again. What is beyond the target's limit then, since wide scales are
+coarse ones, is no model for an INT8 cache.
+
+Judged are the fixed scales, as onnxruntime's own operator uses them. Kernels keep a scale with each key and value
+beside them, so that nothing is clipped: their answers are nearer.
 """
 
 from __future__ import annotations
@@ -25,11 +29,14 @@ from ..targets import Gate
 from .cache_prompts import CachePrompts
 from .calibrate import Ranges, cache_ranges, magnitudes, wider
 from .sensitivity import log_probabilities
-from .verify import lead
 
-# Another text goes a little beyond every maximum that was seen. On builtin:tales, with 1.5 times at most, the answers
-# were 1.1e-4 nats off, and 5e-5 once the ranges held what was seen: widening pays early.
-_TOLERATED_EXCESS = 1.25
+# Another text goes beyond every maximum that was seen, up to twice as far. SmolLM2-135M on 1,024 tokens of WikiText-2,
+# KL divergence by ranges of 1, 1.25, 1.5 and 2 times what 2,300 other tokens showed: 0.0018, 0.0011, 0.0012, 0.0024
+# nats. Clipping costs more than a coarser scale.
+_MARGIN = 1.25
+# Of a range with its margin. On SmolLM2-135M the farthest value of rare tokens lies 1.8 times as far out: widening for
+# it gains 1e-4 nats on text, and costs a second trial of all prompts.
+_TOLERATED_EXCESS = 2.0
 _MOST_EXCESS = 1e6  # of a channel that was zero all the time, to have a number
 
 # Opens a session on the fp32 graph with an INT8 cache of these ranges.
@@ -106,7 +113,8 @@ def calibrate_cache(
     """
     with reference() as session:
         assert isinstance(session, OrtSession), "an int8 cache is one that the operator writes in place"
-        ranges = cache_ranges(session, prompts.calibrating)
+        seen = cache_ranges(session, prompts.calibrating)
+        ranges: Ranges = {name: np.float32(_MARGIN) * values for name, values in seen.items()}
         observed = _observe(session, prompts, ranges, folder)
 
     def judge(tried: Ranges) -> tuple[KindAgreement, ...]:
@@ -116,7 +124,8 @@ def calibrate_cache(
     layers = _excesses(observed, ranges)
     before: tuple[KindAgreement, ...] = ()
     kinds, widened = judge(ranges), 0
-    if _faults(kinds, gate) or any(layer.largest_excess > _TOLERATED_EXCESS for layer in layers):
+    far = any(layer.largest_excess > _TOLERATED_EXCESS for layer in layers)
+    if far or (layers and not kinds[0].kl <= gate.cache_kl):
         wide = wider(ranges, observed.largest)
         widened = sum(int((wide[name] > ranges[name]).sum()) for name in ranges)
         ranges, before = wide, kinds
@@ -164,11 +173,17 @@ def _compare(session: Session, prompts: CachePrompts, answers: Sequence[Path], g
             if other == kind:
                 rows = _rows(prompt, np.load(path, mmap_mode="r"), session)
                 for expected, got in rows:
-                    clear = lead(expected) >= gate.decided_margin
+                    clear = _lead(expected) >= gate.decided_margin
                     tokens, decided = tokens + len(got), decided + int(clear.sum())
                     agree += int((clear & (expected.argmax(axis=1) == got.argmax(axis=1))).sum())
                     total += float(divergence(expected, got).sum())
         yield KindAgreement(kind, tokens, total / tokens, decided, agree)
+
+
+def _lead(log_probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far the first choice is ahead of the second, in probability, for each row."""
+    top = np.exp(np.partition(log_probabilities, -2, axis=1)[:, -2:])
+    return np.asarray(top[:, 1] - top[:, 0])
 
 
 def _rows(
@@ -181,17 +196,14 @@ def _rows(
 
 
 def _faults(kinds: Sequence[KindAgreement], gate: Gate) -> list[str]:
-    """In words, each tolerance that is missed. A KL divergence is what perplexity rises by, as a logarithm, on text
-    that the model itself would write, which random tokens have none of. Empty: the gate holds."""
-    found = []
-    for kind in kinds:
-        rise = 100 * float(np.expm1(min(kind.kl, 100.0)))
-        # Written so that what is not a number fails too.
-        if not rise <= gate.perplexity_increase_percent:
-            found.append(
-                f"on {kind.kind} perplexity rises by {rise:.3g} %, the target allows "
-                f"{gate.perplexity_increase_percent} %"
-            )
+    """In words, each tolerance that is missed. Empty: the gate holds."""
+    # Written so that what is not a number fails too.
+    found = [
+        f"on {kind.kind} the next token's distribution is {kind.kl:.3g} nats from that of a float32 cache, the target "
+        f"allows {gate.cache_kl_limit}"
+        for kind in kinds
+        if not kind.kl <= gate.cache_kl_limit
+    ]
     decided, agree = sum(kind.decided_positions for kind in kinds), sum(kind.agree_decided for kind in kinds)
     if decided and not 100 * agree / decided >= gate.agreement_percent:
         found.append(

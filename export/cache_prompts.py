@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_WINDOW = 1024
 _HELD_OUT_SHARE = 4  # one part in so many of the text judges, the others calibrate
-_RANDOM_PROMPTS, _RANDOM_TOKENS = 16, 16
+# So many windows at most, evenly apart, of so many tokens: more of one text show little that is new.
+_WINDOW, _SEEN_WINDOWS = 256, 4
+_JUDGED_WINDOW, _JUDGED_WINDOWS = 128, 2
+_RANDOM_PROMPTS, _RANDOM_TOKENS = 8, 16
 _CALIBRATION_SEED, _JUDGING_SEED = 1, 2
-_RARE_TOKENS, _RARE_PROMPT_TOKENS = 256, 32
-_MOST_SPECIAL, _MOST_STARTS = 256, 16
+_RARE_TOKENS, _RARE_PROMPT_TOKENS = 128, 32
+_MOST_SPECIAL, _MOST_STARTS = 128, 8
 _CHAT = ({"role": "user", "content": "Hello! Who are you?"},)
 
 
@@ -70,14 +72,14 @@ def unusual_tokens(
 def cache_prompts(token_ids: Sequence[int], unusual: UnusualTokens, vocab_size: int, context: int) -> CachePrompts:
     """The prompts for a model, none longer than its context. token_ids: of the text.
 
-    Cost: the text and about 600 tokens to calibrate, a quarter of the text and about 600 tokens to judge.
+    Cost: at most 1,024 tokens of the text and some 400 others to calibrate, 256 and some 500 others to judge.
     """
     cut = max(1, len(token_ids) - len(token_ids) // _HELD_OUT_SHARE)
     seen, held_out = list(token_ids[:cut]), list(token_ids[cut:])
     window = min(_WINDOW, context)
     starts = [[token, *seen[:4]][:context] for token in unusual.special[:_MOST_STARTS]]
     calibrating = [
-        *_pieces(seen, window),
+        *_windows(seen, window, _SEEN_WINDOWS),
         *starts,
         *_pieces(unusual.special, window),
         *_pieces(unusual.chat, window),
@@ -91,7 +93,7 @@ def cache_prompts(token_ids: Sequence[int], unusual: UnusualTokens, vocab_size: 
     pairs = zip(reversed(unusual.special), _forever(held_out or seen), strict=False)
     mixed = [token for pair in pairs for token in pair]
     judging = {
-        "text": _pieces(held_out, window),
+        "text": _windows(held_out, min(_JUDGED_WINDOW, context), _JUDGED_WINDOWS),
         "random tokens": _random(vocab_size, context, _JUDGING_SEED),
         "special tokens": _pieces(mixed, window),
         "rare tokens": _pieces(rare, min(_RARE_PROMPT_TOKENS, context)),
@@ -129,6 +131,12 @@ def _random(vocab_size: int, context: int, seed: int) -> list[list[int]]:
     size = (_RANDOM_PROMPTS, min(_RANDOM_TOKENS, context))
     prompts: list[list[int]] = np.random.default_rng(seed).integers(vocab_size, size=size).tolist()
     return prompts
+
+
+def _windows(token_ids: Sequence[int], size: int, most: int) -> list[list[int]]:
+    """The pieces of a text, or so many of them, evenly apart."""
+    pieces = _pieces(token_ids, size)
+    return [pieces[index * len(pieces) // most] for index in range(most)] if len(pieces) > most else pieces
 
 
 def _pieces(token_ids: Sequence[int], size: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ def cache_ranges(session: OrtSession, prompts: Iterable[Sequence[int]]) -> Range
     for prompt in prompts:
         session.rewind(0)
         for start in range(0, len(prompt), _PIECE_TOKENS):
-            session.step(prompt[start : start + _PIECE_TOKENS])
+            session.step(prompt[start : start + _PIECE_TOKENS], 0)
         seen = {name: values.max(axis=1) for name, values in magnitudes(session).items()}
         largest = wider(largest, seen)
     session.rewind(0)

@@ -21,6 +21,7 @@ from ..runtime.measure import Speed
 from ..runtime.session import Session, make_session
 from ..targets import Profile
 from . import verify
+from .arithmetic import Arithmetic
 from .blocks import BlockSettings
 from .cache_gate import CacheAgreement
 from .cache_prompts import UnusualTokens
@@ -51,6 +52,7 @@ class Context:
     source: SourceModel = field(init=False)  # load
     module: PreTrainedModel | None = None  # load, until torch has answered
     text_ids: list[int] = field(init=False)  # load
+    calibrating_ids: list[list[int]] = field(init=False)  # load
     judging: Judging = field(init=False)  # load
     unusual: UnusualTokens = field(init=False)  # load
     blocks: BlockSettings | None = None  # load: how a compressed model's weights are to be stored
@@ -60,12 +62,13 @@ class Context:
     refusals: list[str] = field(default_factory=list)  # trace, compare with torch
     shape: Model = field(init=False)  # trace
     graph: ir.Model | None = None  # trace, until it is written
+    granularity: str = "channel"  # fuse: of the scales of an INT8 cache
     ranges: Ranges = field(default_factory=dict)  # calibrate
     cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
+    arithmetic: Arithmetic | None = None  # choose arithmetic
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: QuantizedAgreement | None = None  # judge
-    arithmetic: dict[str, Any] | None = None  # quantize: for the report, what `report.Measurements` says
     examples: list[dict[str, Any]] = field(default_factory=list)  # judge: prompts with both answers
     sensitivity: tuple[Sensitivity, ...] = ()  # judge
     excluded: tuple[Exclusion, ...] = ()  # judge
@@ -100,14 +103,17 @@ class Context:
 
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
-        return replace(self.shape, kv=CacheType(kv, "channel" if kv == "int8" else None))
+        return replace(self.shape, kv=CacheType(kv, self.granularity if kv == "int8" else None))
 
     @contextmanager
     def session(self, folder: Path, kv: str, graph: str = names.GRAPH_NAME) -> Iterator[Session]:
         """The shipping runtime over a graph that was written: the quantized one on the target's provider, if it is
-        here, the fp32 graph and all that is made of it for trial on the CPU."""
-        provider = self.provider if folder == self.result else providers.CPU
-        session = make_session(folder / graph, self.model(kv), machine.default_threads(), [provider])
+        here, the fp32 graph and all that is made of it for trial on the CPU, with fixed scales of an INT8 cache, which
+        are the coarser ones."""
+        provider, model = self.provider, self.model(kv)
+        if folder != self.result:
+            provider, model = providers.CPU, replace(model, kv=CacheType(kv, None))
+        session = make_session(folder / graph, model, machine.default_threads(), [provider])
         try:
             yield session
         finally:

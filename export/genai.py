@@ -37,11 +37,22 @@ def write_genai_files(folder: Path, model: Model, tokens: Tokens) -> str | None:
     # Weights are not read: the loaded graph names their places in the weights file, and so does the one that is saved.
     graph = ir.load(folder / names.GRAPH_NAME)
     LastLogitsOnly()(graph)
+    _fix_rows(graph, model)
     ir.save(graph, folder / GENAI_GRAPH_NAME)
     attention = next(node for node in graph.graph if node.op_type in (ATTENTION, KEPT_ATTENTION))
     heads = attention.attributes["num_heads"].as_int()
     write_json(folder / GENAI_CONFIG_NAME, genai_config(model, tokens, heads))
     return None
+
+
+def _fix_rows(graph: ir.Model, model: Model) -> None:
+    """The cache has rows of one head: onnxruntime-genai knows no others."""
+    layer = model.layers[0]
+    assert layer is not None, "a regular model has attention in every layer"
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if (value.name or "").startswith(("past_key_values.", "present.")):
+            assert value.shape is not None, "a cache has a shape"
+            value.shape = ir.Shape([*value.shape[:-1], layer.key_size])
 
 
 def why_irregular(model: Model) -> str | None:

@@ -1,23 +1,33 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): the error of each rounded weight is made good by those of later inputs.
+"""GPTQ (Frantar et al., arXiv 2210.17323): later inputs make up for the error of each rounded weight.
 
-onnxruntime's own function of this name (1.31.1) gives what rounding gives: it reads the empty triangle of the factored
-Hessian, so that no error is handed on. This one also keeps the grid that it rounds to, which onnxruntime's looks for
-again in the result.
+Two grids: blocks of inputs with a scale and a zero point each (`gptq`, for 4 and 8 bits), and one scale for a whole
+column (`gptq_columns`, for int8-rowwise). onnxruntime's own function of this name (1.31.1) gives what rounding gives:
+it reads the empty triangle of the factored Hessian, so that no error is handed on. This one also keeps the grid that
+it rounds to, which onnxruntime's looks for again in the result.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Added to the Hessian's diagonal, in units of its mean: inputs that always go together would make it singular.
 _DAMPING = 0.01
+# Inputs whose errors are handed on together, as one matrix product.
+_CHUNK = 64
+# Columns that are rounded at once. They do not depend on each other; a slab's weights stay in the processor's cache.
+_SLAB = 2048
+
+# From a row of weights (outputs) to its levels and to the values that these stand for.
+_Rounder = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 def gptq(
     matrix: NDArray[np.float32], hessian: NDArray[np.float32], bits: int, block: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-    """Round a matrix (inputs, outputs), input by input.
+    """Round a matrix (inputs, outputs) to blocks of inputs.
 
     hessian: (inputs, inputs), the mean of x xᵀ over the rows that it is multiplied with. Returns: levels uint8 (inputs,
     outputs), scales float32 and zero points uint8 (blocks, outputs): a weight is (level - zero point) * scale. Cost:
@@ -31,27 +41,84 @@ def gptq(
     for begin in range(0, inputs, block):
         end = min(begin + block, inputs)
         scale, zero = _grid(weights[begin:end], limit)
-        errors = np.zeros((end - begin, matrix.shape[1]), np.float32)
-        for index in range(begin, end):
-            row = weights[index]
-            chosen = np.clip(np.rint(row / scale) + zero, 0, limit)
-            levels[index] = chosen
-            errors[index - begin] = (row - (chosen - zero) * scale) / factor[index, index]
-            weights[index + 1 : end] -= factor[index, index + 1 : end, None] * errors[index - begin]
-        weights[end:] -= factor[begin:end, end:].T @ errors
+
+        def rounder(
+            row: NDArray[np.float32], scale: NDArray[np.float32] = scale, zero: NDArray[np.float32] = zero
+        ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            level = np.clip(np.rint(row / scale) + zero, 0, limit)
+            return level, (level - zero) * scale
+
+        levels[begin:end] = _round_chunk(weights, factor, begin, end, rounder)
         scales.append(scale)
         zeros.append(zero)
     return levels, np.stack(scales), np.stack(zeros).astype(np.uint8)
 
 
+def gptq_columns(
+    matrix: NDArray[np.float32], hessian: NDArray[np.float32], scales: NDArray[np.float32], limit: int
+) -> NDArray[np.int8]:
+    """Round a matrix (inputs, outputs) to multiples of `scales` (outputs), at most `limit` in magnitude.
+
+    hessian: as of `gptq`. Inputs with the largest mean square are rounded first, while all others can still make up
+    for them. Cost: inputs² * outputs multiplications.
+    """
+    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor = _factor(hessian[np.ix_(order, order)])
+    levels = np.empty(matrix.shape, np.int8)
+    for begin in range(0, matrix.shape[1], _SLAB):
+        columns = slice(begin, begin + _SLAB)
+        levels[order, columns] = _round_columns(matrix[order, columns], factor, scales[columns], limit)
+    return levels
+
+
+def _round_columns(
+    matrix: NDArray[np.float32], factor: NDArray[np.float32], scales: NDArray[np.float32], limit: int
+) -> NDArray[np.int8]:
+    weights = matrix.astype(np.float32, copy=True)
+    levels = np.empty(matrix.shape, np.int8)
+
+    def rounder(row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        level = np.clip(np.rint(row / scales), -limit, limit)
+        return level, level * scales
+
+    for begin in range(0, len(matrix), _CHUNK):
+        end = min(begin + _CHUNK, len(matrix))
+        levels[begin:end] = _round_chunk(weights, factor, begin, end, rounder)
+    return levels
+
+
+def _round_chunk(
+    weights: NDArray[np.float32], factor: NDArray[np.float32], begin: int, end: int, rounder: _Rounder
+) -> NDArray[np.float32]:
+    """Levels of the rows from begin to end - 1. Their errors are handed on to all later rows of `weights`, in place."""
+    levels = np.empty((end - begin, weights.shape[1]), np.float32)
+    errors = np.empty_like(levels)
+    for index in range(begin, end):
+        level, value = rounder(weights[index])
+        levels[index - begin] = level
+        errors[index - begin] = (weights[index] - value) / factor[index, index]
+        weights[index + 1 : end] -= factor[index, index + 1 : end, None] * errors[index - begin]
+    weights[end:] -= factor[begin:end, end:].T @ errors
+    return levels
+
+
 def _factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The upper triangular U with Uᵀ U the inverse of the damped Hessian."""
+    """The upper triangular U with Uᵀ U the inverse of the damped Hessian.
+
+    With both axes turned round, Cholesky's lower factor of the Hessian is an upper R with R Rᵀ = H, and U is R's
+    inverse: a third of the work of inverting H first.
+    """
+    import torch
+
     damped = hessian.astype(np.float64)
     diagonal = np.arange(len(damped))
     # An input that is always zero has no say in anything.
     damped[diagonal, diagonal] += np.where(damped[diagonal, diagonal] > 0, 0, 1)
     damped[diagonal, diagonal] += _DAMPING * damped[diagonal, diagonal].mean()
-    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    turned = torch.from_numpy(np.ascontiguousarray(damped[::-1, ::-1]))
+    upper = torch.linalg.cholesky(turned).flip(0, 1)
+    identity = torch.eye(len(damped), dtype=torch.float64)
+    return torch.linalg.solve_triangular(upper, identity, upper=True).numpy().astype(np.float32)
 
 
 def _grid(weights: NDArray[np.float32], limit: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

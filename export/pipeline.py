@@ -36,13 +36,13 @@ from .compress.run import Task, checkpoint_folder, compress_folder
 from .compress.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
 from .report import Measurements, build_report, write_report
-from .source import find_source
+from .source import find_source, short_name
 from .stages import Progress, StageRecord, run_stages
 
 if TYPE_CHECKING:
     pass
 from .context import Context
-from .quantizing import calibrate, judge_quantized, measure, quantize, write_for_other_runtimes
+from .quantizing import calibrate, choose_arithmetic, judge_quantized, measure, quantize, write_for_other_runtimes
 from .tracing import compare_with_torch, fuse, load, trace
 
 
@@ -63,7 +63,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     """
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or Path(f"{_short_name(config.model)}-{profile.name}")
+    out = config.out or Path(f"{short_name(config.model)}-{profile.name}")
     package.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
@@ -81,6 +81,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
             ("compare with torch", compare_with_torch),
             ("calibrate", calibrate),
             ("quantize", quantize),
+            ("choose arithmetic", choose_arithmetic),
             ("judge", judge_quantized),
             ("measure", measure),
             ("other runtimes", write_for_other_runtimes),
@@ -130,7 +131,11 @@ def _write(context: Context, report: dict[str, Any]) -> None:
         source=source.source,
         target=Target(context.profile.name, context.profile.settings()),
         compression=tuple(without_figures(step) for step in source.compression),
-        quantization=Quantization(context.scheme, context.excluded),
+        quantization=Quantization(
+            context.scheme,
+            context.excluded,
+            {} if context.arithmetic is None else context.arithmetic.activations,
+        ),
         model=context.model(context.kv),
         tokens=source.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},
@@ -157,7 +162,7 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             against_source=context.source_agreement,
             against_fp32=context.quantized_agreement,
             examples=context.examples,
-            arithmetic=context.arithmetic,
+            arithmetic=None if context.arithmetic is None else context.arithmetic.measured(),
             cache=context.cache_agreement,
             stages=records,
             path=context.path,
@@ -168,7 +173,3 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             not_run=context.not_run,
         )
     )
-
-
-def _short_name(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]

@@ -7,7 +7,7 @@ time, as they are written.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from .passes import narrowing_passes, quantizing_passes
 @dataclass(frozen=True)
 class Quantizer:
     """graph: path of the fp32 graph; ranges: magnitudes for the scales of an INT8 cache, empty for others; activations:
-    float32 or float16; blocks: for the schemes that store weights in blocks, how (None: as the scheme says)."""
+    float32 or float16; blocks: for the schemes that store weights in blocks, how (None: as the scheme says); rounded:
+    files of int8 matrices that are not rounded to the nearest, by name."""
 
     graph: Path
     scheme: str
@@ -30,10 +31,12 @@ class Quantizer:
     ranges: Mapping[str, NDArray[np.float32]]
     activations: str = "float32"
     blocks: BlockQuantizer | None = None
+    rounded: Mapping[str, Path] = field(default_factory=dict)
 
-    def quantized(self, excluded: Collection[str] = ()) -> ir.Model:
-        """The graph that ships, with the matrices of these names left in the type of the activations."""
-        graph = self._apply(excluded, self.ranges)
+    def quantized(self, excluded: Collection[str] = (), wide: Collection[str] = ()) -> ir.Model:
+        """The graph that ships. excluded: names of matrices that are left in the type of the activations; wide: names
+        of matrices whose activations have 16 bits."""
+        graph = self._apply(excluded, self.ranges, wide)
         if self.activations == "float16":
             ir.passes.PassManager(narrowing_passes())(graph)
         return graph
@@ -50,9 +53,13 @@ class Quantizer:
         """The fp32 graph in which these matrices, and nothing else, are quantized. Activations stay float32."""
         return self._apply([name for name in self.matrices if name not in names], {})
 
-    def _apply(self, excluded: Collection[str], ranges: Mapping[str, NDArray[np.float32]]) -> ir.Model:
+    def _apply(
+        self, excluded: Collection[str], ranges: Mapping[str, NDArray[np.float32]], wide: Collection[str] = ()
+    ) -> ir.Model:
         graph = ir.load(self.graph)
-        passes = quantizing_passes(self.scheme, self.weight_bits, ranges, excluded, self._blocks)
+        passes = quantizing_passes(
+            self.scheme, self.weight_bits, ranges, excluded, self._blocks, rounded=self.rounded, wide=wide
+        )
         if passes:
             ir.passes.PassManager(passes)(graph)
         return graph

@@ -1,10 +1,12 @@
-"""The stages from the fp32 graph to the one that ships: calibrate, quantize, judge, measure, other runtimes."""
+"""The stages from the fp32 graph to the one that ships: calibrate, quantize, choose arithmetic, judge, measure, other
+runtimes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -14,21 +16,28 @@ from ..runtime import providers
 from ..runtime.measure import measure_speed
 from ..runtime.session import Session
 from ..runtime.tokenizer import Tokenizer
+from .arithmetic import Arithmetic, choose_activations, wide_everywhere
 from .blocks import BlockQuantizer, BlockSettings
 from .cache_gate import calibrate_cache
 from .cache_prompts import cache_prompts
 from .calibrate import Ranges
 from .genai import write_genai_files
 from .hessians import make_block_quantizer
+from .passes.quantize_linears import ROWWISE
+from .passes.widen_activations import WidenActivations, matrices_of
+from .paths import FUSED
 from .quality import QuantizedAgreement, Reference, write_answers
 from .quantize import Quantizer
 from .repair import Attempt, Candidate, judge
+from .rounding import round_matrices
 
 if TYPE_CHECKING:
     pass
 from .context import Context, save_graph
 
 _MEASURED_PROMPT = 128
+# Decode steps on top of each run of the prompt. `edgelm bench` measures longer; these figures are for the report.
+_MEASURED_STEPS = 8
 _PROBE_NAME = "probe.onnx"
 _EXAMPLES = 8
 
@@ -53,7 +62,13 @@ def _cache_probe(context: Context, ranges: Ranges) -> Iterator[Session]:
 
 
 def quantize(context: Context) -> None:
-    """Get ready to quantize. What is written in the end is the gate's to say."""
+    """Write the bundle's graph and weights, all matrices quantized."""
+    rounded: Mapping[str, Path] = {}
+    # The other ways to trace give graphs with inputs of their own: their matrices are rounded to the nearest.
+    if context.scheme == ROWWISE and context.path == FUSED and not context.shape.states:
+        graph, limit = context.reference / names.GRAPH_NAME, (1 << (context.profile.weight_bits - 1)) - 1
+        texts, length = context.calibrating_ids, context.source.context_length
+        rounded = round_matrices(graph, texts, length, limit, context.answers)
     context.quantizer = Quantizer(
         context.reference / names.GRAPH_NAME,
         context.scheme,
@@ -61,7 +76,61 @@ def quantize(context: Context) -> None:
         context.ranges,
         context.profile.activations,
         None if context.blocks is None else _block_quantizer(context, context.blocks),
+        rounded,
     )
+    _write_quantized(context, ())
+
+
+def choose_arithmetic(context: Context) -> None:
+    """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
+    everywhere: there is no long step in which 8 would save time."""
+    if context.scheme != ROWWISE:
+        return
+    matrices = matrices_of(ir.load(context.result / names.GRAPH_NAME))
+    if context.shape.step_tokens is not None:
+        context.arithmetic = wide_everywhere(matrices)
+        return
+    probe = partial(_arithmetic_probe, context, frozenset(matrices))
+    budget = context.profile.gate.activations_kl
+    context.arithmetic = choose_activations(matrices, probe, context.calibrating_ids, budget)
+
+
+def _attempts(context: Context) -> list[Attempt]:
+    """The chosen arithmetic, then 16 bits everywhere; for other schemes the one graph that is written."""
+    chosen = context.arithmetic
+    if chosen is None:
+        return [Attempt("with all matrices quantized", lambda: None)]
+    everywhere = Attempt(
+        "with activations of 16 bits everywhere",
+        partial(_use_arithmetic, context, wide_everywhere(dict.fromkeys(chosen.activations, 0))),
+    )
+    if set(chosen.activations.values()) == {16}:
+        return [everywhere]
+    return [Attempt("with activations of 8 and 16 bits", partial(_use_arithmetic, context, chosen)), everywhere]
+
+
+def _use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
+    """Let the bundle's graph compute so. The weights stay as they are."""
+    ir.save(_with_wide(context, arithmetic.wide()), context.result / names.GRAPH_NAME)
+    context.arithmetic = arithmetic
+
+
+def _with_wide(context: Context, wide: Collection[str]) -> ir.Model:
+    """The bundle's graph, over the weights that are written, with activations of 16 bits for these matrices alone."""
+    graph = ir.load(context.result / names.GRAPH_NAME)
+    ir.passes.PassManager([WidenActivations(wide)])(graph)
+    return graph
+
+
+@contextmanager
+def _arithmetic_probe(context: Context, matrices: frozenset[str], narrow: Collection[str]) -> Iterator[Session]:
+    """A session on the bundle's graph in which these matrices have activations of 8 bits, and all others of 16."""
+    ir.save(_with_wide(context, matrices.difference(narrow)), context.result / _PROBE_NAME)
+    try:
+        with context.session(context.result, context.kv, _PROBE_NAME) as session:
+            yield session
+    finally:
+        (context.result / _PROBE_NAME).unlink()
 
 
 def _block_quantizer(context: Context, settings: BlockSettings) -> BlockQuantizer:
@@ -95,15 +164,14 @@ def _written_probe(context: Context, graph: ir.Model, kv: str) -> Iterator[Sessi
 def judge_quantized(context: Context) -> None:
     """The gate: the quantized graph against the fp32 one, repaired where it can be. Raises: VerificationError."""
     if context.scheme == "fp32" and context.kv == "float32":
-        _write_quantized(context, ())
         return
     gate = context.profile.gate_of(context.scheme)
     candidate = Candidate(
         reference=partial(context.session, context.reference, "float32"),
         reference_bytes=(context.reference / names.WEIGHTS_NAME).stat().st_size,
         quantized=partial(context.session, context.result, context.kv),
-        attempts=[Attempt("with all matrices quantized", partial(_write_quantized, context, ()))],
-        leave_out=None if context.scheme == "int8-rowwise" else partial(_write_quantized, context),
+        attempts=_attempts(context),
+        leave_out=None if context.scheme == ROWWISE else partial(_write_quantized, context),
         remedy=_remedy(context),
         probe=partial(_probe, context),
         matrices=context.quantizer.matrices,
@@ -140,7 +208,7 @@ def measure(context: Context) -> None:
     prompt = (context.text_ids * (1 + room // len(context.text_ids)))[:room]
     for name, folder, kv in (("before", context.reference, "float32"), ("after", context.result, context.kv)):
         with context.session(folder, kv) as session:
-            context.speeds[name] = measure_speed(session, prompt)
+            context.speeds[name] = measure_speed(session, prompt, _MEASURED_STEPS)
 
 
 def write_for_other_runtimes(context: Context) -> None:

@@ -21,7 +21,7 @@ from ..runtime.manifest import CacheType, Model, Source
 from ..runtime.measure import Speed
 from . import package, verify
 from .cache_gate import CacheAgreement
-from .passes.functions import NORMED_ROWWISE_MATMUL
+from .passes.functions import NORM_INPUTS
 from .quality import QuantizedAgreement
 from .report_html import page
 from .sensitivity import Sensitivity
@@ -36,7 +36,6 @@ _PARTS = {
 }
 _OTHER = "other"
 _NORM_OPERATOR = "LayerNormalization"
-_NORM_INPUT = (NORMED_ROWWISE_MATMUL, 2)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def part_bytes(graph: Path) -> dict[str, int]:
 def _part(value: ir.Value) -> str:
     if value.dtype == ir.DataType.INT64:
         return _OTHER  # axes and shapes, which are named after what they serve
-    if any(_NORM_OPERATOR in use.node.op_type or (use.node.op_type, use.idx) == _NORM_INPUT for use in value.uses()):
+    if any(_NORM_OPERATOR in use.node.op_type or (use.node.op_type, use.idx) in NORM_INPUTS for use in value.uses()):
         return "norms"
     name = (value.name or "").lower()
     return next((part for part, pattern in _PARTS.items() if pattern.search(name)), _OTHER)

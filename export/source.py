@@ -1,6 +1,6 @@
-"""Where a model comes from: a local folder, a model of the hub, or the one that comes with edgelm.
+"""Where a model comes from: a local folder or GGUF file, a model of the hub, or the one that comes with edgelm.
 
-Only safetensors are read and remote code is never run. The network is touched for hub ids alone.
+Only safetensors and GGUF are read and remote code is never run. The network is touched for hub ids alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.manifest import Source, Tokens
+from . import gguf_source
+from .architecture import check_architecture
 from .compress.folder import load_compressed, read_record
 from .errors import SourceError
+from .gguf_file import model_name
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN_PREFIX = "builtin:"
+_CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
-# Parts of a configuration that describe what a model reads besides text.
-_SENSES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _logger = logging.getLogger(__name__)
 
@@ -51,27 +53,33 @@ class SourceModel:
 
 
 def find_source(model: str, revision: str | None) -> Path:
-    """The folder that holds a model: builtin, local, or downloaded from the hub.
+    """The folder that holds a model: builtin, local, or downloaded from the hub; or its GGUF file, the first of several
+    parts.
 
     Checks what can be told without loading weights. Raises: SourceError.
     """
     folder = _builtin(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
+    file = gguf_source.gguf_in(folder) if folder.is_dir() else folder if gguf_source.is_gguf(folder) else None
+    if revision is not None and (folder.is_dir() or file is not None):
+        what = "folder" if folder.is_dir() else "file"
+        raise SourceError(f"a revision was given, but {model} is a local {what}: leave --revision out")
+    if file is not None:
+        return gguf_source.check_gguf(file)
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
             raise SourceError(
-                f"{model} is no folder: give a model folder, a hub id such as owner/name, or builtin:tales"
+                f"{model} is no folder and no GGUF file: give a model folder, a GGUF file, a hub id such as "
+                "owner/name, or builtin:tales"
             )
         folder = _download(model, revision)
-    elif revision is not None:
-        raise SourceError(f"a revision was given, but {model} is a local folder: leave --revision out")
-    _check_architecture(folder, read_config(folder))
+    check_architecture(folder / _CONFIG_NAME, read_config(folder))
     _check_weights(folder)
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises: SourceError."""
-    path = folder / "config.json"
+    path = folder / _CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -86,12 +94,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_module(folder: Path) -> PreTrainedModel:
-    """The model of a folder from `find_source`, in evaluation mode, float32, every weight a number.
+    """The model of a folder or file from `find_source`, in evaluation mode, float32, every weight a number.
 
-    Cost: the weights in memory, read one at a time. Raises: SourceError.
+    Cost: the weights in memory, read one at a time; of GGUF files up to twice that. Raises: SourceError.
     """
     if read_record(folder) is not None:
         return _load_compressed(folder)
+    if folder.is_file():
+        return _load_gguf(folder)
     import torch
     import transformers
 
@@ -107,15 +117,34 @@ def load_module(folder: Path) -> PreTrainedModel:
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
-    module: PreTrainedModel = loaded[0].eval()
-    info = loaded[1]
+    return _checked(folder, loaded[0], loaded[1])
+
+
+def _load_gguf(file: Path) -> PreTrainedModel:
+    with gguf_source.one_file(file) as whole:
+        try:
+            config = gguf_source.read_config(whole)
+            check_architecture(file, config.to_dict())
+            module, info = gguf_source.load_weights(whole, config)
+        except SourceError:
+            raise
+        except Exception as error:  # transformers, gguf and torch each raise their own kinds for what they do not know
+            raise SourceError(
+                f"{file} cannot be loaded: {_words(error)}: give the model's folder in Hugging Face's format"
+            ) from error
+    return _checked(file, module, info)
+
+
+def _checked(place: Path, module: Any, info: dict[str, Any]) -> PreTrainedModel:
+    """A module of which every weight was read and is a number. info: what transformers says of keys."""
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise SourceError(
-            f"{folder}: weights are missing or of another shape, such as {names[0]}: download the model again"
+            f"{place}: weights are missing or of another shape, such as {names[0]}: download the model again"
         )
-    _check_numbers(folder, module)
-    return module
+    _check_numbers(place, module)
+    evaluating: PreTrainedModel = module.eval()
+    return evaluating
 
 
 def _load_compressed(folder: Path) -> PreTrainedModel:
@@ -138,13 +167,19 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
     return SourceModel(
         tokenizer=tokenizer,
         source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
-        tokens=_tokens(folder, module, read_config(folder)),
-        name=record.name if record else model.removeprefix(BUILTIN_PREFIX).rstrip("/").rsplit("/", 1)[-1],
+        tokens=_tokens(folder, module),
+        name=record.name if record else short_name(model),
         context_length=_context_length(module),
         vocab_size=vocab_size,
         parameters=module.num_parameters(),
         compression=record.steps if record else (),
     )
+
+
+def short_name(model: str) -> str:
+    """What a model goes by: the last part of how the user named it."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return model_name(Path(name)) if name.lower().endswith(gguf_source.SUFFIX) else name
 
 
 def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
@@ -190,61 +225,6 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        if "auto_map" in config:
-            raise SourceError(f"{folder} needs code of its own ({config['auto_map']}), which edgelm never runs")
-        raise SourceError(
-            f"{folder / 'config.json'}: model_type {kind!r} is unknown to the installed transformers: update it"
-        )
-    causal = _causal_names(kind)
-    # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
-    saved = config.get("architectures") or causal
-    is_causal = bool(causal) and not _all_causal_names(causal).isdisjoint(saved)
-    # Some models of text and images are among them as well.
-    senses = [name for name in config if name in _SENSES and config[name] is not None]
-    if not is_causal or senses or config.get("is_encoder_decoder"):
-        raise SourceError(
-            f"{folder / 'config.json'}: {', '.join(map(str, saved))} (model_type {kind!r}) is "
-            f"{_other_kind(kind, config, senses)}"
-        )
-
-
-def _causal_names(kind: str) -> list[str]:
-    """Names of a model type's causal classes: transformers' own, and those that the caller registered with it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = CONFIG_MAPPING[kind]
-    if known not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return []
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[known]
-    return [item.__name__ for item in (found if isinstance(found, tuple) else (found,)) if item is not None]
-
-
-def _all_causal_names(own: list[str]) -> set[str]:
-    """A type's own names and those of all others, under which some models are saved."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return {*own, *(name for names in mapped for name in ([names] if isinstance(names, str) else names))}
-
-
-def _other_kind(kind: str, config: dict[str, Any], senses: list[str]) -> str:
-    """What a model is that is no decoder of text, and what to do about it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    only = "edgelm exports causal models only"
-    if senses:
-        return f"a multimodal model ({', '.join(senses)}), and {only}: give a model of text alone"
-    both = config.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False))
-    what = "an encoder and a decoder" if both else "no causal language model"
-    return f"{what}, and {only}: give one whose architecture ends in ForCausalLM"
-
-
 def _check_weights(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
@@ -262,24 +242,32 @@ def _check_numbers(folder: Path, module: PreTrainedModel) -> None:
     import torch
 
     for name, weight in module.named_parameters():
+        # A NaN or an infinity makes the sum no number. So may an overflow: only then is each value looked at, which
+        # takes several passes and writes as many masks.
+        if bool(torch.isfinite(weight.detach().sum())):
+            continue
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
             raise SourceError(
-                f"{folder / _weight_file(folder, name)}: {wrong} of the {weight.numel()} values of {name} are NaN or "
+                f"{_weight_file(folder, name)}: {wrong} of the {weight.numel()} values of {name} are NaN or "
                 "infinite: download the model again, or save it in a type that holds its values"
             )
 
 
-def _weight_file(folder: Path, name: str) -> str:
+def _weight_file(folder: Path, name: str) -> Path:
     """The file that holds a weight, as the index of a model in several files says, or whatever there is."""
+    if folder.is_file():
+        return folder
     index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}) if index.is_file() else {}
-    return str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
+    return folder / str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     import transformers
 
+    if folder.is_file():
+        return _load_gguf_tokenizer(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
@@ -289,6 +277,16 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast or tokenizer.vocab_size == 0:
         raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
     return tokenizer
+
+
+def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    try:
+        return gguf_source.load_tokenizer(file)
+    except Exception as error:  # transformers and tokenizers each raise their own kinds for what they do not know
+        raise SourceError(
+            f"{file} has no tokenizer that can be loaded ({_words(error)}): give the model's folder in Hugging Face's "
+            "format"
+        ) from error
 
 
 def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -317,14 +315,15 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _tokens(folder: Path, module: PreTrainedModel, config: dict[str, Any]) -> Tokens:
+def _tokens(folder: Path, module: PreTrainedModel) -> Tokens:
+    config = module.config.to_dict() if folder.is_file() else read_config(folder)
     generation = module.generation_config
     eos = generation.eos_token_id if generation is not None else None
     if eos is None:
         eos = config.get("eos_token_id")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     if not ends:
-        _logger.warning("%s: config.json names no eos_token_id, so answers end at the limit of tokens only", folder)
+        _logger.warning("%s names no eos_token_id, so answers end at the limit of tokens only", folder)
     return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
 
 
@@ -340,11 +339,14 @@ def _context_length(module: PreTrainedModel) -> int:
 
 def _commit(folder: Path) -> str | None:
     """The commit of a model that was downloaded: the hub's cache names its folders so."""
-    return folder.name if folder.parent.name == "snapshots" else None
+    snapshot = folder.parent if folder.is_file() else folder
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def _license(folder: Path) -> str | None:
-    """The licence that the model card's header names, if there is one."""
+    """The licence that the model card's header names, or the GGUF file, if there is one."""
+    if folder.is_file():
+        return gguf_source.license_of(folder)
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -24,8 +24,10 @@ from .compress.weights_int4 import noted_weights, require_agreement
 from .errors import RecipeError, TraceError
 from .judging import make_judging
 from .passes import fusing_passes
+from .passes.call_attention import calls_all_attention
 from .paths import refused
 from .source import SourceModel, describe_source, load_module, token_embedding
+from .texts import calibrating_texts
 from .tokenizer_check import check_tokenizer
 from .trace import TracedModel
 
@@ -49,6 +51,7 @@ def load(context: Context) -> None:
     bundled = Tokenizer(context.result / names.TOKENIZER_NAME)
     check_tokenizer(context.source.tokenizer, bundled, texts.calibrating)
     context.text_ids = bundled.encode(texts.calibrating)
+    context.calibrating_ids = [bundled.encode(text) for text in (texts.calibrating, *calibrating_texts())]
     context.unusual = _unusual_tokens(context, module)
     source = context.source
     context.judging = make_judging(texts, bundled, context.result, source.context_length, source.tokens)
@@ -111,6 +114,8 @@ def fuse(context: Context) -> None:
     assert context.graph is not None, "set when the model was traced"
     ir.passes.PassManager(fusing_passes(context.source.context_length))(context.graph)
     save_graph(context.graph, context.reference)
+    # Kernels give each key and value a scale of its own, where they compute all attention.
+    context.granularity = "token" if calls_all_attention(context.graph) else "channel"
     context.graph = None  # it is read from its file from now on; this one holds on to torch's weights
 
 

@@ -45,8 +45,8 @@ class Limit:
 def make_trials(token_ids: Sequence[int], shape: Model, config: Any) -> tuple[list[Trial], tuple[str, ...]]:
     """The prompts for a model, none longer than its context leaves room for, and what they could not reach.
 
-    token_ids: the text; config: of the model in transformers. Cost: 7 prompts, 176 greedy steps, at most 600 tokens in
-    the longest prompt.
+    token_ids: the text; config: of the model in transformers. Cost: 7 prompts of at most 600 tokens. The four of the
+    text are alike in length and steps, and so are the two random ones: torch decodes three batches, 64 steps in all.
     """
     room = max(1, shape.context_length - 1)
     step = max(1, (len(token_ids) - _TEXT_TOKENS) // _TEXT_PROMPTS)

@@ -31,13 +31,14 @@ def rows_are_exact(manifest: Manifest, least_rows: int) -> bool:
 class OrtRowsSession:
     """`RowsSession` over onnxruntime. Memory: the cache of `max_rows` texts as long as the longest one."""
 
-    def __init__(self, inference: Any, model: Model, max_rows: int, piece_tokens: int) -> None:
-        """inference: onnxruntime's session, which may serve others too; the others: see `RowsSession`."""
+    def __init__(self, inference: Any, model: Model, max_rows: int, piece_tokens: int, scale_bytes: int = 0) -> None:
+        """inference: onnxruntime's session, which may serve others too; scale_bytes: as of `KVCache`; the others: see
+        `RowsSession`."""
         self.max_rows = max_rows
         self.piece_tokens = piece_tokens
         self._inference = inference
         self._model = model
-        self.cache = KVCache(model, max_rows)
+        self.cache = KVCache(model, max_rows, scale_bytes)
         self._lengths: list[int] = []
         self._errors = onnxruntime_errors()
         self._one, self._all = _Binding(inference, model), _Binding(inference, model)

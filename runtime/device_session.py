@@ -4,6 +4,8 @@ The buffers are onnxruntime's own values on the device, bound as past and as pre
 The attention mask is a device buffer of ones, of which a step binds as many as it needs. Logits are copied to the host
 when they are asked for (`step`); `likeliest` leaves them where they are and reads the graph's output `next_tokens`.
 
+On CUDA, a greedy step of one token is captured as a CUDA graph and replayed (`edgelm.runtime.captured_step`).
+
 Runs on the CPU provider as well, with device "cpu", which is how it is tested without a GPU.
 """
 
@@ -15,12 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .captured_step import CapturedStep, run_options
 from .manifest import LayerCache, Model
 from .ort import load_onnxruntime, onnxruntime_errors
 from .providers import mapped_step_error
 
 # The first buffers; they double when they are full. A GPU has room for more than a Raspberry Pi.
 _FIRST_CAPACITY = 1024
+# Prompts are fed in pieces, which bound the memory of a step. A GPU wants many tokens at once.
+_PIECE_TOKENS = 2048
 _LOGITS, _TOKENS = "logits", "next_tokens"
 _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
 
@@ -28,15 +33,20 @@ _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as t
 class DeviceSession:
     """See the module. Not safe between threads."""
 
-    def __init__(self, inference: Any, model: Model, device: str) -> None:
-        """inference: onnxruntime's session over a graph with `next_tokens`; device: "cuda", or "cpu" for tests."""
+    piece_tokens = _PIECE_TOKENS
+
+    def __init__(self, inference: Any, captures: bool, model: Model, device: str) -> None:
+        """inference: onnxruntime's session over a graph with `next_tokens`; captures: whether it can capture runs as
+        CUDA graphs; device: "cuda", or "cpu" for tests."""
         self._inference = inference
+        self.captures = captures
         self.device = device
         self._model = model
         self._errors = onnxruntime_errors()
-        self._cache = _DeviceCache(model, device)
+        self._cache = DeviceCache(model, device)
         # One binding for each output: onnxruntime computes both, and copies only what is bound.
         self._bindings = {name: _Binding(inference, device, name) for name in (_LOGITS, _TOKENS)}
+        self._captured = CapturedStep(inference, device, _TOKENS)
         self._length = 0
 
     @property
@@ -68,15 +78,19 @@ class DeviceSession:
 
     def close(self) -> None:
         self._bindings = {}
+        self._captured = CapturedStep(None, "cpu", _TOKENS)
         self._inference = None
-        self._cache = _DeviceCache(self._model, "cpu")
+        self._cache = DeviceCache(self._model, "cpu")
         self._length = 0
 
     def _run(self, output: str, token_ids: Sequence[int], result: NDArray[Any]) -> None:
         total = self._length + len(token_ids)
         try:
             self._cache.reserve(total, self._length)
-            self._bindings[output].run(self._cache, token_ids, total, result)
+            if self.captures and output == _TOKENS and len(token_ids) == 1:
+                result[0, 0] = self._captured.run(self._cache, token_ids[0], total)
+            else:
+                self._bindings[output].run(self._cache, token_ids, total, result)
         except self._errors as error:
             reason = " ".join(str(error).split())
             doing = f"a step of {len(token_ids)} tokens at position {self._length}"
@@ -84,7 +98,7 @@ class DeviceSession:
         self._length = total
 
 
-class _DeviceCache:
+class DeviceCache:
     """Keys and values of all layers, and ones for the mask, in the device's memory."""
 
     def __init__(self, model: Model, device: str) -> None:
@@ -109,13 +123,12 @@ class _DeviceCache:
             grown[name] = self._put(fresh)
         self.values, self.mask, self.capacity = grown, self._put(np.ones((1, capacity), np.int64)), capacity
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a buffer: (1, kv_heads, capacity, size)."""
-        return tuple(self.values[name].shape())
-
-    def type(self) -> Any:
-        """The elements' type."""
-        return self._type.type
+    def bind(self, binding: Any) -> None:
+        """Each buffer, (1, kv_heads, capacity, size), as past and as present."""
+        for name, value in self.values.items():
+            place = (self._device, 0, self._type.type, tuple(value.shape()), value.data_ptr())
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
 
     def _put(self, array: NDArray[Any]) -> Any:
         return load_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -135,16 +148,14 @@ class _Binding:
         self._device = device
         self._output = output
         self._binding = inference.io_binding()
+        self._options = run_options(None)
         self._bound: Any = None
 
-    def run(self, cache: _DeviceCache, token_ids: Sequence[int], total: int, result: NDArray[Any]) -> None:
+    def run(self, cache: DeviceCache, token_ids: Sequence[int], total: int, result: NDArray[Any]) -> None:
         """total: positions with these tokens; result: (1, keep, ...), is filled."""
         binding = self._binding
         if self._bound is not cache.mask:
-            for name, value in cache.values.items():
-                place = (self._device, 0, cache.type(), cache.shape(name), value.data_ptr())
-                binding.bind_input(f"past_key_values.{name}", *place)
-                binding.bind_output(f"present.{name}", *place)
+            cache.bind(binding)
             self._bound = cache.mask
         ids = np.array([token_ids], np.int64)
         keep = np.array([result.shape[1]], np.int64)
@@ -152,4 +163,4 @@ class _Binding:
         binding.bind_cpu_input("logits_to_keep", keep)
         binding.bind_input("attention_mask", self._device, 0, np.int64, (1, total), cache.mask.data_ptr())
         binding.bind_output(self._output, "cpu", 0, result.dtype.type, result.shape, result.ctypes.data)
-        self._inference.run_with_iobinding(binding)
+        self._inference.run_with_iobinding(binding, self._options)

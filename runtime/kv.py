@@ -27,9 +27,12 @@ class KVCache:
     room is made when there is too little, where memory has it.
     """
 
-    def __init__(self, model: Model, rows: int = 1) -> None:
+    def __init__(self, model: Model, rows: int = 1, scale_bytes: int = 0) -> None:
+        """scale_bytes: what each row of a head holds behind its values, of INT8 ones: `CacheType.scale_bytes` where
+        kernels compute attention, else none."""
         self._model = model
         self._rows = rows
+        self._scale_bytes = scale_bytes
         self._dtype = np.dtype(_DTYPES[model.kv.type])
         self._buffers: dict[str, NDArray[np.generic]] = {}
         self.capacity = 0
@@ -56,7 +59,7 @@ class KVCache:
         )
         grown: dict[str, NDArray[np.generic]] = {}
         for index, layer in self._layers():
-            for side, size in (("key", layer.key_size), ("value", layer.value_size)):
+            for side, size in self._sides(layer):
                 fresh = zeros((self._rows, layer.kv_heads, capacity, size), self._dtype)
                 name = f"{index}.{side}"
                 if name in self._buffers:
@@ -72,14 +75,14 @@ class KVCache:
         self.length = length
 
     def buffers(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Pairs of name ("N.key" or "N.value") and array (rows, kv_heads, capacity, head_size), valid until
-        `reserve` answers True. The positions from `length` on hold nothing of meaning."""
+        """Pairs of name ("N.key" or "N.value") and array (rows, kv_heads, capacity, head_size + scale_bytes), valid
+        until `reserve` answers True. The positions from `length` on hold nothing of meaning."""
         yield from self._buffers.items()
 
     def read(self, begin: int, end: int, block: NDArray[np.uint8], row: int = 0) -> None:
         """Copy positions begin to end - 1 of a row as bytes: buffer after buffer in the order of `buffers`, of each
-        (kv_heads, positions, head_size). 0 <= begin <= end <= length; block: (bytes_per_position * positions), is
-        filled."""
+        (kv_heads, positions, head_size + scale_bytes). 0 <= begin <= end <= length; block: (bytes_per_position *
+        positions), is filled."""
         for part, buffer in self._parts(block, end - begin, row):
             part[...] = buffer[:, begin:end]
 
@@ -100,28 +103,16 @@ class KVCache:
 
     def bytes_per_position(self) -> int:
         """What one more token costs, in bytes, over all layers."""
-        return (
-            sum(layer.kv_heads * (layer.key_size + layer.value_size) for _, layer in self._layers())
-            * self._dtype.itemsize
-        )
+        rows = (layer.kv_heads * size for _, layer in self._layers() for _, size in self._sides(layer))
+        return sum(rows) * self._dtype.itemsize
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold. For tests."""
         assert 0 <= self.length <= self.capacity
         for index, layer in self._layers():
-            if self.capacity:
-                assert self._buffers[f"{index}.key"].shape == (
-                    self._rows,
-                    layer.kv_heads,
-                    self.capacity,
-                    layer.key_size,
-                )
-                assert self._buffers[f"{index}.value"].shape == (
-                    self._rows,
-                    layer.kv_heads,
-                    self.capacity,
-                    layer.value_size,
-                )
+            for side, size in self._sides(layer) if self.capacity else ():
+                shape = (self._rows, layer.kv_heads, self.capacity, size)
+                assert self._buffers[f"{index}.{side}"].shape == shape
 
     def _sizes(self, positions: int) -> list[int]:
         """Capacities, the best first: a cache shall move seldom, in a small memory too, and never at each token."""
@@ -133,13 +124,17 @@ class KVCache:
         self, block: NDArray[np.uint8], positions: int, row: int
     ) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
         """Pairs of a part of a block and the row of the buffer that it belongs to, both (kv_heads, positions,
-        head_size)."""
+        head_size + scale_bytes)."""
         begin = 0
         for buffer in self._buffers.values():
             _, heads, _, size = buffer.shape
             end = begin + heads * positions * size * self._dtype.itemsize
             yield block[begin:end].view(self._dtype).reshape(heads, positions, size), buffer[row]
             begin = end
+
+    def _sides(self, layer: LayerCache) -> tuple[tuple[str, int], tuple[str, int]]:
+        """The names of a layer's two buffers, and the length of their rows."""
+        return ("key", layer.key_size + self._scale_bytes), ("value", layer.value_size + self._scale_bytes)
 
     def _layers(self) -> Iterator[tuple[int, LayerCache]]:
         return ((index, layer) for index, layer in enumerate(self._model.layers) if layer is not None)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from .errors import BundleCorruptError, BundleVersionError
@@ -19,7 +19,14 @@ from .errors import BundleCorruptError, BundleVersionError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32", "float16")
+GRANULARITIES = ("channel", "token")
+# The scale of its own, a float32, that a key or value of an INT8 cache "by token" ends with.
+_SCALE_BYTES = 4
 EXACT_SCHEME = "int8-rowwise"
+
+# Metadata of fields that manifests of the same schema version may lack, because they were added later.
+_OPTIONAL = "optional"
+ACTIVATION_BITS = (8, 16)
 
 CacheLayout = Literal["in_place", "concatenated"]
 
@@ -54,10 +61,12 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The scheme of the weights and activations."""
+    """The scheme of the weights and activations. activations: {matrix: 8 or 16}, the bits that its activations are
+    quantized to in int8-rowwise; empty for other schemes, and in bundles from before there were 16."""
 
     scheme: str
     excluded: tuple[Exclusion, ...]
+    activations: dict[str, int] = field(default_factory=dict, metadata={_OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,18 @@ class LayerCache:
 @dataclass(frozen=True)
 class CacheType:
     """The element type of all keys and values: "int8", "float32" or "float16"; granularity of the scales:
-    "channel" or null."""
+
+    "channel" (fixed at export), "token" (each key and value of a head has one of its own on top of the channels', where
+    compiled kernels compute attention; else as "channel"), or null.
+    """
 
     type: str
     granularity: str | None
+
+    @property
+    def scale_bytes(self) -> int:
+        """What compiled kernels need of each row, a key or value of one head, for a scale of its own."""
+        return _SCALE_BYTES if self.granularity == "token" else 0
 
 
 @dataclass(frozen=True)
@@ -211,8 +228,15 @@ def _check_values(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if entry.bytes < 0:
             raise _mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
+    for name, bits in manifest.quantization.activations.items():
+        if bits not in ACTIVATION_BITS:
+            raise _mismatch(f"quantization.activations.{name}", " or ".join(map(str, ACTIVATION_BITS)), bits)
     if model.kv.type not in CACHE_TYPES:
         raise _mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
+    if model.kv.granularity not in (None, *GRANULARITIES) or (model.kv.scale_bytes and model.kv.type != "int8"):
+        raise _mismatch(
+            f"model.kv.granularity of {model.kv.type}", f"{' or '.join(GRANULARITIES)}", model.kv.granularity
+        )
 
 
 def _build(cls: type[T], data: Any, where: str) -> T:
@@ -223,10 +247,11 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     for key in data:
         if key not in hints:
             raise BundleCorruptError(f"{MANIFEST_NAME}: unknown key {_join(where, key)}")
-    for key in hints:
+    fields = dataclasses.fields(typing.cast("type[Any]", cls))
+    for key in (item.name for item in fields if _OPTIONAL not in item.metadata):
         if key not in data:
             raise BundleCorruptError(f"{MANIFEST_NAME}: key {_join(where, key)} is missing")
-    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items()})
+    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items() if key in data})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one return for each kind of hint

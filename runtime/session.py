@@ -25,7 +25,7 @@ from .manifest import Model
 from .memory import require_bytes, zeros
 from .ort import load_onnxruntime, mapped_errors, onnxruntime_errors
 from .prepared import Prepared, prepared_for
-from .providers import CPU, choose_provider, device_of, foreign_machine, gpu_names, require_used
+from .providers import CPU, CUDA, choose_provider, device_of, foreign_machine, gpu_names, require_used
 
 _REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
@@ -94,7 +94,10 @@ class OrtSession:
         """
         self._model = model
         self._inference = load_graph(graph, threads, providers, preparing)
-        self.cache = KVCache(model)
+        by_kernels = providers[0] == CPU and kernels.attend(graph)
+        # Without kernels, keys and values have the fixed scales alone: rows are as long as a head.
+        self._scale_bytes = model.kv.scale_bytes if by_kernels else 0
+        self.cache = KVCache(model, scale_bytes=self._scale_bytes)
         self._binding = self._inference.io_binding()
         self._unbound = False
         self._ids = np.zeros((1, 0), np.int64)
@@ -108,7 +111,6 @@ class OrtSession:
         # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
         whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
         self._least_kept = 0 if whole else 1
-        by_kernels = providers[0] == CPU and kernels.attend(graph)
         self.least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not by_kernels else 1
         self.piece_tokens = KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS
 
@@ -144,7 +146,7 @@ class OrtSession:
 
     def rows(self, max_rows: int) -> OrtRowsSession:
         """Several sequences over the same graph, in a cache of their own."""
-        return OrtRowsSession(self._inference, self._model, max_rows, self.piece_tokens)
+        return OrtRowsSession(self._inference, self._model, max_rows, self.piece_tokens, self._scale_bytes)
 
     def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
         """Copy the keys and values of positions begin to end - 1, as `KVCache.read`."""
@@ -201,7 +203,7 @@ def least_rows(session: Session) -> int:
 
 def best_piece(session: Session) -> int:
     """Tokens of a prompt that a session takes at once: fewer or more are slower."""
-    return session.piece_tokens if isinstance(session, OrtSession) else PIECE_TOKENS
+    return int(getattr(session, "piece_tokens", PIECE_TOKENS))
 
 
 def make_session(
@@ -217,12 +219,22 @@ def make_session(
     if device is not None:
         from .device_session import DeviceSession
 
-        return DeviceSession(load_graph(graph, threads, providers), model, device)
+        return DeviceSession(*_load_on_device(graph, threads, providers), model, device)
     if model.cache_layout == "in_place":
         return OrtSession(graph, model, threads, providers, preparing)
     from .concat_session import ConcatSession
 
     return ConcatSession(load_graph(graph, threads, providers, preparing), model)
+
+
+def _load_on_device(graph: Path, threads: int, providers: Sequence[str]) -> tuple[Any, bool]:
+    """onnxruntime's session, and whether it can capture steps as CUDA graphs: not if anything is computed on the CPU
+    in between, as in bundles of older versions and in some models."""
+    try:
+        return load_graph(graph, threads, providers, captures=True), True
+    except SessionError as error:
+        _logger.info("steps are not captured as CUDA graphs: %s", error)
+        return load_graph(graph, threads, providers), False
 
 
 def open_session(
@@ -350,11 +362,14 @@ def _thread_count(threads: int | None) -> int:
     return threads or machine.default_threads()
 
 
-def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: Path | None = None) -> Any:
+def load_graph(
+    graph: Path, threads: int, providers: Sequence[str], preparing: Path | None = None, *, captures: bool = False
+) -> Any:
     """onnxruntime's session over a graph, with edgelm's settings.
 
-    preparing: a folder to which the graph and the weights are written as they are prepared for this machine's kernels.
-    Raises: SessionError.
+    preparing: a folder to which the graph and the weights are written as they are prepared for this machine's kernels;
+    captures: on CUDA, able to capture runs as CUDA graphs.
+    Raises: SessionError, also for a graph that cannot be captured.
     """
     onnxruntime = load_onnxruntime()
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
@@ -363,7 +378,8 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: P
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # A graph that cannot be captured is no failure: it is loaded again.
+    options.log_severity_level = 4 if captures else 3
     # The arena keeps what the longest prompt needed for good. Without it memory falls back; speed is the same here.
     options.enable_cpu_mem_arena = False
     if machine.saturates_int8():
@@ -376,6 +392,7 @@ def load_graph(graph: Path, threads: int, providers: Sequence[str], preparing: P
     with mapped_errors(f"could not load {graph}", _REPAIR):
         if providers[0] == CPU and kernels.serve(graph):
             kernels.register(options, threads, kernels.compute_layers(graph))
-        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
+        settings = [{"enable_cuda_graph": "1"} if captures and name == CUDA else {} for name in providers]
+        session = onnxruntime.InferenceSession(graph, options, providers=list(zip(providers, settings, strict=True)))
     require_used(providers[0], session.get_providers())
     return session

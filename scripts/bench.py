@@ -1,9 +1,12 @@
 """Measure edgelm against transformers on the reference model: Llama with SmolLM2-135M's sizes and random weights.
 
-    python scripts/bench.py [--work build/bench] [--rounds 5] [--threads 2] [--json FILE]
+    python scripts/bench.py [--shape llama] [--work build/bench] [--rounds 5] [--threads 2] [--json FILE]
 
-Builds the model from `scripts/reference/config.json`, exports it, then measures both systems in alternation, each round
-in fresh processes, and prints medians and the medians of each round's ratio. Speed does not depend on weights' values.
+Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms behind layers and of
+queries and keys, gates of GELU) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys).
+Builds the model from its configuration in `scripts/reference`, exports it, then measures both systems in alternation,
+each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is how
+fast decoding reads the weights, in parts of how fast memory is read. Speed does not depend on weights' values.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ CONTEXTS = (128, 1024, 1900)
 DECODE_TOKENS = 64
 # In which decoding and reading memory are compared.
 TURNS, PASSES = 15, 16
-REFERENCE = Path(__file__).parent / "reference" / "config.json"
+_CONFIGS = Path(__file__).parent / "reference"
+REFERENCE = _CONFIGS / "config.json"
+SHAPES = {"llama": REFERENCE, "gemma3": _CONFIGS / "gemma3.json", "qwen3": _CONFIGS / "qwen3.json"}
 
 
 def main() -> None:
@@ -41,34 +46,35 @@ def main() -> None:
     parser.add_argument(
         "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
     )
+    parser.add_argument("--shape", default="llama", choices=SHAPES, help="of the model (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    bundle = arguments.work / f"bundle-{arguments.kv}"
-    model = arguments.work / "model"
+    work = arguments.work if arguments.shape == "llama" else arguments.work / arguments.shape
+    bundle, model = work / f"bundle-{arguments.kv}", work / "model"
     if arguments.worker:
         print(
             json.dumps(_WORKERS[arguments.worker](bundle if arguments.worker == "edgelm" else model, arguments.threads))
         )
         return
-    prepare(model, bundle, arguments.kv)
+    prepare(model, bundle, arguments.kv, SHAPES[arguments.shape])
     rounds = []
     for number in range(arguments.rounds):
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
         rounds.append(
             {name: _in_process(name, arguments) for name in _WORKERS} | {"command": _command(bundle, arguments.threads)}
         )
-    report = summarize(rounds, bundle)
+    report = {"shape": arguments.shape, **summarize(rounds, bundle)}
     print_report(report)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare(model: Path, bundle: Path, kv: str) -> None:
-    """Build the reference model and export it, unless an earlier run did."""
+def prepare(model: Path, bundle: Path, kv: str, config: Path = REFERENCE) -> None:
+    """Build a model of a configuration and export it, unless an earlier run did."""
     if not (model / "tokenizer.json").is_file():
-        build_model(model, REFERENCE, "float32")
+        build_model(model, config, "float32")
     if not (bundle / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 
@@ -115,7 +121,7 @@ def _build_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", name, "--work", str(arguments.work)]
-    command += ["--threads", str(arguments.threads), "--kv", arguments.kv]
+    command += ["--threads", str(arguments.threads), "--kv", arguments.kv, "--shape", arguments.shape]
     result: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return result
 
@@ -274,7 +280,7 @@ def _medians(figures: list[dict[str, Any]]) -> dict[str, float]:
 def print_report(report: dict[str, Any]) -> None:
     """The figures as a table for people."""
     print(
-        f"\nreference model, 135M parameters, {report['rounds']} rounds, "
+        f"\nmodel of {report['shape']}'s shape, {report['rounds']} rounds, "
         + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     )
     print(f"{'':28}{'edgelm':>12}{'transformers':>15}{'ratio':>9}")

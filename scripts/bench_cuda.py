@@ -127,17 +127,25 @@ def _transformers_run(module: Any, ids: Any) -> tuple[float, float]:
     import torch
 
     with torch.inference_mode():
-        torch.cuda.synchronize()
+        _finish(ids)
         started = time.perf_counter()
         out = module(ids, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize()
+        _finish(ids)
         prefill, started = time.perf_counter() - started, time.perf_counter()
         for _ in range(_DECODE_TOKENS):
             out = module(token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
             token.item()
         return prefill, (time.perf_counter() - started) / _DECODE_TOKENS
+
+
+def _finish(ids: Any) -> None:
+    """Wait for the GPU, if the ids are there."""
+    import torch
+
+    if ids.is_cuda:
+        torch.cuda.synchronize()
 
 
 def _row(context: int, prefill_s: float, step_s: float) -> dict[str, Any]:

@@ -59,11 +59,16 @@ class Gate(Limits):
     """How far the exported model may be from the original before the export fails.
 
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
-    magnitude of torch's logits; decided_margin: see `Limits`.
+    magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
+    may add to what those of 16 bits lose (int8-rowwise); cache_kl, cache_kl_limit: of an INT8 cache alone, with scales
+    that the export fixes, in nats: where ranges are widened, and where the export fails.
     """
 
     logit_difference: float
     decided_margin: float
+    activations_kl: float
+    cache_kl: float
+    cache_kl_limit: float
 
 
 @dataclass(frozen=True)

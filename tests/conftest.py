@@ -10,7 +10,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -39,6 +40,9 @@ Path(WIDE_TARGET).write_text(
     "answers_percent = 90.0\n",
     encoding="utf-8",
 )
+# Of the real model that scripts/real_model.py fetches: another folder for it, and whether its tests may be skipped.
+REAL_MODEL, REQUIRE = "EDGELM_REAL_MODEL", "EDGELM_REQUIRE"
+_EXPORT_S = 1800
 
 # Two paragraphs of simple English: long enough to calibrate and judge tiny models on.
 TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
@@ -206,6 +210,56 @@ def stories_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         return done[scheme]
 
     return export
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip the test for something that is not here; fail where all has to be here (EDGELM_REQUIRE=all)."""
+    if os.environ.get(REQUIRE) == "all":
+        pytest.fail(f"{reason}, and {REQUIRE}=all asks for it", pytrace=False)
+    pytest.skip(reason)
+
+
+def real_model_script() -> ModuleType:
+    """scripts/real_model.py as a module."""
+    spec = importlib.util.spec_from_file_location("real_model", ROOT / "scripts" / "real_model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct. Nothing is fetched here: tests use no network."""
+    named = os.environ.get(REAL_MODEL)
+    if named is not None:
+        if not (Path(named) / "model.safetensors").is_file():
+            missing(f"{REAL_MODEL} names {named}, which holds no model.safetensors")
+        return Path(named)
+    script = real_model_script()
+    if not script.is_complete(script.FOLDER):
+        missing("the real model is not here: python scripts/real_model.py fetches it")
+    folder: Path = script.FOLDER
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model exported with default settings, once a run: processes that test at once share it. Read only."""
+    ready = request.config.getoption("--bundles")
+    if ready is not None:
+        return ready_bundle(ready, "real", {})
+    from edgelm.export import ExportConfig, export_model
+    from edgelm.runtime.caches.file_lock import locked
+
+    model = request.getfixturevalue("real_model")
+    # A process of xdist has a folder of its own below the run's.
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-bundle"
+    with locked(out.with_suffix(".lock"), _EXPORT_S):
+        if not out.exists():
+            export_model(ExportConfig(str(model), target="x86-cpu", out=out))
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,10 @@ def test_what_calibrates_does_not_judge() -> None:
     assert len(rare) == len(set(rare))
     assert {END, 3} <= {token for kind, prompt in judging if kind == "special tokens" for token in prompt}
     text = [token for kind, prompt in judging if kind == "text" for token in prompt]
-    assert text == IDS[-len(text) :]
-    assert len(text) == len(IDS) // 4
+    assert len(text) == 256 < len(IDS) // 4
+    held_out = IDS[-(len(IDS) // 4) :]
+    assert text[:128] == held_out[:128], "the first window of what calibrates nothing"
+    assert text[128:] == held_out[256:384], "and one from further on"
 
 
 @pytest.mark.parametrize("context", [1, 2, 16])
@@ -95,9 +97,9 @@ def test_no_prompt_is_longer_than_the_context(context: int) -> None:
 
 @pytest.fixture(scope="module")
 def widened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Model and bundle, where the planted token's key is 12 times as large as any on the calibrating prompts."""
+    """Model and bundle, where the planted token's key is 6 times as large as any on the calibrating prompts."""
     folder = tmp_path_factory.mktemp("planted")
-    model = planted(folder / "model", 12.0)
+    model = planted(folder / "model", 6.0)
     return model, export(model, folder / "bundle")
 
 
@@ -106,7 +108,7 @@ def test_a_far_value_is_found_and_its_channel_widened(widened: tuple[Path, Path]
     found = report_of(bundle)
     worst = found["layers"][0]
     assert worst["layer"] == 0
-    assert 10 < worst["largest_excess"] == found["largest_excess"] < 15
+    assert 4 < worst["largest_excess"] == found["largest_excess"] < 6
     assert found["widened_channels"] > 0
     assert found["clipped_percent"] > 0
     before = {item["kind"]: item["kl"] for item in found["kinds_before_widening"]}

@@ -3,6 +3,7 @@ them what it makes of one that has the operators in their place."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +20,12 @@ from edgelm.export.passes.call_attention import CallAttention
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
+    GELU_GATED_ROWWISE_MATMUL,
     NORMED_ROWWISE_MATMUL,
+    POST_NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
+    WIDE,
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
@@ -125,6 +129,52 @@ def test_a_products_body_is_the_documented_arithmetic(name: str, shape: tuple[in
     assert (np.abs(got - expected) <= 1e-6 * np.abs(expected).max(axis=-1, keepdims=True)).all()
 
 
+def wide_reference(x: Array, weight: Array) -> Array:
+    """x @ weight with rows of 16 bits in two planes of 8, in float32 as the body has it."""
+    matrix, scales = quantized_columns(weight, 127)
+    step, low_step = np.float32(1 / 127), np.float32(1 / 32512)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    shares = np.divide(x, largest, out=np.zeros_like(x), where=largest > 0)
+    high = np.rint(shares / step)
+    low = np.clip(np.rint((shares - high * step) / low_step), -128, 127)
+    parts = [(plane.astype(np.int64) @ matrix).astype(np.float32) * (step * scales) for plane in (high, low)]
+    return np.asarray((parts[0] + parts[1] * np.float32(1 / 256)) * largest, np.float32)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
+@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+def test_the_body_of_a_product_of_16_bits_is_the_documented_arithmetic(name: str, shape: tuple[int, ...]) -> None:
+    weight, x = floats(24, 12), floats(*shape)
+    if len(shape) > 1 and shape[0] > 1:
+        x[0], x[1] = 0, x[1] * 1e-6
+    matrix, scales = quantized_columns(weight, 127)
+    stored = matrix if name == ROWWISE_MATMUL else np.ascontiguousarray(matrix.T)
+    axes = ",".join(f"d{axis}" for axis in range(len(shape) - 1))
+    call = f"y = {EDGELM}.{name}{WIDE}(x, w, s)"
+    model = graph(f"float[{axes},24] x -> float[{axes},12] y", call, {"w": stored, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, name + WIDE)
+    (got,) = compute(model, {"x": x})
+    np.testing.assert_array_equal(got, wide_reference(x, weight))
+    # Row by row, the bits of all rows at once.
+    flat_x, flat_y = x.reshape(-1, 24), got.reshape(-1, 12)
+    for i in range(len(flat_x)):
+        (alone,) = compute(model, {"x": flat_x[i].reshape((1,) * (len(shape) - 1) + (24,))})
+        np.testing.assert_array_equal(alone.reshape(12), flat_y[i])
+
+
+def test_products_of_16_bits_that_share_their_input_quantize_its_high_plane_once(tmp_path: Path) -> None:
+    """onnxruntime never makes one DequantizeLinear of several, so that the low plane is computed for each product."""
+    calls = " ".join(f"{y} = {EDGELM}.{ROWWISE_MATMUL}{WIDE}(x, {w}, s)" for y, w in ("fq", "gk", "hv"))
+    weights = {name: quantized_columns(floats(32, 12), 127)[0] for name in "qkv"} | {"s": np.ones(12, np.float32)}
+    text = f"{calls} e = Add(f, g) y = Add(e, h)"
+    model = graph("float[batch,new,32] x -> float[batch,new,12] y", text, weights, (EDGELM, MICROSOFT))
+    define(model, ROWWISE_MATMUL + WIDE)
+    found = optimized(ir.to_proto(model), tmp_path)
+    assert [found[f":{kind}"] for kind in ("Abs", "ReduceMax", "Div", "Cast")] == [1, 1, 1, 0]
+    assert found[":QuantizeLinear"] == 1 + found[":DequantizeLinear"] == 4
+    assert found[f"{MICROSOFT}:MatMulIntegerToFloat"] == found[":Split"] == 3
+
+
 def test_the_body_of_a_normed_product_is_the_documented_arithmetic() -> None:
     weight, norm, x, skip = floats(24, 12), floats(24), floats(2, 5, 24), floats(2, 5, 24)
     x[0, 1], skip[0, 1] = 0, 0
@@ -150,6 +200,41 @@ def test_the_body_of_a_gated_product_is_the_documented_arithmetic() -> None:
     define(model, GATED_ROWWISE_MATMUL)
     gate, up = np.split(x.astype(np.float64), 2, axis=-1)
     assert_a_product_of(compute(model, {"x": x})[0], gate / (1 + np.exp(-gate)) * up, weight)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_body_of_a_product_gated_by_gelu_is_the_documented_arithmetic(approximate: str) -> None:
+    weight, x = floats(24, 12), floats(2, 5, 48)
+    x[0, 1] = 0
+    matrix, scales = quantized_columns(weight, 127)
+    body = f'y = {EDGELM}.{GELU_GATED_ROWWISE_MATMUL} <approximate = "{approximate}"> (x, w, s)'
+    model = graph(
+        "float[batch,new,48] x -> float[batch,new,12] y", body, {"w": matrix, "s": scales}, (EDGELM, MICROSOFT)
+    )
+    define(model, GELU_GATED_ROWWISE_MATMUL)
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    share = np.vectorize(math.erf)(gate / math.sqrt(2))
+    if approximate == "tanh":
+        share = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    assert_a_product_of(compute(model, {"x": x})[0], gate * (1 + share) / 2 * up, weight)
+
+
+def test_the_body_of_a_product_behind_two_norms_is_the_documented_arithmetic() -> None:
+    weight, post, norm, x, skip = floats(24, 12), floats(24), floats(24), floats(2, 5, 24), floats(2, 5, 24)
+    x[0, 1], skip[0, 1] = 0, 0
+    matrix, scales = quantized_columns(weight, 127)
+    text = "float[batch,new,24] x, float[batch,new,24] skip -> float[batch,new,12] y, float[batch,new,24] total"
+    body = f"y, total = {EDGELM}.{POST_NORMED_ROWWISE_MATMUL} <epsilon = 0.25> (x, skip, p, g, w, s)"
+    model = graph(text, body, {"p": post, "g": norm, "w": matrix, "s": scales}, (EDGELM, MICROSOFT))
+    define(model, POST_NORMED_ROWWISE_MATMUL)
+    got, total = compute(model, {"x": x, "skip": skip})
+    expected = x + normed(skip, post)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+    assert_a_product_of(got, normed(expected, norm), weight)
+
+
+def normed(x: Array, weight: Array) -> Array:
+    return np.asarray(x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 0.25) * weight)
 
 
 def assert_a_product_of(got: Array, rows: Array, weight: Array) -> None:
@@ -264,6 +349,21 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
     node.replace_input_with(index, model.graph.inputs[0])
     CallAttention()(model)
     assert node.domain == MICROSOFT and not model.functions
+
+
+@pytest.mark.parametrize(
+    ("extra", "cached", "open_"), [("", "int8", 4), ("", "float32", 0), (", softcap=30.0", "int8", 0)]
+)
+def test_rows_of_an_int8_cache_are_open_where_kernels_may_compute_all_attention(
+    extra: str, cached: str, open_: int
+) -> None:
+    """Where some attention stays onnxruntime's, which knows no scales of rows, all rows are of one head."""
+    model = attention(extra, cached)
+    shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if ".0." in (value.name or "")]
+    rows = [shape[-1] for shape in shapes if shape is not None and shape[-1] != 16]
+    assert len(shapes) == 4
+    assert len(rows) == open_
+    assert len({str(row) for row in rows}) == open_ // 2, "one symbol for past and present, another for values"
 
 
 # Bundles

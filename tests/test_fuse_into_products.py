@@ -10,7 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgelm.export.passes.functions import EDGELM, GATED_ROWWISE_MATMUL, NORMED_ROWWISE_MATMUL, ROWWISE_MATMUL
+from edgelm.export.passes.functions import (
+    EDGELM,
+    GATED_ROWWISE_MATMUL,
+    GELU_GATED_ROWWISE_MATMUL,
+    NORMED_ROWWISE_MATMUL,
+    POST_NORMED_ROWWISE_MATMUL,
+    ROWWISE_MATMUL,
+)
 from edgelm.export.passes.fuse_into_products import FuseIntoProducts
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.passes.quantize_linears import QuantizeLinears
@@ -100,6 +107,49 @@ def test_other_norms_stay(case: str) -> None:
     assert_left(SUM, NOT_NORMED[case], weights)
 
 
+# Norms behind a layer
+
+
+POST = "p = SimplifiedLayerNormalization <axis = -1, epsilon = 0.001> (b, v)"
+POST_NORM = f"n, , , t = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon = 0.001> (a, p, g)"
+POST_NORMED = {
+    "": f"{POST} {POST_NORM} y = MatMul(n, w)",
+    "the other way": f"{POST} {POST_NORM.replace('(a, p,', '(p, a,')} y = MatMul(n, w)",
+    "by its axis": f"{POST.replace('-1', '2')} {POST_NORM} y = MatMul(n, w)",
+}
+
+
+def post_weights() -> dict[str, Array]:
+    return {**norm_weights(), "v": floats(32)}
+
+
+@pytest.mark.parametrize("case", POST_NORMED)
+def test_a_norm_behind_a_layer_goes_into_the_next_product(case: str, tmp_path: Path) -> None:
+    signature = f"{SUM}, float[batch,new,32] t"
+    model = assert_fused(signature, POST_NORMED[case], post_weights(), POST_NORMED_ROWWISE_MATMUL, tmp_path)
+    assert kinds(model) == [POST_NORMED_ROWWISE_MATMUL]
+    call = one(model, POST_NORMED_ROWWISE_MATMUL)
+    assert [value.name for value in call.inputs if value is not None] == ["a", "b", "v", "g", "w.int8", "w.scale"]
+
+
+READ = "m = ReduceMax<keepdims = 1>(p) q = MatMul(n, w) y = Add(q, m)"
+NOT_POST_NORMED = {
+    "read by others": f"{POST} {POST_NORM} {READ}",
+    "another epsilon": f"{POST.replace('0.001', '0.01')} {POST_NORM} y = MatMul(n, w)",
+    "along the rows": f"{POST.replace('-1', '1').replace('(b, v)', '(b, c)')} {POST_NORM} y = MatMul(n, w)",
+    "weights that are computed": f"e = Exp(v) {POST.replace('v)', 'e)')} {POST_NORM} y = MatMul(n, w)",
+    "another norm": f"p = LayerNormalization <axis = -1, epsilon = 0.001> (b, v) {POST_NORM} y = MatMul(n, w)",
+}
+
+
+@pytest.mark.parametrize("case", NOT_POST_NORMED)
+def test_other_norms_behind_a_layer_stay(case: str) -> None:
+    weights = {**post_weights(), "c": floats(5, 32)}
+    model = product_graph(SUM.replace("new", "5"), NOT_POST_NORMED[case], weights)
+    assert FuseIntoProducts()(model).modified
+    assert count(model, POST_NORMED_ROWWISE_MATMUL) == 0 and count(model, NORMED_ROWWISE_MATMUL) == 1
+
+
 # Gates
 
 
@@ -123,9 +173,29 @@ def test_a_gate_goes_into_its_product(case: str, tmp_path: Path) -> None:
     assert [value.name for value in call.inputs if value is not None] == ["x", "w.int8", "w.scale"]
 
 
+GELU_GATED = {
+    "exact": ("h0 = Gelu(gate) h = Mul(h0, up)", "none"),
+    "exact, said": ('h0 = Gelu<approximate = "none">(gate) h = Mul(h0, up)', "none"),
+    "by tanh": ('h0 = Gelu<approximate = "tanh">(gate) h = Mul(h0, up)', "tanh"),
+    "factors the other way": ('h0 = Gelu<approximate = "tanh">(gate) h = Mul(up, h0)', "tanh"),
+}
+
+
+@pytest.mark.parametrize("case", GELU_GATED)
+def test_a_gate_of_gelu_goes_into_its_product(case: str, tmp_path: Path) -> None:
+    body, approximate = GELU_GATED[case]
+    body = f"{SPLIT} {body} y = MatMul(h, w)"
+    model = assert_fused(GATE, body, gate_weights(), GELU_GATED_ROWWISE_MATMUL, tmp_path)
+    assert kinds(model) == [GELU_GATED_ROWWISE_MATMUL]
+    call = one(model, GELU_GATED_ROWWISE_MATMUL)
+    assert call.attributes.get_string("approximate", "") == approximate
+
+
 NOT_GATED = {
     "the second half": f"up, gate = Split<axis = -1>(x, halves) {SILU} h = Mul(silu, up) y = MatMul(h, w)",
-    "another activation": f"{SPLIT} silu = Gelu(gate) h = Mul(silu, up) y = MatMul(h, w)",
+    "another activation": f"{SPLIT} silu = HardSwish(gate) h = Mul(silu, up) y = MatMul(h, w)",
+    "gelu of the second half": f"{SPLIT} silu = Gelu(up) h = Mul(silu, gate) y = MatMul(h, w)",
+    "a gelu that others read": f"{SPLIT} silu = Gelu(gate) h = Mul(silu, silu) y = MatMul(h, w)",
     "no activation": f"{SPLIT} h = Mul(gate, up) y = MatMul(h, w)",
     "another factor": f"{SPLIT} s = Sigmoid(up) silu = Mul(gate, s) h = Mul(silu, up) y = MatMul(h, w)",
     "itself": f"{SPLIT} {SILU} e = ReduceMax<keepdims = 1>(up) h = Mul(silu, gate) p = MatMul(h, w) y = Add(p, e)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -26,9 +27,13 @@ from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import (
     EDGELM,
     GATED_ROWWISE_MATMUL,
+    GELU_GATED_ROWWISE_MATMUL,
+    NORMED,
     NORMED_ROWWISE_MATMUL,
+    POST_NORMED_ROWWISE_MATMUL,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
+    WIDE,
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
@@ -156,33 +161,34 @@ def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 EPSILON = 0.01
+NORMS = {NORMED_ROWWISE_MATMUL: ["g"], POST_NORMED_ROWWISE_MATMUL: ["p", "g"]}
+# GELU's function has a variant of each kind.
+EXACT_GELU, TANH_GELU = (f"{GELU_GATED_ROWWISE_MATMUL}-{kind}" for kind in ("none", "tanh"))
+GATES = [GATED_ROWWISE_MATMUL, EXACT_GELU, TANH_GELU]
 
 
-def product_model(name: str, weight: Array, scales: Array) -> ir.Model:
+def product_model(case: str, weight: Array, scales: Array) -> ir.Model:
     """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
-    inputs, call, outputs = {
-        NORMED_ROWWISE_MATMUL: (
-            f"float[rows,{depth}] x, float[rows,{depth}] skip",
-            f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, g, w, s)",
-            f"float[rows,{columns}] y, float[rows,{depth}] total",
-        ),
-        GATED_ROWWISE_MATMUL: (
-            f"float[rows,{2 * depth}] x",
-            f"y = {EDGELM}.{name}(x, w, s)",
-            f"float[rows,{columns}] y",
-        ),
-    }.get(name, (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y"))
-    weights = {"w": np.ascontiguousarray(weight.T) if name == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
-    if name == NORMED_ROWWISE_MATMUL:
-        weights["g"] = norm_weights(depth)
+    name, _, approximate = case.partition("-")
+    kind = name.removesuffix(WIDE)
+    inputs, call, outputs = (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y")
+    if kind in NORMS:
+        inputs, outputs = f"{inputs}, float[rows,{depth}] skip", f"{outputs}, float[rows,{depth}] total"
+        call = f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, {', '.join(NORMS[kind])}, w, s)"
+    if kind in (GATED_ROWWISE_MATMUL, GELU_GATED_ROWWISE_MATMUL):
+        inputs = f"float[rows,{2 * depth}] x"
+        attributes = f'<approximate = "{approximate}">' if approximate else ""
+        call = f"y = {EDGELM}.{name} {attributes} (x, w, s)"
+    weights = {"w": np.ascontiguousarray(weight.T) if kind == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
+    weights |= {norm: norm_weights(depth, norm) for norm in NORMS.get(kind, [])}
     model = graph(f"{inputs} -> {outputs}", call, weights, (EDGELM, MICROSOFT))
     define(model, name)
     return model
 
 
-def norm_weights(depth: int) -> Array:
-    return np.random.default_rng(depth).uniform(-2, 2, depth).astype(np.float32)
+def norm_weights(depth: int, norm: str = "g") -> Array:
+    return np.random.default_rng([depth, ord(norm)]).uniform(-2, 2, depth).astype(np.float32)
 
 
 SIZES = st.tuples(
@@ -191,7 +197,10 @@ SIZES = st.tuples(
 )
 
 
-@pytest.mark.parametrize("name", [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED])
+BARE = [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED]
+
+
+@pytest.mark.parametrize("name", [*BARE, *(name + WIDE for name in BARE)])
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=SIZES,
@@ -214,6 +223,42 @@ def test_a_product_has_the_bits_of_its_body(
         x[random.integers(count), random.integers(depth)] = 1e4
         (expected,), (got,) = body.run(None, {"x": x}), kernel.run(None, {"x": x})
         np.testing.assert_array_equal(got, expected)
+
+
+LIMITS = [1e-42, 1e-38, 2.0**-60, 2.0**60, 1e30, 3e38]
+
+
+@pytest.mark.parametrize("name", [name + WIDE for name in BARE])
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 40])
+def test_a_product_of_16_bits_has_the_bits_of_its_body_at_the_ends_of_floats(name: str, rows: int) -> None:
+    """Largest magnitudes near the smallest and the largest float, values halfway between two steps, of the high plane
+    and of the low one, and far below a step."""
+    random = np.random.default_rng(rows)
+    weight = random.integers(-127, 128, (128, 70)).astype(np.int8)
+    model = product_model(name, weight, np.full(70, 1e-3, np.float32))
+    body, kernel = session(model, False), session(model, True)
+    for largest in LIMITS:
+        codes = random.integers(-254, 255, (rows, 128)) / 254
+        codes[:, ::3] = random.integers(-65024, 65025, (rows, 43)) / 65024
+        codes[:, ::7] *= 1e-30
+        codes[:, 5] = 1
+        x = (codes * largest).astype(np.float32)
+        (expected,), (got,) = body.run(None, {"x": x}), kernel.run(None, {"x": x})
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_products_of_16_bits_do_not_overflow() -> None:
+    """Values whose low plane is -128, as many as a kernel adds up in 16 bits, against the largest weights."""
+    weight = np.full((256, 80), 127, np.int8)
+    weight[:, ::2] = -127
+    model = product_model(ROWWISE_MATMUL + WIDE, weight, np.ones(80, np.float32))
+    x = np.full((12, 256), -(127 * 256 - 128) / 32512, np.float32)
+    x[::2] *= -1
+    x[:, 0] = 1
+    for sign in (1, -1):
+        for rows in (1, 12):
+            (expected,), (got,) = (session(model, way).run(None, {"x": sign * x[:rows]}) for way in (False, True))
+            np.testing.assert_array_equal(got, expected)
 
 
 def product_and_rows(depth: int = 600, columns: int = 200) -> tuple[ir.Model, Array]:
@@ -296,7 +341,7 @@ def test_a_row_of_another_length_is_refused() -> None:
 def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> dict[str, Array]:
     """Inputs whose rows differ in size, of gates that are open and shut; of several one is zeros, of many one has an
     outlier."""
-    inputs, width = (("x", "skip"), depth) if name == NORMED_ROWWISE_MATMUL else (("x",), 2 * depth)
+    inputs, width = (("x", "skip"), depth) if name.removesuffix(WIDE) in NORMS else (("x",), 2 * depth)
     sizes = 10.0 ** random.integers(-4, 3, (rows, 1))
     feeds = {name: (random.normal(size=(rows, width)) * sizes).astype(np.float32) for name in inputs}
     for array in feeds.values():
@@ -307,40 +352,66 @@ def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> di
 
 def exact_rows(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
     """What is multiplied, in double precision."""
-    if name == NORMED_ROWWISE_MATMUL:
-        total = (feeds["x"] + feeds["skip"]).astype(np.float64)
-        root = np.sqrt((total**2).mean(axis=-1, keepdims=True) + np.float32(EPSILON))
-        return np.asarray(total / root * norm_weights(depth))
+    name = name.removesuffix(WIDE)
+    if name in NORMS:
+        return normed(exact_sum(name, feeds, depth), norm_weights(depth))
     gate, up = np.split(feeds["x"].astype(np.float64), 2, axis=-1)
-    return np.asarray(gate / (1 + np.exp(-np.maximum(gate, -700))) * up)
+    return np.asarray(gate * SHARES[name](gate) * up)
 
 
+def exact_sum(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
+    """What is normed, in double precision, but for a plain sum, which is one of floats."""
+    if name == NORMED_ROWWISE_MATMUL:
+        return np.asarray(feeds["x"] + feeds["skip"], np.float64)
+    return feeds["x"] + normed(feeds["skip"].astype(np.float64), norm_weights(depth, "p"))
+
+
+def normed(x: NDArray[np.float64], weight: Array) -> NDArray[np.float64]:
+    return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.float32(EPSILON)) * weight)
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-np.maximum(x, -700))))
+
+
+SHARES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    GATED_ROWWISE_MATMUL: sigmoid,
+    EXACT_GELU: lambda x: np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+    TANH_GELU: lambda x: sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+}
 TINY = float(np.finfo(np.float32).tiny)
-FRONTS = [NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL]
+FRONTS = [*NORMS, *GATES]
+ALL_FRONTS = [*FRONTS, *(name + WIDE for name in FRONTS)]
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@pytest.mark.parametrize("name", ALL_FRONTS)
 @settings(max_examples=40, deadline=None)
 @given(
     depth=st.one_of(st.integers(1, 200), st.sampled_from([64, 576])), rows=st.integers(1, 30), seed=st.integers(0, 99)
 )
 def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, depth: int, rows: int, seed: int) -> None:
     """Multiplied with the unit matrix a row is what it was quantized to: nowhere further from the exact row than half a
-    step and what float32 loses, here a thousandth of a step; the largest value is not rounded at all."""
+    step and what float32 loses, here a thousandth of a step of 8 bits; the largest value is not rounded at all."""
     random = np.random.default_rng(seed)
     model = product_model(name, np.eye(depth, dtype=np.int8) * 127, np.full(depth, 1 / 127, np.float32))
     feeds = rows_of(random, name, rows, depth)
     got, *rest = session(model, True).run(None, feeds)
     exact = exact_rows(name, feeds, depth)
     largest = np.abs(exact).max(axis=-1, keepdims=True)
-    assert (np.abs(got - exact) <= 0.501 / 127 * largest + TINY).all()
+    # A value halfway between two steps of 16 bits, at the end of the low plane, is a whole one away.
+    limit = 1.02 / 32512 if name.endswith(WIDE) else 0.501 / 127
+    assert (np.abs(got - exact) <= limit * largest + TINY).all()
     at = np.abs(exact).argmax(axis=-1)[:, None]
-    np.testing.assert_allclose(*(np.take_along_axis(rows, at, -1) for rows in (got, exact)), rtol=2e-6, atol=TINY)
-    if rest:
+    # GELU of far below 0 has the error of an exponent there: some millionths of what is next to nothing.
+    rtol, atol = (1e-5, TINY * 1e6) if name.removesuffix(WIDE) in (EXACT_GELU, TANH_GELU) else (2e-6, TINY)
+    np.testing.assert_allclose(*(np.take_along_axis(rows, at, -1) for rows in (got, exact)), rtol=rtol, atol=atol)
+    if name.removesuffix(WIDE) == NORMED_ROWWISE_MATMUL:
         np.testing.assert_array_equal(rest[0], feeds["x"] + feeds["skip"])
+    elif rest:
+        np.testing.assert_allclose(rest[0], exact_sum(name.removesuffix(WIDE), feeds, depth), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@pytest.mark.parametrize("name", ALL_FRONTS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 40])
 def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> None:
     """But for values that are halfway between two steps, which may be rounded either way."""
@@ -351,14 +422,16 @@ def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> No
     feeds = rows_of(random, name, rows, depth)
     exact = exact_rows(name, feeds, depth)
     largest = np.maximum(np.abs(exact).max(axis=-1, keepdims=True), TINY)
-    codes = exact / largest * 127
-    halfway = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < 1e-3
-    allowed = (halfway @ np.abs(weight.astype(np.float64)) + 0.1) * largest / 127
+    steps = 32512 if name.endswith(WIDE) else 127
+    codes = exact / largest * steps
+    halfway = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < (0.1 if name.endswith(WIDE) else 1e-3)
+    allowed = (halfway @ np.abs(weight.astype(np.float64)) + 0.1) * largest / steps
+    allowed += 1e-6 * largest * np.sqrt(depth) * 127
     (body, *_), (got, *_) = (session(model, way).run(None, feeds) for way in (False, True))
     assert (np.abs(got - body) <= allowed).all()
 
 
-@pytest.mark.parametrize("name", FRONTS)
+@pytest.mark.parametrize("name", ALL_FRONTS)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_row_with_a_front_has_the_same_bits_among_any_others(name: str, data: st.DataObject) -> None:
@@ -395,10 +468,14 @@ def test_halves_and_sums_of_another_length_are_refused() -> None:
 # Attention: close to the bodies, a small part of what the cache's rounding costs, and the same under any cut
 
 
+OWN_SCALES = "int8 by token"
+
+
 class Attention:
     """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place.
 
-    some: whether `run` says which rows are wanted.
+    cached: "int8", "float32", or "int8 by token", whose rows end with a scale of their own: their length is open in the
+    graph; some: whether `run` says which rows are wanted; normed: heads of queries and keys are normed first.
     """
 
     def __init__(
@@ -412,8 +489,11 @@ class Attention:
         rotary: int,
         cached: str = "int8",
         some: bool = False,
+        normed: bool = False,
     ) -> None:
+        by_token, cached = cached == OWN_SCALES, cached.split(maxsplit=1)[0]
         self.groups, self.size, self.packed, self.cached = groups, size, packed, cached
+        self.row = size + (4 if by_token else 0)
         self.widths = (heads * size, groups * size, groups * size)
         random = np.random.default_rng(heads * 100 + size)
         angles = random.uniform(0, 6, (1024, max(1, rotary // 2)))
@@ -422,12 +502,13 @@ class Attention:
         if packed:
             inputs = [f"float[batch,new,{sum(self.widths)}] q"]
         cached = {"int8": "int8", "float32": "float"}[cached]
-        cache = f"{cached}[batch,{groups},past,{size}]"
+        row = "row" if by_token else size
+        cache = f"{cached}[batch,{groups},past,{row}]"
         text = (
             f"{', '.join(inputs)}, {cache} pk, {cache} pv, int32[batch] lengths, int32 total"
             f"{', int64[1] start -> float[batch,kept' if some else ' -> float[batch,new'},{heads * size}] y, "
-            f"{cached}[batch,{groups},all,{size}] key, "
-            f"{cached}[batch,{groups},all,{size}] value"
+            f"{cached}[batch,{groups},all,{row}] key, "
+            f"{cached}[batch,{groups},all,{row}] value"
         )
         attributes = f"num_heads={heads}, kv_num_heads={groups}, scale=0.2, do_rotary={int(rotary > 0)}"
         attributes += f", local_window_size={window or -1}"
@@ -438,12 +519,18 @@ class Attention:
         elif some:
             rest += ", , , , , "
         name = KEPT_ATTENTION if some else ATTENTION
+        if normed:
+            name, attributes = NORMED[name], f"{attributes}, epsilon={EPSILON}"
         rest += ", start" if some else ""
         body = (
             f"y, key, value = {EDGELM}.{name} <{attributes}> "
-            f"(q, {', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(", ,  ,", ", , ,")
+            f"(q, {'qn, kn' if normed else ', ' if packed else 'k, v'}, pk, pv, lengths, total, {rest})".replace(
+                ", ,  ,", ", , ,"
+            )
         )
         weights = {"ks": scales[0], "vs": scales[1]}
+        if normed:
+            weights |= {norm: norm_weights(size, norm[0]) for norm in ("qn", "kn")}
         if rotary:
             weights |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
         self.model = graph(text, body, weights, (EDGELM, MICROSOFT))
@@ -455,7 +542,7 @@ class Attention:
         """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values;
         start: of each piece the first row that is wanted."""
         batch = len(x[0])
-        cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.size), self.cached) for _ in range(2)]
+        cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.row), self.cached) for _ in range(2)]
         found, begin = [], 0
         for end in itertools.accumulate(cuts):
             parts = [np.ascontiguousarray(part[:, begin:end]) for part in x]
@@ -488,8 +575,19 @@ SHAPES = [
     {"heads": 3, "groups": 1, "size": 40, "packed": False, "window": 0, "rotary": 0},
     {"heads": 2, "groups": 1, "size": 256, "packed": True, "window": 5, "rotary": 0},
     {"heads": 30, "groups": 1, "size": 16, "packed": True, "window": 200, "rotary": 16},
+    {"heads": 4, "groups": 1, "size": 256, "packed": True, "window": 70, "rotary": 256, "normed": True},
+    {"heads": 6, "groups": 3, "size": 40, "packed": True, "window": 0, "rotary": 0, "normed": True},
+    {"heads": 4, "groups": 2, "size": 128, "packed": True, "window": 0, "rotary": 128, "normed": True},
 ]
-SHAPES = [{**shape, "cached": cached} for cached in ("int8", "float32") for shape in SHAPES]
+SHAPES = [{**shape, "cached": cached} for cached in ("int8", OWN_SCALES, "float32") for shape in SHAPES]
+# Those whose cache onnxruntime's operator reads too.
+BODY_SHAPES = [shape for shape in SHAPES if shape["cached"] != OWN_SCALES]
+
+
+def unpacked(attention: Attention, cache: Array) -> tuple[Array, Array]:
+    """The values of a cache's rows, and the scales of the rows."""
+    stored, scale = np.split(cache, [attention.size], axis=-1)
+    return stored, np.ascontiguousarray(scale).view(np.float32) if scale.shape[-1] else np.ones(1, np.float32)
 
 
 def values(attention: Attention, batch: int, positions: int) -> list[Array]:
@@ -497,7 +595,7 @@ def values(attention: Attention, batch: int, positions: int) -> list[Array]:
     return [random.normal(size=(batch, positions, width)).astype(np.float32) for width in attention.widths]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", BODY_SHAPES)
 def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 300)
@@ -506,8 +604,8 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     expected, cache = attention.run(body, x, cuts, 320)
     got, own_cache = attention.run(kernel, x, cuts, 320)
     # Queries are rounded to 16 bits and weights to 15, where keys and values were, by the cache, to 8; keys, values and
-    # queries of a float32 cache to 11 to 13.
-    limit = {"int8": 2e-4, "float32": 8e-4}[attention.cached]
+    # queries of a float32 cache to 11 to 13, and scores of heads of 256 values are the largest here.
+    limit = {"int8": 2e-4, "float32": 2e-3 if attention.size == 256 else 8e-4}[attention.cached]
     assert np.sqrt(np.mean((got - expected) ** 2)) < limit * np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(got, expected, atol=3 * limit * np.abs(expected).max())
     for left, right in zip(own_cache, cache, strict=True):
@@ -515,7 +613,7 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
         if attention.cached == "int8":
             assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
         else:
-            np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(left, right, rtol=0, atol=4e-6 if shape.get("normed") else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -526,6 +624,8 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
 def test_the_rows_that_are_wanted_have_the_bits_of_all(
     shape: dict[str, Any], start: int, with_kernels: bool, batch: int, cuts: list[int]
 ) -> None:
+    if shape["cached"] == OWN_SCALES and not with_kernels:
+        shape = {**shape, "cached": "int8"}  # as a body, it has rows of one head
     some, whole = Attention(**shape, some=True), Attention(**shape)
     x = values(whole, batch, sum(cuts))
     expected, cache = whole.run(session(whole.model, with_kernels), x, cuts, 320)
@@ -546,7 +646,8 @@ def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign:
     x[1] *= sign
     got, cache = attention.run(session(attention.model, True), x, [140, 1, 159], 300)
     scales = attention.model.graph.initializers["vs"].const_value if attention.cached == "int8" else None
-    value = cache[1][0, :, 0].reshape(-1) * (1 if scales is None else scales.numpy())
+    stored, of_row = unpacked(attention, cache[1])
+    value = (stored * of_row)[0, :, 0].reshape(-1) * (1 if scales is None else scales.numpy())
     heads = value.reshape(attention.groups, 1, -1).repeat(shape["heads"] // attention.groups, axis=1)
     np.testing.assert_allclose(got, np.broadcast_to(heads.reshape(-1), got.shape), rtol=2e-4)
 
@@ -587,6 +688,79 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
     np.testing.assert_array_equal(got[:1], whole)
     for left, right in zip(own_cache, cache, strict=True):
         np.testing.assert_array_equal(left[:1, :, :positions], right[:, :, :positions])
+
+
+TOKEN_SHAPES = [shape for shape in SHAPES if shape["cached"] == OWN_SCALES]
+
+
+def exact(shape: dict[str, Any], x: list[Array]) -> Array:
+    """The same attention on keys and values that are not rounded: a float32 cache, in onnxruntime."""
+    attention = Attention(**{**shape, "cached": "float32"})
+    return attention.run(session(attention.model, False), x, [len(x[0][0])], len(x[0][0]))[0]
+
+
+@pytest.mark.parametrize("size", [1, 1e4, 1e-6])
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_no_value_is_beyond_a_range_that_is_computed_when_it_is_written(shape: dict[str, Any], size: float) -> None:
+    """Keys and values of any size, also far beyond the graph's scales, lose what 8 bits lose."""
+    attention = Attention(**shape)
+    x = values(attention, 1, 300)
+    x[0] /= np.float32(size)
+    x[1:] = [part * np.float32(size) for part in x[1:]]
+    expected = exact(shape, x)
+    got, cache = attention.run(session(attention.model, True), x, [270, 1, 29], 320)
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.02 * np.sqrt(np.mean(expected**2))
+    for rows in cache:
+        stored = unpacked(attention, rows)[0][:, :, :300].astype(int)
+        assert (np.abs(stored).max(axis=-1) == 127).all(), "each row has a range of its own"
+
+
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_one_large_token_costs_the_others_nothing(shape: dict[str, Any]) -> None:
+    attention = Attention(**shape)
+    x = values(attention, 1, 200)
+    _, plain = attention.run(session(attention.model, True), x, [200], 200)
+    for part in x[1:]:
+        part[:, 7] *= 1e4
+    _, cache = attention.run(session(attention.model, True), x, [200], 200)
+    others = np.arange(200) != 7
+    for left, right in zip(plain, cache, strict=True):
+        np.testing.assert_array_equal(left[:, :, others], right[:, :, others])
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf, 3e38, 0.0, 1e-42])
+@pytest.mark.parametrize("shape", TOKEN_SHAPES[:2])
+def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
+    attention = Attention(**shape)
+    x = values(attention, 1, 150)
+    expected, _ = attention.run(session(attention.model, True), x, [150], 150)
+    for part in x[1:]:
+        part[:, 140] = what
+    for cuts in ([150], [140, 1, 9]):
+        got, _ = attention.run(session(attention.model, True), x, cuts, 150)
+        np.testing.assert_array_equal(got[:, :140], expected[:, :140])
+    if what in (0.0, 1e-42):
+        assert np.isfinite(got).all()
+
+
+def test_rows_of_another_length_are_refused() -> None:
+    attention = Attention(**TOKEN_SHAPES[0])
+    attention.row += 1
+    with pytest.raises(Exception, match="another length than a head, with or without a scale"):
+        attention.run(session(attention.model, True), values(attention, 1, 3), [3], 8)
+
+
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+def test_an_open_row_of_one_head_has_the_bits_of_a_fixed_one(shape: dict[str, Any]) -> None:
+    """Where the runtime keeps no scales in a cache, kernels use the graph's alone."""
+    attention, fixed = Attention(**shape), Attention(**{**shape, "cached": "int8"})
+    attention.row = attention.size
+    x = values(attention, 1, 150)
+    expected, cache = fixed.run(session(fixed.model, True), x, [130, 20], 150)
+    got, own_cache = attention.run(session(attention.model, True), x, [130, 20], 150)
+    np.testing.assert_array_equal(got, expected)
+    for left, right in zip(own_cache, cache, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])
@@ -662,18 +836,24 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cases")
     random = np.random.default_rng(1)
     weight = random.integers(-127, 128, (100, 150)).astype(np.int8)
-    for name in (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, *FRONTS):
+    for name in (*BARE, *(name + WIDE for name in BARE), *ALL_FRONTS):
         save(folder / name, product_model(name, weight, np.full(150, 0.01, np.float32)))
         for number, rows in enumerate((1, 3, 9, 40)):
             feeds = {"x": random.normal(size=(rows, 100)).astype(np.float32)}
-            np.savez(folder / f"{name}.{number}.npz", **(rows_of(random, name, rows, 100) if name in FRONTS else feeds))
-    for cached in ("int8", "float32"):
-        attention = Attention(heads=4, groups=2, size=48, packed=True, window=0, rotary=48, cached=cached)
-        save(folder / f"attention-{cached}", attention.model)
+            feeds = rows_of(random, name, rows, 100) if name in ALL_FRONTS else feeds
+            np.savez(folder / f"{name}.{number}.npz", **feeds)
+    for cached, normed in itertools.product(("int8", OWN_SCALES, "float32"), (False, True)):
+        shape: dict[str, Any] = {"heads": 4, "groups": 2, "size": 48, "packed": True, "window": 0, "rotary": 48}
+        attention = Attention(**shape, cached=cached, normed=normed)
+        name = f"attention-{cached.replace(' ', '-')}-{'normed' if normed else 'plain'}"
+        save(folder / name, attention.model)
         for number, (past, new) in enumerate([(0, 150), (150, 1), (300, 49)]):
-            cache = [(random.normal(size=(1, 2, past, 48)) * 50).astype(cached) for _ in range(2)]
+            cache = [(random.normal(size=(1, 2, past, 48)) * 50).astype(attention.cached) for _ in range(2)]
+            if cached == OWN_SCALES:
+                of_rows = random.uniform(1e-3, 1, (2, 1, 2, past, 1)).astype(np.float32).view(np.int8)
+                cache = [np.concatenate([rows, scale], -1) for rows, scale in zip(cache, of_rows, strict=True)]
             np.savez(
-                folder / f"attention-{cached}.{number}.npz",
+                folder / f"{name}.{number}.npz",
                 q=random.normal(size=(1, new, sum(attention.widths))).astype(np.float32),
                 pk=cache[0],
                 pv=cache[1],

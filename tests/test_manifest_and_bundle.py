@@ -43,7 +43,7 @@ MANIFEST = Manifest(
     source=Source("someone/model", "0123abc", "LlamaForCausalLM", None),
     target=Target("x86-cpu", {"opset": 20, "gate": {"limit": 0.5}, "machines": ["a", "b"], "nothing": None}),
     compression=({"step": "prune", "ratio": 0.25}, {"step": "factor"}),
-    quantization=Quantization("int8-rowwise", (Exclusion("lm_head", "too large an error"),)),
+    quantization=Quantization("int8-rowwise", (Exclusion("lm_head", "too large an error"),), {"mlp": 8, "head": 16}),
     model=Model(
         257, 512, 1_000, (LayerCache(2, 16, 8, None), None, LayerCache(1, 4, 4, 128)), CacheType("int8", "channel")
     ),
@@ -78,6 +78,8 @@ WRONG_TYPES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("compression",), {}, "compression"),
     (("compression", 0), "prune", "compression[0]"),
     (("quantization", "excluded"), None, "quantization.excluded"),
+    (("quantization", "activations"), [], "quantization.activations"),
+    (("quantization", "activations", "mlp"), 4, "quantization.activations.mlp"),
     (("model", "vocab_size"), "257", "model.vocab_size"),
     (("model", "vocab_size"), 257.0, "model.vocab_size"),
     (("model", "vocab_size"), True, "model.vocab_size"),
@@ -131,7 +133,12 @@ manifests = st.builds(
     source=st.builds(Source, words, st.none() | words, words, st.none() | words),
     target=st.builds(Target, words, st.dictionaries(words, numbers | words | st.lists(words, max_size=2), max_size=3)),
     compression=st.lists(st.dictionaries(words, numbers, max_size=2), max_size=2).map(tuple),
-    quantization=st.builds(Quantization, words, st.lists(st.builds(Exclusion, words, words), max_size=2).map(tuple)),
+    quantization=st.builds(
+        Quantization,
+        words,
+        st.lists(st.builds(Exclusion, words, words), max_size=2).map(tuple),
+        st.dictionaries(words, st.sampled_from([8, 16]), max_size=2),
+    ),
     model=st.builds(
         Model,
         sizes,
@@ -167,12 +174,19 @@ def test_an_unknown_key_is_refused_and_named(path: tuple[str | int, ...], name: 
 
 @pytest.mark.parametrize(("path", "name"), OBJECTS)
 def test_each_missing_key_is_refused_and_named(path: tuple[str | int, ...], name: str) -> None:
-    for key in [key for key in at(as_data(), path) if (*path, key) != ("schema_version",)]:
+    optional = {("schema_version",), ("quantization", "activations")}
+    for key in [key for key in at(as_data(), path) if (*path, key) not in optional]:
         data = as_data()
         del at(data, path)[key]
         with pytest.raises(BundleCorruptError) as caught:
             parse_manifest(json.dumps(data))
         assert f"{name}.{key}".removeprefix(".") in str(caught.value)
+
+
+def test_manifests_from_before_16_bit_activations_are_read() -> None:
+    data = as_data()
+    del data["quantization"]["activations"]
+    assert parse_manifest(json.dumps(data)).quantization.activations == {}
 
 
 @pytest.mark.parametrize(("path", "value", "name"), WRONG_TYPES)

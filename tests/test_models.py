@@ -46,6 +46,9 @@ GATE = Gate(
     answers_percent=75.0,
     logit_difference=1e-4,
     decided_margin=0.3,
+    activations_kl=0.0,
+    cache_kl=0.001,
+    cache_kl_limit=0.01,
 )
 
 

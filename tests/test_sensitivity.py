@@ -129,9 +129,7 @@ def test_a_model_that_cannot_hold_fails_with_the_figures(tiny_model: Path, tmp_p
 
 
 def test_where_the_cache_alone_misses_no_matrix_is_blamed(tiny_model: Path, tmp_path: Path) -> None:
-    target = target_with_gate(
-        tmp_path, **WIDE, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=1e-9
-    )
+    target = target_with_gate(tmp_path, cache_kl_limit=1e-12)
     with pytest.raises(VerificationError, match=r"the INT8 cache does not suit this model: .*--kv float32"):
         export_model(ExportConfig(str(tiny_model), target=target, out=tmp_path / "bundle"))
     ranked = [Sensitivity("a", ("a",), 1.0)]

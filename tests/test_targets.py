@@ -50,6 +50,9 @@ perplexity_increase_percent = 3
 decided_margin = 0.2
 agreement_percent = 97.0
 answers_percent = 98
+activations_kl = 0.0004
+cache_kl = 0.001
+cache_kl_limit = 0.01
 [coarse_gate]
 mean_kl = 0.1
 p99_kl = 1
@@ -112,6 +115,9 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
             answers_percent=98.0,
             logit_difference=1e-4,
             decided_margin=0.2,
+            activations_kl=0.0004,
+            cache_kl=0.001,
+            cache_kl_limit=0.01,
         ),
         coarse_gate=Limits(0.1, 1.0, 5.0, 90.0, 80.0),
     )

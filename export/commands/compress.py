@@ -22,7 +22,7 @@ SUMMARY = "make a model smaller by a recipe"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", help="model folder, hub id such as owner/name, or builtin:tales")
+    parser.add_argument("model", help="model folder, GGUF file, hub id such as owner/name, or builtin:tales")
     parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a TOML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--target", help="machine that the figures are measured for (this machine)")

@@ -21,7 +21,7 @@ SUMMARY = "turn a Hugging Face model into a bundle"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", help="model folder, hub id such as owner/name, or builtin:tales")
+    parser.add_argument("model", help="model folder, GGUF file, hub id such as owner/name, or builtin:tales")
     parser.add_argument("--target", help="machine that the bundle is for, see  edgelm targets  (this machine)")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")

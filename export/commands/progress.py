@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ..stages import StageRecord
 
-_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich", "accelerate", "peft")
+_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich", "accelerate", "peft", "gguf")
 
 
 def require_extra(command: str) -> None:

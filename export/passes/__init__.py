@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -16,9 +17,11 @@ from .fuse_into_products import FuseIntoProducts
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
 from .keep_last_logits import KeepLastLogits
+from .keep_on_host import KeepOnHost
 from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
+from .norm_in_attention import NormInAttention
 from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
 from .pick_tokens import PickTokens
@@ -28,6 +31,7 @@ from .quantize_embedding import QuantizeEmbedding
 from .quantize_linears import ROWWISE, QuantizeLinears
 from .rotate_in_attention import RotateInAttention
 from .to_float16 import ToFloat16
+from .widen_activations import WidenActivations
 
 __all__ = ["fusing_passes", "narrowing_passes", "quantizing_passes"]
 _PLAIN = ("fp32", "fp16")
@@ -57,23 +61,29 @@ def quantizing_passes(
     cache_ranges: Mapping[str, Any],
     excluded: Collection[str] = (),
     blocks: BlockQuantizer | None = None,
+    *,
+    rounded: Mapping[str, Path] | None = None,
+    wide: Collection[str] = (),
 ) -> list[ir.passes.PassBase]:
     """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache; excluded: names of matrices
-    that stay float32; blocks: for the schemes that store weights in blocks."""
+    that stay float32; blocks: for the schemes that store weights in blocks; rounded: files of int8 matrices that are
+    not rounded to the nearest; wide: names of matrices whose activations have 16 bits (int8-rowwise)."""
     limit = (1 << (weight_bits - 1)) - 1
     passes: list[ir.passes.PassBase] = []
     if blocks is not None:
         passes.append(QuantizeBlocks(blocks, excluded))
     elif scheme not in _PLAIN:
-        passes += [QuantizeLinears(scheme, limit, excluded), QuantizeEmbedding(limit, excluded)]
+        passes += [QuantizeLinears(scheme, limit, excluded, rounded), QuantizeEmbedding(limit, excluded, rounded)]
         passes += [FuseIntoProducts(), KeepRows()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     if cache_ranges or scheme == ROWWISE:
-        passes.append(CallAttention())
+        passes += [CallAttention(), NormInAttention()]
+    if wide:
+        passes.append(WidenActivations(wide))
     return passes
 
 
 def narrowing_passes() -> list[ir.passes.PassBase]:
     """From a graph with float32 activations to the one that a GPU runs."""
-    return [ToFloat16(), PickTokens()]
+    return [ToFloat16(), PickTokens(), KeepOnHost()]

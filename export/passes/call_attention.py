@@ -4,6 +4,9 @@ A node that has an attribute or an input that the function does not stays com.mi
 reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
 compute in floats keep onnxruntime's attention. Of the last attention `KeepRows` left a part of the rows: it becomes a
 call of `edgelm::KeptGroupQueryAttention`, which computes no others.
+
+Where all attention became calls, the graph leaves open how long the rows of an INT8 cache are: a head's values, or with
+a scale of their own behind them, as kernels keep them (`kernels/src/attention.h`).
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .functions import ATTENTION_ATTRIBUTES, make_call
-from .graph import ATTENTION, KEPT_ATTENTION, GraphPass, nodes_of, only_user, replace_value
+from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, GraphPass, nodes_of, only_user, replace_value
 from .keep_rows import keeps_last
 
 _UNKNOWN_INPUTS = (9, 10, 11)  # position_ids, attention_bias, head_sink
 _START = 14  # of the function that keeps rows: behind all inputs of the other
+_CACHE_PREFIXES = ("past_key_values.", "present.")
 
 
 class CallAttention(GraphPass):
@@ -30,7 +34,24 @@ class CallAttention(GraphPass):
                 make_call(model, node, KEPT_ATTENTION)
             else:
                 make_call(model, node, ATTENTION)
+        if callable_nodes and calls_all_attention(model):
+            _open_rows(model)
         return bool(callable_nodes)
+
+
+def calls_all_attention(model: ir.Model) -> bool:
+    """Whether all attention of a graph is, or would become, calls of the function."""
+    return all(_is_callable(node) for node in nodes_of(model, ATTENTION, MICROSOFT))
+
+
+def _open_rows(model: ir.Model) -> None:
+    """A symbol of its own as the last axis of each part of an INT8 cache."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        name = value.name or ""
+        if name.startswith(_CACHE_PREFIXES) and value.dtype == ir.DataType.INT8:
+            assert value.shape is not None, "a cache has a shape"
+            part = name.split(".", 1)[1]
+            value.shape = ir.Shape([*value.shape[:-1], f"{part}.row"])
 
 
 def _take_in(attention: ir.Node, cut: ir.Node) -> None:

@@ -7,7 +7,8 @@ before anything is optimized. The texts below are the specification of the kerne
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import onnx.parser
 import onnx_ir as ir
@@ -18,7 +19,12 @@ EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
 ROWWISE_MATMUL_TRANSPOSED = "RowwiseMatMulTransposed"
 NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
+POST_NORMED_ROWWISE_MATMUL = "PostNormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
+GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
+NORMED = {ATTENTION: f"Normed{ATTENTION}", KEPT_ATTENTION: f"KeptNormed{ATTENTION}"}
+# Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
+WIDE = "16"
 ATTENTION_ATTRIBUTES = (
     "num_heads",
     "kv_num_heads",
@@ -47,6 +53,29 @@ _PRODUCT = f"""
     product = {MICROSOFT}.MatMulIntegerToFloat(values, %(weight)s, step, scales, zero_point)
     y = Mul(product, largest)
 """
+# The same with 16 bits, as two planes of 8: what the first one leaves over is quantized again, to steps that are 256
+# times finer. Both are rows of one integer product, which reads the matrix once.
+_WIDE_PRODUCT = f"""
+    axis = Constant<value_ints = [-1]>()
+    step = Constant<value_float = {1 / 127!r}>()
+    low_step = Constant<value_float = {1 / 32512!r}>()
+    part = Constant<value_float = {1 / 256!r}>()
+    middle = Constant<value_int = 128>()
+    zero_point = Cast<to = {ir.DataType.UINT8.value}>(middle)
+    magnitudes = Abs(%(x)s)
+    largest = ReduceMax<keepdims = 1>(magnitudes, axis)
+    shares = Div(%(x)s, largest)
+    high = QuantizeLinear(shares, step, zero_point)
+    covered = DequantizeLinear(high, step, zero_point)
+    rest = Sub(shares, covered)
+    low = QuantizeLinear(rest, low_step, zero_point)
+    planes = Concat<axis = 0>(high, low)
+    products = {MICROSOFT}.MatMulIntegerToFloat(planes, %(weight)s, step, scales, zero_point)
+    high_product, low_product = Split<axis = 0, num_outputs = 2>(products)
+    low_part = Mul(low_product, part)
+    product = Add(high_product, low_part)
+    y = Mul(product, largest)
+"""
 _ATTENTION_INPUTS = (
     "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
     "attention_bias, head_sink, k_scale, v_scale"
@@ -55,40 +84,126 @@ _ATTENTION_STATES = "present_key, present_value"
 _TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
 _ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
+# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). What is computed of constants
+# alone is constant to onnxruntime.
+_HEAD_NORMS = """
+    size = Shape(query_norm)
+    query_heads = Constant<value_int: int = @num_heads>()
+    key_heads = Constant<value_int: int = @kv_num_heads>()
+    query_width = Mul(query_heads, size)
+    key_width = Mul(key_heads, size)
+    widths = Concat<axis = 0>(query_width, key_width, key_width)
+    side_by_side = Constant<value_ints = [0, 0, -1]>()
+    by_head = Concat<axis = 0>(side_by_side, size)
+    plain_queries, plain_keys, values = Split<axis = 2>(query, widths)
+    queries_by_head = Reshape(plain_queries, by_head)
+    keys_by_head = Reshape(plain_keys, by_head)
+    normed_queries = SimplifiedLayerNormalization
+        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (queries_by_head, query_norm)
+    normed_keys = SimplifiedLayerNormalization
+        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (keys_by_head, key_norm)
+    queries = Reshape(normed_queries, side_by_side)
+    keys = Reshape(normed_keys, side_by_side)
+"""
+_KEPT_ROWS = f"""
+    end = Constant<value_ints = [{2**63 - 1}]>()
+    axis = Constant<value_ints = [1]>()
+    kept = Slice(output, start, end, axis)
+"""
 
 
-def _product(x: str, weight: str) -> str:
-    """A row-wise product of two values of a body, named y."""
-    return _PRODUCT % {"x": x, "weight": weight}
+class _Front(NamedTuple):
+    """What a product's function does before it multiplies: its signature, statements, and the names of what is
+    multiplied."""
+
+    signature: str
+    statements: str = ""
+    x: str = "x"
+    weight: str = "weight"
+
+
+_FRONTS = {
+    ROWWISE_MATMUL: _Front("(x, weight, scales) => (y)"),
+    # weight int8 (N, K).
+    ROWWISE_MATMUL_TRANSPOSED: _Front(
+        "(x, weight, scales) => (y)", "turned = Transpose<perm = [1, 0]>(weight)", weight="turned"
+    ),
+    # x, skip and total, their sum, (batch, new, K); norm (K).
+    NORMED_ROWWISE_MATMUL: _Front(
+        "<epsilon> (x, skip, norm, weight, scales) => (y, total)",
+        f"normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)",
+        x="normed",
+    ),
+    # The same of x and a norm of skip, with the weights post (K): a norm behind a layer, and one in front of the next.
+    POST_NORMED_ROWWISE_MATMUL: _Front(
+        "<epsilon> (x, skip, post, norm, weight, scales) => (y, total)",
+        f"""added = SimplifiedLayerNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (skip, post)
+        normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization
+            <epsilon: float = @epsilon> (x, added, norm)""",
+        x="normed",
+    ),
+    # x (..., 2 K): silu of the first half, times the second half.
+    GATED_ROWWISE_MATMUL: _Front(
+        "(x, weight, scales) => (y)",
+        """gate, up = Split<axis = -1, num_outputs = 2>(x)
+        opening = Sigmoid(gate)
+        silu = Mul(gate, opening)
+        gated = Mul(silu, up)""",
+        x="gated",
+    ),
+    # The same with GELU, exact or by tanh, as the attribute of ONNX's operator says.
+    GELU_GATED_ROWWISE_MATMUL: _Front(
+        "<approximate> (x, weight, scales) => (y)",
+        """gate, up = Split<axis = -1, num_outputs = 2>(x)
+        gelu = Gelu<approximate: string = @approximate>(gate)
+        gated = Mul(gelu, up)""",
+        x="gated",
+    ),
+}
+
+_NORMS = {NORMED_ROWWISE_MATMUL: (2,), POST_NORMED_ROWWISE_MATMUL: (2, 3)}
+# Of all row-wise products.
+PRODUCTS = frozenset(name + bits for name in _FRONTS for bits in ("", WIDE))
+# Inputs of functions that are weights of norms.
+NORM_INPUTS = frozenset(
+    [(name + bits, index) for name, indices in _NORMS.items() for bits in ("", WIDE) for index in indices]
+    + [(name, index) for name in NORMED.values() for index in (1, 2)]
+)
+
+
+def _product(name: str, front: _Front, body: str) -> str:
+    multiplied = body % {"x": front.x, "weight": front.weight}
+    return f"{name} {front.signature} {{ {front.statements} {multiplied} }}"
+
+
+def _attention_name(kept: bool, normed: bool) -> str:
+    return f"{'Kept' if kept else ''}{'Normed' if normed else ''}{ATTENTION}"
+
+
+def _attention(kept: bool, normed: bool) -> str:
+    """com.microsoft's operator, on an INT8 cache with a scale per channel, or between INT8 activations. Attributes that
+    few models need (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay
+    com.microsoft's.
+
+    kept: with the rows from `start` on alone (int64 (1), from the end where it is negative); normed: each head of
+    queries and keys, which come side by side with the values, is normed first.
+    """
+    inputs, attributes, attended = _ATTENTION_INPUTS, _ATTRIBUTES, _ATTENTION_INPUTS
+    if normed:
+        attended = inputs.replace("query, key, value", "queries, keys, values", 1)
+        inputs, attributes = inputs.replace("key, value", "query_norm, key_norm", 1), f"{attributes}, epsilon"
+    given = f"{inputs}, start" if kept else inputs
+    return f"""{_attention_name(kept, normed)} <{attributes}> ({given}) => (
+            {"kept" if kept else "output"}, {_ATTENTION_STATES}) {{
+        {_HEAD_NORMS if normed else ""}
+        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({attended})
+        {_KEPT_ROWS if kept else ""} }}"""
 
 
 _TEXTS = {
-    ROWWISE_MATMUL: f"{ROWWISE_MATMUL} (x, weight, scales) => (y) {{ {_product('x', 'weight')} }}",
-    # weight int8 (N, K).
-    ROWWISE_MATMUL_TRANSPOSED: f"""{ROWWISE_MATMUL_TRANSPOSED} (x, weight, scales) => (y) {{
-        turned = Transpose<perm = [1, 0]>(weight)
-        {_product("x", "turned")} }}""",
-    # x, skip and total, their sum, (batch, new, K); norm (K).
-    NORMED_ROWWISE_MATMUL: f"""{NORMED_ROWWISE_MATMUL} <epsilon> (x, skip, norm, weight, scales) => (y, total) {{
-        normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)
-        {_product("normed", "weight")} }}""",
-    # x (..., 2 K): silu of the first half, times the second half.
-    GATED_ROWWISE_MATMUL: f"""{GATED_ROWWISE_MATMUL} (x, weight, scales) => (y) {{
-        gate, up = Split<axis = -1, num_outputs = 2>(x)
-        opening = Sigmoid(gate)
-        silu = Mul(gate, opening)
-        gated = Mul(silu, up)
-        {_product("gated", "weight")} }}""",
-    # com.microsoft's operator of this name, on an INT8 cache with a scale per channel. Attributes that few models need
-    # (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay com.microsoft's.
-    ATTENTION: f"""{ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}) => (output, {_ATTENTION_STATES}) {{
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS}) }}""",
-    # The same, of whose rows those from `start` on are kept (int64 (1), from the end where it is negative).
-    KEPT_ATTENTION: f"""{KEPT_ATTENTION} <{_ATTRIBUTES}> ({_ATTENTION_INPUTS}, start) => (kept, {_ATTENTION_STATES}) {{
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({_ATTENTION_INPUTS})
-        end = Constant<value_ints = [{2**63 - 1}]>()
-        axis = Constant<value_ints = [1]>()
-        kept = Slice(output, start, end, axis) }}""",
+    **{name: _product(name, front, _PRODUCT) for name, front in _FRONTS.items()},
+    **{name + WIDE: _product(name + WIDE, front, _WIDE_PRODUCT) for name, front in _FRONTS.items()},
+    **{_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)},
 }
 
 

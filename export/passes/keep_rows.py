@@ -10,17 +10,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .functions import (
-    EDGELM,
-    GATED_ROWWISE_MATMUL,
-    NORMED_ROWWISE_MATMUL,
-    ROWWISE_MATMUL,
-    ROWWISE_MATMUL_TRANSPOSED,
-)
+from .functions import EDGELM, PRODUCTS
 from .graph import Builder, GraphPass, producer, replace_value
 from .keep_last_logits import INPUT_NAME
 
-_PRODUCTS = (ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, NORMED_ROWWISE_MATMUL, GATED_ROWWISE_MATMUL)
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
@@ -63,7 +56,7 @@ def _only_for(model: ir.Model, cut: ir.Node) -> list[ir.Node]:
     """The products and norms, in order, whose results nothing but the cut and each other need."""
     found: list[ir.Node] = []
     for node in reversed(model.graph):
-        kind = (node.domain == EDGELM and node.op_type in _PRODUCTS) or node.op_type in _NORMS
+        kind = (node.domain == EDGELM and node.op_type in PRODUCTS) or node.op_type in _NORMS
         users = [use.node for value in node.outputs for use in value.uses()]
         alone = all(user is cut or user in found for user in users)
         if kind and users and alone and not any(value.is_graph_output() for value in node.outputs):

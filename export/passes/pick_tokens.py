@@ -4,6 +4,9 @@ equals. Greedy decoding on a GPU then copies one number back for a token, and no
 `ArgMax` leaves open on GPUs which of equal values it takes, and `ReduceMax` of this operator set has no kernel there.
 So: the largest value by `TopK`, the ids of all that are not smaller, and the smallest of these by `TopK` again. Where
 no logit is a number, the result is an id nevertheless.
+
+`TopK` over a whole vocabulary keeps one processor of a GPU busy, so each is made in two steps: of pieces of a row, then
+of their results.
 """
 
 from __future__ import annotations
@@ -35,12 +38,31 @@ class PickTokens(GraphPass):
         ids = add_weight(model, "pick.ids", np.arange(vocabulary, dtype=np.int64))
         none = add_weight(model, "pick.none", np.array(vocabulary - 1, np.int64))
         axis = add_weight(model, "pick.axis", np.array([-1], np.int64))
-        largest = op.node("TopK", [logits, one], outputs=2)[0]
+        pieces = _pieces(model, vocabulary)
+        largest = _first(op, logits, one, axis, pieces, {})
         candidates = op("Where", op("Less", logits, largest), none, ids)
-        smallest = op.node("TopK", [candidates, one], {"largest": 0}, outputs=2)[0]
+        smallest = _first(op, candidates, one, axis, pieces, {"largest": 0})
         tokens = op("Squeeze", smallest, axis)
         tokens.name, tokens.type = OUTPUT_NAME, ir.TensorType(ir.DataType.INT64)
         tokens.shape = ir.Shape(list(logits.shape)[:-1])
         model.graph.outputs.append(tokens)
         model.graph.sort()
         return True
+
+
+def _first(
+    op: Builder, values: ir.Value, one: ir.Value, axis: ir.Value, pieces: ir.Value | None, attributes: dict[str, int]
+) -> ir.Value:
+    """The largest or the smallest value of each row, (batch, kept, 1)."""
+    if pieces is not None:
+        best = op.node("TopK", [op("Reshape", values, pieces), one], attributes, outputs=2)[0]
+        values = op("Squeeze", best, axis)
+    return op.node("TopK", [values, one], attributes, outputs=2)[0]
+
+
+def _pieces(model: ir.Model, vocabulary: int) -> ir.Value | None:
+    """The shape of rows cut into pieces, as nearly as many as a piece has values; None where no size divides a row."""
+    size = max(size for size in range(1, int(vocabulary**0.5) + 1) if vocabulary % size == 0)
+    if size == 1:
+        return None
+    return add_weight(model, "pick.pieces", np.array([0, 0, vocabulary // size, size], np.int64))

@@ -1,8 +1,8 @@
 """Keys and values are cached as int8: a quarter of the memory, and less to read for every token.
 
 Every GroupQueryAttention gets one scale per channel (kv head and position in the head), from the largest magnitudes
-seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. The types of
-past_key_values.* and present.* become int8.
+seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. Kernels that keep a
+scale with each row divide by these first, and clip nothing. The types of past_key_values.* and present.* become int8.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from .graph import ATTENTION, GraphPass, add_weight, nodes_of
 
 _LIMIT = 127
+# No channel's scale is finer than that of the head's largest one by more: a channel that the text left idle would rule
+# the row of the first token that uses it. On SmolLM2 a bound of 4 cost 7 % of the cache's KL divergence.
+_FINEST = 16
 _SCALE_INPUTS = {"key": 12, "value": 13}
 _CACHE_INPUTS = {"key": 3, "value": 4}
 
@@ -47,11 +50,16 @@ class QuantizeCache(GraphPass):
             past, present = attention.inputs[_CACHE_INPUTS[side]], attention.outputs[offset]
             assert past is not None and past.name is not None, "a traced attention has a cache"
             name = past.name.removeprefix("past_key_values.")
-            scales = (np.maximum(self._largest[name], np.finfo(np.float32).tiny * _LIMIT) / _LIMIT).astype(np.float32)
-            attention.replace_input_with(
-                _SCALE_INPUTS[side], add_weight(model, f"cache.{name}.scale", scales.reshape(-1))
-            )
+            scales = add_weight(model, f"cache.{name}.scale", _scales(self._largest[name]))
+            attention.replace_input_with(_SCALE_INPUTS[side], scales)
             attention.attributes[f"{side[0]}_quant_type"] = ir.AttrString(f"{side[0]}_quant_type", "PER_CHANNEL")
             for value in (past, present):
                 value.type = ir.TensorType(ir.DataType.INT8)
         attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+
+
+def _scales(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(kv_heads, size) -> (kv_heads * size). A head that was always zero gets the scales of values up to 1."""
+    of_head = largest.max(axis=1, keepdims=True)
+    bounded = np.maximum(largest, np.where(of_head > 0, of_head / _FINEST, 1))
+    return np.asarray(bounded / _LIMIT, np.float32).reshape(-1)

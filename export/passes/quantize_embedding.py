@@ -13,7 +13,8 @@ A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, wh
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,15 +22,19 @@ import onnx_ir as ir
 from .functions import EDGELM, ROWWISE_MATMUL_TRANSPOSED, make_call
 from .graph import Builder, GraphPass, add_weight, is_weight, lazy_weight, nodes_of, replace_value
 from .linear import Weight
-from .quantize_linears import column_scales, quantize_columns
+from .quantize_linears import column_scales, int8_matrix
 
 
 class QuantizeEmbedding(GraphPass):
     """See the module."""
 
-    def __init__(self, weight_limit: int, excluded: Collection[str] = ()) -> None:
+    def __init__(
+        self, weight_limit: int, excluded: Collection[str] = (), rounded: Mapping[str, Path] | None = None
+    ) -> None:
+        """As of `QuantizeLinears`."""
         self._limit = weight_limit
         self._excluded = frozenset(excluded)
+        self._rounded = rounded or {}
 
     def apply(self, model: ir.Model) -> bool:
         modified = False
@@ -48,10 +53,13 @@ class QuantizeEmbedding(GraphPass):
         op = Builder(model, gather, f"{gather.name}.int8")
         ids = gather.inputs[1]
         if head is not None:  # case 1: the head was quantized under this name
-            matrix, scales = _rows(model, weight, self._limit), model.graph.initializers[f"{weight.name}.scale"]
+            matrix, scales = (
+                _rows(model, weight, self._limit, self._rounded),
+                model.graph.initializers[f"{weight.name}.scale"],
+            )
             _turn(model, op, head, matrix)
         else:
-            matrix = _rows(model, weight, self._limit)
+            matrix = _rows(model, weight, self._limit, self._rounded)
             scales = add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), self._limit))
         rows = op("Gather", matrix, ids, axis=0)
         last = add_weight(model, "embedding.axis", np.array([-1], np.int64))
@@ -75,13 +83,13 @@ def _turn(model: ir.Model, op: Builder, head: ir.Value, matrix: ir.Value) -> Non
         replace_value(head, op("Transpose", matrix, perm=[1, 0]))
 
 
-def _rows(model: ir.Model, weight: Weight, limit: int) -> ir.Value:
+def _rows(model: ir.Model, weight: Weight, limit: int, rounded: Mapping[str, Path]) -> ir.Value:
     """The int8 table (vocabulary, hidden)."""
     inputs, outputs = weight.shape
     return lazy_weight(
         model,
         f"{weight.name}.rows.int8",
-        lambda: quantize_columns(weight.array(), limit).T,
+        lambda: int8_matrix(weight, limit, rounded).T,
         ir.DataType.INT8,
         (outputs, inputs),
     )

@@ -1,11 +1,13 @@
 """MatMuls with a weight become integer products: int8 weights, activations quantized while the model runs.
 
-Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7.
+Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7. Each is
+rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.rounding`).
 Activations, by scheme:
 
 `int8-rowwise`  each row x (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is
                 multiplied by r afterwards. A token's result depends on no other token, so a text may be cut anywhere.
-                A call of the function `edgelm::RowwiseMatMul` (see `functions`).
+                A call of the function `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change
+                to one that quantizes to 16 bits.
 `int8-tensor`   ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step together,
                 with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
 
@@ -16,7 +18,8 @@ Not quantized: matrices that `excluded` names, and products whose second factor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -36,12 +39,20 @@ _Product = Callable[[ir.Model, ir.Node, ir.Value, ir.Value], ir.Value]
 class QuantizeLinears(GraphPass):
     """See the module."""
 
-    def __init__(self, scheme: str, weight_limit: int, excluded: Collection[str] = ()) -> None:
-        """weight_limit: largest magnitude of a weight, 127 or 63; excluded: names of matrices to leave as they are."""
+    def __init__(
+        self,
+        scheme: str,
+        weight_limit: int,
+        excluded: Collection[str] = (),
+        rounded: Mapping[str, Path] | None = None,
+    ) -> None:
+        """weight_limit: largest magnitude of a weight, 127 or 63; excluded: names of matrices to leave as they are;
+        rounded: as of `int8_matrix`."""
         products: dict[str, Callable[[], _Product]] = {ROWWISE: lambda: _by_row, TENSOR: _ByTensor}
         self._products = products[scheme]
         self._limit = weight_limit
         self._excluded = frozenset(excluded)
+        self._rounded = rounded or {}
 
     def apply(self, model: ir.Model) -> bool:
         use_domain(model, MICROSOFT)
@@ -52,7 +63,7 @@ class QuantizeLinears(GraphPass):
             if weight is None or weight.name in self._excluded:
                 continue
             if weight.value not in matrices:
-                matrices[weight.value] = quantized_weight(model, weight, self._limit)
+                matrices[weight.value] = quantized_weight(model, weight, self._limit, self._rounded)
             replace_value(matmul.outputs[0], product(model, matmul, *matrices[weight.value]))
         return bool(matrices)
 
@@ -68,11 +79,24 @@ def quantize_columns(array: NDArray[np.float32], limit: int) -> NDArray[np.int8]
     return np.asarray(np.rint(array / column_scales(array, limit)), np.int8)
 
 
-def quantized_weight(model: ir.Model, weight: Weight, limit: int) -> tuple[ir.Value, ir.Value]:
+def int8_matrix(weight: Weight, limit: int, rounded: Mapping[str, Path]) -> NDArray[np.int8]:
+    """The int8 matrix (inputs, outputs) of a weight.
+
+    rounded: for names of matrices, .npy files of int8 (inputs, outputs) with the scales of `column_scales`. All others
+    are rounded to the nearest.
+    """
+    if weight.name in rounded:
+        return np.asarray(np.load(rounded[weight.name], mmap_mode="r"))
+    return quantize_columns(weight.array(), limit)
+
+
+def quantized_weight(
+    model: ir.Model, weight: Weight, limit: int, rounded: Mapping[str, Path]
+) -> tuple[ir.Value, ir.Value]:
     """Initializers of a weight's int8 matrix (inputs, outputs) and its scales (outputs). The matrix is computed when
-    the file is written, the scales now."""
+    the file is written, the scales now. rounded: as of `int8_matrix`."""
     matrix = lazy_weight(
-        model, f"{weight.name}.int8", lambda: quantize_columns(weight.array(), limit), ir.DataType.INT8, weight.shape
+        model, f"{weight.name}.int8", lambda: int8_matrix(weight, limit, rounded), ir.DataType.INT8, weight.shape
     )
     return matrix, add_weight(model, f"{weight.name}.scale", column_scales(weight.array(), limit))
 

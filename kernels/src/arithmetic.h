@@ -18,20 +18,28 @@ constexpr int kFewRows = 4;
 constexpr int kLanes = 16;
 // The weight of the largest of some scores, in attention.
 constexpr int kOne = 1 << 14;
+// A value of a row that is quantized to 8 bits, as the bodies of the functions scale it.
+constexpr float kStep = 1.0f / 127;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
-// Where sums go: y[row][column] = (float(sum - correction of the column) * scale of the column) * factor of the row.
-// There are corrections and scales for whole blocks of columns; y has rows of `stride`.
+// What the low plane of a row that is quantized to 16 bits counts, in values of the high plane.
+constexpr float kLowStep = 1.0f / 256;
+
+// Where sums go. With p = float(sum - correction of the column) * scale of the column, y[row][column] = p * factor of
+// the row. Where rows have two planes, each row of y takes two rows of sums, high and low: y = (p + low p * kLowStep) *
+// factor. There are corrections and scales for whole blocks of columns; y has rows of `stride`.
 struct Result {
   const int32_t* corrections;
   const float* scales;
   const float* factors;
   float* y;
   size_t stride;
+  int planes;
 
+  // row: of y.
   Result from(int row, int column) const {
-    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride};
+    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride, planes};
   }
 };
 
@@ -67,7 +75,9 @@ struct Arithmetic {
   // Quantize a row x of `size` floats: the largest magnitude r is returned, and q = round(x / r / (1 / 127)) + offset
   // written, `padded(size, kBlock)` bytes; padding is 0. A row of zeros, or with a value that is no number, gives what
   // the product multiplies by r, whatever q is.
-  float (*quantize)(const float* x, int size, uint8_t* q);
+  // Of two planes the second one, behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within
+  // the range of int8.
+  float (*quantize)(const float* x, int size, int planes, uint8_t* q);
 
   // total = x + skip, y = total * (1 / sqrt(m + epsilon)) * weight, from left to right, where m is the mean of the
   // squares of total: their sum, of 16 partial sums by fused additions, lane by lane, added 8 lanes apart, then 4, 2,
@@ -75,9 +85,15 @@ struct Arithmetic {
   // x, skip and total is asked for meanwhile.
   void (*norm)(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
                float* y);
+  // The same of x alone.
+  void (*plain_norm)(const float* x, const float* weight, float epsilon, int size, float* y);
   // y = gate * s * up, from left to right, where s = (gate < 0 ? e : 1) / (1 + e), e = exp(-|gate|): silu.
   // Rows of `size`; of y padded(size, kLanes) are written. What lies `next` values behind gate and up is asked for.
   void (*gate)(const float* gate, const float* up, int size, int next, float* y);
+  // The same with other shares s: that of sqrt(8 / pi) * (x + 0.044715 * x^3) for x, GELU as tanh has it, and GELU's
+  // own, of the normal distribution below x. Their errors are a few units in the last place of gate * up.
+  void (*tanh_gelu_gate)(const float* gate, const float* up, int size, int next, float* y);
+  void (*gelu_gate)(const float* gate, const float* up, int size, int next, float* y);
 
   // sums[row][column] = sum over k of x[row][k] * w[k][column], added to what is there unless `first`. Blocks of
   // columns are in an order of their own, which `scale_parts` undoes. Asks for the memory of `next`, as much as w has,
@@ -99,7 +115,7 @@ struct Arithmetic {
   // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
-  // The product of any number of rows with the first `columns` of a panel of `depth` rows.
+  // The product of any number of rows, all planes of some, with the first `columns` of a panel of `depth` rows.
   void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
                 const Result& result);
   // The same of sums, rows of `stride_sums`, a whole number of blocks.
@@ -112,14 +128,17 @@ struct Arithmetic {
   void (*rotate)(float* x, const float* cosines, const float* sines, int half);
   // y[i] = x[i] * factors[i], rounded to even, within the range of int8.
   void (*to_int8)(const float* x, const float* factors, int size, int8_t* y);
+  // y[i] = x[i] * factors[i] * (127 / r), from left to right, rounded to even; r, the largest magnitude of x[i] *
+  // factors[i]. Returns r / 127. Where r is below 2^-100, y is 0, and so is what is returned.
+  float (*to_scaled_int8)(const float* x, const float* factors, int size, int8_t* y);
   // q[i] = round(x[i] * (limit / r)), r the largest magnitude; what is behind them up to an even number is 0. Returns
   // r / limit.
   float (*to_int16)(const float* x, int size, int limit, int16_t* q);
 
-  // Keys and values (count, size) as columns for `pairs`, whose depth is that of a key, and the keys' positions. What
-  // is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
-  void (*key_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
-  void (*value_pairs)(const int8_t* x, int count, int size, const int8_t* next, int16_t* columns);
+  // Keys and values (count, size), rows `stride` apart, as columns for `pairs`, whose depth is that of a key, and the
+  // keys' positions. What is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
+  void (*key_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
+  void (*value_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
 
   // The same of floats, each row rounded as by `to_int16` to integers; scales[row], padded(count, kLanes) of them with
   // 0, is what these are multiplied by.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <tuple>
@@ -25,6 +26,9 @@ constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
 // rounded: the products fit into 32 bits.
 constexpr int kValueLimit = 1 << 12;
 constexpr float kWeightLimit = std::numeric_limits<int32_t>::max() / kValueLimit - kChunk;
+constexpr float kByteWeightLimit = std::numeric_limits<int32_t>::max() / 128 - kChunk;
+// What a row of an 8-bit cache is longer by where it has a scale of its own.
+constexpr int kScaleBytes = sizeof(float);
 // The input that says which rows are kept: from the first of them on, counted from the end where that is negative.
 constexpr size_t kStart = 14;
 
@@ -46,9 +50,13 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
     throw std::runtime_error("attention with these attributes belongs to com.microsoft");
   per_group_ = heads_ / groups_;
   size_ = static_cast<int>(info.shape(3).at(3));
+  // Where the length of a row is left open, so that it may end with a scale, the channels tell the size.
+  if (kRounded && size_ < 1) size_ = static_cast<int>(info.constant(12).shape.at(0)) / groups_;
   if (size_ < 1) throw std::runtime_error("the graph must say how large a head is");
   width_ = padded(size_, kLanes);
   rotary_ = info.integer("do_rotary", 0) != 0;
+  epsilon_ = info.number("epsilon", -1);
+  if (epsilon_ >= 0) query_norm_ = head_norm(info, 1), key_norm_ = head_norm(info, 2);
   window_ = static_cast<int>(std::max<int64_t>(0, info.integer("local_window_size", -1)));
   // As many bits for keys as for queries.
   key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
@@ -59,6 +67,14 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
   query_scales_.assign(groups_ * size_, scale * std::numbers::log2e_v<float>);
   value_scales_.assign(groups_ * size_, 1);
   if constexpr (kRounded) read_scales(info);
+}
+
+template <typename Cached>
+const float* Attention<Cached>::head_norm(const Info& info, size_t input) const {
+  const Tensor weights = info.constant(input);
+  if (weights.shape != std::vector<int64_t>{size_})
+    throw std::runtime_error("a norm of heads has a weight for each value of a head");
+  return weights.values<float>();
 }
 
 template <typename Cached>
@@ -85,7 +101,7 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
   step.batch = static_cast<int>(query.shape.at(0)), step.rows = static_cast<int>(query.shape.at(1));
   step.kept = kept(step.rows, call.values<int64_t>(kStart));
   step.query = query.values<float>();
-  step.key = call.values<float>(1), step.value = call.values<float>(2);
+  if (query_norm_ == nullptr) step.key = call.values<float>(1), step.value = call.values<float>(2);
   step.lengths = call.values<int32_t>(5);
   if (rotary_) {
     const Tensor cosines = call.input(7);
@@ -110,12 +126,17 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
                                " are not there, or have no angles");
   }
   step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
-  const std::vector<int64_t> cache{step.batch, groups_, step.capacity, size_};
+  step.stride_cache = past_key.data == nullptr ? size_ : static_cast<int>(past_key.shape.at(3));
+  step.scaled = kRounded && step.stride_cache == size_ + kScaleBytes;
+  if (!step.scaled && step.stride_cache != size_)
+    throw std::runtime_error("a row of the cache has another length than a head, with or without a scale");
+  const std::vector<int64_t> cache{step.batch, groups_, step.capacity, step.stride_cache};
   step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
   for (auto [from, to] :
        {std::pair(past_key.values<Cached>(), step.keys), std::pair(call.template values<Cached>(4), step.values)}) {
     if (from == nullptr || from == to) continue;  // in place
-    const size_t row = static_cast<size_t>(past) * size_, place = static_cast<size_t>(step.capacity) * size_;
+    const size_t row = static_cast<size_t>(past) * step.stride_cache;
+    const size_t place = static_cast<size_t>(step.capacity) * step.stride_cache;
     for (int i = 0; i < step.batch * groups_; i++) std::copy_n(from + i * row, row, to + i * place);
   }
   return step;
@@ -136,9 +157,11 @@ void Attention<Cached>::compute(Call& call) const {
     by_rows(call, step);
 }
 
+// A head of a query or key as it is at a position: normed, and rotated. There is memory for whole lanes.
 template <typename Cached>
-void Attention<Cached>::rotated(const Step& step, int position, float* head) const {
+void Attention<Cached>::place_head(const Step& step, int position, const float* norm, float* head) const {
   const size_t place = static_cast<size_t>(position) * step.half;
+  if (norm != nullptr) arithmetic_.plain_norm(head, norm, epsilon_, size_, head);
   if (rotary_) arithmetic_.rotate(head, step.cosines + place, step.sines + place, step.half);
 }
 
@@ -147,20 +170,39 @@ template <typename Cached>
 void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   const int position = step.past(sequence) + row;
   const size_t place = (static_cast<size_t>(sequence) * step.rows + row) * step.stride_key;
-  float* const key = scratch(0, size_);
+  float* const key = scratch(0, width_);
   for (int group = 0; group < groups_; group++) {
-    const size_t to = ((static_cast<size_t>(sequence) * groups_ + group) * step.capacity + position) * size_;
+    const size_t head = static_cast<size_t>(sequence) * groups_ + group;
+    const size_t to = (head * step.capacity + position) * step.stride_cache;
     const int channel = group * size_;
     std::copy_n(step.key + place + channel, size_, key);
-    rotated(step, position, key);
+    place_head(step, position, key_norm_, key);
     if constexpr (kRounded) {
-      arithmetic_.to_int8(key, key_factors_.data() + channel, size_, step.keys + to);
-      arithmetic_.to_int8(step.value + place + channel, value_factors_.data() + channel, size_, step.values + to);
+      store_row(key, key_factors_.data() + channel, step.scaled, step.keys + to);
+      store_row(step.value + place + channel, value_factors_.data() + channel, step.scaled, step.values + to);
     } else {
       std::copy_n(key, size_, step.keys + to);
       std::copy_n(step.value + place + channel, size_, step.values + to);
     }
   }
+}
+
+// A row of a cache of 8 bits, with its scale where it has one.
+template <typename Cached>
+void Attention<Cached>::store_row(const float* x, const float* factors, bool scaled, Cached* row) const {
+  if constexpr (kRounded) {
+    if (!scaled) return arithmetic_.to_int8(x, factors, size_, row);
+    const float scale = arithmetic_.to_scaled_int8(x, factors, size_, row);
+    std::memcpy(row + size_, &scale, kScaleBytes);
+  }
+}
+
+// The scales that rows of a cache end with, up to a whole number of lanes.
+template <typename Cached>
+void Attention<Cached>::read_row_scales(const Step& step, const Cached* rows, int count, float* scales) const {
+  for (int i = 0; i < count; i++)
+    std::memcpy(scales + i, rows + static_cast<size_t>(i) * step.stride_cache + size_, kScaleBytes);
+  std::fill(scales + count, scales + padded(count, kLanes), 0.0f);
 }
 
 template <typename Cached>
@@ -183,10 +225,8 @@ Attention<Cached>::State Attention<Cached>::state(Memory& memory, int rows) cons
 template <typename Cached>
 Attention<Cached>::Chunk Attention<Cached>::chunk(Memory& memory) const {
   const size_t size = static_cast<size_t>(kChunk) * width_;
-  Chunk chunk{memory.take<int16_t>(size), memory.take<int16_t>(size), nullptr, nullptr, 0};
-  if constexpr (!kRounded)
-    chunk.key_scales = memory.take<float>(kChunk), chunk.value_scales = memory.take<float>(kChunk);
-  return chunk;
+  return {memory.take<int16_t>(size), memory.take<int16_t>(size), memory.take<float>(kChunk),
+          memory.take<float>(kChunk), 0};
 }
 
 template <typename Cached>
@@ -211,16 +251,16 @@ Attention<Cached>::State Attention<Cached>::from(const State& state, size_t row)
   return {state.values + row * width_, state.sums + row, state.largest + row};
 }
 
-// The queries of a tile, rotated, times the scale of scores and those of the keys' channels, as integers.
+// The queries of a tile, at their places, times the scale of scores and those of the keys' channels, as integers.
 template <typename Cached>
 void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
   const float* const scales = query_scales_.data() + tile.group * size_;
-  std::vector<float> query(size_);
+  std::vector<float> query(width_);
   for (int row = 0; row < rows_of(tile); row++) {
     const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
     const size_t place = (static_cast<size_t>(tile.sequence) * step.rows + index) * step.stride_query + head * size_;
     std::copy_n(step.query + place, size_, query.data());
-    rotated(step, step.past(tile.sequence) + index, query.data());
+    place_head(step, step.past(tile.sequence) + index, query_norm_, query.data());
     for (int i = 0; i < size_; i++) query[i] *= scales[i];
     queries.factors[row] = arithmetic_.to_int16(query.data(), size_, query_limit_, queries.values + row * width_);
   }
@@ -241,7 +281,7 @@ int Attention<Cached>::last_chunk(const Step& step, const Tile& tile) const {
 template <typename Cached>
 size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) const {
   const size_t row = (static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity;
-  return (row + static_cast<size_t>(index) * kChunk) * size_;
+  return (row + static_cast<size_t>(index) * kChunk) * step.stride_cache;
 }
 
 // Arrange a chunk up to the last position that a tile sees. next: where the chunk begins that follows.
@@ -251,8 +291,15 @@ Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Til
   const size_t from = place(step, tile, index);
   chunk.count = std::min(kChunk, step.past(tile.sequence) + tile.begin + tile.positions - index * kChunk);
   if constexpr (kRounded) {
-    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, step.keys + next, chunk.keys);
-    arithmetic_.value_pairs(step.values + from, chunk.count, size_, step.values + next, chunk.values);
+    const int stride = step.stride_cache;
+    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, stride, step.keys + next, chunk.keys);
+    arithmetic_.value_pairs(step.values + from, chunk.count, size_, stride, step.values + next, chunk.values);
+    if (step.scaled) {
+      read_row_scales(step, step.keys + from, chunk.count, chunk.key_scales);
+      read_row_scales(step, step.values + from, chunk.count, chunk.value_scales);
+    } else {
+      chunk.key_scales = chunk.value_scales = nullptr;
+    }
   } else {
     arithmetic_.float_key_pairs(step.keys + from, chunk.count, size_, key_limit_, step.keys + next, chunk.keys,
                                 chunk.key_scales);
@@ -278,10 +325,10 @@ void Attention<Cached>::weigh(const Step& step, const Tile& tile, int index, con
   }
   const AttentionScores all{scores.values, scores.largest, scores.weights, kChunk,
                             scores.begin,  scores.end,     queries.factors};
-  if constexpr (kRounded)
+  if (chunk.value_scales == nullptr)
     arithmetic_.weights(all, rows, count, part);
   else
-    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kWeightLimit, part);
+    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kRounded ? kByteWeightLimit : kWeightLimit, part);
 }
 
 // Pairs of a chunk's positions that some row of a tile sees.

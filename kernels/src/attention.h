@@ -1,5 +1,11 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
-// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone.
+// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone; the two with Normed in
+// their names norm the heads of queries and keys first.
+//
+// How long a row of an 8-bit cache is says how it is scaled. A row of head size has the scales of its channels, which
+// the graph fixes: values beyond them are clipped. A row that is longer by a float has a scale of its own, which stands
+// in that float, on top of the channels': it is computed when the row is written, from its largest value, so nothing
+// is clipped.
 //
 // Products are those of integers. A cache of 8 bits is taken as it is; a row's query is rounded to 16 bits, by its
 // largest value, and the weights of a chunk's values to 15, by the largest of them. Of floats, keys and values are
@@ -36,6 +42,8 @@ class Attention {
   struct Step {
     int batch, rows, capacity;
     int kept;                         // of a sequence's rows: the last ones, whose results are asked for
+    int stride_cache;                 // from one position's keys or values to the next
+    bool scaled;                      // rows of the cache end with a scale of their own
     size_t stride_query, stride_key;  // from one position to the next
     const float *query, *key, *value;
     const int32_t* lengths;  // of each sequence, with this step's rows, less 1
@@ -61,8 +69,8 @@ class Attention {
   };
   using Part = AttentionPart;
   using State = AttentionState;
-  // A chunk, arranged: keys and values of `count` positions as columns; and the scales of those that were floats, by
-  // positions.
+  // A chunk, arranged: keys and values of `count` positions as columns; and their scales by positions, null where
+  // there are none.
   struct Chunk {
     int16_t *keys, *values;
     float *key_scales, *value_scales;
@@ -86,8 +94,11 @@ class Attention {
 
   void read_scales(const Info& info);
   Step read(Call& call) const;
-  void rotated(const Step& step, int position, float* head) const;
+  const float* head_norm(const Info& info, size_t input) const;
+  void place_head(const Step& step, int position, const float* norm, float* head) const;
   void append(const Step& step, int sequence, int row) const;
+  void store_row(const float* x, const float* factors, bool scaled, Cached* row) const;
+  void read_row_scales(const Step& step, const Cached* rows, int count, float* scales) const;
   void prepare(const Step& step, const Tile& tile, const Queries& queries) const;
   size_t place(const Step& step, const Tile& tile, int index) const;
   Chunk arranged(const Step& step, const Tile& tile, int index, size_t next, Chunk chunk) const;
@@ -111,6 +122,8 @@ class Attention {
   int width_;   // size, padded to lanes
   int window_;  // positions that a position sees, itself included; 0: all
   bool rotary_;
+  float epsilon_;  // of the norms of queries and keys; below 0: there are none
+  const float *query_norm_ = nullptr, *key_norm_ = nullptr;
   int key_limit_, query_limit_;  // of their integers: a score fits into 32 bits
   // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
   std::vector<float> query_scales_, value_scales_;

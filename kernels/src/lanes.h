@@ -102,6 +102,19 @@ inline Lanes exp_of(Lanes x) {
   return where_at_least(x, lowest, times_power(y, n));
 }
 
+// The normal distribution's share below x. Below -|x| it is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.24 |x|),
+// whose relative error is 3e-9 (fitted in double precision, for |x| up to 13.3, beyond which the share is subnormal).
+inline Lanes normal_distribution(Lanes x) {
+  const Lanes size = abs(x), t = div(set(1), fma(size, set(0.24f), set(1)));
+  Lanes y = set(2.538313727e-02f);
+  for (float coefficient : {-1.238177233e-01f, 2.034345455e-01f, -1.413586368e-01f, 1.388488363e-01f, 2.966611149e-02f,
+                            8.719302203e-02f, 8.906811479e-02f, 9.583950780e-02f, 9.574308634e-02f})
+    y = fma(y, t, set(coefficient));
+  const Lanes below = mul(mul(y, t), exp_of(mul(mul(size, size), set(-0.5f))));
+  // Of the two, x < 0 takes the share below -|x| itself: 1 less the other one would have lost its digits.
+  return add(where_at_least(x, zero(), sub(set(1), add(below, below))), below);
+}
+
 constexpr int kSquare = 16;
 using Square = int8_t __attribute__((vector_size(kSquare)));
 

@@ -27,6 +27,7 @@ inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256
 inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Lanes div(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Lanes min(Lanes a, Lanes b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline Lanes abs(Lanes a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
@@ -105,9 +106,10 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 }
 #else
 constexpr int kOffset = 0;
-// Pairs are summed in 16 bits, of magnitudes up to 127: 2 * 127 * 127 < 2^15, so nothing saturates.
+// Pairs are summed in 16 bits, of weights up to 127 and values up to 128: 2 * 128 * 127 < 2^15, so nothing saturates.
+// Weights take the signs of the values, not the other way round: there is no 128 among int8.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif

@@ -20,6 +20,7 @@ inline Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 inline Lanes sub(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
 inline float largest(Lanes x) { return _mm512_reduce_max_ps(x); }
 // Of four rows: lanes 4 i to 4 i + 3 are what all lanes of row i give, those that are 8 apart first, then 4, 2, 1.

@@ -46,6 +46,9 @@ inline Lanes div(Lanes a, Lanes b) {
 inline Lanes max(Lanes a, Lanes b) {
   return each([&](int i) { return vmaxq_f32(a.part[i], b.part[i]); });
 }
+inline Lanes min(Lanes a, Lanes b) {
+  return each([&](int i) { return vminq_f32(a.part[i], b.part[i]); });
+}
 inline Lanes abs(Lanes a) {
   return each([&](int i) { return vabsq_f32(a.part[i]); });
 }
@@ -117,7 +120,7 @@ inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x))
 inline Ints dot(Ints sums, Bytes w, Bytes x) { return vdotq_s32(sums, w, x); }
 #else
 // Here four columns' quads are their first two values, then their last two, so that a product of all takes three
-// instructions: magnitudes are at most 127, and a sum of two products fits into 16 bits.
+// instructions: magnitudes are at most 127 and 128, and a sum of two products fits into 16 bits.
 inline Bytes broadcast(uint32_t x) {
   const uint8x16_t order = {0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3};
   return vreinterpretq_s8_u8(vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(x)), order));

@@ -109,19 +109,31 @@ void add_operators(OrtSessionOptions* options) {
   // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(kDomain, &domain));
-  const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat};
+  const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat},
+      post_normed{kFloat, kFloat, kFloat, kFloat, kInt8, kFloat};
   const auto add = [&](OrtCustomOp* op) { check(api->CustomOpDomain_Add(domain, op)); };
-  add(define<RowwiseMatMul>("RowwiseMatMul", product, {kFloat}, 3, threads, own));
-  add(define<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat}, 3, threads, own));
-  add(define<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat}, 5, threads, own));
-  add(define<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat}, 3, threads, own));
+  const auto add_product = [&]<typename Product>(const char* name, const char* wide, Types inputs, Types outputs) {
+    add(define<Product>(name, inputs, outputs, inputs.size(), threads, own));
+    add(define<Wide<Product>>(wide, inputs, outputs, inputs.size(), threads, own));
+  };
+  add_product.operator()<RowwiseMatMul>("RowwiseMatMul", "RowwiseMatMul16", product, {kFloat});
+  add_product.operator()<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", "RowwiseMatMulTransposed16", product,
+                                                  {kFloat});
+  add_product.operator()<NormedRowwiseMatMul>("NormedRowwiseMatMul", "NormedRowwiseMatMul16", normed, {kFloat, kFloat});
+  add_product.operator()<PostNormedRowwiseMatMul>("PostNormedRowwiseMatMul", "PostNormedRowwiseMatMul16", post_normed,
+                                                  {kFloat, kFloat});
+  add_product.operator()<GatedRowwiseMatMul>("GatedRowwiseMatMul", "GatedRowwiseMatMul16", product, {kFloat});
+  add_product.operator()<GeluGatedRowwiseMatMul>("GeluGatedRowwiseMatMul", "GeluGatedRowwiseMatMul16", product,
+                                                 {kFloat});
   const auto add_attention = [&]<typename Cached>(ONNXTensorElementDataType cached) {
     Types inputs{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
     const Types outputs{kFloat, cached, cached};
-    add(define<Attention<Cached>>("GroupQueryAttention", inputs, outputs, 1, threads, own));
+    for (const char* name : {"GroupQueryAttention", "NormedGroupQueryAttention"})
+      add(define<Attention<Cached>>(name, inputs, outputs, 1, threads, own));
     inputs.push_back(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-    add(define<Attention<Cached>>("KeptGroupQueryAttention", inputs, outputs, 1, threads, own));
+    for (const char* name : {"KeptGroupQueryAttention", "KeptNormedGroupQueryAttention"})
+      add(define<Attention<Cached>>(name, inputs, outputs, 1, threads, own));
   };
   add_attention.operator()<int8_t>(kInt8);
   add_attention.operator()<float>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);

@@ -18,20 +18,66 @@ constexpr int kTilesAhead = 4;
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
-float quantize(const float* x, int size, uint8_t* q) {
-  const float r = largest_magnitude(x, size);
+void quantize_8(const float* x, int size, float r, uint8_t* q) {
   // The order of QuantizeLinear: two divisions, then rounding to even. A product differs from them by five roundings of
   // at most 127, 4e-5 together, so that it is rounded to the same unless it is as near to halfway between two, or a row
   // has no values to divide by.
-  const Lanes divisor = set(r), step = set(1.0f / 127), factor = set(127 / r), almost_half = set(0.4999f);
+  const Lanes divisor = set(r), step = set(kStep), factor = set(127 / r), almost_half = set(0.4999f);
   each_lanes(size, [&](int i, int count) {
     const Lanes values = load_some(x + i, count), scaled = mul(values, factor);
     Lanes whole = round(scaled);
     if (!all_below(abs(sub(scaled, whole)), almost_half)) whole = round(div(div(values, divisor), step));
     store_bytes(q + i, whole, kOffset);
   });
-  std::fill(q + size, q + padded(size, kBlock), uint8_t{0});
+}
+
+// x / divisor, rounded as by `div`, without its wait: a product with the inverse, and another one with what that leaves
+// over, which is exact (P. Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of
+// floats; those below 2^-30 may be off.
+class Quotient {
+ public:
+  explicit Quotient(float divisor) : negative_(set(-divisor)), inverse_(set(1 / divisor)) {}
+
+  Lanes operator()(Lanes x) const {
+    const Lanes nearly = mul(x, inverse_);
+    return fma(fma(nearly, negative_, x), inverse_, nearly);
+  }
+
+ private:
+  Lanes negative_, inverse_;
+};
+
+void quantize_16(const float* x, int size, float r, uint8_t* high, uint8_t* low) {
+  const Quotient in_steps(kStep), in_low_steps(kStep * kLowStep);
+  const auto store_planes = [&](auto share) {
+    each_lanes(size, [&](int i, int count) {
+      const Lanes shares = share(load_some(x + i, count)), whole = round(in_steps(shares));
+      const Lanes rest = sub(shares, mul(whole, set(kStep)));
+      store_bytes(high + i, whole, kOffset);
+      store_bytes(low + i, min(round(in_low_steps(rest)), set(127)), kOffset);
+    });
+  };
+  constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+  if (kLeast < r && r < kMost)
+    store_planes(Quotient(r));
+  else
+    store_planes([divisor = set(r)](Lanes values) { return div(values, divisor); });
+}
+
+float quantize(const float* x, int size, int planes, uint8_t* q) {
+  const float r = largest_magnitude(x, size);
+  const int stride = padded(size, kBlock);
+  if (planes == 1)
+    quantize_8(x, size, r, q);
+  else
+    quantize_16(x, size, r, q, q + stride);
+  for (int plane = 0; plane < planes; plane++)
+    std::fill(q + plane * stride + size, q + (plane + 1) * stride, uint8_t{0});
   return r;
+}
+
+inline float inverse_root(Lanes squares, int size, float epsilon) {
+  return 1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
 }
 
 void norm(const float* x, const float* skip, const float* weight, float epsilon, int size, int next, float* total,
@@ -44,20 +90,52 @@ void norm(const float* x, const float* skip, const float* weight, float epsilon,
     store_some(total + i, both, count);
     squares = fma(both, both, squares);
   });
-  const Lanes inverse = set(1 / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon));
+  const Lanes inverse = set(inverse_root(squares, size, epsilon));
   each_lanes(size, [&](int i, int count) {
     store(y + i, mul(mul(load_some(total + i, count), inverse), load_some(weight + i, count)));
   });
 }
 
-void gate(const float* gate, const float* up, int size, int next, float* y) {
+void plain_norm(const float* x, const float* weight, float epsilon, int size, float* y) {
+  Lanes squares = zero();
+  each_lanes(size, [&](int i, int count) {
+    const Lanes values = load_some(x + i, count);
+    squares = fma(values, values, squares);
+  });
+  const Lanes inverse = set(inverse_root(squares, size, epsilon));
+  each_lanes(size, [&](int i, int count) {
+    store(y + i, mul(mul(load_some(x + i, count), inverse), load_some(weight + i, count)));
+  });
+}
+
+// y = gate * opening(gate) * up.
+template <typename Opening>
+inline void open(const float* gate, const float* up, int size, int next, float* y, Opening opening) {
   each_lanes(size, [&](int i, int count) {
     for (const float* ahead : {gate + i + next, up + i + next}) __builtin_prefetch(ahead);
-    // e is at most 1: it neither overflows nor takes digits from the sum.
-    const Lanes x = load_some(gate + i, count), e = exp_of(mul(abs(x), set(-1)));
-    const Lanes opening = div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
-    store(y + i, mul(mul(x, opening), load_some(up + i, count)));
+    const Lanes x = load_some(gate + i, count);
+    store(y + i, mul(mul(x, opening(x)), load_some(up + i, count)));
   });
+}
+
+inline Lanes sigmoid(Lanes x) {
+  // e is at most 1: it neither overflows nor takes digits from the sum.
+  const Lanes e = exp_of(mul(abs(x), set(-1)));
+  return div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
+}
+
+void gate(const float* gate, const float* up, int size, int next, float* y) {
+  open(gate, up, size, next, y, [](Lanes x) { return sigmoid(x); });
+}
+
+void tanh_gelu_gate(const float* gate, const float* up, int size, int next, float* y) {
+  // (1 + tanh(u)) / 2 = sigmoid(2 u), where u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+  open(gate, up, size, next, y,
+       [](Lanes x) { return sigmoid(mul(x, fma(mul(x, x), set(7.135481627e-2f), set(1.595769122f)))); });
+}
+
+void gelu_gate(const float* gate, const float* up, int size, int next, float* y) {
+  open(gate, up, size, next, y, [](Lanes x) { return normal_distribution(x); });
 }
 
 // --- integer products -----------------------------------------------------------------------------------------------
@@ -71,21 +149,41 @@ struct Scaling {
   Scaling(const Result& result, int column) : scales(load(result.scales + column)) {
     for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
   }
-  Lanes apply(const Ints* sums, float factor) const {
-    return mul(mul(difference(sums, corrections), scales), set(factor));
+  // sums: of a row's planes, `stride` apart.
+  template <int Planes>
+  Lanes apply(const Ints* sums, int stride, float factor) const {
+    Lanes whole = product(sums);
+    if constexpr (Planes == 2) whole = add(whole, mul(product(sums + stride), set(kLowStep)));
+    return mul(whole, set(factor));
   }
+
+ private:
+  Lanes product(const Ints* sums) const { return mul(difference(sums, corrections), scales); }
 };
 
-void scale(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result) {
+// function<planes>(): compiled for each number of planes.
+template <typename Function>
+inline void by_planes(int planes, Function function) {
+  planes == 1 ? function.template operator()<1>() : function.template operator()<2>();
+}
+
+template <int Planes>
+void scale_rows(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result) {
   each_lanes(columns, [&](int column, int count) {
     const Scaling scaling(result, column);
-    for (int row = 0; row < rows; row++) {
-      Ints parts[kIntsPerLanes];
-      for (int i = 0; i < kIntsPerLanes; i++)
-        parts[i] = load_ints(sums + row * stride_sums + column + i * kSumsPerInts);
-      store_some(result.y + row * result.stride + column, scaling.apply(parts, result.factors[row]), count);
+    const int32_t* next = sums + column;
+    for (int row = 0; row < rows / Planes; row++) {
+      Ints parts[Planes * kIntsPerLanes];
+      for (int plane = 0; plane < Planes; plane++, next += stride_sums)
+        for (int i = 0; i < kIntsPerLanes; i++) parts[plane * kIntsPerLanes + i] = load_ints(next + i * kSumsPerInts);
+      const Lanes y = scaling.apply<Planes>(parts, kIntsPerLanes, result.factors[row]);
+      store_some(result.y + row * result.stride + column, y, count);
     }
   });
+}
+
+void scale(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result) {
+  by_planes(result.planes, [&]<int Planes>() { scale_rows<Planes>(sums, stride_sums, rows, columns, result); });
 }
 
 // kBytes columns of four rows of a matrix.
@@ -127,13 +225,15 @@ struct Sums {
       for (int i = 0; i < 4; i++) store_ints(place + m * stride + i * kSumsPerInts, values[m][i]);
   }
   // Unrolled: an index that is computed would put the sums into memory.
+  template <int Planes>
   void store(const Result& result) const {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i += kIntsPerLanes) {
       const Scaling scaling(result, i * kSumsPerInts);
       float* y = result.y + i * kSumsPerInts;
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++, y += result.stride) edgelm::store(y, scaling.apply(values[m] + i, result.factors[m]));
+      for (int m = 0; m < M; m += Planes, y += result.stride)
+        edgelm::store(y, scaling.apply<Planes>(values[m] + i, 4, result.factors[m / Planes]));
     }
   }
   void add(const Bytes quads[4], const uint8_t* x, size_t stride_x) {
@@ -142,16 +242,19 @@ struct Sums {
       for (int i = 0; i < 4; i++) values[m][i] = dot(values[m][i], quads[i], factor);
     }
   }
-  void add(const int32_t* place) {
-    for (int i = 0; i < 4; i++) values[0][i] = add_ints(values[0][i], load_ints(place + i * kSumsPerInts));
+  void add(const int32_t* place, size_t stride) {
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++)
+        values[m][i] = add_ints(values[m][i], load_ints(place + m * stride + i * kSumsPerInts));
   }
   // Put in order and scaled; of less than kBytes columns so many.
+  template <int Planes>
   void finish(int columns, const Result& result) {
     for (auto& row : values) in_order(row);
-    if (columns >= kBytes) return store(result);
+    if (columns >= kBytes) return store<Planes>(result);
     int32_t sums[M * kBytes];
     store(sums, kBytes);
-    scale(sums, kBytes, M, columns, result);
+    scale_rows<Planes>(sums, kBytes, M, columns, result);
   }
 };
 
@@ -205,14 +308,16 @@ void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int d
 
 void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int rows, int columns,
                  const Result& result) {
-  for (int row = 0; row < rows; row++)
-    for (int column = 0; column < columns; column += kBytes) {
-      const size_t place = row * stride_sums + column;
-      Sums<1> tile;
-      tile.load(sums[0] + place, 0);
-      for (int part = 1; part < parts; part++) tile.add(sums[part] + place);
-      tile.finish(columns - column, result.from(row, column));
-    }
+  by_planes(result.planes, [&]<int Planes>() {
+    for (int row = 0; row < rows; row += Planes)
+      for (int column = 0; column < columns; column += kBytes) {
+        const size_t place = row * stride_sums + column;
+        Sums<Planes> tile;
+        tile.load(sums[0] + place, stride_sums);
+        for (int part = 1; part < parts; part++) tile.add(sums[part] + place, stride_sums);
+        tile.template finish<Planes>(columns - column, result.from(row / Planes, column));
+      }
+  });
 }
 
 template <int M, int N>
@@ -282,12 +387,12 @@ void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
   }
 }
 
-template <int M>
+template <int M, int Planes>
 inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns,
                        const Result& result) {
   for (int part = 0; part < columns; part += kBytes) {
     // What is written is on its way meanwhile: y is larger than the caches, and few stores wait side by side.
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < M / Planes; m++)
       for (int i = 0; i < kBytes; i += kLanes) __builtin_prefetch(result.y + m * result.stride + part + i, 1);
     Sums<M> tile;
     tile.clear();
@@ -297,24 +402,27 @@ inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, i
                               load_bytes(w + 3 * kBytes)};
       tile.add(quads, x + k, stride_x);
     }
-    tile.finish(columns - part, result.from(0, part));
+    tile.template finish<Planes>(columns - part, result.from(0, part));
   }
 }
 
-template <int M>
+template <int M, int Planes>
 void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
                 const Result& result) {
   int row = 0;
   for (; row + M <= rows; row += M)
-    panel_tile<M>(x + row * stride_x, stride_x, panel, depth, columns, result.from(row, 0));
-  if constexpr (M > 1)
+    panel_tile<M, Planes>(x + row * stride_x, stride_x, panel, depth, columns, result.from(row / Planes, 0));
+  if constexpr (M > Planes)
     if (row < rows)
-      panel_rows<M - 1>(x + row * stride_x, rows - row, stride_x, panel, depth, columns, result.from(row, 0));
+      panel_rows<M - Planes, Planes>(x + row * stride_x, rows - row, stride_x, panel, depth, columns,
+                                     result.from(row / Planes, 0));
 }
 
 void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
            const Result& result) {
-  panel_rows<kPanelRows>(x, rows, stride_x, panel, depth, columns, result);
+  static_assert(kPanelRows % 2 == 0, "rows of two planes go together");
+  by_planes(result.planes,
+            [&]<int Planes>() { panel_rows<kPanelRows, Planes>(x, rows, stride_x, panel, depth, columns, result); });
 }
 
 }  // namespace

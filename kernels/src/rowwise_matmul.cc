@@ -9,10 +9,11 @@ namespace edgelm {
 
 namespace {
 
-// One value of a row as the bodies scale it: (1 / 127) * scale of the column, in float.
-constexpr float kStep = 1.0f / 127;
-// Rows for which the matrix is read as it stands. For more, arranging it in panels pays.
+// Quantized rows for which the matrix is read as it stands. For more, arranging it in panels pays.
 constexpr int kMostDirect = 8;
+// The same of a transposed matrix, whose panels cost more: a transposition.
+constexpr int kMostDirectTransposed = 24;
+static_assert(kFewRows % 2 == 0, "the planes of a row go together");
 // Depth of a strip of the matrix, which is shared out as a whole.
 constexpr int kStripDepth = 32;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
@@ -30,14 +31,15 @@ int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
 
 }  // namespace
 
-RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed)
-    : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads) {
+RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, int planes, size_t weights, bool transposed)
+    : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads), planes_(planes) {
   const Tensor matrix = info.constant(weights), scales = info.constant(weights + 1);
   depth_ = static_cast<int>(matrix.shape.at(transposed ? 1 : 0));
   columns_ = static_cast<int>(matrix.shape.at(transposed ? 0 : 1));
   weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
   scales_.resize(padded(columns_, kBlock));
+  // As MatMulIntegerToFloat scales: (1 / 127) * scale of the column, in float.
   for (float& scale : scales_) scale *= kStep;
 }
 
@@ -66,60 +68,85 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   if (count == 0) return;
   std::call_once(corrected_, [this] { correct(); });
   const size_t stride = padded(depth_, kBlock);
-  float* const memory = scratch(0, threads_ * stride + count * (stride / sizeof(float) + 1));
+  float* const memory = scratch(0, threads_ * stride + count * (planes_ * stride / sizeof(float) + 1));
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
-  const Rows rows{values, count, stride};
-  const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_)};
+  const Rows rows{values, count * planes_, stride};
+  const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_), planes_};
   const auto make_row = [&](int row, int next, int worker) {
-    factors[row] = make(row, next, memory + worker * stride, values + row * stride);
+    const float* const made = make(row, next, memory + worker * stride);
+    factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
   };
-  if (count <= kMostDirect && !transposed_) return by_depth(call, rows, make_row, result);
+  const bool direct = rows.count <= (transposed_ ? kMostDirectTransposed : kMostDirect);
+  if (direct && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
     for (int row = task * kTaskRows; row < end; row++) make_row(row, row + 1 < end ? 1 : 0, worker);
   });
-  if (count > kMostDirect || (transposed_ && depth_ % kBlock != 0))
-    by_panels(call, rows, result);
-  else
+  if (direct && depth_ % kBlock == 0)
     by_columns(call, rows, result);
+  else
+    by_panels(call, rows, result);
 }
 
 void RowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, depth_, [&](int row, int, float*, uint8_t* q) {
-    return arithmetic_.quantize(x.values<float>() + static_cast<size_t>(row) * depth_, depth_, q);
-  });
+  multiply(call, x, depth_,
+           [&](int row, int, float*) { return x.values<float>() + static_cast<size_t>(row) * depth_; });
 }
 
-NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads)
-    : RowwiseMatMul(info, threads, 3, false), epsilon_(info.number("epsilon", 0)) {
-  const Tensor norm = info.constant(2);
-  norm_ = norm.values<float>();
-  if (norm.shape != std::vector<int64_t>{depth_})
+NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm)
+    : RowwiseMatMul(info, threads, planes, norm + 1, false),
+      epsilon_(info.number("epsilon", 0)),
+      norm_(norm_weights(info, norm)) {}
+
+const float* NormedRowwiseMatMul::norm_weights(const Info& info, size_t input) const {
+  const Tensor weights = info.constant(input);
+  if (weights.shape != std::vector<int64_t>{depth_})
     throw std::runtime_error("a norm has a weight for each value of a row");
+  return weights.values<float>();
 }
 
-void NormedRowwiseMatMul::compute(Call& call) const {
+template <typename Add>
+void NormedRowwiseMatMul::compute(Call& call, Add add) const {
   const Tensor x = call.input(0), skip = call.input(1);
   if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
   float* const total = call.output<float>(1, x.shape);
-  multiply(call, x, depth_, [&](int row, int next, float* own, uint8_t* q) {
+  multiply(call, x, depth_, [&](int row, int next, float* own) {
     const size_t place = static_cast<size_t>(row) * depth_;
-    arithmetic_.norm(x.values<float>() + place, skip.values<float>() + place, norm_, epsilon_, depth_, next * depth_,
-                     total + place, own);
-    return arithmetic_.quantize(own, depth_, q);
+    arithmetic_.norm(x.values<float>() + place, add(skip.values<float>() + place, own), norm_, epsilon_, depth_,
+                     next * depth_, total + place, own);
+    return own;
+  });
+}
+
+void NormedRowwiseMatMul::compute(Call& call) const {
+  compute(call, [](const float* skip, float*) { return skip; });
+}
+
+PostNormedRowwiseMatMul::PostNormedRowwiseMatMul(const Info& info, int threads, int planes)
+    : NormedRowwiseMatMul(info, threads, planes, 3), post_(norm_weights(info, 2)) {}
+
+void PostNormedRowwiseMatMul::compute(Call& call) const {
+  NormedRowwiseMatMul::compute(call, [&](const float* skip, float* own) {
+    arithmetic_.plain_norm(skip, post_, epsilon_, depth_, own);
+    return own;
   });
 }
 
 void GatedRowwiseMatMul::compute(Call& call) const {
   const Tensor x = call.input(0);
-  multiply(call, x, 2 * depth_, [&](int row, int next, float* own, uint8_t* q) {
+  multiply(call, x, 2 * depth_, [&](int row, int next, float* own) {
     const float* const halves = x.values<float>() + static_cast<size_t>(row) * 2 * depth_;
-    arithmetic_.gate(halves, halves + depth_, depth_, next * 2 * depth_, own);
-    return arithmetic_.quantize(own, depth_, q);
+    gate_(halves, halves + depth_, depth_, next * 2 * depth_, own);
+    return own;
   });
 }
+
+GeluGatedRowwiseMatMul::GeluGatedRowwiseMatMul(const Info& info, int threads, int planes)
+    : GatedRowwiseMatMul(
+          info, threads, planes,
+          info.text("approximate", "none") == "tanh" ? arithmetic()->tanh_gelu_gate : arithmetic()->gelu_gate) {}
 
 // Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
 // comes first makes the rows. The last one that is done scales the sums.
@@ -129,6 +156,7 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const 
   const size_t stride = padded(columns_, kBlock), own = stride * x.count;
   int32_t* const sums = integers(scratch(1, own * parts));
   const int32_t* used[kMostWorkers];
+  const int rows = x.count / planes_;
   std::atomic<int> next_row{0}, made{0}, done{0};
   Runs runs(strips, parts);
   const auto begin = [&](int strip) { return weights_ + static_cast<size_t>(strip) * kStripDepth * columns_; };
@@ -144,8 +172,8 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const 
     }
   };
   const auto work = [&](int part) {
-    for (int row = next_row++; row < x.count; row = next_row++) make_row(row, 0, part), made++;
-    while (made < x.count) relax();
+    for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, part), made++;
+    while (made < rows) relax();
     add(part);
     if (++done < parts) return;
     const int count = static_cast<int>(std::remove(used, used + parts, nullptr) - used);
@@ -167,7 +195,7 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const
         const int count = std::min(kFewRows, x.count - row);
         arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + task * task_size, depth_, end - begin,
                          own, kTaskColumns);
-        arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row, begin));
+        arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row / planes_, begin));
       }
     }
   };
@@ -200,7 +228,7 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const 
           __builtin_prefetch(weights_ + next * width + line * stride);
       const int row = group * at_once, count = std::min(at_once, x.count - row);
       arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), end - begin,
-                        y.from(row, begin));
+                        y.from(row / planes_, begin));
     }
   });
 }

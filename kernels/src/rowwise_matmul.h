@@ -1,6 +1,6 @@
 // edgelm::RowwiseMatMul and those with something in front of the product: a row of activations is computed, quantized
-// by itself to 8 bits and multiplied with an int8 matrix (docs/bundle.md). Quantization and product are bit for bit
-// what the functions' bodies compute.
+// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix (docs/bundle.md). Quantization
+// and product are bit for bit what the functions' bodies compute.
 #pragma once
 
 #include <mutex>
@@ -12,19 +12,18 @@ namespace edgelm {
 
 class RowwiseMatMul {
  public:
-  // threads: of the session.
-  RowwiseMatMul(const Info& info, int threads) : RowwiseMatMul(info, threads, 1, false) {}
+  // threads: of the session. planes: of 8 bits each, of a quantized row.
+  RowwiseMatMul(const Info& info, int threads, int planes = 1) : RowwiseMatMul(info, threads, planes, 1, false) {}
 
   void compute(Call& call) const;
 
  protected:
   // weights: the input that is the matrix, with the scales behind it. transposed: it is (columns, depth) instead of
   // (depth, columns).
-  RowwiseMatMul(const Info& info, int threads, size_t weights, bool transposed);
+  RowwiseMatMul(const Info& info, int threads, int planes, size_t weights, bool transposed);
 
-  // The product of rows that are made of rows of x, `width` values each. make(row, next, own, q) writes a row's
-  // quantized values and returns its factor, as Arithmetic::quantize does; next: how many rows further its thread goes
-  // on, 0 at the end; own: memory for a row of floats.
+  // The product of rows that are made of rows of x, `width` values each. make(row, next, own) returns the `depth`
+  // values of a row; next: how many rows further its thread goes on, 0 at the end; own: memory for them.
   template <typename Make>
   void multiply(Call& call, const Tensor& x, int width, Make make) const;
 
@@ -32,6 +31,7 @@ class RowwiseMatMul {
   int depth_, columns_;
 
  private:
+  // Quantized rows: as many for each row of x, one behind the other, as there are planes.
   struct Rows {
     const uint8_t* values;
     int count;
@@ -45,7 +45,7 @@ class RowwiseMatMul {
   void by_panels(Call& call, const Rows& x, const Result& y) const;
 
   bool transposed_;
-  int threads_;
+  int threads_, planes_;
   const int8_t* weights_;
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
@@ -56,27 +56,71 @@ class RowwiseMatMul {
 
 class RowwiseMatMulTransposed : public RowwiseMatMul {
  public:
-  RowwiseMatMulTransposed(const Info& info, int threads) : RowwiseMatMul(info, threads, 1, true) {}
+  RowwiseMatMulTransposed(const Info& info, int threads, int planes = 1)
+      : RowwiseMatMul(info, threads, planes, 1, true) {}
 };
 
 // Of a residual sum's norm. The sum is an output too.
 class NormedRowwiseMatMul : public RowwiseMatMul {
  public:
-  NormedRowwiseMatMul(const Info& info, int threads);
+  NormedRowwiseMatMul(const Info& info, int threads, int planes = 1) : NormedRowwiseMatMul(info, threads, planes, 2) {}
+
+  void compute(Call& call) const;
+
+ protected:
+  // norm: the input that is the norm's weights, with the matrix behind it.
+  NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm);
+
+  const float* norm_weights(const Info& info, size_t input) const;
+  // add(skip, own) returns what is added to a row of x, of a row of skip; own: memory for a row.
+  template <typename Add>
+  void compute(Call& call, Add add) const;
+
+  float epsilon_;
+
+ private:
+  const float* norm_;
+};
+
+// Of a residual sum of x and another row's norm.
+class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
+ public:
+  PostNormedRowwiseMatMul(const Info& info, int threads, int planes = 1);
 
   void compute(Call& call) const;
 
  private:
-  const float* norm_;
-  float epsilon_;
+  const float* post_;
 };
 
 // Of silu(the first half of a row) * the second half.
 class GatedRowwiseMatMul : public RowwiseMatMul {
  public:
-  using RowwiseMatMul::RowwiseMatMul;
+  GatedRowwiseMatMul(const Info& info, int threads, int planes = 1)
+      : GatedRowwiseMatMul(info, threads, planes, arithmetic()->gate) {}
 
   void compute(Call& call) const;
+
+ protected:
+  using Gate = decltype(Arithmetic::gate);
+  GatedRowwiseMatMul(const Info& info, int threads, int planes, Gate gate)
+      : RowwiseMatMul(info, threads, planes), gate_(gate) {}
+
+ private:
+  Gate gate_;
+};
+
+// The same with GELU.
+class GeluGatedRowwiseMatMul : public GatedRowwiseMatMul {
+ public:
+  GeluGatedRowwiseMatMul(const Info& info, int threads, int planes = 1);
+};
+
+// One of the above on rows of 16 bits.
+template <typename Product>
+class Wide : public Product {
+ public:
+  Wide(const Info& info, int threads) : Product(info, threads, 2) {}
 };
 
 }  // namespace edgelm

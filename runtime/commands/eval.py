@@ -31,7 +31,8 @@ _ENTRY_POINTS = "edgelm.models"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "model", help="bundle, model folder, hub id such as owner/name, or builtin:tales; models need the exporter"
+        "model",
+        help="bundle, model folder, GGUF file, hub id such as owner/name, or builtin:tales; models need the exporter",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on")
     parser.add_argument("--window", type=int, metavar="N", help="tokens of a window (512, or the context)")

@@ -201,10 +201,12 @@ def _layer(layer: LayerCache | None) -> str:
 def _cache(manifest: Manifest) -> str:
     kv = manifest.model.kv
     width = _CACHE_BYTES[kv.type]
-    sizes = [
-        layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.model.layers if layer is not None
-    ]
-    return f"{kv.type}{' per ' + kv.granularity if kv.granularity else ''}, {sum(sizes) * width:,} bytes a token"
+    layers = [layer for layer in manifest.model.layers if layer is not None]
+    values = sum(layer.kv_heads * (layer.key_size + layer.value_size) for layer in layers) * width
+    scales = sum(2 * layer.kv_heads for layer in layers) * kv.scale_bytes
+    return f"{kv.type}{' per ' + kv.granularity if kv.granularity else ''}, {values:,} bytes a token" + (
+        f", {values + scales:,} with kernels" if scales else ""
+    )
 
 
 def _quality(manifest: Manifest) -> dict[str, str]:

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .processor import cpu_flags, llama_cpp_settings
+
 # By adapter. All versions of a comparison stand here; edgelm's are those of the environment that runs the script.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "edgelm": (),
@@ -46,12 +48,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "ctranslate2": ("ctranslate2==4.8.5", "torch==2.13.0", "transformers==4.57.6"),
     "transformers": ("transformers==5.23.0", "torch==2.13.0"),
 }
-# Built here from their source packages, for this processor, with these settings.
+# Built here from their source packages, for this processor, with these settings. The part for images is not needed.
 BUILDS: dict[str, dict[str, str]] = {
-    "llama-cpp-python==0.3.36": {
-        # AMX kernels crash on some machines that report them; the part for images is not needed.
-        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF -DLLAVA_BUILD=OFF"
-    }
+    "llama-cpp-python==0.3.36": {"CMAKE_ARGS": " ".join([*llama_cpp_settings(cpu_flags()), "-DLLAVA_BUILD=OFF"])}
 }
 _TIMEOUT_S = 3600
 _SCRIPTS = Path(__file__).resolve().parents[1]
@@ -84,11 +83,11 @@ class Environments:
         """Make the environment of an adapter. Raises: PeerError."""
         packages = PACKAGES[adapter]
         stamp = self._folder(adapter) / "installed.json"
-        if packages and not (stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == list(packages)):
+        wanted = {"packages": list(packages), "builds": [BUILDS[name] for name in packages if name in BUILDS]}
+        if packages and not (stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted):
             run([sys.executable, "-m", "venv", "--clear", str(self._folder(adapter))])
-            wanted = [str(self._build(package)) if package in BUILDS else package for package in packages]
-            self._pip(adapter, ["install", *wanted])
-            stamp.write_text(json.dumps(packages), encoding="utf-8")
+            self._pip(adapter, ["install", *(str(self._build(name)) if name in BUILDS else name for name in packages)])
+            stamp.write_text(json.dumps(wanted), encoding="utf-8")
         self.versions[adapter] = self._versions(adapter)
 
     def identity(self, adapter: str) -> dict[str, Any]:
@@ -146,7 +145,9 @@ class Environments:
 
     def _build(self, package: str) -> Path:
         """The wheel of a package, built from its source package unless an earlier run did."""
-        source, wheels, name = self._source(package), self._cache / "wheels", package.partition("==")[0]
+        source, name = self._source(package), package.partition("==")[0]
+        settings = hashlib.sha256(json.dumps(BUILDS[package], sort_keys=True).encode()).hexdigest()[:8]
+        wheels = self._cache / "wheels" / settings
         if not source.is_dir():
             self._pip("llama_cpp", ["download", "--no-deps", "--no-binary", name, "-d", str(source.parent), package])
             with tarfile.open(f"{source}.tar.gz") as archive:

@@ -1,0 +1,61 @@
+"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs.
+
+Case: a call of one of the row-wise product functions whose int8 matrix is one of those named becomes a call of the
+function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
+`NAME.int8`, or `NAME.rows.int8` where it is an embedding's table too. Runs last: other passes know 8 bits only.
+
+`matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+import onnx_ir as ir
+
+from .functions import EDGELM, PRODUCTS, WIDE, make_call
+from .graph import GraphPass
+
+_SUFFIXES = (".rows.int8", ".int8")
+
+
+class WidenActivations(GraphPass):
+    """See the module."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        """names: of matrices, as in the source model."""
+        self._names = frozenset(names)
+
+    def apply(self, model: ir.Model) -> bool:
+        calls = [node for node, name in _products(model) if name in self._names and not node.op_type.endswith(WIDE)]
+        for node in calls:
+            make_call(model, node, node.op_type + WIDE)
+        return bool(calls)
+
+
+def matrices_of(model: ir.Model) -> dict[str, int]:
+    """Names of the matrices that row-wise products read, in the graph's order, with the multiply-adds that a token of a
+    prompt costs in each: 0 for the one that computes logits, of which a prompt needs one row."""
+    found: dict[str, int] = {}
+    for node, name in _products(model):
+        size = 0 if any(value.is_graph_output() for value in node.outputs) else math.prod(_shape(_matrix(node)))
+        found[name] = found.get(name, 0) + size
+    return found
+
+
+def _products(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    for node in list(model.graph):
+        if node.domain == EDGELM and node.op_type in PRODUCTS:
+            name = _matrix(node).name or ""
+            suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+            yield node, name.removesuffix(suffix)
+
+
+def _matrix(node: ir.Node) -> ir.Value:
+    return next(value for value in node.inputs if value is not None and value.dtype == ir.DataType.INT8)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None, "matrices are initializers"
+    return tuple(value.const_value.shape.numpy()) if isinstance(value.const_value.shape, ir.Shape) else ()

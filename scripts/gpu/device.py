@@ -1,0 +1,35 @@
+"""What the measurements share: a session as on a GPU, on the GPU or, to rehearse, on the CPU; results as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgelm.runtime.bundle import GRAPH_NAME, Bundle
+from edgelm.runtime.device_session import DeviceSession
+from edgelm.runtime.providers import CPU
+from edgelm.runtime.session import load_graph, open_folder
+
+
+def open_device(folder: Path, provider: str) -> tuple[Bundle, DeviceSession]:
+    """provider: "cuda", or "cpu" for the same steps without a GPU."""
+    if provider == "cuda":
+        bundle, session = open_folder(folder, provider="cuda")
+        assert isinstance(session, DeviceSession), "a bundle for cuda runs there"
+        return bundle, session
+    bundle = Bundle.open(folder)
+    return bundle, DeviceSession(load_graph(folder / GRAPH_NAME, 2, [CPU]), True, bundle.manifest.model, "cpu")
+
+
+def prompt(length: int, vocabulary: int) -> list[int]:
+    """Ids without a pattern, the same each time."""
+    return [(index * 7919 + index * index * 31) % vocabulary for index in range(length)]
+
+
+def record(file: Path, result: dict[str, Any]) -> None:
+    """Append one result, and show it."""
+    line = json.dumps(result)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(line + "\n")
+    print(line, flush=True)

@@ -1,0 +1,129 @@
+"""Bundles without weights, small enough to travel, for measuring speed with random ones.
+
+    python scripts/gpu/skeleton.py CONFIG FOLDER SCHEME...
+
+A model of CONFIG's sizes, whose weights are never computed, is traced and goes through the passes of an export for the
+target cuda. FOLDER/SCHEME then holds all of a bundle but its weights; `random_weights.py` makes those where it is run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import onnx_ir as ir
+from bench import _build_tokenizer
+from numpy.typing import NDArray
+
+from edgelm.export.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
+from edgelm.export.passes import fusing_passes, narrowing_passes, quantizing_passes
+from edgelm.export.trace import trace_model
+from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME
+from edgelm.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    CacheType,
+    LayerCache,
+    Manifest,
+    Model,
+    Quantization,
+    Source,
+    Target,
+    Tokens,
+)
+from edgelm.targets import load_target
+
+# Tables that are computed, and vectors, stay in the graph.
+_TABLES = ("rotary.", "pick.")
+_PAGE = 4096
+Layers = tuple[LayerCache | None, ...]
+
+
+class ShapesOnly:
+    """In place of a quantizer: what its blocks would be like."""
+
+    def __init__(self, settings: BlockSettings) -> None:
+        self.settings = settings
+
+    def quantized(self, _: str, matrix: NDArray[Any], symmetric: bool) -> Blocks:
+        inputs, outputs = matrix.shape
+        count, size = -(-inputs // self.settings.block), self.settings.block * self.settings.bits // 8
+        zeros = -(-count * self.settings.bits // 8)
+        return Blocks(
+            np.broadcast_to(np.uint8(0), (outputs, count, size)),
+            np.broadcast_to(np.float32(0), (outputs, count)),
+            None if symmetric else np.broadcast_to(np.uint8(0), (outputs, zeros)),
+        )
+
+
+def main() -> None:
+    config, folder, schemes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    module = empty_module(config)
+    traced = trace_model(module)
+    ir.passes.PassManager(fusing_passes(module.config.max_position_embeddings))(traced.graph)
+    for scheme in schemes:
+        out = folder / scheme
+        out.mkdir(parents=True, exist_ok=True)
+        write_skeleton(module, traced.layers, traced.graph.clone(), scheme, out)
+        _build_tokenizer(out, module.config.vocab_size)
+        print(out, sum(file.stat().st_size for file in out.iterdir()), flush=True)
+
+
+def empty_module(config: Path) -> Any:
+    """The model in memory that nothing was written to."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.float32).eval()
+
+
+def write_skeleton(module: Any, layers: Layers, graph: ir.Model, scheme: str, out: Path) -> None:
+    """Graph and manifest, of a fused graph. The manifest lists no file: what has to be listed is made elsewhere."""
+    profile, context_length = load_target("cuda"), module.config.max_position_embeddings
+    quantizer: Any = ShapesOnly(BLOCK_SCHEMES[scheme]) if scheme in BLOCK_SCHEMES else None
+    passes = [*quantizing_passes(scheme, profile.weight_bits, {}, (), quantizer), *narrowing_passes()]
+    ir.passes.PassManager(passes)(graph)
+    ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    leave_out_weights(graph)
+    ir.save(graph, out / GRAPH_NAME)
+    vocabulary = int(module.config.vocab_size)
+    shape = Model(vocabulary, context_length, module.num_parameters(), layers, CacheType("float16", None))
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=scheme,
+        source=Source("random", None, type(module).__name__, None),
+        target=Target(profile.name, profile.settings()),
+        compression=(),
+        quantization=Quantization(scheme, ()),
+        model=shape,
+        tokens=Tokens(bos=0, eos=(0,), pad=None),
+        quality={},
+        files={},
+        versions={"torch": importlib.metadata.version("torch")},
+    )
+    (out / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def leave_out_weights(graph: ir.Model) -> None:
+    """Let each matrix of weights, of scales or of zero points be at a place of its own in a file that is not there."""
+    offset = 0
+    for name, value in graph.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if len(tensor.shape) < 2 or name.startswith(_TABLES):
+            continue
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_NAME, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+        )
+        offset += -(-tensor.nbytes // _PAGE) * _PAGE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Whether steps on the GPU give the tokens that they should.
+
+    python scripts/gpu/tokens.py BUNDLE RESULTS [--provider cuda] [--prompt 100] [--tokens 200] [--capacity 0]
+
+Greedy tokens of captured steps against those of steps that are not, and both against the logits of the CPU provider for
+the same text. Where two differ, `margin` is by how much the CPU's first choice leads, in units of the spread of its
+logits: a near-tie, or an error. --capacity: of the first buffers, so that they grow on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from device import open_device, prompt, record
+from numpy.typing import NDArray
+
+from edgelm.runtime import device_session
+from edgelm.runtime.bundle import GRAPH_NAME
+from edgelm.runtime.device_session import DeviceSession
+from edgelm.runtime.providers import CPU
+from edgelm.runtime.session import load_graph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--provider", default="cuda")
+    parser.add_argument("--note", default="")
+    parser.add_argument("--prompt", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--capacity", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.capacity:
+        device_session._FIRST_CAPACITY = arguments.capacity
+    bundle, session = open_device(arguments.bundle, arguments.provider)
+    ids = prompt(arguments.prompt, bundle.manifest.model.vocab_size)
+    captures = session.captures
+    captured = greedy(session, ids, arguments.tokens)
+    session.captures = False
+    plain = greedy(session, ids, arguments.tokens)
+    here = logits(session, ids, captured)
+    session.close()
+    cpu = DeviceSession(load_graph(arguments.bundle / GRAPH_NAME, 16, [CPU]), False, bundle.manifest.model, "cpu")
+    reference = logits(cpu, ids, captured)
+    record(
+        arguments.results,
+        {
+            "tokens": "/".join(arguments.bundle.parts[-2:]),
+            "note": arguments.note,
+            "captured": captures,
+            "capacity": arguments.capacity,
+            "captured_against_plain": parted(captured, plain, reference),
+            "captured_against_cpu": differences(captured, reference),
+            "pieces_against_cpu": differences([int(row.argmax()) for row in here], reference),
+            "largest_logit_difference": float(np.abs(here - reference).max() / reference.std()),
+        },
+    )
+
+
+def greedy(session: DeviceSession, ids: list[int], count: int) -> list[int]:
+    """As decoding does it: a prompt, then a token a step."""
+    session.rewind(0)
+    tokens = [int(session.likeliest(ids)[0])]
+    while len(tokens) < count:
+        tokens.append(int(session.likeliest(tokens[-1:])[0]))
+    return tokens
+
+
+def logits(session: DeviceSession, ids: list[int], tokens: list[int]) -> NDArray[np.float32]:
+    """(tokens, vocabulary): those from which each token was chosen, or should have been."""
+    session.rewind(0)
+    return np.array(session.step([*ids, *tokens[:-1]], len(tokens)))
+
+
+def differences(tokens: list[int], reference: NDArray[np.float32]) -> list[Any]:
+    """Where the reference, which had the same text, chooses otherwise: place and margin."""
+    return [[place, _margin(reference[place], token)] for place, token in enumerate(tokens) if _differs(reference[place], token)]
+
+
+def parted(tokens: list[int], others: list[int], reference: NDArray[np.float32]) -> Any:
+    """None for equal tokens; else the first place where they part, and the margin of the one over the other."""
+    for place, (token, other) in enumerate(zip(tokens, others, strict=True)):
+        if token != other:
+            row = reference[place]
+            return [place, float(abs(row[token] - row[other]) / row.std())]
+    return None
+
+
+def _differs(row: NDArray[np.float32], token: int) -> bool:
+    return int(row.argmax()) != token
+
+
+def _margin(row: NDArray[np.float32], token: int) -> float:
+    return float((row.max() - row[token]) / row.std())
+
+
+if __name__ == "__main__":
+    main()
