@@ -73,7 +73,13 @@ def _lines(row: Row) -> list[str]:
         return [row.label]
     most = _LINE_CHARACTERS * (_MOST_LINES - 1)
     label = row.label if len(row.label) <= most else f"{row.label[: most // 2 - 1]}…{row.label[-most // 2 :]}"
-    lines = textwrap.wrap(label, _LINE_CHARACTERS) or [""]
+    lines = [""]
+    # Names break in front of their dots and plus signs, and anywhere only where a part fills a line.
+    for part in re.findall(r"[\s.+]?[^\s.+]*", label):
+        for piece in textwrap.wrap(part, _LINE_CHARACTERS, drop_whitespace=False):
+            if len(lines[-1]) + len(piece) > _LINE_CHARACTERS:
+                lines.append("")
+            lines[-1] += piece
     return lines if len(lines[-1]) <= room else [*lines, ""]
 
 

@@ -54,8 +54,9 @@ def cut(before: str, after: str) -> tuple[Cut, Cut]:
     pairs = enumerate(zip(before, after, strict=False))
     differs = next((index for index, (left, right) in pairs if left != right), min(len(before), len(after)))
     start = differs
-    while start and not before[start - 1].isspace():
-        start -= 1
+    if not all(text[differs : differs + 1].strip() == "" for text in (before, after)):
+        while start and not before[start - 1].isspace():
+            start -= 1
     return _from(before, start), _from(after, start)
 
 

@@ -561,10 +561,10 @@ def test_the_tolerances_decide(exported: Exported) -> None:
         after = Spoiled(exported.session(exported.folder), spoil)
         return compare_texts(before, after, IDS[:400], WINDOW, gate)
 
-    wide = dataclasses.replace(GATE, perplexity_increase_percent=1e9)
-    rise = judge(wide).perplexity_increase_percent
+    wide = dataclasses.replace(GATE, mean_kl=9.0, p99_kl=9.0)
+    found = dataclasses.replace(judge(wide), perplexity_error_percent=0.0)
+    rise = found.perplexity_increase_percent
     assert rise != 0
-    found = judge(wide)
-    assert faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise + 1e-6)) == []
-    (fault,) = faults(found, dataclasses.replace(GATE, perplexity_increase_percent=rise - 1e-6))
+    assert faults(found, dataclasses.replace(wide, perplexity_increase_percent=rise + 1e-6)) == []
+    (fault,) = faults(found, dataclasses.replace(wide, perplexity_increase_percent=rise - 1e-6))
     assert fault.startswith("perplexity rises by")

@@ -1,4 +1,6 @@
-"""The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails."""
+"""The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails.
+
+`int8-rowwise` is not repaired so. The tests take `int8-tensor`, which is."""
 
 from __future__ import annotations
 
@@ -14,20 +16,20 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.export import ExportConfig, export_model
+from edgelm.export.quality import QuantizedAgreement
 from edgelm.export.repair import repair
 from edgelm.export.sensitivity import MOST_PROBES, Sensitivity, measure_sensitivity
-from edgelm.export.verify import QuantizedAgreement
 from edgelm.runtime import load
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import VerificationError
-from edgelm.runtime.session import open_session
 from edgelm.targets import load_target
 
-from .conftest import ROOT, TEXT, byte_tokenizer, tiny_llama
+from .conftest import byte_tokenizer, tiny_llama
 
 HOSTILE = "model.layers.1.mlp.down_proj.weight"
 GATE = load_target("x86-cpu").gate
+COARSE = load_target("x86-cpu").coarse_gate
 
 
 def hostile_model(folder: Path, layers: Collection[int]) -> Path:
@@ -47,14 +49,16 @@ def hostile_model(folder: Path, layers: Collection[int]) -> Path:
 
 
 def target_with_gate(folder: Path, **gate: float) -> str:
-    """A target's file like x86-cpu, with another gate."""
+    """A target's file like x86-cpu, with another gate for all schemes."""
     path = folder / "strict.toml"
-    text = (ROOT / "targets" / "x86-cpu.toml").read_text(encoding="utf-8")
-    for key, value in gate.items():
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{key} = ")]
-        text = text.replace(line, f"{key} = {value}")
+    limits = "".join(f"{key} = {value}\n" for key, value in gate.items() if key != "decided_margin")
+    margin = f"decided_margin = {gate['decided_margin']}\n" if "decided_margin" in gate else ""
+    text = f'extends = "x86-cpu"\nname = "strict"\n[gate]\n{margin}{limits}[coarse_gate]\n{limits}'
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+WIDE = {"mean_kl": 9.0, "p99_kl": 9.0, "answers_percent": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,8 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a model with one matrix that INT8 spoils."""
     folder = tmp_path_factory.mktemp("hostile")
     model = hostile_model(folder / "model", [1])
-    return export_model(ExportConfig(str(model), target="x86-cpu", out=folder / "bundle")).path
+    config = ExportConfig(str(model), target="x86-cpu", scheme="int8-tensor", out=folder / "bundle")
+    return export_model(config).path
 
 
 def test_the_one_hostile_matrix_is_left_in_float32(repaired: Path) -> None:
@@ -71,7 +76,7 @@ def test_the_one_hostile_matrix_is_left_in_float32(repaired: Path) -> None:
     assert excluded.name == HOSTILE
     assert "nats" in excluded.reason
     assert "perplexity rose by" in excluded.reason
-    assert manifest.quality["against_fp32"]["perplexity_increase_percent"] <= GATE.perplexity_increase_percent
+    assert manifest.quality["against_fp32"]["mean_kl"] <= COARSE.mean_kl
     initializers = ir.load(repaired / "model.onnx").graph.initializers
     assert initializers[HOSTILE].dtype == ir.DataType.FLOAT
     assert initializers["model.layers.0.mlp.down_proj.weight.int8"].dtype == ir.DataType.INT8
@@ -93,20 +98,12 @@ def test_the_repaired_bundle_runs_and_verifies(repaired: Path) -> None:
         assert engine.generate("Once upon a time", max_tokens=8).stats.generated_tokens > 0
 
 
-def test_cuts_do_not_change_a_bit_of_the_repaired_bundle(repaired: Path) -> None:
-    session = open_session(Bundle.open(repaired), threads=2)
-    ids = list(TEXT[:150].encode())
-    whole = session.step(ids, len(ids)).copy()
-    for sizes in ([1] * 150, [7] * 22, [3, 1, 100, 2, 50]):
-        session.rewind(0)
-        rows: list[NDArray[np.float32]] = []
-        begin = 0
-        for size in sizes:
-            piece = ids[begin : begin + size]
-            if piece:
-                rows.append(session.step(piece, len(piece)).copy())
-            begin += size
-        assert np.array_equal(np.concatenate(rows), whole)
+def test_row_wise_int8_is_refused_and_not_repaired(tmp_path: Path) -> None:
+    """No attempt mends a spoilt matrix, and float32 is no mending: the figures are said, and nothing is written."""
+    model, out = hostile_model(tmp_path / "model", [1]), tmp_path / "bundle"
+    with pytest.raises(VerificationError, match=r"nats from fp32's, .*: use --kv float32, --scheme int8-weight or"):
+        export_model(ExportConfig(str(model), target="x86-cpu", out=out))
+    assert not out.exists()
 
 
 def test_nothing_is_excluded_where_the_gate_holds(tiny_bundle: Path) -> None:
@@ -122,10 +119,12 @@ def test_an_fp32_export_has_no_sensitivity(export_tiny: Callable[..., Path]) -> 
 
 def test_a_model_that_cannot_hold_fails_with_the_figures(tiny_model: Path, tmp_path: Path) -> None:
     """Every token as in fp32, ties and all: half of the matrices in INT8 are too many for that."""
-    target = target_with_gate(tmp_path, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=0.0)
+    target = target_with_gate(
+        tmp_path, **WIDE, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=9.0
+    )
     out = tmp_path / "bundle"
     with pytest.raises(VerificationError, match=r"the same at .* %.*; with .* in float32: .*--scheme fp32"):
-        export_model(ExportConfig(str(tiny_model), target=target, kv="float32", out=out))
+        export_model(ExportConfig(str(tiny_model), target=target, scheme="int8-tensor", out=out))
     assert not out.exists()
 
 
@@ -188,7 +187,7 @@ def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one() -
 
 
 def agreement(rise: float) -> QuantizedAgreement:
-    return QuantizedAgreement(10.0, 10.0 + rise / 10, rise, 99.0, 99.0, 100, 500, 128)
+    return QuantizedAgreement(10.0, 10.0 + rise / 10, rise, 0.1, 0.001, 0.01, 99.0, 99.0, 100, 500, 128)
 
 
 def test_the_fewest_matrices_that_hold_are_left_out() -> None:
