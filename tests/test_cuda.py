@@ -255,7 +255,9 @@ def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[
     for node in graph:
         if any(value in here for value in node.inputs) and all(value in here | free for value in node.inputs):
             here.update(node.outputs)
-    wanted = [(node, index) for node in graph for index in _ON_THE_CPU.get(node.op_type, ()) if index < len(node.inputs)]
+    wanted = [
+        (node, index) for node in graph for index in _ON_THE_CPU.get(node.op_type, ()) if index < len(node.inputs)
+    ]
     assert {node.op_type for node, _ in wanted} >= {"Slice", "GroupQueryAttention"}
     for node, index in wanted:
         assert node.inputs[index] in here | free, f"{node.op_type} waits for {node.inputs[index]}"
