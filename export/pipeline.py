@@ -26,7 +26,7 @@ from ..runtime.manifest import (
     Quantization,
     Target,
 )
-from ..runtime.ort import can_start
+from ..runtime.ort import can_start, load_onnxruntime
 from ..targets import Profile
 from . import package
 from .compress.folder import without_figures
@@ -141,8 +141,9 @@ def _write(context: Context, report: dict[str, Any]) -> None:
         quality={key: report[key] for key in ("against_source", "against_fp32")},
         files=package.digest_files(context.result),
         versions={
-            name: importlib.metadata.version(name)
-            for name in ("edgelm", "torch", "transformers", "onnx", "onnxruntime")
+            **{name: importlib.metadata.version(name) for name in ("edgelm", "torch", "transformers", "onnx")},
+            # It is installed as onnxruntime or as onnxruntime-gpu.
+            "onnxruntime": str(load_onnxruntime().__version__),
         },
     )
     (context.result / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

@@ -48,12 +48,12 @@ steps() {
     step kernels-small 60 each kernels.py $small int8-weight fp16
     step weights-large 90 weights $large
     step speed-large 150 speed_large
-    step tokens 120 tokens
+    step tokens 150 tokens
     step torch-small 60 torch_speed scripts/reference/config.json
     step torch-large 60 torch_speed scripts/reference/tinyllama.json
     step kernels-large 60 each kernels.py $large int8-weight
     step switches 120 switches
-    step tests 200 "$PYTHON" -m pytest tests/test_cuda.py -q -p no:cacheprovider --no-header -rfEs
+    step tests 200 "$PYTHON" -m pytest tests/test_cuda.py -q --tb=short --show-capture=no -p no:cacheprovider --no-header -rfEs
     step compiled-small 120 torch_speed scripts/reference/config.json --compiled
     step compiled-large 120 torch_speed scripts/reference/tinyllama.json --compiled
     cat "$OUT/steps"

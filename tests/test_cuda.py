@@ -55,6 +55,12 @@ CUDA_CONTRIB = {
     "SkipSimplifiedLayerNormalization",
 }
 
+# Inputs that kernels on CUDA read on the CPU: sizes, places and counts.
+_ON_THE_CPU = {
+    "Expand": (1,), "GroupQueryAttention": (6,), "Range": (0, 1, 2), "Reshape": (1,), "Slice": (1, 2, 3, 4),
+    "Split": (1,), "Squeeze": (1,), "TopK": (1,), "Unsqueeze": (1,),
+}  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def export_cuda(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -70,11 +76,11 @@ def export_cuda(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     return export
 
 
-def sessions(bundle: Path) -> tuple[DeviceSession, OrtSession]:
+def sessions(bundle: Path, captures: bool = False) -> tuple[DeviceSession, OrtSession]:
     """The same graph with buffers on a device, which is the CPU here, and with arrays of numpy."""
     model = Bundle.open(bundle).manifest.model
     inference = load_graph(bundle / GRAPH_NAME, 1, [providers.CPU])
-    return DeviceSession(inference, model, "cpu"), OrtSession(bundle / GRAPH_NAME, model, 1)
+    return DeviceSession(inference, captures, model, "cpu"), OrtSession(bundle / GRAPH_NAME, model, 1)
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight", "fp16"])
@@ -210,6 +216,58 @@ def test_buffers_on_a_device_grow_without_losing_anything(
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("scheme", ["int8-weight", "fp16"])
+def test_steps_of_fixed_shape_choose_the_same_tokens(
+    export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """As they are captured on a GPU: the mask as long as the buffers, which grow on the way, and after a rewind."""
+    monkeypatch.setattr("edgelm.runtime.device_session._FIRST_CAPACITY", 8)
+    device, plain = sessions(export_cuda(scheme), captures=True)
+    for length in (6, 3):
+        device.rewind(0)
+        plain.rewind(0)
+        token = int(device.likeliest(IDS[:length])[0])
+        assert token == plain.step(IDS[:length])[0].argmax()
+        for _ in range(30):
+            following = int(device.likeliest([token])[0])
+            assert following == plain.step([token])[0].argmax()
+            token = following
+    assert device._captured._graphs == 4  # buffers of 8, 16, 32 and 64 positions
+
+
+def test_what_is_not_captured_reads_what_captured_steps_wrote(export_cuda: Callable[..., Path]) -> None:
+    device, plain = sessions(export_cuda("fp16"), captures=True)
+    for session in (device, plain):
+        session.step(IDS[:5])
+    for token in IDS[5:9]:
+        device.likeliest([token])
+        plain.step([token])
+    np.testing.assert_array_equal(device.step(IDS[9:12], 3), plain.step(IDS[9:12], 3))
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight", "fp16"])
+def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[..., Path], scheme: str) -> None:
+    """onnxruntime refuses to capture a graph that copies from one to the other. It keeps on the CPU what comes of
+    shapes and reads, beside such, only inputs and small constants."""
+    graph = ir.load(export_cuda(scheme) / GRAPH_NAME).graph
+    here = {value for node in graph for value in node.outputs if node.op_type == "Shape"}
+    free = {*graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        if any(value in here for value in node.inputs) and all(value in here | free for value in node.inputs):
+            here.update(node.outputs)
+    wanted = [
+        (node, index) for node in graph for index in _ON_THE_CPU.get(node.op_type, ()) if index < len(node.inputs)
+    ]
+    assert {node.op_type for node, _ in wanted} >= {"Slice", "GroupQueryAttention"}
+    for node, index in wanted:
+        assert node.inputs[index] in here | free, f"{node.op_type} waits for {node.inputs[index]}"
+    for node in graph:
+        if not set(node.outputs) <= here:
+            places = _ON_THE_CPU.get(node.op_type, ())
+            copied = [value for index, value in enumerate(node.inputs) if value in here and index not in places]
+            assert copied == [], f"{node.op_type} reads {copied} from the CPU"
+
+
 def test_a_device_takes_no_memory_for_a_guess(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,13 +389,13 @@ class _FullGpu:
 
         return Binding()
 
-    def run_with_iobinding(self, _: Any) -> None:
+    def run_with_iobinding(self, *_: Any) -> None:
         raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
 
 
 def test_a_gpu_without_memory_left_is_an_error_with_what_helps(tiny_bundle: Path) -> None:
     model = Bundle.open(tiny_bundle).manifest.model
-    session = DeviceSession(_FullGpu(), model, "cpu")
+    session = DeviceSession(_FullGpu(), False, model, "cpu")
     with pytest.raises(MemoryShortageError, match=r"a step of 3 tokens at position 0 takes more memory than the GPU"):
         session.step([1, 2, 3])
     assert session.length == 0

@@ -2,6 +2,8 @@
 
 Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask has
 ones for all tokens of the row, cached and new; rows are filled from the left.
+The numbers -(new tokens) to -1 are made by `Range`, which takes counts from the CPU and gives numbers on a GPU; any
+other operator there would wait for a copy of the count.
 """
 
 from __future__ import annotations
@@ -39,5 +41,5 @@ def _lower(model: ir.Model, node: ir.Node, prefix: str) -> None:
     op = Builder(model, node, prefix)
     new = op("Squeeze", op("Shape", input_ids, start=1, end=2))
     counts = op("ReduceSum", mask, axis, keepdims=1)
-    positions = op("Add", op("Sub", counts, new), op("Range", zero, new, one), like=node.outputs[0])
+    positions = op("Add", counts, op("Range", op("Neg", new), zero, one), like=node.outputs[0])
     replace_value(node.outputs[0], positions)

@@ -39,9 +39,9 @@ class PickTokens(GraphPass):
         none = add_weight(model, "pick.none", np.array(vocabulary - 1, np.int64))
         axis = add_weight(model, "pick.axis", np.array([-1], np.int64))
         pieces = _pieces(model, vocabulary)
-        largest = _first(op, logits, one, axis, pieces, {})
+        largest = _first(op, logits, (one, axis, pieces))
         candidates = op("Where", op("Less", logits, largest), none, ids)
-        smallest = _first(op, candidates, one, axis, pieces, {"largest": 0})
+        smallest = _first(op, candidates, (one, axis, pieces), largest=0)
         tokens = op("Squeeze", smallest, axis)
         tokens.name, tokens.type = OUTPUT_NAME, ir.TensorType(ir.DataType.INT64)
         tokens.shape = ir.Shape(list(logits.shape)[:-1])
@@ -51,9 +51,10 @@ class PickTokens(GraphPass):
 
 
 def _first(
-    op: Builder, values: ir.Value, one: ir.Value, axis: ir.Value, pieces: ir.Value | None, attributes: dict[str, int]
+    op: Builder, values: ir.Value, constants: tuple[ir.Value, ir.Value, ir.Value | None], **attributes: int
 ) -> ir.Value:
     """The largest or the smallest value of each row, (batch, kept, 1)."""
+    one, axis, pieces = constants
     if pieces is not None:
         best = op.node("TopK", [op("Reshape", values, pieces), one], attributes, outputs=2)[0]
         values = op("Squeeze", best, axis)

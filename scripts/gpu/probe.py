@@ -1,6 +1,6 @@
 """What is there, and whether onnxruntime really computes on the GPU.
 
-    python scripts/gpu/probe.py RESULTS [--provider cuda]
+python scripts/gpu/probe.py RESULTS [--provider cuda]
 """
 
 from __future__ import annotations
@@ -39,13 +39,8 @@ def main() -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    installed = {item.name: item.version for item in importlib.metadata.distributions()}
+    return {name: installed.get(name, "missing") for name in _PACKAGES}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make the weights of bundles that came without them, and list their files in their manifests.
 
-    python scripts/gpu/random_weights.py FOLDER...
+python scripts/gpu/random_weights.py FOLDER...
 """
 
 from __future__ import annotations

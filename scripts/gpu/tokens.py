@@ -78,7 +78,10 @@ def logits(session: DeviceSession, ids: list[int], tokens: list[int]) -> NDArray
 
 def differences(tokens: list[int], reference: NDArray[np.float32]) -> list[Any]:
     """Where the reference, which had the same text, chooses otherwise: place and margin."""
-    return [[place, _margin(reference[place], token)] for place, token in enumerate(tokens) if _differs(reference[place], token)]
+    rows = enumerate(zip(tokens, reference, strict=True))
+    return [
+        [place, float((row.max() - row[token]) / row.std())] for place, (token, row) in rows if row.argmax() != token
+    ]
 
 
 def parted(tokens: list[int], others: list[int], reference: NDArray[np.float32]) -> Any:
@@ -88,14 +91,6 @@ def parted(tokens: list[int], others: list[int], reference: NDArray[np.float32])
             row = reference[place]
             return [place, float(abs(row[token] - row[other]) / row.std())]
     return None
-
-
-def _differs(row: NDArray[np.float32], token: int) -> bool:
-    return int(row.argmax()) != token
-
-
-def _margin(row: NDArray[np.float32], token: int) -> float:
-    return float((row.max() - row[token]) / row.std())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speed of transformers on the same GPU, in float16 with random weights: as it is, and with compiled steps.
 
-    python scripts/gpu/torch_speed.py CONFIG RESULTS [--device cuda] [--compiled] [--contexts ...]
+python scripts/gpu/torch_speed.py CONFIG RESULTS [--device cuda] [--compiled] [--contexts ...]
 """
 
 from __future__ import annotations
