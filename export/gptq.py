@@ -118,7 +118,7 @@ def _factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
     turned = torch.from_numpy(np.ascontiguousarray(damped[::-1, ::-1]))
     upper = torch.linalg.cholesky(turned).flip(0, 1)
     identity = torch.eye(len(damped), dtype=torch.float64)
-    return torch.linalg.solve_triangular(upper, identity, upper=True).numpy().astype(np.float32)
+    return np.asarray(torch.linalg.solve_triangular(upper, identity, upper=True).numpy(), np.float32)
 
 
 def _grid(weights: NDArray[np.float32], limit: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

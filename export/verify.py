@@ -79,7 +79,7 @@ def ask_source(model: PreTrainedModel, token_ids: Sequence[int], shape: Model, f
     alike: dict[tuple[int, int], list[Trial]] = {}
     for trial in trials:
         alike.setdefault((len(trial.prompt), trial.steps), []).append(trial)
-    answers = []
+    answers: list[SourceAnswer] = []
     for group in alike.values():
         for trial, tokens in zip(group, _torch_greedy(model, group, shape.context_length), strict=True):
             path = folder / f"logits-{len(answers)}.npy"
