@@ -325,8 +325,10 @@ def test_the_report_has_the_figures_and_the_answers(tiny_bundle: Path) -> None:
     assert edges[0][0] == 0 and all(left[1] == right[0] for left, right in itertools.pairwise(edges))
     assert found["answers"]["prompts"] == 12
     assert len(report["examples"]) == 8
-    same = [example["fp32"] == example["quantized"] for example in report["examples"]]
-    assert same == [place is None for place in found["answers"]["differs_at"][:8]]
+    # Other tokens may be the same text (bytes that are no character), but not the other way round.
+    for example, differs in zip(report["examples"], found["answers"]["differs_at"], strict=False):
+        assert differs is not None or example["fp32"] == example["quantized"]
+    assert any(example["fp32"] != example["quantized"] for example in report["examples"])
 
 
 def test_the_texts_are_installed() -> None:

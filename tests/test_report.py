@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -16,12 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from edgelm.export.charts import Row, bars
 from edgelm.export.passes.functions import EDGELM, NORMED_ROWWISE_MATMUL, define
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.report import part_bytes
 from edgelm.export.report_html import page
 from edgelm.runtime.cli import main
 from edgelm.runtime.figures import bytes_text, change_text, main_figures
+from edgelm.runtime.side_by_side import cut, examples
 
 from .conftest import TEXT, WIDE_TARGET
 from .test_passes import graph
@@ -204,6 +207,129 @@ def test_sensitive_layers_come_first(report: Report, key: str) -> None:
 def test_no_layers_no_section(report: Report) -> None:
     report["sensitivity"] = []
     assert "Sensitivity" not in words_of(page(report))
+
+
+# ---- answers, positions, arithmetic
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ("Paris.", "Paris.", (("Paris.", "", ""), ("Paris.", "", ""))),
+        ("It is here now.", "It is hers now.", (("It is ", "here", " now."), ("It is ", "hers", " now."))),
+        ("It ends.", "It ends. No", (("It ends.", "", ""), ("It ends.", " No", ""))),
+        ("It ends", "It endsNot", (("It ", "ends", ""), ("It ", "endsNot", ""))),
+        ("", "a b", (("", "", ""), ("", "a", " b"))),
+    ],
+)
+def test_answers_are_cut_at_the_first_other_word(before: str, after: str, parts: Any) -> None:
+    found = cut(before, after)
+    assert tuple((part.same, part.word, part.rest) for part in found) == parts
+    assert ["".join(part) for part in parts] == [before, after]
+
+
+def with_examples(report: Report) -> Report:
+    """A report with two prompts, of which one has answers that differ and hold what must not be obeyed."""
+    report["examples"] = [
+        {"prompt": "Capital?", "fp32": "Paris.", "quantized": "Paris."},
+        {"prompt": "<i>Why?</i>", "fp32": "Because \x1b[31m of\nred", "quantized": "Because </p><script>x</script>"},
+    ]
+    return report
+
+
+def test_answers_stand_side_by_side_and_the_first_difference_is_marked(report: Report) -> None:
+    html = page(with_examples(report))
+    assert re.findall("<mark>(.*?)</mark>", html) == ["\\x1b[31m", "&lt;/p&gt;&lt;script&gt;x&lt;/script&gt;"]
+    assert "<script" not in html and "<i>" not in html and "\x1b" not in html
+    words = words_of(html)
+    assert "<i>Why?</i>" in words and "both" in words and "Paris." in words
+
+
+def test_inspect_shows_the_answers(
+    tiny_bundle: Path, tmp_path: Path, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    text = json.dumps(with_examples(report))
+    (bundle / "report.json").write_text(text, encoding="utf-8")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    manifest["files"]["report.json"] = {"bytes": len(text.encode()), "sha256": digest}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["inspect", str(bundle), "--report"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "  > Capital?\n      both  Paris.\n",
+        "      fp32  Because [\\x1b[31m] of\\nred\n",
+        "    bundle  Because [</p><script>x</script>]\n",
+    ):
+        assert line in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "examples_found", [None, 3, [1], [{"prompt": "x"}], [{"prompt": 1, "fp32": "", "quantized": ""}]]
+)
+def test_examples_of_another_version_are_left_out(examples_found: Any) -> None:
+    assert examples({"examples": examples_found}) == []
+
+
+def test_distance_is_shown_by_kind_of_text_and_by_position(report: Report) -> None:
+    words = words_of(page(report))
+    for kind in report["against_fp32"]["kinds"]:
+        assert f"{kind['kind']} {kind['mean_kl']:.2g} {kind['p99_kl']:.2g}" in words
+    assert "token 1" in words and "tokens 2 to 16" in words
+
+
+def test_the_arithmetic_that_was_chosen_is_shown(report: Report) -> None:
+    matrices = [("a.weight", 16, 0.5), ("b.weight", 8, 0.25), ("c.weight", 8, 0.125)]
+    report["arithmetic"] = {
+        "matrices": [
+            {"name": name, "activations": bits, "kl_if_8": kl, "multiply_adds": 4} for name, bits, kl in matrices
+        ],
+        "kl_all_16": 0.001,
+        "kl_chosen": 0.002,
+        "multiply_adds_saved_percent": 33.3,
+    }
+    words = words_of(page(report))
+    assert words.index("a.weight") < words.index("b.weight") < words.index("c.weight")
+    assert "5.0e-01, 16 bits" in words and "2.5e-01, 8 bits" in words
+    assert "1 of 3 groups have activations of 16 bits" in words and "save 33 % of a prompt's multiply-adds" in words
+    figure = next(figure for figure in main_figures(report) if figure.title == "Activations of 16 bits")
+    assert (figure.after, figure.verdict) == ("1 of 3 matrices", "33 % of the multiply-adds saved")
+
+
+def texts_of(svg: str) -> list[tuple[float, float, str]]:
+    """Left edge, height and words of each text of a drawing, in its own units."""
+    found = []
+    for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):  # noqa: S314, our own drawing
+        style = dict(part.strip().split(": ", 1) for part in element.attrib["style"].split(";") if ":" in part)
+        size = float(style["font-size"].removesuffix("px"))
+        x, y = float(element.attrib["x"]), float(element.attrib["y"])
+        words = element.text or ""
+        left = x - 0.6 * size * len(words) if style.get("text-anchor") == "end" else x
+        found.append((left, y, words))
+    return found
+
+
+def test_long_names_do_not_overlap_their_figures() -> None:
+    """The label ends where the value begins, at 0.6 of the text's size a character; it is there from end to end."""
+    names = [
+        "short",
+        "model.layers.10.self_attn.q_proj.weight+k_proj+v_proj",
+        "model.layers.10.mlp.gate_proj.weight+up_proj",
+        "x" * 300,
+    ]
+    svg = bars("b", "d", [Row(name, "1.23e-04, 16 bits", [(0.5, "after")]) for name in names])
+    found = texts_of(svg)
+    values = [item for item in found if item[2].endswith("bits")]
+    labels = [item for item in found if not item[2].endswith("bits")]
+    assert len(values) == 4
+    for left, height, _ in values:
+        beside = [words for _, y, words in labels if abs(y - height) < 1]
+        assert all(0.6 * 10.5 * len(words) <= left for words in beside)
+    assert len({round(height) for _, height, _ in labels}) == len(labels), "no two lines at the same height"
+    shown = "".join(words for _, _, words in labels)
+    assert all(name in shown for name in names[:3])
 
 
 # ---- edgelm inspect --report

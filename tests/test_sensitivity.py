@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from edgelm.runtime import load
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import VerificationError
-from edgelm.targets import load_target
+from edgelm.targets import Limits, load_target
 
 from .conftest import byte_tokenizer, tiny_llama
 
@@ -51,10 +52,10 @@ def hostile_model(folder: Path, layers: Collection[int]) -> Path:
 def target_with_gate(folder: Path, **gate: float) -> str:
     """A target's file like x86-cpu, with another gate for all schemes."""
     path = folder / "strict.toml"
-    limits = "".join(f"{key} = {value}\n" for key, value in gate.items() if key != "decided_margin")
-    margin = f"decided_margin = {gate['decided_margin']}\n" if "decided_margin" in gate else ""
-    text = f'extends = "x86-cpu"\nname = "strict"\n[gate]\n{margin}{limits}[coarse_gate]\n{limits}'
-    path.write_text(text, encoding="utf-8")
+    lines = {key: f"{key} = {value}\n" for key, value in gate.items()}
+    coarse = [lines[field.name] for field in dataclasses.fields(Limits) if field.name in lines]
+    text = ['extends = "x86-cpu"\nname = "strict"\n[gate]\n', *lines.values(), "[coarse_gate]\n", *coarse]
+    path.write_text("".join(text), encoding="utf-8")
     return str(path)
 
 
