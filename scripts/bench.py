@@ -1,12 +1,14 @@
 """Measure edgelm against transformers on the reference model: Llama with SmolLM2-135M's sizes and random weights.
 
-    python scripts/bench.py [--shape llama] [--work build/bench] [--rounds 5] [--threads 2] [--json FILE]
+    python scripts/bench.py [--shape llama | --model FOLDER] [--work build/bench] [--rounds 5] [--json FILE]
 
 Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms behind layers and of
 queries and keys, gates of GELU) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys).
 Builds the model from its configuration in `scripts/reference`, exports it, then measures both systems in alternation,
 each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is how
-fast decoding reads the weights, in parts of how fast memory is read. Speed does not depend on weights' values.
+fast decoding reads the weights, in parts of how fast memory is read. Speed depends on weights' values by the arithmetic
+that the export chooses, no more: a bundle of random weights has activations of 16 bits everywhere, which is nearly what
+a real model's export chooses. `--model` measures a model that there is, as scripts/real_model.py makes one.
 """
 
 from __future__ import annotations
@@ -47,24 +49,29 @@ def main() -> None:
         "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
     )
     parser.add_argument("--shape", default="llama", choices=SHAPES, help="of the model (%(default)s)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model in place of one with random weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    work = arguments.work if arguments.shape == "llama" else arguments.work / arguments.shape
-    bundle, model = work / f"bundle-{arguments.kv}", work / "model"
+    name = arguments.model.name if arguments.model is not None else arguments.shape
+    work = arguments.work if name == "llama" else arguments.work / name
+    bundle, model = work / f"bundle-{arguments.kv}", arguments.model or work / "model"
     if arguments.worker:
         print(
             json.dumps(_WORKERS[arguments.worker](bundle if arguments.worker == "edgelm" else model, arguments.threads))
         )
         return
-    prepare(model, bundle, arguments.kv, SHAPES[arguments.shape])
+    if arguments.model is not None:
+        export(model, bundle, arguments.kv)
+    else:
+        prepare(model, bundle, arguments.kv, SHAPES[arguments.shape])
     rounds = []
     for number in range(arguments.rounds):
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
         rounds.append(
             {name: _in_process(name, arguments) for name in _WORKERS} | {"command": _command(bundle, arguments.threads)}
         )
-    report = {"shape": arguments.shape, **summarize(rounds, bundle)}
+    report = {"shape": name, **summarize(rounds, bundle)}
     print_report(report)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +82,31 @@ def prepare(model: Path, bundle: Path, kv: str, config: Path = REFERENCE) -> Non
     """Build a model of a configuration and export it, unless an earlier run did."""
     if not (model / "tokenizer.json").is_file():
         build_model(model, config, "float32")
+    export(model, bundle, kv, str(random_target(bundle.parent)))
+
+
+def export(model: Path, bundle: Path, kv: str, target: str | None = None) -> None:
+    """Export a model, unless an earlier run did."""
     if not (bundle / "manifest.json").is_file():
         from edgelm.export import ExportConfig, export_model
 
         started = time.perf_counter()
-        export_model(ExportConfig(str(model), kv=kv, out=bundle))
+        export_model(ExportConfig(str(model), target=target, kv=kv, out=bundle))
         print(f"exported in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def random_target(folder: Path) -> Path:
+    """This machine's target for random weights: they have no quality that limits could hold, and nothing that a choice
+    of arithmetic could go by, so that activations have 16 bits everywhere."""
+    from edgelm.targets import native_target
+
+    base = native_target()
+    limits = "mean_kl = 10.0\np99_kl = 100.0\nperplexity_increase_percent = 1000.0\nagreement_percent = 0.0\n"
+    text = f'extends = "{base}"\nname = "{base}"\n[gate]\n{limits}answers_percent = 0.0\nactivations_kl = 0.0\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "random.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def build_model(folder: Path, config_file: Path, dtype: str) -> None:

@@ -1,10 +1,11 @@
 """Measure an export of a large model: time and memory of each stage, against the size of the model's weights.
 
-    python scripts/bench_export.py [--config scripts/reference/tinyllama.json] [--work build/bench-export] [--json FILE]
+    python scripts/bench_export.py [--config scripts/reference/tinyllama.json | --model FOLDER] [--json FILE]
 
 Builds a Llama model of TinyLlama-1.1B's sizes with random weights, stored as bfloat16 as most models are, and exports
 it in a fresh process. The memory is the most that was resident, files that are mapped into memory included. Neither
-time nor memory depends on the weights' values.
+time nor memory depends on the weights' values, but the choice of arithmetic does: `--model` exports a model that there
+is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import build_model
+from bench import build_model, random_target
 
 _CONFIG = Path(__file__).parent / "reference" / "tinyllama.json"
 # What an export may take at most, in units of the fp32 weights and of the source's files; the larger one counts.
@@ -29,23 +30,28 @@ _WEIGHTS_LIMIT, _FILES_LIMIT = 1.6, 2.5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=_CONFIG, help="config.json of the model (%(default)s)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model in place of one with random weights")
     parser.add_argument("--work", type=Path, default=Path("build/bench-export"), help="folder for model and bundle")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     arguments = parser.parse_args()
-    model = arguments.work / arguments.config.stem
-    if not (model / "tokenizer.json").is_file():
-        build_model(model, arguments.config, "bfloat16")
-    report = measure(model, arguments.work / f"{arguments.config.stem}-bundle")
+    if arguments.model is not None:
+        report = measure(arguments.model, arguments.work / f"{arguments.model.name}-bundle", None)
+    else:
+        model = arguments.work / arguments.config.stem
+        if not (model / "tokenizer.json").is_file():
+            build_model(model, arguments.config, "bfloat16")
+        report = measure(model, arguments.work / f"{model.name}-bundle", random_target(arguments.work))
     print_report(report)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(model: Path, bundle: Path) -> dict[str, Any]:
+def measure(model: Path, bundle: Path, target: Path | None) -> dict[str, Any]:
     """Export once, and what it cost."""
     shutil.rmtree(bundle, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("edgelm")), "export", str(model), "--out", str(bundle)]
+    command += [] if target is None else ["--target", str(target)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started

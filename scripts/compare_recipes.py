@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import prepare
+from bench import prepare, random_target
 
 CONTEXTS = (128, 1900)
 CACHES = ("int8", "float32")
@@ -118,7 +118,8 @@ def export(model: Path, recipe: str, bundle: Path, kv: str) -> None:
     path = bundle.with_suffix(".toml")
     path.write_text(recipe, encoding="utf-8")
     print(f"exporting {bundle}", file=sys.stderr)
-    export_model(ExportConfig(str(model), kv=kv, compress=str(path), out=bundle))
+    target = str(random_target(bundle.parent))
+    export_model(ExportConfig(str(model), target=target, kv=kv, compress=str(path), out=bundle))
 
 
 def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[Round]:
