@@ -41,7 +41,7 @@ steps() {
     [ $provider = cpu ] || setup
     export PYTHONPATH=$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 HF_HUB_OFFLINE=1
     wanted=" $* "
-    if [ $provider = cpu ]; then step skeleton 600 skeleton; else step install 90 install; fi
+    if [ $provider = cpu ]; then step skeleton 600 skeleton; else step install 90 install || exit 1; fi
     step probe 60 "$PYTHON" $here/probe.py "$results" --provider $provider || { echo "the provider does not start"; show probe; exit 1; }
     step weights-small 60 weights $small
     step speed-small 150 speed_small
