@@ -55,8 +55,8 @@ def bars(name: str, description: str, rows: Sequence[Row]) -> str:
         axes.set_ylim(tops[-1], 0)
         for row, lines, bottom in zip(rows, wrapped, tops[1:], strict=True):
             text, bar = bottom - 0.62 * _ROW_IN, bottom - 0.36 * _ROW_IN
-            for index, line in enumerate(reversed(lines)):
-                axes.text(0, text - index * _LINE_IN, line, color=COLORS["ink"], size=_TEXT)
+            for below, line in zip(reversed(range(len(lines))), lines, strict=True):
+                axes.text(0, text - below * _LINE_IN, line, color=COLORS["ink"], size=_TEXT)
             axes.text(1, text, row.value, color=COLORS["ink"], size=_TEXT, ha="right")
             axes.barh(bar, 1, 0.24 * _ROW_IN, color=COLORS["track"])
             begin = 0.0
