@@ -8,7 +8,7 @@ from pathlib import Path
 from ..targets import Profile, TargetError, load_target, native_target
 from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
-from .judging import Texts, built_in_texts, cut_text
+from .texts import Texts, built_in_texts, cut_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import accumulate
 from pathlib import Path
 
 from ..runtime import bundle as names
@@ -20,24 +19,13 @@ from ..runtime.errors import TemplateError
 from ..runtime.manifest import Tokens
 from ..runtime.tokenizer import Tokenizer
 from .errors import RecipeError
+from .texts import Texts
 
 WINDOW = 512
 ANSWER_TOKENS = 32
 # Of all texts together. 12 windows of the tokenizers that take a byte for a token, which know no longer ones, too.
 _MOST_WINDOWS = 12
 _PROMPTS, _START_TOKENS = 12, 24
-# Where a text may be cut: between paragraphs, else lines, else words.
-_SEPARATORS = ("\n\n", "\n", " ")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """calibrating: what scales and roundings are chosen by; judging: pairs of a kind of text and a text; origin: where
-    they are from, in words."""
-
-    calibrating: str
-    judging: tuple[tuple[str, str], ...]
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -51,31 +39,6 @@ class Judging:
     texts: tuple[tuple[str, list[int]], ...]
     prompts: tuple[tuple[str, list[int]], ...]
     stop_ids: tuple[int, ...]
-
-
-def built_in_texts() -> Texts:
-    """The texts that come with edgelm."""
-    folder = resources.files(__package__) / "text"
-    files = sorted((item for item in (folder / "judging").iterdir()), key=lambda item: item.name)
-    judging = tuple((item.name.removesuffix(".txt"), item.read_text(encoding="utf-8")) for item in files)
-    return Texts((folder / "default.txt").read_text(encoding="utf-8"), judging, "the text that comes with edgelm")
-
-
-def cut_text(text: str, origin: str) -> Texts:
-    """Cut a text in two, as near to its middle as whole paragraphs allow; between lines, else words, where paragraphs
-    leave less than a quarter on one side.
-
-    origin: of the text, for errors. A text of a single word leaves nothing to judge by, which `make_judging` refuses.
-    """
-    text = text.strip()
-    for separator in _SEPARATORS:
-        parts = text.split(separator)
-        ends = list(accumulate(len(part) + len(separator) for part in parts))[:-1]
-        end = min(ends, key=lambda place: abs(2 * place - len(text)), default=0)
-        halves = text[:end].strip(), text[end:].strip()
-        if all(halves) and (separator == _SEPARATORS[-1] or min(map(len, halves)) >= len(text) / 4):
-            return Texts(halves[0], (("text", halves[1]),), origin)
-    return Texts(text, (("text", ""),), origin)
 
 
 def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_length: int, tokens: Tokens) -> Judging:

@@ -41,6 +41,7 @@ PUBLIC = {
     "edgelm.export": ["ExportConfig", "ExportResult", "compress_model", "export_model"],
     "edgelm.targets": [
         "Gate",
+        "Limits",
         "Profile",
         "Setting",
         "TargetError",

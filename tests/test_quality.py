@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgelm.export.judging import (
-    ANSWER_TOKENS,
-    WINDOW,
-    Judging,
-    built_in_texts,
-    chat_questions,
-    cut_text,
-    make_judging,
-)
+from edgelm.export.judging import ANSWER_TOKENS, WINDOW, Judging, chat_questions, make_judging
 from edgelm.export.quality import QuantizedAgreement, Reference, faults, measure, observe, write_answers
 from edgelm.export.repair import Attempt, Candidate, judge
+from edgelm.export.texts import built_in_texts, cut_text
 from edgelm.runtime.divergence import divergence, log_softmax
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.manifest import Tokens
