@@ -170,8 +170,8 @@ GATES = [GATED_ROWWISE_MATMUL, EXACT_GELU, TANH_GELU]
 def product_model(case: str, weight: Array, scales: Array) -> ir.Model:
     """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
-    name, _, approximate = case.partition("-")
-    kind = name.removesuffix(WIDE)
+    kind, _, approximate = case.removesuffix(WIDE).partition("-")
+    name = kind + WIDE if case.endswith(WIDE) else kind
     inputs, call, outputs = (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y")
     if kind in NORMS:
         inputs, outputs = f"{inputs}, float[rows,{depth}] skip", f"{outputs}, float[rows,{depth}] total"
