@@ -99,7 +99,7 @@ def _check_type(path: Path, kind: int, name: str) -> None:
     _, size = gguf.GGML_QUANT_SIZES[found]
     try:
         gguf.dequantize(np.zeros((1, size), np.uint8), found)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what gguf raises for a type that it cannot turn into float32
         raise SourceError(
             f"{path}: its tensor {name} has the type {found.name}, which the package gguf cannot turn into float32: "
             "give another quantization of the model, such as Q8_0 or F16"

@@ -186,7 +186,7 @@ def quantized(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
     """Blocks of a type. The package does not write K-quants: random blocks with small scales stand in for them."""
     try:
         return gguf.quantize(values, kind)
-    except NotImplementedError:
+    except NotImplementedError:  # what gguf raises for a type that it reads and does not write
         return _random_blocks(values.shape, kind)
 
 
