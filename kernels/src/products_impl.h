@@ -54,7 +54,8 @@ void quantize_16(const float* x, int size, float r, uint8_t* high, uint8_t* low)
       const Lanes shares = share(load_some(x + i, count)), whole = round(in_steps(shares));
       const Lanes rest = sub(shares, mul(whole, set(kStep)));
       store_bytes(high + i, whole, kOffset);
-      store_bytes(low + i, min(round(in_low_steps(rest)), set(127)), kOffset);
+      // In this order: of a row of zeros the rest is not a number, and x86 takes the second operand then, as Arm does.
+      store_bytes(low + i, min(set(127), round(in_low_steps(rest))), kOffset);
     });
   };
   constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
@@ -149,11 +150,11 @@ struct Scaling {
   Scaling(const Result& result, int column) : scales(load(result.scales + column)) {
     for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
   }
-  // sums: of a row's planes, `stride` apart.
+  // The sums of a row's planes; of one plane, `low` is not read.
   template <int Planes>
-  Lanes apply(const Ints* sums, int stride, float factor) const {
-    Lanes whole = product(sums);
-    if constexpr (Planes == 2) whole = add(whole, mul(product(sums + stride), set(kLowStep)));
+  Lanes apply(const Ints* high, const Ints* low, float factor) const {
+    Lanes whole = product(high);
+    if constexpr (Planes == 2) whole = add(whole, mul(product(low), set(kLowStep)));
     return mul(whole, set(factor));
   }
 
@@ -176,7 +177,7 @@ void scale_rows(const int32_t* sums, size_t stride_sums, int rows, int columns, 
       Ints parts[Planes * kIntsPerLanes];
       for (int plane = 0; plane < Planes; plane++, next += stride_sums)
         for (int i = 0; i < kIntsPerLanes; i++) parts[plane * kIntsPerLanes + i] = load_ints(next + i * kSumsPerInts);
-      const Lanes y = scaling.apply<Planes>(parts, kIntsPerLanes, result.factors[row]);
+      const Lanes y = scaling.apply<Planes>(parts, parts + (Planes - 1) * kIntsPerLanes, result.factors[row]);
       store_some(result.y + row * result.stride + column, y, count);
     }
   });
@@ -193,11 +194,11 @@ inline void load_quads(const int8_t* w, size_t width, Bytes quads[4]) {
 
 // The same at the edges of a matrix (depth, width): rows and columns that it does not have are 0.
 [[gnu::noinline]] void load_edge(const int8_t* w, int k, int depth, size_t width, size_t column, Bytes quads[4]) {
-  int8_t rows[4][kBytes] = {};
+  int8_t rows[4 * kBytes] = {};
   if (column < width)
     for (int i = 0; i < std::min(4, depth - k); i++)
-      std::memcpy(rows[i], w + (k + i) * width + column, std::min<size_t>(width - column, kBytes));
-  load_quads(rows[0], kBytes, quads);
+      std::memcpy(rows + i * kBytes, w + (k + i) * width + column, std::min<size_t>(width - column, kBytes));
+  load_quads(rows, kBytes, quads);
 }
 
 inline void load_quads(const int8_t* w, int k, int depth, size_t width, size_t column, Bytes quads[4]) {
@@ -233,7 +234,8 @@ struct Sums {
       float* y = result.y + i * kSumsPerInts;
 #pragma GCC unroll 8
       for (int m = 0; m < M; m += Planes, y += result.stride)
-        edgelm::store(y, scaling.apply<Planes>(values[m] + i, 4, result.factors[m / Planes]));
+        // Not values[m] + 4 + i: beyond a row of an array a compiler may read anything.
+        edgelm::store(y, scaling.apply<Planes>(values[m] + i, values[m + Planes - 1] + i, result.factors[m / Planes]));
     }
   }
   void add(const Bytes quads[4], const uint8_t* x, size_t stride_x) {
@@ -364,24 +366,24 @@ void pack_columns(const int8_t* w, int depth, size_t width, size_t column, int8_
 }
 
 // The transposition of (count, depth) values at column k, as kSquare rows of kBlock columns; what is missing is 0.
-inline void transpose_block(const int8_t* w, int depth, int k, int count, int8_t (&columns)[kSquare][kBlock]) {
+inline void transpose_block(const int8_t* w, int depth, int k, int count, int8_t (&columns)[kSquare * kBlock]) {
   for (int row = 0; row < kBlock; row += kSquare) {
     Square square[kSquare] = {};
     for (int i = 0; i < std::min(kSquare, count - row); i++)
       std::memcpy(&square[i], w + (row + i) * static_cast<size_t>(depth) + k, std::min(kSquare, depth - k));
     transpose(square);
-    for (int i = 0; i < kSquare; i++) std::memcpy(&columns[i][row], &square[i], kSquare);
+    for (int i = 0; i < kSquare; i++) std::memcpy(columns + i * kBlock + row, &square[i], kSquare);
   }
 }
 
 void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
   for (int k = 0; k < depth; k += kSquare) {
-    int8_t columns[kSquare][kBlock];
+    int8_t columns[kSquare * kBlock];
     transpose_block(w, depth, k, count, columns);
     for (int j = 0; j < std::min(kSquare, padded(depth - k, 4)); j += 4)
       for (int part = 0; part < kBlock; part += kBytes, panel += 4 * kBytes) {
         Bytes quads[4];
-        load_quads(&columns[j][part], kBlock, quads);
+        load_quads(columns + j * kBlock + part, kBlock, quads);
         for (int i = 0; i < 4; i++) store_bytes(panel + i * kBytes, quads[i]);
       }
   }
