@@ -24,7 +24,7 @@ from fatbin import strip_kernels
 
 _WHEEL = "onnxruntime-gpu==1.31.1"
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-_LEFT_OUT = re.compile(r"/(tools/|transformers/|datasets/|backend/|ThirdParty)|providers_tensorrt")
+_LEFT_OUT = re.compile(r"/(tools/|transformers/models/|datasets/|backend/|ThirdParty)|providers_tensorrt")
 _KERNELS = "providers_cuda.so"
 # Kernels of mixtures of experts, which are half of all; those of attention in bfloat16, which no bundle has.
 _UNWANTED = re.compile(rb"GroupProblemShape|[Mm]oe|MOE|deep_gemm|flash_fwd[^\n]*bfloat16")
