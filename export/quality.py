@@ -82,7 +82,8 @@ class QuantizedAgreement:
     mean_kl, p99_kl: KL divergence of the next token's distribution from fp32's, in nats, mean and 99th percentile;
     agreement_percent: positions with the same most likely token; decided_percent: the same among the positions where
     fp32's first choice leads by the gate's margin, of which there are `decided_positions`; perplexity_error_percent:
-    standard error of the rise of perplexity, from the spread over the tokens.
+    standard error of the rise of perplexity, from the spread over the tokens; unknown_kinds: of the texts, which the
+    model cannot read, so that only `kinds` has their figures.
     """
 
     perplexity_before: float
@@ -97,6 +98,7 @@ class QuantizedAgreement:
     tokens: int
     window: int
     kinds: tuple[KindQuality, ...] = ()
+    unknown_kinds: tuple[str, ...] = ()
     positions: tuple[PositionQuality, ...] = ()
     answers: AnswerAgreement | None = None
 
@@ -129,10 +131,24 @@ class Passage:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the fp32 graph says: to the texts, and in answer to each prompt (prompt and answer are one passage)."""
+    """What the fp32 graph says: to the texts, and in answer to each prompt (prompt and answer are one passage).
+
+    vocab_size: outcomes of each distribution.
+    """
 
     texts: tuple[Passage, ...]
     answers: tuple[Passage, ...]
+    vocab_size: int
+
+    def unknown_kinds(self) -> tuple[str, ...]:
+        """Kinds of text that the model cannot read: it finds them less likely than tokens drawn at random, as a model
+        of English stories finds code. Empty where all kinds are such ones, which then judge after all."""
+        kinds = tuple(dict.fromkeys(passage.kind for passage in self.texts))
+        unknown = tuple(kind for kind in kinds if not self._mean_loss(kind) <= np.log(self.vocab_size))
+        return () if unknown == kinds else unknown
+
+    def _mean_loss(self, kind: str) -> float:
+        return float(np.concatenate([passage.losses for passage in self.texts if passage.kind == kind]).mean())
 
 
 @dataclass(frozen=True)
@@ -162,22 +178,25 @@ def observe(session: Session, judging: Judging, context_length: int, folder: Pat
     ):
         path = folder / f"answer-{index}.npy"
         answers.append(_listen(session, shown, [*prompt, *tokens], len(prompt) - 1, path))
-    return Reference(tuple(texts), tuple(answers))
+    return Reference(tuple(texts), tuple(answers), np.load(texts[0].path, mmap_mode="r").shape[1])
 
 
 def measure(reference: Reference, session: Session, gate: Gate) -> QuantizedAgreement:
-    """Hold a quantized graph against what the fp32 graph said, for `faults` to judge.
+    """Hold a quantized graph against what the fp32 graph said, for `faults` to judge. Kinds of text that the model
+    cannot read are measured and count for nothing.
 
     gate: gives the margin from which on a position is decided. Cost: one run of all tokens. Raises: SessionError.
     """
-    texts = [_hold(passage, session) for passage in reference.texts]
+    every_text = [_hold(passage, session) for passage in reference.texts]
     answers = [_hold(passage, session) for passage in reference.answers]
+    unknown = reference.unknown_kinds()
+    texts = [held for held in every_text if held.passage.kind not in unknown]
     whole = _figures("all", texts, gate)
     kinds = [
-        _figures(kind, [held for held in texts if held.passage.kind == kind], gate)
+        _figures(kind, [held for held in every_text if held.passage.kind == kind], gate)
         for kind in dict.fromkeys(passage.kind for passage in reference.texts)
     ]
-    leads = np.concatenate([passage.leads for passage in reference.texts])
+    leads = np.concatenate([held.passage.leads for held in texts])
     return QuantizedAgreement(
         perplexity_before=whole.perplexity_before,
         perplexity_after=whole.perplexity_after,
@@ -191,6 +210,7 @@ def measure(reference: Reference, session: Session, gate: Gate) -> QuantizedAgre
         tokens=whole.tokens,
         window=max(len(passage.token_ids) for passage in reference.texts),
         kinds=tuple(kinds),
+        unknown_kinds=unknown,
         positions=tuple(_by_position(texts)),
         answers=_compare_answers(answers, gate) if answers else None,
     )
@@ -248,7 +268,8 @@ def write_answers(
 def _by_kind(result: QuantizedAgreement) -> str:
     if len(result.kinds) < 2:
         return ""
-    return " (" + ", ".join(f"{kind.kind} {kind.mean_kl:.3g}" for kind in result.kinds) + ")"
+    judged = [kind for kind in result.kinds if kind.kind not in result.unknown_kinds]
+    return " (" + ", ".join(f"{kind.kind} {kind.mean_kl:.3g}" for kind in judged) + ")"
 
 
 def _greedy_answers(session: Session, judging: Judging, context_length: int) -> list[list[int]]:

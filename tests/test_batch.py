@@ -163,6 +163,10 @@ def test_a_context_that_slides_at_every_token_needs_no_deep_stack(keep: int) -> 
 @pytest.fixture
 def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test fail where rows are computed together."""
+    refuse_rows(monkeypatch)
+
+
+def refuse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OrtSession, "rows", lambda self, count: pytest.fail("a batch was begun"))
 
 
@@ -275,7 +279,6 @@ def test_one_call_of_the_graph_serves_all_rows(
     assert steps == [8] * 5
 
 
-@pytest.mark.usefixtures("no_rows")
 @pytest.mark.parametrize(
     ("switch", "settings"),
     [("off", {"kv": "float32"}), ("on", {"kv": "float32", "scheme": "fp32"}), ("on", {"scheme": "int8-tensor"})],
@@ -284,7 +287,9 @@ def test_what_cannot_be_exact_in_a_batch_is_answered_one_by_one(
     export_tiny: Callable[..., Path], switch: str, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(kernels.SWITCH, switch)
-    with load(export_tiny(**settings), threads=1, response_cache=False, prefix_cache=False) as engine:
+    bundle = export_tiny(**settings)
+    refuse_rows(monkeypatch)
+    with load(bundle, threads=1, response_cache=False, prefix_cache=False) as engine:
         assert len(engine.generate_batch(["a", "b"], max_tokens=3)) == 2
 
 

@@ -19,7 +19,7 @@ from edgelm.runtime.tokenizer import Tokenizer
 
 from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, tiny_llama
 
-IDS = list(range(32, 120)) * 20
+IDS = list(range(32, 120)) * 30
 VOCABULARY = 257
 END = 256
 # A channel of layer 0's keys, of its first KV head.
@@ -82,10 +82,10 @@ def test_what_calibrates_does_not_judge() -> None:
     assert len(rare) == len(set(rare))
     assert {END, 3} <= {token for kind, prompt in judging if kind == "special tokens" for token in prompt}
     text = [token for kind, prompt in judging if kind == "text" for token in prompt]
-    assert len(text) == 256 < len(IDS) // 4
     held_out = IDS[-(len(IDS) // 4) :]
-    assert text[:128] == held_out[:128], "the first window of what calibrates nothing"
-    assert text[128:] == held_out[256:384], "and one from further on"
+    assert len(text) == 512 < len(held_out)
+    assert text == held_out[:512], "the first window of what calibrates nothing"
+    assert max(map(len, prompts.calibrating)) == 512, "keys and values of later positions have other ranges"
 
 
 @pytest.mark.parametrize("context", [1, 2, 16])

@@ -27,7 +27,7 @@ from edgelm.runtime.manifest import CacheType
 from edgelm.runtime.session import OrtSession
 from edgelm.runtime.tokenizer import Tokenizer
 
-from .conftest import ROOT, TEXT, require_kernels, shared
+from .conftest import ROOT, TEXT, WIDE_TARGET, require_kernels, shared
 
 SIZE, SCALE_BYTES = 16, 4
 TOKENS = 300  # more than the 256 positions that the cache starts with
@@ -40,7 +40,7 @@ def fixed_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(call_attention, "_open_rows", lambda graph: None)
         patch.setattr(tracing, "calls_all_attention", lambda graph: False)
-        export_model(ExportConfig(str(tiny_model), target="x86-cpu", out=out))
+        export_model(ExportConfig(str(tiny_model), target=WIDE_TARGET, out=out))
     return out
 
 

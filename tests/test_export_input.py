@@ -18,7 +18,7 @@ import pytest
 from edgelm.runtime.bundle import Bundle
 from edgelm.runtime.cli import main
 
-from .conftest import byte_tokenizer, tiny_llama
+from .conftest import WIDE_TARGET, byte_tokenizer, tiny_llama
 
 Refused = Callable[..., str]
 
@@ -301,7 +301,7 @@ def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_pa
     folder = tmp_path / "padded"
     tiny_llama(vocab_size=320).save_pretrained(folder)
     byte_tokenizer(folder)
-    assert main(["export", str(folder), "--out", "bundle"]) == 0
+    assert main(["export", str(folder), "--target", WIDE_TARGET, "--out", "bundle"]) == 0
     assert Bundle.open(Path("bundle")).manifest.model.vocab_size == 320
 
 

@@ -63,7 +63,7 @@ def ring(lead: float = 4.0) -> NDArray[np.float32]:
 
 
 JUDGING = Judging(
-    texts=(("prose", [0, 1, 2, 3, 4, 5]), ("code", [0, 0, 3, 4])),
+    texts=(("prose", [0, 1, 2, 3, 4, 5]), ("code", [2, 2, 3, 4])),
     prompts=(("first", [0, 1]), ("second", [4])),
     stop_ids=(7,),
 )
@@ -71,6 +71,18 @@ JUDGING = Judging(
 
 def observed(folder: Path, table: NDArray[np.float32] | None = None, judging: Judging = JUDGING) -> Reference:
     return observe(Chain(ring() if table is None else table), judging, 512, folder)
+
+
+def test_texts_that_a_model_cannot_read_are_measured_and_judge_nothing(tmp_path: Path) -> None:
+    judging = Judging((("prose", [0, 1, 2, 3]), ("noise", [0, 3, 1, 6, 2])), (), ())
+    reference = observed(tmp_path, judging=judging)
+    assert reference.unknown_kinds() == ("noise",)
+    found = measure(reference, Chain(ring(3.0)), GATE)
+    prose, noise = found.kinds
+    assert (found.tokens, found.mean_kl, found.unknown_kinds) == (3, prose.mean_kl, ("noise",))
+    assert noise.tokens == 4 and noise.perplexity_before > VOCABULARY
+    alone = observed(tmp_path, judging=Judging((("noise", [0, 3, 1, 6, 2]),), (), ()))
+    assert alone.unknown_kinds() == (), "nothing else is there to judge by"
 
 
 # ---- the texts
@@ -171,7 +183,7 @@ def test_the_figures_are_those_of_the_distributions(tmp_path: Path) -> None:
     assert by_kind["prose"].mean_kl == pytest.approx(expected / 5, rel=1e-3)
     assert by_kind["code"].mean_kl == pytest.approx(expected / 3, rel=1e-3)
     assert found.agreement_percent == 100
-    mean = -log_softmax(changed)[[0, 1, 2, 3, 4, 0, 0, 3], [1, 2, 3, 4, 5, 0, 3, 4]].mean()
+    mean = -log_softmax(changed)[[0, 1, 2, 3, 4, 2, 2, 3], [1, 2, 3, 4, 5, 2, 3, 4]].mean()
     assert found.perplexity_after == pytest.approx(math.exp(mean), rel=1e-5)
     assert found.perplexity_increase_percent > 0
     assert [(item.begin, item.end, item.tokens) for item in found.positions] == [(0, 1, 2), (1, 16, 6)]

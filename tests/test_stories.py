@@ -133,6 +133,21 @@ def test_int8_keeps_the_perplexity(stories_bundle: Callable[[str], Path], storie
     assert after != before, "the two bundles compute the same, so the INT8 one is not INT8"
 
 
+def test_long_texts_lose_no_more_than_short_ones(stories_bundle: Callable[[str], Path]) -> None:
+    """This model's keys and values are larger at later positions, where scales of an INT8 cache have to hold them."""
+    report = json.loads((stories_bundle("int8-rowwise") / "report.json").read_text(encoding="utf-8"))["against_fp32"]
+    *early, late = [entry for entry in report["positions"] if entry["begin"] >= 16]
+    assert (late["begin"], late["end"]) == (256, 512)
+    assert late["mean_kl"] < 2 * max(entry["mean_kl"] for entry in early)
+
+
+def test_code_and_french_do_not_judge_a_model_of_english_stories(stories_bundle: Callable[[str], Path]) -> None:
+    report = json.loads((stories_bundle("int8-rowwise") / "report.json").read_text(encoding="utf-8"))["against_fp32"]
+    assert report["unknown_kinds"] == ["code", "french"]
+    assert {kind["kind"] for kind in report["kinds"]} == {"code", "dialogue", "french", "prose"}
+    assert report["tokens"] == sum(kind["tokens"] for kind in report["kinds"] if kind["kind"] in ("dialogue", "prose"))
+
+
 def test_int8_is_a_third_of_the_size(stories_bundle: Callable[[str], Path]) -> None:
     fp32, int8 = ((stories_bundle(scheme) / "model.onnx.data").stat().st_size for scheme in ("fp32", "int8-rowwise"))
     assert int8 < fp32 / 3, f"{int8} bytes against {fp32}"
