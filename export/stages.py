@@ -13,7 +13,7 @@ from ..runtime.errors import EdgelmError
 from .errors import StageError
 
 C = TypeVar("C")
-_SAMPLE_S = 0.05
+_SAMPLE_S = 0.2
 
 
 @dataclass(frozen=True)
