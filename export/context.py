@@ -10,29 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..runtime import bundle as names
-from ..runtime import machine, providers
-from ..runtime.manifest import (
-    CacheType,
-    Exclusion,
-    Model,
-)
-from ..runtime.measure import Speed
-from ..runtime.session import Session, make_session
+from ..runtime.bundle import folder as names
+from ..runtime.bundle.manifest import CacheType, Exclusion, Model
+from ..runtime.evaluation.speed import Speed
+from ..runtime.host import machine
+from ..runtime.sessions import providers
+from ..runtime.sessions.loading import make_session
+from ..runtime.sessions.protocol import Session
 from ..targets import Profile
-from . import verify
-from .arithmetic import Arithmetic
-from .blocks import BlockSettings
-from .cache_gate import CacheAgreement
-from .cache_prompts import UnusualTokens
-from .calibrate import Ranges
 from .config import ExportConfig
-from .judging import Judging
-from .paths import PATHS, TracePath
-from .quality import QuantizedAgreement
-from .quantize import Quantizer
-from .sensitivity import Sensitivity
-from .source import SourceModel
+from .gate import verify
+from .gate.arithmetic import Arithmetic
+from .gate.cache_judge import CacheAgreement
+from .gate.cache_prompts import UnusualTokens
+from .gate.judging import Judging
+from .gate.quality import QuantizedAgreement
+from .gate.sensitivity import Sensitivity
+from .quantization.blocks import BlockSettings
+from .quantization.calibration import Ranges
+from .quantization.schemes import Quantizer
+from .source.loading import SourceModel
+from .tracing.ways import PATHS, TracePath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

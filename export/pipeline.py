@@ -16,34 +16,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime import bundle as names
-from ..runtime import providers
+from ..runtime.bundle import folder as names
+from ..runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Quantization, Target
 from ..runtime.errors import SessionError
-from ..runtime.manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Manifest,
-    Quantization,
-    Target,
-)
-from ..runtime.ort import can_start, load_onnxruntime
+from ..runtime.host.ort import can_start, load_onnxruntime
+from ..runtime.sessions import providers
 from ..targets import Profile
-from . import package
 from .compress.folder import without_figures
 from .compress.processes import require_one
 from .compress.recipe import Recipe, load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
 from .compress.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
-from .report import Measurements, build_report, write_report
-from .source import find_source, short_name
+from .output import package
+from .output.report import Measurements, build_report, write_report
+from .source.loading import find_source, short_name
 from .stages import Progress, StageRecord, run_stages
 
 if TYPE_CHECKING:
     pass
 from .context import Context
-from .quantizing import calibrate, choose_arithmetic, judge_quantized, measure, quantize, write_for_other_runtimes
-from .tracing import compare_with_torch, fuse, load, trace
+from .quantizing_stages import (
+    calibrate,
+    choose_arithmetic,
+    judge_quantized,
+    measure,
+    quantize,
+    write_for_other_runtimes,
+)
+from .tracing_stages import compare_with_torch, fuse, load, trace
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ..runtime import machine
 from ..runtime.errors import EdgelmError
+from ..runtime.host import machine
 from .errors import StageError
 
 C = TypeVar("C")

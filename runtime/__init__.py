@@ -13,25 +13,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from .bundle.folder import Bundle
+    from .bundle.manifest import Manifest
+    from .caches.prefixes.cache import PrefixCacheSettings
+    from .caches.responses.cache import ResponseCacheSettings
     from .engine import Engine, load
     from .errors import EdgelmError
-    from .manifest import Manifest
-    from .prefix_cache import PrefixCacheSettings
-    from .response_cache import ResponseCacheSettings
     from .results import Chunk, Completion, Stats, TokenLogprob
     from .settings import GenerationSettings
 
 _HOME = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.folder",
     "Chunk": "results",
     "Completion": "results",
     "EdgelmError": "errors",
     "Engine": "engine",
     "GenerationSettings": "settings",
-    "Manifest": "manifest",
-    "PrefixCacheSettings": "prefix_cache",
-    "ResponseCacheSettings": "response_cache",
+    "Manifest": "bundle.manifest",
+    "PrefixCacheSettings": "caches.prefixes.cache",
+    "ResponseCacheSettings": "caches.responses.cache",
     "Stats": "results",
     "TokenLogprob": "results",
     "load": "engine",

@@ -11,34 +11,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from . import bundle as bundle_files
-from .answer import Answer, Request, completion, replay, unanswered
-from .batch import (
-    MAX_ROWS,
-    Prompt,
-    answer_rows,
-    completions,
-    known_or_computed,
-)
-from .batch_session import rows_are_exact
-from .bundle import Bundle
-from .decode import Sequencer
+from .bundle import folder as bundle_files
+from .bundle.folder import Bundle
+from .caches.prefixes.cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_prefix_cache, prefix_settings
+from .caches.responses.cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
+from .decoding.sequence import Sequencer
 from .errors import EngineClosedError
-from .memory import give_back
-from .prefix_cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_prefix_cache, prefix_settings
-from .requests import RequestMaker
-from .response_cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
+from .host.memory import give_back
 from .results import Chunk, Completion
-from .session import OrtSession, Session, find_folder, session_numerics
+from .serving.answer import Answer, Request, completion, replay, unanswered
+from .serving.batches import MAX_ROWS, Prompt, answer_rows, completions, known_or_computed
+from .serving.requests import RequestMaker
+from .serving.turns import Caller, Turns
+from .sessions import numerics
+from .sessions.in_place import OrtSession
+from .sessions.loading import find_folder
+from .sessions.protocol import Session
+from .sessions.rows import rows_are_exact
 from .settings import GenerationSettings, SettingsKeywords
-from .tokenizer import Tokenizer
-from .turns import Caller, Turns
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .asynchronous import ChunkStream
-    from .chat import Message
+    from .serving.asynchronous import ChunkStream
+    from .text.chat import Message
 
 
 def load(
@@ -102,7 +99,7 @@ class Engine:
         self._sequencer = Sequencer(session, prefixes=prefixes)
         self._prefixes = prefixes
         self._responses = responses
-        self._requests = RequestMaker(bundle, tokenizer, session_numerics(session))
+        self._requests = RequestMaker(bundle, tokenizer, numerics.of_session(session))
         self._turns = Turns()
 
     def generate(
@@ -209,7 +206,7 @@ class Engine:
         **keywords: Unpack[SettingsKeywords],
     ) -> list[Completion]:
         """`generate_batch` for asyncio, as `agenerate`."""
-        from .asynchronous import ChunkStream
+        from .serving.asynchronous import ChunkStream
 
         requests = self._new().batch(prompts, settings, max_rows, keywords)
         chunks = ChunkStream(
@@ -325,6 +322,6 @@ class Engine:
             self._turns.release()
 
     def _run_in_worker(self, request: Request) -> ChunkStream[Chunk]:
-        from .asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
+        from .serving.asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
 
         return ChunkStream(lambda caller: self._run(request, caller), [request.cancelled])

@@ -23,7 +23,7 @@
     `- MissingExtraError      an optional dependency is not installed
 
 Each message says what happened, with what, and what to do about it. `edgelm.export` adds its own branch below
-`EdgelmError`. Foreign exceptions are mapped where they arise (`edgelm.runtime.ort` for onnxruntime).
+`EdgelmError`. Foreign exceptions are mapped where they arise (`edgelm.runtime.host.ort` for onnxruntime).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ NextToken = Callable[[Sequence[int]], int]
 
 
 class FakeSession:
-    """`edgelm.runtime.session.Session` whose most likely next token is `next_token(tokens so far)`.
+    """`edgelm.runtime.sessions.loading.Session` whose most likely next token is `next_token(tokens so far)`.
 
     `steps` lists the token ids of each step, `tokens` holds the sequence in the "cache".
     """

@@ -24,7 +24,7 @@ from typing import Any
 from bench import prepare
 
 from edgelm.runtime import Completion, Engine, load
-from edgelm.runtime.batch_session import OrtRowsSession
+from edgelm.runtime.sessions.rows import OrtRowsSession
 
 ANSWER_TOKENS = 64
 LENGTHS = (32, 16, 64, 24, 48, 8, 40, 128)

@@ -23,12 +23,12 @@ from typing import Any
 
 from stress_caches import redis_server
 
-from edgelm.runtime.caches.database import DiskBudget
-from edgelm.runtime.caches.memory import MemoryStore
-from edgelm.runtime.caches.redis_store import RedisStore
-from edgelm.runtime.caches.sqlite import SqliteStore
-from edgelm.runtime.caches.store import AnswerStore
-from edgelm.runtime.response_cache import CachedAnswer, ResponseCache, response_key
+from edgelm.runtime.caches.responses.cache import CachedAnswer, ResponseCache, response_key
+from edgelm.runtime.caches.responses.database import DiskBudget
+from edgelm.runtime.caches.responses.memory import MemoryStore
+from edgelm.runtime.caches.responses.redis_store import RedisStore
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
+from edgelm.runtime.caches.responses.store import AnswerStore
 
 SETTINGS = {"max_tokens": 64, "limit": 64, "stop_ids": [2], "numerics": "x86_64"}
 LARGE = 2**40

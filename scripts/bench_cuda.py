@@ -45,7 +45,7 @@ def main() -> int:
 
 def what_is_missing() -> str | None:
     """Why nothing can be measured here, or None."""
-    from edgelm.runtime.ort import can_start
+    from edgelm.runtime.host.ort import can_start
 
     if not can_start(_CUDA):
         return (
@@ -92,9 +92,9 @@ def memory_bandwidth() -> float:
 
 def measure_edgelm(bundle: Path, contexts: list[int], repeats: int) -> list[dict[str, Any]]:
     """Prefill and greedy decoding for each length, with the bytes that a token has to read."""
-    from edgelm.runtime.kv import KVCache
-    from edgelm.runtime.measure import measure_speed
-    from edgelm.runtime.session import open_folder
+    from edgelm.runtime.evaluation.speed import measure_speed
+    from edgelm.runtime.sessions.kv_cache import KVCache
+    from edgelm.runtime.sessions.loading import open_folder
 
     opened, session = open_folder(bundle, provider="cuda")
     manifest = opened.manifest

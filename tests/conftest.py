@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 if TYPE_CHECKING:
-    from edgelm.export.quality import QuantizedAgreement
+    from edgelm.export.gate.quality import QuantizedAgreement
     from edgelm.runtime import Engine
-    from edgelm.runtime.session import Session
+    from edgelm.runtime.sessions.protocol import Session
     from edgelm.targets import Gate
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
@@ -129,8 +129,8 @@ def compare_texts(
     before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate
 ) -> QuantizedAgreement:
     """What the gate measures of two graphs on a text, in windows."""
-    from edgelm.export.judging import Judging
-    from edgelm.export.quality import measure, observe
+    from edgelm.export.gate.judging import Judging
+    from edgelm.export.gate.quality import measure, observe
 
     windows = [list(token_ids[begin : begin + window]) for begin in range(0, len(token_ids), window)]
     judging = Judging(tuple(("text", ids) for ids in windows if len(ids) > 1), (), ())
@@ -141,7 +141,7 @@ def compare_texts(
 def require_kernels(patch: pytest.MonkeyPatch) -> None:
     """Let what is opened now use the compiled kernels, or skip the test."""
     pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
-    from edgelm.runtime import kernels
+    from edgelm.runtime.sessions import kernels
 
     patch.setenv(kernels.SWITCH, "on")
     if kernels.identity() is None:
@@ -250,7 +250,7 @@ def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if ready is not None:
         return ready_bundle(ready, "real", {})
     from edgelm.export import ExportConfig, export_model
-    from edgelm.runtime.caches.file_lock import locked
+    from edgelm.runtime.host.file_lock import locked
 
     model = request.getfixturevalue("real_model")
     # A process of xdist has a folder of its own below the run's.

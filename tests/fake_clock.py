@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelm.runtime.caches.answers import Clock
+from edgelm.runtime.host.clock import Clock
 
 
 class FakeClock:

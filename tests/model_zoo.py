@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgelm.export.paths import FUSED, PLAIN, STEPWISE
+from edgelm.export.tracing.ways import FUSED, PLAIN, STEPWISE
 
 VOCABULARY = 257
 CONTEXT = 320

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from edgelm.runtime.caches.answers import CachedAnswer, decode_answer, encode_answer
-from edgelm.runtime.caches.database import DiskBudget
-from edgelm.runtime.caches.memory import MemoryStore
-from edgelm.runtime.caches.sqlite import SqliteStore
-from edgelm.runtime.caches.store import AnswerStore, Policy
+from edgelm.runtime.caches.responses.answers import CachedAnswer, decode_answer, encode_answer
+from edgelm.runtime.caches.responses.database import DiskBudget
+from edgelm.runtime.caches.responses.memory import MemoryStore
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
+from edgelm.runtime.caches.responses.store import AnswerStore, Policy
 from edgelm.runtime.errors import CacheCorruptError
 from edgelm.runtime.results import CompleteReason
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgelm.export.arithmetic import Arithmetic, choose_activations, wide_everywhere
+from edgelm.export.gate.arithmetic import Arithmetic, choose_activations, wide_everywhere
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import EDGELM
 from edgelm.export.passes.widen_activations import WidenActivations, matrices_of
-from edgelm.export.trace import trace_model
+from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.fake import FakeSession
 
 from .conftest import tiny_llama

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Completion, Engine, GenerationSettings, kernels, load
-from edgelm.runtime.batch_decode import Batch, Row
-from edgelm.runtime.batch_session import OrtRowsSession
-from edgelm.runtime.decode import Greedy
+from edgelm.runtime import Completion, Engine, GenerationSettings, load
+from edgelm.runtime.decoding.batch import Batch, Row
+from edgelm.runtime.decoding.sequence import Greedy
 from edgelm.runtime.errors import (
     ContextLengthError,
     EngineBusyError,
@@ -30,7 +29,9 @@ from edgelm.runtime.errors import (
     TemplateError,
 )
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.session import OrtSession
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.rows import OrtRowsSession
 
 from .test_decode import expected, rule
 

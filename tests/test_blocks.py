@@ -15,23 +15,23 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.export.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import compress_model
 from edgelm.export.compress.weights_int4 import WeightsInt4, noted_weights
 from edgelm.export.errors import RecipeError
-from edgelm.export.hessians import collect_hessians
 from edgelm.export.passes import fusing_passes
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.passes.quantize_blocks import QuantizeBlocks
-from edgelm.export.quantize import Quantizer
-from edgelm.export.source import describe_source, find_source, load_module
-from edgelm.export.trace import trace_model
+from edgelm.export.quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
+from edgelm.export.quantization.hessians import collect_hessians
+from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.source.loading import describe_source, find_source, load_module
+from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime import load
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
-from edgelm.runtime.manifest import CacheType, Model
-from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import OrtSession
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.bundle.manifest import CacheType, Model
+from edgelm.runtime.host.ort import load_onnxruntime
+from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.targets import load_target
 
 from .conftest import ROOT, TEXT, compare_texts, tiny_llama

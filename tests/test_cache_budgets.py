@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from edgelm.runtime import PrefixCacheSettings, ResponseCacheSettings, load
-from edgelm.runtime.caches.answers import CachedAnswer, response_key
 from edgelm.runtime.caches.budgets import Budgets, default_budgets, read_budgets, write_budgets
-from edgelm.runtime.caches.database import DiskBudget
-from edgelm.runtime.caches.sqlite import SqliteStore
+from edgelm.runtime.caches.prefixes.files import BlockFiles, found_files, read_budget
+from edgelm.runtime.caches.prefixes.memory import new_block
+from edgelm.runtime.caches.responses.answers import CachedAnswer, response_key
+from edgelm.runtime.caches.responses.database import DiskBudget
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import CacheCorruptError, CacheError, CacheVersionError
-from edgelm.runtime.prefixes.files import BlockFiles, found_files, read_budget
-from edgelm.runtime.prefixes.memory import new_block
 
 MIB = 2**20
 

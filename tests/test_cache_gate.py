@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.export.cache_prompts import CachePrompts, UnusualTokens, cache_prompts
+from edgelm.export.gate.cache_prompts import CachePrompts, UnusualTokens, cache_prompts
 from edgelm.runtime import load
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import VerificationError
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, tiny_llama
 

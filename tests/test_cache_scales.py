@@ -18,14 +18,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgelm.export import ExportConfig, export_model, tracing
+from edgelm.export import ExportConfig, export_model
+from edgelm.export import tracing_stages as tracing
 from edgelm.export.passes import call_attention
-from edgelm.runtime import PrefixCacheSettings, kernels, load
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
+from edgelm.runtime import PrefixCacheSettings, load
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.bundle.manifest import CacheType
 from edgelm.runtime.cli import main
-from edgelm.runtime.manifest import CacheType
-from edgelm.runtime.session import OrtSession
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import ROOT, TEXT, WIDE_TARGET, require_kernels, shared
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.runtime import Bundle, Chunk, Completion, Engine, ResponseCacheSettings, load, machine
+from edgelm.runtime import Bundle, Chunk, Completion, Engine, ResponseCacheSettings, load
+from edgelm.runtime.caches.responses.cache import open_response_cache
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import EngineBusyError
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.home import home
-from edgelm.runtime.response_cache import open_response_cache
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.host.home import home
+from edgelm.runtime.sessions import numerics
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 
 def ask(bundle: Path, prompt: str = "Once", max_tokens: int = 6) -> Completion:
@@ -141,10 +142,10 @@ def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
 
 
 def test_other_arithmetic_is_another_answer(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "onnxruntime" in machine.numerics()
+    assert "onnxruntime" in numerics.of_machine()
     ask(tiny_bundle)
     assert ask(tiny_bundle).stats.response_cache_hit
-    monkeypatch.setattr(machine, "numerics", lambda: "another processor")
+    monkeypatch.setattr(numerics, "of_machine", lambda: "another processor")
     assert not ask(tiny_bundle).stats.response_cache_hit
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime.chat import ChatTemplate, find_template
 from edgelm.runtime.errors import TemplateError
+from edgelm.runtime.text.chat import ChatTemplate, find_template
 
 from .chat_templates import DEEPSEEK, GEMMA_3, LLAMA_2, MORE_TEMPLATES, QWEN_2
 from .conftest import byte_tokenizer, shared

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from edgelm.runtime import load
-from edgelm.runtime.bundle import file_digest
+from edgelm.runtime.bundle.folder import file_digest
 from edgelm.runtime.cli import main
-from edgelm.runtime.conversation import Conversation
 from edgelm.runtime.errors import PromptError
+from edgelm.runtime.text.conversation import Conversation
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"

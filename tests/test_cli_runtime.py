@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from edgelm.runtime import Stats, load
-from edgelm.runtime.bundle import file_digest
+from edgelm.runtime.bundle.folder import file_digest
 from edgelm.runtime.cli import main
 
 from .conftest import TEXT
@@ -149,7 +149,7 @@ def test_an_interrupt_is_status_130(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edgelm.runtime.bundle.Bundle.open", interrupt)
+    monkeypatch.setattr("edgelm.runtime.bundle.folder.Bundle.open", interrupt)
     assert call(command, tiny_bundle, *(["hello"] if command == "run" else [])) == 130
     assert capsys.readouterr().err == "edgelm: interrupted\n"
 

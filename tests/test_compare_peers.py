@@ -177,8 +177,8 @@ class Told:
 
 def test_quality_is_measured_as_edgelm_eval_measures_it(script: ModuleType, tmp_path: Path) -> None:
     """The same windows, the same scored positions, each of them once."""
+    from edgelm.runtime.evaluation.scoring import negative_log_likelihood, score
     from edgelm.runtime.fake import FakeSession
-    from edgelm.runtime.scoring import negative_log_likelihood, score
 
     random = np.random.default_rng(0)
     ids = random.integers(0, 50, 700).tolist()

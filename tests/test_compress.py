@@ -13,9 +13,9 @@ from edgelm.export.compress.edits import edit, edits_of, replay
 from edgelm.export.compress.recipe import load_recipe, parse_recipe
 from edgelm.export.compress.structure import attention_sublayers, decoder_layers
 from edgelm.export.errors import OutputError, RecipeError, SourceError
-from edgelm.export.source import load_module
+from edgelm.export.source.loading import load_module
 from edgelm.runtime import load
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
 
 from .conftest import tiny_llama
 

@@ -15,11 +15,11 @@ from edgelm.export import ExportConfig, export_model
 from edgelm.export.compress.folder import Record, write_compressed
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.steps import Workbench
-from edgelm.export.source import load_module
+from edgelm.export.source.loading import load_module
 from edgelm.runtime import load
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
+from edgelm.runtime.bundle.manifest import Source
 from edgelm.runtime.cli import main
-from edgelm.runtime.manifest import Source
 
 from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, shared, tiny_llama
 from .model_zoo import tiny_model as zoo_model

@@ -16,9 +16,9 @@ from edgelm.export.compress.recipe import available_recipes, load_recipe
 from edgelm.export.compress.steps import Applied, Workbench, step_class, step_name
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
-from edgelm.export.quantize import Quantizer
-from edgelm.export.trace import trace_model
-from edgelm.runtime.manifest import Source
+from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.manifest import Source
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
 from .model_zoo import tiny_model as zoo_model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.runtime import cpuid
+from edgelm.runtime.host import cpuid
 
 # Registers eax, ebx, ecx, edx as CPUID gives them on an Intel Haswell, Ice Lake and Alder Lake.
 BASIC = (0, 0, 1 << 12 | 1 << 19 | 1 << 27 | 1 << 28 | 1 << 29, 0)

@@ -21,15 +21,18 @@ from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import RecipeError, TraceError
 from edgelm.export.passes.graph import ATTENTION
 from edgelm.export.passes.pick_tokens import OUTPUT_NAME, PickTokens
-from edgelm.runtime import load, providers
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
+from edgelm.runtime import load
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.bundle.manifest import Manifest
 from edgelm.runtime.cli import main
-from edgelm.runtime.decode import Greedy, Sequencer
-from edgelm.runtime.device_session import DeviceSession
+from edgelm.runtime.decoding.sequence import Greedy, Sequencer
 from edgelm.runtime.errors import EdgelmError, MemoryShortageError, SessionError, SettingsError
-from edgelm.runtime.manifest import Manifest
-from edgelm.runtime.ort import can_start, load_onnxruntime
-from edgelm.runtime.session import OrtSession, load_graph, make_session
+from edgelm.runtime.host.ort import can_start, load_onnxruntime
+from edgelm.runtime.sessions import providers
+from edgelm.runtime.sessions.graph import load_graph
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.loading import make_session
+from edgelm.runtime.sessions.on_device import DeviceSession
 
 from .conftest import TEXT, byte_tokenizer
 
@@ -209,7 +212,7 @@ def test_a_device_session_computes_what_a_session_of_arrays_does(export_cuda: Ca
 def test_buffers_on_a_device_grow_without_losing_anything(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.runtime.device_session._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
     device, plain = sessions(export_cuda())
     for begin in range(0, 40, 5):
         got, expected = device.step(IDS[begin : begin + 5], 5), plain.step(IDS[begin : begin + 5], 5)
@@ -221,7 +224,7 @@ def test_steps_of_fixed_shape_choose_the_same_tokens(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """As they are captured on a GPU: the mask as long as the buffers, which grow on the way, and after a rewind."""
-    monkeypatch.setattr("edgelm.runtime.device_session._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
     device, plain = sessions(export_cuda(scheme), captures=True)
     for length in (6, 3):
         device.rewind(0)
@@ -271,7 +274,7 @@ def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[
 def test_a_device_takes_no_memory_for_a_guess(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.runtime.device_session._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
     device, _ = sessions(export_cuda())
     device.expect(24)
     device.step([1, 2, 3])

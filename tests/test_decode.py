@@ -19,18 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import Bundle, Chunk, Engine
-from edgelm.runtime.decode import Sequencer
-from edgelm.runtime.errors import (
-    ContextLengthError,
-    EngineBusyError,
-    EngineClosedError,
-    PromptError,
-    SessionError,
-    SettingsError,
-    TemplateError,
-)
-from edgelm.runtime.fake import FakeSession, NextToken
-from edgelm.runtime.manifest import (
+from edgelm.runtime.bundle.manifest import (
     CacheType,
     FileEntry,
     LayerCache,
@@ -41,8 +30,19 @@ from edgelm.runtime.manifest import (
     Target,
     Tokens,
 )
-from edgelm.runtime.response_cache import ResponseCache
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.caches.responses.cache import ResponseCache
+from edgelm.runtime.decoding.sequence import Sequencer
+from edgelm.runtime.errors import (
+    ContextLengthError,
+    EngineBusyError,
+    EngineClosedError,
+    PromptError,
+    SessionError,
+    SettingsError,
+    TemplateError,
+)
+from edgelm.runtime.fake import FakeSession, NextToken
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import byte_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.runtime.divergence import divergence, log_softmax
+from edgelm.runtime.evaluation.divergence import divergence, log_softmax
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

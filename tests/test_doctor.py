@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgelm.runtime import cpuid, doctor, kernels, machine
 from edgelm.runtime.cli import main
-from edgelm.runtime.doctor import diagnose
+from edgelm.runtime.commands import diagnosis as doctor
+from edgelm.runtime.commands.diagnosis import diagnose
 from edgelm.runtime.errors import SessionError
+from edgelm.runtime.host import cpuid, machine
+from edgelm.runtime.sessions import kernels
 
 
 @pytest.fixture

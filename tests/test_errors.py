@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from edgelm.runtime import EdgelmError, errors
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import MissingExtraError, SessionError
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.ort import load_onnxruntime, mapped_errors, onnxruntime_errors
-from edgelm.runtime.session import OrtSession
+from edgelm.runtime.host.ort import load_onnxruntime, mapped_errors, onnxruntime_errors
+from edgelm.runtime.sessions.in_place import OrtSession
 
 TREE = {
     "EdgelmError": "Exception",

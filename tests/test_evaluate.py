@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgelm.export.torch_session import open_model
-from edgelm.runtime.bundle import TOKENIZER_NAME, file_digest
+from edgelm.export.gate.torch_session import open_model
+from edgelm.runtime.bundle.folder import TOKENIZER_NAME, file_digest
+from edgelm.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, parse_manifest
 from edgelm.runtime.cli import main
 from edgelm.runtime.commands import eval as eval_command
 from edgelm.runtime.errors import PromptError, SettingsError, VerificationError
-from edgelm.runtime.evaluate import last_words, read_passages, text_against, text_perplexity
+from edgelm.runtime.evaluation.quality import last_words, read_passages, text_against, text_perplexity
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.manifest import MANIFEST_NAME, FileEntry, parse_manifest
-from edgelm.runtime.session import open_folder
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.sessions.loading import open_folder
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import ROOT, TEXT, byte_tokenizer
 

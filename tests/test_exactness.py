@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import Engine, load
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
-from edgelm.runtime.decode import Sequencer
-from edgelm.runtime.session import OrtSession
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.decoding.sequence import Sequencer
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 
 from .conftest import WIDE_TARGET, byte_tokenizer, tiny_llama
@@ -174,7 +174,7 @@ def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str,
 def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
     import transformers
 
-    from edgelm.export.source import find_source
+    from edgelm.export.source.loading import find_source
 
     config = transformers.BartConfig(vocab_size=257, d_model=16, decoder_layers=1, decoder_ffn_dim=16)
     config.decoder_attention_heads = 2

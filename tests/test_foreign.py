@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgelm.runtime import load
+from edgelm.runtime.bundle.onnx_file import operators, weight_files
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import (
     BundleCorruptError,
@@ -28,8 +29,8 @@ from edgelm.runtime.errors import (
     SessionError,
     SettingsError,
 )
-from edgelm.runtime.onnx_file import operators, weight_files
-from edgelm.runtime.session import Session, open_folder
+from edgelm.runtime.sessions.loading import open_folder
+from edgelm.runtime.sessions.protocol import Session
 
 from .conftest import ROOT
 from .test_imports import BLOCKER, HEAVY

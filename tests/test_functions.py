@@ -33,9 +33,9 @@ from edgelm.export.passes.keep_last_logits import KeepLastLogits
 from edgelm.export.passes.keep_rows import KeepRows
 from edgelm.export.passes.quantize_cache import QuantizeCache
 from edgelm.export.passes.quantize_linears import QuantizeLinears
-from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
-from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import OrtSession
+from edgelm.runtime.bundle.folder import GRAPH_NAME, WEIGHTS_NAME, Bundle
+from edgelm.runtime.host.ort import load_onnxruntime
+from edgelm.runtime.sessions.in_place import OrtSession
 
 from .conftest import TEXT
 from .test_passes import (

@@ -14,15 +14,16 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from edgelm.export import verify
-from edgelm.export.calibrate import cache_ranges
+from edgelm.export.gate import verify
+from edgelm.export.gate.quality import QuantizedAgreement, faults
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.graph import ATTENTION
-from edgelm.export.quality import QuantizedAgreement, faults
-from edgelm.export.trace import trace_model
+from edgelm.export.quantization.calibration import cache_ranges
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import VerificationError
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.session import KERNELS_PIECE_TOKENS, OrtSession, Session
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, Session
 from edgelm.targets import load_target
 
 from .conftest import TEXT, compare_texts, tiny_llama

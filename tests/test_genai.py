@@ -15,13 +15,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgelm.export import ExportConfig, export_model, genai
-from edgelm.export.genai import GENAI_CONFIG_NAME, GENAI_GRAPH_NAME, genai_config, why_irregular, write_genai_files
+from edgelm.export import ExportConfig, export_model
+from edgelm.export.output import genai
+from edgelm.export.output.genai import (
+    GENAI_CONFIG_NAME,
+    GENAI_GRAPH_NAME,
+    genai_config,
+    why_irregular,
+    write_genai_files,
+)
 from edgelm.export.passes.last_logits_only import LastLogitsOnly
 from edgelm.runtime import load
-from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, Bundle
-from edgelm.runtime.manifest import CacheType, LayerCache, Model, Tokens
-from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.bundle.folder import GRAPH_NAME, WEIGHTS_NAME, Bundle
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model, Tokens
+from edgelm.runtime.host.ort import load_onnxruntime
 
 from .conftest import ROOT, TEXT
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import Bundle, Chunk, Completion, Engine, GenerationSettings
-from edgelm.runtime.decode import shortened
+from edgelm.runtime.bundle.manifest import FileEntry
+from edgelm.runtime.caches.responses.cache import ResponseCache
+from edgelm.runtime.decoding.sequence import shortened
 from edgelm.runtime.errors import EngineBusyError, EngineClosedError, PromptError, SettingsError
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.manifest import FileEntry
-from edgelm.runtime.response_cache import ResponseCache
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import byte_tokenizer
 from .test_decode import END, expected, fake, manifest, rule, saying

@@ -15,10 +15,10 @@ import pytest
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import SourceError
-from edgelm.export.gguf_file import read_header
-from edgelm.export.source import describe_source, find_source, load_module, short_name
+from edgelm.export.source.gguf_file import read_header
+from edgelm.export.source.loading import describe_source, find_source, load_module, short_name
 from edgelm.runtime import load
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 
 from .conftest import TEXT, tiny_llama
@@ -222,7 +222,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_rule_to_cut_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from edgelm.export.gguf_source import load_tokenizer
+    from edgelm.export.source.gguf import load_tokenizer
 
     known = load_tokenizer(write_gguf(tmp_path / "known.gguf", tiny_llama(), pre="smollm"))
     assert [piece for piece, _ in known.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")] == [

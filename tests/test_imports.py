@@ -78,6 +78,72 @@ def test_imports_go_one_way(package: str) -> None:
                 assert name.split(".")[1] in ALLOWED[package], f"{path} imports {name}"
 
 
+# Layers of the runtime, lowest first. A module imports from its own folder and from lower layers, also in functions.
+LAYERS = (
+    {"errors", "settings", "results"},
+    {"host"},
+    {"bundle"},
+    {"sessions"},
+    {"decoding", "text"},
+    {"caches"},
+    {"evaluation", "serving"},
+    {"engine", "fake"},
+    {"cli"},
+    {"commands"},
+)
+
+
+def _own_imports(path: Path) -> list[str]:
+    """The modules of ours that a file imports, as paths from the root without the suffix."""
+    folder = list(path.relative_to(ROOT).parts[:-1])
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                inner = "/".join([*base, alias.name])
+                found.append(inner if (ROOT / f"{inner}.py").is_file() else "/".join(base))
+    return found
+
+
+def test_the_runtimes_layers_import_downward() -> None:
+    rank = {name: index for index, names in enumerate(LAYERS) for name in names}
+    folders = {path.relative_to(ROOT / "runtime").parts[0].removesuffix(".py") for path in _sources("runtime")}
+    assert folders - {"__init__"} == rank.keys()
+    for path in _sources("runtime"):
+        layer = path.relative_to(ROOT / "runtime").parts[0].removesuffix(".py")
+        for name in _own_imports(path):
+            _, _, other = name.partition("/")
+            other = other.partition("/")[0]
+            if layer != "__init__" and other != layer:
+                assert rank[other] <= rank[layer], f"{path} imports {name}"
+                assert rank[other] < rank[layer] or (layer, other) == ("settings", "errors"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["runtime", "export"])
+def test_no_circle_of_imports(package: str) -> None:
+    imports = {path.relative_to(ROOT).with_suffix("").as_posix(): set(_own_imports(path)) for path in _sources(package)}
+    done: set[str] = set()
+
+    def follow(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in imports.get(name, set()) - {name}:
+                follow(other, (*above, name))
+            done.add(name)
+
+    for name in imports:
+        follow(name, ())
+
+
+def test_no_folder_is_crowded() -> None:
+    """Files of one kind, a pass, a step or a command each, may be more."""
+    for package in ("runtime", "export", "targets"):
+        for folder in {path.parent for path in _sources(package)}:
+            modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) <= 14 or folder.name in ("passes", "compress", "commands"), folder
+
+
 @pytest.mark.parametrize("package", ["plugins", "runtime", "targets"])
 def test_no_heavy_import_in_the_packages_of_the_device(package: str) -> None:
     for path in _sources(package):
@@ -105,7 +171,7 @@ def test_the_runtime_works_where_the_heavy_packages_cannot_be_imported(tiny_bund
     code = BLOCKER.format(names=set(HEAVY)) + (
         "import edgelm.runtime\n"
         f"with edgelm.runtime.load({str(tiny_bundle)!r}) as engine:\n"
-        "    assert engine.generate('Once', max_tokens=4).stats.generated_tokens >= 0\n"
+        "    assert engine.generate('Once', max_tokens=4).stats.generated_tokens > 0\n"
         "print('fine')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -134,8 +200,8 @@ def test_answering_a_prompt_reads_no_packages_metadata() -> None:
     """`importlib.metadata` brings mail, archives and tables along: 4 MB."""
     code = (
         "import sys; before = set(sys.modules)\n"
-        "import edgelm.runtime.cli, edgelm.runtime.commands.run, edgelm.runtime.machine\n"
-        "assert edgelm.runtime.machine.numerics()\n"
+        "import edgelm.runtime.cli, edgelm.runtime.commands.run, edgelm.runtime.sessions.numerics\n"
+        "assert edgelm.runtime.sessions.numerics.of_machine()\n"
         "print('importlib.metadata' in sys.modules.keys() - before)"
     )
     environment = {**os.environ, "EDGELM_KERNELS": "on"}
@@ -157,7 +223,7 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     code = (
         "import os, sys, builtins\n"
         "real = builtins.__import__\n"
-        "from edgelm.runtime.ort import load_onnxruntime\n"
+        "from edgelm.runtime.host.ort import load_onnxruntime\n"
         "import importlib; plain = importlib.import_module\n"
         "def watch(name, *rest):\n"
         "    if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY'), 'onnxruntime' in sys.modules)\n"

@@ -37,12 +37,15 @@ from edgelm.export.passes.functions import (
     define,
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
-from edgelm.export.trace import trace_model
-from edgelm.runtime import kernels, machine
-from edgelm.runtime.bundle import Bundle
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.errors import SessionError
-from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.session import KERNELS_PIECE_TOKENS, PIECE_TOKENS, OrtSession, best_piece, least_rows, open_session
+from edgelm.runtime.host import machine
+from edgelm.runtime.host.ort import load_onnxruntime
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, best_piece, least_rows
 
 from .model_zoo import CONTEXT, tiny_model
 from .test_models import FLOAT, session_of

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import MemoryShortageError
-from edgelm.runtime.kv import KVCache
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
+from edgelm.runtime.sessions.kv_cache import KVCache
 
 # Layers that are not alike, and one without attention.
 LAYERS = (LayerCache(2, 3, 5, None), None, LayerCache(1, 4, 4, 16))

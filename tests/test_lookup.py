@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import Bundle, Completion, Engine
-from edgelm.runtime.decode import Greedy, Sequencer
+from edgelm.runtime.bundle.manifest import Quantization
+from edgelm.runtime.decoding.prompt_lookup import Lookup, Pace, Text
+from edgelm.runtime.decoding.sequence import Greedy, Sequencer
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.fake import FakeSession, NextToken
-from edgelm.runtime.lookup import MOST_GUESSES, Lookup, Pace, Text
-from edgelm.runtime.manifest import Quantization
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.sessions.protocol import MOST_GUESSES
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT, byte_tokenizer
 from .test_decode import END, FailingSession, manifest, rule

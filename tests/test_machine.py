@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgelm.runtime import cpuid, machine
+from edgelm.runtime.host import cpuid, machine
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.runtime import Bundle, load
-from edgelm.runtime.bundle import file_digest
-from edgelm.runtime.cli import main
-from edgelm.runtime.errors import BundleCorruptError, BundleError, BundleMissingError, BundleVersionError, EdgelmError
-from edgelm.runtime.manifest import (
+from edgelm.runtime.bundle.folder import file_digest
+from edgelm.runtime.bundle.manifest import (
     SCHEMA_VERSION,
     CacheType,
     Exclusion,
@@ -36,6 +34,8 @@ from edgelm.runtime.manifest import (
     Tokens,
     parse_manifest,
 )
+from edgelm.runtime.cli import main
+from edgelm.runtime.errors import BundleCorruptError, BundleError, BundleMissingError, BundleVersionError, EdgelmError
 
 MANIFEST = Manifest(
     schema_version=SCHEMA_VERSION,

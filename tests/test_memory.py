@@ -13,10 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
-from edgelm.runtime import kv, load, memory
+from edgelm.runtime import load
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import MemoryShortageError
-from edgelm.runtime.kv import KVCache
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
+from edgelm.runtime.host import memory
+from edgelm.runtime.sessions import kv_cache as kv
+from edgelm.runtime.sessions.kv_cache import KVCache
 
 GIB = 1 << 30
 Limits = dict[str, tuple[str, int, int]]

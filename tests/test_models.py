@@ -17,17 +17,19 @@ import onnx_ir as ir
 import pytest
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.export.calibrate import cache_ranges
 from edgelm.export.errors import TraceError
+from edgelm.export.gate.quality import faults
 from edgelm.export.passes import fusing_passes, quantizing_passes
-from edgelm.export.paths import PATHS, TracePath
-from edgelm.export.quality import faults
-from edgelm.export.trace import TracedModel
+from edgelm.export.quantization.calibration import cache_ranges
+from edgelm.export.tracing.attention import TracedModel
+from edgelm.export.tracing.ways import PATHS, TracePath
 from edgelm.runtime import load
-from edgelm.runtime.decode import Sequencer
+from edgelm.runtime.bundle.manifest import CacheType, Model
+from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SessionError
-from edgelm.runtime.manifest import CacheType, Model
-from edgelm.runtime.session import OrtSession, Session, make_session
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.loading import make_session
+from edgelm.runtime.sessions.protocol import Session
 from edgelm.targets import Gate
 from tests.conftest import ROOT, WIDE_TARGET, byte_tokenizer, compare_texts
 from tests.model_zoo import CONTEXT, NOT_TRIED, REFUSED, SAME, SAME_TOO, VOCABULARY, WINDOW, causal_types, tiny_model

@@ -9,15 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgelm.export.calibrate import cache_ranges
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.call_attention import CallAttention
 from edgelm.export.passes.functions import EDGELM, NORMED
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION
 from edgelm.export.passes.norm_in_attention import NormInAttention
-from edgelm.export.trace import trace_model
-from edgelm.runtime import kernels
-from edgelm.runtime.session import OrtSession
+from edgelm.export.quantization.calibration import cache_ranges
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.in_place import OrtSession
 
 from .model_zoo import CONTEXT, tiny_model
 from .test_models import FLOAT, INT8, session_of

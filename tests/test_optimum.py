@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.runtime.bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
+from edgelm.runtime.bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from edgelm.export.passes.quantize_cache import QuantizeCache
 from edgelm.export.passes.quantize_embedding import QuantizeEmbedding
 from edgelm.export.passes.quantize_linears import QuantizeLinears
 from edgelm.export.passes.rotate_in_attention import RotateInAttention
-from edgelm.runtime import machine
-from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.host import machine
+from edgelm.runtime.host.ort import load_onnxruntime
 
 Array = NDArray[Any]
 

@@ -12,7 +12,7 @@ import pytest
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import ExportError
-from edgelm.export.paths import STEPWISE
+from edgelm.export.tracing.ways import STEPWISE
 from edgelm.runtime import load
 from edgelm.runtime.cli import main
 

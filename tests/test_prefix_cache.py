@@ -20,18 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Bundle, PrefixCacheSettings, load, machine
+from edgelm.runtime import Bundle, PrefixCacheSettings, load
+from edgelm.runtime.bundle.manifest import CacheType, FileEntry
+from edgelm.runtime.caches.prefixes.cache import PrefixCache, open_prefix_cache
+from edgelm.runtime.caches.prefixes.files import BlockFiles
+from edgelm.runtime.caches.prefixes.keys import BLOCK_TOKENS, block_keys, root_key
+from edgelm.runtime.caches.prefixes.memory import BlockMemory
 from edgelm.runtime.cli import main
-from edgelm.runtime.decode import Sequencer
+from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SettingsError
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.manifest import CacheType, FileEntry
-from edgelm.runtime.prefix_cache import PrefixCache, open_prefix_cache
-from edgelm.runtime.prefixes.files import BlockFiles
-from edgelm.runtime.prefixes.keys import BLOCK_TOKENS, block_keys, root_key
-from edgelm.runtime.prefixes.memory import BlockMemory
-from edgelm.runtime.session import OrtSession
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.sessions import numerics
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT
 from .test_decode import rule
@@ -319,7 +320,7 @@ def test_other_arithmetic_finds_nothing(tiny_bundle: Path, monkeypatch: pytest.M
     for expected in (0, 288):
         with load(tiny_bundle, threads=1, response_cache=False) as engine:
             assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == expected
-    monkeypatch.setattr(machine, "numerics", lambda: "another processor")
+    monkeypatch.setattr(numerics, "of_machine", lambda: "another processor")
     with load(tiny_bundle, threads=1, response_cache=False) as engine:
         assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == 0
 

@@ -19,13 +19,20 @@ import pytest
 
 from edgelm.runtime import PrefixCacheSettings, load
 from edgelm.runtime.caches.kinds import PrefixKind
+from edgelm.runtime.caches.prefixes import files as files_module
+from edgelm.runtime.caches.prefixes.block_file import HEADER_BYTES
+from edgelm.runtime.caches.prefixes.files import (
+    BlockFiles,
+    check_all,
+    delete_all,
+    found_files,
+    read_budget,
+    time_of_use,
+)
+from edgelm.runtime.caches.prefixes.memory import Block
+from edgelm.runtime.caches.prefixes.writer import BlockWriter
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import CacheCorruptError, CacheVersionError
-from edgelm.runtime.prefixes import files as files_module
-from edgelm.runtime.prefixes.block_file import HEADER_BYTES
-from edgelm.runtime.prefixes.files import BlockFiles, check_all, delete_all, found_files, read_budget, time_of_use
-from edgelm.runtime.prefixes.memory import Block
-from edgelm.runtime.prefixes.writer import BlockWriter
 
 from .conftest import TEXT
 from .fake_clock import FakeClock

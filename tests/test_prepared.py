@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgelm.runtime import Bundle, load, prepared, session
+from edgelm.runtime import Bundle, load
 from edgelm.runtime.caches.kinds import PreparedKind
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import BundleCorruptError, CacheCorruptError
-from edgelm.runtime.session import open_session
+from edgelm.runtime.sessions import loading as session
+from edgelm.runtime.sessions import prepared
+from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import TEXT
 
@@ -111,7 +113,7 @@ def test_another_version_or_processor_gets_its_own(
     tiny_bundle: Path, edgelm_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer(tiny_bundle)
-    monkeypatch.setattr(prepared.machine, "numerics", lambda: "another machine")
+    monkeypatch.setattr(prepared.numerics, "of_machine", lambda: "another machine")
     answer(tiny_bundle)
     assert len(made(edgelm_home)) == 2
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgelm.export.judging import ANSWER_TOKENS, WINDOW, Judging, chat_questions, make_judging
-from edgelm.export.quality import QuantizedAgreement, Reference, faults, measure, observe, write_answers
-from edgelm.export.repair import Attempt, Candidate, judge
+from edgelm.export.gate.judging import ANSWER_TOKENS, WINDOW, Judging, chat_questions, make_judging
+from edgelm.export.gate.quality import QuantizedAgreement, Reference, faults, measure, observe, write_answers
+from edgelm.export.gate.repair import Attempt, Candidate, judge
 from edgelm.export.texts import built_in_texts, cut_text
-from edgelm.runtime.divergence import divergence, log_softmax
+from edgelm.runtime.bundle.manifest import Tokens
 from edgelm.runtime.errors import VerificationError
-from edgelm.runtime.manifest import Tokens
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.evaluation.divergence import divergence, log_softmax
+from edgelm.runtime.text.tokenizer import Tokenizer
 from edgelm.targets import load_target
 
 from .conftest import ROOT, byte_tokenizer

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from edgelm.runtime import Engine, load
-from edgelm.runtime.bundle import Bundle
-from edgelm.runtime.divergence import divergence, log_softmax
-from edgelm.runtime.session import open_session
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.bundle.folder import Bundle
+from edgelm.runtime.evaluation.divergence import divergence, log_softmax
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT, require_kernels, shared
 

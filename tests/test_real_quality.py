@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.targets import load_target
 
 GATE = load_target("x86-cpu").gate

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from edgelm.runtime import load
-from edgelm.runtime.caches.answers import CachedAnswer, encode_answer
-from edgelm.runtime.caches.redis_store import RedisStore
+from edgelm.runtime.caches.responses.answers import CachedAnswer, encode_answer
+from edgelm.runtime.caches.responses.cache import ResponseCache, ResponseCacheSettings
+from edgelm.runtime.caches.responses.redis_store import RedisStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, MissingExtraError, SettingsError
-from edgelm.runtime.response_cache import ResponseCache, ResponseCacheSettings
 
 from .conftest import ROOT
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import Bundle
-from edgelm.runtime.session import OrtSession, open_session
+from edgelm.runtime.sessions.in_place import OrtSession
+from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import ROOT
 

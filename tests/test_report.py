@@ -17,14 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgelm.export.charts import Row, bars
+from edgelm.export.output.charts import Row, bars
+from edgelm.export.output.report import part_bytes
+from edgelm.export.output.report_html import page
 from edgelm.export.passes.functions import EDGELM, NORMED_ROWWISE_MATMUL, define
 from edgelm.export.passes.graph import MICROSOFT
-from edgelm.export.report import part_bytes
-from edgelm.export.report_html import page
+from edgelm.runtime.bundle.figures import bytes_text, change_text, main_figures
+from edgelm.runtime.bundle.side_by_side import cut, examples
 from edgelm.runtime.cli import main
-from edgelm.runtime.figures import bytes_text, change_text, main_figures
-from edgelm.runtime.side_by_side import cut, examples
 
 from .conftest import TEXT, WIDE_TARGET
 from .test_passes import graph

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime.caches.memory import MemoryStore
-from edgelm.runtime.caches.sqlite import SqliteStore
-from edgelm.runtime.caches.store import StoreStats
-from edgelm.runtime.errors import CacheError, SettingsError
-from edgelm.runtime.response_cache import (
+from edgelm.runtime.caches.responses.cache import (
     CachedAnswer,
     ResponseCache,
     ResponseCacheSettings,
     open_response_cache,
     response_key,
 )
+from edgelm.runtime.caches.responses.memory import MemoryStore
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
+from edgelm.runtime.caches.responses.store import StoreStats
+from edgelm.runtime.errors import CacheError, SettingsError
 
 from .fake_clock import FakeClock
 

@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from edgelm.export.gptq import gptq_columns
-from edgelm.export.hessians import collect_hessians
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.quantize_linears import column_scales, quantize_columns
-from edgelm.export.rounding import round_matrices
-from edgelm.export.trace import trace_model
-from edgelm.runtime.bundle import GRAPH_NAME
+from edgelm.export.quantization.gptq import gptq_columns
+from edgelm.export.quantization.hessians import collect_hessians
+from edgelm.export.quantization.rounding import round_matrices
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.folder import GRAPH_NAME
 from edgelm.runtime.errors import VerificationError
 
 from .conftest import TEXT, tiny_llama
@@ -64,7 +64,7 @@ def test_columns_are_rounded_alike_in_whatever_slab(monkeypatch: pytest.MonkeyPa
     rows, matrix = rows_and_matrix()
     hessian, scales = rows.T @ rows, column_scales(matrix, 127)
     whole = gptq_columns(matrix, hessian, scales, 127)
-    monkeypatch.setattr("edgelm.export.gptq._SLAB", 7)
+    monkeypatch.setattr("edgelm.export.quantization.gptq._SLAB", 7)
     parts = gptq_columns(matrix, hessian, scales, 127)
     assert (whole != parts).mean() < 0.002  # the product's order of additions differs
 

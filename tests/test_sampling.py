@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgelm.runtime import GenerationSettings
-from edgelm.runtime.errors import SessionError, SettingsError
-from edgelm.runtime.sampling import (
+from edgelm.runtime.decoding.sampling import (
     Sampler,
     draw,
     keep_min_p,
@@ -25,6 +24,7 @@ from edgelm.runtime.sampling import (
     penalize_use,
     with_temperature,
 )
+from edgelm.runtime.errors import SessionError, SettingsError
 
 Row = NDArray[np.float32]
 VOCABULARY = 40

@@ -17,11 +17,11 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.export.quality import QuantizedAgreement
-from edgelm.export.repair import repair
-from edgelm.export.sensitivity import MOST_PROBES, Sensitivity, measure_sensitivity
+from edgelm.export.gate.quality import QuantizedAgreement
+from edgelm.export.gate.repair import repair
+from edgelm.export.gate.sensitivity import MOST_PROBES, Sensitivity, measure_sensitivity
 from edgelm.runtime import load
-from edgelm.runtime.bundle import Bundle
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import VerificationError
 from edgelm.targets import Limits, load_target

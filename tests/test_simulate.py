@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.export.compress.simulate import Int8, product, round_rows
 from edgelm.export.passes.quantize_linears import QuantizeLinears
-from edgelm.runtime.machine import saturates_int8
-from edgelm.runtime.ort import load_onnxruntime
+from edgelm.runtime.host.machine import saturates_int8
+from edgelm.runtime.host.ort import load_onnxruntime
 
 from .conftest import tiny_llama
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.runtime.caches import database
-from edgelm.runtime.caches.answers import CachedAnswer, encode_answer
-from edgelm.runtime.caches.database import DiskBudget, mapped_errors
-from edgelm.runtime.caches.sqlite import SqliteStore
+from edgelm.runtime.caches.responses import database
+from edgelm.runtime.caches.responses.answers import CachedAnswer, encode_answer
+from edgelm.runtime.caches.responses.cache import ResponseCache
+from edgelm.runtime.caches.responses.database import DiskBudget, mapped_errors
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, CacheVersionError
-from edgelm.runtime.response_cache import ResponseCache
 
 from .conftest import ROOT
 

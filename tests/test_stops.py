@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgelm.runtime.stops import StopMatcher
+from edgelm.runtime.text.stops import StopMatcher
 
 texts = st.text("ab", max_size=14)
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from edgelm.runtime import load
-from edgelm.runtime.bundle import Bundle
-from edgelm.runtime.scoring import perplexity
-from edgelm.runtime.session import open_session
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.bundle.folder import Bundle
+from edgelm.runtime.evaluation.scoring import perplexity
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import shared
 

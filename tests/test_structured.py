@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.runtime import Bundle, Engine
+from edgelm.runtime.caches.responses.cache import ResponseCache
 from edgelm.runtime.errors import MissingExtraError, SettingsError
 from edgelm.runtime.fake import FakeSession
-from edgelm.runtime.response_cache import ResponseCache
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import byte_tokenizer, shared
 from .test_decode import fake, manifest
@@ -150,9 +150,9 @@ def test_real_vocabularies_write_what_the_schema_wants(name: str) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     import numpy as np
 
+    from edgelm.runtime.decoding.grammar import GrammarCompiler
     from edgelm.runtime.settings import GenerationSettings
-    from edgelm.runtime.structured import GrammarCompiler
-    from edgelm.runtime.tokenizer import Detokenizer
+    from edgelm.runtime.text.tokenizer import Detokenizer
 
     folder = shared(f"tokenizers/{name}")
     tokenizer = Tokenizer(folder / "tokenizer.json")

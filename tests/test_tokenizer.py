@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.runtime.errors import BundleCorruptError, PromptError
-from edgelm.runtime.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 from .conftest import byte_tokenizer, shared
 

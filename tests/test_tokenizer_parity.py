@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgelm.export.errors import SourceError
-from edgelm.export.package import write_tokenizer
-from edgelm.export.source import _load_tokenizer
-from edgelm.export.tokenizer_check import HARD_TEXTS, check_tokenizer
-from edgelm.runtime.chat import find_template
-from edgelm.runtime.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from edgelm.export.output.package import write_tokenizer
+from edgelm.export.source.loading import _load_tokenizer
+from edgelm.export.source.tokenizer_check import HARD_TEXTS, check_tokenizer
+from edgelm.runtime.text.chat import find_template
+from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 from .conftest import TEXT, byte_tokenizer, shared
 

@@ -14,9 +14,9 @@ import pytest
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import TraceError
 from edgelm.export.passes import fusing_passes
-from edgelm.export.trace import ATTENTION_NAME, trace_model
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.session import OrtSession
+from edgelm.export.tracing.attention import ATTENTION_NAME, trace_model
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
+from edgelm.runtime.sessions.in_place import OrtSession
 
 from .conftest import byte_tokenizer
 

@@ -32,11 +32,11 @@ from edgelm.export.compress.steps import Workbench
 from edgelm.export.compress.training import distillation, next_token, pace, rows_of
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes, quantizing_passes
-from edgelm.export.source import load_module
-from edgelm.export.trace import trace_model
-from edgelm.runtime.bundle import GRAPH_NAME
-from edgelm.runtime.manifest import CacheType, Model
-from edgelm.runtime.session import make_session
+from edgelm.export.source.loading import load_module
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.folder import GRAPH_NAME
+from edgelm.runtime.bundle.manifest import CacheType, Model
+from edgelm.runtime.sessions.loading import make_session
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
 from .test_compress import write_recipe

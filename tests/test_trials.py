@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from edgelm.export.trials import make_trials, pieces
-from edgelm.runtime.manifest import CacheType, LayerCache, Model
+from edgelm.export.gate.trials import make_trials, pieces
+from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 
 TEXT_IDS = [index % 200 for index in range(1000)]
 

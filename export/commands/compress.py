@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...runtime.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows
+from ...runtime.bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows
 from ..config import ExportConfig
 from .progress import RichProgress, quiet_libraries, require_extra
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...runtime.bundle import file_digest
+from ...runtime.bundle.folder import file_digest
 from ..errors import RecipeError
 from .edits import edits_of
 from .recipe import step_settings

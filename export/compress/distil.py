@@ -37,7 +37,7 @@ class Distil(Schedule):
         """See `Step`."""
         import copy
 
-        from ..source import load_module
+        from ..source.loading import load_module
         from .training import distillation, next_token, train
 
         folders = {
@@ -59,7 +59,7 @@ def _find(what: str, name: str, bench: Workbench) -> Path:
     """A model's folder, whose tokenizer is checked. Raises: RecipeError, SourceError."""
     import transformers
 
-    from ..source import find_source
+    from ..source.loading import find_source
 
     folder = find_source(name, None)
     try:

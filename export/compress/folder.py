@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.manifest import Source
+from ...runtime.bundle.manifest import Source
 from ..errors import SourceError
-from ..package import write_json
+from ..output.package import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -12,20 +12,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...runtime import bundle as names
-from ...runtime import machine
-from ...runtime.manifest import CacheType, Model
-from ...runtime.measure import measure_speed
-from ...runtime.providers import CPU
-from ...runtime.scoring import negative_log_likelihood, score
-from ...runtime.session import Session, make_session
+from ...runtime.bundle import folder as names
+from ...runtime.bundle.manifest import CacheType, Model
+from ...runtime.evaluation.scoring import negative_log_likelihood, score
+from ...runtime.evaluation.speed import measure_speed
+from ...runtime.host import machine
+from ...runtime.sessions.loading import make_session
+from ...runtime.sessions.protocol import Session
+from ...runtime.sessions.providers import CPU
 from ...targets import Profile
 from ..errors import TraceError
-from ..hessians import make_block_quantizer
 from ..passes import fusing_passes
-from ..paths import PATHS, refused
-from ..quantize import Quantizer
-from ..trace import TracedModel
+from ..quantization.hessians import make_block_quantizer
+from ..quantization.schemes import Quantizer
+from ..tracing.attention import TracedModel
+from ..tracing.ways import PATHS, refused
 from .weights_int4 import SCHEME, noted_weights
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...targets import Profile
-from .. import package
 from ..config import ExportConfig
 from ..errors import RecipeError
-from ..source import SourceModel, describe_source, find_source, load_module
+from ..output import package
+from ..source.loading import SourceModel, describe_source, find_source, load_module
 from ..stages import Progress, run_stages
 from .folder import RECORD_NAME, Record, read_record, write_compressed
 from .measure import Meter

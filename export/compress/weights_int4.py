@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
 from ..errors import RecipeError
+from ..quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
 from .steps import Applied, Workbench
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _KEY = "edgelm_weights"
 
 @dataclass(frozen=True)
 class WeightsInt4:
-    """method: how weights become 4 bits, see `edgelm.export.blocks`; block: how many inputs share a scale."""
+    """method: how weights become 4 bits, see `quantization.blocks`; block: how many inputs share a scale."""
 
     method: Method = "rtn"
     block: Literal[32, 64, 128] = 32

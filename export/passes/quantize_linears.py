@@ -1,7 +1,7 @@
 """MatMuls with a weight become integer products: int8 weights, activations quantized while the model runs.
 
 Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7. Each is
-rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.rounding`).
+rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
 Activations, by scheme:
 
 `int8-rowwise`  each row x (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is

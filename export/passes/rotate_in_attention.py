@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...runtime.ort import load_onnxruntime
+from ...runtime.host.ort import load_onnxruntime
 from .graph import ATTENTION, Builder, GraphPass, add_weight, constant, nodes_of, producer, same_shape
 from .lower_positions import POSITIONS, POSITIONS_DOMAIN
 

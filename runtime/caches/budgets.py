@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CacheCorruptError, CacheError, CacheVersionError, SettingsError
-from ..home import home, make_private_folder
-from ..prefixes.settings import PrefixCacheSettings
-from .settings import ResponseCacheSettings
+from ..host.home import home, make_private_folder
+from .prefixes.settings import PrefixCacheSettings
+from .responses.settings import ResponseCacheSettings
 
 FILE_NAME = "budgets.json"  # below EDGELM_HOME
 _VERSION = 1

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from .. import prepared
 from ..errors import CacheError
-from ..prefixes import files
-from ..prefixes.settings import PrefixCacheSettings
+from ..sessions import prepared
 from .budgets import default_budgets
-from .database import FILE_NAME, FOLDER_NAME, DiskBudget
-from .settings import ResponseCacheSettings
-from .sqlite import SqliteStore
-from .store import StoreStats
+from .prefixes import files
+from .prefixes.settings import PrefixCacheSettings
+from .responses.database import FILE_NAME, FOLDER_NAME, DiskBudget
+from .responses.settings import ResponseCacheSettings
+from .responses.sqlite import SqliteStore
+from .responses.store import StoreStats
 
 
 class CacheKind(Protocol):
@@ -73,7 +73,7 @@ class ResponseKind:
 
 
 class PreparedKind:
-    """Bundles prepared for this machine (`edgelm.runtime.prepared`)."""
+    """Bundles prepared for this machine (`edgelm.runtime.sessions.prepared`)."""
 
     name = "prepared"
 
@@ -142,5 +142,5 @@ class PrefixKind:
 
 
 def cache_kinds(home: Path) -> tuple[CacheKind, ...]:
-    """All kinds, in the order in which they are shown. home: what `edgelm.runtime.home.home()` gave."""
+    """All kinds, in the order in which they are shown. home: what `edgelm.runtime.host.home.home()` gave."""
     return ResponseKind(home), PrefixKind(home), PreparedKind(home)

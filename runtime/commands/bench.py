@@ -7,10 +7,10 @@ import dataclasses
 import json
 import time
 
-from .. import machine
 from ..errors import SettingsError
-from ..measure import Speed, measure_speed
-from ..session import open_folder
+from ..evaluation.speed import Speed, measure_speed
+from ..host import machine
+from ..sessions.loading import open_folder
 from .folder import add_folder, add_provider
 
 SUMMARY = "measure a bundle on this machine"

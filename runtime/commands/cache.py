@@ -11,9 +11,9 @@ from typing import Any
 
 from ..caches.budgets import Budgets, read_budgets, write_budgets
 from ..caches.kinds import CacheKind, PrefixKind, ResponseKind, cache_kinds
-from ..caches.store import StoreStats
+from ..caches.responses.store import StoreStats
 from ..errors import SettingsError
-from ..home import home
+from ..host.home import home
 
 SUMMARY = "show, clear or check what is kept between runs, or set its budgets"
 

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..conversation import Conversation
 from ..engine import Engine, load
 from ..errors import EdgelmError, PromptError, TemplateError
 from ..results import Stats
 from ..settings import GenerationSettings
+from ..text.conversation import Conversation
 from .folder import add_provider
 from .run import summary
 from .settings import add_settings, settings_of

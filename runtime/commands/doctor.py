@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from ..doctor import Diagnosis, diagnose
+from .diagnosis import Diagnosis, diagnose
 
 SUMMARY = "say what this machine can do and what is missing"
 _GB = 1e9

@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..bundle import TOKENIZER_NAME
+from ..bundle.folder import TOKENIZER_NAME
+from ..bundle.manifest import MANIFEST_NAME
 from ..errors import BundleMissingError, SettingsError
-from ..evaluate import last_words, read_passages, text_against, text_perplexity
-from ..foreign import is_foreign
-from ..manifest import MANIFEST_NAME
-from ..session import Session, open_folder
-from ..tokenizer import Tokenizer
+from ..evaluation.quality import last_words, read_passages, text_against, text_perplexity
+from ..sessions.foreign import is_foreign
+from ..sessions.loading import open_folder
+from ..sessions.protocol import Session
+from ..text.tokenizer import Tokenizer
 from .text_file import read_text
 
 SUMMARY = "measure perplexity and LAMBADA accuracy of a bundle or a model"

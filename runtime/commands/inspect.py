@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..bundle import REPORT_NAME, REPORT_PAGE_NAME, Bundle
+from ..bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
+from ..bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
+from ..bundle.manifest import LayerCache, Manifest
+from ..bundle.side_by_side import Cut, examples
 from ..errors import BundleCorruptError, BundleMissingError
-from ..figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
-from ..manifest import LayerCache, Manifest
-from ..side_by_side import Cut, examples
 from .folder import add_folder
 
 _CACHE_BYTES = {"int8": 1, "float16": 2, "float32": 4}
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> Bundle:
-    from ..foreign import is_foreign
-    from ..session import open_folder
+    from ..sessions.foreign import is_foreign
+    from ..sessions.loading import open_folder
 
     if arguments.graph is None and not is_foreign(Path(arguments.bundle)):
         return Bundle.open(arguments.bundle)

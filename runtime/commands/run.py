@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..answer import completion
-from ..batch import MAX_ROWS
 from ..engine import Engine, load
 from ..errors import PromptError, SettingsError
 from ..results import Chunk, Completion, Stats
+from ..serving.answer import completion
+from ..serving.batches import MAX_ROWS
 from ..settings import GenerationSettings
 from .folder import add_folder, add_provider
 from .settings import add_settings, settings_of

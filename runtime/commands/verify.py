@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import TOKENIZER_NAME, Bundle
+from ..bundle.folder import TOKENIZER_NAME, Bundle
+from ..bundle.manifest import Model
 from ..errors import PromptError, VerificationError
-from ..manifest import Model
-from ..scoring import DEFAULT_WINDOW, perplexity
-from ..session import Session, open_folder
-from ..tokenizer import Tokenizer
+from ..evaluation.scoring import DEFAULT_WINDOW, perplexity
+from ..sessions.loading import open_folder
+from ..sessions.protocol import Session
+from ..text.tokenizer import Tokenizer
 from .folder import add_folder, add_provider
 from .text_file import read_text
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgelm.runtime.tokenizer import Tokenizer
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 from . import compare, counting, machines
 

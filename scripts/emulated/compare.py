@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.runtime.scoring import negative_log_likelihood
+from edgelm.runtime.evaluation.scoring import negative_log_likelihood
 
 
 @dataclass(frozen=True)

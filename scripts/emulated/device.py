@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.runtime import Bundle, machine
-from edgelm.runtime.decode import Sequencer
-from edgelm.runtime.session import Session, open_session
+from edgelm.runtime import Bundle
+from edgelm.runtime.decoding.sequence import Sequencer
+from edgelm.runtime.host import machine
+from edgelm.runtime.sessions import numerics
+from edgelm.runtime.sessions.loading import open_session
+from edgelm.runtime.sessions.protocol import Session
 
 _PROMPT_TOKENS = 10
 # Ways to cut the first text: token by token at its beginning, and in pieces of unlike sizes.
@@ -47,7 +50,7 @@ def main() -> None:
     targets = np.concatenate([np.asarray(text[1:], np.int64) for text in texts])
     np.savez(arguments.out, logits=logits, targets=targets, tokens=np.asarray(tokens, np.int64))
     told = {
-        "machine": machine.numerics(),
+        "machine": numerics.of_machine(),
         "saturates": machine.saturates_int8(),
         "digest": hashlib.sha256(logits.tobytes()).hexdigest(),
         "exact": all(same_bits(session, texts[0], logits[: len(texts[0]) - 1], cuts) for cuts in _CUTS),

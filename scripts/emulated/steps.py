@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from edgelm.runtime import Bundle
-from edgelm.runtime.session import open_session
+from edgelm.runtime.sessions.loading import open_session
 
 
 def mark() -> None:

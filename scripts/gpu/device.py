@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
-from edgelm.runtime.device_session import DeviceSession
-from edgelm.runtime.providers import CPU
-from edgelm.runtime.session import load_graph, open_folder
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.sessions.graph import load_graph
+from edgelm.runtime.sessions.loading import open_folder
+from edgelm.runtime.sessions.on_device import DeviceSession
+from edgelm.runtime.sessions.providers import CPU
 
 
 def open_device(folder: Path, provider: str) -> tuple[Bundle, DeviceSession]:

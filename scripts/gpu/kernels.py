@@ -16,10 +16,10 @@ from typing import Any
 
 from device import open_device, prompt, record
 
-from edgelm.runtime.bundle import GRAPH_NAME, Bundle
-from edgelm.runtime.device_session import DeviceSession
-from edgelm.runtime.ort import load_onnxruntime
-from edgelm.runtime.providers import CPU, CUDA
+from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.host.ort import load_onnxruntime
+from edgelm.runtime.sessions.on_device import DeviceSession
+from edgelm.runtime.sessions.providers import CPU, CUDA
 
 _STEPS = 20
 _MOST = 14

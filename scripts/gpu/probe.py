@@ -12,8 +12,8 @@ from pathlib import Path
 
 from device import record
 
-from edgelm.runtime.ort import can_start, load_onnxruntime
-from edgelm.runtime.providers import CPU, CUDA, gpu_names
+from edgelm.runtime.host.ort import can_start, load_onnxruntime
+from edgelm.runtime.sessions.providers import CPU, CUDA, gpu_names
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "numpy", "edgelm", "nvidia-cublas", "nvidia-cuda-runtime")
 

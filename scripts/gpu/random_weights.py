@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME, file_digest
-from edgelm.runtime.manifest import MANIFEST_NAME, FileEntry, parse_manifest
+from edgelm.runtime.bundle.folder import GRAPH_NAME, WEIGHTS_NAME, file_digest
+from edgelm.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, parse_manifest
 
 _POOL = 1 << 24
 _BLOCK = 32

@@ -20,11 +20,11 @@ import onnx_ir as ir
 from bench import _build_tokenizer
 from numpy.typing import NDArray
 
-from edgelm.export.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
 from edgelm.export.passes import fusing_passes, narrowing_passes, quantizing_passes
-from edgelm.export.trace import trace_model
-from edgelm.runtime.bundle import GRAPH_NAME, WEIGHTS_NAME
-from edgelm.runtime.manifest import (
+from edgelm.export.quantization.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
+from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime.bundle.folder import GRAPH_NAME, WEIGHTS_NAME
+from edgelm.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     CacheType,

@@ -14,9 +14,9 @@ from pathlib import Path
 import onnx
 from device import open_device, prompt, record
 
-from edgelm.runtime.bundle import GRAPH_NAME
-from edgelm.runtime.kv import KVCache
-from edgelm.runtime.measure import measure_speed, time_prompt
+from edgelm.runtime.bundle.folder import GRAPH_NAME
+from edgelm.runtime.evaluation.speed import measure_speed, time_prompt
+from edgelm.runtime.sessions.kv_cache import KVCache
 
 _STEPS = 48
 _PIECES = (256, 512, 1024)

@@ -17,11 +17,11 @@ import numpy as np
 from device import open_device, prompt, record
 from numpy.typing import NDArray
 
-from edgelm.runtime import device_session
-from edgelm.runtime.bundle import GRAPH_NAME
-from edgelm.runtime.device_session import DeviceSession
-from edgelm.runtime.providers import CPU
-from edgelm.runtime.session import load_graph
+from edgelm.runtime.bundle.folder import GRAPH_NAME
+from edgelm.runtime.sessions import on_device as device_session
+from edgelm.runtime.sessions.graph import load_graph
+from edgelm.runtime.sessions.on_device import DeviceSession
+from edgelm.runtime.sessions.providers import CPU
 
 
 def main() -> None:

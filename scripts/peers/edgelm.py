@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.runtime import Engine, kernels
+from edgelm.runtime import Engine
 from edgelm.runtime import load as load_bundle
-from edgelm.runtime.session import Session, open_folder
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.loading import open_folder
+from edgelm.runtime.sessions.protocol import Session
 
 FILES = ("model.onnx", "model.onnx.data")
 _PIECE = 128

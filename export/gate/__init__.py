@@ -1,0 +1,1 @@
+"""The gate: what a graph must show before it becomes a bundle."""

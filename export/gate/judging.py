@@ -1,0 +1,120 @@
+"""Which texts and prompts judge a quantized graph: never those that calibrate it.
+
+The ones that come with edgelm are in its own words: prose, a dialogue, code and French, a file each below
+`text/judging`, and everyday questions in `text/chat.json`. What calibrates is `text/default.txt`. A text of the user's
+own is cut in two by whole paragraphs: the first half calibrates, the second judges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from ...runtime.bundle import folder as names
+from ...runtime.bundle.manifest import Tokens
+from ...runtime.errors import TemplateError
+from ...runtime.text.chat import ChatTemplate, find_template
+from ...runtime.text.tokenizer import Tokenizer
+from ..errors import RecipeError
+from ..texts import Texts
+
+WINDOW = 512
+ANSWER_TOKENS = 32
+# Of all texts together. 12 windows of the tokenizers that take a byte for a token, which know no longer ones, too.
+_MOST_WINDOWS = 12
+_PROMPTS, _START_TOKENS = 12, 24
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What judges one model.
+
+    texts: pairs of a kind and the tokens of a window, each read from an empty cache; prompts: pairs of what a reader
+    sees and the tokens that are answered; stop_ids: what ends an answer.
+    """
+
+    texts: tuple[tuple[str, list[int]], ...]
+    prompts: tuple[tuple[str, list[int]], ...]
+    stop_ids: tuple[int, ...]
+
+
+def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_length: int, tokens: Tokens) -> Judging:
+    """Windows of the texts and prompts for a model, none longer than its context.
+
+    folder: with the bundle's tokenizer_config.json and chat template. Raises: RecipeError for texts that are too short
+    to judge by.
+    """
+    window = min(WINDOW, context_length)
+    most = max(1, _MOST_WINDOWS // len(texts.judging))
+    windows = [
+        (kind, ids)
+        for kind, text in texts.judging
+        for ids in _windows(tokenizer.encode(text), tokens.bos, window, most)
+    ]
+    found = sum(len(ids) for _, ids in windows)
+    if found < window:
+        raise RecipeError(
+            f"{texts.origin} is too short to judge this model by: the half that does not calibrate has {found} tokens, "
+            f"{window} are needed: give a text of {2 * window} tokens or more with --text"
+        )
+    room = context_length - ANSWER_TOKENS
+    prompts = list(_chat_prompts(tokenizer, folder, room)) or list(_starts(windows, tokenizer, room))
+    return Judging(tuple(windows), tuple(prompts), tuple(tokens.eos))
+
+
+def chat_questions() -> list[str]:
+    """The questions that come with edgelm."""
+    text = (resources.files("edgelm.export") / "text" / "chat.json").read_text(encoding="utf-8")
+    return [str(question) for question in json.loads(text)]
+
+
+def _windows(ids: Sequence[int], bos: int | None, size: int, most: int) -> Iterator[list[int]]:
+    """Up to `most` windows from all over the tokens, each with the text's first token where the tokenizer puts one."""
+    first = [bos] if bos is not None and len(ids) > 1 and ids[0] == bos else []
+    body = ids[len(first) :]
+    step = max(1, size - len(first))
+    begins = range(0, len(body), step)
+    chosen = [begins[index * len(begins) // most] for index in range(most)] if len(begins) > most else begins
+    for begin in chosen:
+        window = [*first, *body[begin : begin + step]]
+        if len(window) > 1:
+            yield window
+
+
+def _chat_prompts(tokenizer: Tokenizer, folder: Path, room: int) -> Iterator[tuple[str, list[int]]]:
+    template = _template(folder)
+    if template is None:
+        return
+    for question in chat_questions():
+        try:
+            text = template.prompt(({"role": "user", "content": question},))
+        except TemplateError:
+            return
+        ids = tokenizer.encode(text, special=False)
+        if 0 < len(ids) <= room:
+            yield question, ids
+
+
+def _template(folder: Path) -> ChatTemplate | None:
+    """The chat template, where the model has one that works. What is wrong with another one is its users' to hear, not
+    this export's."""
+    template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
+    try:
+        return find_template(
+            template.read_text(encoding="utf-8") if template.is_file() else None,
+            json.loads(config.read_text(encoding="utf-8")),
+        )
+    except TemplateError:
+        return None
+
+
+def _starts(
+    windows: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer, room: int
+) -> Iterator[tuple[str, list[int]]]:
+    """The first tokens of the windows, as prompts that go on."""
+    for _, ids in windows[:_PROMPTS]:
+        start = ids[: max(1, min(_START_TOKENS, room))]
+        yield tokenizer.decode(start), start

@@ -1,0 +1,166 @@
+"""The gate's verdict: the attempts at a quantized graph are judged one after another until one holds.
+
+The attempts of a scheme come first, in their order. Where the scheme may be mended with float32, a graph that misses
+the target's limits then gets its worst matrices back, the fewest first, in the order of what quantization costs each of
+them alone. Half of the matrices is the limit: what needs more is no quantized model, and the export fails with the
+figures. So it does where the INT8 cache alone misses the limits, which no matrix can mend. `int8-rowwise` is not mended
+so: a float32 matrix costs four times its bytes on every token, and the guarantee of equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.bundle.manifest import Exclusion
+from ...runtime.errors import VerificationError
+from ...runtime.sessions.protocol import Session
+from ...targets import Gate
+from .judging import Judging
+from .quality import QuantizedAgreement, Reference, faults, measure, observe
+from .sensitivity import Probe, Sensitivity, measure_sensitivity
+
+_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Where the gate holds at once, sensitivities are for the report only. They are measured then if one probe a matrix
+# loads no more fp32 weights than this in all, which takes seconds.
+_CHEAP_PROBE_BYTES = 1 << 30
+
+# Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
+Repair = Callable[[Collection[str]], QuantizedAgreement]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to quantize. name: in words, for errors ("with 16-bit activations in all matrices"); write: writes the
+    graph, in the place of the one before."""
+
+    name: str
+    write: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How to make and open the graphs that are judged.
+
+    reference, quantized: open a session on the fp32 graph, of `reference_bytes`, and on the quantized one that is
+    written now; attempts: at least one, the first to hold is taken; leave_out: writes the quantized graph anew, with
+    the matrices of these names in float32, or None for a scheme that is not mended so; remedy: what the user can do
+    where nothing holds; matrices: all that are quantized.
+    """
+
+    reference: Callable[[], AbstractContextManager[Session]]
+    reference_bytes: int
+    quantized: Callable[[], AbstractContextManager[Session]]
+    attempts: Sequence[Attempt]
+    leave_out: Callable[[Collection[str]], None] | None
+    remedy: str
+    probe: Probe
+    matrices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the graph that is written now measured; reference: what it was held against; attempt: the name of the one
+    that holds, the last one where matrices were left out; sensitivity: worst first, empty where it was not measured."""
+
+    agreement: QuantizedAgreement
+    reference: Reference
+    attempt: str
+    sensitivity: tuple[Sensitivity, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gate, folder: Path) -> Verdict:
+    """Hold the attempts against the fp32 graph until one is within the limits, and repair the last one otherwise.
+
+    folder: as `observe`. Cost: one run of the judging texts with the fp32 graph and one with each attempt; with a
+    repair up to 11 more and the probes of `edgelm.export.gate.sensitivity`. Raises: VerificationError.
+    """
+    with candidate.reference() as session:
+        reference = observe(session, judging, context_length, folder)
+
+    def compare() -> QuantizedAgreement:
+        with candidate.quantized() as after:
+            return measure(reference, after, gate)
+
+    tried: list[tuple[Attempt, QuantizedAgreement]] = []
+    for attempt in candidate.attempts:
+        attempt.write()
+        tried.append((attempt, compare()))
+        if not faults(tried[-1][1], gate):
+            ranked = _sensitivities(candidate, judging) if _is_cheap(candidate) else ()
+            return Verdict(tried[-1][1], reference, attempt.name, ranked, ())
+    if candidate.leave_out is None:
+        raise _none_holds(tried, gate, candidate.remedy)
+
+    def leave_out(excluded: Collection[str]) -> QuantizedAgreement:
+        assert candidate.leave_out is not None
+        candidate.leave_out(excluded)
+        return compare()
+
+    ranked = _sensitivities(candidate, judging)
+    agreement, exclusions = repair(tried[-1][1], ranked, leave_out, gate)
+    return Verdict(agreement, reference, tried[-1][0].name, ranked, exclusions)
+
+
+def _is_cheap(candidate: Candidate) -> bool:
+    return len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES
+
+
+def _sensitivities(candidate: Candidate, judging: Judging) -> tuple[Sensitivity, ...]:
+    with candidate.reference() as session:
+        return tuple(measure_sensitivity(session, candidate.probe, candidate.matrices, judging.texts[0][1]))
+
+
+def _none_holds(tried: Sequence[tuple[Attempt, QuantizedAgreement]], gate: Gate, remedy: str) -> VerificationError:
+    figures = "; ".join(f"{attempt.name}: {', '.join(faults(found, gate))}" for attempt, found in tried)
+    return VerificationError(f"the quantized model is too far from the original: {figures}: use {remedy}")
+
+
+def repair(
+    before: QuantizedAgreement, ranked: Sequence[Sensitivity], attempt: Repair, gate: Gate
+) -> tuple[QuantizedAgreement, tuple[Exclusion, ...]]:
+    """Leave matrices in float32 until the gate holds. The last attempt made is the one that is returned.
+
+    before: what missed the gate; ranked: all matrices, worst first. Cost: at most 11 attempts. Raises:
+    VerificationError, with the figures of the first and the last attempt, if the gate never holds.
+    """
+    if not ranked:
+        raise _error(before, gate, "--kv float32")
+    after = attempt(_matrices(ranked))
+    if faults(after, gate):
+        raise _error(before, gate, "--kv float32", f"; with all matrices in float32: {'; '.join(faults(after, gate))}")
+    tried = ""
+    for count in _counts(len(ranked)):
+        worst = ranked[:count]
+        after = attempt(_matrices(worst))
+        if not faults(after, gate):
+            return after, tuple(_exclusions(worst, before))
+        tried = f"; with {', '.join(item.name for item in worst)} in float32: {'; '.join(faults(after, gate))}"
+    raise _error(before, gate, "--scheme fp32", tried)
+
+
+def _error(before: QuantizedAgreement, gate: Gate, remedy: str, tried: str = "") -> VerificationError:
+    missed = "; ".join(faults(before, gate))
+    return VerificationError(f"the quantized model is too far from the original: {missed}{tried}: use {remedy}")
+
+
+def _matrices(items: Sequence[Sensitivity]) -> set[str]:
+    return {name for item in items for name in item.matrices}
+
+
+def _counts(available: int) -> Iterator[int]:
+    return (count for count in _ROUNDS if count <= available // 2)
+
+
+def _exclusions(worst: Sequence[Sensitivity], before: QuantizedAgreement) -> Iterator[Exclusion]:
+    for item in worst:
+        alone = "it alone" if len(item.matrices) == 1 else f"{item.name} alone"
+        reason = (
+            f"left as it was: quantizing {alone} costs {item.kl:.3g} nats of KL divergence a token; with all quantized "
+            f"perplexity rose by {before.perplexity_increase_percent:.2f} % and the most likely token was the same at "
+            f"{before.decided_percent:.2f} % of the positions where fp32 is clear"
+        )
+        yield from (Exclusion(name, reason) for name in item.matrices)

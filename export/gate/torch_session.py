@@ -1,0 +1,80 @@
+"""torch behind the runtime's `Session`, so that a model is scored by the code that scores its bundles.
+
+No cache is used: a step runs all tokens since the last rewind, which is right for every kind of model, also those whose
+caches cannot be cut. Scoring feeds a window in pieces, so that it costs two to three times one pass over the window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.bundle.folder import TOKENIZER_NAME
+from ...runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchSession:
+    """A module in evaluation mode as a `runtime.session.Session`."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._module = module
+        self._ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self._ids)
+
+    def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        import torch
+
+        self._ids += token_ids
+        with torch.no_grad():
+            logits = self._module(input_ids=torch.tensor([self._ids]), use_cache=False).logits
+        return np.asarray(logits[0, -keep:].numpy(), np.float32)
+
+    def expect(self, positions: int) -> None:
+        """Nothing: there is no cache."""
+
+    def can_rewind(self, length: int) -> bool:
+        return 0 <= length <= self.length
+
+    def rewind(self, length: int) -> None:
+        del self._ids[length:]
+
+    def close(self) -> None:
+        self._ids = []
+
+
+@contextlib.contextmanager
+def open_model(model: str, threads: int | None = None) -> Iterator[tuple[int, Tokenizer, TorchSession]]:
+    """Context length, the tokenizer as a bundle has it, and a session, of a builtin, local or hub model.
+
+    Raises: MissingExtraError, SourceError.
+    """
+    from ..commands.progress import quiet_libraries, require_extra
+
+    require_extra("edgelm eval of a model")
+    import torch
+
+    from ..output.package import write_tokenizer
+    from ..source.loading import describe_source, find_source, load_module
+
+    quiet_libraries()
+    folder = find_source(model, None)
+    module = load_module(folder)
+    source = describe_source(model, folder, module)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="edgelm-") as scratch:
+        write_tokenizer(source.tokenizer, module, Path(scratch))
+        tokenizer = Tokenizer(Path(scratch) / TOKENIZER_NAME)
+    yield source.context_length, tokenizer, TorchSession(module)

@@ -1,0 +1,1 @@
+"""What an export writes: the bundle, its report, files for other runtimes."""

@@ -1,0 +1,138 @@
+"""What the inputs of each matrix are on a text: the sums of products that GPTQ weighs its errors by.
+
+The fp32 graph runs on the CPU with the matrices' inputs as its outputs, a group of them at a time, so that a large
+model's sums never are in memory together with all its activations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ...runtime.errors import VerificationError
+from ...runtime.host.ort import load_onnxruntime, mapped_errors
+from ..errors import RecipeError
+from ..passes.graph import nodes_of
+from ..passes.linear import weight_of
+from .blocks import BlockQuantizer, BlockSettings
+
+_PROBE = "hessians.onnx"
+_WINDOW = 512
+_MOST_WINDOWS = 24
+_GROUP_BYTES = 1 << 30
+
+Hessians = dict[str, NDArray[np.float32]]
+
+
+def collect_hessians(graph: Path, token_ids: Sequence[int], context: int) -> Hessians:
+    """All that `each_group_of_hessians` gives for one text, together."""
+    return {name: sums for group in each_group_of_hessians(graph, [token_ids], context) for name, sums in group.items()}
+
+
+def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context: int) -> Iterator[Hessians]:
+    """For the name of each matrix the mean of x xᵀ, (inputs, inputs) float32, over the rows x that it is multiplied
+    with on the texts (token ids), in groups of up to 1 GiB.
+
+    graph: path of the fp32 graph, beside which a probe is written for the time being. A matrix that several products
+    share gets the mean over all their rows. Cost: one run of up to 12,288 tokens with the fp32 graph for each group.
+    Raises: RecipeError, where attention is not fused; VerificationError, where x is not finite; SessionError.
+    """
+    pieces = _pieces(texts, min(_WINDOW, context))
+    for group in _groups(_inputs_of_matrices(ir.load(graph))):
+        values = list(dict.fromkeys(value for _, read in group.values() for value in read))
+        try:
+            sums = _sums(graph, values, pieces)
+        finally:
+            (graph.parent / _PROBE).unlink(missing_ok=True)
+        yield {name: _mean([sums[value] for value in read], name) for name, (_, read) in group.items()}
+
+
+def _pieces(texts: Sequence[Sequence[int]], window: int) -> list[Sequence[int]]:
+    """Windows of the texts, one of each by turns, so that a long text does not crowd out the others."""
+    cut = [[text[begin : begin + window] for begin in range(0, len(text), window)] for text in texts]
+    turns = (piece for turn in itertools.zip_longest(*cut) for piece in turn if piece is not None)
+    return list(itertools.islice(turns, _MOST_WINDOWS))
+
+
+def make_block_quantizer(
+    settings: BlockSettings, graph: Path, token_ids: Sequence[int], context: int
+) -> BlockQuantizer:
+    """A quantizer with what its method needs. Arguments, cost and errors as of `collect_hessians`; without GPTQ it
+    costs nothing."""
+    if settings.method != "gptq":
+        return BlockQuantizer(settings)
+    return BlockQuantizer(settings, collect_hessians(graph, token_ids, context))
+
+
+def _inputs_of_matrices(model: ir.Model) -> dict[str, tuple[int, list[str]]]:
+    """For the name of each matrix how many inputs it has, and the names of the values that it is multiplied with."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for matmul in nodes_of(model, "MatMul"):
+        weight, source = weight_of(matmul), matmul.inputs[0]
+        if weight is not None and source is not None and source.name is not None:
+            found.setdefault(weight.name, (weight.shape[0], []))[1].append(source.name)
+    return found
+
+
+def _groups(matrices: Mapping[str, tuple[int, list[str]]]) -> Iterator[dict[str, tuple[int, list[str]]]]:
+    group: dict[str, tuple[int, list[str]]] = {}
+    size = 0
+    for name, (inputs, values) in matrices.items():
+        if group and size + 4 * inputs * inputs > _GROUP_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = inputs, values
+        size += 4 * inputs * inputs
+    if group:
+        yield group
+
+
+def _mean(parts: Sequence[NDArray[np.float32]], name: str) -> NDArray[np.float32]:
+    if not all(np.isfinite(part).all() for part in parts):
+        raise VerificationError(
+            f"the inputs of {name} are not all finite numbers on the calibrating text: the weights are damaged, or the "
+            "model computes beyond the range of float32"
+        )
+    return parts[0] if len(parts) == 1 else np.asarray(sum(parts) / np.float32(len(parts)), np.float32)
+
+
+def _sums(graph: Path, values: list[str], pieces: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
+    model = ir.load(graph)
+    produced = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [produced[name] for name in values]
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.save(model, graph.parent / _PROBE)
+    with mapped_errors("the inputs of the matrices cannot be computed", "export the model with another method"):
+        session = load_onnxruntime().InferenceSession(graph.parent / _PROBE, providers=["CPUExecutionProvider"])
+        sums: dict[str, NDArray[np.float32]] = {}
+        count = 0
+        for piece in pieces:
+            for name, rows in zip(values, session.run(values, _feeds(session, piece)), strict=True):
+                flat = np.asarray(rows, np.float32).reshape(-1, rows.shape[-1])
+                if name not in sums:
+                    sums[name] = np.zeros((flat.shape[1],) * 2, np.float32)
+                sums[name] += flat.T @ flat
+            count += len(piece)
+    return {name: total / np.float32(count) for name, total in sums.items()}
+
+
+def _feeds(session: Any, piece: Sequence[int]) -> dict[str, NDArray[Any]]:
+    feeds: dict[str, NDArray[Any]] = {
+        "input_ids": np.array([piece], np.int64),
+        "attention_mask": np.ones((1, len(piece)), np.int64),
+        "logits_to_keep": np.zeros(1, np.int64),
+    }
+    for item in session.get_inputs():
+        if item.name not in feeds:
+            if len(item.shape) != 4:
+                raise RecipeError("gptq needs a model whose only states are keys and values: use rtn or hqq")
+            feeds[item.name] = np.zeros(
+                (1, *(size if isinstance(size, int) else 0 for size in item.shape[1:])), np.float32
+            )
+    return {item.name: feeds[item.name] for item in session.get_inputs()}

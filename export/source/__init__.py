@@ -1,0 +1,1 @@
+"""The source: find, load and describe a model."""

@@ -1,0 +1,358 @@
+"""Where a model comes from: a local folder or GGUF file, a model of the hub, or the one that comes with edgelm.
+
+Only safetensors and GGUF are read and remote code is never run. The network is touched for hub ids alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.bundle.manifest import Source, Tokens
+from ..compress.folder import load_compressed, read_record
+from ..errors import SourceError
+from . import gguf as gguf_source
+from .architecture import check_architecture
+from .gguf_file import model_name
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN_PREFIX = "builtin:"
+_CONFIG_NAME = "config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+_UNLIMITED_CONTEXT = 1 << 20
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """What an export needs to know of a model beside its weights: they come and go by themselves.
+
+    compression: the steps that it went through, with settings, choices and figures; none for most models.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    tokens: Tokens
+    name: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+    compression: tuple[dict[str, Any], ...]
+
+
+def find_source(model: str, revision: str | None) -> Path:
+    """The folder that holds a model: builtin, local, or downloaded from the hub; or its GGUF file, the first of several
+    parts.
+
+    Checks what can be told without loading weights. Raises: SourceError.
+    """
+    folder = _builtin(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
+    file = gguf_source.gguf_in(folder) if folder.is_dir() else folder if gguf_source.is_gguf(folder) else None
+    if revision is not None and (folder.is_dir() or file is not None):
+        what = "folder" if folder.is_dir() else "file"
+        raise SourceError(f"a revision was given, but {model} is a local {what}: leave --revision out")
+    if file is not None:
+        return gguf_source.check_gguf(file)
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+            raise SourceError(
+                f"{model} is no folder and no GGUF file: give a model folder, a GGUF file, a hub id such as "
+                "owner/name, or builtin:tales"
+            )
+        folder = _download(model, revision)
+    check_architecture(folder / _CONFIG_NAME, read_config(folder))
+    _check_weights(folder)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises: SourceError."""
+    path = folder / _CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"
+        ) from error
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON ({error}): download the model again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds no JSON object: download the model again")
+    return config
+
+
+def load_module(folder: Path) -> PreTrainedModel:
+    """The model of a folder or file from `find_source`, in evaluation mode, float32, every weight a number.
+
+    Cost: the weights in memory, read one at a time; of GGUF files up to twice that. Raises: SourceError.
+    """
+    if read_record(folder) is not None:
+        return _load_compressed(folder)
+    if folder.is_file():
+        return _load_gguf(folder)
+    import torch
+    import transformers
+
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are looked for below, where their names can be told
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
+        raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
+    return _checked(folder, loaded[0], loaded[1])
+
+
+def _load_gguf(file: Path) -> PreTrainedModel:
+    with gguf_source.one_file(file) as whole:
+        try:
+            config = gguf_source.read_config(whole)
+            check_architecture(file, config.to_dict())
+            module, info = gguf_source.load_weights(whole, config)
+        except SourceError:
+            raise
+        except Exception as error:  # transformers, gguf and torch each raise their own kinds for what they do not know
+            raise SourceError(
+                f"{file} cannot be loaded: {_words(error)}: give the model's folder in Hugging Face's format"
+            ) from error
+    return _checked(file, module, info)
+
+
+def _checked(place: Path, module: Any, info: dict[str, Any]) -> PreTrainedModel:
+    """A module of which every weight was read and is a number. info: what transformers says of keys."""
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
+        raise SourceError(
+            f"{place}: weights are missing or of another shape, such as {names[0]}: download the model again"
+        )
+    _check_numbers(place, module)
+    evaluating: PreTrainedModel = module.eval()
+    return evaluating
+
+
+def _load_compressed(folder: Path) -> PreTrainedModel:
+    try:
+        module = load_compressed(folder)
+    except SourceError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
+        raise SourceError(f"{folder} cannot be loaded: {_words(error)}: compress the model again") from error
+    _check_numbers(folder, module)
+    return module
+
+
+def describe_source(model: str, folder: Path, module: PreTrainedModel) -> SourceModel:
+    """Tokenizer and description of a loaded model; a compressed one goes by its source's name. Raises: SourceError."""
+    tokenizer = _load_tokenizer(folder)
+    record = read_record(folder)
+    vocab_size = int(module.config.get_text_config().vocab_size)
+    _check_vocabulary(folder, vocab_size, tokenizer)
+    return SourceModel(
+        tokenizer=tokenizer,
+        source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
+        tokens=_tokens(folder, module),
+        name=record.name if record else short_name(model),
+        context_length=_context_length(module),
+        vocab_size=vocab_size,
+        parameters=module.num_parameters(),
+        compression=record.steps if record else (),
+    )
+
+
+def short_name(model: str) -> str:
+    """What a model goes by: the last part of how the user named it."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return model_name(Path(name)) if name.lower().endswith(gguf_source.SUFFIX) else name
+
+
+def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
+    """The table (vocabulary, hidden) that token ids are looked up in. Raises: SourceError."""
+    import torch
+
+    try:
+        found: Any = module.get_input_embeddings()
+    except NotImplementedError:  # transformers guesses by common names; a registered class may have others
+        found = next((item for item in module.modules() if isinstance(item, torch.nn.Embedding)), None)
+    if not isinstance(found, torch.nn.Embedding):
+        raise SourceError(f"{type(module).__name__} looks token ids up in no table: edgelm cannot export it")
+    return found
+
+
+def cache_argument(module: PreTrainedModel) -> str:
+    """The name under which a model takes and returns its cache: models with recurrences have one of their own."""
+    known = inspect.signature(module.forward).parameters
+    return "past_key_values" if "past_key_values" in known else "cache_params"
+
+
+def _builtin(model: str) -> Path:
+    root = Path(str(resources.files("edgelm.export"))) / "builtin"
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    name = model.removeprefix(BUILTIN_PREFIX)
+    if name not in names:
+        raise SourceError(
+            f"no model {name!r} comes with edgelm: there is {', '.join(BUILTIN_PREFIX + item for item in names)}"
+        )
+    return root / name
+
+
+def _download(model: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f"{model} is no local folder and cannot be fetched from the hub ({_words(error)}): check the name, the "
+            "revision and the connection"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+    if pickled:
+        raise SourceError(
+            f"{folder} has its weights as pickle only ({pickled[0]}), which can run code when read: "
+            "convert them to safetensors (model.save_pretrained does) where you trust them"
+        )
+    raise SourceError(f"{folder} holds no *.safetensors: give a folder with weights")
+
+
+def _check_numbers(folder: Path, module: PreTrainedModel) -> None:
+    """Before anything is computed with them: are all weights numbers? Cost: one pass over the weights."""
+    import torch
+
+    for name, weight in module.named_parameters():
+        # A NaN or an infinity makes the sum no number. So may an overflow: only then is each value looked at, which
+        # takes several passes and writes as many masks.
+        if bool(torch.isfinite(weight.detach().sum())):
+            continue
+        wrong = int((~torch.isfinite(weight)).sum())
+        if wrong:
+            raise SourceError(
+                f"{_weight_file(folder, name)}: {wrong} of the {weight.numel()} values of {name} are NaN or "
+                "infinite: download the model again, or save it in a type that holds its values"
+            )
+
+
+def _weight_file(folder: Path, name: str) -> Path:
+    """The file that holds a weight, as the index of a model in several files says, or whatever there is."""
+    if folder.is_file():
+        return folder
+    index = folder / "model.safetensors.index.json"
+    files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}) if index.is_file() else {}
+    return folder / str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    import transformers
+
+    if folder.is_file():
+        return _load_gguf_tokenizer(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
+        raise SourceError(
+            f"{folder} has no tokenizer that can be loaded ({_words(error)}): {_tokenizer_advice(folder)}"
+        ) from error
+    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
+        raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
+    return tokenizer
+
+
+def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    try:
+        return gguf_source.load_tokenizer(file)
+    except Exception as error:  # transformers and tokenizers each raise their own kinds for what they do not know
+        raise SourceError(
+            f"{file} has no tokenizer that can be loaded ({_words(error)}): give the model's folder in Hugging Face's "
+            "format"
+        ) from error
+
+
+def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fewer tokens than the model has rows are common, as rows are padded. More would be looked for where none are."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise SourceError(
+            f"{folder}: the tokenizer gives id {highest}, the model has ids 0 to {vocab_size - 1} only: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def _tokenizer_advice(folder: Path) -> str:
+    """What is missing. transformers' own words name tiktoken wherever it cannot read a file of SentencePiece."""
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [package for module, package in packages.items() if not _installed(module)]
+    if missing and any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
+        return f"pip install {' '.join(missing)} if it is of SentencePiece, or add its tokenizer.json"
+    return "add its tokenizer.json"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around a submodule is missing
+        return False
+
+
+def _tokens(folder: Path, module: PreTrainedModel) -> Tokens:
+    config = module.config.to_dict() if folder.is_file() else read_config(folder)
+    generation = module.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = config.get("eos_token_id")
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not ends:
+        _logger.warning("%s names no eos_token_id, so answers end at the limit of tokens only", folder)
+    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
+
+
+def _context_length(module: PreTrainedModel) -> int:
+    """The most positions of the model. One whose configuration names none has no positions to run out of (a recurrence,
+    or attention that only looks at distances): it gets a length that no device reaches."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(module.config.get_text_config(), name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return _UNLIMITED_CONTEXT
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a model that was downloaded: the hub's cache names its folders so."""
+    snapshot = folder.parent if folder.is_file() else folder
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the model card's header names, or the GGUF file, if there is one."""
+    if folder.is_file():
+        return gguf_source.license_of(folder)
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

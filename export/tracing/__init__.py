@@ -1,0 +1,1 @@
+"""The ways to trace a model into an ONNX graph."""

@@ -1,0 +1,125 @@
+"""What an ONNX file says of itself, read without the onnx package: the files with its weights, which tensors name, and
+the operator sets that it uses.
+
+An ONNX file is a protobuf message: fields, each a number and a value, of which some are messages again. Only fields
+on the way to a tensor's `external_data` are entered; everything else, weights above all, is skipped unread.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import BundleCorruptError, BundleMissingError
+
+# For each message, the numbers of the fields to enter and what they hold (onnx.proto of the ONNX project).
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+    "tensor": {13: "entry"},
+}
+_KEY, _VALUE = 1, 2
+_OPSET_IMPORT, _DOMAIN = 8, 1
+_GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT_BITS = 70
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+
+_Found = TypeVar("_Found")
+
+
+def weight_files(graph: Path) -> list[str]:
+    """Names of the files, relative to the graph's folder, that hold weights of the graph; empty if it holds them all.
+
+    Cost: the file's structure is read, not its weights. Raises: BundleMissingError, BundleCorruptError.
+    """
+    return sorted(set(_read(graph, lambda data: _locations(data, 0, len(data), "model"))))
+
+
+def domains(graph: Path) -> frozenset[str]:
+    """The operator sets that a graph uses, by their domains; "" is ONNX's own. Cost and errors as `weight_files`."""
+    return frozenset(_read(graph, _imports))
+
+
+def operators(graph: Path) -> Counter[tuple[str, str]]:
+    """How often the graph's own nodes call each operator and function, by domain and name. Cost and errors as
+    `weight_files`."""
+    return Counter(_read(graph, _calls))
+
+
+def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_Found]:
+    try:
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return list(find(data))
+    except OSError as error:
+        raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
+    # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
+    except (ValueError, IndexError, RecursionError) as error:
+        raise BundleCorruptError(f"{graph} is no ONNX file, or a truncated one: download or export it again") from error
+
+
+def _imports(data: mmap.mmap) -> Iterator[str]:
+    for number, begin, end in _fields(data, 0, len(data)):
+        if number == _OPSET_IMPORT:
+            found = {inner: data[start:stop] for inner, start, stop in _fields(data, begin, end)}
+            yield found.get(_DOMAIN, b"").decode("utf-8")
+
+
+def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:
+    for number, begin, end in _fields(data, 0, len(data)):
+        if number == _GRAPH:
+            for inner, start, stop in _fields(data, begin, end):
+                if inner == _NODE:
+                    node = {part: data[first:last] for part, first, last in _fields(data, start, stop) if part in _CALL}
+                    domain, name = (node.get(part, b"").decode("utf-8") for part in _CALL)
+                    yield domain, name
+
+
+def _locations(data: mmap.mmap, begin: int, end: int, kind: str) -> Iterator[str]:
+    if kind == "entry":
+        entry = {number: data[start:stop] for number, start, stop in _fields(data, begin, end)}
+        if entry.get(_KEY) == b"location":
+            yield entry.get(_VALUE, b"").decode("utf-8")
+        return
+    inner = _FIELDS[kind]
+    for number, start, stop in _fields(data, begin, end):
+        if number in inner:
+            yield from _locations(data, start, stop, inner[number])
+
+
+def _fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each field that is a message or bytes."""
+    position = begin
+    while position < end:
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            _, position = _varint(data, position)
+        elif wire in _FIXED_SIZES:
+            position += _FIXED_SIZES[wire]
+        elif wire == _BYTES:
+            size, position = _varint(data, position)
+            if position + size > end:
+                raise ValueError("a field ends behind its message")
+            yield number, position, position + size
+            position += size
+        else:
+            raise ValueError(f"no field has the wire type {wire}")
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, least ones first, and the position behind it."""
+    value, shift = 0, 0
+    while shift < _VARINT_BITS:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a number is too long")

@@ -1,0 +1,278 @@
+"""Blocks on the disk: one file each, written to a temporary name and renamed, within a budget that processes share.
+
+FOLDER/ab/abcdef....kv, where the name is the block's key in hexadecimal, and FOLDER/budget, a number of bytes. A file's
+modification time is its last use, a millisecond earlier for each block in front of it, so that the beginning of a text
+is the last of it to go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ...errors import CacheCorruptError, CacheVersionError
+from ...host.clock import CLOCK_SLACK_S, Clock
+from ...host.home import make_private_folder
+from .block_file import HEADER_BYTES, check_header, decode, encode
+from .memory import Block
+
+FOLDER_NAME = "prefixes"  # below EDGELM_HOME
+_SUFFIX, _TEMPORARY = ".kv", ".tmp"
+_BUDGET_NAME = "budget"
+_BUDGET_DIGITS = 20
+_NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
+# How long writing rests after it failed.
+_REST_S = 60.0
+# Longer than any write takes: what is older was left by a process that was killed.
+_ABANDONED_S = 3600.0
+_DEPTH_S = 0.001
+# The part of the budget that is made free at once, and that each process may write before it looks what others wrote.
+_SLACK = 16
+_PAGE_BYTES = 4096
+_PART_LETTERS = 2
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A block's file as a listing shows it. used: seconds since 1970; bytes: as file systems allocate them."""
+
+    path: Path
+    used: float
+    bytes: int
+
+
+class BlockFiles:
+    """The files of a folder. Nothing is opened or made before the first use.
+
+    Between threads: `read` from any, `put` from one at a time. Between processes: safe; files appear whole, each
+    process holds the budget as far as it knows, and looks what others wrote after each sixteenth of it. A kill leaves a
+    temporary file, which is deleted after an hour. Raises: nothing; what fails is warned of once, and writing rests for
+    a minute.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, clock: Clock | None = None) -> None:
+        self._folder, self._max_bytes, self._clock = folder, max_bytes, clock or Clock()
+        self._known: int | None = None  # bytes of all files when the folder was looked through
+        self._unseen = 0  # written since then
+        self._rests_until = -float("inf")
+        self._warned: set[object] = set()
+
+    def read(self, key: bytes, size: int) -> Block | None:
+        """The block of a key, checked, or None. size: its bytes. Cost: one read. A damaged file is deleted."""
+        path = self._path(key)
+        try:
+            return decode(key, path.read_bytes(), size)
+        except (FileNotFoundError, NotADirectoryError, CacheVersionError):
+            return None
+        except OSError as error:
+            self._warn(error.errno, f"{path} cannot be read ({error})")
+        except CacheCorruptError as error:
+            self._warn("damage", f"{path} was damaged ({error}) and is deleted")
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return None
+
+    def put(self, key: bytes, used: float, block: Block | None) -> None:
+        """Store a block, or count a use where it is stored. used: `time_of_use`; block: None to count only.
+
+        Cost: one write, no fsync; now and then a listing of the folder.
+        """
+        if self._clock.monotonic() < self._rests_until:
+            return
+        path = self._path(key)
+        try:
+            if not self._used(path, used) and block is not None:
+                self._write(path, used, encode(key, block), block)
+        except OSError as error:
+            self._rests_until = self._clock.monotonic() + _REST_S
+            self._warn(error.errno, f"{self._folder} cannot be written ({error}): look after its folder and disk")
+
+    def trim(self) -> None:
+        """Set the budget for all processes, and delete what is beyond it now. Raises: OSError. Cost: a listing."""
+        self._make_room(0)
+
+    def _path(self, key: bytes) -> Path:
+        name = key.hex()
+        return self._folder / name[:2] / (name + _SUFFIX)
+
+    def _used(self, path: Path, used: float) -> bool:
+        """Note a use, if the file is there."""
+        try:
+            os.utime(path, (used, used))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _write(self, path: Path, used: float, header: bytes, block: Block) -> None:
+        size = _allocated(len(header) + block.nbytes)
+        if not self._make_room(size):
+            return
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{_TEMPORARY}")
+        try:
+            with _create(temporary) as file:
+                file.write(header)
+                file.write(block.data)
+            os.utime(temporary, (used, used))
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        self._unseen += size
+
+    def _make_room(self, size: int) -> bool:
+        """Delete the files that were used last the longest ago, until so many bytes more fit. Whether they do."""
+        if self._known is not None and self._unseen + size <= self._room():
+            return True
+        now = self._clock.wall()
+        self._agree_on_budget()
+        _delete_abandoned(self._folder, now)
+        found = sorted(found_files(self._folder), key=lambda file: _last_use(file, now))
+        self._known, self._unseen = sum(file.bytes for file in found), 0
+        if self._known + size > self._max_bytes:
+            for file in found:
+                if self._known + size <= self._max_bytes - self._max_bytes // _SLACK:
+                    break
+                self._known -= file.bytes if _delete(file.path) else 0
+        return self._known + size <= self._max_bytes
+
+    def _room(self) -> int:
+        """Bytes that may be written after the folder was looked through, until it is looked through again."""
+        assert self._known is not None, "the folder was looked through"
+        return min(self._max_bytes - self._known, self._max_bytes // _SLACK)
+
+    def _agree_on_budget(self) -> None:
+        """Who comes to a folder sets its budget for all processes, which learn it when they look what others wrote."""
+        if self._known is not None:
+            self._max_bytes = read_budget(self._folder) or self._max_bytes
+        elif read_budget(self._folder) != self._max_bytes:
+            temporary = self._folder / f"{_BUDGET_NAME}-{secrets.token_hex(8)}{_TEMPORARY}"
+            with _create(temporary) as file:
+                file.write(str(self._max_bytes).encode("ascii"))
+            temporary.replace(self._folder / _BUDGET_NAME)
+
+    def _warn(self, kind: object, message: str) -> None:
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        log.log(level, "the prefix cache: %s", message)
+
+
+def time_of_use(now: float, depth: int) -> float:
+    """What stands for the use of a block at a time, both in seconds since 1970. depth: blocks of its text before it."""
+    return now - depth * _DEPTH_S
+
+
+def found_files(folder: Path) -> Iterator[FoundFile]:
+    """All blocks of a folder, those of newer versions among them; none, where there is no folder. Raises: OSError."""
+    for entry in _entries(folder):
+        if _NAME.fullmatch(entry.name):
+            with contextlib.suppress(FileNotFoundError):  # another process evicted it
+                status = entry.stat(follow_symlinks=False)
+                yield FoundFile(Path(entry.path), status.st_mtime, _allocated(status.st_size))
+
+
+def read_budget(folder: Path) -> int | None:
+    """The bytes that the files of a folder may take, as who came to it last said; None where nobody did."""
+    try:
+        return int((folder / _BUDGET_NAME).read_bytes()[:_BUDGET_DIGITS]) or None
+    except (OSError, ValueError):
+        return None
+
+
+def delete_all(folder: Path) -> None:
+    """Delete all blocks and what killed processes left. Those of newer versions stay.
+
+    Raises: OSError; CacheVersionError, if some stayed.
+    """
+    for entry in _entries(folder):
+        if entry.name.endswith(_TEMPORARY):
+            Path(entry.path).unlink(missing_ok=True)
+    newer = [file.path for file in found_files(folder) if _is_newer(file.path)]
+    for file in found_files(folder):
+        if file.path not in newer:
+            file.path.unlink(missing_ok=True)
+    if newer:
+        raise CacheVersionError(
+            f"{len(newer)} blocks in {folder} are of a newer edgelm and were left: use that one, or delete them"
+        )
+
+
+def check_all(folder: Path, max_bytes: int) -> None:
+    """Read every block. Raises: CacheCorruptError for the first that is damaged, or if there are more than the budget
+    and what processes may write before they look; CacheVersionError for one of a newer version; OSError."""
+    total = 0
+    for file in found_files(folder):
+        total += file.bytes
+        try:
+            decode(bytes.fromhex(file.path.stem), file.path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except CacheCorruptError as error:
+            raise CacheCorruptError(f"{file.path} is damaged: {error}") from error
+        except CacheVersionError as error:
+            raise CacheVersionError(f"{file.path} is of a newer edgelm: {error}") from error
+    if total > max_bytes + max_bytes // _SLACK * 2:
+        raise CacheCorruptError(f"{folder} takes {total:,} bytes, its budget is {max_bytes:,}")
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in the folders of a folder."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as parts:
+        for part in parts:
+            if len(part.name) == _PART_LETTERS and part.is_dir(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError), os.scandir(part.path) as entries:
+                    yield from entries
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file of mode 0600 in folders of mode 0700."""
+    make_private_folder(path.parent)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600), "wb")
+
+
+def _last_use(file: FoundFile, now: float) -> float:
+    """A use in the future is one of a clock that was set back since, nobody knows when: the file goes first."""
+    return file.used if file.used <= now + CLOCK_SLACK_S else -float("inf")
+
+
+def _delete(path: Path) -> bool:
+    """Delete a file to make room; whether it counts no more: it is gone, or is a newer version's to look after."""
+    try:
+        if not _is_newer(path):
+            path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _is_newer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            check_header(file.read(HEADER_BYTES))
+    except CacheVersionError:
+        return True
+    except (CacheCorruptError, FileNotFoundError):
+        return False
+    return False
+
+
+def _delete_abandoned(folder: Path, now: float) -> None:
+    for entry in _entries(folder):
+        if entry.name.endswith(_TEMPORARY):
+            with contextlib.suppress(OSError):
+                if not 0 <= now - entry.stat().st_mtime + CLOCK_SLACK_S < _ABANDONED_S:
+                    Path(entry.path).unlink()
+
+
+def _allocated(size: int) -> int:
+    return -(-size // _PAGE_BYTES) * _PAGE_BYTES

@@ -1,0 +1,237 @@
+"""The SQLite file of the answers: opening, schema, versions, transactions, setting a damaged one aside.
+
+What is done with it is in `sqlite.py`. sqlite3 is imported late: some builds of Python come without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import CacheCorruptError, CacheError, CacheVersionError
+from ...host.file_lock import locked
+from ...host.home import make_private_folder
+
+if TYPE_CHECKING:
+    import sqlite3
+
+SCHEMA_VERSION = 1
+DEFAULT_DISK_BYTES = 256 * 2**20
+DEFAULT_DISK_ENTRIES = 100_000
+FOLDER_NAME = "responses"  # below EDGELM_HOME
+FILE_NAME = "responses.sqlite"
+# The log before the file: a new database must never find the log of an old one.
+_PARTS = (f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", FILE_NAME)
+_LOCK_NAME = "responses.lock"
+_ASIDE = ".corrupt-"
+_BUSY_S = 2.0
+_LOG_BYTES = 4 * 2**20
+# SQLite has error codes for damage, but not for tables that are gone, text that is none, and a header out of range.
+_DAMAGE = ("no such", "decode", "unsupported file format")
+_VERSION_OFFSET = 60  # of PRAGMA user_version in the file's header, 4 bytes, big-endian
+
+# used: a number that grows with every use, so that recency needs no clock; state.entries: kept by triggers, since
+# counting rows reads them all; the budgets: of whoever set them last, for all processes.
+_SCHEMA = (
+    "CREATE TABLE answers (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, created REAL NOT NULL,"
+    " used INTEGER NOT NULL, uses INTEGER NOT NULL, value BLOB NOT NULL)",
+    "CREATE INDEX by_recency ON answers (used)",
+    "CREATE INDEX by_frequency ON answers (uses, used)",
+    "CREATE INDEX by_age ON answers (created)",
+    "CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), entries INTEGER NOT NULL,"
+    " max_entries INTEGER NOT NULL, max_bytes INTEGER NOT NULL)",
+    f"INSERT INTO state VALUES (1, 0, {DEFAULT_DISK_ENTRIES}, {DEFAULT_DISK_BYTES})",  # noqa: S608, our own numbers
+    "CREATE TRIGGER one_more AFTER INSERT ON answers BEGIN UPDATE state SET entries = entries + 1; END",
+    "CREATE TRIGGER one_less AFTER DELETE ON answers BEGIN UPDATE state SET entries = entries - 1; END",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiskBudget:
+    """max_bytes: of the database file; the write-ahead log beside it takes about 4 MiB more. max_entries: answers."""
+
+    max_bytes: int
+    max_entries: int
+
+
+class Database:
+    """An open connection, and which file it is. Not safe between threads: `sqlite.SqliteStore` holds a lock."""
+
+    def __init__(self, folder: Path, *, rebuild: bool = True) -> None:
+        """Open the database of a folder, making what is missing. A damaged one is set aside, or, without rebuild,
+        refused.
+
+        Raises: CacheVersionError, the file untouched; CacheCorruptError; CacheError, if the system refuses.
+        """
+        self.path = folder / FILE_NAME
+        with mapped_errors(self.path):
+            make_private_folder(folder)
+            with self._alone():
+                try:
+                    with mapped_errors(self.path):
+                        self._open()
+                except CacheCorruptError as error:
+                    if not rebuild:
+                        raise
+                    self._rename_aside(str(error))
+                    self._open()
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Only one process at a time makes, converts or sets aside a database: SQLite's own locks do not cover
+        renaming, and a second conversion to the write-ahead log is answered with an error instead of waiting."""
+        return locked(self.path.with_name(_LOCK_NAME), _BUSY_S)
+
+    def _open(self) -> None:
+        import sqlite3
+
+        # SQLite gives the files beside it the same mode.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        _refuse_newer(self.path)
+        self._identity = _identity(self.path)
+        self.connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        execute = self.connection.execute
+        execute("PRAGMA auto_vacuum = INCREMENTAL")  # works before the first table only
+        execute("PRAGMA journal_mode = WAL")  # stays as it is on file systems that cannot
+        # A killed process loses nothing with NORMAL; a power cut may lose the last answers, and damages nothing.
+        execute("PRAGMA synchronous = NORMAL")
+        execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+        execute("PRAGMA cell_size_check = ON")
+        (version,) = execute("PRAGMA user_version").fetchone()
+        tables = {name for (name,) in execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if version == 0 and not tables:
+            with self.transaction():
+                for statement in _SCHEMA:
+                    execute(statement)
+        elif version != SCHEMA_VERSION or not {"answers", "state"} <= tables:
+            raise CacheCorruptError(f"{self.path} is a database, but not one of edgelm's answers")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing. Takes the right to write at once, waiting for other processes up to 2 s."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.connection
+            self.connection.execute("COMMIT")
+        finally:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+
+    def pages(self) -> tuple[int, int, int]:
+        """Pages of the file, those of them that are free, bytes of a page; as this transaction sees them."""
+        execute = self.connection.execute
+        count, free, size = (
+            execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return count, free, size
+
+    def free_pages(self, most: int) -> None:
+        """Cut free pages off the file, so many at most."""
+        _, free, _ = self.pages()
+        for _ in range(min(most, free)):
+            # Python's sqlite3 takes one step of this statement, which is one page, whatever number it is given.
+            self.connection.execute("PRAGMA incremental_vacuum(1)")
+
+    def moved(self) -> bool:
+        """Whether the path leads elsewhere than when it was opened: deleted, replaced, or its disk is gone."""
+        try:
+            return _identity(self.path) != self._identity
+        except FileNotFoundError:
+            return True
+
+    def close(self) -> None:
+        """Free the file. The last process to do so empties the write-ahead log."""
+        self.connection.close()
+
+    def set_aside(self, reason: str) -> None:
+        """Close, and rename the damaged file so that a new one is made, unless another process did so meanwhile."""
+        import sqlite3
+
+        with mapped_errors(self.path), self._alone():
+            moved = self.moved()  # asked before closing: until then nobody else can get this file's number
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.close()
+            if not moved:
+                self._rename_aside(reason)
+
+    def _rename_aside(self, reason: str) -> None:
+        """One damaged copy is kept, the latest."""
+        _delete_set_aside(self.path.parent)
+        kept = self.path.with_name(f"{FILE_NAME}{_ASIDE}{int(time.time())}")
+        for name in _PARTS:
+            part = self.path.with_name(name)
+            if part.exists():
+                part.replace(kept.with_name(name.replace(FILE_NAME, kept.name)))
+        log.warning("the response cache was damaged (%s): it is now %s, and a new one is used", reason, kept)
+
+
+def delete_database(folder: Path) -> None:
+    """Delete the database of a folder, and those that were set aside. Who has it open must look whether it `moved`.
+
+    Raises: OSError; CacheVersionError, nothing deleted.
+    """
+    path = folder / FILE_NAME
+    if not folder.exists():
+        return
+    with locked(folder / _LOCK_NAME, _BUSY_S):
+        if path.exists():
+            _refuse_newer(path)
+        for name in _PARTS:
+            path.with_name(name).unlink(missing_ok=True)
+        _delete_set_aside(folder)
+
+
+def _delete_set_aside(folder: Path) -> None:
+    for old in folder.glob(f"{FILE_NAME}{_ASIDE}*"):
+        old.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def mapped_errors(path: Path) -> Iterator[None]:
+    """sqlite3's and the system's errors become CacheError, those that mean damage CacheCorruptError."""
+    try:
+        import sqlite3
+    except ImportError as error:
+        raise CacheError(f"this Python was built without sqlite3, so {path} cannot be used: install it") from error
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.InterfaceError, sqlite3.ProgrammingError) as error:
+        if any(words in str(error) for words in _DAMAGE):
+            raise CacheCorruptError(f"{path} is damaged ({error})") from error
+        raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes damaged text
+        raise CacheCorruptError(f"{path} is damaged ({error})") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
+
+
+def _refuse_newer(path: Path) -> None:
+    """Look at the version before SQLite touches the file."""
+    with path.open("rb") as file:
+        head = file.read(_VERSION_OFFSET + 4)
+    if head.startswith(b"SQLite format 3\0"):
+        version = int.from_bytes(head[_VERSION_OFFSET:], "big")
+        if version > SCHEMA_VERSION:
+            raise CacheVersionError(
+                f"{path} has version {version}, this edgelm knows {SCHEMA_VERSION}: use the newer edgelm, or delete it"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

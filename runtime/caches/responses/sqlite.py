@@ -1,0 +1,300 @@
+"""Answers on the disk, in one SQLite file that any number of threads and processes share.
+
+A hit only reads: uses are noted in memory and written with the next `put`, the next `close`, or when many wait. What a
+killed process loses is the recency of its last hits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ...errors import CacheCorruptError, CacheError
+from ...host.clock import CLOCK_SLACK_S, Clock
+from ...host.forks import watch_forks
+from .answers import CachedAnswer, decode_answer, encode_answer
+from .database import FILE_NAME, Database, DiskBudget, delete_database, mapped_errors
+from .store import Policy, StoreStats
+
+if TYPE_CHECKING:
+    import sqlite3
+
+_WAITING_USES = 256
+# Pages beyond its own content that storing an answer takes at most, nearly always: splits in a table and four indexes.
+_MARGIN_PAGES = 8
+# An answer that takes more than this part of the budget would push out too many others.
+_LARGEST_PART = 4
+# Counters beyond this come from damage; below it, nothing that is added to them overflows SQLite's integers.
+_LARGEST_NUMBER = 2**60
+
+_VICTIMS: dict[Policy, str] = {"lru": "used", "lfu": "uses, used"}
+
+T = TypeVar("T")
+
+# Connections that forked children got from their parents. SQLite wants them neither used nor closed there.
+_inherited: list[Database] = []
+
+
+class SqliteStore:
+    """Answers in FOLDER/responses.sqlite, readable by its owner alone.
+
+    Atomic: every method; `get` is one read, `put` one transaction. Between threads: safe, one at a time. Between
+    processes: safe; readers never wait, writers wait for each other up to 2 s; a forked child opens its own connection.
+    A `kill -9` at any moment loses no answer whose `put` returned; a power cut may lose the last ones. Budgets hold in
+    the file, whoever writes and after a restart; who set them last set them for all processes.
+    Raises: CacheVersionError for the file of a newer edgelm, which stays untouched; CacheError, where the system
+    refuses or another process holds the file for longer than 2 s. A damaged file is set aside with a warning in the
+    log, and the method is done with a new one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: DiskBudget | None = None,
+        *,
+        ttl_s: float | None = None,
+        policy: Policy = "lru",
+        clock: Clock | None = None,
+    ) -> None:
+        """Nothing is opened before the first use. budget: None keeps the one that is in the file.
+
+        ttl_s: seconds that an answer lives by the wall clock; None: for ever. A clock that is set back makes answers
+        from its future expire; one set forward, all that are older by then.
+        """
+        self._folder, self._budget = folder, budget
+        self._ttl_s, self._policy, self._clock = ttl_s, policy, clock or Clock()
+        self._lock = threading.Lock()
+        self._database: Database | None = None
+        self._budget_is_set = False
+        self._waiting: dict[str, int] = {}
+        watch_forks(self)
+
+    def get(self, key: str) -> CachedAnswer | None:
+        """The answer, which counts as used, or None. Cost: one indexed read; a small write at every 256th hit."""
+        return self._run(lambda database: self._get(database, key))
+
+    def touch(self, key: str) -> None:
+        """Count a use without reading. Cost: a dictionary's; a small write at every 256th."""
+        self._run(lambda database: self._note(database, key))
+
+    def put(self, key: str, answer: CachedAnswer) -> None:
+        """Store an answer; expired ones, and as many victims as the budgets want, go in the same transaction.
+
+        Larger than a quarter of the byte budget, it is not stored. Cost: one write, and one for each victim.
+        """
+        self._run(lambda database: self._put(database, key, answer))
+
+    def clear(self) -> None:
+        """Delete the database and what was set aside. Works on a full disk. Cost: a few files'.
+
+        Other processes notice at their next request, and make a new one; what they hold in memory stays there. Raises:
+        CacheError also where the system does not delete open files (Windows).
+        """
+        with self._lock, mapped_errors(self._folder / FILE_NAME):
+            database, self._database = self._database, None
+            self._waiting.clear()
+            if database is not None:
+                database.close()
+            delete_database(self._folder)
+
+    def stats(self) -> StoreStats:
+        """Entries, bytes of the file, budgets. Cost: O(1)."""
+        return self._run(_stats)
+
+    def check(self) -> None:
+        """Raises: CacheCorruptError, if SQLite finds damage, an entry is not what was written, the counters are wrong
+        or a budget is exceeded. Cost: reads the whole file; writers wait. Nothing is changed or set aside."""
+        with self._lock, mapped_errors(self._folder / FILE_NAME):
+            database = self._current(rebuild=False)
+            with database.transaction() as connection:
+                _check(database, connection)
+
+    def close(self) -> None:
+        """Write the uses that wait, and close the file. A later call opens it again."""
+        with self._lock, mapped_errors(self._folder / FILE_NAME):
+            database, self._database = self._database, None
+            if database is None:
+                return
+            with contextlib.closing(database):
+                if self._waiting and not database.moved():
+                    self._write(database, lambda _: None)
+
+    def after_fork(self) -> None:
+        """Start without a connection, and without what another thread left half done."""
+        self._lock = threading.Lock()
+        self._waiting = {}
+        if self._database is not None:
+            _inherited.append(self._database)
+            self._database = None
+
+    # ---- the connection. From here on the lock is held.
+
+    def _run(self, operation: Callable[[Database], T]) -> T:
+        """Do something with the database. Where that finds it damaged, it is set aside and a new one is asked."""
+        with self._lock:
+            try:
+                with mapped_errors(self._folder / FILE_NAME):
+                    return operation(self._current())
+            except CacheCorruptError as error:
+                database, self._database = self._database, None
+                if database is not None:
+                    database.set_aside(str(error))
+            with mapped_errors(self._folder / FILE_NAME):
+                return operation(self._current())
+
+    def _current(self, *, rebuild: bool = True) -> Database:
+        """The database, opened if it is not, or if its path leads to another file by now."""
+        if self._database is not None and self._database.moved():
+            self._database.close()
+            self._database = None
+        if self._database is None:
+            self._database = Database(self._folder, rebuild=rebuild)
+            self._budget_is_set = False
+        if not self._budget_is_set:
+            self._set_budget(self._database)
+            self._budget_is_set = True
+        return self._database
+
+    def _set_budget(self, database: Database) -> None:
+        """In small steps where it is lowered: a single transaction would need the log to hold half of the file."""
+        if self._budget is None:
+            return
+        wanted = (self._budget.max_entries, self._budget.max_bytes)
+        while (budget := _state(database)[1:]) != wanted:
+            now = _stats(database)
+            step = (max(wanted[0], now.entries * 9 // 10), max(wanted[1], now.bytes * 9 // 10))
+            # The file may be unable to shrink: a dozen pages are the least.
+            self._write(database, functools.partial(_write_budget, step=wanted if step == budget else step))
+
+    # ---- what the methods do
+
+    def _get(self, database: Database, key: str) -> CachedAnswer | None:
+        row = database.connection.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        answer = decode_answer(key, row[0])
+        if answer.expired(self._ttl_s, self._clock.wall()):
+            return None
+        self._note(database, key)
+        return answer
+
+    def _note(self, database: Database, key: str) -> None:
+        """Remember a use; the last one goes to the end, so that the order of the uses is kept."""
+        self._waiting[key] = self._waiting.pop(key, 0) + 1
+        if len(self._waiting) < _WAITING_USES:
+            return
+        try:
+            with mapped_errors(database.path):
+                self._write(database, lambda _: None)
+        except CacheCorruptError:
+            raise
+        except CacheError:
+            # A hit must not fail because its use cannot be noted: the disk may be full, or another process writing.
+            self._waiting.clear()
+
+    def _put(self, database: Database, key: str, answer: CachedAnswer) -> None:
+        value = encode_answer(key, answer)
+
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM answers WHERE key = ?", (key,))
+            _, max_entries, max_bytes = _state(database)
+            *_, page = database.pages()
+            large = len(value) * _LARGEST_PART > max_bytes
+            if large or max_entries < 1 or answer.expired(self._ttl_s, self._clock.wall()):
+                return
+            self._evict(database, 1, len(value) // page + _MARGIN_PAGES)
+            connection.execute(
+                "INSERT INTO answers (key, created, used, uses, value) VALUES (?, ?, ?, 1, ?)",
+                (key, answer.created, _next_use(connection), value),
+            )
+
+        self._write(database, insert)
+
+    def _write(self, database: Database, change: Callable[[sqlite3.Connection], object]) -> None:
+        """A transaction: uses that wait, expired answers, the change, and then the byte budget holds."""
+        with database.transaction() as connection:
+            used = _next_use(connection)
+            connection.executemany(
+                "UPDATE answers SET used = ?, uses = uses + ? WHERE key = ?",
+                [(used + index, uses, key) for index, (key, uses) in enumerate(self._waiting.items())],
+            )
+            if self._ttl_s is not None:
+                now = self._clock.wall()
+                connection.execute(
+                    "DELETE FROM answers WHERE created <= ? OR created > ?", (now - self._ttl_s, now + CLOCK_SLACK_S)
+                )
+            change(connection)
+            self._evict(database, 0, 0)
+            _cut_file(database)
+        self._waiting.clear()
+
+    def _evict(self, database: Database, more_entries: int, more_pages: int) -> None:
+        """Delete victims until so many entries and pages more fit into the budgets, or nothing is left."""
+        while True:
+            entries, max_entries, max_bytes = _state(database)
+            count, free, page = database.pages()
+            excess = entries + more_entries - max_entries
+            pages = count - free + more_pages - max_bytes // page
+            if entries == 0 or (excess <= 0 and pages <= 0):
+                return
+            # Half of what the average entry suggests, so that large ones do not take too many others with them.
+            victims = max(excess, pages * entries // (2 * count), 1)
+            deleted = database.connection.execute(
+                "DELETE FROM answers WHERE id IN (SELECT id FROM answers ORDER BY "  # noqa: S608, from our own table
+                f"{_VICTIMS[self._policy]} LIMIT ?)",
+                (victims,),
+            )
+            if deleted.rowcount < 1:
+                raise CacheCorruptError(f"{database.path} counts {entries} answers, and there is none")
+
+
+def _state(database: Database) -> tuple[int, int, int]:
+    """Entries, most entries, most bytes. Raises: CacheCorruptError for what cannot be true."""
+    row = database.connection.execute("SELECT entries, max_entries, max_bytes FROM state").fetchone()
+    if row is None or not all(type(value) is int and 0 <= value < _LARGEST_NUMBER for value in row):
+        raise CacheCorruptError(f"the counters of {database.path} are damaged")
+    return row[0], row[1], row[2]
+
+
+def _write_budget(connection: sqlite3.Connection, step: tuple[int, int]) -> None:
+    connection.execute("UPDATE state SET max_entries = ?, max_bytes = ?", step)
+
+
+def _next_use(connection: sqlite3.Connection) -> int:
+    last = connection.execute("SELECT max(used) FROM answers").fetchone()[0]
+    if last is None:
+        return 0
+    if type(last) is not int or not 0 <= last < _LARGEST_NUMBER:
+        raise CacheCorruptError("the order of the uses is damaged")
+    return last + 1
+
+
+def _cut_file(database: Database) -> None:
+    """Give free pages back where the file is larger than its budget. Moves pages, so it is not done without need."""
+    count, _, page = database.pages()
+    database.free_pages(count - _state(database)[2] // page)
+
+
+def _stats(database: Database) -> StoreStats:
+    entries, max_entries, max_bytes = _state(database)
+    count, _, page = database.pages()
+    return StoreStats(entries, count * page, max_entries, max_bytes)
+
+
+def _check(database: Database, connection: sqlite3.Connection) -> None:
+    problems = [text for (text,) in connection.execute("PRAGMA integrity_check(1)") if text != "ok"]
+    if problems:
+        raise CacheCorruptError(f"SQLite finds {database.path} damaged: {problems[0]}")
+    stats = _stats(database)
+    (counted,) = connection.execute("SELECT count(*) FROM answers").fetchone()
+    if counted != stats.entries:
+        raise CacheCorruptError(f"{database.path} holds {counted} answers, its counter says {stats.entries}")
+    if counted > (stats.max_entries or 0) or stats.bytes > (stats.max_bytes or 0):
+        raise CacheCorruptError(f"{database.path} is beyond its budgets: {stats}")
+    for key, created, value in connection.execute("SELECT key, created, value FROM answers"):
+        if decode_answer(key, value).created != created:
+            raise CacheCorruptError(f"the time of the entry {key} is wrong")

@@ -1,0 +1,170 @@
+"""What this machine is to edgelm: which target fits, what will be fast, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..errors import CacheError, SessionError
+from ..host import machine
+from ..host.home import home
+from ..host.memory import available_bytes
+from ..host.ort import load_onnxruntime
+from ..sessions import kernels
+from ..sessions.providers import CUDA, gpu_names
+
+_ARM = ("aarch64", "arm64")
+_X86 = ("x86_64", "amd64")
+# The sets that decide how fast 8-bit products are, as Linux names them.
+_TELLING_SETS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
+
+    target: the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are,
+    in words; kernels: the compiled ones that are used, None without; kernels_fault: why those that are installed cannot
+    be used, which stops every model; extras: name to whether all its packages are installed; home: where caches lie,
+    None without a home.
+    """
+
+    system: str
+    processor: str
+    threads: int
+    instruction_sets: tuple[str, ...]
+    memory_bytes: int
+    available_bytes: int
+    target: str | None
+    int8: str
+    kernels: str | None
+    kernels_fault: str | None
+    versions: dict[str, str]
+    providers: tuple[str, ...]
+    extras: dict[str, bool]
+    home: str | None
+    home_free_bytes: int | None
+    advice: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine and the installation. Cost: the import of onnxruntime. Raises: MissingExtraError."""
+    onnxruntime = load_onnxruntime()
+    providers = tuple(onnxruntime.get_available_providers())
+    sets = tuple(name for name in _TELLING_SETS if name in machine.instruction_sets())
+    folder, problem = _home()
+    used, fault = _kernels()
+    extras = _extras()
+    target = _target(providers)
+    free = shutil.disk_usage(_existing(folder)).free if folder is not None else None
+    return Diagnosis(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=machine.processor_name(),
+        threads=machine.default_threads(),
+        instruction_sets=sets,
+        memory_bytes=int(psutil.virtual_memory().total),
+        available_bytes=available_bytes(),
+        target=target,
+        int8=_int8_speed(sets),
+        kernels=used,
+        kernels_fault=fault,
+        versions={
+            "python": platform.python_version(),
+            "edgelm": importlib.metadata.version("edgelm"),
+            "onnxruntime": str(onnxruntime.__version__),
+        },
+        providers=providers,
+        extras=extras,
+        home=None if folder is None else str(folder),
+        home_free_bytes=free,
+        advice=tuple(_advice(target, sets, problem, extras)),
+    )
+
+
+def _target(providers: tuple[str, ...]) -> str | None:
+    if CUDA in providers and _has_gpu():
+        return "cuda"
+    kind = platform.machine().lower()
+    return "arm-cpu" if kind in _ARM else "x86-cpu" if kind in _X86 else None
+
+
+def _has_gpu() -> bool:
+    """onnxruntime-gpu lists its provider on machines without a GPU, too."""
+    return shutil.which("nvidia-smi") is not None or bool(gpu_names())
+
+
+def _int8_speed(sets: tuple[str, ...]) -> str:
+    kind = platform.machine().lower()
+    if kind in _X86:
+        fast = {"avx512_vnni", "avx_vnni"} & set(sets)
+        return (
+            "fast (VNNI)" if fast else "slower (no VNNI: weights become unsigned at load, so that sums cannot overflow)"
+        )
+    if kind in _ARM and not machine.instruction_sets():
+        return "unknown (the system does not tell its instruction sets)"
+    if kind in _ARM:
+        return "fast (dot product)" if "asimddp" in sets else "slower (no dot product instructions)"
+    return "unknown"
+
+
+def _kernels() -> tuple[str | None, str | None]:
+    """The compiled kernels that are used, and what is wrong with them."""
+    try:
+        return kernels.identity(), None
+    except SessionError as error:
+        return None, str(error)
+
+
+def _home() -> tuple[Path | None, str | None]:
+    """The caches' folder, and what is wrong with it."""
+    try:
+        folder = home()
+    except CacheError as error:
+        return None, str(error)
+    nearest = _existing(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        return folder, f"{nearest} cannot be written, so nothing is kept between runs: set EDGELM_HOME"
+    return folder, None
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _extras() -> dict[str, bool]:
+    """The extras of the installed distribution and whether each one's packages are there."""
+    found: dict[str, bool] = {}
+    for requirement in importlib.metadata.requires("edgelm") or []:
+        match = re.match(r"([\w.-]+)[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
+        if match is not None and match.group(1) != "edgelm" and "python_version" not in requirement:
+            found[match.group(2)] = found.get(match.group(2), True) and _is_installed(match.group(1))
+    return found
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _advice(target: str | None, sets: tuple[str, ...], home_problem: str | None, extras: dict[str, Any]) -> list[str]:
+    found = []
+    if target is None:
+        found.append(f"no target is made for {platform.machine()}: a bundle for x86-cpu may run, slowly")
+    if target != "cuda" and _has_gpu():
+        found.append("there is an NVIDIA driver: onnxruntime-gpu in place of onnxruntime would use the GPU")
+    if home_problem is not None:
+        found.append(home_problem)
+    if not extras.get("export", True):
+        found.append('models cannot be exported here: pip install "edgelm[export]" on a workstation')
+    return found

@@ -1,0 +1,1 @@
+"""Decoding: from token ids to token ids."""

@@ -1,0 +1,1 @@
+"""What this machine is: processor, memory, home folder, clock, forks, file locks, onnxruntime."""

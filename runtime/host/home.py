@@ -1,0 +1,45 @@
+"""`EDGELM_HOME`: the folder for what edgelm keeps between runs, and folders in it that only their owner can read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ..errors import CacheError
+
+VARIABLE = "EDGELM_HOME"
+
+
+def home() -> Path:
+    """The absolute path of the folder, which need not exist.
+
+    The environment variable EDGELM_HOME, or where the platform wants caches: $XDG_CACHE_HOME/edgelm or ~/.cache/edgelm,
+    on macOS ~/Library/Caches/edgelm, on Windows %LOCALAPPDATA%\\edgelm. Raises: CacheError, if the user has no home.
+    """
+    given = os.environ.get(VARIABLE)
+    try:
+        return Path(given).expanduser().absolute() if given else _platform_caches() / "edgelm"
+    except (RuntimeError, OSError) as error:
+        raise CacheError(f"no folder for caches was found ({error}): set {VARIABLE}") from error
+
+
+def _platform_caches() -> Path:
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local) if local else Path.home() / "AppData" / "Local"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    # The XDG specification has relative paths ignored.
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, each with mode 0700; those that are there stay as they are.
+
+    Raises: OSError.
+    """
+    if not folder.parent.exists():
+        make_private_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,0 +1,103 @@
+"""What this machine is: cores that may be used, instruction sets that change results, memory in use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection
+from pathlib import Path
+
+import psutil
+
+from . import cpuid
+
+_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CPU_INFO = Path("/proc/cpuinfo")
+_CPUS = Path("/sys/devices/system/cpu")
+_SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
+# A core with less than this share of the fastest one's speed is a small one. Turbo frequencies of equal cores differ by
+# some percent; Arm's middle cores have 0.6 to 0.8 of the large one's capacity, small ones 0.2 to 0.5.
+_LARGE_SHARE = 0.6
+
+
+def default_threads() -> int:
+    """Threads to compute with: physical cores, bounded by the process's affinity and by the container's quota, without
+    the small cores of a processor that has large ones.
+
+    Hyper-threads share the units that matrix products keep busy, so logical cores beyond the physical ones only slow
+    each other down. A matrix product is done when its slowest part is, so a small core slows the large ones down.
+    """
+    limits = [psutil.cpu_count(logical=False) or psutil.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+        limits += [len(allowed), len(_large_cores(allowed))]
+    quota = _cgroup_cpus()
+    if quota is not None:
+        limits.append(quota)
+    return max(1, min(limits))
+
+
+def _large_cores(cores: Collection[int]) -> Collection[int]:
+    """Those of the logical cores that are about as fast as the fastest of them; all, where Linux does not tell."""
+    speeds = {core: _speed(core) for core in cores}
+    fastest = max(speeds.values(), default=0)
+    return [core for core, speed in speeds.items() if speed >= _LARGE_SHARE * fastest]
+
+
+def _speed(core: int) -> int:
+    """What the kernel tells about a core's speed: its capacity on Arm, else its highest frequency; 0 if neither."""
+    folder = _CPUS / f"cpu{core}"
+    file = next((file for name in _SPEEDS if (file := folder / name).is_file()), None)
+    return int(file.read_text()) if file is not None else 0
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs that a version 2 control group grants, or None without a limit."""
+    try:
+        quota, period = _CGROUP_CPU_MAX.read_text().split()
+        return None if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def saturates_int8() -> bool:
+    """Whether onnxruntime's uint8 x int8 kernel may saturate its 16-bit sums here, giving wrong products.
+
+    True on x86 without a VNNI instruction set (AVX2 multiplies pairs into 16 bits), and on x86 systems that do not
+    tell their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate. What counts is
+    what the processor can do, never its name.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not instruction_sets() & {"avx512_vnni", "avx_vnni"}
+
+
+def instruction_sets() -> frozenset[str]:
+    """What the processor can do, in Linux's words (flags on x86, features on Arm); empty where nothing is told.
+
+    An x86 processor is asked itself where that is possible, for what decides about kernels (`cpuid`).
+    """
+    told = cpuid.instruction_sets()
+    if told is not None:
+        return told
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(found.split())
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it, or its architecture."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next((name for name in named if name), "") or platform.processor() or platform.machine()
+
+
+def resident_bytes() -> int:
+    """Physical memory that this process holds now, in bytes (shared file pages included)."""
+    return int(psutil.Process().memory_info().rss)

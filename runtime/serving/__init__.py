@@ -1,0 +1,1 @@
+"""Serving: requests, answers, turns, batches, asyncio."""

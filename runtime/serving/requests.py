@@ -1,0 +1,80 @@
+"""What callers ask for, checked and ready to run: prompts to token ids, settings and grammars to a `Request`, and its
+key in the response cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..bundle.folder import Bundle
+from ..caches.responses.cache import response_key
+from ..decoding.grammar import GrammarCompiler
+from ..decoding.sampling import check_token_ids
+from ..errors import SettingsError
+from ..settings import GenerationSettings
+from ..text.prompts import PromptEncoder
+from ..text.tokenizer import Tokenizer
+from .answer import Request
+from .batches import Prompt, check_batch, kind_of, naming, settings_of_each
+
+if TYPE_CHECKING:
+    from ..text.chat import Message
+
+
+class RequestMaker:
+    """Makes the requests of one bundle. Safe between threads."""
+
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, numerics: str) -> None:
+        """numerics: whatever else decides the bits of an answer. Raises: BundleCorruptError, TemplateError."""
+        self.prompts = PromptEncoder(bundle, tokenizer)
+        self._manifest = bundle.manifest
+        self._digest = bundle.manifest.digest
+        self._grammars = GrammarCompiler(bundle)
+        self._numerics = numerics
+
+    def one(
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        token_ids: Sequence[int] | None,
+        base: GenerationSettings | None,
+        keywords: Mapping[str, Any],
+    ) -> Request:
+        """A request, as of now. Raises: PromptError, ContextLengthError, SettingsError, TemplateError,
+        MissingExtraError."""
+        started = time.perf_counter()
+        settings = GenerationSettings.of(base, keywords)
+        model = self._manifest.model
+        check_token_ids(settings, model.vocab_size)
+        if settings.keep >= model.context_length:
+            raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
+        ids = self.prompts.encode(prompt, messages, token_ids)
+        self.prompts.check_length(ids)
+        return Request(ids, settings, started, self._grammars.compile(settings))
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings | Sequence[GenerationSettings] | None,
+        max_rows: int,
+        keywords: Mapping[str, Any],
+    ) -> list[Request]:
+        """A request for each prompt. Raises: as `one`, naming the prompt by its index."""
+        check_batch(prompts, max_rows)
+        each = settings_of_each(len(prompts), settings, keywords)
+        requests = []
+        for index, prompt in enumerate(prompts):
+            with naming(index):
+                requests.append(self.one(*kind_of(prompt), each[index], {}))
+        return requests
+
+    def key(self, request: Request) -> str:
+        """Everything that can change the answer: what the manifest says beside the files' digest, too."""
+        settings = {
+            **request.settings.cache_key(),
+            "end_ids": sorted(self._manifest.tokens.eos),
+            "context_length": self._manifest.model.context_length,
+            "numerics": self._numerics,
+        }
+        return response_key(self._digest, request.token_ids, settings)

@@ -1,0 +1,1 @@
+"""Sessions: token ids in, logits out, over one KV cache or several."""

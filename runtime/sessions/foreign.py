@@ -1,0 +1,270 @@
+"""Folders that other exporters wrote: optimum's, and those made for transformers.js. They have no manifest.
+
+What a manifest would say is taken from the graph's own inputs and outputs, from config.json and generation_config.json.
+A graph takes past keys and values and returns them grown; it comes as one file, as a pair (decoder_model.onnx for the
+first step, decoder_with_past_model.onnx for the others), or as the pair in one file with the input `use_cache_branch`.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.folder import (
+    CHAT_TEMPLATE_NAME,
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    Bundle,
+    file_digest,
+)
+from ..bundle.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    CacheType,
+    FileEntry,
+    LayerCache,
+    Manifest,
+    Model,
+    Quantization,
+    Source,
+    Target,
+    Tokens,
+)
+from ..bundle.onnx_file import weight_files
+from ..errors import BundleCorruptError, BundleMissingError, BundleUnsupportedError, SettingsError
+from .concatenated import ConcatSession, known_input
+from .graph import load_graph, require_memory
+
+CONFIG_NAME = "config.json"
+UNKNOWN = "unknown"
+# What model configurations call the number of positions, and what is assumed where they name none: such models have no
+# positions to run out of.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+UNLIMITED_CONTEXT = 1 << 20
+
+_FIRST, _WITH_PAST, _MERGED = "decoder_model", "decoder_with_past_model", "decoder_model_merged"
+_CACHE_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_PAST, _KEY, _VALUE = "past_key_values.", ".key", ".value"
+_TEXTS = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, CHAT_TEMPLATE_NAME)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The ONNX files of one model: `main` takes the past; `first` is for the first step, where that is another file."""
+
+    main: Path
+    first: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """`main`, and `first` where there is one."""
+        return [path for path in (self.main, self.first) if path is not None]
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder has no manifest, but ONNX files."""
+    return not (folder / MANIFEST_NAME).exists() and bool(_onnx_files(folder))
+
+
+def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle, ConcatSession]:
+    """Load a model and describe it as a bundle. The digests are those of the files as they are found, computed in a
+    thread while onnxruntime prepares the weights.
+
+    graph: which file to take, relative to the folder, where it is not plain.
+    Raises: SettingsError (which file?), BundleMissingError, BundleCorruptError, BundleUnsupportedError, SessionError.
+    """
+    config = _read_json(folder / CONFIG_NAME)
+    if config is None:
+        raise BundleMissingError(
+            f"{folder} holds neither {MANIFEST_NAME}, as a bundle does, nor {CONFIG_NAME}: give a folder that  edgelm "
+            "export  or optimum wrote"
+        )
+    if config.get("is_encoder_decoder"):
+        raise BundleUnsupportedError(
+            f"{folder / CONFIG_NAME}: an encoder and a decoder (model_type {config.get('model_type')!r}): edgelm runs "
+            "causal language models only"
+        )
+    graphs = find_graphs(folder, graph)
+    if not (folder / TOKENIZER_NAME).is_file():
+        raise BundleMissingError(f"{folder} holds no {TOKENIZER_NAME}: download it too, or save it with transformers")
+    parts = [path.parent / name for path in graphs.files for name in (path.name, *weight_files(path))]
+    require_memory(sum(part.stat().st_size for part in parts if part.is_file()), folder)
+    with ThreadPoolExecutor(1) as pool:
+        files = pool.submit(_entries, folder, graphs)
+        main, *first = (load_graph(path, threads, ("CPUExecutionProvider",)) for path in graphs.files)
+        model = _model(graphs, main, config)
+        bundle = Bundle(folder, _manifest(folder, config, model, files.result()), has_manifest=False)
+    return bundle, ConcatSession(main, model, first[0] if first else None)
+
+
+def find_graphs(folder: Path, graph: str | None = None) -> Graphs:
+    """Which ONNX files of a folder belong together: those that `graph` names, else those that are plain.
+
+    Plain is a single file, or the files of one decoder under their usual names. Raises: SettingsError, which lists
+    the files.
+    """
+    found = _onnx_files(folder)
+    if graph is not None:
+        named = folder / graph
+        inside = not Path(graph).is_absolute() and ".." not in Path(graph).parts
+        if not inside or named.suffix != ".onnx" or not named.is_file():
+            raise SettingsError(f"{folder} holds no {graph}: name one of {_listed(folder, found)}")
+        return _with_partner(named)
+    by_stem = {path.stem: path for path in found}
+    if len(by_stem) == len(found) and by_stem.keys() <= {_FIRST, _WITH_PAST, _MERGED}:
+        return _with_partner(by_stem.get(_MERGED) or by_stem.get(_FIRST) or found[0])
+    if len(found) > 1:
+        example = found[0].relative_to(folder).as_posix()
+        raise SettingsError(
+            f"{folder} holds several models: {_listed(folder, found)}; name the one to take, as in  "
+            f'--graph {example}  or  load(..., graph="{example}")'
+        )
+    return Graphs(found[0])
+
+
+def _with_partner(path: Path) -> Graphs:
+    """decoder_model*.onnx and decoder_with_past_model*.onnx, whichever was named, are one model."""
+    if path.stem.startswith(_MERGED):
+        return Graphs(path)
+    for first in (path, path.with_name(path.name.replace(_WITH_PAST, _FIRST, 1))):
+        later = first.with_name(first.name.replace(_FIRST, _WITH_PAST, 1))
+        if first.name.startswith(_FIRST) and first.is_file() and later.is_file():
+            return Graphs(later, first)
+    return Graphs(path)
+
+
+def _onnx_files(folder: Path) -> list[Path]:
+    """In the folder itself or one below it; transformers.js has them in  onnx/ ."""
+    return sorted(path for pattern in ("*.onnx", "*/*.onnx") for path in folder.glob(pattern))
+
+
+def _listed(folder: Path, paths: Sequence[Path]) -> str:
+    return ", ".join(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _model(graphs: Graphs, inference: Any, config: dict[str, Any]) -> Model:
+    """The shape of the model, from the inputs and outputs of the graph that takes the past."""
+    inputs = {item.name: item for item in inference.get_inputs()}
+    outputs = {item.name: item for item in inference.get_outputs()}
+    keys = [name for name in inputs if name.startswith(_PAST) and name.endswith(_KEY)]
+    unknown = [name for name in inputs if not known_input(name)]
+    if unknown:
+        raise BundleUnsupportedError(
+            f"{graphs.main} wants the inputs {', '.join(unknown)}, which edgelm does not know: give a causal language "
+            "model that takes input_ids and past_key_values"
+        )
+    if "input_ids" not in inputs or "logits" not in outputs or not keys:
+        raise BundleUnsupportedError(
+            f"{graphs.main} takes {', '.join(inputs)} and gives {', '.join(outputs)}: edgelm needs input_ids and "
+            "past_key_values and logits. Export it with  --task text-generation-with-past"
+        )
+    layers = {int(name[len(_PAST) : -len(_KEY)]): _layer(graphs.main, inputs, name) for name in keys}
+    types = {inputs[name].type for name in inputs if name.startswith(_PAST)}
+    if len(types) > 1 or not types <= _CACHE_TYPES.keys():
+        raise BundleUnsupportedError(
+            f"{graphs.main} has a cache of {', '.join(sorted(types))}: edgelm runs float32 and float16 ones of other "
+            "exporters"
+        )
+    tokens = inputs["input_ids"].shape[1]
+    return Model(
+        vocab_size=_vocab_size(graphs.main, outputs["logits"], config),
+        context_length=_context_length(config),
+        parameters=0,
+        layers=tuple(layers.get(index) for index in range(max(layers) + 1)),
+        kv=CacheType(_CACHE_TYPES[types.pop()], None),
+        cache_layout="concatenated",
+        # Where the graphs are two, this one was traced with one token and may lack what several need.
+        step_tokens=tokens if isinstance(tokens, int) else 1 if graphs.main.stem.startswith(_WITH_PAST) else None,
+    )
+
+
+def _layer(path: Path, inputs: dict[str, Any], key: str) -> LayerCache:
+    """One layer's cache, from the shapes (batch, heads, positions, size) of its two inputs."""
+    value = key.removesuffix(_KEY) + _VALUE
+    shapes = [inputs[name].shape if name in inputs else [] for name in (key, value)]
+    (heads, key_size), (value_heads, value_size) = ((shape[1::2] if len(shape) == 4 else (0, 0)) for shape in shapes)
+    if heads != value_heads or not all(isinstance(n, int) and n > 0 for n in (heads, key_size, value_size)):
+        raise BundleUnsupportedError(
+            f"{path}: {key} and {value} have the shapes {shapes}: edgelm runs caches of "
+            "(batch, heads, positions, size) whose heads and sizes are numbers"
+        )
+    return LayerCache(heads, key_size, value_size, None)
+
+
+def _vocab_size(path: Path, logits: Any, config: dict[str, Any]) -> int:
+    for size in (logits.shape[-1], config.get("vocab_size")):
+        if isinstance(size, int) and size > 0:
+            return size
+    raise BundleUnsupportedError(f"neither {path} nor {CONFIG_NAME} says how large the vocabulary is: add vocab_size")
+
+
+def _context_length(config: dict[str, Any]) -> int:
+    lengths = [config[name] for name in CONTEXT_NAMES if isinstance(config.get(name), int) and config[name] > 0]
+    return lengths[0] if lengths else UNLIMITED_CONTEXT
+
+
+def _manifest(folder: Path, config: dict[str, Any], model: Model, files: dict[str, FileEntry]) -> Manifest:
+    architectures = config.get("architectures") or [config.get("model_type") or UNKNOWN]
+    name = folder.resolve().name
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        source=Source(str(config.get("_name_or_path") or name), None, str(architectures[0]), None),
+        target=Target(UNKNOWN, {}),
+        compression=(),
+        quantization=Quantization(UNKNOWN, ()),
+        model=model,
+        tokens=_tokens(config, _read_json(folder / GENERATION_CONFIG_NAME) or {}),
+        quality={},
+        files=files,
+        versions={},
+    )
+
+
+def _tokens(config: dict[str, Any], generation: dict[str, Any]) -> Tokens:
+    """As transformers takes them: from the generation's settings, else from the model's."""
+    ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        listed = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in listed):
+            raise BundleCorruptError(
+                f"{name} is {value!r:.80} in {GENERATION_CONFIG_NAME} or {CONFIG_NAME}: correct it"
+            )
+    eos = ids["eos_token_id"]
+    return Tokens(
+        ids["bos_token_id"], () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,), ids["pad_token_id"]
+    )
+
+
+def _entries(folder: Path, graphs: Graphs) -> dict[str, FileEntry]:
+    """Size and digest of everything that makes the answers: graphs, their weights, tokenizer and settings."""
+    names = [name for name in _TEXTS if (folder / name).is_file()]
+    for graph in graphs.files:
+        inside = graph.relative_to(folder)
+        names += [inside.as_posix(), *(posixpath.normpath(inside.parent / name) for name in weight_files(graph))]
+    for name in names:
+        if name.startswith(("../", "/")) or not (folder / name).is_file():
+            raise BundleMissingError(f"{folder} holds no {name}, where weights of the model are: download it too")
+    return {name: FileEntry((folder / name).stat().st_size, file_digest(folder / name)) for name in names}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, those of a nested text model in front; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleMissingError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleCorruptError(f"{path} is not valid JSON ({error}): download or export it again") from error
+    if not isinstance(data, dict):
+        raise BundleCorruptError(f"{path} is not a JSON object: download or export it again")
+    text = data.get("text_config")
+    return {**data, **text} if isinstance(text, dict) else data

@@ -1,0 +1,103 @@
+"""Compiled kernels for the functions that an INT8 graph calls, where the package edgelm-kernels is installed.
+
+A function of the domain `edgelm` has a body of onnxruntime's own operators. If a library of kernels is registered,
+onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way;
+attention, and norms and gates in front of products, have not, so that what is cached names the kernels
+(`identity`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from ..bundle.onnx_file import domains, operators
+from ..errors import SessionError
+
+# Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
+SWITCH = "EDGELM_KERNELS"
+_PACKAGE = "edgelm_kernels"
+# That of the package. With others, functions that they lack would run as their bodies, slower, and where a single row
+# relies on a kernel, with other bits.
+_INTERFACE = 5
+_DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
+# How the library learns with how many threads to compute, onnxruntime does not tell operators, and whether its own.
+_THREADS_KEY, _OWN_THREADS_KEY = "edgelm.threads", "edgelm.own_threads"
+# Operators of onnxruntime in front of a model's layers and behind them: mask, embedding, the last norm. Where there are
+# more, they are in the layers, and take onnxruntime's threads for long prompts.
+_AROUND_LAYERS = 24
+
+
+@functools.cache
+def _arithmetic() -> str | None:
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return None
+    import edgelm_kernels
+
+    if getattr(edgelm_kernels, "INTERFACE", None) != _INTERFACE:
+        raise SessionError(
+            "edgelm-kernels belongs to another version of edgelm: install both from one copy  (pip install ./kernels), "
+            f"or leave it out with  {SWITCH}=off"
+        )
+    try:
+        found: str | None = edgelm_kernels.arithmetic()
+    except OSError as error:
+        raise SessionError(
+            f"edgelm-kernels is installed and cannot be loaded ({error}): install it again, for this system, or leave "
+            f"it out with  {SWITCH}=off"
+        ) from error
+    return found
+
+
+@functools.cache
+def _library_digest() -> str:
+    """More exact than the package's version, and without `importlib.metadata`, which takes 2 to 4 MB."""
+    import edgelm_kernels
+
+    return hashlib.sha256(edgelm_kernels.library().read_bytes()).hexdigest()[:12]
+
+
+def identity() -> str | None:
+    """Which kernels, by a digest of their library, and with which instruction sets: what decides the last bits of
+    logits; None if none are used.
+
+    They are left out where the package is not installed, has no code for this processor, or is switched off.
+    Raises: SessionError, if they cannot be loaded, or belong to another version of edgelm.
+    """
+    if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
+        return None
+    return f"edgelm-kernels {_library_digest()} {_arithmetic()}"
+
+
+def serve(graph: Path) -> bool:
+    """Whether a graph calls functions, and kernels are there. Raises: as `identity` and `domains`."""
+    return identity() is not None and _DOMAIN in domains(graph)
+
+
+def attend(graph: Path) -> bool:
+    """Whether kernels compute all of a graph's attention. Raises: as `serve`."""
+    return serve(graph) and (_MICROSOFT, "GroupQueryAttention") not in operators(graph)
+
+
+def compute_layers(graph: Path) -> bool:
+    """Whether kernels compute all of a graph's layers, nearly. Raises: as `operators`."""
+    others = sum(count for (domain, _), count in operators(graph).items() if domain != _DOMAIN)
+    return others <= _AROUND_LAYERS
+
+
+def register(options: Any, threads: int, own_threads: bool) -> None:
+    """Add the kernels to the options of a session that computes with so many threads.
+
+    own_threads: kernels bring them, and read ahead between two operators, while onnxruntime has none beside the
+    caller's; else they share onnxruntime's. Threads of both would wait awake for each other's processors.
+    """
+    import edgelm_kernels
+
+    options.intra_op_num_threads = 1 if own_threads else threads
+    options.add_session_config_entry(_THREADS_KEY, str(threads))
+    options.add_session_config_entry(_OWN_THREADS_KEY, str(int(own_threads)))
+    options.register_custom_ops_library(str(edgelm_kernels.library()))

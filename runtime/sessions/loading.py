@@ -1,0 +1,167 @@
+"""Load a bundle, or a folder of another exporter, into the session that fits it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..bundle.folder import GRAPH_NAME, Bundle
+from ..bundle.manifest import Model
+from ..errors import CacheCorruptError, SessionError, SettingsError
+from ..host import machine
+from ..host.ort import load_onnxruntime
+from . import kernels
+from .graph import load_graph, require_memory
+from .in_place import OrtSession
+from .prepared import Prepared, prepared_for
+from .protocol import Session
+from .providers import CPU, choose_provider, device_of, foreign_machine
+
+_logger = logging.getLogger(__name__)
+
+
+def make_session(
+    graph: Path,
+    model: Model,
+    threads: int,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    preparing: Path | None = None,
+) -> Session:
+    """The session that fits the graph's way of caching, and the memory that the first provider computes in. preparing:
+    as `load_graph`. Raises: SessionError."""
+    device = device_of(providers[0])
+    if device is not None:
+        from .on_device import DeviceSession
+
+        return DeviceSession(*_load_on_device(graph, threads, providers), model, device)
+    if model.cache_layout == "in_place":
+        return OrtSession(graph, model, threads, providers, preparing)
+    from .concatenated import ConcatSession
+
+    return ConcatSession(load_graph(graph, threads, providers, preparing), model)
+
+
+def _load_on_device(graph: Path, threads: int, providers: Sequence[str]) -> tuple[Any, bool]:
+    """onnxruntime's session, and whether it can capture steps as CUDA graphs: not if anything is computed on the CPU
+    in between, as in bundles of older versions and in some models."""
+    try:
+        return load_graph(graph, threads, providers, captures=True), True
+    except SessionError as error:
+        _logger.info("steps are not captured as CUDA graphs: %s", error)
+        return load_graph(graph, threads, providers), False
+
+
+def open_session(
+    bundle: Bundle, threads: int | None = None, prepare: bool = False, provider: str | None = None
+) -> Session:
+    """Check every file of a bundle against its digest and load the model.
+
+    threads: None for the physical cores; prepare: use the bundle's prepared form (`prepared`), or make
+    it, on CPUs; provider: "cpu" or "cuda", None for the one that the bundle was made for.
+    The weights are checked in a thread while onnxruntime loads them; the small files, which onnxruntime and tokenizers
+    parse, before. Raises: SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
+    """
+    return _checked(bundle, threads, prepare, provider)()
+
+
+def _checked(bundle: Bundle, threads: int | None, prepare: bool, provider: str | None) -> Callable[[], Session]:
+    """What loads the model, once the small files are found right."""
+    count = _thread_count(threads)
+    chosen = choose_provider(bundle.manifest, provider, load_onnxruntime().get_available_providers())
+    warning = foreign_machine(bundle.manifest)
+    if warning is not None:
+        _logger.warning("%s", warning)
+    weights = [name for name in bundle.manifest.files if name.endswith(".data")]
+    bundle.check_files(bundle.manifest.files.keys() - set(weights))
+    return lambda: _open_weights(bundle, weights, count, prepare, chosen)
+
+
+def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool, provider: str) -> Session:
+    # Kernels read the weights as they are in the bundle: there is nothing to prepare.
+    wanted = prepare and provider == CPU and not kernels.serve(bundle.path / GRAPH_NAME)
+    prepared = prepared_for(bundle.manifest.digest) if wanted else None
+    if prepared is not None and prepared.is_there():
+        session = _open_prepared(bundle, prepared, threads)
+        if session is not None:
+            return session
+    size = sum(bundle.manifest.files[name].bytes for name in weights)
+    require_memory(size, bundle.path)
+    with ThreadPoolExecutor(1) as pool:
+        weights_checked = pool.submit(bundle.check_files, weights)
+        if prepared is not None and prepared.is_worth_it(size):
+            session = _open_and_prepare(bundle, prepared, threads, weights_checked)
+        else:
+            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider])
+        weights_checked.result()
+    return session
+
+
+def _open_prepared(bundle: Bundle, prepared: Prepared, threads: int) -> Session | None:
+    """The session over a prepared form; None if that was damaged, which forgets it."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(prepared.check)
+            session = make_session(prepared.graph, bundle.manifest.model, threads)
+            checked.result()
+    except (CacheCorruptError, SessionError) as error:
+        _logger.warning("%s; the bundle itself is loaded, and prepared anew", error)
+        prepared.drop()
+        return None
+    return session
+
+
+def _open_and_prepare(bundle: Bundle, prepared: Prepared, threads: int, checked: Future[None]) -> Session:
+    """The session over the bundle, and its prepared form for the next time, once the weights are found right."""
+    graph, model = bundle.path / GRAPH_NAME, bundle.manifest.model
+    session: Session | None = None
+    try:
+        with prepared.making() as folder:
+            session = make_session(graph, model, threads, preparing=folder)
+            checked.result()
+    except (OSError, SessionError) as error:
+        _logger.warning("the model cannot be kept prepared for this machine (%s): it loads as slowly next time", error)
+    return session or make_session(graph, model, threads)
+
+
+def open_folder(
+    path: str | Path,
+    threads: int | None = None,
+    graph: str | None = None,
+    prepare: bool = False,
+    provider: str | None = None,
+) -> tuple[Bundle, Session]:
+    """Load the model of a folder, be it a bundle or what another exporter wrote (`foreign`).
+
+    graph: for the latter, which of several ONNX files, relative to the folder; prepare, provider: as `open_session`,
+    but what another exporter wrote runs on the CPU.
+    Raises: BundleError and below for the folder, SettingsError, SessionError.
+    """
+    bundle, load_model = find_folder(path, threads, graph, prepare, provider)
+    return bundle, load_model()
+
+
+def find_folder(
+    path: str | Path, threads: int | None, graph: str | None, prepare: bool, provider: str | None
+) -> tuple[Bundle, Callable[[], Session]]:
+    """`open_folder` in two parts: a bundle whose small files are found right, and what loads its model then."""
+    from . import foreign
+
+    folder = Path(path)
+    if foreign.is_foreign(folder):
+        if provider not in (None, "cpu"):
+            raise SettingsError(f"{folder} is of another exporter, which edgelm runs on the CPU: leave out  {provider}")
+        found, session = foreign.open_foreign(folder, graph, _thread_count(threads))  # the graph describes the model
+        return found, lambda: session
+    bundle = Bundle.open(folder)
+    if graph is not None:
+        raise SettingsError(f"{folder} is a bundle, which has one graph: leave out  graph={graph}")
+    return bundle, _checked(bundle, threads, prepare, provider)
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise SettingsError(f"threads must be 1 or more, found {threads}")
+    return threads or machine.default_threads()

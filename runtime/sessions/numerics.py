@@ -1,0 +1,33 @@
+"""What the last bits of logits depend on beside the bundle. Only machines that agree on it share caches."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from ..host.machine import instruction_sets
+from . import kernels
+from .protocol import Session
+from .providers import gpu_names
+
+# Prefixes of the instruction sets by which onnxruntime chooses its kernels, as Linux names them on x86 and Arm.
+_KERNEL_SETS = ("avx", "fma", "amx", "f16c", "sse4_1", "asimd", "i8mm", "sve", "bf16", "sme")
+
+
+def of_machine() -> str:
+    """What the last bits of logits depend on beside the bundle: processor, instruction sets, onnxruntime's version, and
+    the compiled kernels, if there are any.
+
+    Two machines that say the same compute the same answers. The version is that of the onnxruntime that is loaded.
+    """
+    sets = "+".join(sorted(name for name in instruction_sets() if name.startswith(_KERNEL_SETS)))
+    sets = sets or platform.processor()
+    version = getattr(sys.modules.get("onnxruntime"), "__version__", "none")
+    parts = (platform.machine().lower(), sets, f"onnxruntime {version}", kernels.identity())
+    return " ".join(part for part in parts if part)
+
+
+def of_session(session: Session) -> str:
+    """As `of_machine`, with the GPU where the session computes on one."""
+    device = getattr(session, "device", "cpu")
+    return of_machine() if device == "cpu" else f"{of_machine()} {device} {' + '.join(gpu_names())}"

@@ -1,0 +1,171 @@
+"""Weights in the order of this machine's kernels, kept in a file: what onnxruntime makes of them when it loads a model.
+
+It maps such a file instead of holding a copy of all matrices: less memory of the process's own, pages that several
+processes share and that the system may drop, and a faster start (docs/caching.md has the figures).
+
+`EDGELM_HOME/prepared/KEY/` holds the optimized graph, its weights and `checks.json` with their sizes and CRC-32. KEY is
+a digest of the bundle's digest and of whatever decides what onnxruntime makes: its version, the processor, this format.
+A folder is made under a temporary name and renamed, so it is whole or not there; a damaged one is dropped and made
+anew. Several processes may make, use and drop the same folder at once: files that are mapped outlive their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..bundle.folder import GRAPH_NAME, WEIGHTS_NAME
+from ..errors import CacheCorruptError, CacheError
+from ..host import machine
+from ..host.home import home, make_private_folder
+from ..host.ort import load_onnxruntime
+from . import numerics
+
+FOLDER_NAME = "prepared"
+DEFAULT_BUDGET_BYTES = 8 << 30
+_FORMAT = "edgelm-prepared-1"
+_CHECKS_NAME = "checks.json"
+_FILES = (GRAPH_NAME, WEIGHTS_NAME)
+_CHUNK_BYTES = 1 << 18
+# Smaller weights are loaded at once, and their copy costs little.
+_LEAST_WEIGHTS_BYTES = 16 << 20
+_STALE_S = 24 * 3600.0
+# The file holds the weights as they are in the bundle and as the kernels want them; as much again stays free.
+_NEEDED_SHARE = 4
+
+
+class Prepared:
+    """The prepared form of one bundle on this machine, be it there or not. Safe between threads and processes."""
+
+    def __init__(self, bundle_digest: str, root: Path, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
+        """root: the folder of all prepared bundles, which need not exist."""
+        self._root = root
+        self._budget = budget_bytes
+        key = "\n".join([_FORMAT, bundle_digest, numerics.of_machine()])
+        self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    @property
+    def graph(self) -> Path:
+        """The path of the optimized graph."""
+        return self.folder / GRAPH_NAME
+
+    def is_there(self) -> bool:
+        """Whether it was made, and has the sizes that were noted. Marks it as used now."""
+        try:
+            noted = _read_checks(self.folder)
+            there = all((self.folder / name).stat().st_size == noted[name][0] for name in _FILES)
+        except (OSError, CacheCorruptError):
+            return False
+        with contextlib.suppress(OSError):  # the mark is for dropping the least used ones only
+            os.utime(self.folder)
+        return there
+
+    def check(self) -> None:
+        """Compare the files with their noted CRC-32. Cost: one read of them. Raises: CacheCorruptError."""
+        check_folder(self.folder)
+
+    def drop(self) -> None:
+        """Forget it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_worth_it(self, weights_bytes: int) -> bool:
+        """Whether so many bytes of weights gain by a prepared form, and the budget and the disk have room for it."""
+        if weights_bytes < _LEAST_WEIGHTS_BYTES:
+            return False
+        nearest = next(path for path in (self._root, *self._root.parents) if path.exists())
+        try:
+            free = shutil.disk_usage(nearest).free
+        except OSError:
+            return False
+        return 2 * weights_bytes <= self._budget and _NEEDED_SHARE * weights_bytes <= free
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[Path]:
+        """A temporary folder to have the two files written to; they are put into place when the block ends without an
+        error. Raises: OSError, where the folder cannot be made or filled."""
+        make_private_folder(self._root)
+        with tempfile.TemporaryDirectory(prefix="making-", dir=self._root, ignore_cleanup_errors=True) as name:
+            scratch = Path(name) / "files"
+            scratch.mkdir(mode=0o700)
+            yield scratch
+            noted = {file: [(scratch / file).stat().st_size, _crc(scratch / file)] for file in _FILES}
+            (scratch / _CHECKS_NAME).write_text(json.dumps(noted), encoding="utf-8")
+            self.drop()  # what is there is damaged
+            with contextlib.suppress(OSError):  # another process was faster, and made the same
+                scratch.rename(self.folder)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Drop the least recently used ones until the budget holds, this one was used last, and what a process that
+        ended did not finish."""
+        for scratch in self._root.glob("making-*"):
+            if time.time() - scratch.stat().st_mtime > _STALE_S:
+                shutil.rmtree(scratch, ignore_errors=True)
+        found = sorted(folders(self._root), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        total = 0
+        for folder in found:
+            total += folder_bytes(folder)
+            if total > self._budget and folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepared_for(bundle_digest: str) -> Prepared | None:
+    """The prepared form of a bundle, or None where this machine can have none: without a home, or on processors whose
+    weights onnxruntime changes at load."""
+    if machine.saturates_int8():
+        return None
+    load_onnxruntime()  # its version is part of the key
+    try:
+        return Prepared(bundle_digest, home() / FOLDER_NAME)
+    except CacheError:
+        return None
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders of all prepared bundles, in no order; those in the making are none yet."""
+    return [folder for folder in root.glob("*") if (folder / _CHECKS_NAME).is_file()]
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of a prepared bundle, 0 if it is gone."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except OSError:
+        return 0
+
+
+def check_folder(folder: Path) -> None:
+    """Compare a prepared bundle with its notes. Raises: CacheCorruptError."""
+    for name, (size, crc) in _read_checks(folder).items():
+        try:
+            same = (folder / name).stat().st_size == size and _crc(folder / name) == crc
+        except OSError as error:
+            raise CacheCorruptError(f"{folder / name} cannot be read ({error.strerror}): delete {folder}") from error
+        if not same:
+            raise CacheCorruptError(f"{folder / name} is damaged: delete {folder}")
+
+
+def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
+    try:
+        noted = json.loads((folder / _CHECKS_NAME).read_text(encoding="utf-8"))
+        return {name: (int(noted[name][0]), int(noted[name][1])) for name in _FILES}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CacheCorruptError(f"{folder / _CHECKS_NAME} cannot be read: delete {folder}") from error
+
+
+def _crc(file: Path) -> int:
+    """CRC-32, which small boards compute faster than they read; it is to find damage, not malice."""
+    crc = 0
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(chunk):
+            crc = zlib.crc32(chunk[:count], crc)
+    return crc

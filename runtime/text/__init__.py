@@ -1,0 +1,1 @@
+"""Text: tokenizer, stop texts, chat templates, prompts, conversations."""

@@ -1,0 +1,86 @@
+"""A conversation with a model: the messages so far, taking them back, keeping them in a file. Knows no terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import PromptError
+
+
+class Conversation:
+    """An optional system message and turns of user and assistant. Not safe between threads."""
+
+    def __init__(self, system: str | None = None) -> None:
+        self.system = system
+        self._turns: list[dict[str, str]] = []
+
+    def __len__(self) -> int:
+        """Number of messages, the system message not counted."""
+        return len(self._turns)
+
+    def copy(self) -> Conversation:
+        """Another conversation with the same messages."""
+        other = Conversation(self.system)
+        other._turns = list(self._turns)
+        return other
+
+    def messages(self) -> list[dict[str, str]]:
+        """What the chat template gets."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *(dict(turn) for turn in self._turns)]
+
+    def ask(self, text: str) -> None:
+        """Add a user's message."""
+        self._turns.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        """Add the model's answer."""
+        self._turns.append({"role": "assistant", "content": text})
+
+    def undo(self) -> str:
+        """Take back the last user's message and what follows it; returns the message. Raises: PromptError."""
+        for index in range(len(self._turns) - 1, -1, -1):
+            if self._turns[index]["role"] == "user":
+                text = self._turns[index]["content"]
+                del self._turns[index:]
+                return text
+        raise PromptError("the conversation is empty: there is nothing to take back")
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._turns.clear()
+
+    def save(self, path: Path) -> None:
+        """Write a new file: a JSON list of messages, as `Engine.generate` takes them. Raises: PromptError."""
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(self.messages(), ensure_ascii=False, indent=1) + "\n")
+        except FileExistsError as error:
+            raise PromptError(f"{path} exists already: give another name, or delete it first") from error
+        except OSError as error:
+            raise PromptError(f"{path} cannot be written ({error.strerror}): give another name") from error
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation in place of this one. Raises: PromptError; this one then stays."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PromptError(f"{path} cannot be read ({error.strerror}): give another name") from error
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path} is no saved conversation ({error}): give another name") from error
+        messages = _checked(found, path)
+        first = messages[:1] if messages and messages[0]["role"] == "system" else []
+        self.system = first[0]["content"] if first else None
+        self._turns = messages[len(first) :]
+
+
+def _checked(found: Any, path: Path) -> list[dict[str, str]]:
+    if not isinstance(found, list) or not all(_is_message(message) for message in found):
+        raise PromptError(f"{path} is no saved conversation: it must hold a list of messages with role and content")
+    return [{"role": message["role"], "content": message["content"]} for message in found]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,93 @@
+"""What the caller gives to the token ids that are fed: plain text, messages through the chat template, or ids."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..bundle import folder as bundle_files
+from ..bundle.folder import Bundle
+from ..errors import BundleCorruptError, ContextLengthError, PromptError, TemplateError
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate, Message
+
+
+class PromptEncoder:
+    """A bundle's tokenizer and chat template. Immutable, safe between threads."""
+
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
+        """Read and compile the template. Raises: BundleCorruptError, TemplateError."""
+        self._model = bundle.manifest.model
+        self._tokenizer = tokenizer
+        self.template = _bundle_template(bundle)
+
+    def encode(
+        self, prompt: str | None, messages: Sequence[Message] | None, token_ids: Sequence[int] | None
+    ) -> list[int]:
+        """At least one token id; exactly one argument is given.
+
+        Raises: PromptError, TemplateError.
+        """
+        given = [
+            name
+            for name, value in (("prompt", prompt), ("messages", messages), ("token_ids", token_ids))
+            if value is not None
+        ]
+        if len(given) != 1:
+            raise PromptError(
+                f"give exactly one of prompt, messages and token_ids, found {' and '.join(given) or 'none'}"
+            )
+        if prompt is not None:
+            ids = self._tokenizer.encode(prompt) if prompt else []
+        elif messages is not None:
+            ids = self._tokenizer.encode(self._render(messages), special=False) if messages else []
+        else:
+            ids = self._checked_ids(token_ids if token_ids is not None else ())
+        if not ids:
+            raise PromptError(f"the {given[0]} is empty: give at least one token to continue from")
+        return ids
+
+    def check_length(self, token_ids: Sequence[int]) -> None:
+        """Raises: ContextLengthError, if the context does not hold the prompt."""
+        context = self._model.context_length
+        if len(token_ids) > context:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids):,} tokens, the model's context holds {context:,}: shorten it"
+            )
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        vocab_size = self._model.vocab_size
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise PromptError(f"token_ids must be a sequence of whole numbers ({error})") from error
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise PromptError(f"token id {token} is out of range: the model has ids 0 to {vocab_size - 1}")
+        return ids
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self.template is None:
+            raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
+        return self.template.prompt(messages)
+
+
+def _bundle_template(bundle: Bundle) -> ChatTemplate | None:
+    text = bundle.read_text(bundle_files.TOKENIZER_CONFIG_NAME)
+    name = bundle.path / bundle_files.TOKENIZER_CONFIG_NAME
+    try:
+        config = json.loads("{}" if text is None else text)
+    except (ValueError, RecursionError) as error:
+        raise BundleCorruptError(f"{name} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(config, dict):
+        raise BundleCorruptError(f"{name} is not a JSON object: export the bundle again")
+    template = bundle.read_text(bundle_files.CHAT_TEMPLATE_NAME)
+    if not template and not config.get("chat_template"):
+        return None
+    from .chat import find_template
+
+    return find_template(template, config)

@@ -1,0 +1,168 @@
+"""Text to token ids and back, by Hugging Face `tokenizers`, the very code that transformers' fast tokenizers run."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BundleCorruptError, PromptError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# What an incomplete or invalid UTF-8 sequence decodes to.
+REPLACEMENT = "\ufffd"
+# How tokenizers with byte fallback write a token that is one byte.
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """A tokenizer.json. Immutable, safe between threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a file. Cost: some 50 ms for 50,000 entries. Raises: BundleCorruptError."""
+        import tokenizers
+
+        try:
+            self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception, nothing narrower
+            raise BundleCorruptError(f"{path} is no tokenizer ({error}): export the bundle again") from error
+        # A file may ask to cut or fill every text to one length, which suits batches of training texts only.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's vocabulary may be larger (padded)."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
+
+        Raises: PromptError, if the text holds half a surrogate pair, which no encoding can represent.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PromptError(f"the prompt is not valid Unicode text ({error}): remove lone surrogates") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; U+FFFD stands for bytes that are not UTF-8."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode_whole(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """Text of token ids without an unfinished character at its end, and whether there is one.
+
+        The text alone cannot tell: U+FFFD may be the beginning of a character, a character that somebody wrote, or
+        bytes that no further byte makes a character. Only the first of these is unfinished.
+        """
+        text = self.decode(token_ids)
+        if not text.endswith(REPLACEMENT):
+            return text, False
+        missing = len(_unfinished(self._last_bytes(token_ids)))
+        if not missing:
+            return text, False
+        if not self._is_byte(token_ids[-1]):
+            return text[:-1], True  # byte-level decoders put one U+FFFD for the unfinished character as a whole
+        # With byte fallback each byte is a token, and one byte too few spoils the whole run.
+        end = len(token_ids)
+        while missing:
+            end -= 1
+            missing -= self._is_byte(token_ids[end])
+        return self.decode(token_ids[:end]), True
+
+    def starts_inside_character(self, token_ids: Sequence[int]) -> bool:
+        """Whether the first byte of the tokens belongs to a character that began before them."""
+        first = next((byte for token_id in token_ids for byte in self._bytes(token_id)), 0)
+        return 0x80 <= first < 0xC0
+
+    def _last_bytes(self, token_ids: Sequence[int]) -> bytes:
+        """The last three bytes or more of the text: an unfinished character has no more."""
+        found = b""
+        for token_id in reversed(token_ids):
+            found = self._bytes(token_id) + found
+            if len(found) > 2:
+                break
+        return found
+
+    def _bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text: nothing, if it is special or does not exist."""
+        text = self.decode([token_id])
+        if REPLACEMENT not in text:
+            return text.encode()
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if byte := _BYTE.fullmatch(token):
+            return bytes.fromhex(byte.group(1))
+        table = _byte_level_alphabet()
+        return bytes(table[character] for character in token) if set(token) <= table.keys() else token.encode()
+
+    def _is_byte(self, token_id: int) -> bool:
+        return bool(_BYTE.fullmatch(self._tokenizer.id_to_token(token_id) or ""))
+
+
+def _unfinished(data: bytes) -> bytes:
+    """The bytes at the end that more bytes can make a character of."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return decoder.getstate()[0]
+
+
+@cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that byte-level tokenizers write for each byte: itself if it is printable, else the next free one
+    from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+class Detokenizer:
+    """Text of a growing sequence of tokens, in chunks that hold whole characters only.
+
+    The chunks and `finish()`, joined, are what the tokens add to the decoded text of prompt and tokens together,
+    except an unfinished character at the very end, which is never shown. A token costs the decoding of the tokens
+    since the last chunk but one, whatever the length of the whole. Not safe between threads.
+
+    Decoders look at neighbours: many strip a blank in front of a text's first token, and those with byte fallback
+    turn a run of bytes into characters only where the whole run is valid. So the window that is decoded always starts
+    where a chunk ended, which is between two characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        """prompt_ids: what stands before the new tokens, so that the first of them is not taken for a text's first."""
+        self._tokenizer = tokenizer
+        tail = self._clean_tail(prompt_ids)
+        self._shown, _ = tokenizer.decode_whole(tail)
+        # What the prompt holds of an unfinished character waits like new tokens, so that the window stays clean.
+        end = next(end for end in range(len(tail), -1, -1) if not tokenizer.decode_whole(tail[:end])[1])
+        self._window, self._pending = tail[:end], tail[end:]
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes: empty while a character is unfinished."""
+        self._pending.append(token_id)
+        text, unfinished = self._tokenizer.decode_whole(self._window + self._pending)
+        if unfinished or len(text) <= len(self._shown):
+            return ""
+        new = text[len(self._shown) :]
+        self._window, self._pending = self._pending, []
+        self._shown = self._tokenizer.decode(self._window)
+        return new
+
+    def finish(self) -> str:
+        """The text that was held back with an unfinished character, without that character."""
+        text, _ = self._tokenizer.decode_whole(self._window + self._pending)
+        return text[len(self._shown) :]
+
+    def _clean_tail(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from a place that is not inside a character."""
+        start = max(0, len(prompt_ids) - _PROMPT_TAIL)
+        while start > 0 and self._tokenizer.starts_inside_character(prompt_ids[start:]):
+            start -= 1
+        return list(prompt_ids[start:])
+
+
+_PROMPT_TAIL = 8
