@@ -115,7 +115,7 @@ def test_the_runtimes_layers_import_downward() -> None:
         for name in _own_imports(path):
             _, _, other = name.partition("/")
             other = other.partition("/")[0]
-            if layer != "__init__" and other != layer:
+            if layer not in ("__init__", other):
                 assert rank[other] <= rank[layer], f"{path} imports {name}"
                 assert rank[other] < rank[layer] or (layer, other) == ("settings", "errors"), f"{path} imports {name}"
 
