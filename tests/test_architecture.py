@@ -1,0 +1,49 @@
+"""docs/architecture.md names files, classes and functions that there are."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from .conftest import ROOT
+
+DOCUMENT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PACKAGES = {"A prompt's way": "runtime", "A model's way": "export"}
+
+
+def names_of(path: str) -> set[str]:
+    """Functions, classes, and methods as Class.method."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def section(title: str) -> str:
+    return DOCUMENT.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+@pytest.mark.parametrize("title", PACKAGES)
+def test_each_step_of_a_tour_is_where_it_says(title: str) -> None:
+    package, text = PACKAGES[title], section(title)
+    files = re.findall(r"`([a-z_/0-9]+\.py)`", text)
+    assert len(files) >= 8
+    everything = set().union(*(names_of(f"{package}/{file}") for file in files))
+    named = set(re.findall(r"`((?:[A-Z]\w+(?:\.[a-z_]+)?)|[a-z]+(?:_[a-z]+)+)`", text)) - {"Context"}
+    assert len(named) >= 4
+    assert named <= everything | {"Request"}, named - everything
+
+
+def test_every_path_of_the_document_is_there() -> None:
+    for path in set(re.findall(r"`((?:runtime|export|targets|tests)/[a-z_/]+\.(?:py|toml))`", DOCUMENT)):
+        assert (ROOT / path).is_file(), path
+    for title, package in (("The runtime's folders", "runtime"), ("The exporter's folders", "export")):
+        folders = set(re.findall(r"^\| `([a-z]+)/`", section(title), re.MULTILINE))
+        there = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} - {"commands"}
+        assert folders - {"commands"} == there
