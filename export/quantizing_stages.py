@@ -19,7 +19,8 @@ from ..runtime.text.tokenizer import Tokenizer
 from .gate.arithmetic import Arithmetic, choose_activations, wide_everywhere
 from .gate.cache_judge import calibrate_cache
 from .gate.cache_prompts import cache_prompts
-from .gate.quality import QuantizedAgreement, Reference, write_answers
+from .gate.quality import QuantizedAgreement
+from .gate.reference import Reference, write_answers
 from .gate.repair import Attempt, Candidate, judge
 from .output.genai import write_genai_files
 from .passes.quantize_linears import ROWWISE
@@ -191,7 +192,7 @@ def _examples(context: Context, reference: Reference, agreement: QuantizedAgreem
     assert agreement.answers is not None, "there are prompts for every model"
     decode = Tokenizer(context.result / names.TOKENIZER_NAME).decode
     with context.session(context.result, context.kv) as session:
-        answers = write_answers(reference, agreement.answers, session, context.judging.stop_ids, _EXAMPLES)
+        answers = write_answers(reference, agreement.answers.differs_at, session, context.judging.stop_ids, _EXAMPLES)
     return [
         {
             "prompt": passage.kind,

@@ -130,7 +130,8 @@ def compare_texts(
 ) -> QuantizedAgreement:
     """What the gate measures of two graphs on a text, in windows."""
     from edgelm.export.gate.judging import Judging
-    from edgelm.export.gate.quality import measure, observe
+    from edgelm.export.gate.quality import measure
+    from edgelm.export.gate.reference import observe
 
     windows = [list(token_ids[begin : begin + window]) for begin in range(0, len(token_ids), window)]
     judging = Judging(tuple(("text", ids) for ids in windows if len(ids) > 1), (), ())

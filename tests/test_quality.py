@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.export.gate.judging import ANSWER_TOKENS, WINDOW, Judging, chat_questions, make_judging
-from edgelm.export.gate.quality import QuantizedAgreement, Reference, faults, measure, observe, write_answers
+from edgelm.export.gate.quality import QuantizedAgreement, faults, measure
+from edgelm.export.gate.reference import Reference, observe, write_answers
 from edgelm.export.gate.repair import Attempt, Candidate, judge
 from edgelm.export.texts import built_in_texts, cut_text
 from edgelm.runtime.bundle.manifest import Tokens
@@ -216,7 +217,7 @@ def test_answers_are_judged_along_fp32s_own(tmp_path: Path) -> None:
     assert found.differs_at == (3, 0)
     assert found.decided_positions == 9
     assert found.decided_percent == pytest.approx(100 * 7 / 9)
-    assert write_answers(reference, found, Chain(changed), (7,), 8) == [[2, 3, 4, 7], [7]]
+    assert write_answers(reference, found.differs_at, Chain(changed), (7,), 8) == [[2, 3, 4, 7], [7]]
 
 
 def test_an_answer_that_is_the_same_runs_nothing(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_an_answer_that_is_the_same_runs_nothing(tmp_path: Path) -> None:
     found = measure(reference, session, GATE).answers
     assert found is not None and found.equal == 2
     before = session.steps
-    assert write_answers(reference, found, session, (7,), 1) == [[2, 3, 4, 5, 6, 7]]
+    assert write_answers(reference, found.differs_at, session, (7,), 1) == [[2, 3, 4, 5, 6, 7]]
     assert session.steps == before
 
 

@@ -1,9 +1,7 @@
 """The gate's second half: how far the quantized graph's answers are from those of the fp32 graph.
 
-`observe` lets the fp32 graph read the judging texts and answer the prompts, once. `measure` holds a quantized graph
-against that, as often as one is made, and `faults` says which of the target's limits it misses. An answer is judged
-along the fp32 graph's own words: up to the first other token both graphs have read the same, so that what the
-quantized graph would have written is known without letting it write.
+`measure` holds a quantized graph against what the fp32 graph said (`reference.observe`), as often as one is made, and
+`faults` says which of the target's limits it misses.
 """
 
 from __future__ import annotations
@@ -11,24 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.decoding.batch import Batch, Row
-from ...runtime.decoding.sequence import Greedy, Sequencer
-from ...runtime.errors import VerificationError
 from ...runtime.evaluation.divergence import divergence, log_softmax
-from ...runtime.sessions.in_place import OrtSession
-from ...runtime.sessions.protocol import Session, best_piece
+from ...runtime.sessions.protocol import Session
 from ...targets import Gate
-from .judging import ANSWER_TOKENS, WINDOW, Judging
-from .verify import lead
+from .judging import WINDOW
+from .reference import Passage, Reference, logits_in_blocks, losses_of
 
-# Rows whose log probabilities are computed at once: some 6 MB of a vocabulary of 49,152, which stay in the processor.
-_BLOCK = 32
 # The perplexity of 5,000 tokens moves by 0.1 % and more for nothing: a rise is one that is beyond two standard errors.
 _ERRORS = 2
 _POSITION_EDGES = (0, 1, 16, 64, 128, 256, WINDOW)
@@ -109,50 +100,6 @@ class QuantizedAgreement:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Tokens that both graphs read, and what fp32 says behind each from `begin` on but the last.
-
-    path: its log probabilities, float16 (n, vocab_size); choices: its most likely tokens (n); leads: how far they are
-    ahead, in probability (n); losses: -log of the probability of the token that follows (n).
-    """
-
-    kind: str
-    token_ids: list[int]
-    begin: int
-    path: Path
-    choices: NDArray[np.int64]
-    leads: NDArray[np.float64]
-    losses: NDArray[np.float64]
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """The tokens that follow (n)."""
-        return np.asarray(self.token_ids[self.begin + 1 :], np.int64)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the fp32 graph says: to the texts, and in answer to each prompt (prompt and answer are one passage).
-
-    vocab_size: outcomes of each distribution.
-    """
-
-    texts: tuple[Passage, ...]
-    answers: tuple[Passage, ...]
-    vocab_size: int
-
-    def unknown_kinds(self) -> tuple[str, ...]:
-        """Kinds of text that the model cannot read: it finds them less likely than tokens drawn at random, as a model
-        of English stories finds code. Empty where all kinds are such ones, which then judge after all."""
-        kinds = tuple(dict.fromkeys(passage.kind for passage in self.texts))
-        unknown = tuple(kind for kind in kinds if not self._mean_loss(kind) <= np.log(self.vocab_size))
-        return () if unknown == kinds else unknown
-
-    def _mean_loss(self, kind: str) -> float:
-        return float(np.concatenate([passage.losses for passage in self.texts if passage.kind == kind]).mean())
-
-
-@dataclass(frozen=True)
 class _Held:
     """A passage held against the quantized graph, an entry for each of its rows."""
 
@@ -160,26 +107,6 @@ class _Held:
     kl: NDArray[np.float64]
     losses: NDArray[np.float64]
     choices: NDArray[np.int64]
-
-
-def observe(session: Session, judging: Judging, context_length: int, folder: Path) -> Reference:
-    """Let the fp32 graph read the texts and answer the prompts.
-
-    The log probabilities are kept in the folder, 2 bytes each: some 5,000 rows of a large vocabulary weigh as much as a
-    model. float16 holds them to 2^-12 of their size; `measure` makes a distribution of them again, and the divergences
-    are off by less than a thousandth. Cost: one run of all tokens. Raises: VerificationError where the logits are no
-    numbers, SessionError.
-    """
-    texts = [
-        _listen(session, kind, ids, 0, folder / f"text-{index}.npy") for index, (kind, ids) in enumerate(judging.texts)
-    ]
-    answers = []
-    for index, ((shown, prompt), tokens) in enumerate(
-        zip(judging.prompts, _greedy_answers(session, judging, context_length), strict=True)
-    ):
-        path = folder / f"answer-{index}.npy"
-        answers.append(_listen(session, shown, [*prompt, *tokens], len(prompt) - 1, path))
-    return Reference(tuple(texts), tuple(answers), np.load(texts[0].path, mmap_mode="r").shape[1])
 
 
 def measure(reference: Reference, session: Session, gate: Gate) -> QuantizedAgreement:
@@ -249,67 +176,11 @@ def faults(result: QuantizedAgreement, gate: Gate) -> list[str]:
     return found
 
 
-def write_answers(
-    reference: Reference, found: AnswerAgreement, session: Session, stop_ids: Sequence[int], most: int
-) -> list[list[int]]:
-    """The quantized graph's own greedy answers to the first `most` prompts, in tokens. Where an answer is fp32's from
-    beginning to end, nothing runs."""
-    sequencer = Sequencer(session)
-    session.rewind(0)
-    answers = []
-    for passage, differs in zip(reference.answers[:most], found.differs_at, strict=False):
-        answer = passage.token_ids[passage.begin + 1 :]
-        if differs is not None:
-            known = passage.token_ids[: passage.begin + 1 + differs]
-            answer = answer[:differs] + list(sequencer.greedy(known, ANSWER_TOKENS - differs, stop_ids))
-        answers.append(answer)
-    return answers
-
-
 def _by_kind(result: QuantizedAgreement) -> str:
     if len(result.kinds) < 2:
         return ""
     judged = [kind for kind in result.kinds if kind.kind not in result.unknown_kinds]
     return " (" + ", ".join(f"{kind.kind} {kind.mean_kl:.3g}" for kind in judged) + ")"
-
-
-def _greedy_answers(session: Session, judging: Judging, context_length: int) -> list[list[int]]:
-    """The answers to all prompts, side by side where the session has rows for that, which reads the weights once."""
-    lengths = [min(ANSWER_TOKENS, context_length - len(prompt)) for _, prompt in judging.prompts]
-    prompts = [(prompt, length) for (_, prompt), length in zip(judging.prompts, lengths, strict=True)]
-    if not prompts:
-        return []
-    if not isinstance(session, OrtSession):
-        sequencer = Sequencer(session)
-        session.rewind(0)
-        return [list(sequencer.greedy(prompt, length, judging.stop_ids)) for prompt, length in prompts]
-    rows = [Row(prompt, length, Greedy(), judging.stop_ids) for prompt, length in prompts]
-    for _ in Batch(session.rows(len(rows)), rows, context_length).tokens():
-        pass
-    return [row.known[len(row.token_ids) :] for row in rows]
-
-
-def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path) -> Passage:
-    """Run a passage with the fp32 graph and keep what it says."""
-    probabilities, choices, leads, losses = None, [], [], []
-    done = 0
-    for logits in _blocks(session, ids, begin):
-        if not np.isfinite(logits).all():
-            token = begin + done + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0]) + 1
-            raise VerificationError(
-                f"the fp32 graph's logits are not all finite numbers behind token {token} of {kind!r:.60}: the model's "
-                "weights are damaged, or its activations are beyond float32: download it again"
-            )
-        expected = log_softmax(logits)
-        if probabilities is None:
-            shape = (len(ids) - 1 - begin, logits.shape[1])
-            probabilities = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        probabilities[done : done + len(logits)] = expected
-        choices.append(logits.argmax(axis=1))
-        leads.append(lead(logits))
-        losses.append(_losses(expected, ids[begin + done + 1 : begin + done + 1 + len(logits)]))
-        done += len(logits)
-    return Passage(kind, ids, begin, path, np.concatenate(choices), np.concatenate(leads), np.concatenate(losses))
 
 
 def _hold(passage: Passage, session: Session) -> _Held:
@@ -318,30 +189,14 @@ def _hold(passage: Passage, session: Session) -> _Held:
     done = 0
     # What a quantized graph makes of a damaged scale is no number, and no warning either: `faults` says it.
     with np.errstate(invalid="ignore", over="ignore"):
-        for logits in _blocks(session, passage.token_ids, passage.begin):
+        for logits in logits_in_blocks(session, passage.token_ids, passage.begin):
             rows = slice(done, done + len(logits))
             got = log_softmax(logits)
             kl.append(divergence(log_softmax(np.asarray(expected[rows], np.float32)), got))
-            losses.append(_losses(got, passage.targets[rows]))
+            losses.append(losses_of(got, passage.targets[rows]))
             choices.append(logits.argmax(axis=1))
             done += len(logits)
     return _Held(passage, np.concatenate(kl), np.concatenate(losses), np.concatenate(choices))
-
-
-def _blocks(session: Session, token_ids: Sequence[int], begin: int) -> Iterator[NDArray[np.float32]]:
-    """Logits behind each token from `begin` on but the last, a few rows at a time."""
-    session.rewind(0)
-    size = best_piece(session)
-    for start in range(0, len(token_ids) - 1, size):
-        piece = token_ids[start : min(start + size, len(token_ids) - 1)]
-        wanted = min(len(piece), max(0, start + len(piece) - begin))
-        logits = session.step(piece, wanted)
-        for row in range(0, wanted, _BLOCK):
-            yield logits[row : row + _BLOCK]
-
-
-def _losses(log_probabilities: NDArray[np.float32], targets: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
-    return -log_probabilities[np.arange(len(targets)), targets].astype(np.float64)
 
 
 def _figures(kind: str, held: Sequence[_Held], gate: Gate) -> KindQuality:

@@ -19,7 +19,8 @@ from ...runtime.errors import VerificationError
 from ...runtime.sessions.protocol import Session
 from ...targets import Gate
 from .judging import Judging
-from .quality import QuantizedAgreement, Reference, faults, measure, observe
+from .quality import QuantizedAgreement, faults, measure
+from .reference import Reference, observe
 from .sensitivity import Probe, Sensitivity, measure_sensitivity
 
 _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 # Prompts are fed in pieces, which bound the memory of a step. onnxruntime's attention computes what lies above the
 # diagonal of a piece, too: with 384 tokens a prompt takes 7 to 11 % longer than with 256. Compiled kernels arrange
-# keys, values and weights once a piece instead: with 384 it takes 4 % less, and with more no less (docs/notes/speed.md).
+# keys, values and weights once a piece instead: with 384 it takes 4 % less, and with more no less (docs/notes/).
 PIECE_TOKENS, KERNELS_PIECE_TOKENS = 256, 384
 # Draft tokens that a step checks at most, behind the token that is known.
 MOST_GUESSES = 16
