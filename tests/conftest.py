@@ -73,10 +73,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the shared data, or skip the test."""
+    """A file or folder of the shared data, which may be `missing`."""
     found = SHARED / path
     if not found.exists():
-        pytest.skip(f"the shared data are not here ({path})")
+        missing(f"the shared data are not here ({path})")
     return found
 
 
@@ -140,13 +140,14 @@ def compare_texts(
 
 
 def require_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Let what is opened now use the compiled kernels, or skip the test."""
-    pytest.importorskip("edgelm_kernels", reason="edgelm-kernels is not installed")
+    """Let what is opened now use the compiled kernels, which may be `missing`."""
+    if importlib.util.find_spec("edgelm_kernels") is None:
+        missing("edgelm-kernels is not installed")
     from edgelm.runtime.sessions import kernels
 
     patch.setenv(kernels.SWITCH, "on")
     if kernels.identity() is None:
-        pytest.skip("edgelm-kernels has no code for this processor")
+        missing("edgelm-kernels has no code for this processor")
 
 
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:

@@ -12,13 +12,13 @@ import pytest
 
 from edgelm.export import ExportConfig, export_model
 
-from .conftest import ROOT
+from .conftest import REQUIRE, ROOT
 
 check = pytest.importorskip("scripts.emulated.check", reason="scripts/ is not here")
 machines, compare, counting = check.machines, check.compare, check.counting
 
 emulated = pytest.mark.skipif(
-    not machines.is_ready(),
+    not machines.is_ready() and os.environ.get(REQUIRE) != "all",
     reason="no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian",
 )
 HASWELL = "Haswell-noTSX"

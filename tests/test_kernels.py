@@ -47,6 +47,7 @@ from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.sessions.loading import open_session
 from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, best_piece, least_rows
 
+from .conftest import missing
 from .model_zoo import CONTEXT, tiny_model
 from .test_models import FLOAT, session_of
 from .test_passes import graph
@@ -898,10 +899,10 @@ def test_every_kind_of_processor_gets_the_same_bits(name: str, cases: Path) -> N
 def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path) -> None:
     machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is not here")
     if not machines.is_ready():
-        pytest.skip("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
+        missing("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
     try:
         library = machines.kernels() / "edgelm_kernels" / "kernels.so"
     except machines.NotHereError as error:
-        pytest.skip(str(error))
+        missing(str(error))
     emulated = digests(machines.command(cpu, str(RUNNER)), cases, library)
     assert emulated == digests([sys.executable, str(RUNNER)], cases, edgelm_kernels.library())

@@ -18,7 +18,7 @@ from edgelm.runtime.caches.responses.cache import ResponseCache, ResponseCacheSe
 from edgelm.runtime.caches.responses.redis_store import RedisStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, MissingExtraError, SettingsError
 
-from .conftest import ROOT
+from .conftest import ROOT, missing
 
 redis = pytest.importorskip("redis", reason="redis-py is not installed")
 PREFIX = "edgelm:response:1:"
@@ -58,7 +58,7 @@ class Server:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
+        missing("redis-server is not installed")
     server = Server(tmp_path_factory.mktemp("r"))
     yield server
     server.stop()
