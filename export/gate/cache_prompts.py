@@ -8,7 +8,6 @@ calibrated; of the tokens that nothing has shown, the strangest by their embeddi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 
 from ...runtime.bundle import folder as names
 from ...runtime.errors import TemplateError
-from ...runtime.text.chat import find_template
 from ...runtime.text.tokenizer import Tokenizer
+from .judging import chat_template
 
 if TYPE_CHECKING:
     import torch
@@ -115,15 +114,10 @@ def _by_strangeness(embedding: torch.Tensor) -> tuple[int, ...]:
 
 
 def _chat_start(folder: Path) -> tuple[int, ...]:
-    """A chat's prompt, where the model has a template that takes one. What is wrong with another one is its users' to
-    hear, not this export's."""
-    template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
+    """A chat's prompt, where the model has a template that takes one."""
+    template = chat_template(folder)
     try:
-        found = find_template(
-            template.read_text(encoding="utf-8") if template.is_file() else None,
-            json.loads(config.read_text(encoding="utf-8")),
-        )
-        text = "" if found is None else found.prompt(_CHAT)
+        text = "" if template is None else template.prompt(_CHAT)
     except TemplateError:
         return ()
     return tuple(Tokenizer(folder / names.TOKENIZER_NAME).encode(text, special=False)) if text else ()

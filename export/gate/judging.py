@@ -85,7 +85,7 @@ def _windows(ids: Sequence[int], bos: int | None, size: int, most: int) -> Itera
 
 
 def _chat_prompts(tokenizer: Tokenizer, folder: Path, room: int) -> Iterator[tuple[str, list[int]]]:
-    template = _template(folder)
+    template = chat_template(folder)
     if template is None:
         return
     for question in chat_questions():
@@ -98,7 +98,7 @@ def _chat_prompts(tokenizer: Tokenizer, folder: Path, room: int) -> Iterator[tup
             yield question, ids
 
 
-def _template(folder: Path) -> ChatTemplate | None:
+def chat_template(folder: Path) -> ChatTemplate | None:
     """The chat template, where the model has one that works. What is wrong with another one is its users' to hear, not
     this export's."""
     template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
