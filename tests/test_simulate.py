@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.export.compress.simulate import Int8, product, round_rows
 from edgelm.export.passes.quantize_linears import QuantizeLinears
+from edgelm.export.passes.widen_activations import WidenActivations
 from edgelm.runtime.host.machine import saturates_int8
 from edgelm.runtime.host.ort import load_onnxruntime
 
@@ -24,7 +25,7 @@ from .conftest import tiny_llama
 def quantized_matmul(tmp_path: Path) -> Callable[..., Any]:
     """x @ weight in onnxruntime, after the pass that quantizes bundles."""
 
-    def run(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], limit: int) -> Any:
+    def run(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], limit: int, planes: int) -> Any:
         kinds = [("x", ["rows", weight.shape[0]]), ("y", ["rows", weight.shape[1]])]
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in kinds]
         node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
@@ -33,6 +34,8 @@ def quantized_matmul(tmp_path: Path) -> Callable[..., Any]:
             helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         )
         QuantizeLinears("int8-rowwise", limit)(model)
+        if planes == 2:
+            WidenActivations(["w"])(model)
         ir.save(model, tmp_path / "m.onnx")
         session = load_onnxruntime().InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
         return session.run(None, {"x": x})[0]
@@ -40,8 +43,11 @@ def quantized_matmul(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 300), (64, 96), (577, 50), (1536, 64), (3000, 16)])
-def test_product_is_onnxruntimes_bit_for_bit(inputs: int, outputs: int, quantized_matmul: Callable[..., Any]) -> None:
+def test_product_is_onnxruntimes_bit_for_bit(
+    inputs: int, outputs: int, planes: int, quantized_matmul: Callable[..., Any]
+) -> None:
     random = np.random.default_rng(inputs)
     x = (random.standard_normal((40, inputs)) * random.lognormal(0, 3, (40, 1))).astype(np.float32)
     weight = (random.standard_normal((inputs, outputs)) * random.lognormal(0, 1, outputs)).astype(np.float32)
@@ -50,8 +56,19 @@ def test_product_is_onnxruntimes_bit_for_bit(inputs: int, outputs: int, quantize
     for limit in (127, 63):
         # AVX2 without VNNI saturates sums of 8-bit products; 7 bits cannot.
         if limit == 63 or not saturates_int8():
-            ours = product(torch.tensor(x), torch.tensor(weight), limit).numpy()
-            assert np.array_equal(ours, quantized_matmul(x, weight, limit))
+            ours = product(torch.tensor(x), torch.tensor(weight), limit, planes).numpy()
+            assert np.array_equal(ours, quantized_matmul(x, weight, limit, planes))
+
+
+def test_16_bits_are_256_times_as_fine() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(40, 64, generator=generator),
+        torch.randint(-127, 128, (64, 32), generator=generator).float(),
+    )
+    weight[0] = 127  # so that rounding leaves the weights as they are
+    coarse, fine = (float((product(x, weight, planes=planes) - x @ weight).abs().max()) for planes in (1, 2))
+    assert fine < coarse / 100
 
 
 def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
@@ -82,7 +99,7 @@ def test_simulation_catches_linear_layers_however_they_are_written() -> None:
         ids = torch.tensor([[1, 2, 3, 4]])
         with torch.no_grad():
             plain = module(ids, use_cache=False).logits
-            with Int8(module):
+            with Int8(module, activation_bits=8):
                 simulated = module(ids, use_cache=False).logits
             assert torch.equal(plain, module(ids, use_cache=False).logits)
         assert 0 < float((plain - simulated).abs().max()) < 0.2 * float(plain.abs().max())

@@ -501,7 +501,7 @@ def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_p
         session.close()
     with torch.no_grad():
         plain = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-        with Int8(module):
+        with Int8(module, activation_bits=8):
             simulated = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     assert np.abs(plain - logits).max() > 1e-2
     assert np.abs(simulated - logits).max() < 1e-4

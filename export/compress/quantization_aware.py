@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class QuantizationAware(Schedule):
     """See `Schedule`; the scheme is int8-rowwise. learning_rate: lower than elsewhere, the model is good already;
-    weight_bits: as the target's profile says, 8 or 7."""
+    weight_bits: as the target's profile says, 8 or 7; activation_bits: 16, as most matrices of a bundle have, or 8."""
 
     learning_rate: float = 1e-5
     weight_bits: int = 8
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
         super().__post_init__()
         if self.weight_bits not in (7, 8):
             raise RecipeError(f"weight_bits must be 7 or 8, found {self.weight_bits}")
+        if self.activation_bits not in (8, 16):
+            raise RecipeError(f"activation_bits must be 8 or 16, found {self.activation_bits}")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
@@ -42,7 +45,7 @@ class QuantizationAware(Schedule):
 
         student = copy.deepcopy(module)
         # It rounds products with the student's weights alone, and its teacher, the module as it came, has others.
-        int8 = Int8(student, self.weight_bits)
+        int8 = Int8(student, self.weight_bits, self.activation_bits)
         divergence = distillation(module, temperature=1.0, alpha=1.0)
 
         def loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:

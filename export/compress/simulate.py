@@ -1,7 +1,8 @@
 """`int8-rowwise` in torch: a module's products as the bundle's graph computes them, with gradients.
 
-The rules are those of `passes/quantize_linears.py` and `passes/quantize_embedding.py`, in the same order of the same
-float32 operations, so that a product equals onnxruntime's bit for bit. Rounding is to the nearest, halves to even.
+The rules are those of `passes/quantize_linears.py`, `passes/widen_activations.py` and `passes/quantize_embedding.py`,
+in the same order of the same float32 operations, so that a product equals onnxruntime's bit for bit, where the weights are
+rounded to the nearest (halves to even).
 
 Simulated are products with a two-dimensional parameter (`linear`, `addmm`, `matmul`) and the rows of the input
 embedding; not the cache, and not experts whose matrices are stacked. Gradients pass the rounding as if it were not
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LIMIT, _TINY = 127, 1e-30
+# Steps of the low plane in one of the high plane.
+_LOW_STEPS = 256
 # Sums of so many products of two int8 are exact in float32, in whatever order they are added.
 _EXACT = 1024
 
@@ -30,9 +33,11 @@ class Int8(TorchFunctionMode):
     Catches torch's functions, not classes of layers: whatever calls them with the module's own parameters is meant.
     """
 
-    def __init__(self, module: PreTrainedModel, weight_bits: int = 8) -> None:
+    def __init__(self, module: PreTrainedModel, weight_bits: int = 8, activation_bits: int = 16) -> None:
+        """activation_bits: of all products, 8 or 16."""
         super().__init__()
         self._limit = (1 << (weight_bits - 1)) - 1
+        self._planes = activation_bits // 8
         self._matrices = {id(weight) for weight in module.parameters() if weight.dim() == 2}
         table = getattr(module.get_input_embeddings(), "weight", None)
         self._table = id(table)
@@ -50,13 +55,13 @@ class Int8(TorchFunctionMode):
         if func in _EMBEDDING and self._table in map(id, args[:2]):
             return round_rows(func(*args, **(kwargs or {})), self._limit)
         if func in _MATMUL and id(args[1]) in self._matrices:
-            return product(args[0], args[1], self._limit)
+            return product(args[0], args[1], self._limit, self._planes)
         if func is torch.addmm and id(args[2]) in self._matrices and not kwargs:
-            return product(args[1], args[2], self._limit) + args[0]
+            return product(args[1], args[2], self._limit, self._planes) + args[0]
         return func(*args, **(kwargs or {}))
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        result = product(x, weight.t(), self._limit)
+        result = product(x, weight.t(), self._limit, self._planes)
         return result if bias is None else result + bias
 
 
@@ -65,9 +70,10 @@ _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _EMBEDDING = {torch.nn.functional.embedding, torch.embedding}
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, limit: int = _LIMIT) -> torch.Tensor:
-    """x (..., inputs) float32 @ weight (inputs, outputs) float32 as int8-rowwise. limit: 127 for 8 bits, 63 for 7."""
-    result: torch.Tensor = _Product.apply(x, weight, limit)  # type: ignore[no-untyped-call]
+def product(x: torch.Tensor, weight: torch.Tensor, limit: int = _LIMIT, planes: int = 1) -> torch.Tensor:
+    """x (..., inputs) float32 @ weight (inputs, outputs) float32 as int8-rowwise. limit: 127 for 8 bits, 63 for 7;
+    planes of x: 1 for 8 bits, 2 for 16."""
+    result: torch.Tensor = _Product.apply(x, weight, limit, planes)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -80,22 +86,28 @@ def round_rows(rows: torch.Tensor, limit: int = _LIMIT) -> torch.Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, limit: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, limit: int, planes: int) -> torch.Tensor:
         row = x.abs().amax(-1, keepdim=True).clamp_min(_TINY)
         step = torch.tensor(1 / _LIMIT, dtype=torch.float32, device=x.device)
+        share = x / row
         # The graph's uint8 values, less their zero point 128.
-        values = torch.round(x / row / step).clamp(-128, 127)
+        values = torch.round(share / step).clamp(-128, 127)
         scale = _scales(weight, limit, 0)
         matrix = torch.round(weight / scale)
+        result = _exact(values, matrix) * (step * scale)
+        if planes == 2:
+            low = torch.round((share - values * step) / (step / _LOW_STEPS)).clamp(-128, 127)
+            result = result + _exact(low, matrix) * (step * scale) * (1 / _LOW_STEPS)
+            values = values + low / _LOW_STEPS
         ctx.save_for_backward(values, row * step, matrix, scale)
-        return _exact(values, matrix) * (step * scale) * row
+        return result * row
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         values, rows, matrix, scale = ctx.saved_tensors
         for_x = gradient @ (matrix * scale).t()
         for_weight = (values * rows).flatten(0, -2).t() @ gradient.flatten(0, -2)
-        return for_x, for_weight, None
+        return for_x, for_weight, None, None
 
 
 def _scales(array: torch.Tensor, limit: int, axis: int) -> torch.Tensor:
