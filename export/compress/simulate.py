@@ -1,8 +1,8 @@
 """`int8-rowwise` in torch: a module's products as the bundle's graph computes them, with gradients.
 
 The rules are those of `passes/quantize_linears.py`, `passes/widen_activations.py` and `passes/quantize_embedding.py`,
-in the same order of the same float32 operations, so that a product equals onnxruntime's bit for bit, where the weights are
-rounded to the nearest (halves to even).
+in the same order of the same float32 operations, so that a product equals onnxruntime's bit for bit, where the weights
+are rounded to the nearest (halves to even).
 
 Simulated are products with a two-dimensional parameter (`linear`, `addmm`, `matmul`) and the rows of the input
 embedding; not the cache, and not experts whose matrices are stacked. Gradients pass the rounding as if it were not
