@@ -80,7 +80,7 @@ def compare(model: Path, arguments: argparse.Namespace, out: Path) -> str:
     ready = [PEERS[name] for name in arguments.peers if comparison.prepare(PEERS[name])]
     rounds = [comparison.round(ready, kinds, number, arguments.rounds) for number in range(arguments.rounds)]
     facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine() | {"threads": arguments.threads},
         "model": {"name": model.name, "config": config},

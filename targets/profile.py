@@ -11,18 +11,13 @@ import difflib
 import math
 import platform
 import re
-import sys
+import tomllib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .abilities import ACTIVATIONS, COARSE_SCHEMES, SCHEMES, kv_types_with, lacks, schemes_with
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 EXTENDS = "extends"
 # A name becomes part of a bundle's folder name.

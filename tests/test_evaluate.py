@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shutil
-import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,11 +26,6 @@ from edgelm.runtime.sessions.loading import open_folder
 from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import ROOT, TEXT, byte_tokenizer
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PASSAGE = "the cat sat on the mat"
 

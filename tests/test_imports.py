@@ -154,7 +154,7 @@ def test_targets_need_the_standard_library_only() -> None:
     for path in _sources("targets"):
         for name in _imports(path):
             root = name.split(".")[0]
-            assert root in sys.stdlib_module_names or root in ("edgelm", "tomli"), f"{path} imports {name}"
+            assert root in sys.stdlib_module_names or root == "edgelm", f"{path} imports {name}"
 
 
 BLOCKER = """

@@ -6,17 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from .conftest import ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PACKAGES = ("export", "runtime", "targets")
 # Where optimum-cli looks for commands; the one package that lies outside of ours.

@@ -120,7 +120,7 @@ def _trace(module: PreTrainedModel) -> TracedModel:
     for name, trace in PATHS:
         try:
             return trace(module)
-        except TraceError as error:  # noqa: PERF203, three turns
+        except TraceError as error:
             refusals.append(f"{name}: {error}")
             last = error
     raise refused(f"{type(module).__name__} cannot be traced", refusals) from last

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import sys
+import tomllib
 import typing
 from dataclasses import dataclass
 from importlib import resources
@@ -17,11 +17,6 @@ from typing import Any
 
 from ..errors import RecipeError
 from .steps import Step, step_class, step_name, step_names
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"}
 
