@@ -385,8 +385,13 @@ def test_where_cuts_change_bits_nothing_is_kept(
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"memory_bytes": -1}, {"disk_bytes": 5}, {"memory_bytes": 1.5}, {"disk": 1}, {"folder": 3}]
-)
+    "wanted",
+    [
+        {"memory_bytes": -1}, {"disk_bytes": 5}, {"memory_bytes": 1.5}, {"disk": 1}, {"folder": 3},
+        {"disk_bytes": 2**63}, {"memory_bytes": 10**5000}, {"folder": 10**5000},
+    ],
+    ids=lambda wanted: next(iter(wanted)),
+)  # fmt: skip
 def test_settings_that_cannot_be_are_refused(wanted: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wanted))):
         PrefixCacheSettings(**wanted)  # type: ignore[arg-type]
