@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from .errors import SettingsError
 
@@ -49,7 +49,7 @@ class SettingsKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to continue a prompt. The defaults are greedy decoding. Immutable; `docs/generation.md` has the formulas.
+    """How to continue a prompt. The defaults are greedy. Immutable and hashable; `docs/generation.md` has the formulas.
 
     max_tokens: the most tokens to generate. min_tokens: so many come before the answer may end.
     temperature: 0 takes the most likely token; above 0 tokens are drawn. top_k (0: off), top_p (1: off) and min_p
@@ -251,7 +251,23 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _bias(value: Any) -> dict[int, float]:
+class _FrozenBias(dict[int, float]):
+    """A dict that cannot be changed, so that it can be hashed. Still a dict for json and `dataclasses.asdict`."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("the logit_bias of settings cannot be changed: make new settings with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def _bias(value: Any) -> _FrozenBias:
     if not isinstance(value, Mapping):
         raise SettingsError(f"logit_bias must map token ids to numbers, found {value!r:.60}")
     bias = {_index(token): _number(amount) for token, amount in value.items()}
@@ -260,7 +276,7 @@ def _bias(value: Any) -> dict[int, float]:
             raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {list(value)!r:.60}")
         if not (abs(amount) <= _LARGEST or amount == -math.inf):
             raise SettingsError(f"logit_bias of token {token} must be from -1e6 to 1e6, or -inf to ban it")
-    return {token: bias[token] for token in sorted(token for token in bias if token is not None)}
+    return _FrozenBias({token: bias[token] for token in sorted(token for token in bias if token is not None)})
 
 
 def _schema(value: Any) -> str | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import operator
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -164,3 +168,34 @@ def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerationSettings().seed = 1  # type: ignore[misc]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "set": lambda bias: operator.setitem(bias, 5, 1.0),
+    "delete": lambda bias: operator.delitem(bias, 3),
+    "merge": lambda bias: operator.ior(bias, {5: 1.0}),
+    "update": lambda bias: bias.update({5: 1.0}),
+    "clear": lambda bias: bias.clear(),
+    "pop": lambda bias: bias.pop(3),
+    "popitem": lambda bias: bias.popitem(),
+    "setdefault": lambda bias: bias.setdefault(5, 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_bias_cannot_be_changed(change: str) -> None:
+    given = {3: 1.0}
+    settings = GenerationSettings(logit_bias=given)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        CHANGES[change](settings.logit_bias)
+    given[7] = 1.0
+    assert settings.logit_bias == {3: 1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_settings_have_one_hash(name: str) -> None:
+    one, other = GenerationSettings(**OTHERS[name]), GenerationSettings(**OTHERS[name])
+    assert {one: 1}[other] == 1
+    assert len({one, GenerationSettings()}) == 2
+    assert hash(copy.deepcopy(one)) == hash(pickle.loads(pickle.dumps(one))) == hash(one)  # noqa: S301, our own bytes
+    assert json.loads(json.dumps(dataclasses.asdict(one), default=list))["max_tokens"] == one.max_tokens
