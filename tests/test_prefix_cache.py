@@ -397,6 +397,21 @@ def test_settings_that_cannot_be_are_refused(wanted: dict[str, object]) -> None:
         PrefixCacheSettings(**wanted)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("threads", value) for value in (0, -1, True, 1.5, "2", 2**40, 10**5000)),
+        *(("provider", value) for value in ("tpu", 10**5000, ["cpu"], {})),
+        ("response_cache", 10**5000),
+        ("prefix_cache", 10**5000),
+    ],
+    ids=lambda value: f"{value!r:.20}" if isinstance(value, str) else type(value).__name__,
+)
+def test_load_refuses_arguments_by_name(tiny_bundle: Path, name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load(tiny_bundle, **{name: value})  # type: ignore[arg-type]
+
+
 def test_load_refuses_what_is_no_setting(tiny_bundle: Path) -> None:
     with pytest.raises(SettingsError, match="prefix_cache"):
         load(tiny_bundle, prefix_cache="yes")  # type: ignore[arg-type]
