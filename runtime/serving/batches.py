@@ -57,9 +57,11 @@ def kind_of(prompt: Prompt) -> tuple[str | None, Any, Any]:
     """A prompt as `generate` takes it: prompt, messages, token_ids, of which one is not None."""
     if isinstance(prompt, str):
         return prompt, None, None
-    if not _has_length(prompt):
+    if not _has_length(prompt) or isinstance(prompt, set | frozenset):
         raise PromptError(f"a prompt is a text, a list of messages or a list of token ids, found {shown(prompt)}")
-    messages = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if isinstance(prompt, Mapping):  # one message in the place of a list of them, which is refused by name
+        return None, prompt, None
+    messages = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     return (None, prompt, None) if messages else (None, None, prompt)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..bundle import folder as bundle_files
 from ..bundle.folder import Bundle
 from ..errors import BundleCorruptError, ContextLengthError, PromptError, TemplateError, shown
+from .messages import check_messages
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class PromptEncoder:
         if prompt is not None:
             ids = self._of_text(prompt)
         elif messages is not None:
-            ids = self._tokenizer.encode(self._render(messages), special=False) if len(messages) > 0 else []
+            check_messages(messages)
+            ids = self._tokenizer.encode(self._render(messages), special=False) if messages else []
         else:
             ids = self._checked_ids(token_ids if token_ids is not None else ())
         if not ids:
