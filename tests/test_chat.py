@@ -304,6 +304,12 @@ def test_a_template_that_leaves_a_system_message_out_is_an_error(source: str, me
         assert template.prompt(fine) == template.render(fine)
 
 
+@pytest.mark.parametrize("source", ["{{ 'x' | truncate(-9) }}", "{{ cycler() | string }}", "{{ cycler() }}"])
+def test_what_jinja2_itself_raises_is_an_error_of_the_template(source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, SPECIAL).render([USER])
+
+
 # ---- contents in parts
 
 TAKES_PARTS = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}

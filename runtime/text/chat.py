@@ -35,7 +35,8 @@ _FAILURES = (
     AttributeError,
     LookupError,
     ArithmeticError,
-    RecursionError,
+    AssertionError,  # of jinja2's own filters
+    RuntimeError,  # a recursion, an object of jinja2's that cannot be printed
     SyntaxError,
     MemoryError,
 )
