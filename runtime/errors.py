@@ -28,6 +28,17 @@ Each message says what happened, with what, and what to do about it. `edgelm.exp
 
 from __future__ import annotations
 
+_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: the beginning of its repr, or its type, where Python writes none (of a whole number
+    with thousands of digits, of lists in lists without end)."""
+    try:
+        return f"{value!r:.{_SHOWN}}"
+    except (ValueError, RecursionError):
+        return f"a very large {type(value).__name__}"
+
 
 class EdgelmError(Exception):
     """Base of all errors that edgelm raises on purpose."""

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
-from .errors import SettingsError
+from .errors import SettingsError, shown
 
 DEFAULT_MAX_TOKENS = 256
 ContextPolicy = Literal["stop", "slide"]
@@ -49,7 +49,7 @@ class SettingsKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to continue a prompt. The defaults are greedy decoding. Immutable; `docs/generation.md` has the formulas.
+    """How to continue a prompt. The defaults are greedy. Immutable and hashable; `docs/generation.md` has the formulas.
 
     max_tokens: the most tokens to generate. min_tokens: so many come before the answer may end.
     temperature: 0 takes the most likely token; above 0 tokens are drawn. top_k (0: off), top_p (1: off) and min_p
@@ -98,11 +98,11 @@ class GenerationSettings:
         self._normalize("logit_bias", _bias(self.logit_bias))
         self._normalize("json_schema", _schema(self.json_schema))
         if not isinstance(self.regex, str | None):
-            raise SettingsError(f"regex must be a text, found {self.regex!r}")
+            raise SettingsError(f"regex must be a text, found {shown(self.regex)}")
         if self.context_full not in ("stop", "slide"):
-            raise SettingsError(f'context_full must be "stop" or "slide", found {self.context_full!r}')
+            raise SettingsError(f'context_full must be "stop" or "slide", found {shown(self.context_full)}')
         if not isinstance(self.lookup, bool):
-            raise SettingsError(f"lookup must be True or False, found {self.lookup!r}")
+            raise SettingsError(f"lookup must be True or False, found {shown(self.lookup)}")
         self._check_conflicts()
 
     @staticmethod
@@ -113,9 +113,9 @@ class GenerationSettings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else "docs/generation.md lists them"
-                raise SettingsError(f"there is no setting {name!r}: {hint}")
+                raise SettingsError(f"there is no setting {shown(name)}: {hint}")
         if not isinstance(base, GenerationSettings | None):
-            raise SettingsError(f"settings must be GenerationSettings, found {base!r:.60}")
+            raise SettingsError(f"settings must be GenerationSettings, found {shown(base)}")
         return dataclasses.replace(base or _DEFAULTS, **keywords) if keywords else base or _DEFAULTS
 
     @property
@@ -207,7 +207,7 @@ def _whole(name: str, value: Any) -> int | None:
     least, most = _WHOLE[name]
     number = _index(value)
     if number is None or not least <= number <= most:
-        raise SettingsError(f"{name} must be a whole number of {least} or more, found {value!r}")
+        raise SettingsError(f"{name} must be a whole number of {least} or more, found {shown(value)}")
     return number
 
 
@@ -217,7 +217,7 @@ def _real(name: str, value: Any) -> float | None:
     accepts, wanted = _REAL[name]
     number = _number(value)
     if not accepts(number):
-        raise SettingsError(f"{name} must be {wanted}, found {value!r}")
+        raise SettingsError(f"{name} must be {wanted}, found {shown(value)}")
     return number
 
 
@@ -229,38 +229,63 @@ def _index(value: Any) -> int | None:
         return None
 
 
+def _token(value: Any) -> int | None:
+    """A token id that some model may have, or None for what is none."""
+    token = _index(value)
+    return token if token is not None and 0 <= token <= sys.maxsize else None
+
+
 def _number(value: Any) -> float:
-    """A number as float, NaN for what is none."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    """A number as float, NaN for what is none and for what no float can hold."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise SettingsError(f"stop must be a text or a list of texts, found {value!r:.60}")
+        raise SettingsError(f"stop must be a text or a list of texts, found {shown(value)}")
     if "" in texts:
         raise SettingsError("a stop text is empty, which would end every answer at once: leave it out")
     return tuple(dict.fromkeys(texts))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    ids = [_index(token) for token in value] if isinstance(value, Iterable) else [None]
-    found = sorted({token for token in ids if token is not None and token >= 0})
-    if None in ids or len(found) != len(set(ids)):
-        raise SettingsError(f"stop_token_ids must be a list of token ids, found {value!r:.60}")
+    ids = [_token(token) for token in value] if isinstance(value, Iterable) else [None]
+    found = sorted({token for token in ids if token is not None})
+    if None in ids:
+        raise SettingsError(f"stop_token_ids must be a list of token ids, found {shown(value)}")
     return tuple(found)
 
 
-def _bias(value: Any) -> dict[int, float]:
+class _FrozenBias(dict[int, float]):
+    """A dict that cannot be changed, so that it can be hashed. Still a dict for json and `dataclasses.asdict`."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("the logit_bias of settings cannot be changed: make new settings with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def _bias(value: Any) -> _FrozenBias:
     if not isinstance(value, Mapping):
-        raise SettingsError(f"logit_bias must map token ids to numbers, found {value!r:.60}")
-    bias = {_index(token): _number(amount) for token, amount in value.items()}
+        raise SettingsError(f"logit_bias must map token ids to numbers, found {shown(value)}")
+    bias = {_token(token): _number(amount) for token, amount in value.items()}
     for token, amount in bias.items():
-        if token is None or token < 0:
-            raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {list(value)!r:.60}")
+        if token is None:
+            raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {shown(list(value))}")
         if not (abs(amount) <= _LARGEST or amount == -math.inf):
             raise SettingsError(f"logit_bias of token {token} must be from -1e6 to 1e6, or -inf to ban it")
-    return {token: bias[token] for token in sorted(token for token in bias if token is not None)}
+    return _FrozenBias({token: bias[token] for token in sorted(token for token in bias if token is not None)})
 
 
 def _schema(value: Any) -> str | None:
@@ -270,7 +295,7 @@ def _schema(value: Any) -> str | None:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         if not isinstance(schema, Mapping):
-            raise SettingsError(f"json_schema must be an object, found {schema!r:.60}")
+            raise SettingsError(f"json_schema must be an object, found {shown(schema)}")
         return json.dumps(schema, separators=(",", ":"), allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise SettingsError(f"json_schema is not JSON ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import stat
@@ -63,6 +64,10 @@ def test_only_what_differs_is_written(edgelm_home: Path) -> None:
         ('{"version": 1, "responses": []}', "responses is no object"),
         ('{"version": 1, "responses": {"folder": "/"}}', "unknown key responses.folder"),
         ('{"version": 1, "responses": {"disk_bytes": 1}}', "disk_bytes must be"),
+        ('{"version": 1, "responses": {"disk_entries": 9223372036854775808}}', "disk_entries must be"),
+        (f'{{"version": 1, "responses": {{"memory_bytes": 1{"0" * 400}}}}}', "memory_bytes must be"),
+        (f'{{"version": 1, "responses": {{"ttl_s": 1{"0" * 400}}}}}', "ttl_s must be"),
+        (f'{{"version": 1, "prefixes": {{"disk_bytes": 1{"0" * 5000}}}}}', "not valid JSON"),
         ('{"version": 1, "responses": {"policy": "fifo"}}', "policy must be"),
         ('{"version": 1, "prefixes": {"disk_bytes": "1GB"}}', "disk_bytes must be"),
     ],
@@ -129,11 +134,57 @@ def test_what_is_no_size_is_wrong_usage(edgelm_home: Path, words: list[str]) -> 
 
 @pytest.mark.parametrize(
     "words",
-    [["budget", "--responses-disk", "1kB"], ["stats", "--responses-disk", "1GB"], ["budget", "--responses-ttl", "0"]],
+    [
+        ["budget", "--responses-disk", "1kB"],
+        ["stats", "--responses-disk", "1GB"],
+        ["budget", "--responses-ttl", "0"],
+        ["budget", "--responses-disk", "10000000000GiB"],
+        ["budget", "--prefixes-memory", "9" * 400],
+        ["budget", "--responses-ttl", "9" * 400],
+    ],
+    ids=lambda words: " ".join(words)[:40],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(edgelm_home: Path, words: list[str]) -> None:
     assert main(["cache", *words]) == 1
     assert not (edgelm_home / "budgets.json").exists()
+
+
+def test_an_unlimited_budget_keeps_the_answers_that_are_there(
+    edgelm_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, budget = edgelm_home / "responses", DiskBudget(sys.maxsize, sys.maxsize)
+    wanted = CachedAnswer((("x", (1,)),), "stop")
+    for key in ("a", "b"):
+        with contextlib.closing(SqliteStore(folder, budget)) as store:
+            store.put(response_key("d", [1], {key: 1}), wanted)
+    assert main(["cache", "check"]) == 0
+    with contextlib.closing(SqliteStore(folder)) as store:
+        assert store.get(response_key("d", [1], {"a": 1})) == wanted
+        assert store.stats().max_entries == store.stats().max_bytes == sys.maxsize
+    assert not caplog.records
+    assert not list(folder.glob("*.corrupt-*"))
+
+
+def test_the_largest_size_is_read_to_the_byte(edgelm_home: Path) -> None:
+    assert main(["cache", "budget", "--responses-disk", str(sys.maxsize), "--prefixes-memory", str(2**53 + 1)]) == 0
+    found = read_budgets(edgelm_home)
+    assert (found.responses.disk_bytes, found.prefixes.memory_bytes) == (sys.maxsize, 2**53 + 1)
+
+
+@pytest.mark.parametrize("text", ["-5", "+5", "1_0", "9" * 19 + "0", "9" * 400, "", "many", "0"])
+def test_a_budget_of_the_files_that_is_none_is_warned_of_and_deletes_nothing(
+    edgelm_home: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = edgelm_home / "prefixes"
+    files = BlockFiles(folder, 16 * MIB)
+    files.put(b"a" * 32, 1e9, new_block(60_000))
+    (folder / "budget").write_text(text, encoding="ascii")
+    assert read_budget(folder) is None
+    assert "no number of bytes" in caplog.text
+    assert main(["cache", "check"]) == 0
+    BlockFiles(folder, 16 * MIB).put(b"b" * 32, 1e9, new_block(60_000))
+    assert read_budget(folder) == 16 * MIB
+    assert len(list(found_files(folder))) == 2
 
 
 def test_what_is_over_goes_at_once(edgelm_home: Path) -> None:

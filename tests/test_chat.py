@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime.errors import TemplateError
+from edgelm.runtime.errors import PromptError, TemplateError
 from edgelm.runtime.text.chat import ChatTemplate, find_template
 
 from .chat_templates import DEEPSEEK, GEMMA_3, LLAMA_2, MORE_TEMPLATES, QWEN_2
@@ -132,6 +132,13 @@ WHITESPACE = """   {# a comment #}
 end
 """
 
+EVERYTHING = """{% for m in messages %}{% for key in m %}{{ key }}={{ m[key] }};{% endfor %}{{ m.content }}
+{{ m.reasoning_content }}{% endfor %}"""
+
+CALLS = """{% for m in messages %}{{ m.role }}:{% if m.content is defined %}{{ m.content }}{% endif %}
+{%- if 'tool_calls' in m %}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{% endif %}
+{%- if m.reasoning_content %}({{ m.reasoning_content }}){% endif %};{% endfor %}"""
+
 TEMPLATES = {
     "ChatML": CHATML,
     "Llama 3": LLAMA_3,
@@ -146,6 +153,8 @@ TEMPLATES = {
     "namespaces": NAMESPACES,
     "generation block": GENERATION_BLOCK,
     "whitespace": WHITESPACE,
+    "everything": EVERYTHING,
+    "calls": CALLS,
     **MORE_TEMPLATES,
 }
 
@@ -166,7 +175,17 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "thoughts": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}, USER],
     "a later system message": [USER, ASSISTANT, SYSTEM, USER],
     "further keys": [{"role": "user", "content": "a", "name": "Ann", "tool_calls": [{"id": 1}]}],
-}
+    # As OpenAI's clients dump them: every field of the type is there.
+    "a call of a tool": [
+        {**USER, "name": None},
+        {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None, "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
+        ]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+    ],
+    "no calls of tools": [USER, {**ASSISTANT, "refusal": None, "tool_calls": None, "function_call": None}, USER],
+    "reasoning": [USER, {**ASSISTANT, "reasoning": "hm"}, USER, {**ASSISTANT, "thinking": "so"}, USER],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +302,66 @@ def test_a_template_that_leaves_a_system_message_out_is_an_error(source: str, me
     assert template.render(messages), "transformers says nothing"
     for fine in ([USER], [{"role": "system", "content": " "}, USER], [{"role": "system"}, USER], [USER, ASSISTANT]):
         assert template.prompt(fine) == template.render(fine)
+
+
+@pytest.mark.parametrize("source", ["{{ 'x' | truncate(-9) }}", "{{ cycler() | string }}", "{{ cycler() }}"])
+def test_what_jinja2_itself_raises_is_an_error_of_the_template(source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, SPECIAL).render([USER])
+
+
+# ---- contents in parts
+
+TAKES_PARTS = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}
+{%- else %}{% for part in m.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %};{% endfor %}"""
+PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize("parts", [PARTS, tuple(PARTS), PARTS[:1]], ids=["list", "tuple", "one"])
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3", "Phi-3", "everything", "calls", *MORE_TEMPLATES])
+def test_text_parts_are_one_text(name: str, parts: list[dict[str, str]], role: str) -> None:
+    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+    joined = "".join(part["text"] for part in parts)
+    if TEMPLATES[name] == GEMMA_3 and role == "user":  # takes parts, and strips each of them
+        joined = "".join(part["text"].strip() for part in parts)
+    rest = [] if role == "user" else [USER]
+    assert template.prompt([{"role": role, "content": parts}, *rest]) == template.prompt(
+        [{"role": role, "content": joined}, *rest]
+    )
+
+
+def test_a_template_that_takes_parts_is_given_them() -> None:
+    assert ChatTemplate(TAKES_PARTS, SPECIAL).prompt([{"role": "user", "content": PARTS}]) == "user:one two;"
+    counts = TAKES_PARTS.replace("{% for part", "{{ m.content | length }}{% for part")
+    assert ChatTemplate(counts, SPECIAL).prompt([{"role": "user", "content": PARTS}]) == "user:2one two;"
+
+
+@pytest.mark.parametrize("source", [CHATML, TAKES_PARTS], ids=["texts", "parts"])
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image_url", "image_url": {"url": "http://example.com/cat.png"}}, "'image_url'"),
+        ({"type": "input_audio"}, "'input_audio'"),
+        ({"type": "text"}, "'text'"),
+        ({"type": "text", "text": 5}, "'text'"),
+        ({"text": "a"}, "None"),
+        ("a", "'a'"),
+        (10**5000, "int"),
+    ],
+    ids=range(7),
+)
+def test_a_part_that_is_no_text_is_refused_by_its_type(source: str, part: Any, words: str) -> None:
+    with pytest.raises(PromptError, match=f"message 1 has a part of type .*{words}"):
+        ChatTemplate(source, SPECIAL).prompt([USER, {"role": "user", "content": [*PARTS, part]}])
+
+
+def test_a_system_message_in_parts_is_not_left_out_in_silence() -> None:
+    messages = [{"role": "system", "content": PARTS}, USER]
+    for source in (USERS_ONLY, TAKES_PARTS.replace("in messages", "in messages if m.role == 'user'")):
+        with pytest.raises(TemplateError, match="leaves this system message out"):
+            ChatTemplate(source, SPECIAL).prompt(messages)
 
 
 # ---- the sandbox

@@ -181,6 +181,31 @@ def test_a_conversation_is_saved_and_gone_on_with(
     assert chat(monkeypatch, capsys, chat_bundle, "and?", options=[*SETTINGS, "--load", str(path)])[0] == expected
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["/load ~nouser-of-this-name/x", "/save ~nouser-of-this-name/x", "/save a\0b", "/load a\0b",
+     "/set temperature 1" + "0" * 400, "/set timeout 1" + "0" * 400, "/set max_tokens 1" + "0" * 5000],
+    ids=lambda command: command[:20].replace("\0", "NUL"),
+)  # fmt: skip
+def test_no_command_ends_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, command: str
+) -> None:
+    out, err = chat(monkeypatch, capsys, chat_bundle, "hello", command, "/stats")
+    assert out
+    assert "error: " in err
+    assert "prompt tokens" in err.splitlines()[-1]
+
+
+def test_half_a_surrogate_pair_is_saved_and_loaded_again(tmp_path: Path) -> None:
+    conversation = Conversation()
+    conversation.ask("é")
+    conversation.answer("half \ud83d")
+    conversation.save(tmp_path / "c.json")
+    other = Conversation()
+    other.load(tmp_path / "c.json")
+    assert other.messages() == conversation.messages()
+
+
 def test_help_names_every_command_and_unknown_ones_are_no_messages(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
 ) -> None:

@@ -198,7 +198,7 @@ def test_run_with_stats_keeps_standard_output_clean(tiny_bundle: Path, capsys: C
 
 
 @pytest.mark.parametrize("given", [[], ["-"]])
-@pytest.mark.parametrize("data", ["Once upon", "Once upon\n"])
+@pytest.mark.parametrize("data", ["Once upon", "Once upon\n", "Once upon\r\n", "\ufeffOnce upon\r\n"])
 def test_run_reads_the_prompt_from_standard_input(
     tiny_bundle: Path, given: list[str], data: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -207,10 +207,20 @@ def test_run_reads_the_prompt_from_standard_input(
     assert capsys.readouterr().out == answer(tiny_bundle, "Once upon", 12) + "\n"
 
 
+@pytest.mark.parametrize(("data", "prompt"), [("a\r\n\r\n", "a\r\n"), ("a\r", "a\r"), ("a\n\r\n", "a\n")])
+def test_one_line_end_and_no_more_is_taken_from_standard_input(
+    tiny_bundle: Path, data: str, prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(data.encode()))
+    assert call("run", tiny_bundle, "--max-tokens", "1", "--json") == 0
+    with load(tiny_bundle, response_cache=False) as engine:
+        assert json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"] == len(engine.encode(prompt))
+
+
 def test_run_answers_each_line_of_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     lines = ["Once upon", "a \u2028 b", "The", "Once upon"]
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\r\n".join(lines).encode() + b"\n")
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     options = ["--prompts", file, "--max-rows", "2", "--max-tokens", "6", "--logprobs", "1", "--stats"]
     assert call("run", tiny_bundle, *options) == 0
     printed = capsys.readouterr()

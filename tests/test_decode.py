@@ -417,6 +417,12 @@ def test_messages_go_through_the_template_without_further_special_tokens(tokeniz
     bundle = Bundle(tmp_path, manifest(files={"chat_template.jinja": FileEntry(len(template), "")}))
     engine = Engine(bundle, fake(), tokenizer, None)
     assert engine.encode(messages=[{"role": "user", "content": "hi"}]) == tokenizer.encode("<user>hi>>", special=False)
+    for wrong in ("hello", {"role": "user", "content": "hi"}, b"a", 5, {1}, ["hello"], [["role", "user"]], [5], [None]):
+        with pytest.raises(PromptError, match=r'must be .*"role": "user"'):
+            engine.encode(messages=wrong)  # type: ignore[arg-type]
+    for alone in ({"role": "user", "content": "hi"}, {1}, 5):
+        with pytest.raises(PromptError, match="prompt 0 of the batch"):
+            engine.generate_batch([alone])  # type: ignore[list-item]
 
 
 # ---- cancelling, nesting, threads, closing

@@ -100,6 +100,25 @@ def test_a_file_that_is_no_json_lines(tmp_path: Path, line: str) -> None:
         read_passages(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize("sizes", [{"stride": 0}, {"window": 0}, {"window": 8, "stride": 0}], ids=repr)
+def test_a_size_of_0_is_not_one_that_was_not_given(tokenizer: Tokenizer, sizes: dict[str, int]) -> None:
+    one, other = knowing(tokenizer, TEXT), knowing(tokenizer, TEXT)
+    with pytest.raises(SettingsError, match="found 0"):
+        text_perplexity(one, tokenizer, TEXT, 512, **sizes)
+    with pytest.raises(SettingsError, match="found 0"):
+        text_against(one, other, tokenizer, TEXT, 512, **sizes)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_a_step_of_the_model_gives_as_many_rows_as_it_is_asked_for(tiny_model: Path, keep: int) -> None:
+    with open_model(str(tiny_model)) as (_, _, model):
+        whole = model.step([1, 2, 3], 3).copy()
+        model.rewind(0)
+        rows = model.step([1, 2, 3], keep)
+        assert rows.shape == (keep, whole.shape[1])
+        assert np.array_equal(rows, whole[3 - keep :])
+
+
 def test_a_window_beyond_the_context(tokenizer: Tokenizer) -> None:
     with pytest.raises(SettingsError, match="2 to 512 tokens for this model, found 600"):
         text_perplexity(knowing(tokenizer), tokenizer, TEXT, 512, window=600)

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,54 @@ def test_a_deadline_counts_the_wait_for_another_request(new_engine: NewEngine) -
 
 
 # ---- asyncio
+
+
+@pytest.mark.parametrize("timeout", [1e10, 1e300])
+def test_a_deadline_beyond_what_threads_can_wait_is_none(new_engine: NewEngine, timeout: float) -> None:
+    """Two equal requests: the second one waits for the first one's answer, and not longer than a lock can."""
+    engine = new_engine(fake(), ResponseCache())
+    stream = engine.stream(token_ids=[1], max_tokens=8, timeout=timeout)
+    answers = [next(stream)]
+    waiting = ThreadPoolExecutor(1).submit(engine.generate, token_ids=[1], max_tokens=8, timeout=timeout)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.2)
+    answers += stream
+    assert waiting.result(10).token_ids == tuple(token for chunk in answers for token in chunk.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ({"prompt": np.array(["a", "b"])}, "must be a text"),
+        ({"prompt": np.array([1.5, 2.5])}, "must be a text"),
+        ({"prompt": b"bytes"}, "must be a text"),
+        ({"prompt": 10**5000}, "must be a text"),
+        ({"token_ids": np.array([[1, 2], [3, 4]])}, "whole numbers"),
+        ({"token_ids": np.array([1.0, 2.0])}, "whole numbers"),
+        ({"token_ids": np.array(5)}, "whole numbers"),
+        ({"token_ids": np.array([], np.int64)}, "empty"),
+        ({"token_ids": [10**5000]}, "out of range"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_is_no_prompt_is_refused(new_engine: NewEngine, prompts: dict[str, Any], words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        new_engine(fake()).generate(**prompts)
+
+
+def test_arrays_of_ids_are_prompts(new_engine: NewEngine) -> None:
+    engine = new_engine(fake())
+    wanted = [engine.generate(token_ids=ids, max_tokens=3).token_ids for ids in ([1, 2], [3, 4])]
+    assert engine.generate(token_ids=np.array([1, 2]), max_tokens=3).token_ids == wanted[0]  # type: ignore[arg-type]
+    batch: Any = np.array([[1, 2], [3, 4]])
+    assert [done.token_ids for done in engine.generate_batch(batch, max_tokens=3)] == wanted
+    for wrong in (np.array(5), 10**5000, [np.array(5)], [10**5000]):
+        with pytest.raises(PromptError, match="list"):
+            engine.generate_batch(wrong)  # type: ignore[arg-type]
+    for ids in ([10**5000], {10**5000: 1.0}):
+        name = "stop_token_ids" if isinstance(ids, list) else "logit_bias"
+        with pytest.raises(SettingsError, match=name):
+            engine.generate("a", **{name: ids})
 
 
 def test_asynchronous_requests_give_the_same_as_the_others(new_engine: NewEngine) -> None:

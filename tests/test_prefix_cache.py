@@ -385,11 +385,31 @@ def test_where_cuts_change_bits_nothing_is_kept(
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"memory_bytes": -1}, {"disk_bytes": 5}, {"memory_bytes": 1.5}, {"disk": 1}, {"folder": 3}]
-)
+    "wanted",
+    [
+        {"memory_bytes": -1}, {"disk_bytes": 5}, {"memory_bytes": 1.5}, {"disk": 1}, {"folder": 3},
+        {"disk_bytes": 2**63}, {"memory_bytes": 10**5000}, {"folder": 10**5000},
+    ],
+    ids=lambda wanted: next(iter(wanted)),
+)  # fmt: skip
 def test_settings_that_cannot_be_are_refused(wanted: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wanted))):
         PrefixCacheSettings(**wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("threads", value) for value in (0, -1, True, 1.5, "2", 2**40, 10**5000)),
+        *(("provider", value) for value in ("tpu", 10**5000, ["cpu"], {})),
+        ("response_cache", 10**5000),
+        ("prefix_cache", 10**5000),
+    ],
+    ids=lambda value: f"{value!r:.20}" if isinstance(value, str) else type(value).__name__,
+)
+def test_load_refuses_arguments_by_name(tiny_bundle: Path, name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load(tiny_bundle, **{name: value})  # type: ignore[arg-type]
 
 
 def test_load_refuses_what_is_no_setting(tiny_bundle: Path) -> None:

@@ -175,3 +175,12 @@ def test_the_cache_command_shows_checks_and_clears(
     assert main(["cache", "clear"]) == 0
     assert kind.stats().entries == 0
     assert "prepared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ['{"model.onnx": [1e999, 1], "model.onnx.data": [1, 1]}', "[" * 100_000, "[]", '{"model.onnx": 5}']
+)
+def test_notes_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "checks.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CacheCorruptError, match="cannot be read"):
+        prepared.check_folder(tmp_path)

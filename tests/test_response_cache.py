@@ -263,6 +263,12 @@ def test_an_old_leader_does_not_end_the_flight_of_a_new_one() -> None:
     [
         {"memory_bytes": -1},
         {"memory_entries": True},
+        {"memory_entries": 2**63},
+        {"disk_bytes": 10**5000},
+        {"disk_entries": 10**400},
+        {"ttl_s": 10**400},
+        {"ttl_s": 1e13},
+        {"policy": 10**5000},
         {"disk_bytes": 1000},
         {"disk_entries": 1.5},
         {"ttl_s": 0},
@@ -273,7 +279,7 @@ def test_an_old_leader_does_not_end_the_flight_of_a_new_one() -> None:
         {"folder": 5},
         {"redis_url": b"redis://localhost"},
     ],
-    ids=str,
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):

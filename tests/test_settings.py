@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import operator
+import pickle
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -76,6 +81,34 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
 def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=list(settings)[-1]):
         GenerationSettings(**settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, -(10**5000), Fraction(10**400), [10**5000]],
+    ids=["digits", "5000", "-5000", "fraction", "list"],
+)
+def test_a_number_that_nothing_can_hold_is_refused_by_name(name: str, value: Any) -> None:
+    """Python writes no whole number of more than 4,300 digits, and no float holds one of more than 308."""
+    with pytest.raises(SettingsError, match=name):
+        GenerationSettings(**{name: value})
+
+
+def test_numbers_of_all_kinds_are_numbers() -> None:
+    given = GenerationSettings(temperature=Fraction(1, 2), timeout=Fraction(3, 2), logit_bias={3: Fraction(1, 4)})
+    assert given == GenerationSettings(temperature=0.5, timeout=1.5, logit_bias={3: 0.25})
+    assert json.dumps(given.cache_key())
+
+
+def test_base_settings_that_are_none_are_refused() -> None:
+    wrong: Any
+    for wrong in (10**5000, [10**5000]):
+        with pytest.raises(SettingsError, match="GenerationSettings"):
+            GenerationSettings.of(wrong, {})
+    for wrong in ({10**5000: 1}, {3: 10**400}, {3: Fraction(10**400)}):
+        with pytest.raises(SettingsError, match="logit_bias"):
+            GenerationSettings(logit_bias=wrong)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +197,34 @@ def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerationSettings().seed = 1  # type: ignore[misc]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "set": lambda bias: operator.setitem(bias, 5, 1.0),
+    "delete": lambda bias: operator.delitem(bias, 3),
+    "merge": lambda bias: operator.ior(bias, {5: 1.0}),
+    "update": lambda bias: bias.update({5: 1.0}),
+    "clear": lambda bias: bias.clear(),
+    "pop": lambda bias: bias.pop(3),
+    "popitem": lambda bias: bias.popitem(),
+    "setdefault": lambda bias: bias.setdefault(5, 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_bias_cannot_be_changed(change: str) -> None:
+    given = {3: 1.0}
+    settings = GenerationSettings(logit_bias=given)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        CHANGES[change](settings.logit_bias)
+    given[7] = 1.0
+    assert settings.logit_bias == {3: 1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_settings_have_one_hash(name: str) -> None:
+    one, other = GenerationSettings(**OTHERS[name]), GenerationSettings(**OTHERS[name])
+    assert {one: 1}[other] == 1
+    assert len({one, GenerationSettings()}) == 2
+    assert hash(copy.deepcopy(one)) == hash(pickle.loads(pickle.dumps(one))) == hash(one)  # noqa: S301, our own bytes
+    assert json.loads(json.dumps(dataclasses.asdict(one), default=list))["max_tokens"] == one.max_tokens

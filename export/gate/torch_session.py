@@ -39,7 +39,8 @@ class TorchSession:
         self._ids += token_ids
         with torch.no_grad():
             logits = self._module(input_ids=torch.tensor([self._ids]), use_cache=False).logits
-        return np.asarray(logits[0, -keep:].numpy(), np.float32)
+        # Counted from the front: -0 would be the front itself.
+        return np.asarray(logits[0, len(self._ids) - keep :].numpy(), np.float32)
 
     def expect(self, positions: int) -> None:
         """Nothing: there is no cache."""

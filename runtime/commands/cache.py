@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def _changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _size(text: str) -> int:
-    return round(_amount(text, _UNITS, "a size such as 256MiB, 1GB or 1000000"))
+    number, unit = _amount(text, _UNITS, "a size such as 256MiB, 1GB or 1000000")
+    return round(Fraction(number) * unit)
 
 
 def _disk(text: str) -> int | str:
@@ -121,15 +123,19 @@ def _disk(text: str) -> int | str:
 
 
 def _time(text: str) -> float | str:
-    return _OFF if text == _OFF else _amount(text, _SECONDS, "a time such as 3600, 90m, 12h or 7d")
+    if text == _OFF:
+        return _OFF
+    number, unit = _amount(text, _SECONDS, "a time such as 3600, 90m, 12h or 7d")
+    return float(number) * unit
 
 
-def _amount(text: str, units: dict[str, int], kind: str) -> float:
+def _amount(text: str, units: dict[str, int], kind: str) -> tuple[str, int]:
+    """The number as it was written, and what its unit multiplies it with."""
     found = _NUMBER.fullmatch(text.strip())
     unit = None if found is None else units.get(found.group(2).upper())
     if found is None or unit is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.removeprefix('a ')}")
-    return float(found.group(1)) * unit
+    return found.group(1), unit
 
 
 def _row(kind: CacheKind, stats: StoreStats) -> dict[str, Any]:

@@ -210,7 +210,12 @@ def _value(text: str) -> Any:
 def _path(name: str) -> Path:
     if not name:
         raise PromptError("a file's name is missing: write it behind the command")
-    return Path(name).expanduser()
+    if "\0" in name:
+        raise PromptError("a file's name holds no NUL character: give another name")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~name of a user that there is not
+        raise PromptError(f"{name} names no folder ({error}): give another name") from error
 
 
 def _readline() -> Any:

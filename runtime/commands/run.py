@@ -137,17 +137,20 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
 
 
 def _prompt(given: str | None) -> str:
-    return given if given is not None and given != "-" else _text("-").removesuffix("\n")
+    if given is not None and given != "-":
+        return given
+    text = _text("-")
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _text(name: str) -> str:
-    """What a file holds, or standard input for "-"."""
+    """What a file holds, or standard input for "-", without the mark that Windows writes in front of UTF-8."""
     if name == "-":
         data, source = sys.stdin.buffer.read() if sys.stdin is not None else b"", "standard input"
     else:
         data, source = Path(name).read_bytes(), name
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise PromptError(f"{source} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 

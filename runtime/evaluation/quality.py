@@ -18,7 +18,7 @@ from ..errors import PromptError, SettingsError, VerificationError
 from ..sessions.protocol import Session
 from ..text.tokenizer import Tokenizer
 from .divergence import divergence, log_softmax
-from .scoring import DEFAULT_WINDOW, Perplexity, negative_log_likelihood, perplexity, score
+from .scoring import DEFAULT_WINDOW, Perplexity, default_stride, negative_log_likelihood, perplexity, score
 
 # Rows of logits whose divergence is computed at once, so that little memory is needed beside the logits.
 _ROWS = 16
@@ -82,7 +82,7 @@ def text_against(
     as `text_perplexity`; SettingsError for vocabularies of two sizes; VerificationError for logits that are no numbers.
     """
     ids, window = _windowed(tokenizer, text, context_length, window)
-    stride = stride or max(1, window // 2)
+    stride = default_stride(window) if stride is None else stride
     rows: list[NDArray[np.float64]] = []
     for (targets, ours), (_, theirs) in zip(
         score(session, ids, window, stride), score(reference, ids, window, stride), strict=True
@@ -124,7 +124,7 @@ def _windowed(tokenizer: Tokenizer, text: str, context_length: int, window: int 
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise PromptError("the text has fewer than two tokens: give a longer one")
-    return ids, window or min(DEFAULT_WINDOW, context_length)
+    return ids, min(DEFAULT_WINDOW, context_length) if window is None else window
 
 
 def last_words(session: Session, tokenizer: Tokenizer, passages: Iterable[str], context_length: int) -> LastWords:

@@ -60,11 +60,16 @@ def score(
             return
 
 
+def default_stride(window: int) -> int:
+    """Half of a window, at least one token."""
+    return max(1, window // 2)
+
+
 def perplexity(
     session: Session, token_ids: Sequence[int], window: int = DEFAULT_WINDOW, stride: int | None = None
 ) -> Perplexity:
     """Perplexity of a text of at least two tokens. stride: half of the window, if not given."""
-    stride = stride or max(1, window // 2)
+    stride = default_stride(window) if stride is None else stride
     total, count = 0.0, 0
     for targets, logits in score(session, token_ids, window, stride):
         total += float(negative_log_likelihood(logits, targets).sum())

@@ -14,7 +14,7 @@ from ..bundle.manifest import Manifest
 from ..caches.responses.answers import CachedAnswer
 from ..caches.responses.cache import ResponseCache
 from ..decoding.batch import Batch, Row, RowPrefixes, RowsSession
-from ..errors import InputError, PromptError, SettingsError, TemplateError
+from ..errors import InputError, PromptError, SettingsError, TemplateError, shown
 from ..results import Chunk, Completion
 from ..settings import GenerationSettings
 from ..text.tokenizer import Tokenizer
@@ -32,10 +32,10 @@ IndexedChunks = Iterator[tuple[int, Chunk]]
 
 def check_batch(prompts: Sequence[Prompt], max_rows: int) -> None:
     """Raises: PromptError for a text in place of a list of prompts, SettingsError."""
-    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__len__"):
-        raise PromptError(f"prompts must be a list, found {prompts!r:.60}: put a single one into a list")
+    if isinstance(prompts, str | bytes | Mapping) or not _has_length(prompts):
+        raise PromptError(f"prompts must be a list, found {shown(prompts)}: put a single one into a list")
     if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
-        raise SettingsError(f"max_rows must be a whole number, 1 or more, found {max_rows!r:.60}")
+        raise SettingsError(f"max_rows must be a whole number, 1 or more, found {shown(max_rows)}")
 
 
 def settings_of_each(
@@ -57,10 +57,21 @@ def kind_of(prompt: Prompt) -> tuple[str | None, Any, Any]:
     """A prompt as `generate` takes it: prompt, messages, token_ids, of which one is not None."""
     if isinstance(prompt, str):
         return prompt, None, None
-    if not hasattr(prompt, "__len__"):
-        raise PromptError(f"a prompt is a text, a list of messages or a list of token ids, found {prompt!r:.60}")
-    messages = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not _has_length(prompt) or isinstance(prompt, set | frozenset):
+        raise PromptError(f"a prompt is a text, a list of messages or a list of token ids, found {shown(prompt)}")
+    if isinstance(prompt, Mapping):  # one message in the place of a list of them, which is refused by name
+        return None, prompt, None
+    messages = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     return (None, prompt, None) if messages else (None, None, prompt)
+
+
+def _has_length(value: object) -> bool:
+    """Not every value with a `__len__` has a length: numpy's arrays without an axis have none."""
+    try:
+        len(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
 
 
 @contextmanager

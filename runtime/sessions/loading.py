@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.folder import GRAPH_NAME, Bundle
 from ..bundle.manifest import Model
-from ..errors import CacheCorruptError, SessionError, SettingsError
+from ..errors import CacheCorruptError, SessionError, SettingsError, shown
 from ..host import machine
 from ..host.ort import load_onnxruntime
 from . import kernels
@@ -19,6 +19,9 @@ from .in_place import OrtSession
 from .prepared import Prepared, prepared_for
 from .protocol import Session
 from .providers import CPU, choose_provider, device_of, foreign_machine
+
+# No machine has as many cores, and onnxruntime starts as many threads as it is told.
+_MOST_THREADS = 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -162,6 +165,8 @@ def find_folder(
 
 
 def _thread_count(threads: int | None) -> int:
-    if threads is not None and threads < 1:
-        raise SettingsError(f"threads must be 1 or more, found {threads}")
-    return threads or machine.default_threads()
+    if threads is None:
+        return machine.default_threads()
+    if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
+        raise SettingsError(f"threads must be 1 or more, at most {_MOST_THREADS:,}, found {shown(threads)}")
+    return threads

@@ -157,7 +157,7 @@ def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
     try:
         noted = json.loads((folder / _CHECKS_NAME).read_text(encoding="utf-8"))
         return {name: (int(noted[name][0]), int(noted[name][1])) for name in _FILES}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise CacheCorruptError(f"{folder / _CHECKS_NAME} cannot be read: delete {folder}") from error
 
 

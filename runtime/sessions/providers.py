@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bundle.manifest import Manifest
-from ..errors import MemoryShortageError, SessionError, SettingsError
+from ..errors import MemoryShortageError, SessionError, SettingsError, shown
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Names that a user gives.
@@ -34,8 +34,8 @@ def choose_provider(manifest: Manifest, asked: str | None, available: Sequence[s
     Raises: SettingsError for another name, SessionError for a provider that is not there, or that cannot run this
     bundle.
     """
-    if asked is not None and asked not in PROVIDERS:
-        raise SettingsError(f"provider must be {' or '.join(PROVIDERS)}, found {asked!r}")
+    if asked is not None and asked not in tuple(PROVIDERS):
+        raise SettingsError(f"provider must be {' or '.join(PROVIDERS)}, found {shown(asked)}")
     own = made_for(manifest)
     wanted = PROVIDERS[asked] if asked is not None else own
     target = manifest.target.name

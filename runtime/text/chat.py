@@ -7,8 +7,10 @@ and change nothing that they are given (`sandbox`). Import this module late: jin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,10 +21,12 @@ from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
 from ..errors import TemplateError
+from .messages import Message, has_parts, joined_parts, template_messages
 from .sandbox import BoundedSandbox, budget
 
-Message = Mapping[str, Any]
+__all__ = ["ChatTemplate", "Message", "find_template"]
 
+_PROBE = "edgelm-probe"
 # What a template can raise besides jinja2's own errors, when it is compiled (constants are folded then) or rendered.
 _FAILURES = (
     jinja2.TemplateError,
@@ -31,7 +35,8 @@ _FAILURES = (
     AttributeError,
     LookupError,
     ArithmeticError,
-    RecursionError,
+    AssertionError,  # of jinja2's own filters
+    RuntimeError,  # a recursion, an object of jinja2's that cannot be printed
     SyntaxError,
     MemoryError,
 )
@@ -87,21 +92,38 @@ class ChatTemplate:
             ) from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """`render`, where no system message is lost. Raises: TemplateError, also for a template that leaves one out."""
-        text = self.render(messages)
+        """`render`, where no system message is lost, and contents that are lists of text parts are texts for a template
+        that takes no lists.
+
+        Raises: PromptError for parts that are no texts; TemplateError, also for a template that leaves a system message
+        out.
+        """
         known = [dict(message) for message in messages]
+        if has_parts(known):
+            texts = joined_parts(known)
+            known = [_one_part(*pair) for pair in zip(known, texts, strict=True)] if self._takes_parts else texts
+        text = self.render(known)
         for index, message in enumerate(known):
             # With another text in its place, a template that shows it gives another prompt.
             content = message.get("content")
-            if message.get("role") != "system" or not isinstance(content, str) or not content.strip():
+            if message.get("role") != "system" or not _says_something(content):
                 continue
-            other = {**message, "content": f"{content} (altered)"}
+            other = {**message, "content": _altered(content)}
             if text == self.render([*known[:index], other, *known[index + 1 :]]):
                 raise TemplateError(
                     "the model's chat template leaves this system message out: put the instruction into the first "
                     "user message"
                 )
         return text
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template shows the text of a part, and not how Python or JSON writes the part."""
+        try:
+            text = self.render([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}])
+        except TemplateError:
+            return False
+        return _PROBE in text and not re.search(rf"""["']{_PROBE}["']""", text)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation, up to where the assistant's answer begins.
@@ -111,7 +133,7 @@ class ChatTemplate:
         try:
             return str(
                 self._template.render(
-                    messages=[dict(message) for message in messages],
+                    messages=template_messages(messages),
                     add_generation_prompt=add_generation_prompt,
                     tools=None,
                     documents=None,
@@ -121,6 +143,24 @@ class ChatTemplate:
             )
         except _FAILURES as error:
             raise TemplateError(f"the chat template refused the messages: {error}") from error
+
+
+def _says_something(content: Any) -> bool:
+    return bool(content.strip()) if isinstance(content, str) else isinstance(content, list | tuple) and len(content) > 0
+
+
+def _altered(content: Any) -> Any:
+    """Another content in the place of one, a text or a list of one part."""
+    if isinstance(content, str):
+        return f"{content} (altered)"
+    return [{**part, "text": f"{part['text']} (altered)"} for part in content]
+
+
+def _one_part(message: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """A system message whose parts are one part, because some templates show the first one alone."""
+    if message.get("role") != "system" or not isinstance(message.get("content"), list | tuple):
+        return message
+    return {**message, "content": [{"type": "text", "text": text["content"]}]}
 
 
 def find_template(template_file: str | None, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:

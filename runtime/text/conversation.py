@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write a new file: a JSON list of messages, as `Engine.generate` takes them. Raises: PromptError."""
+        # A model may write half of a surrogate pair, which JSON can say and UTF-8 cannot.
+        text = json.dumps(self.messages(), ensure_ascii=False, indent=1) + "\n"
+        data = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8")
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(self.messages(), ensure_ascii=False, indent=1) + "\n")
+            with path.open("xb") as file:
+                file.write(data)
         except FileExistsError as error:
             raise PromptError(f"{path} exists already: give another name, or delete it first") from error
         except OSError as error:

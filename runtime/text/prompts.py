@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..bundle import folder as bundle_files
 from ..bundle.folder import Bundle
-from ..errors import BundleCorruptError, ContextLengthError, PromptError, TemplateError
+from ..errors import BundleCorruptError, ContextLengthError, PromptError, TemplateError, shown
+from .messages import check_messages
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class PromptEncoder:
                 f"give exactly one of prompt, messages and token_ids, found {' and '.join(given) or 'none'}"
             )
         if prompt is not None:
-            ids = self._tokenizer.encode(prompt) if prompt else []
+            ids = self._of_text(prompt)
         elif messages is not None:
+            check_messages(messages)
             ids = self._tokenizer.encode(self._render(messages), special=False) if messages else []
         else:
             ids = self._checked_ids(token_ids if token_ids is not None else ())
@@ -59,6 +61,11 @@ class PromptEncoder:
                 f"the prompt has {len(token_ids):,} tokens, the model's context holds {context:,}: shorten it"
             )
 
+    def _of_text(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt must be a text, found {shown(prompt)}: token ids are given as token_ids")
+        return self._tokenizer.encode(prompt) if prompt else []
+
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         vocab_size = self._model.vocab_size
         try:
@@ -67,7 +74,7 @@ class PromptEncoder:
             raise PromptError(f"token_ids must be a sequence of whole numbers ({error})") from error
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise PromptError(f"token id {token} is out of range: the model has ids 0 to {vocab_size - 1}")
+                raise PromptError(f"token id {shown(token)} is out of range: the model has ids 0 to {vocab_size - 1}")
         return ids
 
     def _render(self, messages: Sequence[Message]) -> str:

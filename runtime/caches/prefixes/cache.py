@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...bundle.folder import GRAPH_NAME, Bundle
-from ...errors import CacheError, SettingsError
+from ...errors import CacheError, SettingsError, shown
 from ...host.home import home
 from ...sessions import numerics
 from ...sessions.in_place import OrtSession
@@ -188,7 +188,7 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
     if isinstance(wanted, PrefixCacheSettings):
         return wanted
     if not isinstance(wanted, bool):
-        raise SettingsError(f"prefix_cache must be True, False or PrefixCacheSettings, found {wanted!r}")
+        raise SettingsError(f"prefix_cache must be True, False or PrefixCacheSettings, found {shown(wanted)}")
     return default_budgets().prefixes if wanted else None
 
 

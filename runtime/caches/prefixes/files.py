@@ -20,13 +20,14 @@ from typing import BinaryIO
 from ...errors import CacheCorruptError, CacheVersionError
 from ...host.clock import CLOCK_SLACK_S, Clock
 from ...host.home import make_private_folder
+from ..amounts import LARGEST_AMOUNT
 from .block_file import HEADER_BYTES, check_header, decode, encode
 from .memory import Block
 
 FOLDER_NAME = "prefixes"  # below EDGELM_HOME
 _SUFFIX, _TEMPORARY = ".kv", ".tmp"
 _BUDGET_NAME = "budget"
-_BUDGET_DIGITS = 20
+_BUDGET_DIGITS = len(str(LARGEST_AMOUNT))
 _NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
 # How long writing rests after it failed.
 _REST_S = 60.0
@@ -182,11 +183,22 @@ def found_files(folder: Path) -> Iterator[FoundFile]:
 
 
 def read_budget(folder: Path) -> int | None:
-    """The bytes that the files of a folder may take, as who came to it last said; None where nobody did."""
+    """The bytes that the files of a folder may take, as who came to it last said; None where nobody did, or where it
+    cannot be read, which is warned of."""
+    path = folder / _BUDGET_NAME
     try:
-        return int((folder / _BUDGET_NAME).read_bytes()[:_BUDGET_DIGITS]) or None
-    except (OSError, ValueError):
+        text = path.read_bytes().strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        log.warning("%s cannot be read (%s): the default budget counts", path, error.strerror)
+        return None
+    # No more digits than it may have, and no sign: a part of a number, or one below 0, would delete all files.
+    budget = int(text) if text.isdigit() and len(text) <= _BUDGET_DIGITS else 0
+    if not 0 < budget <= LARGEST_AMOUNT:
+        log.warning("%s holds no number of bytes: the default budget counts", path)
+        return None
+    return budget
 
 
 def delete_all(folder: Path) -> None:

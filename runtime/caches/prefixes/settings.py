@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 
-from ...errors import SettingsError
+from ...errors import SettingsError, shown
+from ..amounts import check_amounts
 
 DEFAULT_MEMORY_BYTES = 64 * 2**20
 DEFAULT_DISK_BYTES = 512 * 2**20
-_LEAST_DISK_BYTES = 2**20
+LEAST_DISK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,8 @@ class PrefixCacheSettings:
     folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, lowest in {"memory_bytes": 0, "disk_bytes": _LEAST_DISK_BYTES}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < lowest:
-                raise SettingsError(f"{name} must be a whole number of {lowest:,} or more, found {value!r}")
+        check_amounts(self, {"memory_bytes": 0, "disk_bytes": LEAST_DISK_BYTES})
         if not isinstance(self.disk, bool):
-            raise SettingsError(f"disk must be True or False, found {self.disk!r}")
+            raise SettingsError(f"disk must be True or False, found {shown(self.disk)}")
         if not isinstance(self.folder, (str, Path, NoneType)):
-            raise SettingsError(f"folder must be a path or None, found {self.folder!r}")
+            raise SettingsError(f"folder must be a path or None, found {shown(self.folder)}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import CacheError, SettingsError
+from ...errors import CacheError, SettingsError, shown
 from ...host.clock import Clock
 from ...host.forks import watch_forks
 from ...host.home import home
@@ -185,7 +185,7 @@ def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache |
     if wanted is False:
         return None
     if wanted is not True and not isinstance(wanted, ResponseCacheSettings):
-        raise SettingsError(f"response_cache must be True, False or ResponseCacheSettings, found {wanted!r}")
+        raise SettingsError(f"response_cache must be True, False or ResponseCacheSettings, found {shown(wanted)}")
     settings = default_budgets().responses if wanted is True else wanted
     memory = MemoryStore(settings.memory_bytes, settings.memory_entries, ttl_s=settings.ttl_s, policy=settings.policy)
     return ResponseCache(memory, _outer_store(settings))

@@ -23,7 +23,7 @@ class Flight:
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until it landed, at most so long; whether it did. `answer` is None if it failed or was cancelled."""
-        return self._landed.wait(timeout_s)
+        return self._landed.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
 
 class Flights:

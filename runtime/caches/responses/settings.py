@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-from ...errors import SettingsError
+from ...errors import SettingsError, shown
+from ..amounts import check_amounts
 from .database import DEFAULT_DISK_BYTES, DEFAULT_DISK_ENTRIES
 from .memory import DEFAULT_MEMORY_BYTES, DEFAULT_MEMORY_ENTRIES
 from .store import Policy
 
 _LEAST_DISK_BYTES = 2**20
+# 30,000 years, in milliseconds well within what a Redis server counts.
+_LONGEST_TTL_S = 1e12
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,7 @@ class ResponseCacheSettings:
 
     def __post_init__(self) -> None:
         least = {"memory_bytes": 0, "memory_entries": 0, "disk_bytes": _LEAST_DISK_BYTES, "disk_entries": 0}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < lowest:
-                raise SettingsError(f"{name} must be a whole number of {lowest:,} or more, found {value!r}")
+        check_amounts(self, least)
         kinds: dict[str, type | tuple[type, ...]] = {
             "disk": bool,
             "folder": (str, Path, NoneType),
@@ -51,9 +50,11 @@ class ResponseCacheSettings:
         }
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
-                raise SettingsError(f"{name} cannot be {getattr(self, name)!r}")
+                raise SettingsError(f"{name} cannot be {shown(getattr(self, name))}")
         ttl = self.ttl_s
-        if ttl is not None and (type(ttl) not in (int, float) or not (math.isfinite(ttl) and ttl > 0)):
-            raise SettingsError(f"ttl_s must be a number of seconds above 0, or None, found {ttl!r}")
+        if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _LONGEST_TTL_S):
+            raise SettingsError(
+                f"ttl_s must be a number of seconds above 0, at most {_LONGEST_TTL_S:g}, or None, found {shown(ttl)}"
+            )
         if self.policy not in get_args(Policy):
-            raise SettingsError(f"policy must be {' or '.join(get_args(Policy))}, found {self.policy!r}")
+            raise SettingsError(f"policy must be {' or '.join(get_args(Policy))}, found {shown(self.policy)}")

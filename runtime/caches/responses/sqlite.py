@@ -255,7 +255,8 @@ class SqliteStore:
 def _state(database: Database) -> tuple[int, int, int]:
     """Entries, most entries, most bytes. Raises: CacheCorruptError for what cannot be true."""
     row = database.connection.execute("SELECT entries, max_entries, max_bytes FROM state").fetchone()
-    if row is None or not all(type(value) is int and 0 <= value < _LARGEST_NUMBER for value in row):
+    # Budgets may be as large as SQLite's integers: nothing is added to them.
+    if row is None or not all(type(value) is int and value >= 0 for value in row) or row[0] >= _LARGEST_NUMBER:
         raise CacheCorruptError(f"the counters of {database.path} are damaged")
     return row[0], row[1], row[2]
 
