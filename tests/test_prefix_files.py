@@ -320,7 +320,7 @@ def test_what_killed_processes_left_is_deleted_after_an_hour(folder: Path) -> No
 _WRITER = """
 import sys
 from pathlib import Path
-from edgelm.runtime.prefixes.files import BlockFiles
+from edgelm.runtime.caches.prefixes.files import BlockFiles
 from tests.test_prefix_files import ON_DISK, put
 files = BlockFiles(Path(sys.argv[1]), 40 * ON_DISK)
 print("ready", flush=True)

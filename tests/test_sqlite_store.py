@@ -441,9 +441,9 @@ def test_a_folder_without_write_permission_is_a_cache_error(store: SqliteStore, 
 ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
-from edgelm.runtime.caches.answers import CachedAnswer
-from edgelm.runtime.caches.database import DiskBudget
-from edgelm.runtime.caches.sqlite import SqliteStore
+from edgelm.runtime.caches.responses.answers import CachedAnswer
+from edgelm.runtime.caches.responses.database import DiskBudget
+from edgelm.runtime.caches.responses.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheError
 
 disk = Path(sys.argv[1])
