@@ -268,6 +268,58 @@ def test_a_weight_of_another_shape(refused: Refused, model: Path) -> None:
     refused(model, words=("spoiled", name))
 
 
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"], "attention_bias or mlp_bias"),
+        (["model.layers.0.mlp.up_proj.weight_scale_inv"], "add its quantization_config"),
+        (["model.layers.2.mlp.up_proj.weight"], "correct config.json"),
+        (["model.layers.0.self_attn.q_proj.lora_A.weight"], "merge it into the model"),
+        (["v_head.summary.weight"], "correct config.json"),
+    ],
+)
+def test_weights_that_the_model_does_not_use(refused: Refused, model: Path, names: list[str], advice: str) -> None:
+    """torch leaves them out too, so that no comparison with it can tell."""
+    import torch
+
+    change_weights(model, lambda weights: weights.update({name: torch.ones(96) for name in names}))
+    refused(model, words=("spoiled", f"does not use {len(names)} of its weights", *names, advice))
+
+
+def test_many_weights_that_the_model_does_not_use_are_counted(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    tiny_llama(num_hidden_layers=3).save_pretrained(folder)
+    byte_tokenizer(folder)
+    change_config(folder, num_hidden_layers=2)
+    refused(folder, words=("does not use 9 of its weights", "model.layers.2.input_layernorm.weight", "..."))
+
+
+def test_what_a_model_computes_from_its_configuration_is_no_unused_weight(tmp_path: Path) -> None:
+    """Older versions of transformers saved masks and rotations beside the weights, and the hub is full of them."""
+    import torch
+
+    from edgelm.export.source.loading import find_source, load_module
+
+    from .model_zoo import tiny_model
+
+    computed = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().to(torch.uint8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        "transformer.h.1.attn.rotary_emb.inv_freq": torch.ones(3),
+    }
+    tiny_model("gptj").save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.update(computed))
+    load_module(find_source(str(tmp_path), None))
+
+
+def test_a_weight_that_is_only_shaped_like_a_mask_is_refused(refused: Refused, model: Path) -> None:
+    import torch
+
+    name = "model.layers.0.self_attn.bias"
+    change_weights(model, lambda weights: weights.update({name: torch.full((1, 1, 8, 8), 0.5)}))
+    refused(model, words=("does not use 1 of its weights", name))
+
+
 def test_no_tokenizer(refused: Refused, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()

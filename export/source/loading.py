@@ -21,6 +21,7 @@ from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
 from .gguf_file import model_name
+from .unused_weights import check_unused
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,9 @@ def load_module(folder: Path) -> PreTrainedModel:
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
-    return _checked(folder, loaded[0], loaded[1])
+    module = _checked(folder, loaded[0], loaded[1])
+    check_unused(folder, module, loaded[1]["unexpected_keys"])
+    return module
 
 
 def _load_gguf(file: Path) -> PreTrainedModel:
