@@ -320,6 +320,103 @@ def test_a_weight_that_is_only_shaped_like_a_mask_is_refused(refused: Refused, m
     refused(model, words=("does not use 1 of its weights", name))
 
 
+def quantize_to_fp8(folder: Path, block: int) -> None:
+    """Store the matrices of a model's layers as FP8 with one scale for each block, as released models are."""
+    import torch
+
+    def quantize(weights: dict[str, Any]) -> None:
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].reshape(rows // block, block, columns // block, block)
+            scales = blocks.abs().amax((1, 3)) / 448
+            values = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+            weights.update({name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales})
+
+    change_weights(folder, quantize)
+    settings = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    change_config(folder, quantization_config={**settings, "weight_block_size": [block, block]})
+
+
+def test_fp8_weights_with_scales_of_blocks_are_widened(here: Path, model: Path) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.runtime import load
+
+    quantize_to_fp8(model, 32)
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = load_file(model / "model.safetensors")
+    blocks = stored[name].float().reshape(2, 32, 3, 32) * stored[f"{name}_scale_inv"][:, None, :, None]
+    widened = load_module(find_source(str(model), None))
+    assert torch.equal(widened.get_parameter(name), blocks.reshape(64, 96))
+
+    assert main(["export", str(model), "--scheme", "fp32", "--out", "bundle"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt = list(b"Once upon a time")
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+    with load("bundle", response_cache=False, prefix_cache=False) as engine:
+        assert list(engine.generate(token_ids=prompt, max_tokens=16).token_ids) == expected.tolist()
+
+
+def test_fp8_weights_whose_scales_would_be_left_out(refused: Refused, model: Path) -> None:
+    quantize_to_fp8(model, 32)
+    change_config(model, quantization_config=None)
+    refused(model, words=("does not use 14 of its weights", "_scale_inv", "add its quantization_config"))
+
+
+def test_fp8_blocks_that_do_not_fit_a_matrix(refused: Refused, model: Path) -> None:
+    """64 rows are one block of 48 and a rest of 16: transformers would cut them into two halves."""
+    quantize_to_fp8(model, 32)
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    change_config(model, quantization_config={**settings, "weight_block_size": [48, 32]})
+    refused(model, words=("is no whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_block_size": None}, {"weight_block_size": [0]}, {"fmt": "e5m2"}, {"activation_scheme": "static"}],
+)
+def test_fp8_weights_in_another_form(refused: Refused, model: Path, change: dict[str, Any]) -> None:
+    quantize_to_fp8(model, 32)
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    change_config(model, quantization_config={**settings, **change})
+    refused(model, words=("FP8 weights in another form", next(iter(change)), "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"quantization_config": {"quant_method": "of-tomorrow"}}, "of-tomorrow"),
+        ({"quantization_config": {"bits": 4, "group_size": 64}}, "bits, group_size"),
+        ({"text_config": {"quantization_config": {"quant_method": "torchao"}}}, "torchao"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "MLX"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
+    ],
+)
+def test_weights_that_are_quantized_already(
+    refused: Refused, model: Path, changes: dict[str, Any], method: str
+) -> None:
+    change_config(model, **changes)
+    refused(model, words=("spoiled", "quantized already", method, "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")],
+)
+def test_weights_that_a_file_beside_them_calls_quantized(refused: Refused, model: Path, name: str, method: str) -> None:
+    (model / name).write_text('{"bits": 4}', encoding="utf-8")
+    refused(model, words=("spoiled", "quantized already", method, "export the model that it was made from"))
+
+
 def test_no_tokenizer(refused: Refused, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()

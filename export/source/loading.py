@@ -21,6 +21,7 @@ from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
 from .gguf_file import model_name
+from .quantized import check_quantization, widening
 from .unused_weights import check_unused
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ def find_source(model: str, revision: str | None) -> Path:
                 "owner/name, or builtin:tales"
             )
         folder = _download(model, revision)
-    check_architecture(folder / _CONFIG_NAME, read_config(folder))
+    config = read_config(folder)
+    check_architecture(folder / _CONFIG_NAME, config)
     _check_weights(folder)
+    check_quantization(folder, config)
     return folder
 
 
@@ -115,6 +118,7 @@ def load_module(folder: Path) -> PreTrainedModel:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are looked for below, where their names can be told
             output_loading_info=True,
+            **widening(read_config(folder)),
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
