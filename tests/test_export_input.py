@@ -490,6 +490,7 @@ def test_a_weight_that_is_not_a_number_in_one_of_several_files(refused: Refused,
 def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is wrong with it, but its answers end nowhere, so it is said."""
     change_config(model, eos_token_id=None)
+    change_tokenizer(model, eos_token=None)
     (model / "generation_config.json").unlink()
     assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
     assert Bundle.open(Path("bundle")).manifest.tokens.eos == ()
@@ -497,6 +498,40 @@ def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.Lo
     assert record.levelname == "WARNING"
     assert "eos_token_id" in record.getMessage()
     assert str(model) in record.getMessage()
+
+
+def change_tokenizer(model: Path, **changes: Any) -> None:
+    """Set keys of a model's tokenizer_config.json; None removes a key."""
+    path = model / "tokenizer_config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+
+
+def test_an_answer_ends_at_the_tokenizers_own_end_too(
+    here: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In chat models it is the end of a turn, and the generation configuration may name the end of a text alone."""
+    (model / "generation_config.json").write_text('{"eos_token_id": 65}', encoding="utf-8")
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    said = "answers end at the tokenizer's end token '<end>' too, where the generation configuration names"
+    assert said in capsys.readouterr().out
+    manifest = Bundle.open(Path("bundle")).manifest
+    assert manifest.tokens.eos == (65, 256)
+    (note,) = manifest.notes
+    assert note.startswith(said)
+    assert json.loads(Path("bundle/report.json").read_text(encoding="utf-8"))["notes"] == [note]
+    assert f"Note: {said[:20]}" in Path("bundle/report.html").read_text(encoding="utf-8")
+    assert main(["inspect", "bundle"]) == 0
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [None, "<end>"])
+def test_nothing_is_said_of_an_end_that_is_known_or_missing(model: Path, name: str | None) -> None:
+    from edgelm.export.source.loading import describe_source, load_module
+
+    change_tokenizer(model, eos_token=name)
+    source = describe_source("tiny", model, load_module(model))
+    assert (source.tokens.eos, source.notes) == ((256,), ())
 
 
 def test_an_unknown_target(refused: Refused, tiny_model: Path) -> None:

@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(console: Console, result: ExportResult) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     report = result.report
@@ -79,4 +80,6 @@ def _print_table(console: Console, result: ExportResult) -> None:
     console.print(table)
     for sentence in report["not_run"]:
         console.print(f"[yellow]not run[/] {sentence}", soft_wrap=True)
+    for sentence in report["notes"]:
+        console.print("[yellow]note[/]", escape(sentence), soft_wrap=True)
     console.print(f'Wrote {result.path}. Try:  edgelm run {result.path} "Once upon a time"', soft_wrap=True)

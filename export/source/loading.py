@@ -41,7 +41,8 @@ _logger = logging.getLogger(__name__)
 class SourceModel:
     """What an export needs to know of a model beside its weights: they come and go by themselves.
 
-    compression: the steps that it went through, with settings, choices and figures; none for most models.
+    compression: the steps that it went through, with settings, choices and figures; none for most models; notes: what
+    the bundle does otherwise than the model's files say, in sentences.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class SourceModel:
     vocab_size: int
     parameters: int
     compression: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
 
 
 def find_source(model: str, revision: str | None) -> Path:
@@ -171,15 +173,17 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
     record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
     _check_vocabulary(folder, vocab_size, tokenizer)
+    tokens, notes = _tokens(folder, module, tokenizer)
     return SourceModel(
         tokenizer=tokenizer,
         source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
-        tokens=_tokens(folder, module),
+        tokens=tokens,
         name=record.name if record else short_name(model),
         context_length=_context_length(module),
         vocab_size=vocab_size,
         parameters=module.num_parameters(),
         compression=record.steps if record else (),
+        notes=notes,
     )
 
 
@@ -322,16 +326,41 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _tokens(folder: Path, module: PreTrainedModel) -> Tokens:
+def _tokens(
+    folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokens, tuple[str, ...]]:
+    """Special tokens, and what is to be said of them.
+
+    An answer ends at the tokens of the generation configuration, and at the tokenizer's own end, which is the end of a
+    turn in models that were trained to chat. Their authors often change one of the two only.
+    """
     config = module.config.to_dict() if folder.is_file() else read_config(folder)
     generation = module.generation_config
     eos = generation.eos_token_id if generation is not None else None
     if eos is None:
         eos = config.get("eos_token_id")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    own = _own_end(tokenizer, int(module.config.get_text_config().vocab_size))
+    notes = []
+    if own is not None and own not in ends:
+        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends) or "no token"
+        notes.append(
+            f"answers end at the tokenizer's end token {tokenizer.eos_token!r} too, where the generation configuration "
+            f"names {known}"
+        )
+        ends = (*ends, own)
     if not ends:
         _logger.warning("%s names no eos_token_id, so answers end at the limit of tokens only", folder)
-    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
+    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id")), tuple(notes)
+
+
+def _own_end(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
+    """The id of the tokenizer's end token; None where it has none, or one that is no token of the model: tokenizers
+    give the id of the unknown token for a name that their vocabulary does not hold."""
+    found: Any = tokenizer.eos_token_id
+    if found is None or found >= vocab_size or tokenizer.convert_ids_to_tokens(found) != tokenizer.eos_token:
+        return None
+    return int(found)
 
 
 def _context_length(module: PreTrainedModel) -> int:
