@@ -22,6 +22,7 @@ from . import gguf as gguf_source
 from .architecture import check_architecture
 from .gguf_file import model_name
 from .quantized import check_quantization, widening
+from .rotation import rotation_name, steady_length
 from .unused_weights import check_unused
 
 if TYPE_CHECKING:
@@ -174,12 +175,20 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
     vocab_size = int(module.config.get_text_config().vocab_size)
     _check_vocabulary(folder, vocab_size, tokenizer)
     tokens, notes = _tokens(folder, module, tokenizer)
+    given = _context_length(module)
+    context_length = steady_length(module, given)
+    if context_length < given:
+        notes = (
+            *notes,
+            f"the context ends at {context_length:,} of the model's {given:,} tokens: in longer texts its rotary "
+            f"embedding ({rotation_name(module)}) rotates every token otherwise, those in the cache too",
+        )
     return SourceModel(
         tokenizer=tokenizer,
         source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
         tokens=tokens,
         name=record.name if record else short_name(model),
-        context_length=_context_length(module),
+        context_length=context_length,
         vocab_size=vocab_size,
         parameters=module.num_parameters(),
         compression=record.steps if record else (),
