@@ -534,6 +534,17 @@ def test_nothing_is_said_of_an_end_that_is_known_or_missing(model: Path, name: s
     assert (source.tokens.eos, source.notes) == ((256,), ())
 
 
+@pytest.mark.parametrize(
+    ("template", "said"), [(None, 'edgelm run bundle "Once upon a time"'), ("{{ messages }}", "edgelm chat bundle")]
+)
+def test_what_is_suggested_at_the_end(
+    here: Path, model: Path, template: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_tokenizer(model, chat_template=template)
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Wrote bundle. Try:  {said}"
+
+
 def test_an_unknown_target(refused: Refused, tiny_model: Path) -> None:
     refused(tiny_model, "--target", "x86_cpu", words=("unknown target 'x86_cpu'", "did you mean x86-cpu?"))
 
