@@ -445,6 +445,38 @@ def test_a_tokenizer_with_one_token_too_many_that_the_text_does_not_use(refused:
     refused(folder, words=(str(folder), "gives id 256", "0 to 255", "give the tokenizer that belongs to the model"))
 
 
+def test_a_token_for_padding_that_the_model_has_no_row_for(
+    here: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was added for a training. transformers answers all prompts that do not hold it."""
+    import transformers
+
+    from edgelm.runtime import load
+    from edgelm.runtime.errors import PromptError
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id == 257
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    assert "prompts that hold '[PAD]' are refused" in capsys.readouterr().out
+    with load("bundle", response_cache=False, prefix_cache=False) as engine:
+        assert engine.generate("Once [PAT]", max_tokens=2).token_ids
+        assert set(engine.generate("Once", regex="[ab]{3}").text) <= {"a", "b"}
+        with pytest.raises(PromptError, match=r"holds '\[PAD\]', a token for which the model has no row"):
+            engine.generate("Once [PAD]", max_tokens=2)
+
+
+def test_a_token_without_a_row_that_the_template_writes(refused: Refused, model: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    refused(model, words=("gives id 257", "0 to 256", "give the tokenizer that belongs to the model"))
+
+
 def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_path: Path) -> None:
     """Rows are often padded to a round number; nothing is wrong with that."""
     folder = tmp_path / "padded"

@@ -173,8 +173,9 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
     tokenizer = _load_tokenizer(folder)
     record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
-    _check_vocabulary(folder, vocab_size, tokenizer)
+    spare = _check_vocabulary(folder, vocab_size, tokenizer)
     tokens, notes = _tokens(folder, module, tokenizer)
+    notes = (*spare, *notes)
     given = _context_length(module)
     context_length = steady_length(module, given)
     if context_length < given:
@@ -309,14 +310,24 @@ def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fewer tokens than the model has rows are common, as rows are padded. More would be looked for where none are."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
+def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Fewer tokens than the model has rows are common, as rows are padded. So is a token for padding that was added
+    for a training and has no row: it is of no use in a prompt. Any other would be looked for where none are.
+
+    Returns: what is to be said. Raises: SourceError.
+    """
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
+    needed = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    template = str(tokenizer.chat_template or "")
+    spare = [token for token in tokenizer.get_added_vocab() if token not in needed and token not in template]
+    wrong = [index for token, index in beyond.items() if token not in spare]
+    if wrong:
         raise SourceError(
-            f"{folder}: the tokenizer gives id {highest}, the model has ids 0 to {vocab_size - 1} only: "
+            f"{folder}: the tokenizer gives id {max(wrong)}, the model has ids 0 to {vocab_size - 1} only: "
             "give the tokenizer that belongs to the model"
         )
+    named = ", ".join(map(repr, sorted(beyond)))
+    return (f"prompts that hold {named} are refused: the model has no row for what was added behind",) if beyond else ()
 
 
 def _tokenizer_advice(folder: Path) -> str:
