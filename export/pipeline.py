@@ -146,6 +146,7 @@ def _write(context: Context, report: dict[str, Any]) -> None:
             # It is installed as onnxruntime or as onnxruntime-gpu.
             "onnxruntime": str(load_onnxruntime().__version__),
         },
+        notes=source.notes,
     )
     (context.result / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -173,5 +174,6 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             without_genai=context.without_genai,
             compression=context.source.compression,
             not_run=context.not_run,
+            notes=context.source.notes,
         )
     )

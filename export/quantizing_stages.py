@@ -16,7 +16,7 @@ from ..runtime.evaluation.speed import measure_speed
 from ..runtime.sessions import providers
 from ..runtime.sessions.protocol import Session
 from ..runtime.text.tokenizer import Tokenizer
-from .gate.arithmetic import Arithmetic, choose_activations, wide_everywhere
+from .gate.arithmetic import WINDOW_TOKENS, Arithmetic, choose_activations, wide_everywhere
 from .gate.cache_judge import calibrate_cache
 from .gate.cache_prompts import cache_prompts
 from .gate.quality import QuantizedAgreement
@@ -93,7 +93,8 @@ def choose_arithmetic(context: Context) -> None:
         return
     probe = partial(_arithmetic_probe, context, frozenset(matrices))
     budget = context.profile.gate.activations_kl
-    context.arithmetic = choose_activations(matrices, probe, context.calibrating_ids, budget)
+    tokens = min(WINDOW_TOKENS, context.source.context_length)
+    context.arithmetic = choose_activations(matrices, probe, context.calibrating_ids, budget, tokens)
 
 
 def _attempts(context: Context) -> list[Attempt]:

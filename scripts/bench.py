@@ -159,6 +159,7 @@ def _command(bundle: Path, threads: int) -> dict[str, float]:
         "run",
         str(bundle),
         "the quick brown fox",
+        "--raw",
         "--max-tokens",
         "8",
     ]

@@ -305,12 +305,31 @@ def test_requests_that_cannot_be_met_are_one_line(
 def test_chat_and_system_go_through_the_bundles_template(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     bundle = with_template(tiny_bundle, tmp_path, "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
     for arguments, prompt in (
+        ([], "user:hello;"),
+        (["--raw"], "hello"),
         (["--chat"], "user:hello;"),
         (["--system", "be brief"], "system:be brief;user:hello;"),
         (["--system", "", "--chat"], "system:;user:hello;"),
     ):
         assert call("run", bundle, "hello", "--max-tokens", "6", *arguments) == 0
         assert capsys.readouterr().out == answer(tiny_bundle, prompt, 6) + "\n"
+
+
+def test_lines_of_a_file_go_through_the_bundles_template(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    bundle = with_template(tiny_bundle, tmp_path, "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    (tmp_path / "lines").write_text("hello\n", encoding="utf-8")
+    for arguments, prompt in (([], "user:hello;"), (["--raw"], "hello")):
+        assert call("run", bundle, "--prompts", tmp_path / "lines", "--max-tokens", "6", *arguments) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == answer(tiny_bundle, prompt, 6)
+
+
+def test_an_empty_prompt_is_no_message(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert "empty" in refused(capsys, "run", with_template(tiny_bundle, tmp_path, "asked"), "")
+
+
+@pytest.mark.parametrize("other", [["--chat"], ["--system", "be brief"]])
+def test_raw_stands_against_what_needs_a_template(tiny_bundle: Path, other: list[str], capsys: Captured) -> None:
+    assert "give one of them" in refused(capsys, "run", tiny_bundle, "hello", "--raw", *other)
 
 
 def test_a_template_that_refuses_is_one_line(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -268,6 +268,155 @@ def test_a_weight_of_another_shape(refused: Refused, model: Path) -> None:
     refused(model, words=("spoiled", name))
 
 
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"], "attention_bias or mlp_bias"),
+        (["model.layers.0.mlp.up_proj.weight_scale_inv"], "add its quantization_config"),
+        (["model.layers.2.mlp.up_proj.weight"], "correct config.json"),
+        (["model.layers.0.self_attn.q_proj.lora_A.weight"], "merge it into the model"),
+        (["v_head.summary.weight"], "correct config.json"),
+    ],
+)
+def test_weights_that_the_model_does_not_use(refused: Refused, model: Path, names: list[str], advice: str) -> None:
+    """torch leaves them out too, so that no comparison with it can tell."""
+    import torch
+
+    change_weights(model, lambda weights: weights.update({name: torch.ones(96) for name in names}))
+    refused(model, words=("spoiled", f"does not use {len(names)} of its weights", *names, advice))
+
+
+def test_many_weights_that_the_model_does_not_use_are_counted(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    tiny_llama(num_hidden_layers=3).save_pretrained(folder)
+    byte_tokenizer(folder)
+    change_config(folder, num_hidden_layers=2)
+    refused(folder, words=("does not use 9 of its weights", "model.layers.2.input_layernorm.weight", "..."))
+
+
+def test_what_a_model_computes_from_its_configuration_is_no_unused_weight(tmp_path: Path) -> None:
+    """Older versions of transformers saved masks and rotations beside the weights, and the hub is full of them."""
+    import torch
+
+    from edgelm.export.source.loading import find_source, load_module
+
+    from .model_zoo import tiny_model
+
+    computed = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().to(torch.uint8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        "transformer.h.1.attn.rotary_emb.inv_freq": torch.ones(3),
+    }
+    tiny_model("gptj").save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.update(computed))
+    load_module(find_source(str(tmp_path), None))
+
+
+def test_a_weight_that_is_only_shaped_like_a_mask_is_refused(refused: Refused, model: Path) -> None:
+    import torch
+
+    name = "model.layers.0.self_attn.bias"
+    change_weights(model, lambda weights: weights.update({name: torch.full((1, 1, 8, 8), 0.5)}))
+    refused(model, words=("does not use 1 of its weights", name))
+
+
+def quantize_to_fp8(folder: Path, block: int) -> None:
+    """Store the matrices of a model's layers as FP8 with one scale for each block, as released models are."""
+    import torch
+
+    def quantize(weights: dict[str, Any]) -> None:
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].reshape(rows // block, block, columns // block, block)
+            scales = blocks.abs().amax((1, 3)) / 448
+            values = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+            weights.update({name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales})
+
+    change_weights(folder, quantize)
+    settings = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    change_config(folder, quantization_config={**settings, "weight_block_size": [block, block]})
+
+
+def test_fp8_weights_with_scales_of_blocks_are_widened(here: Path, model: Path) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.runtime import load
+
+    quantize_to_fp8(model, 32)
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = load_file(model / "model.safetensors")
+    blocks = stored[name].float().reshape(2, 32, 3, 32) * stored[f"{name}_scale_inv"][:, None, :, None]
+    widened = load_module(find_source(str(model), None))
+    assert torch.equal(widened.get_parameter(name), blocks.reshape(64, 96))
+
+    assert main(["export", str(model), "--scheme", "fp32", "--out", "bundle"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt = list(b"Once upon a time")
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+    with load("bundle", response_cache=False, prefix_cache=False) as engine:
+        assert list(engine.generate(token_ids=prompt, max_tokens=16).token_ids) == expected.tolist()
+
+
+def test_fp8_weights_whose_scales_would_be_left_out(refused: Refused, model: Path) -> None:
+    quantize_to_fp8(model, 32)
+    change_config(model, quantization_config=None)
+    refused(model, words=("does not use 14 of its weights", "_scale_inv", "add its quantization_config"))
+
+
+def test_fp8_blocks_that_do_not_fit_a_matrix(refused: Refused, model: Path) -> None:
+    """64 rows are one block of 48 and a rest of 16: transformers would cut them into two halves."""
+    quantize_to_fp8(model, 32)
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    change_config(model, quantization_config={**settings, "weight_block_size": [48, 32]})
+    refused(model, words=("is no whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_block_size": None}, {"weight_block_size": [0]}, {"fmt": "e5m2"}, {"activation_scheme": "static"}],
+)
+def test_fp8_weights_in_another_form(refused: Refused, model: Path, change: dict[str, Any]) -> None:
+    quantize_to_fp8(model, 32)
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    change_config(model, quantization_config={**settings, **change})
+    refused(model, words=("FP8 weights in another form", next(iter(change)), "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"quantization_config": {"quant_method": "of-tomorrow"}}, "of-tomorrow"),
+        ({"quantization_config": {"bits": 4, "group_size": 64}}, "bits, group_size"),
+        ({"text_config": {"quantization_config": {"quant_method": "torchao"}}}, "torchao"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "MLX"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
+    ],
+)
+def test_weights_that_are_quantized_already(
+    refused: Refused, model: Path, changes: dict[str, Any], method: str
+) -> None:
+    change_config(model, **changes)
+    refused(model, words=("spoiled", "quantized already", method, "export the model that it was made from"))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")],
+)
+def test_weights_that_a_file_beside_them_calls_quantized(refused: Refused, model: Path, name: str, method: str) -> None:
+    (model / name).write_text('{"bits": 4}', encoding="utf-8")
+    refused(model, words=("spoiled", "quantized already", method, "export the model that it was made from"))
+
+
 def test_no_tokenizer(refused: Refused, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
@@ -294,6 +443,38 @@ def test_a_tokenizer_with_one_token_too_many_that_the_text_does_not_use(refused:
     tiny_llama(vocab_size=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
     byte_tokenizer(folder)
     refused(folder, words=(str(folder), "gives id 256", "0 to 255", "give the tokenizer that belongs to the model"))
+
+
+def test_a_token_for_padding_that_the_model_has_no_row_for(
+    here: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was added for a training. transformers answers all prompts that do not hold it."""
+    import transformers
+
+    from edgelm.runtime import load
+    from edgelm.runtime.errors import PromptError
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id == 257
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    assert "prompts that hold '[PAD]' are refused" in capsys.readouterr().out
+    with load("bundle", response_cache=False, prefix_cache=False) as engine:
+        assert engine.generate("Once [PAT]", max_tokens=2).token_ids
+        assert set(engine.generate("Once", regex="[ab]{3}").text) <= {"a", "b"}
+        with pytest.raises(PromptError, match=r"holds '\[PAD\]', a token for which the model has no row"):
+            engine.generate("Once [PAD]", max_tokens=2)
+
+
+def test_a_token_without_a_row_that_the_template_writes(refused: Refused, model: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    refused(model, words=("gives id 257", "0 to 256", "give the tokenizer that belongs to the model"))
 
 
 def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_path: Path) -> None:
@@ -341,6 +522,7 @@ def test_a_weight_that_is_not_a_number_in_one_of_several_files(refused: Refused,
 def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is wrong with it, but its answers end nowhere, so it is said."""
     change_config(model, eos_token_id=None)
+    change_tokenizer(model, eos_token=None)
     (model / "generation_config.json").unlink()
     assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
     assert Bundle.open(Path("bundle")).manifest.tokens.eos == ()
@@ -348,6 +530,51 @@ def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.Lo
     assert record.levelname == "WARNING"
     assert "eos_token_id" in record.getMessage()
     assert str(model) in record.getMessage()
+
+
+def change_tokenizer(model: Path, **changes: Any) -> None:
+    """Set keys of a model's tokenizer_config.json; None removes a key."""
+    path = model / "tokenizer_config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+
+
+def test_an_answer_ends_at_the_tokenizers_own_end_too(
+    here: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In chat models it is the end of a turn, and the generation configuration may name the end of a text alone."""
+    (model / "generation_config.json").write_text('{"eos_token_id": 65}', encoding="utf-8")
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    said = "answers end at the tokenizer's end token '<end>' too, where the generation configuration names"
+    assert said in capsys.readouterr().out
+    manifest = Bundle.open(Path("bundle")).manifest
+    assert manifest.tokens.eos == (65, 256)
+    (note,) = manifest.notes
+    assert note.startswith(said)
+    assert json.loads(Path("bundle/report.json").read_text(encoding="utf-8"))["notes"] == [note]
+    assert f"Note: {said[:20]}" in Path("bundle/report.html").read_text(encoding="utf-8")
+    assert main(["inspect", "bundle"]) == 0
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [None, "<end>"])
+def test_nothing_is_said_of_an_end_that_is_known_or_missing(model: Path, name: str | None) -> None:
+    from edgelm.export.source.loading import describe_source, load_module
+
+    change_tokenizer(model, eos_token=name)
+    source = describe_source("tiny", model, load_module(model))
+    assert (source.tokens.eos, source.notes) == ((256,), ())
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [(None, 'edgelm run bundle "Once upon a time"'), ("{{ messages }}", "edgelm chat bundle")]
+)
+def test_what_is_suggested_at_the_end(
+    here: Path, model: Path, template: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_tokenizer(model, chat_template=template)
+    assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Wrote bundle. Try:  {said}"
 
 
 def test_an_unknown_target(refused: Refused, tiny_model: Path) -> None:

@@ -213,6 +213,17 @@ def test_settings_of_generation_stand_above_those_of_the_model(tmp_path: Path) -
     assert open_folder(folder)[0].manifest.tokens.eos == (256,)
 
 
+def test_an_answer_ends_at_the_tokenizers_own_end_too(tmp_path: Path) -> None:
+    """Chat models often name the end of a text for generation, and the end of a turn in the tokenizer alone."""
+    folder = lay_out(tmp_path / "model", model="model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    assert open_folder(folder)[0].manifest.tokens.eos == (7, 256)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "eos_token": "<nowhere>"}), encoding="utf-8")
+    assert open_folder(folder)[0].manifest.tokens.eos == (7,)
+
+
 def test_the_digest_is_that_of_what_makes_the_answers(tmp_path: Path) -> None:
     """So an answer never comes from another model's cache, even if size and time of the file are the same."""
     folder = external(tmp_path / "model")

@@ -159,7 +159,7 @@ PASSES = [
     RotateInAttention(16),
     DropReshapes(),
     PackAttentionInputs(),
-    LowerPositions(),
+    LowerPositions(64),
     MergeLinears(),
     QuantizeLinears("int8-rowwise", 127),
     QuantizeLinears("int8-tensor", 127),
@@ -644,11 +644,11 @@ def rotary_feeds(size: int = 16) -> dict[str, Array]:
 def rotated_pair(model: ir.Model, feeds: Mapping[str, Array]) -> None:
     """Rotate in attention, and compare with the graph as it was. Positions must be lowered for onnxruntime."""
     plain = model.clone()
-    LowerPositions()(plain)
+    LowerPositions(64)(plain)
     before = compute(plain, feeds)
     assert RotateInAttention(64)(model).modified
     assert unchanged(RotateInAttention(64), model)
-    LowerPositions()(model)
+    LowerPositions(64)(model)
     assert_close(compute(model, feeds), before)
 
 
@@ -771,21 +771,29 @@ def test_positions_of_rows_of_unlike_lengths() -> None:
     signature = "int64[batch,new] input_ids, int64[batch,total] mask -> int64[batch,new] y"
     model = graph(signature, "p = edgelm.Positions(input_ids, mask) y = Identity(p)", domains=["edgelm"])
     with pytest.raises(ir.passes.PostconditionError, match="Positions"):
-        LowerPositions().ensures(model)
-    assert LowerPositions()(model).modified
+        LowerPositions(64).ensures(model)
+    assert LowerPositions(64)(model).modified
     assert "edgelm" not in model.graph.opset_imports
     # Three rows of 7, 5 and 3 tokens in all, of which 3 are new.
     mask = (np.arange(7) < np.array([[7], [5], [3]])).astype(np.int64)
     (got,) = compute(model, {"input_ids": np.zeros((3, 3), np.int64), "mask": mask})
     assert got.tolist() == [[4, 5, 6], [2, 3, 4], [0, 1, 2]]
-    assert unchanged(LowerPositions(), model)
+    assert unchanged(LowerPositions(64), model)
+
+
+def test_a_padding_row_behind_a_full_context_has_the_last_position() -> None:
+    signature = "int64[batch,new] input_ids, int64[batch,total] mask -> int64[batch,new] y"
+    model = graph(signature, "p = edgelm.Positions(input_ids, mask) y = Identity(p)", domains=["edgelm"])
+    assert LowerPositions(7)(model).modified
+    (got,) = compute(model, {"input_ids": np.zeros((1, 2), np.int64), "mask": np.ones((1, 8), np.int64)})
+    assert got.tolist() == [[6, 6]]
 
 
 def test_positions_that_several_read_are_all_lowered() -> None:
     signature = "int64[batch,new] input_ids, int64[batch,total] mask -> int64[batch,new] y"
     body = "p = edgelm.Positions(input_ids, mask) o = edgelm.Positions(input_ids, mask) a = Add(p, p) y = Add(a, o)"
     model = graph(signature, body, domains=["edgelm"])
-    assert LowerPositions()(model).modified
+    assert LowerPositions(64)(model).modified
     (got,) = compute(model, {"input_ids": np.zeros((1, 2), np.int64), "mask": np.ones((1, 5), np.int64)})
     assert got.tolist() == [[9, 12]]
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...runtime.bundle.folder import CHAT_TEMPLATE_NAME
 from ...targets.abilities import KV_TYPES, SCHEMES
 from ..config import ExportConfig
 from .progress import RichProgress, quiet_libraries, require_extra
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(console: Console, result: ExportResult) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     report = result.report
@@ -79,4 +81,13 @@ def _print_table(console: Console, result: ExportResult) -> None:
     console.print(table)
     for sentence in report["not_run"]:
         console.print(f"[yellow]not run[/] {sentence}", soft_wrap=True)
-    console.print(f'Wrote {result.path}. Try:  edgelm run {result.path} "Once upon a time"', soft_wrap=True)
+    for sentence in report["notes"]:
+        console.print("[yellow]note[/]", escape(sentence), soft_wrap=True)
+    console.print(f"Wrote {result.path}. Try:  {_suggestion(result.path)}", soft_wrap=True)
+
+
+def _suggestion(bundle: Path) -> str:
+    """What to type next: a model that was trained to chat is not asked to continue a story."""
+    if (bundle / CHAT_TEMPLATE_NAME).is_file():
+        return f"edgelm chat {bundle}"
+    return f'edgelm run {bundle} "Once upon a time"'

@@ -30,7 +30,7 @@ from ...runtime.sessions.protocol import Session
 _PARTS = 3
 _MOST_GROUPS = 24
 # Each window is fed as a whole; the answers at its later positions count, which have a context.
-_WINDOWS, _WINDOW_TOKENS, _JUDGED_TOKENS = 2, 256, 128
+_WINDOWS, WINDOW_TOKENS, _JUDGED_TOKENS = 2, 256, 128
 _LAYER = re.compile(r"\d+")
 
 # Opens a session on the quantized graph in which the matrices of these names have 8 bits, and all others 16.
@@ -83,14 +83,19 @@ def wide_everywhere(matrices: Mapping[str, int]) -> Arithmetic:
 
 
 def choose_activations(
-    matrices: Mapping[str, int], probe: Probe, texts: Sequence[Sequence[int]], budget: float
+    matrices: Mapping[str, int],
+    probe: Probe,
+    texts: Sequence[Sequence[int]],
+    budget: float,
+    window_tokens: int = WINDOW_TOKENS,
 ) -> Arithmetic:
     """Choose within a budget, in nats a token, that 8 bits may add to the loss.
 
-    matrices: multiply-adds of each, as `matrices_of` gives them; texts: token ids, of which none is judged on later.
+    matrices: multiply-adds of each, as `matrices_of` gives them; texts: token ids, of which none is judged on later;
+    window_tokens: so many of a text are run at once, which the context holds.
     Cost: a probe for each group, 24 at most, and some to confirm: each loads the weights and runs 512 tokens.
     """
-    windows = _windows(texts)
+    windows = _windows(texts, window_tokens)
     with probe(()) as session:
         expected = [_answers(session, window) for window in windows]
 
@@ -145,13 +150,13 @@ def _groups(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(str(name) for name in part) for part in found[:_MOST_GROUPS]]
 
 
-def _windows(texts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _windows(texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     """Windows out of different texts, from the middle of each."""
     step = max(1, len(texts) // _WINDOWS)
     found = []
     for text in list(texts)[::step][:_WINDOWS]:
-        begin = max(0, (len(text) - _WINDOW_TOKENS) // 2)
-        found.append(list(text[begin : begin + _WINDOW_TOKENS]))
+        begin = max(0, (len(text) - tokens) // 2)
+        found.append(list(text[begin : begin + tokens]))
     return found
 
 

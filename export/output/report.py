@@ -49,7 +49,7 @@ class Measurements:
     arithmetic: which activations have 8 and which 16 bits and what that cost and bought, None for a scheme without that
     choice; cache: None for a float32 cache; without_genai: why onnxruntime-genai cannot open the bundle, or None where
     it can; compression: the steps that the model went through, with their figures; not_run: in words, what could not be
-    tried on the machine of the export.
+    tried on the machine of the export; notes: what the bundle does otherwise than the source's files say.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Measurements:
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
     not_run: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def build_report(found: Measurements) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "genai": {"written": found.without_genai is None, "reason": found.without_genai},
         "compression": list(found.compression),
         "not_run": list(found.not_run),
+        "notes": list(found.notes),
         "stages": [dataclasses.asdict(record) for record in found.stages],
     }
 

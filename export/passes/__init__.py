@@ -48,7 +48,7 @@ def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
         RotateInAttention(context_length),
         DropReshapes(),
         PackAttentionInputs(),
-        LowerPositions(),
+        LowerPositions(context_length),
         MergeLinears(),
         KeepLastLogits(),
         FoldConstants(),

@@ -1,7 +1,8 @@
 """`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators.
 
 Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask has
-ones for all tokens of the row, cached and new; rows are filled from the left.
+ones for all tokens of the row, cached and new; rows are filled from the left. A padding row may stand behind the last
+token of a full context: it gets the last position there is, since a table of learned positions has no row for it.
 The numbers -(new tokens) to -1 are made by `Range`, which takes counts from the CPU and gives numbers on a GPU; any
 other operator there would wait for a copy of the count.
 """
@@ -20,10 +21,13 @@ POSITIONS_DOMAIN = "edgelm"
 class LowerPositions(GraphPass):
     """See the module."""
 
+    def __init__(self, context_length: int) -> None:
+        self._last = context_length - 1
+
     def apply(self, model: ir.Model) -> bool:
         modified = False
         for count, node in enumerate(nodes_of(model, POSITIONS, POSITIONS_DOMAIN)):
-            _lower(model, node, f"positions.{count}")
+            _lower(model, node, f"positions.{count}", self._last)
             modified = True
         model.graph.opset_imports.pop(POSITIONS_DOMAIN, None)
         return modified
@@ -33,7 +37,7 @@ class LowerPositions(GraphPass):
             raise ir.passes.PostconditionError("a Positions node is left")
 
 
-def _lower(model: ir.Model, node: ir.Node, prefix: str) -> None:
+def _lower(model: ir.Model, node: ir.Node, prefix: str, last: int) -> None:
     input_ids, mask = node.inputs
     zero = add_weight(model, "positions.zero", np.array(0, np.int64))
     one = add_weight(model, "positions.one", np.array(1, np.int64))
@@ -41,5 +45,6 @@ def _lower(model: ir.Model, node: ir.Node, prefix: str) -> None:
     op = Builder(model, node, prefix)
     new = op("Squeeze", op("Shape", input_ids, start=1, end=2))
     counts = op("ReduceSum", mask, axis, keepdims=1)
-    positions = op("Add", counts, op("Range", op("Neg", new), zero, one), like=node.outputs[0])
+    end = add_weight(model, "positions.last", np.array(last, np.int64))
+    positions = op("Min", op("Add", counts, op("Range", op("Neg", new), zero, one)), end, like=node.outputs[0])
     replace_value(node.outputs[0], positions)

@@ -35,7 +35,9 @@ class RotateInAttention(GraphPass):
     """See the module."""
 
     def __init__(self, context_length: int) -> None:
-        self._positions = context_length + 1  # a padding row may stand behind the last token
+        # A padding row may stand behind the last token. It gets the last position there is: some rotations are others
+        # for all positions as soon as one lies behind the context.
+        self._positions = np.minimum(np.arange(context_length + 1, dtype=np.int64), context_length - 1)
 
     def apply(self, model: ir.Model) -> bool:
         tables: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
@@ -159,8 +161,8 @@ def _flatten(model: ir.Model, attention: ir.Node, heads: ir.Value, flat: ir.Node
     return op("Reshape", op("Transpose", heads, perm=[0, 2, 1, 3]), flat.inputs[1], like=output)
 
 
-def _evaluate(model: ir.Model, value: ir.Value, positions: int) -> NDArray[np.float32] | None:
-    """Run the part of the graph that computes a value (1, positions, size) from the positions 0, 1, ...
+def _evaluate(model: ir.Model, value: ir.Value, positions: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """Run the part of the graph that computes a value (1, positions, size) from positions.
 
     None if the value depends on anything but positions and weights.
     """
@@ -173,7 +175,7 @@ def _evaluate(model: ir.Model, value: ir.Value, positions: int) -> NDArray[np.fl
         return None
     proto = ir.to_proto(_subgraph(model, source, value))
     session = load_onnxruntime().InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {"positions": np.arange(positions, dtype=np.int64)[None]})
+    (result,) = session.run(None, {"positions": positions[None]})
     return np.asarray(result[0], np.float32)
 
 

@@ -21,6 +21,9 @@ from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
 from .gguf_file import model_name
+from .quantized import check_quantization, widening
+from .rotation import rotation_name, steady_length
+from .unused_weights import check_unused
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +42,8 @@ _logger = logging.getLogger(__name__)
 class SourceModel:
     """What an export needs to know of a model beside its weights: they come and go by themselves.
 
-    compression: the steps that it went through, with settings, choices and figures; none for most models.
+    compression: the steps that it went through, with settings, choices and figures; none for most models; notes: what
+    the bundle does otherwise than the model's files say, in sentences.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +54,7 @@ class SourceModel:
     vocab_size: int
     parameters: int
     compression: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
 
 
 def find_source(model: str, revision: str | None) -> Path:
@@ -72,8 +77,10 @@ def find_source(model: str, revision: str | None) -> Path:
                 "owner/name, or builtin:tales"
             )
         folder = _download(model, revision)
-    check_architecture(folder / _CONFIG_NAME, read_config(folder))
+    config = read_config(folder)
+    check_architecture(folder / _CONFIG_NAME, config)
     _check_weights(folder)
+    check_quantization(folder, config)
     return folder
 
 
@@ -114,10 +121,13 @@ def load_module(folder: Path) -> PreTrainedModel:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are looked for below, where their names can be told
             output_loading_info=True,
+            **widening(read_config(folder)),
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
         raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
-    return _checked(folder, loaded[0], loaded[1])
+    module = _checked(folder, loaded[0], loaded[1])
+    check_unused(folder, module, loaded[1]["unexpected_keys"])
+    return module
 
 
 def _load_gguf(file: Path) -> PreTrainedModel:
@@ -163,16 +173,27 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
     tokenizer = _load_tokenizer(folder)
     record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
-    _check_vocabulary(folder, vocab_size, tokenizer)
+    spare = _check_vocabulary(folder, vocab_size, tokenizer)
+    tokens, notes = _tokens(folder, module, tokenizer)
+    notes = (*spare, *notes)
+    given = _context_length(module)
+    context_length = steady_length(module, given)
+    if context_length < given:
+        notes = (
+            *notes,
+            f"the context ends at {context_length:,} of the model's {given:,} tokens: in longer texts its rotary "
+            f"embedding ({rotation_name(module)}) rotates every token otherwise, those in the cache too",
+        )
     return SourceModel(
         tokenizer=tokenizer,
         source=record.source if record else Source(model, _commit(folder), type(module).__name__, _license(folder)),
-        tokens=_tokens(folder, module),
+        tokens=tokens,
         name=record.name if record else short_name(model),
-        context_length=_context_length(module),
+        context_length=context_length,
         vocab_size=vocab_size,
         parameters=module.num_parameters(),
         compression=record.steps if record else (),
+        notes=notes,
     )
 
 
@@ -289,14 +310,24 @@ def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fewer tokens than the model has rows are common, as rows are padded. More would be looked for where none are."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
+def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Fewer tokens than the model has rows are common, as rows are padded. So is a token for padding that was added
+    for a training and has no row: it is of no use in a prompt. Any other would be looked for where none are.
+
+    Returns: what is to be said. Raises: SourceError.
+    """
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
+    needed = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    template = str(tokenizer.chat_template or "")
+    spare = [token for token in tokenizer.get_added_vocab() if token not in needed and token not in template]
+    wrong = [index for token, index in beyond.items() if token not in spare]
+    if wrong:
         raise SourceError(
-            f"{folder}: the tokenizer gives id {highest}, the model has ids 0 to {vocab_size - 1} only: "
+            f"{folder}: the tokenizer gives id {max(wrong)}, the model has ids 0 to {vocab_size - 1} only: "
             "give the tokenizer that belongs to the model"
         )
+    named = ", ".join(map(repr, sorted(beyond)))
+    return (f"prompts that hold {named} are refused: the model has no row for what was added behind",) if beyond else ()
 
 
 def _tokenizer_advice(folder: Path) -> str:
@@ -315,16 +346,41 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _tokens(folder: Path, module: PreTrainedModel) -> Tokens:
+def _tokens(
+    folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokens, tuple[str, ...]]:
+    """Special tokens, and what is to be said of them.
+
+    An answer ends at the tokens of the generation configuration, and at the tokenizer's own end, which is the end of a
+    turn in models that were trained to chat. Their authors often change one of the two only.
+    """
     config = module.config.to_dict() if folder.is_file() else read_config(folder)
     generation = module.generation_config
     eos = generation.eos_token_id if generation is not None else None
     if eos is None:
         eos = config.get("eos_token_id")
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    own = _own_end(tokenizer, int(module.config.get_text_config().vocab_size))
+    notes = []
+    if own is not None and own not in ends:
+        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends) or "no token"
+        notes.append(
+            f"answers end at the tokenizer's end token {tokenizer.eos_token!r} too, where the generation configuration "
+            f"names {known}"
+        )
+        ends = (*ends, own)
     if not ends:
         _logger.warning("%s names no eos_token_id, so answers end at the limit of tokens only", folder)
-    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id"))
+    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id")), tuple(notes)
+
+
+def _own_end(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
+    """The id of the tokenizer's end token; None where it has none, or one that is no token of the model: tokenizers
+    give the id of the unknown token for a name that their vocabulary does not hold."""
+    found: Any = tokenizer.eos_token_id
+    if found is None or found >= vocab_size or tokenizer.convert_ids_to_tokens(found) != tokenizer.eos_token:
+        return None
+    return int(found)
 
 
 def _context_length(module: PreTrainedModel) -> int:

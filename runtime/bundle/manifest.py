@@ -146,7 +146,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field."""
+    """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field.
+
+    notes: what the bundle does otherwise than the source's files say, in sentences.
+    """
 
     schema_version: int
     name: str
@@ -159,6 +162,7 @@ class Manifest:
     quality: dict[str, Any]
     files: dict[str, FileEntry]
     versions: dict[str, str]
+    notes: tuple[str, ...] = field(default=(), metadata={_OPTIONAL: True})
 
     @property
     def digest(self) -> str:

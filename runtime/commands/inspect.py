@@ -152,7 +152,7 @@ def _show_manifest(bundle: Bundle) -> None:
         **_quality(manifest),
         **_made_with(manifest),
     }
-    for key, value in rows.items():
+    for key, value in [*rows.items(), *(("note", note) for note in manifest.notes)]:
         print(f"{key:14}{value}")
     for name, entry in manifest.files.items():
         print(f"  {entry.bytes:>14,}  {name}")

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rows", type=int, metavar="N", help=f"with --prompts: how many at once ({MAX_ROWS}); each takes memory"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="send the prompt as a user's message through the chat template"
+        "--raw", action="store_true", help="continue the prompt's text, also where the bundle has a chat template"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="refuse a bundle without a chat template, through which prompts go"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
@@ -68,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--logprobs belongs to --json: give both")
     if many and arguments.prompt is not None:
         raise PromptError("there is a prompt and a file of prompts: give one of them")
+    if arguments.raw and (arguments.chat or arguments.system is not None):
+        raise SettingsError("--raw leaves out the chat template, which --chat and --system need: give one of them")
     if arguments.max_rows is not None and not many:
         raise SettingsError("--max-rows belongs to --prompts: give both")
     text = _text(arguments.prompts) if many else _prompt(arguments.prompt)
@@ -82,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         if many:
             _answer_lines(engine, arguments, text, settings)
             return 0
-        request = {**_request(arguments, text), "settings": settings}
+        request = {**_request(engine, arguments, text), "settings": settings}
         if arguments.json:
             _print_json(engine.generate(**request))
         else:
@@ -96,7 +101,7 @@ def _answer_lines(engine: Engine, arguments: argparse.Namespace, text: str, sett
     """Answers in the order of the lines, each as soon as it and those before it are there."""
     # Only line ends part lines: other characters that Python takes for some may stand in a prompt.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    prompts = [next(iter(_request(arguments, line).values())) for line in lines]
+    prompts = [next(iter(_request(engine, arguments, line).values())) for line in lines]
     rows = MAX_ROWS if arguments.max_rows is None else arguments.max_rows
     parts: dict[int, list[Chunk]] = defaultdict(list)
     started, printed, tokens = time.perf_counter(), 0, 0
@@ -118,8 +123,10 @@ def _print_json(done: Completion) -> None:
     print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def _request(arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
-    if not arguments.chat and arguments.system is None:
+def _request(engine: Engine, arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
+    """A model that was trained to chat gets a user's message: it may end at once after a plain text."""
+    asked = arguments.chat or arguments.system is not None
+    if not asked and (arguments.raw or not engine.takes_messages or not prompt):
         return {"prompt": prompt}
     messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
     if arguments.system is not None:

@@ -65,7 +65,8 @@ class GrammarCompiler:
                 # The file's text, not its path: llguidance would look for a name that is no file on the network.
                 text = self._path.read_text(encoding="utf-8")
                 try:
-                    self._vocabulary = guidance.LLTokenizer(text, self._vocab_size, list(self._end_ids) or None)
+                    # Sized by the tokenizer: the model may have more rows, or lack one for an added token.
+                    self._vocabulary = guidance.LLTokenizer(text, None, list(self._end_ids) or None)
                 except ValueError as error:
                     raise SettingsError(f"llguidance cannot read the bundle's tokenizer: {error}") from error
             return self._vocabulary

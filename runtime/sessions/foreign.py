@@ -220,15 +220,27 @@ def _manifest(folder: Path, config: dict[str, Any], model: Model, files: dict[st
         compression=(),
         quantization=Quantization(UNKNOWN, ()),
         model=model,
-        tokens=_tokens(config, _read_json(folder / GENERATION_CONFIG_NAME) or {}),
+        tokens=_tokens(config, _read_json(folder / GENERATION_CONFIG_NAME) or {}, _own_end(folder, model.vocab_size)),
         quality={},
         files=files,
         versions={},
     )
 
 
-def _tokens(config: dict[str, Any], generation: dict[str, Any]) -> Tokens:
-    """As transformers takes them: from the generation's settings, else from the model's."""
+def _own_end(folder: Path, vocab_size: int) -> int | None:
+    """The id of the end token that tokenizer_config.json names: in models that were trained to chat, a turn's end."""
+    named = (_read_json(folder / TOKENIZER_CONFIG_NAME) or {}).get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    added = (_read_json(folder / TOKENIZER_NAME) or {}).get("added_tokens") if isinstance(text, str) else None
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and token.get("content") == text:
+            found = token.get("id")
+            return found if isinstance(found, int) and 0 <= found < vocab_size else None
+    return None
+
+
+def _tokens(config: dict[str, Any], generation: dict[str, Any], own_end: int | None) -> Tokens:
+    """As transformers takes them, from the generation's settings, else from the model's; own_end: of the tokenizer."""
     ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         listed = value if name == "eos_token_id" and isinstance(value, list) else [value]
@@ -237,9 +249,10 @@ def _tokens(config: dict[str, Any], generation: dict[str, Any]) -> Tokens:
                 f"{name} is {value!r:.80} in {GENERATION_CONFIG_NAME} or {CONFIG_NAME}: correct it"
             )
     eos = ids["eos_token_id"]
-    return Tokens(
-        ids["bos_token_id"], () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,), ids["pad_token_id"]
-    )
+    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if own_end is not None and own_end not in ends:
+        ends = (*ends, own_end)
+    return Tokens(ids["bos_token_id"], ends, ids["pad_token_id"])
 
 
 def _entries(folder: Path, graphs: Graphs) -> dict[str, FileEntry]:

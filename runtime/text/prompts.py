@@ -51,6 +51,11 @@ class PromptEncoder:
             ids = self._checked_ids(token_ids if token_ids is not None else ())
         if not ids:
             raise PromptError(f"the {given[0]} is empty: give at least one token to continue from")
+        if max(ids) >= self._model.vocab_size:
+            raise PromptError(
+                f"the {given[0]} holds {self._tokenizer.token(max(ids))!r}, a token for which the model has no row: "
+                "leave it out"
+            )
         return ids
 
     def check_length(self, token_ids: Sequence[int]) -> None:

@@ -40,6 +40,10 @@ class Tokenizer:
         """Number of tokens, added ones included. A model's vocabulary may be larger (padded)."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
 
