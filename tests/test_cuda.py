@@ -212,7 +212,7 @@ def test_a_device_session_computes_what_a_session_of_arrays_does(export_cuda: Ca
 def test_buffers_on_a_device_grow_without_losing_anything(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.kv_cache._FIRST_DEVICE_CAPACITY", 8)
     device, plain = sessions(export_cuda())
     for begin in range(0, 40, 5):
         got, expected = device.step(IDS[begin : begin + 5], 5), plain.step(IDS[begin : begin + 5], 5)
@@ -224,7 +224,7 @@ def test_steps_of_fixed_shape_choose_the_same_tokens(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """As they are captured on a GPU: the mask as long as the buffers, which grow on the way, and after a rewind."""
-    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.kv_cache._FIRST_DEVICE_CAPACITY", 8)
     device, plain = sessions(export_cuda(scheme), captures=True)
     for length in (6, 3):
         device.rewind(0)
@@ -274,7 +274,7 @@ def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[
 def test_a_device_takes_no_memory_for_a_guess(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.runtime.sessions.on_device._FIRST_CAPACITY", 8)
+    monkeypatch.setattr("edgelm.runtime.sessions.kv_cache._FIRST_DEVICE_CAPACITY", 8)
     device, _ = sessions(export_cuda())
     device.expect(24)
     device.step([1, 2, 3])

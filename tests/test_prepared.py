@@ -16,7 +16,7 @@ from edgelm.runtime import Bundle, load
 from edgelm.runtime.caches.kinds import PreparedKind
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import BundleCorruptError, CacheCorruptError
-from edgelm.runtime.sessions import loading as session
+from edgelm.runtime.sessions import in_place, 
 from edgelm.runtime.sessions import prepared
 from edgelm.runtime.sessions.loading import open_session
 
@@ -32,13 +32,13 @@ def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded_from(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the graphs that onnxruntime loads, in order."""
     found: list[Path] = []
-    original = session.load_graph
+    original = in_place.load_graph
 
     def spy(graph: Path, *arguments: object) -> object:
         found.append(graph.parent)
         return original(graph, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session, "load_graph", spy)
+    monkeypatch.setattr(in_place, "load_graph", spy)
     return found
 
 
