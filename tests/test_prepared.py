@@ -16,8 +16,7 @@ from edgelm.runtime import Bundle, load
 from edgelm.runtime.caches.kinds import PreparedKind
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import BundleCorruptError, CacheCorruptError
-from edgelm.runtime.sessions import in_place, 
-from edgelm.runtime.sessions import prepared
+from edgelm.runtime.sessions import in_place, prepared
 from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import TEXT
