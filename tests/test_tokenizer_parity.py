@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from edgelm.export.errors import SourceError
 from edgelm.export.output.package import write_tokenizer
-from edgelm.export.source.loading import _load_tokenizer
+from edgelm.export.source.tokenizer import load_tokenizer
 from edgelm.export.source.tokenizer_check import HARD_TEXTS, check_tokenizer
 from edgelm.runtime.text.chat import find_template
 from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
@@ -333,7 +333,7 @@ def test_a_missing_package_is_named_where_transformers_names_another(tmp_path: P
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}), encoding="utf-8")
     (source / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     with pytest.raises(SourceError, match="pip install sentencepiece"):
-        _load_tokenizer(source)
+        load_tokenizer(source)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ Only safetensors and GGUF are read and remote code is never run. The network is 
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
-import logging
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -20,9 +18,11 @@ from ..compress.folder import load_compressed, read_record
 from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
+from .config import CONFIG_NAME, one_line, read_config
 from .gguf_file import model_name
 from .quantized import check_quantization, widening
 from .rotation import rotation_name, steady_length
+from .tokenizer import check_vocabulary, load_tokenizer, special_tokens
 from .unused_weights import check_unused
 
 if TYPE_CHECKING:
@@ -30,12 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN_PREFIX = "builtin:"
-_CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,26 +76,10 @@ def find_source(model: str, revision: str | None) -> Path:
             )
         folder = _download(model, revision)
     config = read_config(folder)
-    check_architecture(folder / _CONFIG_NAME, config)
+    check_architecture(folder / CONFIG_NAME, config)
     _check_weights(folder)
     check_quantization(folder, config)
     return folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises: SourceError."""
-    path = folder / _CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(
-            f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"
-        ) from error
-    except ValueError as error:
-        raise SourceError(f"{path} is not valid JSON ({error}): download the model again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path} holds no JSON object: download the model again")
-    return config
 
 
 def load_module(folder: Path) -> PreTrainedModel:
@@ -124,7 +106,7 @@ def load_module(folder: Path) -> PreTrainedModel:
             **widening(read_config(folder)),
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
-        raise SourceError(f"{folder} cannot be loaded: {_words(error)}") from error
+        raise SourceError(f"{folder} cannot be loaded: {one_line(error)}") from error
     module = _checked(folder, loaded[0], loaded[1])
     check_unused(folder, module, loaded[1]["unexpected_keys"])
     return module
@@ -140,7 +122,7 @@ def _load_gguf(file: Path) -> PreTrainedModel:
             raise
         except Exception as error:  # transformers, gguf and torch each raise their own kinds for what they do not know
             raise SourceError(
-                f"{file} cannot be loaded: {_words(error)}: give the model's folder in Hugging Face's format"
+                f"{file} cannot be loaded: {one_line(error)}: give the model's folder in Hugging Face's format"
             ) from error
     return _checked(file, module, info)
 
@@ -163,18 +145,18 @@ def _load_compressed(folder: Path) -> PreTrainedModel:
     except SourceError:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a bad folder
-        raise SourceError(f"{folder} cannot be loaded: {_words(error)}: compress the model again") from error
+        raise SourceError(f"{folder} cannot be loaded: {one_line(error)}: compress the model again") from error
     _check_numbers(folder, module)
     return module
 
 
 def describe_source(model: str, folder: Path, module: PreTrainedModel) -> SourceModel:
     """Tokenizer and description of a loaded model; a compressed one goes by its source's name. Raises: SourceError."""
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
-    spare = _check_vocabulary(folder, vocab_size, tokenizer)
-    tokens, notes = _tokens(folder, module, tokenizer)
+    spare = check_vocabulary(folder, vocab_size, tokenizer)
+    tokens, notes = special_tokens(folder, module, tokenizer)
     notes = (*spare, *notes)
     given = _context_length(module)
     context_length = steady_length(module, given)
@@ -241,7 +223,7 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
-            f"{model} is no local folder and cannot be fetched from the hub ({_words(error)}): check the name, the "
+            f"{model} is no local folder and cannot be fetched from the hub ({one_line(error)}): check the name, the "
             "revision and the connection"
         ) from error
 
@@ -284,105 +266,6 @@ def _weight_file(folder: Path, name: str) -> Path:
     return folder / str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    import transformers
-
-    if folder.is_file():
-        return _load_gguf_tokenizer(folder)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
-        raise SourceError(
-            f"{folder} has no tokenizer that can be loaded ({_words(error)}): {_tokenizer_advice(folder)}"
-        ) from error
-    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
-        raise SourceError(f"{folder} has no tokenizer in the form of tokenizer.json: add that file to the folder")
-    return tokenizer
-
-
-def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    try:
-        return gguf_source.load_tokenizer(file)
-    except Exception as error:  # transformers and tokenizers each raise their own kinds for what they do not know
-        raise SourceError(
-            f"{file} has no tokenizer that can be loaded ({_words(error)}): give the model's folder in Hugging Face's "
-            "format"
-        ) from error
-
-
-def _check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Fewer tokens than the model has rows are common, as rows are padded. So is a token for padding that was added
-    for a training and has no row: it is of no use in a prompt. Any other would be looked for where none are.
-
-    Returns: what is to be said. Raises: SourceError.
-    """
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
-    needed = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
-    template = str(tokenizer.chat_template or "")
-    spare = [token for token in tokenizer.get_added_vocab() if token not in needed and token not in template]
-    wrong = [index for token, index in beyond.items() if token not in spare]
-    if wrong:
-        raise SourceError(
-            f"{folder}: the tokenizer gives id {max(wrong)}, the model has ids 0 to {vocab_size - 1} only: "
-            "give the tokenizer that belongs to the model"
-        )
-    named = ", ".join(map(repr, sorted(beyond)))
-    return (f"prompts that hold {named} are refused: the model has no row for what was added behind",) if beyond else ()
-
-
-def _tokenizer_advice(folder: Path) -> str:
-    """What is missing. transformers' own words name tiktoken wherever it cannot read a file of SentencePiece."""
-    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-    missing = [package for module, package in packages.items() if not _installed(module)]
-    if missing and any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
-        return f"pip install {' '.join(missing)} if it is of SentencePiece, or add its tokenizer.json"
-    return "add its tokenizer.json"
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around a submodule is missing
-        return False
-
-
-def _tokens(
-    folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokens, tuple[str, ...]]:
-    """Special tokens, and what is to be said of them.
-
-    An answer ends at the tokens of the generation configuration, and at the tokenizer's own end, which is the end of a
-    turn in models that were trained to chat. Their authors often change one of the two only.
-    """
-    config = module.config.to_dict() if folder.is_file() else read_config(folder)
-    generation = module.generation_config
-    eos = generation.eos_token_id if generation is not None else None
-    if eos is None:
-        eos = config.get("eos_token_id")
-    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    own = _own_end(tokenizer, int(module.config.get_text_config().vocab_size))
-    notes = []
-    if own is not None and own not in ends:
-        known = ", ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends) or "no token"
-        notes.append(
-            f"answers end at the tokenizer's end token {tokenizer.eos_token!r} too, where the generation configuration "
-            f"names {known}"
-        )
-        ends = (*ends, own)
-    if not ends:
-        _logger.warning("%s names no eos_token_id, so answers end at the limit of tokens only", folder)
-    return Tokens(config.get("bos_token_id"), ends, config.get("pad_token_id")), tuple(notes)
-
-
-def _own_end(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """The id of the tokenizer's end token; None where it has none, or one that is no token of the model: tokenizers
-    give the id of the unknown token for a name that their vocabulary does not hold."""
-    found: Any = tokenizer.eos_token_id
-    if found is None or found >= vocab_size or tokenizer.convert_ids_to_tokens(found) != tokenizer.eos_token:
-        return None
-    return int(found)
-
-
 def _context_length(module: PreTrainedModel) -> int:
     """The most positions of the model. One whose configuration names none has no positions to run out of (a recurrence,
     or attention that only looks at distances): it gets a length that no device reaches."""
@@ -408,7 +291,3 @@ def _license(folder: Path) -> str | None:
         return None
     found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return found.group(1) if found else None
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
