@@ -486,6 +486,12 @@ def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_pa
     assert Bundle.open(Path("bundle")).manifest.model.vocab_size == 320
 
 
+def test_a_pointer_of_git_lfs_in_place_of_weights(refused: Refused, model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 538090408\n"
+    (model / "model.safetensors").write_text(pointer, encoding="utf-8")
+    refused(model, words=("model.safetensors", "pointer of Git LFS", "git lfs pull"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_a_number(refused: Refused, model: Path, value: float) -> None:
     name = "model.layers.1.mlp.down_proj.weight"

@@ -33,6 +33,8 @@ BUILTIN_PREFIX = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 _UNLIMITED_CONTEXT = 1 << 20
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -229,7 +231,15 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise SourceError(
+                    f"{path} is a pointer of Git LFS, not the weights: run  git lfs pull  in the folder, or download the "
+                    "file itself"
+                )
+    if weights:
         return
     pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
     if pickled:
