@@ -236,8 +236,8 @@ def _check_weights(folder: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise SourceError(
-                    f"{path} is a pointer of Git LFS, not the weights: run  git lfs pull  in the folder, or download the "
-                    "file itself"
+                    f"{path} is a pointer of Git LFS, not the weights: run  git lfs pull  in its folder, or download "
+                    "the file itself"
                 )
     if weights:
         return
