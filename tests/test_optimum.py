@@ -14,6 +14,8 @@ import pytest
 
 from edgelm.runtime.bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 
+from .conftest import WIDE_TARGET
+
 
 @pytest.fixture(scope="module")
 def optimum_cli() -> list[str]:
@@ -32,7 +34,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_it_exports_as_edgelm_export_does(
     optimum_cli: list[str], tiny_model: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(tiny_model), "--target", "x86-cpu", "--out", "made", "--json"]
+    arguments = [str(tiny_model), "--target", WIDE_TARGET, "--out", "made", "--json"]
     done = run([*optimum_cli, "export", "edgelm", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     made, expected = Bundle.open(tmp_path / "made"), Bundle.open(tiny_bundle)
