@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..sessions.protocol import Session, best_piece, least_rows
 from .prompt_lookup import Lookup
+from .sampling import require_numbers
 
 
 class Chooser(Protocol):
@@ -27,7 +28,10 @@ class Greedy:
     """Chooses the most likely token, the lowest id among equals."""
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        return int(logits.argmax())
+        """Raises: SessionError for logits that are NaN or infinite."""
+        best = int(logits.argmax())
+        require_numbers(logits[best])
+        return best
 
 
 @runtime_checkable
