@@ -404,7 +404,8 @@ def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, dept
     largest = np.abs(exact).max(axis=-1, keepdims=True)
     # A value halfway between two steps of 16 bits, at the end of the low plane, is a whole one away.
     limit = 1.02 / 32512 if name.endswith(WIDE) else 0.501 / 127
-    assert (np.abs(got - exact) <= limit * largest + TINY).all()
+    # Shares below 2^-126 are 0, times the largest gate.
+    assert (np.abs(got - exact) <= limit * largest + TINY * 1e6).all()
     at = np.abs(exact).argmax(axis=-1)[:, None]
     # GELU of far below 0 has the error of an exponent there: some millionths of what is next to nothing.
     # A norm of a sum whose parts nearly cancel has the error of the parts.
@@ -737,9 +738,9 @@ def test_one_large_token_costs_the_others_nothing(shape: dict[str, Any]) -> None
         np.testing.assert_array_equal(left[:, :, others], right[:, :, others])
 
 
-@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf, 3e38, 0.0, 1e-42])
+@pytest.mark.parametrize("what", [1e38, 0.0, 1e-42])
 @pytest.mark.parametrize("shape", TOKEN_SHAPES[:2])
-def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
+def test_what_is_hardly_a_number_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 150)
     expected, _ = attention.run(session(attention.model, True), x, [150], 150)
@@ -748,8 +749,21 @@ def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[st
     for cuts in ([150], [140, 1, 9]):
         got, _ = attention.run(session(attention.model, True), x, cuts, 150)
         np.testing.assert_array_equal(got[:, :140], expected[:, :140])
-    if what in (0.0, 1e-42):
-        assert np.isfinite(got).all()
+        assert np.isfinite(got[:, 140:]).all()
+
+
+@pytest.mark.parametrize("what", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], TOKEN_SHAPES[1], SHAPES[-1]])
+def test_queries_keys_and_values_that_are_no_numbers_are_refused(shape: dict[str, Any], part: int, what: float) -> None:
+    """An INT8 cache could not keep them: later positions would attend to numbers."""
+    attention = Attention(**shape)
+    x = values(attention, 1, 60)
+    x[part][:, 50, 3] = what
+    for cuts in ([60], [50, 1]):
+        with pytest.raises(Exception, match="queries, keys or values are NaN or infinite"):
+            attention.run(session(attention.model, True), [rows[:, : sum(cuts)] for rows in x], cuts, 60)
+    attention.run(session(attention.model, True), [rows[:, :50] for rows in x], [50], 60)
 
 
 def test_rows_of_another_length_are_refused() -> None:

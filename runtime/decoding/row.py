@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .prompt_lookup import Lookup
+from .sampling import require_numbers
 
 
 class Chooser(Protocol):
@@ -23,7 +24,10 @@ class Greedy:
     """Chooses the most likely token, the lowest id among equals."""
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        return int(logits.argmax())
+        """Raises: SessionError for logits that are NaN or infinite."""
+        best = int(logits.argmax())
+        require_numbers(logits[best])
+        return best
 
 
 def never() -> bool:
