@@ -12,7 +12,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max(axis=1, keepdims=True)
     sums = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
     shifted -= np.log(sums).astype(np.float32)
-    return shifted
+    return np.asarray(shifted, np.float32)
 
 
 def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
