@@ -18,10 +18,9 @@ from ...runtime.decoding.decoder import Decoder
 from ...runtime.decoding.row import Greedy, Row
 from ...runtime.decoding.sequence import Sequencer
 from ...runtime.errors import EdgelmError, VerificationError
-from ...runtime.evaluation.divergence import log_softmax
+from ...runtime.evaluation.divergence import lead, log_softmax
 from ...runtime.sessions.protocol import Session
 from .judging import ANSWER_TOKENS, Judging
-from .verify import lead
 
 # Rows whose log probabilities are computed at once: some 6 MB of a vocabulary of 49,152, which stay in the processor.
 _BLOCK = 32
@@ -144,7 +143,7 @@ def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path)
             probabilities = np.lib.format.open_memmap(path, "w+", np.float16, shape)
         probabilities[done : done + len(logits)] = expected
         choices.append(logits.argmax(axis=1))
-        leads.append(lead(logits))
+        leads.append(lead(expected))
         losses.append(losses_of(expected, ids[begin + done + 1 : begin + done + 1 + len(logits)]))
         done += len(logits)
     return Passage(kind, ids, begin, path, np.concatenate(choices), np.concatenate(leads), np.concatenate(losses))
