@@ -18,6 +18,7 @@ from ..results import Stats
 from ..settings import GenerationSettings
 from ..text.conversation import Conversation
 from .folder import add_provider
+from .messages import add_chat_options, chat_options_of, value_of
 from .run import summary
 from .settings import add_settings, settings_of
 
@@ -35,12 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-prefix-cache", action="store_true", help="neither use nor keep what is computed beyond this conversation"
     )
+    add_chat_options(parser)
     add_settings(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the bundle, then ask and answer until the end of the input."""
-    settings = settings_of(arguments)
+    settings, options = settings_of(arguments), chat_options_of(arguments)
     if sys.stdin is None:
         raise PromptError("standard input is closed, so there is nobody to chat with: open it, or use  edgelm run")
     conversation = Conversation()
@@ -55,15 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
             raise TemplateError(
                 f"{arguments.bundle} has no chat template, so it cannot chat: continue a text with  edgelm run"
             )
-        _Chat(engine, conversation, settings).loop()
+        _Chat(engine, conversation, settings, options).loop()
     return 0
 
 
 class _Chat:
     """The loop over what is typed. Errors are shown, and the conversation goes on."""
 
-    def __init__(self, engine: Engine, conversation: Conversation, settings: GenerationSettings) -> None:
+    def __init__(
+        self, engine: Engine, conversation: Conversation, settings: GenerationSettings, options: dict[str, Any]
+    ) -> None:
         self._engine = engine
+        self._options = options
         self._conversation = conversation
         self._settings = settings
         self._stats: Stats | None = None
@@ -126,7 +131,8 @@ class _Chat:
         conversation.ask(text)
         shown = ""
         try:
-            for chunk in self._engine.stream(messages=conversation.messages(), settings=self._settings):
+            request = {"messages": conversation.messages(), "settings": self._settings, **self._options}
+            for chunk in self._engine.stream(**request):
                 shown += chunk.text
                 print(chunk.text, end="", flush=True)
                 self._stats = chunk.stats or self._stats
@@ -179,7 +185,7 @@ class _Chat:
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
         if name:
-            self._settings = GenerationSettings.of(self._settings, {name: _value(value.strip())})
+            self._settings = GenerationSettings.of(self._settings, {name: value_of(value.strip())})
         for key, now in asdict(self._settings).items():
             if name in ("", key):
                 _note(f"  {key} = {json.dumps(now)}")
@@ -197,14 +203,6 @@ class _Chat:
 
     def _quit(self, _: str) -> None:
         self._leaving = True
-
-
-def _value(text: str) -> Any:
-    """A setting's value: JSON (0.7, null, ["a"]), or the text itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _path(name: str) -> Path:
