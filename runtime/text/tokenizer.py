@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 # How tokenizers with byte fallback write a token that is one byte.
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+# How SentencePiece writes the blank in front of a word.
+_WORD = "\u2581"
 
 
 class Tokenizer:
@@ -44,6 +48,22 @@ class Tokenizer:
         """How the vocabulary writes a token; empty for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is exactly this text, or None."""
+        return self._special.get(text)
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that goes on, in UTF-8; empty, if it is special or does not exist."""
+        data = self._bytes(token_id)
+        # Decoders strip the blank in front of a text's first word, which this is not.
+        starts_word = self.token(token_id).startswith(_WORD)
+        return b" " + data if starts_word and not data.startswith((b" ", _WORD.encode())) else data
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
 
@@ -54,9 +74,9 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text ({error}): remove lone surrogates") from error
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; U+FFFD stands for bytes that are not UTF-8."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; U+FFFD stands for bytes that are not UTF-8. special: with the text of special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))
 
     def decode_whole(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """Text of token ids without an unfinished character at its end, and whether there is one.
