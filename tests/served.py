@@ -3,6 +3,7 @@ servers that are processes of their own."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -26,6 +27,7 @@ from edgelm.runtime.bundle.manifest import FileEntry
 from edgelm.runtime.caches.responses.cache import ResponseCache
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.server import ServerSettings, app
+from edgelm.runtime.server.running import Listening, bind, make_server
 from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import byte_tokenizer
@@ -143,6 +145,22 @@ def events_of(text: str) -> list[Any]:
             data = next(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
             found.append(data if data == "[DONE]" else json.loads(data))
     return found
+
+
+@contextlib.contextmanager
+def listening(bundles: Any, **settings: Any) -> Iterator[str]:
+    """An application of this process that listens on a port, in a thread of its own; its address."""
+    listener = bind(Listening(port=0))
+    server = make_server(app(bundles, ServerSettings(**settings)), 1.0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        assert eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
 
 
 class Server:

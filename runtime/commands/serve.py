@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.INFO if verbose else logging.WARNING
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings, bundles = settings_of(arguments), find_bundles(arguments.bundles)
     where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain)
     open_engine = functools.partial(

@@ -24,6 +24,7 @@ _log = logging.getLogger("edgelm.server")
 HEAD_TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 256
 _BACKLOG = 128
+_KEEP_ALIVE_S = 30
 _WATCH_S = 0.05
 
 
@@ -68,12 +69,9 @@ def bind(where: Listening) -> socket.socket:
     return listener
 
 
-def run(application: Starlette, listener: socket.socket, where: Listening, started: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM. started: called once the first model is loaded.
-
-    Raises: EdgelmError, if the first model cannot be loaded.
-    """
-    server = uvicorn.Server(
+def make_server(application: Starlette, drain_s: float) -> uvicorn.Server:
+    """uvicorn as edgelm runs it. drain_s: as in `Listening`."""
+    return uvicorn.Server(
         uvicorn.Config(
             application,
             http=_Connection,
@@ -85,10 +83,18 @@ def run(application: Starlette, listener: socket.socket, where: Listening, start
             server_header=False,
             proxy_headers=False,
             limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(where.drain_s)),
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
         )
     )
+
+
+def run(application: Starlette, listener: socket.socket, where: Listening, started: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM. started: called once the first model is loaded.
+
+    Raises: EdgelmError, if the first model cannot be loaded.
+    """
+    server = make_server(application, where.drain_s)
     models: Models = application.state.edgelm.models
     try:
         asyncio.run(_serve(server, listener, models, started))

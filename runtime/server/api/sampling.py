@@ -18,9 +18,11 @@ _OPENAI_TEMPERATURE = 1.0
 
 
 def settings_of(fields: Fields, max_tokens: int | None) -> GenerationSettings:
-    """What the body asks for, but log-probabilities and structure. max_tokens: as asked for, if it was. Without a temperature answers
-    are greedy, except where something is asked for that needs one, which then is OpenAI's. Raises: ApiError;
-    SettingsError."""
+    """What the body asks for, but log-probabilities and structure. max_tokens: as asked for, if it was.
+
+    Without a temperature answers are greedy, except where something is asked for that needs one, which then is
+    OpenAI's. Raises: ApiError; SettingsError.
+    """
     given: dict[str, Any] = {"max_tokens": max_tokens or _NO_LIMIT}
     given |= {name: fields.number(name) for name in _NUMBERS if fields.given(name)}
     if fields.given("min_tokens"):

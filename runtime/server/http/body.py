@@ -16,7 +16,8 @@ from .streams import ClientGoneError
 async def read_fields(request: Request, settings: ServerSettings) -> Fields:
     """The body's JSON object. Raises: ApiError; ClientGoneError."""
     try:
-        data = await asyncio.wait_for(_read(request, settings.max_body_bytes), settings.body_timeout_s)
+        async with asyncio.timeout(settings.body_timeout_s):
+            data = await _read(request, settings.max_body_bytes)
     except TimeoutError as error:
         raise ApiError(
             408, f"the body did not arrive within {settings.body_timeout_s:g} s", headers={"Connection": "close"}

@@ -124,9 +124,9 @@ class EventStream:
                 await asyncio.gather(pending, return_exceptions=True)
 
     async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
-        await asyncio.wait_for(
-            send({"type": "http.response.body", "body": data, "more_body": more}), self._send_timeout_s
-        )
+        # Not `wait_for`, which loses a cancellation that comes as it ends before Python 3.12.
+        async with asyncio.timeout(self._send_timeout_s):
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:
