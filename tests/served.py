@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from edgelm.runtime import Bundle, Engine
+from edgelm.runtime.bundle.folder import file_digest
 from edgelm.runtime.bundle.manifest import FileEntry
 from edgelm.runtime.caches.responses.cache import ResponseCache
 from edgelm.runtime.fake import FakeSession
@@ -233,3 +235,14 @@ def eventually(fulfilled: Callable[[], bool], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def with_template(bundle: Path, folder: Path, template: str = CHAT) -> Path:
+    """A copy of a bundle that has a chat template."""
+    shutil.copytree(bundle, folder)
+    path = folder / "chat_template.jinja"
+    path.write_text(template, encoding="utf-8")
+    data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    data["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    (folder / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder

@@ -30,7 +30,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 def request_bytes(stream: bool, content: str = "hi", **fields: Any) -> bytes:
     body = json.dumps({"messages": [{"role": "user", "content": content}], "stream": stream, **fields}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -143,9 +143,12 @@ def test_a_flood_of_headers_is_refused(engine: Engine) -> None:
 
 
 def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
-    with saying_engine(tmp_path, "y" * 60_000, context=80_000) as engine:
-        with listening(engine, send_timeout_s=0.5) as address, connect(address) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.sendall(request_bytes(True, logprobs=True, top_logprobs=20, n=4))
-            assert eventually(lambda: 'requests_processing{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
-            assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text, 60)
+    with (
+        saying_engine(tmp_path, "y" * 60_000, context=80_000) as engine,
+        listening(engine, send_timeout_s=0.5) as address,
+        connect(address) as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request_bytes(True, logprobs=True, top_logprobs=20, n=4))
+        assert eventually(lambda: 'requests_processing{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
+        assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text, 60)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import stat
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _MAX_CONNECTIONS = 256
 _BACKLOG = 128
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.05
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def bind(where: Listening) -> socket.socket:
 
 def make_server(application: Starlette, drain_s: float) -> uvicorn.Server:
     """uvicorn as edgelm runs it. drain_s: as in `Listening`."""
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             application,
             http=_Connection,
@@ -108,8 +111,7 @@ def run(application: Starlette, listener: socket.socket, where: Listening, start
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, models: Models, started: Callable[[], None]) -> None:
     watcher = asyncio.create_task(_watch(server, models, started))
-    with contextlib.suppress(KeyboardInterrupt):
-        await server.serve(sockets=[listener])
+    await server.serve(sockets=[listener])
     watcher.cancel()
 
 
@@ -121,6 +123,22 @@ async def _watch(server: uvicorn.Server, models: Models, started: Callable[[], N
             return
         await asyncio.sleep(_WATCH_S)
     started()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that ends at a signal without dying of it, so that sockets are removed and the exit status is 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Connection(H11Protocol):
