@@ -28,6 +28,8 @@ from ...settings import GenerationSettings
 
 INVALID = "invalid_request_error"
 _SETTINGS = {item.name for item in dataclasses.fields(GenerationSettings)}
+# Settings that come in fields of other names.
+_WIRE_NAMES = {"lark": "tools", "json_schema": "response_format"}
 _log = logging.getLogger("edgelm.server")
 
 
@@ -124,8 +126,9 @@ def api_error(error: EdgelmError, prompt: str = "messages") -> ApiError:  # noqa
     if isinstance(error, ContextLengthError):
         return invalid(text, prompt, "context_length_exceeded")
     if isinstance(error, SettingsError):
-        first = text.split(" ", 1)[0]
-        return invalid(text, first if first in _SETTINGS else None, "invalid_value")
+        first, _, rest = text.partition(" ")
+        name = _WIRE_NAMES.get(first, first)
+        return invalid(f"{name} {rest}", name if first in _SETTINGS else None, "invalid_value")
     if isinstance(error, PromptError | TemplateError):
         return invalid(text, prompt, "invalid_value")
     if isinstance(error, MissingExtraError):

@@ -12,6 +12,8 @@ from ..http.fields import Fields
 
 Mode = Literal["auto", "required"]
 _MAX_TOOLS = 128
+# What lets an object have properties beside those that are declared.
+_OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
@@ -105,7 +107,14 @@ def _tool(item: Fields, flat: bool) -> Tool:
             f"{function.name('name')} must be 1 to 128 letters, digits, '_', '-' or '.'", function.name("name")
         )
     schema = function.inner("parameters")
-    parameters = dict(schema.values) if schema is not None else {"type": "object", "properties": {}}
+    given = dict(schema.values) if schema is not None else {"type": "object", "properties": {}}
     about = {"description": text} if (text := function.text("description")) is not None else {}
-    definition = {"type": "function", "function": {"name": name, **about, "parameters": parameters}}
-    return Tool(name, parameters, definition)
+    definition = {"type": "function", "function": {"name": name, **about, "parameters": given}}
+    return Tool(name, _closed(given), definition)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of arguments in which what is not declared is no argument, unless it says so itself or is composed."""
+    if "properties" not in schema or not schema.keys().isdisjoint(_OPEN):
+        return schema
+    return {**schema, "additionalProperties": False}

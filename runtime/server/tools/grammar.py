@@ -17,9 +17,10 @@ from .formats import CallFormat
 # "may": the answer may begin with a thought; "begun": the prompt ends inside one.
 Thinking = Literal["no", "may", "begun"]
 SpecialId = Callable[[str], int | None]
-_TERMINALS = ("TEXT: /(.|\\n)*/", "GAP: /[ \\n]*/")
+_TERMINALS = ("TEXT: /(.|\\n)*/", "GAP: /[ \\n]{0,2}/")
 # A whole answer that is no call, for formats whose calls need no marker.
 _PLAIN = 'PLAIN: /([^{]|\\{[^"]|\\{"[^n])(.|\\n)*/'
+_BLANKS = "([ ]?|\\n[ ]{0,12})"
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -98,5 +99,7 @@ def _literal(text: str, special_id: SpecialId) -> str:
     return json.dumps(text) if token is None else f"<[{token}]>"
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=True)
+def _json(value: dict[str, Any]) -> str:
+    """A schema whose blanks have an end. JSON may hold any number, and a model that is kept from what it would say may
+    write them for ever."""
+    return json.dumps({"x-guidance": {"whitespace_pattern": _BLANKS}, **value})
