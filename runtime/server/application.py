@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ..engine import Engine, load
-from ..errors import EdgelmError
+from ..errors import EdgelmError, SettingsError
 from .api.chat import chat_completions
 from .api.completions import completions
 from .api.models import health, list_models, metrics, one_model
@@ -64,9 +64,11 @@ def app(
     requests that name none. Folders are loaded by `open_engine` when they are needed, the first one at the start, and
     unloaded at the end; engines stay their owner's. Where the application is mounted in another one, the outer one has
     to run its lifespan (`application.router.lifespan_context`) for that; docs/server.md has an example.
-    Raises: SettingsError for names that cannot be.
+    Raises: SettingsError without any bundle.
     """
     settings = settings or ServerSettings()
+    if isinstance(bundles, Mapping) and not bundles:
+        raise SettingsError("there is nothing to serve: give at least one bundle")
     models = Models(_named(bundles), open_engine, settings)
     application = Starlette(
         routes=[

@@ -165,7 +165,7 @@ class ResponseAnswer:
             found = self.work.usage()
             usage = {
                 "input_tokens": found["prompt_tokens"],
-                "input_tokens_details": found["prompt_tokens_details"],
+                "input_tokens_details": {**found["prompt_tokens_details"], "cache_write_tokens": 0},
                 "output_tokens": found["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": found["total_tokens"],

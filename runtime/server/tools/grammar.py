@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .declared import Tool, Tools
@@ -99,7 +99,11 @@ def _literal(text: str, special_id: SpecialId) -> str:
     return json.dumps(text) if token is None else f"<[{token}]>"
 
 
-def _json(value: dict[str, Any]) -> str:
-    """A schema whose blanks have an end. JSON may hold any number, and a model that is kept from what it would say may
-    write them for ever."""
-    return json.dumps({"x-guidance": {"whitespace_pattern": _BLANKS}, **value})
+def few_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema, with an end to the blanks between its parts. JSON may hold any number, and a model that is kept from
+    what it would say may write them for ever."""
+    return {"x-guidance": {"whitespace_pattern": _BLANKS}, **schema}
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps(few_blanks(schema))
