@@ -9,11 +9,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ...bundle.folder import Bundle
-from ...bundle.manifest import Manifest
 from ...errors import BundleError
 from ..context import context_of
 from ..http.errors import JsonResponse, unavailable
-from ..models import Model
+from ..models import Model, template_source
 
 
 async def list_models(request: Request) -> Response:
@@ -45,7 +44,7 @@ async def metrics(request: Request) -> Response:
 
 
 def _entry(model: Model) -> dict[str, Any]:
-    manifest = _manifest(model)
+    bundle = _bundle(model)
     entry = {
         "id": model.name,
         "object": "model",
@@ -53,8 +52,9 @@ def _entry(model: Model) -> dict[str, Any]:
         "owned_by": "edgelm",
         "loaded": model.engine is not None,
     }
-    if manifest is None:  # of another exporter and not loaded, or gone from the disk
+    if bundle is None:  # of another exporter and not loaded, or gone from the disk
         return entry
+    manifest, template = bundle.manifest, model.template if model.engine is not None else template_source(bundle)
     shape = manifest.model
     size = sum(file.bytes for file in manifest.files.values())
     meta = {
@@ -68,16 +68,16 @@ def _entry(model: Model) -> dict[str, Any]:
         "max_model_len": shape.context_length,
         "context_length": shape.context_length,
         "digest": manifest.digest,
-        "chat": bool(model.template) if model.engine is not None else None,
+        "chat": bool(template),
         "meta": meta,
     }
 
 
-def _manifest(model: Model) -> Manifest | None:
+def _bundle(model: Model) -> Bundle | None:
     if model.engine is not None:
-        return model.engine.bundle.manifest
+        return model.engine.bundle
     assert model.path is not None, "an engine that was given is loaded"
     try:
-        return Bundle.open(model.path).manifest
+        return Bundle.open(model.path)
     except BundleError:
         return None
