@@ -28,14 +28,16 @@ from .sessions.in_place import OrtSession
 from .sessions.loading import find_folder
 from .sessions.protocol import Session
 from .sessions.rows import rows_are_exact
-from .settings import GenerationSettings, SettingsKeywords
+from .settings import GenerationSettings
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .serving.asynchronous import ChunkStream
-    from .text.chat import Message
+    from .serving.requests import RequestKeywords
+    from .text.messages import Message
+    from .text.options import ChatKeywords
 
 
 def load(
@@ -109,13 +111,15 @@ class Engine:
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Completion:
         """The continuation of a prompt, as a whole. Exactly one of prompt, messages and token_ids is given.
 
         prompt: plain text; messages: [{"role": ..., "content": ...}, ...] for the model's chat template; token_ids:
-        used as they are. Keywords are those of `GenerationSettings` (max_tokens, temperature, seed, stop, ...) and go
-        before `settings`. Without any the answer is greedy, whatever the bundle's generation_config.json says.
+        used as they are. Keywords are those of `GenerationSettings` (max_tokens, temperature, seed, stop, ...), which
+        go before `settings`, and for messages those of `ChatOptions` (tools, template_variables,
+        continue_final_message, ...). Without any the answer is greedy, whatever the bundle's generation_config.json
+        says.
         Raises: PromptError, ContextLengthError, SettingsError, TemplateError, EngineError, SessionError,
         MissingExtraError.
         """
@@ -129,7 +133,7 @@ class Engine:
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generator[Chunk, None, None]:
         """The same as `generate`, in chunks as they come. Arguments are checked before this returns.
 
@@ -144,7 +148,7 @@ class Engine:
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Completion:
         """`generate` for asyncio: computed in a thread, so that the event loop stays free. Cancelling the task frees
         the engine after the step that is running."""
@@ -158,7 +162,7 @@ class Engine:
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> ChunkStream[Chunk]:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
         `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
@@ -170,7 +174,7 @@ class Engine:
         *,
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         max_rows: int = MAX_ROWS,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> list[Completion]:
         """What `generate` gives for each of the prompts, in their order, computed several at once.
 
@@ -189,7 +193,7 @@ class Engine:
         *,
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         max_rows: int = MAX_ROWS,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generator[tuple[int, Chunk], None, None]:
         """The same as `generate_batch`, in chunks as they come, each with the index of its prompt.
 
@@ -203,7 +207,7 @@ class Engine:
         *,
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         max_rows: int = MAX_ROWS,
-        **keywords: Unpack[SettingsKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> list[Completion]:
         """`generate_batch` for asyncio, as `agenerate`."""
         from .serving.asynchronous import ChunkStream
@@ -220,14 +224,21 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
+        **options: Unpack[ChatKeywords],
     ) -> list[int]:
-        """The token ids that `generate` would feed for these arguments. Raises: as `generate`."""
-        return self._requests.prompts.encode(prompt, messages, token_ids)
+        """The token ids that `generate` would feed for these arguments. options: those of `ChatOptions`. Raises: as
+        `generate`."""
+        return self._requests.encode(prompt, messages, token_ids, options)
 
     @property
     def takes_messages(self) -> bool:
         """Whether the bundle has a chat template, without which there are prompts only."""
-        return self._requests.prompts.template is not None
+        return self._requests.prompts.templates is not None
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that the chat template reads, such as "tools" or "enable_thinking"; none without a template."""
+        return self._requests.prompts.template_variables
 
     def close(self) -> None:
         """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it

@@ -46,6 +46,7 @@ class SettingsKeywords(TypedDict, total=False):
     context_full: ContextPolicy
     keep: int
     lookup: bool
+    special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class GenerationSettings:
     first `keep` tokens and goes on.
     lookup: guess tokens where the text repeats itself and check several in one step; used only where answers stay the
     same, bit for bit.
+    special_tokens: the answer's text shows special tokens, such as markers of tool calls; not the one that ends it.
     Raises: SettingsError.
     """
 
@@ -90,6 +92,7 @@ class GenerationSettings:
     context_full: ContextPolicy = "stop"
     keep: int = 0
     lookup: bool = True
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -105,8 +108,9 @@ class GenerationSettings:
                 raise SettingsError(f"{name} must be a text, found {shown(getattr(self, name))}")
         if self.context_full not in ("stop", "slide"):
             raise SettingsError(f'context_full must be "stop" or "slide", found {shown(self.context_full)}')
-        if not isinstance(self.lookup, bool):
-            raise SettingsError(f"lookup must be True or False, found {shown(self.lookup)}")
+        for name in ("lookup", "special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} must be True or False, found {shown(getattr(self, name))}")
         self._check_conflicts()
 
     @staticmethod

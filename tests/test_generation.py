@@ -146,6 +146,53 @@ def test_stop_tokens_end_the_answer_besides_the_models_own(new_engine: NewEngine
     assert new_engine(fake(lambda _: END)).generate("a", stop_token_ids=[65]).token_ids == ()
 
 
+def with_a_special_token(tokenizer: Tokenizer) -> FakeSession:
+    """Answers "p" with "a", the special token <end>, which then ends nothing, "é" and so on from the beginning."""
+    answer = [*tokenizer.encode("a"), END, *tokenizer.encode("é")]
+    return fake(lambda tokens: answer[(len(tokens) - 1) % len(answer)])
+
+
+def test_special_tokens_are_shown_when_they_are_asked_for(new_engine: NewEngine, tokenizer: Tokenizer) -> None:
+    engine = new_engine(with_a_special_token(tokenizer), eos=())
+    for options, text in (({}, "aéaéa"), ({"special_tokens": True}, "a<end>éa<end>éa")):
+        done = engine.generate("p", max_tokens=9, **options)
+        assert done.text == text and len(done.token_ids) == 9
+        chunks = list(engine.stream("p", max_tokens=9, **options))
+        assert "".join(chunk.text for chunk in chunks) == text
+    batch = engine.generate_batch(["p", "p"], max_tokens=9, special_tokens=True)
+    assert [done.text for done in batch] == ["a<end>éa<end>éa"] * 2
+
+
+def test_an_answer_with_and_without_special_tokens_is_cached_apart(new_engine: NewEngine, tokenizer: Tokenizer) -> None:
+    cache = ResponseCache()
+    engine = new_engine(with_a_special_token(tokenizer), cache, eos=())
+    texts = [engine.generate("p", max_tokens=3, special_tokens=special).text for special in (False, True, False)]
+    assert texts == ["a", "a<end>", "a"]
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_a_stop_text_that_is_one_special_token_acts_as_its_id(
+    new_engine: NewEngine, tokenizer: Tokenizer, special_tokens: bool
+) -> None:
+    engine = new_engine(with_a_special_token(tokenizer), eos=())
+    done = engine.generate("p", max_tokens=9, stop=["zz", "<end>"], special_tokens=special_tokens)
+    assert (done.text, done.finish_reason, done.token_ids) == ("a", "stop", tuple(tokenizer.encode("a")))
+    banned = engine.generate("p", max_tokens=3, stop="<end>", min_tokens=3, special_tokens=special_tokens)
+    assert END not in banned.token_ids
+    written = new_engine(saying(tokenizer, "p", "ab")).generate("p", stop="<end>")
+    assert written.text == "ab"
+
+
+def test_a_stop_text_with_a_special_token_among_others_needs_their_text(
+    new_engine: NewEngine, tokenizer: Tokenizer
+) -> None:
+    engine = new_engine(with_a_special_token(tokenizer), eos=())
+    with pytest.raises(SettingsError, match="holds '<end>', a special token"):
+        engine.generate("p", stop="<end>é")
+    done = engine.generate("p", max_tokens=9, stop="<end>é", special_tokens=True)
+    assert (done.text, done.finish_reason) == ("a", "stop")
+
+
 @pytest.mark.parametrize("keywords", [{"stop_token_ids": [END + 1]}, {"logit_bias": {END + 1: 1.0}}, {"keep": 64}])
 def test_what_the_model_does_not_have_is_refused_at_the_call(new_engine: NewEngine, keywords: dict[str, Any]) -> None:
     session = fake()

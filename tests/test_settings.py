@@ -40,6 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "context_full": {"context_full": "slide"},
     "keep": {"context_full": "slide", "keep": 4},
     "lookup": {"lookup": False},
+    "special_tokens": {"special_tokens": True},
 }
 NAMES = [item.name for item in dataclasses.fields(GenerationSettings)]
 
@@ -64,6 +65,7 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"frequency_penalty": value} for value in (math.nan, -math.inf, None)),
         *({"logit_bias": value} for value in (5, [1])),
         *({"lookup": value} for value in (None, 1, "no")),
+        *({"special_tokens": value} for value in (None, 1, "no")),
         *({"logit_bias": value} for value in ({"1": 2}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: 1e7})),
         *({"logit_bias": value} for value in ({1: "a"}, {True: 1})),
         *({"seed": value} for value in (-1, 2**64, 1.5, "1", True)),
@@ -188,7 +190,7 @@ def test_a_seed_is_no_part_of_a_greedy_request() -> None:
 
 def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
     assert GenerationSettings().plain and GenerationSettings().deterministic
-    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep", "lookup"}
+    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep", "lookup", "special_tokens"}
     assert {name for name in NAMES if GenerationSettings(**OTHERS[name]).plain} == plain
     sampled = {"temperature", "top_k", "top_p", "min_p", "seed"}
     assert {name for name in NAMES if not GenerationSettings(**OTHERS[name]).deterministic} == sampled

@@ -59,7 +59,7 @@ class Answer:
             if settings.plain
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
-        self._writer = _Writer(Detokenizer(tokenizer, request.token_ids), settings)
+        self._writer = _Writer(Detokenizer(tokenizer, request.token_ids, settings.special_tokens), settings)
         # Guesses are exact for any chooser, since each row of logits is that of a plain run.
         looks = settings.lookup and manifest.exact_under_cuts
         self._lookup = Lookup() if looks else None

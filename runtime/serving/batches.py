@@ -21,7 +21,7 @@ from ..text.tokenizer import Tokenizer
 from .answer import Answer, Request, completion, replay
 
 if TYPE_CHECKING:
-    from ..text.chat import Message
+    from ..text.messages import Message
 
 # onnxruntime's INT8 product takes six rows at a time on x86, so a step of 12 costs little more than one of 8
 # (docs/benchmarks.md). Beyond, rows gain less, and each takes the memory of a text.

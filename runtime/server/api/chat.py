@@ -67,7 +67,13 @@ def read_chat(fields: Fields, limits: ServerSettings) -> ChatRequest:
         raise invalid("stream_options needs stream: set it to true", "stream_options")
     return ChatRequest(
         fields.text("model"),
-        ChatPrompt(messages_of(fields), tools, options_of(fields), structured=settings.structured),
+        ChatPrompt(
+            messages_of(fields),
+            tools,
+            options_of(fields),
+            fields.text("reasoning_effort"),
+            structured=settings.structured,
+        ),
         settings,
         max_tokens,
         count_of(fields, limits.max_choices),

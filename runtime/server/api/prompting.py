@@ -23,12 +23,14 @@ _TAIL = 4
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages and what the template is told beside them. options: keywords of `Engine.encode`; structured: the answer
-    follows a schema, so it holds no calls."""
+    """Messages and what the template is told beside them. options: keywords of `Engine.encode`; effort: how
+    much the model should think, for templates that can say so; structured: the answer follows a schema, so it holds no
+    calls."""
 
     messages: list[dict[str, Any]]
     tools: Tools | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    effort: str | None = None
     structured: bool = False
 
 
@@ -66,20 +68,31 @@ def render(lease: Lease, prompt: ChatPrompt) -> tuple[list[int], Reading]:
     """Token ids of a prompt. Raises: PromptError, TemplateError."""
     tools = None if prompt.structured else prompt.tools
     form = find_format(lease.template)
-    messages, options = prompt.messages, dict(prompt.options)
+    messages, options = prompt.messages, _with_effort(prompt, lease.template)
     if not form.in_template:
         messages = without_template_calls(messages, tools, form)
     elif tools is not None:
         options["tools"] = [tool.definition for tool in tools.declared]
     ids = lease.engine.encode(messages=messages, **options)
     thinks, begun = _THINK in lease.template, opens_thought(lease.engine.tokenizer, ids)
-    if tools is None:
-        return ids, Reading(None, frozenset(), thinks, begun, {})
-    thinking: Thinking = "begun" if begun else "may" if thinks else "no"
     special = lease.engine.tokenizer.special_id
-    settings: dict[str, Any] = {"lark": call_grammar(tools, form, special, thinking)}
+    marks = [*([_THINK] if thinks else []), *([form.begin] if tools is not None else [])]
+    settings: dict[str, Any] = {"special_tokens": True} if any(special(mark) is not None for mark in marks) else {}
+    if tools is None:
+        return ids, Reading(None, frozenset(), thinks, begun, settings)
+    thinking: Thinking = "begun" if begun else "may" if thinks else "no"
+    settings["lark"] = call_grammar(tools, form, special, thinking)
     names = frozenset(tool.name for tool in tools.callable)
     return ids, Reading(form, names, thinks, begun, settings)
+
+
+def _with_effort(prompt: ChatPrompt, template: str) -> dict[str, Any]:
+    variables = dict(prompt.options.get("template_variables", {}))
+    if prompt.effort is not None and "reasoning_effort" in template:
+        variables.setdefault("reasoning_effort", prompt.effort)
+    if prompt.effort == "none" and "enable_thinking" in template:
+        variables.setdefault("enable_thinking", False)
+    return {**prompt.options, **({"template_variables": variables} if variables else {})}
 
 
 def opens_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:

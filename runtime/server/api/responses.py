@@ -47,10 +47,12 @@ def read_response(fields: Fields, limits: ServerSettings) -> ChatRequest:
     if "message.output_text.logprobs" in (fields.items("include") or []):
         logprobs = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
     max_tokens = max_tokens_of(fields, "max_output_tokens")
+    reasoning = fields.inner("reasoning")
+    effort = None if reasoning is None else reasoning.text("effort")
     settings = dataclasses.replace(settings_of(fields, max_tokens), logprobs=logprobs, **structure)
     return ChatRequest(
         fields.text("model"),
-        ChatPrompt(_messages(fields), tools, options_of(fields), structured=settings.structured),
+        ChatPrompt(_messages(fields), tools, options_of(fields), effort, structured=settings.structured),
         settings,
         max_tokens,
         1,

@@ -88,8 +88,9 @@ def too_long(prompt_tokens: int, max_tokens: int | None, context: int) -> ApiErr
     more = "" if max_tokens is None else f" and max_tokens is {max_tokens:,}"
     return ApiError(
         400,
-        f"the prompt has {prompt_tokens:,} tokens{more}, the model's context holds {context:,}: shorten the messages"
-        + ("" if max_tokens is None else " or lower max_tokens"),
+        # LiteLLM knows the error by these words of OpenAI's.
+        f"This model's maximum context length is {context:,} tokens, and the prompt has {prompt_tokens:,}{more}: shorten "
+        f"the messages{'' if max_tokens is None else ' or lower max_tokens'}",
         param="messages",
         code="context_length_exceeded",
         extra={"n_prompt_tokens": prompt_tokens, "n_ctx": context},
