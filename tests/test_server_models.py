@@ -206,7 +206,7 @@ def test_the_end_unloads_and_leaves_no_thread(client_with: Callable[..., TestCli
     with TestClient(app(folders, open_engine=remember), base_url="http://localhost") as client:
         ready(client)
         said(client, "two")
-    assert all(engine._turns.closed for engine in engines) and len(engines) == 2
+    assert all(engine._scheduler.closed for engine in engines) and len(engines) == 2
     assert eventually(lambda: threading.active_count() <= before)
 
 

@@ -56,7 +56,7 @@ class Work:
         self._count = len(prompts) * choices
         self._started = time.perf_counter()
         self._metrics = context.metrics
-        self._streams: list[ChunkStream[Chunk]] = [
+        self._streams: list[ChunkStream] = [
             lease.engine.astream(token_ids=ids, settings=_seeded(settings, index))
             for ids in prompts
             for index in range(choices)
