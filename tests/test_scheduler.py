@@ -100,7 +100,7 @@ def test_tasks_share_steps_and_get_the_answers_of_each_alone(engine: Engine) -> 
 
 
 def test_requests_that_are_left_anywhere_harm_no_other(engine: Engine) -> None:
-    """200 of them are left, in the queue, in the prompt and in the answer. What stays is right, and nothing stays on."""
+    """200 of them are left, in the queue, in the prompt and in the answer: what stays is right, and no row stays on."""
     numbers = random.Random(3)  # noqa: S311
     asked = prompts(20)
     alone = [facts(engine.generate(token_ids=ids, max_tokens=12)) for ids in asked]
