@@ -180,7 +180,11 @@ def test_openais_client_for_node(address: str, slow: Engine) -> None:
     shutil.copy(ROOT / "tests" / "node" / "client.mjs", script)
     session_of(slow).pause_s = 0.002
     done = subprocess.run(
-        ["node", str(script), f"{address}/v1"], capture_output=True, text=True, check=False, timeout=120
+        [shutil.which("node") or "node", str(script), f"{address}/v1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok: ") == 7, done.stdout

@@ -89,8 +89,8 @@ def too_long(prompt_tokens: int, max_tokens: int | None, context: int) -> ApiErr
     return ApiError(
         400,
         # LiteLLM knows the error by these words of OpenAI's.
-        f"This model's maximum context length is {context:,} tokens, and the prompt has {prompt_tokens:,}{more}: shorten "
-        f"the messages{'' if max_tokens is None else ' or lower max_tokens'}",
+        f"This model's maximum context length is {context:,} tokens, and the prompt has {prompt_tokens:,}{more}: "
+        f"shorten the messages{'' if max_tokens is None else ' or lower max_tokens'}",
         param="messages",
         code="context_length_exceeded",
         extra={"n_prompt_tokens": prompt_tokens, "n_ctx": context},
