@@ -25,7 +25,7 @@ def wire_reason(reason: FinishReason, called: bool = False) -> str:
     return "tool_calls" if called and reason == "stop" else _REASONS[reason]
 
 
-async def merged(streams: Sequence[ChunkStream[Chunk]]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def merged(streams: Sequence[ChunkStream]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of several answers as they come, each with the index of its stream. Closing this closes all."""
     if len(streams) == 1:
         try:
