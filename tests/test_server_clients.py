@@ -174,17 +174,14 @@ def test_the_program_llm(address: str, engine: Engine, tmp_path: Path) -> None:
 
 def test_openais_client_for_node(address: str, slow: Engine) -> None:
     modules = ROOT / "build" / "node" / "node_modules"
-    if shutil.which("node") is None or not (modules / "openai").is_dir():
+    node = shutil.which("node")
+    if node is None or not (modules / "openai").is_dir():
         missing("Node or its packages are not here: run  scripts/setup_node")
     script = modules.parent / "client.mjs"
     shutil.copy(ROOT / "tests" / "node" / "client.mjs", script)
     session_of(slow).pause_s = 0.002
     done = subprocess.run(
-        [shutil.which("node") or "node", str(script), f"{address}/v1"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+        [node, str(script), f"{address}/v1"], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok: ") == 7, done.stdout
