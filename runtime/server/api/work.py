@@ -54,13 +54,17 @@ class Work:
         self.stats: dict[int, Stats] = {}
         self._choices = choices
         self._count = len(prompts) * choices
-        self._started = time.perf_counter()
         self._metrics = context.metrics
         self._streams: list[ChunkStream] = [
             lease.engine.astream(token_ids=ids, settings=_seeded(settings, index))
             for ids in prompts
             for index in range(choices)
         ]
+
+    async def start(self) -> None:
+        """Let the answers be computed. Raises: EdgelmError for what only the engine can tell to be wrong."""
+        for stream in self._streams:
+            await stream.start()
 
     @property
     def count(self) -> int:
@@ -86,8 +90,9 @@ class Work:
         return all(item.response_cache_hit for item in self.stats.values())
 
     def progress(self) -> str:
-        """What a silent stream says."""
-        return f"working for {time.perf_counter() - self._started:.0f} s"
+        """What a silent stream says: tokens of the prompts that were read, and all of them."""
+        read, total = (sum(counts) for counts in zip(*(stream.progress for stream in self._streams), strict=True))
+        return f"{read}/{total}"
 
 
 class Answer(Protocol):
@@ -113,6 +118,7 @@ async def respond(
     kept = False
     try:
         answer = await asyncio.to_thread(make)
+        await answer.work.start()
         if stream:
             kept = True
             return EventStream(
