@@ -207,7 +207,7 @@ def test_what_is_over_goes_at_once(edgelm_home: Path) -> None:
 def test_load_goes_by_the_file_and_arguments_go_before_it(tiny_bundle: Path, edgelm_home: Path) -> None:
     assert main(["cache", "budget", "--responses-disk", "2MiB", "--prefixes-disk", "3MiB"]) == 0
     prompt = list(range(40))
-    with load(tiny_bundle) as engine:
+    with load(tiny_bundle, response_cache=True, prefix_cache=True) as engine:
         engine.generate(token_ids=prompt, max_tokens=2)
     assert budget_of(edgelm_home) == 2 * MIB
     assert read_budget(edgelm_home / "prefixes") == 3 * MIB

@@ -18,7 +18,6 @@ import pytest
 from edgelm.runtime import Bundle, Chunk, Completion, Engine, ResponseCacheSettings, load
 from edgelm.runtime.caches.responses.cache import open_response_cache
 from edgelm.runtime.cli import main
-from edgelm.runtime.errors import EngineBusyError
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.host.home import home
 from edgelm.runtime.sessions import numerics
@@ -26,7 +25,7 @@ from edgelm.runtime.text.tokenizer import Tokenizer
 
 
 def ask(bundle: Path, prompt: str = "Once", max_tokens: int = 6) -> Completion:
-    with load(bundle, threads=1) as engine:
+    with load(bundle, threads=1, response_cache=True) as engine:
         return engine.generate(prompt, max_tokens=max_tokens)
 
 
@@ -72,6 +71,16 @@ def test_the_database_is_in_the_home_and_can_be_left_out(tiny_bundle: Path, edge
     assert stat.S_IMODE((edgelm_home / "responses" / "responses.sqlite").stat().st_mode) == 0o600
 
 
+def test_a_program_that_asks_for_nothing_leaves_nothing_on_the_disk(tiny_bundle: Path, edgelm_home: Path) -> None:
+    with load(tiny_bundle, threads=1) as engine:
+        for _ in range(2):
+            done = engine.generate("Once upon a time, there was a little girl named Lily.", max_tokens=40)
+        list(engine.stream("Once upon", max_tokens=9, temperature=1.0))
+        engine.generate_batch(["one", "two"], max_tokens=3)
+    assert done.stats.response_cache_hit, "answers are known again while the program runs"
+    assert not edgelm_home.exists()
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_equal_requests_at_once_are_computed_once(tiny_bundle: Path, count: int) -> None:
     done: list[Completion] = []
@@ -92,34 +101,32 @@ def test_equal_requests_at_once_are_computed_once(tiny_bundle: Path, count: int)
     assert len({(completion.text, completion.token_ids) for completion in done}) == 1
 
 
-def test_when_the_first_of_two_is_cancelled_the_second_computes(tiny_bundle: Path) -> None:
-    done: list[Completion] = []
+def test_when_the_first_of_two_is_cancelled_the_second_goes_on(tiny_bundle: Path) -> None:
     with talkative(tiny_bundle) as engine:
-        stream = engine.stream("Once upon a time", max_tokens=30)
-        next(stream)
-        other = threading.Thread(target=lambda: done.append(engine.generate("Once upon a time", max_tokens=30)))
-        other.start()
-        other.join(0.1)
-        assert other.is_alive()
-        stream.close()  # type: ignore[attr-defined]
-        other.join(60)
-        assert not done[0].stats.response_cache_hit
+        alone = engine.generate("Once upon a time", max_tokens=30, stop="zzzzz")
+        first, second = (engine.stream("Once upon a time", max_tokens=30) for _ in range(2))
+        begun = [next(first), next(second)]
+        assert begun[0] == begun[1]
+        assert engine._scheduler.counts() == (1, 0)
+        first.close()
+        rest = list(second)
+        assert "".join(chunk.text for chunk in [begun[1], *rest]) == alone.text
+        assert rest[-1].stats is not None and not rest[-1].stats.response_cache_hit
+        assert engine.generate("Once upon a time", max_tokens=30).stats.response_cache_hit
 
 
-def test_threads_that_hold_and_want_each_others_requests_do_not_wait_for_ever(tiny_bundle: Path) -> None:
-    """One holds the engine and asks for what the other, who waits for the engine, is about to compute."""
+def test_threads_that_hold_and_want_each_others_requests_are_all_answered(tiny_bundle: Path) -> None:
+    """One is in the middle of a stream and asks for what the other one computes, and the other way round."""
+    done: list[Completion] = []
     with talkative(tiny_bundle) as engine:
         stream = engine.stream("a", max_tokens=30)
         next(stream)
-        other = threading.Thread(target=lambda: engine.generate("b", max_tokens=30))
+        other = threading.Thread(target=lambda: done.extend(engine.generate(one, max_tokens=30) for one in "ba"))
         other.start()
-        other.join(0.1)
-        for prompt in ("b", "a"):
-            with pytest.raises(EngineBusyError):
-                engine.generate(prompt, max_tokens=30)
+        mine = [engine.generate(prompt, max_tokens=30) for prompt in "ba"]
         list(stream)
         other.join(60)
-        assert not other.is_alive()
+        assert [one.token_ids for one in done] == [one.token_ids for one in mine]
 
 
 def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
@@ -129,14 +136,14 @@ def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
     old, new, place = export_tiny(), export_tiny(scheme="fp32"), tmp_path / "bundle"
     expected = {bundle: ask(bundle, "Tom", 24) for bundle in (old, new)}
     shutil.copytree(old, place)
-    with load(place, threads=1) as engine:
+    with load(place, threads=1, response_cache=True) as engine:
         place.rename(tmp_path / "away")
         shutil.copytree(new, place)
         assert engine.generate("Tom", max_tokens=24).token_ids == expected[old].token_ids
         computed = engine.generate("Tom and", max_tokens=24)
     with load(old, threads=1, response_cache=False) as engine:
         assert engine.generate("Tom and", max_tokens=24).token_ids == computed.token_ids
-    with load(place, threads=1) as engine:
+    with load(place, threads=1, response_cache=True) as engine:
         assert engine.generate("Tom", max_tokens=24).token_ids == expected[new].token_ids
         assert not engine.generate("Tom and", max_tokens=24).stats.response_cache_hit
 
@@ -189,7 +196,7 @@ def test_a_cache_that_cannot_be_used_is_one_warning_and_right_answers(
     with load(tiny_bundle, threads=1, response_cache=False) as engine:
         expected = [engine.generate(prompt, max_tokens=6).token_ids for prompt in ("Once", "Tom")]
     prepare(edgelm_home / "responses")
-    with load(tiny_bundle, threads=1) as engine:
+    with load(tiny_bundle, threads=1, response_cache=True) as engine:
         for _ in range(2):
             again = [engine.generate(prompt, max_tokens=6) for prompt in ("Once", "Tom")]
             assert [done.token_ids for done in again] == expected

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from edgelm.runtime.errors import PromptError, TemplateError
-from edgelm.runtime.text.chat import ChatTemplate, find_template
+from edgelm.runtime.text.chat import ChatTemplate
+from edgelm.runtime.text.messages import plain_messages
+from edgelm.runtime.text.options import NO_OPTIONS, ChatOptions
+from edgelm.runtime.text.templates import Templates, find_templates
 
 from .chat_templates import DEEPSEEK, GEMMA_3, LLAMA_2, MORE_TEMPLATES, QWEN_2
 from .conftest import byte_tokenizer, shared
@@ -221,9 +224,9 @@ def test_the_prompt_is_the_one_of_transformers(reference: Any, name: str, conver
     template = ChatTemplate(TEMPLATES[name], SPECIAL)
     if expected is None:
         with pytest.raises(TemplateError):
-            template.render(messages, add_generation_prompt=prompt)
+            template.render(plain_messages(messages), add_generation_prompt=prompt)
     else:
-        assert template.render(messages, add_generation_prompt=prompt) == expected
+        assert template.render(plain_messages(messages), add_generation_prompt=prompt) == expected
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -231,17 +234,18 @@ def test_the_prompt_is_the_one_of_transformers(reference: Any, name: str, conver
 def test_published_templates_give_the_prompt_of_transformers(reference: Any, name: str, conversation: str) -> None:
     config = json.loads(shared(f"tokenizers/{name}/tokenizer_config.json").read_text(encoding="utf-8"))
     messages = CONVERSATIONS[conversation]
-    template = find_template(None, config)
-    assert template is not None
+    found = find_templates(None, config)
+    assert found is not None
+    template = found.default
     for prompt in (True, False):
         expected = outcome_of_transformers(
             reference, config["chat_template"], messages, prompt, eos_token=config["eos_token"]
         )
         if expected is None:
             with pytest.raises(TemplateError):
-                template.render(messages, add_generation_prompt=prompt)
+                template.render(plain_messages(messages), add_generation_prompt=prompt)
         else:
-            assert template.render(messages, add_generation_prompt=prompt) == expected
+            assert template.render(plain_messages(messages), add_generation_prompt=prompt) == expected
 
 
 def test_the_templates_answer_as_their_models_expect() -> None:
@@ -491,33 +495,35 @@ def test_broken_templates_are_refused_when_they_are_compiled(source: str) -> Non
 
 @pytest.mark.parametrize("messages", [[5], ["text"], 5, [None]])
 def test_messages_that_are_none_are_refused(messages: Any) -> None:
-    with pytest.raises(TemplateError):
-        ChatTemplate(CHATML, SPECIAL).render(messages)
+    with pytest.raises(PromptError):
+        plain_messages(messages)
 
 
 # ---- which template a bundle has
 
 
-def rendered(template: ChatTemplate | None) -> str:
-    assert template is not None
-    return template.render([{"role": "user", "content": "hi"}])
+def rendered(templates: Templates | None, options: ChatOptions = NO_OPTIONS) -> str:
+    assert templates is not None
+    return templates.of(options).render([{"role": "user", "content": "hi"}], options)
 
 
 def test_the_file_wins_over_the_configuration() -> None:
     config = {"chat_template": "configuration"}
-    assert rendered(find_template("file", config)) == "file"
-    assert rendered(find_template(None, config)) == "configuration"
+    assert rendered(find_templates("file", config)) == "file"
+    assert rendered(find_templates(None, config)) == "configuration"
 
 
 def test_of_several_named_templates_the_default_is_taken() -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert rendered(find_template(None, {"chat_template": named})) == "plain"
-    assert find_template(None, {"chat_template": named[:1]}) is None
+    assert rendered(find_templates(None, {"chat_template": named})) == "plain"
+    assert rendered(find_templates(None, {"chat_template": named}), ChatOptions(tools=[])) == "tools"
+    assert rendered(find_templates("file", {"chat_template": named}), ChatOptions(tools=[])) == "file"
+    assert find_templates(None, {"chat_template": named[:1]}) is None
 
 
 @pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": ""}, {"chat_template": []}])
 def test_a_bundle_may_have_no_template(config: dict[str, Any]) -> None:
-    assert find_template(None, config) is None
+    assert find_templates(None, config) is None
 
 
 def test_special_tokens_come_from_the_configuration_in_either_form() -> None:
@@ -528,9 +534,9 @@ def test_special_tokens_come_from_the_configuration_in_either_form() -> None:
         "pad_token": None,
         "model_max_length": 5,
     }
-    assert rendered(find_template(None, config)) == "<s>|</s>||False"
+    assert rendered(find_templates(None, config)) == "<s>|</s>||False"
 
 
 def test_a_broken_template_in_a_bundle_is_a_template_error(tmp_path: Path) -> None:
     with pytest.raises(TemplateError):
-        find_template("{% for %}", {})
+        find_templates("{% for %}", {})

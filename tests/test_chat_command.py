@@ -21,6 +21,7 @@ import pytest
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import file_digest
 from edgelm.runtime.cli import main
+from edgelm.runtime.commands.terminal import Wrapping
 from edgelm.runtime.errors import PromptError
 from edgelm.runtime.text.conversation import Conversation
 
@@ -196,6 +197,12 @@ def test_no_command_ends_the_conversation(
     assert "prompt tokens" in err.splitlines()[-1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="access rights are inherited there")
+def test_a_saved_conversation_is_its_writers_alone(tmp_path: Path) -> None:
+    Conversation("s").save(tmp_path / "c")
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
+
+
 def test_half_a_surrogate_pair_is_saved_and_loaded_again(tmp_path: Path) -> None:
     conversation = Conversation()
     conversation.ask("é")
@@ -211,7 +218,21 @@ def test_help_names_every_command_and_unknown_ones_are_no_messages(
 ) -> None:
     out, err = chat(monkeypatch, capsys, chat_bundle, "/help", "/dance", "/stats", "/quit", "never asked")
     assert out == ""
-    for name in ("help", "undo", "retry", "edit", "reset", "system", "set", "save", "load", "stats", "quit"):
+    for name in (
+        "help",
+        "undo",
+        "retry",
+        "edit",
+        "reset",
+        "system",
+        "set",
+        "save",
+        "load",
+        "stats",
+        "quit",
+        "continue",
+        "context",
+    ):
         assert f"  /{name}" in err
     assert "no command /dance" in err and "no answer yet" in err
     out, err = chat(monkeypatch, capsys, chat_bundle, "//path", "/stats")
@@ -238,6 +259,123 @@ def test_a_closed_input_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Cap
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", str(chat_bundle)]) == 1
     assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_an_answer_that_ended_at_a_limit_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
+) -> None:
+    first = answer(chat_bundle, [user("hello")])
+    begun = {"messages": [user("hello"), assistant(first)], "continue_final_message": True}
+    with load(chat_bundle) as engine:
+        second = engine.generate(max_tokens=12, temperature=5.0, seed=3, **begun).text
+    out, err = chat(
+        monkeypatch, capsys, chat_bundle, "/continue", "hello", "/continue", f"/save {tmp_path / 'c'}", "/undo"
+    )
+    assert out == f"{first}\n{second}\n"
+    assert "there is no answer to go on with" in err and "saved 2 messages" in err and "taken back: hello" in err
+    assert json.loads((tmp_path / "c").read_text(encoding="utf-8"))[1]["content"] == first + second
+
+
+def test_the_oldest_turns_are_left_out_where_the_context_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
+) -> None:
+    """The tiny model's context holds 512 tokens, of one byte each."""
+    options = [*SETTINGS, "--system", "be kind"]
+    lines = [f"{number}" * 120 for number in range(9)]
+    _, err = chat(
+        monkeypatch, capsys, chat_bundle, *lines, "/context", f"/save {tmp_path / 'c'}", "/undo", "/reset", "/context",
+        options=options,
+    )  # fmt: skip
+    assert "error" not in err and err.count("[length]") == 9
+    assert err.count("the context of 512 tokens is full") == 1
+    assert re.search(r"\d+ of 512 tokens; the oldest \d+ messages are no longer sent\n", err)
+    assert err.endswith("0 of 512 tokens\n")
+    saved = json.loads((tmp_path / "c").read_text(encoding="utf-8"))
+    assert len(saved) == 19 and [message["content"] for message in saved[1::2]] == lines
+    # The last answer is the one to the system message and the latest turns.
+    last = [answer(chat_bundle, [saved[0], *saved[first:-1]]) for first in (13, 15, 17)]
+    assert saved[-1]["content"] in last
+
+
+def test_a_message_that_is_longer_than_the_context_leaves_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
+) -> None:
+    _, err = chat(monkeypatch, capsys, chat_bundle, "hello", "x" * 600, "/context")
+    assert "error: the prompt has" in err
+    assert re.search(r"\n\d\d of 512 tokens\n$", err), "the first turn is still sent"
+
+
+def test_turns_are_left_out_whole() -> None:
+    conversation = Conversation("s")
+    for text in "abc":
+        conversation.ask(text)
+        conversation.answer(text.upper())
+    conversation.ask("d")
+    sizes: list[int] = []
+    conversation.leave_out(lambda messages: sizes.append(len(messages)) or len(messages) <= 4)
+    assert [message["content"] for message in conversation.messages()] == ["s", "c", "C", "d"]
+    assert sizes == [8, 6, 4] and conversation.left_out == 4 and len(conversation.everything()) == 8
+    conversation.leave_out(lambda _: False)
+    assert [message["content"] for message in conversation.messages()] == ["s", "d"], "the last turn stays"
+    assert conversation.undo() == "d" and len(conversation.messages()) == 7, "there is room again"
+
+
+def test_a_loaded_conversation_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    path.write_text(json.dumps([{"role": "system", "content": "be kind"}, user("hi"), assistant("yes?")]), "utf-8")
+    expected = "[system] be kind\n> hi\nyes?\n"
+    assert chat(monkeypatch, capsys, chat_bundle, f"/load {path}")[1] == f"{expected}loaded 2 messages\n"
+    assert chat(monkeypatch, capsys, chat_bundle, options=["--load", str(path)])[1] == expected
+
+
+def test_what_the_template_reads_is_set_like_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(chat_bundle, tmp_path / "b")
+    template = bundle / "chat_template.jinja"
+    template.write_text(TEMPLATE + "{{ mood }}", encoding="utf-8")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][template.name] = {"bytes": template.stat().st_size, "sha256": file_digest(template)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    expected = answer(bundle, [user("hi")], template_variables={"mood": True})
+    assert expected != answer(bundle, [user("hi")])
+    assert chat(monkeypatch, capsys, bundle, "/set mood true", "hi") == (f"{expected}\n", "  mood = true\n\n[length]")
+    options = [*SETTINGS, "--template-variable", "mood=true"]
+    assert chat(monkeypatch, capsys, bundle, "hi", options=options)[0] == f"{expected}\n"
+
+
+# ---- lines
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three", ["one two ", "three"]),
+        ("one two ten", ["one two ", "ten"]),
+        ("12345678 x", ["12345678", "x"]),
+        ("a\n\nb", ["a", "", "b"]),
+        ("abcdefghijklmnop q", ["abcdefgh", "ijklmnop", "q"]),
+        ("你好你好你", ["你好你好", "你"]),
+        ("a 你好你好", ["a 你好你", "好"]),
+        ("e\u0301e\u0301e\u0301e\u0301 abc", ["e\u0301e\u0301e\u0301e\u0301 abc"]),
+        ("", [""]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_lines_break_between_words_however_the_text_is_cut(text: str, lines: list[str], size: int) -> None:
+    wrapping = Wrapping(lambda: 8)
+    shown = "".join(wrapping.add(text[at : at + size]) for at in range(0, len(text), size)) + wrapping.finish()
+    assert shown.split("\n") == lines
+
+
+def test_no_line_is_too_long_and_nothing_but_blanks_is_lost() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    wrapping = Wrapping(lambda: 30)
+    shown = "".join(map(wrapping.add, text)) + wrapping.finish()
+    assert max(map(len, shown.split("\n"))) <= 30
+    assert "".join(shown.split()) == "".join(text.split())
 
 
 # ---- in a terminal
@@ -309,28 +447,28 @@ def terminal(chat_bundle: Path) -> Iterator[Terminal]:
 
 
 def test_a_session_in_a_terminal(terminal: Terminal) -> None:
-    terminal.expect("/help lists the commands.*\n> ")
+    terminal.expect("/help lists the commands.*\n\\S*> ")
     terminal.type("hello\n")
     terminal.expect(r"hello\r\n")
-    terminal.expect(r"\[length\]\r\n> ")
+    terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")
     terminal.type("/stats\n")
-    terminal.expect("prompt tokens.*\n> ")
+    terminal.expect("prompt tokens.*\n\\S*> ")
     # Ctrl-C at the prompt leaves the session; so does an interrupted answer, and the conversation goes on.
     terminal.type("half a lin")
     terminal.expect("half a lin")
-    terminal.interrupt("Ctrl-D or /quit leaves.*\n> ")
+    terminal.interrupt("Ctrl-D or /quit leaves.*\n\\S*> ")
     terminal.type("/set max_tokens 400\n")
-    terminal.expect("max_tokens = 400\r\n> ")
+    terminal.expect("max_tokens = 400\r\n\\S*> ")
     terminal.type("/set min_tokens 400\n")
-    terminal.expect("min_tokens = 400\r\n> ")
+    terminal.expect("min_tokens = 400\r\n\\S*> ")
     terminal.type("go on\n")
     terminal.expect(r"go on\r\n")
     terminal.expect(r"\S")
     terminal.interrupt(r"\[interrupted\][\s\S]*> |\[context_full\][\s\S]*> ")
     terminal.type("/undo\n")
-    terminal.expect("taken back: go on\r\n> ")
+    terminal.expect("taken back: go on\r\n\\S*> ")
     terminal.type("/undo\n")
-    terminal.expect("taken back: hello\r\n> ")
+    terminal.expect("taken back: hello\r\n\\S*> ")
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -339,12 +477,28 @@ def test_the_last_message_is_edited_in_the_line(terminal: Terminal) -> None:
     pytest.importorskip("readline", reason="there is no line editing here")
     terminal.expect("> ")
     terminal.type("hello\n")
-    terminal.expect(r"\[length\]\r\n> ")
+    terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")
     terminal.type("/edit\n")
     terminal.expect("> hello")
     terminal.type(" you\n")
-    terminal.expect(r"\[length\]\r\n> ")
+    terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")
     terminal.type("/undo\n")
-    terminal.expect("taken back: hello you\r\n> ")
+    terminal.expect("taken back: hello you\r\n\\S*> ")
+    terminal.type("/quit\n")
+    assert terminal.wait() == 0
+
+
+def test_what_is_typed_ahead_is_the_next_message_and_not_in_the_answer(terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.type("/set max_tokens 60\n")
+    terminal.expect("max_tokens = 60\r\n\\S*> ")
+    terminal.type("/set min_tokens 60\n")
+    terminal.expect("min_tokens = 60\r\n\\S*> ")
+    terminal.type("hello\n")
+    terminal.expect(r"hello\r\n")
+    terminal.expect(r"\S")
+    terminal.type("/stats\n")
+    assert "/stats" not in terminal.expect(r"\[length: /continue goes on\]\r\n")
+    terminal.expect(r"\d+/512> [\s\S]*60 generated")
     terminal.type("/quit\n")
     assert terminal.wait() == 0

@@ -327,7 +327,55 @@ def test_an_empty_prompt_is_no_message(tiny_bundle: Path, tmp_path: Path, capsys
     assert "empty" in refused(capsys, "run", with_template(tiny_bundle, tmp_path, "asked"), "")
 
 
-@pytest.mark.parametrize("other", [["--chat"], ["--system", "be brief"]])
+CONTINUED = """{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}
+{%- if tools %}{{ tools | tojson }}{% endif %}{{ documents }}{{ mood }}"""
+
+
+def test_run_takes_what_a_template_reads(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    bundle = with_template(tiny_bundle, tmp_path, CONTINUED)
+    tools, documents = tmp_path / "tools.json", tmp_path / "documents.json"
+    tools.write_text('[{"type": "function"}]', encoding="utf-8")
+    documents.write_text('[{"text": "é"}]', encoding="utf-8")
+    asked = "user:hello;assistant:"
+    for arguments, prompt in (
+        (["--tools", tools], f'{asked}[{{"type": "function"}}]None'),
+        (["--documents", documents], f"{asked}[{{'text': 'é'}}]"),
+        (["--template-variable", "mood=true"], f"{asked}NoneTrue"),
+        (["--template-variable", "mood=x=y"], f"{asked}Nonex=y"),
+        (["--begin", "Well, "], "user:hello;assistant:Well, "),
+    ):
+        assert call("run", bundle, "hello", "--max-tokens", "6", *arguments) == 0
+        assert capsys.readouterr().out == answer(tiny_bundle, prompt, 6) + "\n"
+        (tmp_path / "lines").write_text("hello\n", encoding="utf-8")
+        assert call("run", bundle, "--prompts", tmp_path / "lines", "--max-tokens", "6", *arguments) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == answer(tiny_bundle, prompt, 6)
+    assert call("run", bundle, "a<end>", "--max-tokens", "6", "--tokens-in-messages") == 0
+    assert capsys.readouterr().out == answer(tiny_bundle, "user:a<end>;assistant:None", 6) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tools", "no-such-file"], "cannot be read"),
+        (["--tools", "BROKEN"], "is not JSON"),
+        (["--documents", "NUMBER"], "documents must be a list of objects"),
+        (["--template-variable", "hope=1"], "reads no variable 'hope'"),
+    ],
+)
+def test_options_for_messages_that_cannot_be_met_are_one_line(
+    tiny_bundle: Path, tmp_path: Path, arguments: list[str], words: str, capsys: Captured
+) -> None:
+    bundle = with_template(tiny_bundle, tmp_path, CONTINUED)
+    (tmp_path / "BROKEN").write_text("[", encoding="utf-8")
+    (tmp_path / "NUMBER").write_text("5", encoding="utf-8")
+    given = [str(tmp_path / word) if word.isupper() else word for word in arguments]
+    assert words in refused(capsys, "run", bundle, "hello", *given)
+
+
+@pytest.mark.parametrize(
+    "other", [["--chat"], ["--system", "be brief"], ["--begin", "a"], ["--template-variable", "a=1"]]
+)
 def test_raw_stands_against_what_needs_a_template(tiny_bundle: Path, other: list[str], capsys: Captured) -> None:
     assert "give one of them" in refused(capsys, "run", tiny_bundle, "hello", "--raw", *other)
 

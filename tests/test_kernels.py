@@ -45,7 +45,7 @@ from edgelm.runtime.host.ort import load_onnxruntime
 from edgelm.runtime.sessions import kernels
 from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.sessions.loading import open_session
-from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, best_piece, least_rows
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS
 
 from .conftest import missing
 from .model_zoo import CONTEXT, tiny_model
@@ -795,8 +795,8 @@ def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it
     monkeypatch.setenv(kernels.SWITCH, switch)
     opened = open_session(bundle, threads=THREADS)
     by_kernels = switch == "on" and settings.get("scheme") is None
-    assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
-    assert best_piece(opened) == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
+    assert opened.capabilities.least_rows == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
+    assert opened.capabilities.piece_tokens == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
     opened.close()
 
 
@@ -805,7 +805,7 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
     """Heads in groups, a window, norms of heads, learned positions, experts; rows of unlike lengths, some of which
     leave."""
     alone = quantized(model_type, tmp_path)
-    assert alone.least_rows == 1
+    assert alone.capabilities.least_rows == 1
 
     @settings(max_examples=8, deadline=None)
     @given(
@@ -817,9 +817,8 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
         random = np.random.default_rng(seed)
         texts = [random.integers(0, 256, length).tolist() for length in lengths]
         got: list[list[Array]] = [[] for _ in texts]
-        rows, held = alone.rows(len(texts)), list(range(len(texts)))
+        rows, held = alone.rows(), list(range(len(texts)))
         for row, text in enumerate(texts):
-            rows.add()
             cut = int(random.integers(len(text)))
             for piece in filter(None, (text[:cut], text[cut:])):
                 last = rows.feed(row, piece).copy()
@@ -830,9 +829,9 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
                 texts[text].append(token)
                 got[text].append(logits.copy())
             if leaves < len(held) - 1:
-                rows.remove(leaves)
                 last_row = held.pop()
                 if leaves < len(held):
+                    rows.copy(len(held), leaves, rows.length(len(held)))
                     held[leaves] = last_row
         for text, logits in zip(texts, got, strict=True):
             alone.rewind(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from .conftest import ROOT
 
 PACKAGES = ("export", "runtime", "targets")
 MAX_BASE_MB = 200
+SERVER_PACKAGES = ("starlette", "uvicorn", "anyio", "click", "h11", "idna", "typing_extensions")
 NOT_OURS = {"pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack", "__pycache__"}
 
 
@@ -89,6 +91,15 @@ def test_a_base_install_is_small_has_no_torch_and_runs(wheel: Path, tiny_bundle:
     )
     assert refused.returncode == 1
     assert refused.stderr.strip().endswith('pip install "edgelm[export]"') and refused.stderr.count("\n") == 1
+
+
+def test_the_servers_packages_are_small() -> None:
+    """In MB, of all that the extra `serve` brings beside the base install."""
+    found = [distribution for name in SERVER_PACKAGES for distribution in [importlib.metadata.distribution(name)]]
+    files = [path.locate() for distribution in found for path in distribution.files or []]
+    sizes = [Path(path).stat().st_size for path in map(str, files) if path.endswith((".py", ".pyi", ".txt"))]
+    assert sum(sizes) < 4e6
+    assert not [path for path in map(str, files) if path.endswith((".so", ".pyd"))]
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

@@ -27,6 +27,7 @@ from edgelm.runtime.caches.prefixes.files import BlockFiles
 from edgelm.runtime.caches.prefixes.keys import BLOCK_TOKENS, block_keys, root_key
 from edgelm.runtime.caches.prefixes.memory import BlockMemory
 from edgelm.runtime.cli import main
+from edgelm.runtime.decoding.row import Row
 from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SettingsError
 from edgelm.runtime.fake import FakeSession
@@ -45,12 +46,25 @@ LETTERS = 3
 class BlockFake(FakeSession):
     """A fake session whose blocks are its tokens, so that a wrong block gives other answers."""
 
-    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
-        block[:] = np.array(self.tokens[begin:end], np.int64).view(np.uint8)
 
-    def append(self, block: NDArray[np.uint8], positions: int) -> None:
+class FakeBlocks:
+    """`Blocks` of a `BlockFake`, which has one row."""
+
+    def __init__(self, session: BlockFake) -> None:
+        self._session = session
+
+    def length(self, row: int) -> int:
+        return self._session.length
+
+    def rewind(self, row: int, length: int) -> None:
+        self._session.rewind(length)
+
+    def read(self, row: int, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        block[:] = np.array(self._session.tokens[begin:end], np.int64).view(np.uint8)
+
+    def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
         assert block.nbytes == self.block_bytes(positions)
-        self.tokens.extend(block.view(np.int64).tolist())
+        self._session.tokens.extend(block.view(np.int64).tolist())
 
     def block_bytes(self, positions: int) -> int:
         return 8 * positions
@@ -59,13 +73,12 @@ class BlockFake(FakeSession):
 def fake_sequencer(memory_bytes: int, folder: Path | None) -> tuple[Sequencer, BlockFake, PrefixCache]:
     session = BlockFake(LETTERS, rule(LETTERS))
     files = None if folder is None else BlockFiles(folder, 2**20)
-    prefixes = PrefixCache(session, ROOT, BlockMemory(memory_bytes), files)
+    prefixes = PrefixCache(FakeBlocks(session), ROOT, BlockMemory(memory_bytes), files)
     return Sequencer(session, prefixes=prefixes), session, prefixes
 
 
 def answer(sequencer: Sequencer, prompt: Sequence[int], max_tokens: int) -> list[int]:
-    with sequencer.keeping():
-        return list(sequencer.greedy(prompt, max_tokens, ()))
+    return list(sequencer.greedy(prompt, max_tokens, ()))
 
 
 def ids_of(bundle: Path, count: int = TOKENS) -> list[int]:
@@ -83,9 +96,14 @@ def opened(bundle: Path, folder: Path | None = None) -> tuple[Sequencer, OrtSess
 
 
 def logits_of(sequencer: Sequencer, prompt: Sequence[int]) -> NDArray[np.float32]:
-    with sequencer.keeping():
-        *_, last = sequencer.feed(prompt)
-        return last[-1].copy()
+    class Recorder:
+        def choose(self, logits: NDArray[np.float32]) -> int:
+            found.append(logits.copy())
+            return 0
+
+    found: list[NDArray[np.float32]] = []
+    list(sequencer.tokens(Row(prompt, 1, Recorder())))
+    return found[0]
 
 
 def same_bits(got: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
@@ -211,7 +229,7 @@ def test_the_cache_at_hand_wins_where_it_holds_more() -> None:
 
 def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
     ids = ids_of(tiny_bundle)
-    with load(tiny_bundle, threads=1, response_cache=False) as engine:
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         for chunk in engine.stream(token_ids=ids[:100], max_tokens=50, context_full="slide"):
             assert chunk.text
             break
@@ -232,8 +250,10 @@ def test_logits_of_random_prompts_in_random_orders(
     sequencer, session = opened(tiny_bundle)
     alone = OrtSession(tiny_bundle / "model.onnx", described.manifest.model, 1)
     files = BlockFiles(tmp_path_factory.mktemp("blocks"), 2**20)
-    memory = BlockMemory(blocks * session.block_bytes(BLOCK_TOKENS))
-    sequencer = Sequencer(session, prefixes=PrefixCache(session, ROOT, memory, files))
+    rows = session.capabilities.blocks
+    assert rows is not None
+    memory = BlockMemory(blocks * rows.block_bytes(BLOCK_TOKENS))
+    sequencer = Sequencer(session, prefixes=PrefixCache(rows, ROOT, memory, files))
     ids = ids_of(tiny_bundle, 130)
     for beginning, shared, rest in asked:
         prompt = [beginning] * 16 + ids[:shared] + ids[-rest:]
@@ -253,8 +273,9 @@ def test_logits_are_those_of_a_cold_run(
     sequencer, session = opened(bundle, folder)
     logits_of(sequencer, ids)
     if on_disk:
-        assert sequencer._prefixes is not None
-        sequencer._prefixes.close()
+        prefixes = sequencer._decoder._prefixes
+        assert isinstance(prefixes, PrefixCache)
+        prefixes.close()
         sequencer, session = opened(bundle, folder)
     for shared in (16, 17, 250, 290, 299):
         prompt = [*ids[:shared], *reversed(ids[:20])]
@@ -306,10 +327,11 @@ def test_engines_share_what_they_computed_unless_told_not_to(tiny_bundle: Path, 
 
     assert reused(prefix_cache=False) == 0
     assert reused(prefix_cache=PrefixCacheSettings(disk=False)) == 0
-    assert not edgelm_home.exists()
     assert reused() == 0
+    assert not edgelm_home.exists()
+    assert reused(prefix_cache=True) == 0
     assert reused(prefix_cache=False) == 0
-    assert reused() == 288
+    assert reused(prefix_cache=True) == 288
     (path, *_) = (edgelm_home / "prefixes").glob("*/*.kv")
     assert path.stat().st_mode & 0o777 == 0o600
     assert (edgelm_home / "prefixes").stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777 == 0o700
@@ -318,10 +340,10 @@ def test_engines_share_what_they_computed_unless_told_not_to(tiny_bundle: Path, 
 def test_other_arithmetic_finds_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(tiny_bundle)
     for expected in (0, 288):
-        with load(tiny_bundle, threads=1, response_cache=False) as engine:
+        with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
             assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == expected
     monkeypatch.setattr(numerics, "of_machine", lambda: "another processor")
-    with load(tiny_bundle, threads=1, response_cache=False) as engine:
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == 0
 
 
@@ -331,13 +353,13 @@ def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
     old, new, place = export_tiny(), export_tiny(kv="float32"), tmp_path / "bundle"
     ids = ids_of(old)
     shutil.copytree(old, place)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         place.rename(tmp_path / "away")
         shutil.copytree(new, place)
         expected = engine.generate(token_ids=ids, max_tokens=20)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         assert engine.generate(token_ids=ids, max_tokens=20).stats.reused_tokens == 0
-    with load(old, threads=1, response_cache=False) as engine:
+    with load(old, threads=1, response_cache=False, prefix_cache=True) as engine:
         again = engine.generate(token_ids=ids, max_tokens=20)
     assert again.stats.reused_tokens == 288 and again.token_ids == expected.token_ids
 
@@ -348,7 +370,7 @@ def test_nothing_is_kept_of_a_bundle_that_is_written_to_while_loaded(
     place = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, place)
     ids = ids_of(tiny_bundle)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         engine.generate(token_ids=ids[:64], max_tokens=1)
         weights = place / "model.onnx.data"
         with weights.open("r+b") as file:
@@ -379,7 +401,7 @@ def test_a_forked_child_goes_on_alone(tmp_path: Path) -> None:
 def test_where_cuts_change_bits_nothing_is_kept(
     scheme: str, export_tiny: Callable[..., Path], edgelm_home: Path
 ) -> None:
-    with load(export_tiny(scheme=scheme), threads=1, response_cache=False) as engine:
+    with load(export_tiny(scheme=scheme), threads=1, response_cache=False, prefix_cache=True) as engine:
         engine.generate("Once upon a time there was a cat", max_tokens=1)
     assert not edgelm_home.exists()
 
@@ -441,7 +463,7 @@ def test_a_program_that_ends_in_the_middle_of_an_answer_ends(tiny_bundle: Path) 
     """The stream is closed while the interpreter ends, and has a prefix to keep: no thread can be started any more."""
     code = f"""
         from edgelm.runtime import load
-        engine = load({str(tiny_bundle)!r}, response_cache=False)
+        engine = load({str(tiny_bundle)!r}, response_cache=False, prefix_cache=True)
         stream = engine.stream(token_ids=list(range(40)), max_tokens=9, min_tokens=9)
         print(next(stream).token_ids)
     """

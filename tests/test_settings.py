@@ -35,10 +35,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": 0},
     "json_schema": {"json_schema": {"type": "object"}},
     "regex": {"regex": "a+"},
+    "lark": {"lark": 'start: "a"'},
     "timeout": {"timeout": 3.0},
     "context_full": {"context_full": "slide"},
     "keep": {"context_full": "slide", "keep": 4},
     "lookup": {"lookup": False},
+    "special_tokens": {"special_tokens": True},
 }
 NAMES = [item.name for item in dataclasses.fields(GenerationSettings)]
 
@@ -63,6 +65,7 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"frequency_penalty": value} for value in (math.nan, -math.inf, None)),
         *({"logit_bias": value} for value in (5, [1])),
         *({"lookup": value} for value in (None, 1, "no")),
+        *({"special_tokens": value} for value in (None, 1, "no")),
         *({"logit_bias": value} for value in ({"1": 2}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: 1e7})),
         *({"logit_bias": value} for value in ({1: "a"}, {True: 1})),
         *({"seed": value} for value in (-1, 2**64, 1.5, "1", True)),
@@ -70,7 +73,7 @@ def test_the_keywords_of_the_engine_are_the_settings() -> None:
         *({"stop_token_ids": value} for value in ([-1], ["1"], [1.5], 5, "12", [True], None)),
         *({"logprobs": value} for value in (-1, 1.5, True)),
         *({"json_schema": value} for value in ([], "{", "5", 5, {"a": math.nan}, {"a": {1, 2}}, "\ud800")),
-        *({"regex": value} for value in (5, b"a", ["a"])),
+        *({name: value} for name in ("regex", "lark") for value in (5, b"a", ["a"])),
         *({"timeout": value} for value in (0, -1, math.nan, math.inf, "1")),
         *({"context_full": value} for value in ("drop", None, 5, "Stop")),
         *({"context_full": "slide", "keep": value} for value in (-1, 1.5, None)),
@@ -187,7 +190,7 @@ def test_a_seed_is_no_part_of_a_greedy_request() -> None:
 
 def test_the_defaults_are_plain_and_deterministic_and_others_are_not() -> None:
     assert GenerationSettings().plain and GenerationSettings().deterministic
-    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep", "lookup"}
+    plain = {"max_tokens", "stop", "stop_token_ids", "timeout", "context_full", "keep", "lookup", "special_tokens"}
     assert {name for name in NAMES if GenerationSettings(**OTHERS[name]).plain} == plain
     sampled = {"temperature", "top_k", "top_p", "min_p", "seed"}
     assert {name for name in NAMES if not GenerationSettings(**OTHERS[name]).deterministic} == sampled

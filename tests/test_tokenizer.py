@@ -263,9 +263,9 @@ def test_a_long_prompt_costs_no_more_decoding_than_a_short_one(get: Get, monkeyp
     lengths: list[int] = []
     decode = Tokenizer.decode
 
-    def counting(self: Tokenizer, token_ids: Sequence[int]) -> str:
+    def counting(self: Tokenizer, token_ids: Sequence[int], special: bool = False) -> str:
         lengths.append(len(token_ids))
-        return decode(self, token_ids)
+        return decode(self, token_ids, special)
 
     monkeypatch.setattr(Tokenizer, "decode", counting)
     chunks_of(tokenizer, tokenizer.encode("word " * 1_000), tokenizer.encode("more words " * 50))

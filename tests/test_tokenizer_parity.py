@@ -23,7 +23,8 @@ from edgelm.export.errors import SourceError
 from edgelm.export.output.package import write_tokenizer
 from edgelm.export.source.tokenizer import load_tokenizer
 from edgelm.export.source.tokenizer_check import HARD_TEXTS, check_tokenizer
-from edgelm.runtime.text.chat import find_template
+from edgelm.runtime.text.options import ChatOptions
+from edgelm.runtime.text.templates import find_templates
 from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 from .conftest import TEXT, byte_tokenizer, shared
@@ -214,10 +215,29 @@ def test_messages_give_the_ids_of_transformers(
 def encoded_by_a_bundle(folder: Path, messages: list[dict[str, str]], answer: bool) -> list[int]:
     """As the engine does it, with the files of the bundle alone."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    template = find_template((folder / "chat_template.jinja").read_text(encoding="utf-8"), config)
-    assert template is not None
-    text = template.render(messages, add_generation_prompt=answer)
+    found = find_templates((folder / "chat_template.jinja").read_text(encoding="utf-8"), config)
+    assert found is not None
+    text = found.default.render(messages, add_generation_prompt=answer)
     return Tokenizer(folder / "tokenizer.json").encode(text, special=False)
+
+
+def test_templates_under_names_are_kept_in_a_bundle(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    byte_tokenizer(tmp_path)
+    load: Any = PreTrainedTokenizerFast.from_pretrained
+    tokenizer = load(str(tmp_path))
+    tokenizer.chat_template = {"default": "plain", "tool_use": "{{ tools }}"}
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tokenizer, SimpleNamespace(generation_config=None), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    found = find_templates(None, config)
+    assert found is not None
+    messages = [{"role": "user", "content": "a"}]
+    for tools in (None, [{"a": 1}]):
+        options = ChatOptions(tools=tools)
+        expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert found.of(options).render(messages, options) == expected
 
 
 # ---- folders as they are found

@@ -16,7 +16,8 @@ from pathlib import Path
 from ...runtime.bundle import folder as names
 from ...runtime.bundle.manifest import Tokens
 from ...runtime.errors import TemplateError
-from ...runtime.text.chat import ChatTemplate, find_template
+from ...runtime.text.chat import ChatTemplate
+from ...runtime.text.templates import find_templates
 from ...runtime.text.tokenizer import Tokenizer
 from ..errors import RecipeError
 from ..texts import Texts
@@ -103,10 +104,11 @@ def chat_template(folder: Path) -> ChatTemplate | None:
     this export's."""
     template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
     try:
-        return find_template(
+        found = find_templates(
             template.read_text(encoding="utf-8") if template.is_file() else None,
             json.loads(config.read_text(encoding="utf-8")),
         )
+        return None if found is None else found.default
     except TemplateError:
         return None
 

@@ -21,10 +21,10 @@ _TOKENIZER_FILES = (
 
 def write_tokenizer(tokenizer: Any, module: Any, folder: Path) -> None:
     """tokenizer.json, its configuration, the chat template and the generation configuration, as transformers writes
-    them; what else it writes is left out."""
+    them; what else it writes is left out. Several chat templates under names are kept in the configuration."""
     scratch = folder / "tokenizer"
     scratch.mkdir()
-    tokenizer.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     if module.generation_config is not None:
         module.generation_config.save_pretrained(scratch)
     for name in _TOKENIZER_FILES:

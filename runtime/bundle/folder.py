@@ -29,12 +29,14 @@ class Bundle:
     """A folder with a manifest that was read. Immutable, safe between threads.
 
     The files' contents are checked by `check_files`, not by `open`, so that the caller decides when to pay for it.
-    has_manifest: False for the folder of another exporter, whose manifest was made from what is in it.
+    has_manifest: False for the folder of another exporter, whose manifest was made from what is in it. exact: whether
+    who opened it insists on equal bits (`cuts`).
     """
 
     path: Path
     manifest: Manifest
     has_manifest: bool = True
+    exact: bool = True
 
     @staticmethod
     def open(path: str | Path) -> Bundle:

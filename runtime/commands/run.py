@@ -16,9 +16,9 @@ from ..engine import Engine, load
 from ..errors import PromptError, SettingsError
 from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
-from ..serving.batches import MAX_ROWS
-from ..settings import GenerationSettings
-from .folder import add_folder, add_provider
+from ..serving.batches import MAX_ROWS, Prompt
+from .folder import add_folder, add_loading, add_provider, loading_of
+from .messages import add_chat_options, chat_options_of
 from .settings import add_settings, settings_of
 
 SUMMARY = "answer a prompt with a bundle"
@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="refuse a bundle without a chat template, through which prompts go"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
+    parser.add_argument(
+        "--begin", metavar="TEXT", help="what the answer goes on from, and does not say again (implies --chat)"
+    )
+    add_loading(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument(
         "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
@@ -53,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
+    add_chat_options(parser)
     add_settings(parser)
     parser.add_argument(
         "--logprobs",
@@ -71,8 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--logprobs belongs to --json: give both")
     if many and arguments.prompt is not None:
         raise PromptError("there is a prompt and a file of prompts: give one of them")
-    if arguments.raw and (arguments.chat or arguments.system is not None):
-        raise SettingsError("--raw leaves out the chat template, which --chat and --system need: give one of them")
+    options = chat_options_of(arguments)
+    if arguments.raw and (_needs_template(arguments) or options):
+        raise SettingsError(
+            "--raw leaves out the chat template, which --chat, --system, --begin and the options for messages need: "
+            "give one of them"
+        )
     if arguments.max_rows is not None and not many:
         raise SettingsError("--max-rows belongs to --prompts: give both")
     text = _text(arguments.prompts) if many else _prompt(arguments.prompt)
@@ -81,13 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
         graph=arguments.graph,
         threads=arguments.threads,
         provider=arguments.provider,
+        **loading_of(arguments),
         response_cache=not arguments.no_response_cache,
         prefix_cache=not arguments.no_prefix_cache,
     ) as engine:
         if many:
-            _answer_lines(engine, arguments, text, settings)
+            _answer_lines(engine, arguments, text, {**options, "settings": settings})
             return 0
-        request = {**_request(engine, arguments, text), "settings": settings}
+        request = {**_request(engine, arguments, text), **options, "settings": settings}
         if arguments.json:
             _print_json(engine.generate(**request))
         else:
@@ -97,19 +107,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _answer_lines(engine: Engine, arguments: argparse.Namespace, text: str, settings: GenerationSettings) -> None:
+def _answer_lines(engine: Engine, arguments: argparse.Namespace, text: str, options: dict[str, Any]) -> None:
     """Answers in the order of the lines, each as soon as it and those before it are there."""
     # Only line ends part lines: other characters that Python takes for some may stand in a prompt.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    prompts = [next(iter(_request(engine, arguments, line).values())) for line in lines]
+    requests = [_request(engine, arguments, line) for line in lines]
+    prompts: list[Prompt] = [request["messages" if "messages" in request else "prompt"] for request in requests]
+    if any("continue_final_message" in request for request in requests):
+        options = {**options, "continue_final_message": True}
     rows = MAX_ROWS if arguments.max_rows is None else arguments.max_rows
     parts: dict[int, list[Chunk]] = defaultdict(list)
     started, printed, tokens = time.perf_counter(), 0, 0
-    for index, chunk in engine.stream_batch(prompts, settings=settings, max_rows=rows):
+    for index, chunk in engine.stream_batch(prompts, max_rows=rows, **options):
         parts[index].append(chunk)
         tokens += len(chunk.token_ids)
         while printed in parts and parts[printed][-1].finish_reason is not None:
-            _print_json(completion(settings, parts.pop(printed)))
+            _print_json(completion(options["settings"], parts.pop(printed)))
             printed += 1
     if arguments.stats:
         rate = tokens / (time.perf_counter() - started)
@@ -125,13 +138,19 @@ def _print_json(done: Completion) -> None:
 
 def _request(engine: Engine, arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
     """A model that was trained to chat gets a user's message: it may end at once after a plain text."""
-    asked = arguments.chat or arguments.system is not None
-    if not asked and (arguments.raw or not engine.takes_messages or not prompt):
+    if not _needs_template(arguments) and (arguments.raw or not engine.takes_messages or not prompt):
         return {"prompt": prompt}
     messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
     if arguments.system is not None:
         messages = [{"role": "system", "content": arguments.system}, *messages]
-    return {"messages": messages}
+    if arguments.begin is None:
+        return {"messages": messages}
+    begun = [*messages, {"role": "assistant", "content": arguments.begin}]
+    return {"messages": begun, "continue_final_message": True}
+
+
+def _needs_template(arguments: argparse.Namespace) -> bool:
+    return arguments.chat or arguments.system is not None or arguments.begin is not None
 
 
 def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:

@@ -63,6 +63,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--json-schema", Path, "FILE", "make the answer follow a JSON schema")
     add("--regex", str, "PATTERN", "make the answer follow a regular expression")
     group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show special tokens in the answer, such as markers of tool calls",
+    )
+    group.add_argument(
         "--no-lookup",
         dest="lookup",
         action="store_false",
@@ -79,7 +85,7 @@ def _bias(text: str) -> tuple[int, float]:
 _OPTIONS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "timeout", "context_full", "keep", "json_schema", "regex", "logprobs",
-    "lookup", "stop_token_ids", "logit_bias",
+    "lookup", "stop_token_ids", "logit_bias", "special_tokens",
 )  # fmt: skip
 
 

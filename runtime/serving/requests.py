@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.cuts import may_cut
 from ..bundle.folder import Bundle
 from ..caches.responses.cache import response_key
 from ..decoding.grammar import GrammarCompiler
 from ..decoding.sampling import check_token_ids
-from ..errors import SettingsError
-from ..settings import GenerationSettings
+from ..errors import SettingsError, shown
+from ..settings import GenerationSettings, SettingsKeywords
+from ..text.options import ChatKeywords, ChatOptions
 from ..text.prompts import PromptEncoder
 from ..text.tokenizer import Tokenizer
 from .answer import Request
 from .batches import Prompt, check_batch, kind_of, naming, settings_of_each
 
 if TYPE_CHECKING:
-    from ..text.chat import Message
+    from ..text.messages import Message
+
+
+class RequestKeywords(SettingsKeywords, ChatKeywords, total=False):
+    """The keywords of `Engine.generate` and its siblings: settings of the answer, and options for messages."""
 
 
 class RequestMaker:
@@ -28,6 +35,8 @@ class RequestMaker:
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, numerics: str) -> None:
         """numerics: whatever else decides the bits of an answer. Raises: BundleCorruptError, TemplateError."""
         self.prompts = PromptEncoder(bundle, tokenizer)
+        self._tokenizer = tokenizer
+        self._may_cut = may_cut(bundle)
         self._manifest = bundle.manifest
         self._digest = bundle.manifest.digest
         self._grammars = GrammarCompiler(bundle)
@@ -44,12 +53,15 @@ class RequestMaker:
         """A request, as of now. Raises: PromptError, ContextLengthError, SettingsError, TemplateError,
         MissingExtraError."""
         started = time.perf_counter()
-        settings = GenerationSettings.of(base, keywords)
+        options, keywords = ChatOptions.split(keywords)
+        settings = self._with_stop_ids(GenerationSettings.of(base, keywords))
+        if settings.lookup and not self._may_cut:
+            settings = replace(settings, lookup=False)
         model = self._manifest.model
         check_token_ids(settings, model.vocab_size)
         if settings.keep >= model.context_length:
             raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
-        ids = self.prompts.encode(prompt, messages, token_ids)
+        ids = self.prompts.encode(prompt, messages, token_ids, options)
         self.prompts.check_length(ids)
         return Request(ids, settings, started, self._grammars.compile(settings))
 
@@ -62,12 +74,44 @@ class RequestMaker:
     ) -> list[Request]:
         """A request for each prompt. Raises: as `one`, naming the prompt by its index."""
         check_batch(prompts, max_rows)
-        each = settings_of_each(len(prompts), settings, keywords)
+        own, others = ChatOptions.split(keywords)
+        options = {name: getattr(own, name) for name in own.given}
+        each = settings_of_each(len(prompts), settings, others)
         requests = []
         for index, prompt in enumerate(prompts):
             with naming(index):
-                requests.append(self.one(*kind_of(prompt), each[index], {}))
+                requests.append(self.one(*kind_of(prompt), each[index], options))
         return requests
+
+    def encode(
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        token_ids: Sequence[int] | None,
+        keywords: Mapping[str, Any],
+    ) -> list[int]:
+        """The token ids of a prompt. Raises: PromptError, TemplateError, SettingsError for unknown keywords."""
+        options, others = ChatOptions.split(keywords)
+        for name in others:
+            raise SettingsError(f"encode takes no {shown(name)}: leave it out")
+        return self.prompts.encode(prompt, messages, token_ids, options)
+
+    def _with_stop_ids(self, settings: GenerationSettings) -> GenerationSettings:
+        """A stop text that is exactly one special token is that token's id too, since such a token may have no text.
+
+        Raises: SettingsError for a stop text that can never come, because a special token is a part of it.
+        """
+        special = {text: self._tokenizer.special_id(text) for text in settings.stop}
+        vocab_size = self._manifest.model.vocab_size
+        ids = [token for token in special.values() if token is not None and token < vocab_size]
+        for text in [] if settings.special_tokens else settings.stop:
+            part = self._tokenizer.special_part(text)
+            if part is not None and part != text:
+                raise SettingsError(
+                    f"the stop text {shown(text)} holds {part!r}, a special token, which answers show with "
+                    "special_tokens=True only: give that too, or the token alone"
+                )
+        return replace(settings, stop_token_ids=(*settings.stop_token_ids, *ids)) if ids else settings
 
     def key(self, request: Request) -> str:
         """Everything that can change the answer: what the manifest says beside the files' digest, too."""

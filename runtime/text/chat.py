@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NoReturn
@@ -17,14 +18,18 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
-from ..errors import TemplateError
-from .messages import Message, has_parts, joined_parts, template_messages
+from ..errors import PromptError, TemplateError, shown
+from .continuing import cut_at_mark, field_to_continue, mark_end
+from .control_tokens import with_marks
+from .messages import Message, has_parts, joined_parts, with_reasoning
+from .options import NO_OPTIONS, OWN_VARIABLES, ChatOptions
 from .sandbox import BoundedSandbox, budget
 
-__all__ = ["ChatTemplate", "Message", "find_template"]
+__all__ = ["ChatTemplate", "Message"]
 
 _PROBE = "edgelm-probe"
 # What a template can raise besides jinja2's own errors, when it is compiled (constants are folded then) or rendered.
@@ -67,6 +72,17 @@ class _PlainNamespace(Namespace):
         super().__setitem__(name, value)
 
 
+class _PlainDict:
+    """`dict` without the type that the name stands for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """As of Python's dict."""
+        return dict.fromkeys(*args, **kwargs)
+
+
 class ChatTemplate:
     """One compiled template. Safe between threads."""
 
@@ -80,9 +96,13 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
         )
         environment.globals["namespace"] = _PlainNamespace
+        environment.globals["dict"] = _PlainDict()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _now
+        self._source = source
+        self._environment = environment
+        self._globals = frozenset(environment.globals)
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(environment.bounded(source))
@@ -91,30 +111,58 @@ class ChatTemplate:
                 f"the bundle's chat template cannot be parsed ({error}): give a plain prompt"
             ) from error
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """`render`, where no system message is lost, and contents that are lists of text parts are texts for a template
-        that takes no lists.
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set itself."""
+        return frozenset(find_undeclared_variables(self._tree()))
 
-        Raises: PromptError for parts that are no texts; TemplateError, also for a template that leaves a system message
-        out.
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """What the template writes: its text, and the texts in its expressions."""
+        tree = self._tree()
+        constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return (*(node.data for node in tree.find_all(nodes.TemplateData)), *constants)
+
+    def prompt(self, messages: Sequence[Message], options: ChatOptions = NO_OPTIONS) -> str:
+        """`render`, where nothing that the caller says is lost, and contents that are lists of text parts are texts for
+        a template that takes no lists.
+
+        Raises: PromptError for parts that are no texts, and for variables that the template does not read;
+        TemplateError, also for a template that leaves out a system message, tools or documents.
         """
+        self._check_variables(options)
         known = [dict(message) for message in messages]
         if has_parts(known):
             texts = joined_parts(known)
             known = [_one_part(*pair) for pair in zip(known, texts, strict=True)] if self._takes_parts else texts
-        text = self.render(known)
+        text = self.render(known, options)
         for index, message in enumerate(known):
             # With another text in its place, a template that shows it gives another prompt.
             content = message.get("content")
             if message.get("role") != "system" or not _says_something(content):
                 continue
             other = {**message, "content": _altered(content)}
-            if text == self.render([*known[:index], other, *known[index + 1 :]]):
+            if text == self.render([*known[:index], other, *known[index + 1 :]], options):
                 raise TemplateError(
                     "the model's chat template leaves this system message out: put the instruction into the first "
                     "user message"
                 )
+        without = {"tools": replace(options, tools=None), "documents": replace(options, documents=None)}
+        for name, fewer in without.items():
+            if getattr(options, name) and text == self.render(known, fewer):
+                raise TemplateError(
+                    f"the model's chat template leaves {name} out: describe them in a message, or leave them out"
+                )
         return text
+
+    def _check_variables(self, options: ChatOptions) -> None:
+        for name in options.template_variables:
+            if name not in self.variables:
+                known = sorted(self.variables - {*OWN_VARIABLES, *self._special_tokens, *self._globals})
+                raise PromptError(
+                    f"the model's chat template reads no variable {shown(name)}: "
+                    + (f"it reads {', '.join(known)}" if known else "it reads none")
+                )
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -125,24 +173,38 @@ class ChatTemplate:
             return False
         return _PROBE in text and not re.search(rf"""["']{_PROBE}["']""", text)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for a conversation, up to where the assistant's answer begins.
+    def render(
+        self, messages: Sequence[Message], options: ChatOptions = NO_OPTIONS, *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for a conversation, up to where the assistant's answer begins, or goes on.
 
-        Raises: TemplateError with the template's own words, if it refuses these messages.
+        messages: plain data, as `plain_messages` gives them. Raises: PromptError for a last message that cannot be
+        continued; TemplateError with the template's own words, if it refuses these messages.
         """
+        known = with_reasoning(messages)
+        field = field_to_continue(options)
+        if field is None:
+            return self._rendered(known, options, add_generation_prompt)
+        final = mark_end(known, field, self._source)
+        return cut_at_mark(self._rendered(known, options, False), final)
+
+    def _rendered(self, messages: Sequence[Message], options: ChatOptions, add_generation_prompt: bool) -> str:
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": options.tools,
+            "documents": options.documents,
+            **self._special_tokens,
+            **options.template_variables,
+            **budget(),
+        }
         try:
-            return str(
-                self._template.render(
-                    messages=template_messages(messages),
-                    add_generation_prompt=add_generation_prompt,
-                    tools=None,
-                    documents=None,
-                    **self._special_tokens,
-                    **budget(),
-                )
-            )
+            return str(self._template.render(variables))
         except _FAILURES as error:
             raise TemplateError(f"the chat template refused the messages: {error}") from error
+
+    def _tree(self) -> nodes.Template:
+        return self._environment.parse(self._source)
 
 
 def _says_something(content: Any) -> bool:
@@ -163,29 +225,6 @@ def _one_part(message: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any
     return {**message, "content": [{"type": "text", "text": text["content"]}]}
 
 
-def find_template(template_file: str | None, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template of a bundle: chat_template.jinja, else the entry of tokenizer_config.json, else None.
-
-    A list of named templates gives the one named "default". Raises: TemplateError.
-    """
-    source = template_file or tokenizer_config.get("chat_template")
-    if isinstance(source, list):
-        named = (entry for entry in source if isinstance(entry, Mapping) and entry.get("name") == "default")
-        source = next((entry.get("template", 0) for entry in named), None)
-    if source is None or source in ("", []):
-        return None
-    if not isinstance(source, str):
-        raise TemplateError(f"the bundle's chat template is not text but {source!r:.40}: give a plain prompt")
-    special = {key: _content(value) for key, value in tokenizer_config.items() if key.endswith("_token")}
-    return ChatTemplate(source, {key: text for key, text in special.items() if text})
-
-
-def _content(value: Any) -> str | None:
-    """The text of a special token, written plain or as an object; None for what is no token (add_bos_token)."""
-    content = value.get("content") if isinstance(value, Mapping) else value
-    return content if isinstance(content, str) else None
-
-
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -194,7 +233,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # jinja2's own filter escapes HTML characters, which templates for models do not want.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return with_marks(text) if ensure_ascii else text
 
 
 def _raise(message: str) -> NoReturn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from ..host.files import read_text
 
 
 class Conversation:
-    """An optional system message and turns of user and assistant. Not safe between threads."""
+    """An optional system message and turns of user and assistant. Not safe between threads.
+
+    left_out: so many of the oldest messages, the system message not counted, are no longer sent to the model.
+    """
 
     def __init__(self, system: str | None = None) -> None:
         self.system = system
+        self.left_out = 0
         self._turns: list[dict[str, str]] = []
 
     def __len__(self) -> int:
@@ -26,19 +32,43 @@ class Conversation:
         """Another conversation with the same messages."""
         other = Conversation(self.system)
         other._turns = list(self._turns)
+        other.left_out = self.left_out
         return other
 
     def messages(self) -> list[dict[str, str]]:
         """What the chat template gets."""
+        return self._from(self.left_out)
+
+    def everything(self) -> list[dict[str, str]]:
+        """All messages, also those that are left out."""
+        return self._from(0)
+
+    def leave_out(self, fits: Callable[[list[dict[str, str]]], bool]) -> None:
+        """Leave out the oldest turns, each a user's message with all up to the next one, until what remains fits. The
+        last turn stays, and the system message."""
+        starts = [index for index, turn in enumerate(self._turns) if turn["role"] == "user" and index > self.left_out]
+        for start in starts:
+            if fits(self.messages()):
+                return
+            self.left_out = start
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the last message is the model's."""
+        return bool(self._turns) and self._turns[-1]["role"] == "assistant"
+
+    def _from(self, first: int) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, *(dict(turn) for turn in self._turns)]
+        return [*system, *(dict(turn) for turn in self._turns[first:])]
 
     def ask(self, text: str) -> None:
         """Add a user's message."""
         self._turns.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
-        """Add the model's answer."""
+        """Add the model's answer, or what it says further."""
+        if self.is_answered:
+            text = self._turns.pop()["content"] + text
         self._turns.append({"role": "assistant", "content": text})
 
     def undo(self) -> str:
@@ -47,20 +77,23 @@ class Conversation:
             if self._turns[index]["role"] == "user":
                 text = self._turns[index]["content"]
                 del self._turns[index:]
+                self.left_out = 0  # what there is room for is another question now
                 return text
         raise PromptError("the conversation is empty: there is nothing to take back")
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
         self._turns.clear()
+        self.left_out = 0
 
     def save(self, path: Path) -> None:
-        """Write a new file: a JSON list of messages, as `Engine.generate` takes them. Raises: PromptError."""
+        """Write a new file that others cannot read: a JSON list of messages, as `Engine.generate` takes them. Raises:
+        PromptError."""
         # A model may write half of a surrogate pair, which JSON can say and UTF-8 cannot.
-        text = json.dumps(self.messages(), ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(self.everything(), ensure_ascii=False, indent=1) + "\n"
         data = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8")
         try:
-            with path.open("xb") as file:
+            with open(path, "xb", opener=_private) as file:
                 file.write(data)
         except FileExistsError as error:
             raise PromptError(f"{path} exists already: give another name, or delete it first") from error
@@ -79,6 +112,11 @@ class Conversation:
         first = messages[:1] if messages and messages[0]["role"] == "system" else []
         self.system = first[0]["content"] if first else None
         self._turns = messages[len(first) :]
+        self.left_out = 0
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _checked(found: Any, path: Path) -> list[dict[str, str]]:

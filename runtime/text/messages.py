@@ -6,35 +6,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PromptError, shown
+from .plain_data import plain
 
 Message = Mapping[str, Any]
 
 # The names under which a message's reasoning comes. transformers fills in those that templates read.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def check_messages(messages: object) -> None:
-    """Raises: PromptError for what is no list of objects."""
+def plain_messages(messages: object) -> list[dict[str, Any]]:
+    """New dicts of plain data without the keys whose value is None, as transformers' `apply_chat_template` makes them
+    first: OpenAI's clients send `content: None` beside tool calls, and a template would print it.
+
+    messages: mappings, or objects that have a form of plain data, such as those that OpenAI's clients return.
+    Raises: PromptError for what is no list of such.
+    """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(
             f'messages must be a list of objects such as {{"role": "user", "content": "..."}}, found '
             f"{shown(messages)}: put a single message into a list"
         )
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise PromptError(
-                f'message {index} must be an object such as {{"role": "user", "content": "..."}}, found '
-                f"{shown(message)}"
-            )
+    return [_plain_message(index, message) for index, message in enumerate(messages)]
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """New dicts, as transformers' `apply_chat_template` hands them to a template.
+def _plain_message(index: int, message: object) -> dict[str, Any]:
+    found = plain(message)
+    if not isinstance(found, dict):
+        raise PromptError(
+            f'message {index} must be an object such as {{"role": "user", "content": "..."}}, found {shown(message)}'
+        )
+    return {key: value for key, value in found.items() if value is not None}
 
-    Keys whose value is None are left out: OpenAI's clients send `content: None` beside tool calls, and a template
-    would print it. Reasoning is there under all names that templates read.
-    """
-    return [_with_reasoning({key: value for key, value in item.items() if value is not None}) for item in messages]
+
+def with_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """New dicts in which reasoning is there under all names that templates read."""
+    return [_with_reasoning(dict(message)) for message in messages]
 
 
 def joined_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -65,7 +71,7 @@ def _texts(index: int, parts: Sequence[Any]) -> list[str]:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -5,31 +5,40 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import folder as bundle_files
 from ..bundle.folder import Bundle
 from ..errors import BundleCorruptError, ContextLengthError, PromptError, TemplateError, shown
-from .messages import check_messages
+from .control_tokens import ControlTokens
+from .messages import plain_messages
+from .options import NO_OPTIONS, ChatOptions
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .chat import ChatTemplate, Message
+    from .chat import ChatTemplate
+    from .messages import Message
+    from .templates import Templates
 
 
 class PromptEncoder:
     """A bundle's tokenizer and chat template. Immutable, safe between threads."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
-        """Read and compile the template. Raises: BundleCorruptError, TemplateError."""
+        """Read and compile the templates. Raises: BundleCorruptError, TemplateError."""
         self._model = bundle.manifest.model
         self._tokenizer = tokenizer
-        self.template = _bundle_template(bundle)
+        self.templates = _bundle_templates(bundle)
+        self._control: dict[ChatTemplate, ControlTokens] = {}
 
     def encode(
-        self, prompt: str | None, messages: Sequence[Message] | None, token_ids: Sequence[int] | None
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        token_ids: Sequence[int] | None,
+        options: ChatOptions = NO_OPTIONS,
     ) -> list[int]:
-        """At least one token id; exactly one argument is given.
+        """At least one token id; exactly one of the first three is given. options: for messages.
 
         Raises: PromptError, TemplateError.
         """
@@ -42,11 +51,12 @@ class PromptEncoder:
             raise PromptError(
                 f"give exactly one of prompt, messages and token_ids, found {' and '.join(given) or 'none'}"
             )
+        if messages is None and options.given:
+            raise PromptError(f"{options.given[0]} belongs to messages: leave it out, or give messages")
         if prompt is not None:
             ids = self._of_text(prompt)
         elif messages is not None:
-            check_messages(messages)
-            ids = self._tokenizer.encode(self._render(messages), special=False) if messages else []
+            ids = self._of_messages(plain_messages(messages), options)
         else:
             ids = self._checked_ids(token_ids if token_ids is not None else ())
         if not ids:
@@ -57,6 +67,12 @@ class PromptEncoder:
                 "leave it out"
             )
         return ids
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that the templates read; none where there is no template."""
+        found = self.templates
+        return frozenset().union(*(template.variables for template in found.all())) if found else frozenset()
 
     def check_length(self, token_ids: Sequence[int]) -> None:
         """Raises: ContextLengthError, if the context does not hold the prompt."""
@@ -82,13 +98,28 @@ class PromptEncoder:
                 raise PromptError(f"token id {shown(token)} is out of range: the model has ids 0 to {vocab_size - 1}")
         return ids
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        if self.template is None:
+    def _of_messages(self, messages: Sequence[dict[str, Any]], options: ChatOptions) -> list[int]:
+        if not messages:
+            return []
+        if self.templates is None:
             raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
-        return self.template.prompt(messages)
+        template = self.templates.of(options)
+        if options.tokens_in_messages:
+            return self._tokenizer.encode(template.prompt(messages, options), special=False)
+        control = self._control_tokens(template)
+        messages, options, marks = control.mark(messages, options)
+        text = template.prompt(messages, options)
+        return self._tokenizer.encode(text, special=False) if marks is None else control.encode(text, marks)
+
+    def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
+        """Made when the first messages come, since others need none."""
+        if template not in self._control:
+            assert self.templates is not None
+            self._control[template] = ControlTokens(self._tokenizer, template.texts, self.templates.control_tokens)
+        return self._control[template]
 
 
-def _bundle_template(bundle: Bundle) -> ChatTemplate | None:
+def _bundle_templates(bundle: Bundle) -> Templates | None:
     text = bundle.read_text(bundle_files.TOKENIZER_CONFIG_NAME)
     name = bundle.path / bundle_files.TOKENIZER_CONFIG_NAME
     try:
@@ -100,6 +131,6 @@ def _bundle_template(bundle: Bundle) -> ChatTemplate | None:
     template = bundle.read_text(bundle_files.CHAT_TEMPLATE_NAME)
     if not template and not config.get("chat_template"):
         return None
-    from .chat import find_template
+    from .templates import find_templates
 
-    return find_template(template, config)
+    return find_templates(template, config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 # How tokenizers with byte fallback write a token that is one byte.
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+# How SentencePiece writes the blank in front of a word.
+_WORD = "\u2581"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is looked for in a text before it is cut into others. special: not part of decoded text;
+    normalized: looked for in the normalized text, not in the text as it is."""
+
+    id: int
+    text: str
+    special: bool
+    normalized: bool
 
 
 class Tokenizer:
@@ -44,6 +59,31 @@ class Tokenizer:
         """How the vocabulary writes a token; empty for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it, or None where it has no such token."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is exactly this text, or None."""
+        return self._special.get(text)
+
+    def special_part(self, text: str) -> str | None:
+        """A special token that is a part of a text, the longest of those at the first place; None without one."""
+        found = [(text.find(token), -len(token), token) for token in self._special if token in text]
+        return min(found)[2] if found else None
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        return {token.text: token.id for token in self.added_tokens() if token.special}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that goes on, in UTF-8; empty, if it is special or does not exist."""
+        data = self._bytes(token_id)
+        # Decoders strip the blank in front of a text's first word, which this is not.
+        starts_word = self.token(token_id).startswith(_WORD)
+        return b" " + data if starts_word and not data.startswith((b" ", _WORD.encode())) else data
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
 
@@ -54,17 +94,40 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text ({error}): remove lone surrogates") from error
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; U+FFFD stands for bytes that are not UTF-8."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def encode_without_added(self, text: str) -> list[int]:
+        """Token ids of a text in which no added token is looked for, special or not."""
+        parts = self._tokenizer
+        if parts.normalizer is not None:
+            text = parts.normalizer.normalize_str(text)
+        words = [text]
+        if parts.pre_tokenizer is not None:
+            words = [word for word, _ in parts.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in parts.model.tokenize(word)]
 
-    def decode_whole(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+    def added_tokens(self) -> list[AddedToken]:
+        """All added tokens, special or not."""
+        normalizes = self._tokenizer.normalizer is not None
+        return [
+            AddedToken(token_id, token.content, token.special, normalizes and token.normalized)
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+        ]
+
+    def spans_of(self, text: str, token_ids: Collection[int]) -> list[tuple[int, int]]:
+        """Where these tokens are found in a text, as positions of characters. Costs an encoding."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return [span for token, span in zip(found.ids, found.offsets, strict=True) if token in token_ids]
+
+    def decode(self, token_ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; U+FFFD stands for bytes that are not UTF-8. special: with the text of special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))
+
+    def decode_whole(self, token_ids: Sequence[int], special: bool = False) -> tuple[str, bool]:
         """Text of token ids without an unfinished character at its end, and whether there is one.
 
         The text alone cannot tell: U+FFFD may be the beginning of a character, a character that somebody wrote, or
         bytes that no further byte makes a character. Only the first of these is unfinished.
         """
-        text = self.decode(token_ids)
+        text = self.decode(token_ids, special)
         if not text.endswith(REPLACEMENT):
             return text, False
         missing = len(_unfinished(self._last_bytes(token_ids)))
@@ -77,7 +140,7 @@ class Tokenizer:
         while missing:
             end -= 1
             missing -= self._is_byte(token_ids[end])
-        return self.decode(token_ids[:end]), True
+        return self.decode(token_ids[:end], special), True
 
     def starts_inside_character(self, token_ids: Sequence[int]) -> bool:
         """Whether the first byte of the tokens belongs to a character that began before them."""
@@ -136,29 +199,31 @@ class Detokenizer:
     where a chunk ended, which is between two characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        """prompt_ids: what stands before the new tokens, so that the first of them is not taken for a text's first."""
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], special: bool = False) -> None:
+        """prompt_ids: what stands before the new tokens, so that the first of them is not taken for a text's first.
+        special: special tokens are part of the text."""
         self._tokenizer = tokenizer
+        self._special = special
         tail = self._clean_tail(prompt_ids)
-        self._shown, _ = tokenizer.decode_whole(tail)
+        self._shown, _ = tokenizer.decode_whole(tail, special)
         # What the prompt holds of an unfinished character waits like new tokens, so that the window stays clean.
-        end = next(end for end in range(len(tail), -1, -1) if not tokenizer.decode_whole(tail[:end])[1])
+        end = next(end for end in range(len(tail), -1, -1) if not tokenizer.decode_whole(tail[:end], special)[1])
         self._window, self._pending = tail[:end], tail[end:]
 
     def add(self, token_id: int) -> str:
         """The text that this token completes: empty while a character is unfinished."""
         self._pending.append(token_id)
-        text, unfinished = self._tokenizer.decode_whole(self._window + self._pending)
+        text, unfinished = self._tokenizer.decode_whole(self._window + self._pending, self._special)
         if unfinished or len(text) <= len(self._shown):
             return ""
         new = text[len(self._shown) :]
         self._window, self._pending = self._pending, []
-        self._shown = self._tokenizer.decode(self._window)
+        self._shown = self._tokenizer.decode(self._window, self._special)
         return new
 
     def finish(self) -> str:
         """The text that was held back with an unfinished character, without that character."""
-        text, _ = self._tokenizer.decode_whole(self._window + self._pending)
+        text, _ = self._tokenizer.decode_whole(self._window + self._pending, self._special)
         return text[len(self._shown) :]
 
     def _clean_tail(self, prompt_ids: Sequence[int]) -> list[int]:
