@@ -6,14 +6,16 @@ latter two also for asyncio.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .bundle import folder as bundle_files
+from .bundle.cuts import accepts_roundings, may_cut, what_is_off
 from .bundle.folder import Bundle
 from .caches.prefixes.cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
 from .caches.responses.cache import ResponseCache, ResponseCacheSettings, open_response_cache
@@ -43,28 +45,40 @@ if TYPE_CHECKING:
     from .text.options import ChatKeywords
 
 
+_logger = logging.getLogger(__name__)
+# A program that embeds edgelm finds its users' conversations on the disk only if it asks.
+IN_MEMORY = ResponseCacheSettings(disk=False)
+PREFIXES_IN_MEMORY = PrefixCacheSettings(disk=False)
+
+
 def load(
     path: str | Path,
     *,
     graph: str | None = None,
     threads: int | None = None,
-    response_cache: bool | ResponseCacheSettings = True,
-    prefix_cache: bool | PrefixCacheSettings = True,
-    prepare: bool = True,
+    response_cache: bool | ResponseCacheSettings = IN_MEMORY,
+    prefix_cache: bool | PrefixCacheSettings = PREFIXES_IN_MEMORY,
+    prepare: bool | None = None,
     provider: str | None = None,
+    exact: bool = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
     graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
-    threads: cores to compute with (None: physical cores that this process may use). response_cache: keep finished
-    answers and give them again for the same request: True in memory (16 MiB) and in a database below EDGELM_HOME
-    (256 MiB, readable by this user alone, shared by the processes), False not at all, or as settings say. prefix_cache:
-    keep what was computed for prompts, for later ones that start alike: True in memory (64 MiB) and in files below
-    EDGELM_HOME (512 MiB, as above), False not at all, or as settings say; only where it changes no bit, which is with
-    the scheme `int8-rowwise`. `edgelm cache budget` changes what True means for both. prepare: keep the weights as
-    onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's size, in all at most 8 GiB), which the
-    next load maps: faster, in less memory of its own, shared by the processes. provider: "cpu" or "cuda" (None: what
-    the bundle was made for; one for a GPU runs on the CPU only when it is told to).
+    threads: cores to compute with (None: physical cores that this process may use). provider: "cpu" or "cuda" (None:
+    what the bundle was made for; one for a GPU runs on the CPU only when it is told to).
+    exact: False allows batches, kept prefixes and draft tokens also where they change roundings (`bundle.cuts`), as
+    with the schemes of float32 matrices.
+
+    Nothing is written to the disk unless one of these asks for it:
+    response_cache: keep finished answers and give them again for the same request: in memory (16 MiB) by default, False
+    not at all, True also in a database below EDGELM_HOME (256 MiB, readable by this user alone, shared by the
+    processes), or as settings say. prefix_cache: keep what was computed for prompts, for later ones that start alike:
+    in memory (64 MiB) by default, False not at all, True also in files below EDGELM_HOME (512 MiB, as above), or as
+    settings say. `edgelm cache budget` changes what True means for both.
+    prepare: True keeps the weights as onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's
+    size, in all at most 8 GiB), which later loads map, unless they say False: faster, in less memory of their own,
+    shared by the processes.
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
@@ -73,6 +87,10 @@ def load(
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
     bundle, load_model = find_folder(path, threads, graph, prepare, provider)
+    bundle = dataclasses.replace(bundle, exact=exact)
+    off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
+    if off is not None:
+        _logger.warning("%s: %s", bundle.path, off)
     # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
     tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
     give_back()
@@ -105,13 +123,13 @@ class Engine:
         self._prefixes = prefixes
         self._responses = responses
         self._requests = RequestMaker(bundle, tokenizer, numerics.of_session(session))
-        exact = rows_are_exact(bundle.manifest, session.capabilities)
+        together = rows_are_exact(bundle.manifest, session.capabilities) or accepts_roundings(bundle)
         decoder = Decoder(
             session,
             bundle.manifest.model.context_length,
             prefixes=prefixes,
-            max_rows=MAX_ROWS if exact else 1,
-            bounded_pieces=bundle.manifest.exact_under_cuts,
+            max_rows=MAX_ROWS if together else 1,
+            bounded_pieces=may_cut(bundle),
         )
         self._scheduler = Scheduler(decoder, bundle.manifest, tokenizer, responses, self._requests.key)
 
@@ -197,7 +215,7 @@ class Engine:
         prompts: texts, lists of messages or lists of token ids, of any lengths. settings: for all, or one for each.
         max_rows: so many are computed at once, the others wait for a place; the KV cache then takes the memory of so
         many texts as long as the longest one. Every answer is the one that `generate` gives. Where a batch could not
-        hold that (`batch_session.rows_are_exact`), and for a session of your own, prompts are answered one by one.
+        hold that (`sessions.rows.rows_are_exact`), and for a session without `rows`, prompts are answered one by one.
         Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
         """
         requests = self._new().batch(prompts, settings, max_rows, keywords)
@@ -288,4 +306,4 @@ class Engine:
         """What makes the request, whose time runs from now. Raises: SettingsError, EngineClosedError."""
         new, started = self._new(), time.perf_counter()
         GenerationSettings.of(settings, ChatOptions.split(keywords)[1])
-        return lambda: replace(new.one(prompt, messages, token_ids, settings, keywords), started=started)
+        return lambda: dataclasses.replace(new.one(prompt, messages, token_ids, settings, keywords), started=started)

@@ -73,7 +73,7 @@ def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: 
 def test_a_restart_finds_it_in_the_files(bundle: Path, cold: Engine) -> None:
     expected, _ = answers(cold)
     for kept in (False, True):
-        with load(bundle, threads=1, response_cache=False) as engine:
+        with load(bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
             found, reused = answers(engine)
             assert found == expected
             assert (reused[1] > 0) == kept, "it is fed first of those that begin alike"

@@ -56,7 +56,7 @@ def test_only_what_differs_is_written(edgelm_home: Path) -> None:
     ("text", "words"),
     [
         ("", "no valid JSON|not valid JSON"),
-        ("\udcff", "not valid JSON"),
+        ("\udcff", "not UTF-8"),
         ("[]", "no version"),
         ("{}", "no version"),
         ('{"version": true}', "no version"),
@@ -207,7 +207,7 @@ def test_what_is_over_goes_at_once(edgelm_home: Path) -> None:
 def test_load_goes_by_the_file_and_arguments_go_before_it(tiny_bundle: Path, edgelm_home: Path) -> None:
     assert main(["cache", "budget", "--responses-disk", "2MiB", "--prefixes-disk", "3MiB"]) == 0
     prompt = list(range(40))
-    with load(tiny_bundle) as engine:
+    with load(tiny_bundle, response_cache=True, prefix_cache=True) as engine:
         engine.generate(token_ids=prompt, max_tokens=2)
     assert budget_of(edgelm_home) == 2 * MIB
     assert read_budget(edgelm_home / "prefixes") == 3 * MIB

@@ -25,7 +25,7 @@ from edgelm.runtime.text.tokenizer import Tokenizer
 
 
 def ask(bundle: Path, prompt: str = "Once", max_tokens: int = 6) -> Completion:
-    with load(bundle, threads=1) as engine:
+    with load(bundle, threads=1, response_cache=True) as engine:
         return engine.generate(prompt, max_tokens=max_tokens)
 
 
@@ -69,6 +69,16 @@ def test_the_database_is_in_the_home_and_can_be_left_out(tiny_bundle: Path, edge
     assert not edgelm_home.exists()
     ask(tiny_bundle)
     assert stat.S_IMODE((edgelm_home / "responses" / "responses.sqlite").stat().st_mode) == 0o600
+
+
+def test_a_program_that_asks_for_nothing_leaves_nothing_on_the_disk(tiny_bundle: Path, edgelm_home: Path) -> None:
+    with load(tiny_bundle, threads=1) as engine:
+        for _ in range(2):
+            done = engine.generate("Once upon a time, there was a little girl named Lily.", max_tokens=40)
+        list(engine.stream("Once upon", max_tokens=9, temperature=1.0))
+        engine.generate_batch(["one", "two"], max_tokens=3)
+    assert done.stats.response_cache_hit, "answers are known again while the program runs"
+    assert not edgelm_home.exists()
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -126,14 +136,14 @@ def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
     old, new, place = export_tiny(), export_tiny(scheme="fp32"), tmp_path / "bundle"
     expected = {bundle: ask(bundle, "Tom", 24) for bundle in (old, new)}
     shutil.copytree(old, place)
-    with load(place, threads=1) as engine:
+    with load(place, threads=1, response_cache=True) as engine:
         place.rename(tmp_path / "away")
         shutil.copytree(new, place)
         assert engine.generate("Tom", max_tokens=24).token_ids == expected[old].token_ids
         computed = engine.generate("Tom and", max_tokens=24)
     with load(old, threads=1, response_cache=False) as engine:
         assert engine.generate("Tom and", max_tokens=24).token_ids == computed.token_ids
-    with load(place, threads=1) as engine:
+    with load(place, threads=1, response_cache=True) as engine:
         assert engine.generate("Tom", max_tokens=24).token_ids == expected[new].token_ids
         assert not engine.generate("Tom and", max_tokens=24).stats.response_cache_hit
 
@@ -186,7 +196,7 @@ def test_a_cache_that_cannot_be_used_is_one_warning_and_right_answers(
     with load(tiny_bundle, threads=1, response_cache=False) as engine:
         expected = [engine.generate(prompt, max_tokens=6).token_ids for prompt in ("Once", "Tom")]
     prepare(edgelm_home / "responses")
-    with load(tiny_bundle, threads=1) as engine:
+    with load(tiny_bundle, threads=1, response_cache=True) as engine:
         for _ in range(2):
             again = [engine.generate(prompt, max_tokens=6) for prompt in ("Once", "Tom")]
             assert [done.token_ids for done in again] == expected

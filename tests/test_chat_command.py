@@ -197,6 +197,12 @@ def test_no_command_ends_the_conversation(
     assert "prompt tokens" in err.splitlines()[-1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="access rights are inherited there")
+def test_a_saved_conversation_is_its_writers_alone(tmp_path: Path) -> None:
+    Conversation("s").save(tmp_path / "c")
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
+
+
 def test_half_a_surrogate_pair_is_saved_and_loaded_again(tmp_path: Path) -> None:
     conversation = Conversation()
     conversation.ask("é")

@@ -112,3 +112,13 @@ def test_kernels_that_cannot_be_used_are_a_finding_beside_the_others(
 
 def test_a_machine_without_faults_has_none(pretend: pytest.MonkeyPatch) -> None:
     assert diagnose().kernels_fault is None
+
+
+@pytest.mark.parametrize(("used", "billions"), [(None, "10.0"), ("kernels 1", "20.0")])
+def test_the_largest_model_leaves_room_for_what_loading_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], used: str | None, billions: str
+) -> None:
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 26_000_000_000)
+    monkeypatch.setattr(doctor, "_kernels", lambda: (used, None))
+    assert main(["doctor"]) == 0
+    assert f"up to about {billions} billion parameters" in capsys.readouterr().out

@@ -229,7 +229,7 @@ def test_the_cache_at_hand_wins_where_it_holds_more() -> None:
 
 def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
     ids = ids_of(tiny_bundle)
-    with load(tiny_bundle, threads=1, response_cache=False) as engine:
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         for chunk in engine.stream(token_ids=ids[:100], max_tokens=50, context_full="slide"):
             assert chunk.text
             break
@@ -327,10 +327,11 @@ def test_engines_share_what_they_computed_unless_told_not_to(tiny_bundle: Path, 
 
     assert reused(prefix_cache=False) == 0
     assert reused(prefix_cache=PrefixCacheSettings(disk=False)) == 0
-    assert not edgelm_home.exists()
     assert reused() == 0
+    assert not edgelm_home.exists()
+    assert reused(prefix_cache=True) == 0
     assert reused(prefix_cache=False) == 0
-    assert reused() == 288
+    assert reused(prefix_cache=True) == 288
     (path, *_) = (edgelm_home / "prefixes").glob("*/*.kv")
     assert path.stat().st_mode & 0o777 == 0o600
     assert (edgelm_home / "prefixes").stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o777 == 0o700
@@ -339,10 +340,10 @@ def test_engines_share_what_they_computed_unless_told_not_to(tiny_bundle: Path, 
 def test_other_arithmetic_finds_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(tiny_bundle)
     for expected in (0, 288):
-        with load(tiny_bundle, threads=1, response_cache=False) as engine:
+        with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
             assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == expected
     monkeypatch.setattr(numerics, "of_machine", lambda: "another processor")
-    with load(tiny_bundle, threads=1, response_cache=False) as engine:
+    with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         assert engine.generate(token_ids=ids, max_tokens=1).stats.reused_tokens == 0
 
 
@@ -352,13 +353,13 @@ def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
     old, new, place = export_tiny(), export_tiny(kv="float32"), tmp_path / "bundle"
     ids = ids_of(old)
     shutil.copytree(old, place)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         place.rename(tmp_path / "away")
         shutil.copytree(new, place)
         expected = engine.generate(token_ids=ids, max_tokens=20)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         assert engine.generate(token_ids=ids, max_tokens=20).stats.reused_tokens == 0
-    with load(old, threads=1, response_cache=False) as engine:
+    with load(old, threads=1, response_cache=False, prefix_cache=True) as engine:
         again = engine.generate(token_ids=ids, max_tokens=20)
     assert again.stats.reused_tokens == 288 and again.token_ids == expected.token_ids
 
@@ -369,7 +370,7 @@ def test_nothing_is_kept_of_a_bundle_that_is_written_to_while_loaded(
     place = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, place)
     ids = ids_of(tiny_bundle)
-    with load(place, threads=1, response_cache=False) as engine:
+    with load(place, threads=1, response_cache=False, prefix_cache=True) as engine:
         engine.generate(token_ids=ids[:64], max_tokens=1)
         weights = place / "model.onnx.data"
         with weights.open("r+b") as file:
@@ -400,7 +401,7 @@ def test_a_forked_child_goes_on_alone(tmp_path: Path) -> None:
 def test_where_cuts_change_bits_nothing_is_kept(
     scheme: str, export_tiny: Callable[..., Path], edgelm_home: Path
 ) -> None:
-    with load(export_tiny(scheme=scheme), threads=1, response_cache=False) as engine:
+    with load(export_tiny(scheme=scheme), threads=1, response_cache=False, prefix_cache=True) as engine:
         engine.generate("Once upon a time there was a cat", max_tokens=1)
     assert not edgelm_home.exists()
 
@@ -462,7 +463,7 @@ def test_a_program_that_ends_in_the_middle_of_an_answer_ends(tiny_bundle: Path) 
     """The stream is closed while the interpreter ends, and has a prefix to keep: no thread can be started any more."""
     code = f"""
         from edgelm.runtime import load
-        engine = load({str(tiny_bundle)!r}, response_cache=False)
+        engine = load({str(tiny_bundle)!r}, response_cache=False, prefix_cache=True)
         stream = engine.stream(token_ids=list(range(40)), max_tokens=9, min_tokens=9)
         print(next(stream).token_ids)
     """

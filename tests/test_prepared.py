@@ -42,7 +42,7 @@ def loaded_from(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def answer(bundle: Path) -> tuple[int, ...]:
-    with load(bundle, response_cache=False) as engine:
+    with load(bundle, response_cache=False, prepare=True) as engine:
         return engine.generate(TEXT[:50], max_tokens=16).token_ids
 
 
@@ -77,6 +77,18 @@ def test_nothing_is_written_where_it_is_not_wanted(tiny_bundle: Path, edgelm_hom
         assert not edgelm_home.exists()
 
 
+def test_what_is_there_is_used_and_no_more_is_made_unless_it_is_asked_for(
+    tiny_bundle: Path, edgelm_home: Path, loaded_from: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--prepare"], []):
+        arguments = ["--max-tokens", "2", "--no-response-cache", "--no-prefix-cache", *options]
+        assert main(["run", str(tiny_bundle), "Once", *arguments]) == 0
+    (folder,) = made(edgelm_home)
+    with load(tiny_bundle), load(tiny_bundle, prepare=False):
+        pass
+    assert loaded_from == [tiny_bundle, tiny_bundle, folder, folder, tiny_bundle]
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "checks.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_one_is_made_anew(tiny_bundle: Path, edgelm_home: Path, name: str, damage: str) -> None:
@@ -104,7 +116,7 @@ def test_damaged_bundles_are_not_prepared(tiny_bundle: Path, edgelm_home: Path, 
     data[100] ^= 1
     (copy / "model.onnx.data").write_bytes(data)
     with pytest.raises(BundleCorruptError):
-        load(copy)
+        load(copy, prepare=True)
     assert not made(edgelm_home)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...runtime.bundle.cuts import what_is_off
 from ...runtime.bundle.folder import CHAT_TEMPLATE_NAME
 from ...targets.abilities import KV_TYPES, SCHEMES
 from ..config import ExportConfig
@@ -81,7 +82,8 @@ def _print_table(console: Console, result: ExportResult) -> None:
     console.print(table)
     for sentence in report["not_run"]:
         console.print(f"[yellow]not run[/] {sentence}", soft_wrap=True)
-    for sentence in report["notes"]:
+    off = what_is_off(result.manifest)
+    for sentence in [*report["notes"], *([off] if off else [])]:
         console.print("[yellow]note[/]", escape(sentence), soft_wrap=True)
     console.print(f"Wrote {result.path}. Try:  {_suggestion(result.path)}", soft_wrap=True)
 

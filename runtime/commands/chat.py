@@ -10,7 +10,7 @@ from ..engine import load
 from ..errors import PromptError, TemplateError
 from ..text.conversation import Conversation
 from .conversing import Chat
-from .folder import add_provider
+from .folder import add_loading, add_provider, loading_of
 from .messages import add_chat_options, chat_options_of
 from .settings import add_settings, settings_of
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message for the conversation")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     add_provider(parser)
+    add_loading(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument(
         "--no-prefix-cache", action="store_true", help="neither use nor keep what is computed beyond this conversation"
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
         conversation.system = arguments.system
     known = not arguments.no_prefix_cache
-    place = {"threads": arguments.threads, "provider": arguments.provider}
+    place = {"threads": arguments.threads, "provider": arguments.provider, **loading_of(arguments)}
     with load(arguments.bundle, **place, response_cache=False, prefix_cache=known) as engine:
         if not engine.takes_messages:
             raise TemplateError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
@@ -16,3 +17,22 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
 def add_provider(parser: argparse.ArgumentParser) -> None:
     """Declare `--provider`."""
     parser.add_argument("--provider", metavar="NAME", help="compute on cpu or cuda (what the bundle was made for)")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Declare how the model is loaded: `--prepare` and `--inexact`."""
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="keep the weights as this machine wants them, on twice the bundle's disk space: later loads are faster",
+    )
+    parser.add_argument(
+        "--inexact",
+        action="store_true",
+        help="batches, kept prefixes and draft tokens also where they change roundings, as with fp32",
+    )
+
+
+def loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `load`."""
+    return {"prepare": True if arguments.prepare else None, "exact": not arguments.inexact}

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..bundle.cuts import what_is_off
 from ..bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
 from ..bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..bundle.manifest import LayerCache, Manifest
@@ -150,6 +151,7 @@ def _show_manifest(bundle: Bundle) -> None:
         "cache": _cache(manifest),
         "size": f"{bundle.total_bytes() / 1e6:,.1f} MB",
         **_quality(manifest),
+        **({"off": off} if (off := what_is_off(manifest)) else {}),
         **_made_with(manifest),
     }
     for key, value in [*rows.items(), *(("note", note) for note in manifest.notes)]:

@@ -17,7 +17,7 @@ from ..errors import PromptError, SettingsError
 from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
 from ..serving.batches import MAX_ROWS, Prompt
-from .folder import add_folder, add_provider
+from .folder import add_folder, add_loading, add_provider, loading_of
 from .messages import add_chat_options, chat_options_of
 from .settings import add_settings, settings_of
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--begin", metavar="TEXT", help="what the answer goes on from, and does not say again (implies --chat)"
     )
+    add_loading(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     parser.add_argument(
         "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         graph=arguments.graph,
         threads=arguments.threads,
         provider=arguments.provider,
+        **loading_of(arguments),
         response_cache=not arguments.no_response_cache,
         prefix_cache=not arguments.no_prefix_cache,
     ) as engine:

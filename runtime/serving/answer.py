@@ -60,8 +60,7 @@ class Answer:
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids, settings.special_tokens), settings)
         # Guesses are exact for any chooser, since each row of logits is that of a plain run.
-        looks = settings.lookup and manifest.exact_under_cuts
-        self._lookup = Lookup() if looks else None
+        self._lookup = Lookup() if settings.lookup else None
         self._reported = self._chosen = self._generated = 0
         self._first = 0.0
         self._ended = False

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.cuts import may_cut
 from ..bundle.folder import Bundle
 from ..caches.responses.cache import response_key
 from ..decoding.grammar import GrammarCompiler
@@ -35,6 +36,7 @@ class RequestMaker:
         """numerics: whatever else decides the bits of an answer. Raises: BundleCorruptError, TemplateError."""
         self.prompts = PromptEncoder(bundle, tokenizer)
         self._tokenizer = tokenizer
+        self._may_cut = may_cut(bundle)
         self._manifest = bundle.manifest
         self._digest = bundle.manifest.digest
         self._grammars = GrammarCompiler(bundle)
@@ -53,6 +55,8 @@ class RequestMaker:
         started = time.perf_counter()
         options, keywords = ChatOptions.split(keywords)
         settings = self._with_stop_ids(GenerationSettings.of(base, keywords))
+        if settings.lookup and not self._may_cut:
+            settings = replace(settings, lookup=False)
         model = self._manifest.model
         check_token_ids(settings, model.vocab_size)
         if settings.keep >= model.context_length:

@@ -282,7 +282,8 @@ class Scheduler:
                 unwanted = [item for item in self._running.values() if not item.listeners]
                 if not unwanted:
                     for computation in self._running.values():
-                        computation.tell_progress()
+                        if computation.row.chosen <= 1:
+                            computation.tell_progress()
                     self._stop_driving()
                     return
                 for computation in unwanted:
@@ -294,6 +295,8 @@ class Scheduler:
     def _admit(self) -> None:
         while True:
             with self._changed:
+                if not self._waiting:
+                    return
                 self._sweep()
                 computation = self._next_waiting()
                 if computation is None:

@@ -58,19 +58,20 @@ def _load_on_device(graph: Path, threads: int, providers: Sequence[str]) -> tupl
 
 
 def open_session(
-    bundle: Bundle, threads: int | None = None, prepare: bool = False, provider: str | None = None
+    bundle: Bundle, threads: int | None = None, prepare: bool | None = False, provider: str | None = None
 ) -> Session:
     """Check every file of a bundle against its digest and load the model.
 
-    threads: None for the physical cores; prepare: use the bundle's prepared form (`prepared`), or make
-    it, on CPUs; provider: "cpu" or "cuda", None for the one that the bundle was made for.
+    threads: None for the physical cores; prepare: use the bundle's prepared form (`prepared`) on CPUs,
+    which True makes where there is none, and None does not; provider: "cpu" or "cuda", None for the one that the
+    bundle was made for.
     The weights are checked in a thread while onnxruntime loads them; the small files, which onnxruntime and tokenizers
     parse, before. Raises: SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
     """
     return _checked(bundle, threads, prepare, provider)()
 
 
-def _checked(bundle: Bundle, threads: int | None, prepare: bool, provider: str | None) -> Callable[[], Session]:
+def _checked(bundle: Bundle, threads: int | None, prepare: bool | None, provider: str | None) -> Callable[[], Session]:
     """What loads the model, once the small files are found right."""
     count = _thread_count(threads)
     chosen = choose_provider(bundle.manifest, provider, load_onnxruntime().get_available_providers())
@@ -82,9 +83,9 @@ def _checked(bundle: Bundle, threads: int | None, prepare: bool, provider: str |
     return lambda: _open_weights(bundle, weights, count, prepare, chosen)
 
 
-def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool, provider: str) -> Session:
+def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool | None, provider: str) -> Session:
     # Kernels read the weights as they are in the bundle: there is nothing to prepare.
-    wanted = prepare and provider == CPU and not kernels.serve(bundle.path / GRAPH_NAME)
+    wanted = prepare is not False and provider == CPU and not kernels.serve(bundle.path / GRAPH_NAME)
     prepared = prepared_for(bundle.manifest.digest) if wanted else None
     if prepared is not None and prepared.is_there():
         session = _open_prepared(bundle, prepared, threads)
@@ -94,7 +95,7 @@ def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare:
     require_memory(size, bundle.path)
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
-        if prepared is not None and prepared.is_worth_it(size):
+        if prepare and prepared is not None and prepared.is_worth_it(size):
             session = _open_and_prepare(bundle, prepared, threads, weights_checked)
         else:
             session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider])
@@ -110,7 +111,7 @@ def _open_prepared(bundle: Bundle, prepared: Prepared, threads: int) -> Session 
             session = make_session(prepared.graph, bundle.manifest.model, threads)
             checked.result()
     except (CacheCorruptError, SessionError) as error:
-        _logger.warning("%s; the bundle itself is loaded, and prepared anew", error)
+        _logger.warning("%s; it is removed, and the bundle itself is loaded", error)
         prepared.drop()
         return None
     return session
@@ -133,7 +134,7 @@ def open_folder(
     path: str | Path,
     threads: int | None = None,
     graph: str | None = None,
-    prepare: bool = False,
+    prepare: bool | None = False,
     provider: str | None = None,
 ) -> tuple[Bundle, Session]:
     """Load the model of a folder, be it a bundle or what another exporter wrote (`foreign`).
@@ -147,7 +148,7 @@ def open_folder(
 
 
 def find_folder(
-    path: str | Path, threads: int | None, graph: str | None, prepare: bool, provider: str | None
+    path: str | Path, threads: int | None, graph: str | None, prepare: bool | None, provider: str | None
 ) -> tuple[Bundle, Callable[[], Session]]:
     """`open_folder` in two parts: a bundle whose small files are found right, and what loads its model then."""
     from . import foreign

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..bundle.folder import GRAPH_NAME, WEIGHTS_NAME
 from ..errors import CacheCorruptError, CacheError
-from ..host import machine
+from ..host import files, machine
 from ..host.home import home, make_private_folder
 from ..host.ort import load_onnxruntime
 from . import numerics
@@ -33,6 +33,7 @@ FOLDER_NAME = "prepared"
 DEFAULT_BUDGET_BYTES = 8 << 30
 _FORMAT = "edgelm-prepared-1"
 _CHECKS_NAME = "checks.json"
+_CHECKS_BYTES = 1 << 16
 _FILES = (GRAPH_NAME, WEIGHTS_NAME)
 _CHUNK_BYTES = 1 << 18
 # Smaller weights are loaded at once, and their copy costs little.
@@ -155,7 +156,7 @@ def check_folder(folder: Path) -> None:
 
 def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
     try:
-        noted = json.loads((folder / _CHECKS_NAME).read_text(encoding="utf-8"))
+        noted = json.loads(files.read_text(folder / _CHECKS_NAME, _CHECKS_BYTES))
         return {name: (int(noted[name][0]), int(noted[name][1])) for name in _FILES}
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise CacheCorruptError(f"{folder / _CHECKS_NAME} cannot be read: delete {folder}") from error
@@ -165,7 +166,7 @@ def _crc(file: Path) -> int:
     """CRC-32, which small boards compute faster than they read; it is to find damage, not malice."""
     crc = 0
     chunk = memoryview(bytearray(_CHUNK_BYTES))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(chunk):
+    with files.open_regular(file) as stream:
+        while count := stream.readinto(chunk):  # type: ignore[attr-defined]
             crc = zlib.crc32(chunk[:count], crc)
     return crc

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from ..host.files import read_text
 
 
 class Conversation:
@@ -85,12 +87,13 @@ class Conversation:
         self.left_out = 0
 
     def save(self, path: Path) -> None:
-        """Write a new file: a JSON list of messages, as `Engine.generate` takes them. Raises: PromptError."""
+        """Write a new file that others cannot read: a JSON list of messages, as `Engine.generate` takes them. Raises:
+        PromptError."""
         # A model may write half of a surrogate pair, which JSON can say and UTF-8 cannot.
         text = json.dumps(self.everything(), ensure_ascii=False, indent=1) + "\n"
         data = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8")
         try:
-            with path.open("xb") as file:
+            with open(path, "xb", opener=_private) as file:
                 file.write(data)
         except FileExistsError as error:
             raise PromptError(f"{path} exists already: give another name, or delete it first") from error
@@ -100,7 +103,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in place of this one. Raises: PromptError; this one then stays."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
         except OSError as error:
             raise PromptError(f"{path} cannot be read ({error.strerror}): give another name") from error
         except (ValueError, RecursionError) as error:
@@ -110,6 +113,10 @@ class Conversation:
         self.system = first[0]["content"] if first else None
         self._turns = messages[len(first) :]
         self.left_out = 0
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _checked(found: Any, path: Path) -> list[dict[str, str]]:

@@ -99,10 +99,10 @@ class PromptEncoder:
         return ids
 
     def _of_messages(self, messages: Sequence[dict[str, Any]], options: ChatOptions) -> list[int]:
-        if self.templates is None:
-            raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
         if not messages:
             return []
+        if self.templates is None:
+            raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
         template = self.templates.of(options)
         if options.tokens_in_messages:
             return self._tokenizer.encode(template.prompt(messages, options), special=False)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ...bundle.cuts import may_cut
 from ...bundle.folder import GRAPH_NAME, Bundle
 from ...errors import CacheError, SettingsError, shown
 from ...host.home import home
@@ -134,9 +135,9 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
 
 
 def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:
-    """The cache for a session, or None where it is not wanted or not promised to be exact. No file is opened."""
+    """The cache for a session, or None where it is not wanted or would change answers. No file is opened."""
     blocks = session.capabilities.blocks
-    if settings is None or blocks is None or not bundle.manifest.exact_under_cuts:
+    if settings is None or blocks is None or not may_cut(bundle):
         return None
     root = root_key(bundle.manifest, numerics.of_machine())
     model_files = [bundle.path / name for name in bundle.manifest.files if name.startswith(GRAPH_NAME)]

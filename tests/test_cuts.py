@@ -1,0 +1,99 @@
+"""Bundles whose answers are not exact under cuts: what is off, where it is said, and what `exact=False` gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgelm.runtime import Engine, load
+from edgelm.runtime.bundle.cuts import what_is_off
+from edgelm.runtime.bundle.folder import Bundle
+from edgelm.runtime.cli import main
+
+Export = Callable[..., Path]
+PROMPTS = ["Once upon a time there was a cat. " * 3, "abcabcabcabcabcabcabcabc", "The sun"]
+OFF = "batches, kept prefixes and draft tokens are off"
+
+
+@pytest.fixture(scope="module")
+def float_bundle(export_tiny: Export) -> Path:
+    return export_tiny(scheme="fp32")
+
+
+def answers(engine: Engine) -> list[str]:
+    return [engine.generate(prompt, max_tokens=24).text for prompt in PROMPTS]
+
+
+def test_equal_arithmetic_gives_batches_prefixes_and_draft_tokens(
+    float_bundle: Path, edgelm_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(float_bundle, threads=1, response_cache=False, prefix_cache=False) as plain:
+        expected = answers(plain)
+        guessed = plain.generate(PROMPTS[1], max_tokens=60, logit_bias={97: 1e6}).stats.guessed_tokens
+    assert guessed == 0
+    caplog.clear()
+    for known in (False, True):
+        with load(float_bundle, threads=1, response_cache=False, prefix_cache=True, exact=False) as engine:
+            done = engine.generate(PROMPTS[0], max_tokens=24)
+            assert done.text == expected[0], "random weights that are drawn widely have no near-ties"
+            assert (done.stats.reused_tokens > 0) == known
+            assert answers(engine) == expected
+            batch = engine.generate_batch(PROMPTS, max_tokens=24)
+            assert [one.text for one in batch] == expected
+            assert engine.generate(PROMPTS[1], max_tokens=60, logit_bias={97: 1e6}).stats.guessed_tokens > 0
+    assert (edgelm_home / "prefixes").is_dir()
+    assert not caplog.records
+
+
+def test_a_batch_is_computed_at_once_only_where_roundings_are_accepted(
+    float_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelm.runtime.sessions.in_place import OrtSession
+
+    made: list[int] = []
+    rows = OrtSession.rows
+    monkeypatch.setattr(OrtSession, "rows", lambda self, count: made.append(count) or rows(self, count))
+    for exact in (True, False):
+        with load(float_bundle, threads=1, response_cache=False, exact=exact) as engine:
+            engine.generate_batch(PROMPTS, max_tokens=3)
+    assert made == [3]
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8-tensor"])
+def test_what_is_off_is_one_line_of_load_inspect_and_export(
+    scheme: str, export_tiny: Export, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = export_tiny(scheme=scheme)
+    with load(bundle), caplog.at_level(logging.WARNING):
+        lines = [record.getMessage() for record in caplog.records if OFF in record.getMessage()]
+    assert len(lines) == 1 and str(bundle) in lines[0]
+    assert ("exact=False" in lines[0]) == (scheme == "fp32")
+    assert main(["inspect", str(bundle)]) == 0
+    assert capsys.readouterr().out.count(OFF) == 1
+
+
+def test_nothing_is_off_where_bits_are_equal(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert what_is_off(Bundle.open(tiny_bundle).manifest) is None
+    with load(tiny_bundle), load(tiny_bundle, exact=False):
+        assert not caplog.records
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    assert OFF not in capsys.readouterr().out
+
+
+def test_where_arithmetic_depends_on_the_step_nothing_is_gained(export_tiny: Export, edgelm_home: Path) -> None:
+    """int8-tensor: one scale for all tokens of a step."""
+    with load(export_tiny(scheme="int8-tensor"), prefix_cache=True, response_cache=False, exact=False) as engine:
+        assert engine.generate(PROMPTS[1], max_tokens=60, logit_bias={97: 1e6}).stats.guessed_tokens == 0
+    assert not edgelm_home.exists()
+
+
+def test_commands_take_it_too(float_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(float_bundle), PROMPTS[0], "--max-tokens", "4", "--stats", "--no-response-cache"]
+    for known in (False, True):
+        assert main([*arguments, "--inexact"]) == 0
+        assert ("known" in capsys.readouterr().err) == known
