@@ -149,7 +149,8 @@ def _write_quantized(context: Context, excluded: Collection[str]) -> None:
 @contextmanager
 def _probe(context: Context, quantized: Collection[str]) -> Iterator[Session]:
     """A session on the fp32 graph with these matrices quantized, which reads all others in the fp32 graph's file."""
-    with _written_probe(context, context.quantizer.alone(quantized), "float32") as session:
+    wide = () if context.arithmetic is None else context.arithmetic.wide()
+    with _written_probe(context, context.quantizer.alone(quantized, wide), "float32") as session:
         yield session
 
 

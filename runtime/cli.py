@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 _ENTRY_POINTS = "edgelm.commands"
-_OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval")
+_OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval", "serve")
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -1,37 +1,39 @@
 """The engine: text in, text out. Joins prompts, response cache and decoding over one loaded bundle.
 
-Three tiers: `decode.Sequencer` (ids to ids), `Engine.stream` (chunks of text), `Engine.generate` (a whole completion);
-the latter two also for asyncio.
+Three tiers: `Decoder` (ids to ids), `Engine.stream` (chunks of text), `Engine.generate` (a whole completion); the
+latter two also for asyncio.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .bundle import folder as bundle_files
-from .bundle.cuts import accepts_roundings, what_is_off
+from .bundle.cuts import accepts_roundings, may_cut, what_is_off
 from .bundle.folder import Bundle
-from .caches.prefixes.cache import PrefixCache, PrefixCacheSettings, RowPrefixes, open_prefix_cache, prefix_settings
-from .caches.responses.cache import CachedAnswer, ResponseCache, ResponseCacheSettings, open_response_cache
-from .decoding.sequence import Sequencer
+from .caches.prefixes.cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
+from .caches.responses.cache import ResponseCache, ResponseCacheSettings, open_response_cache
+from .decoding.decoder import Decoder
 from .errors import EngineClosedError
 from .host.memory import give_back
 from .results import Chunk, Completion
-from .serving.answer import Answer, Request, completion, replay, unanswered
-from .serving.batches import MAX_ROWS, Prompt, answer_rows, completions, known_or_computed
+from .serving.answer import Request
+from .serving.batches import MAX_ROWS, Prompt, completions, stream_batch
 from .serving.requests import RequestMaker
-from .serving.turns import Caller, Turns
+from .serving.scheduler import Scheduler
+from .serving.streams import Stream
 from .sessions import numerics
-from .sessions.in_place import OrtSession
 from .sessions.loading import find_folder
 from .sessions.protocol import Session
 from .sessions.rows import rows_are_exact
 from .settings import GenerationSettings
+from .text.options import ChatOptions
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -100,9 +102,10 @@ def load(
 class Engine:
     """One loaded model and one conversation's cache. Use it in a `with` block, or call `close()`.
 
-    Threads may share an engine: requests take turns. A prompt that starts as the last one did (a conversation that goes
-    on, a common preamble) runs only what is new; with the scheme `int8-rowwise` the answer is bit for bit the one of a
-    fresh engine.
+    Threads and tasks may share an engine: with the scheme `int8-rowwise` their requests are rows of one running batch,
+    otherwise they are answered one after the other, short prompts first. A prompt that starts as an earlier one did (a
+    conversation that goes on, a common preamble) runs only what is new; with that scheme every answer is bit for bit
+    the one of a fresh engine that has nothing else to do.
     """
 
     def __init__(
@@ -117,11 +120,18 @@ class Engine:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._session = session
-        self._sequencer = Sequencer(session, prefixes=prefixes)
         self._prefixes = prefixes
         self._responses = responses
         self._requests = RequestMaker(bundle, tokenizer, numerics.of_session(session))
-        self._turns = Turns()
+        many = rows_are_exact(bundle.manifest, session.capabilities) or accepts_roundings(bundle)
+        decoder = Decoder(
+            session,
+            bundle.manifest.model.context_length,
+            prefixes=prefixes,
+            max_rows=MAX_ROWS if many else 1,
+            bounded_pieces=may_cut(bundle),
+        )
+        self._scheduler = Scheduler(decoder, bundle.manifest, tokenizer, responses, self._requests.key)
 
     def generate(
         self,
@@ -143,7 +153,7 @@ class Engine:
         MissingExtraError.
         """
         request = self._new().one(prompt, messages, token_ids, settings, keywords)
-        return completion(request.settings, list(self._run(request, None)))
+        return completions([request], stream_batch(self._scheduler, [request], 1))[0]
 
     def stream(
         self,
@@ -153,12 +163,13 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         **keywords: Unpack[RequestKeywords],
-    ) -> Generator[Chunk, None, None]:
+    ) -> Stream:
         """The same as `generate`, in chunks as they come. Arguments are checked before this returns.
 
-        Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
+        Close the stream (or leave the loop) to cancel, from any thread: its row is free again after the step that is
+        running.
         """
-        return self._run(self._new().one(prompt, messages, token_ids, settings, keywords), None)
+        return Stream(self._scheduler, self._new().one(prompt, messages, token_ids, settings, keywords))
 
     async def agenerate(
         self,
@@ -169,10 +180,11 @@ class Engine:
         settings: GenerationSettings | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Completion:
-        """`generate` for asyncio: computed in a thread, so that the event loop stays free. Cancelling the task frees
-        the engine after the step that is running."""
-        request = self._new().one(prompt, messages, token_ids, settings, keywords)
-        return completion(request.settings, [chunk async for chunk in self._run_in_worker(request)])
+        """`generate` for asyncio: the event loop stays free, for tokenizing too. Cancelling the task frees the answer's
+        row after the step that is running."""
+        from .serving.asynchronous import answer  # asyncio costs a start-up 30 ms
+
+        return await answer(self._scheduler, self._maker(prompt, messages, token_ids, settings, keywords))
 
     def astream(
         self,
@@ -182,10 +194,13 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         settings: GenerationSettings | None = None,
         **keywords: Unpack[RequestKeywords],
-    ) -> ChunkStream[Chunk]:
+    ) -> ChunkStream:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
-        `aclose` free the engine after the step that is running. Arguments are checked before this returns."""
-        return self._run_in_worker(self._new().one(prompt, messages, token_ids, settings, keywords))
+        `aclose` free the answer's row after the step that is running. Settings are checked before this returns, the
+        prompt where the first chunk is awaited, since tokenizing may take long."""
+        from .serving.asynchronous import ChunkStream
+
+        return ChunkStream(self._scheduler, self._maker(prompt, messages, token_ids, settings, keywords))
 
     def generate_batch(
         self,
@@ -204,7 +219,7 @@ class Engine:
         Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
         """
         requests = self._new().batch(prompts, settings, max_rows, keywords)
-        return completions(requests, list(self._run_batch(requests, max_rows)))
+        return completions(requests, stream_batch(self._scheduler, requests, max_rows))
 
     def stream_batch(
         self,
@@ -218,7 +233,7 @@ class Engine:
 
         Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
         """
-        return self._run_batch(self._new().batch(prompts, settings, max_rows, keywords), max_rows)
+        return stream_batch(self._scheduler, self._new().batch(prompts, settings, max_rows, keywords), max_rows)
 
     async def agenerate_batch(
         self,
@@ -229,13 +244,10 @@ class Engine:
         **keywords: Unpack[RequestKeywords],
     ) -> list[Completion]:
         """`generate_batch` for asyncio, as `agenerate`."""
-        from .serving.asynchronous import ChunkStream
+        from .serving.asynchronous import answer_batch
 
-        requests = self._new().batch(prompts, settings, max_rows, keywords)
-        chunks = ChunkStream(
-            lambda caller: self._run_batch(requests, max_rows, caller), [request.cancelled for request in requests]
-        )
-        return completions(requests, [item async for item in chunks])
+        new = self._new()
+        return await answer_batch(self._scheduler, lambda: new.batch(prompts, settings, max_rows, keywords), max_rows)
 
     def encode(
         self,
@@ -260,9 +272,9 @@ class Engine:
         return self._requests.prompts.template_variables
 
     def close(self) -> None:
-        """Free the model and the response cache's file. Waits for a request that runs in another thread. Calling it
-        again does nothing."""
-        self._turns.close()
+        """Free the model and the response cache's file. Whole answers that other threads compute are finished first;
+        streams and requests that wait end with EngineClosedError. Calling it again does nothing."""
+        self._scheduler.close()
         if self._prefixes is not None:
             self._prefixes.close()
         self._session.close()
@@ -279,81 +291,19 @@ class Engine:
 
     def _new(self) -> RequestMaker:
         """Where requests are made, while the engine is open. Raises: EngineClosedError."""
-        if self._turns.closed:
+        if self._scheduler.closed:
             raise EngineClosedError("the engine is closed: load the bundle again")
         return self._requests
 
-    def _run(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
-        """The chunks from the response cache, or computed. caller: None for the thread that iterates."""
-        settings = request.settings
-        if self._responses is None or not settings.cacheable:
-            yield from self._compute(request, caller)
-            return
-        # A caller that holds the turn must not wait for another's computation, which may be waiting for the turn.
-        patience = 0.0 if self._turns.waits_for_itself(caller or Caller()) else request.seconds_left()
-        with self._responses.look_up(self._requests.key(request), timeout_s=patience) as found:
-            known = found.answer
-            if known is None:
-                chunks: list[Chunk] = []
-                for chunk in self._compute(request, caller):
-                    chunks.append(chunk)
-                    if chunk.finish_reason is not None and chunk.finish_reason != "deadline":
-                        parts = tuple((chunk.text, chunk.token_ids) for chunk in chunks)
-                        found.keep(CachedAnswer(parts, chunk.finish_reason))
-                    yield chunk
-        if known is not None:
-            yield from replay(request, known)
-
-    def _run_batch(
-        self, requests: Sequence[Request], max_rows: int, caller: Caller | None = None
-    ) -> Generator[tuple[int, Chunk], None, None]:
-        session = self._session
-        if isinstance(session, OrtSession) and (
-            rows_are_exact(self.bundle.manifest, session.least_rows) or accepts_roundings(self.bundle)
-        ):
-            yield from known_or_computed(
-                requests, self._responses, self._requests.key, lambda some: self._compute_batch(some, max_rows, caller)
-            )
-        else:
-            for index, request in enumerate(requests):
-                for chunk in self._run(request, caller):
-                    yield index, chunk
-
-    def _compute_batch(
-        self, requests: Mapping[int, Request], max_rows: int, caller: Caller | None
-    ) -> Generator[tuple[int, Chunk], None, None]:
-        """As `_compute`, with several rows."""
-        if not requests:
-            return
-        left = [request.seconds_left() for request in requests.values()]
-        patience = None if None in left else max(seconds for seconds in left if seconds is not None)
-        if not self._turns.take(caller or Caller(), patience):
-            for index, request in requests.items():
-                yield index, unanswered(request)
-            return
-        try:
-            assert isinstance(self._session, OrtSession)
-            rows = self._session.rows(min(max_rows, len(requests)))
-            prefixes = None if self._prefixes is None else RowPrefixes(self._prefixes, rows)
-            yield from answer_rows(requests, rows, self.bundle.manifest, self.tokenizer, prefixes)
-        finally:
-            self._turns.release()
-
-    def _compute(self, request: Request, caller: Caller | None) -> Generator[Chunk, None, None]:
-        """Run the model while holding the turn, from the first `next` to the end or the closing of the iterator."""
-        if not self._turns.take(caller or Caller(), request.seconds_left()):
-            yield unanswered(request)
-            return
-        try:
-            if request.interrupted():
-                yield unanswered(request)
-            else:
-                with self._sequencer.keeping():
-                    yield from Answer(request, self.bundle.manifest, self.tokenizer).chunks(self._sequencer)
-        finally:
-            self._turns.release()
-
-    def _run_in_worker(self, request: Request) -> ChunkStream[Chunk]:
-        from .serving.asynchronous import ChunkStream  # asyncio costs a start-up 30 ms
-
-        return ChunkStream(lambda caller: self._run(request, caller), [request.cancelled])
+    def _maker(
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        token_ids: Sequence[int] | None,
+        settings: GenerationSettings | None,
+        keywords: Mapping[str, Any],
+    ) -> Callable[[], Request]:
+        """What makes the request, whose time runs from now. Raises: SettingsError, EngineClosedError."""
+        new, started = self._new(), time.perf_counter()
+        GenerationSettings.of(settings, ChatOptions.split(keywords)[1])
+        return lambda: dataclasses.replace(new.one(prompt, messages, token_ids, settings, keywords), started=started)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .sessions.protocol import Capabilities
+
 NextToken = Callable[[Sequence[int]], int]
 
 
@@ -26,6 +28,7 @@ class FakeSession:
         self.steps: list[list[int]] = []
         self.closed = False
         self._next_token = next_token
+        self.capabilities = Capabilities()
 
     @property
     def length(self) -> int:

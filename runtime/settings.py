@@ -41,6 +41,7 @@ class SettingsKeywords(TypedDict, total=False):
     logprobs: int | None
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
+    lark: str | None
     timeout: float | None
     context_full: ContextPolicy
     keep: int
@@ -59,7 +60,8 @@ class GenerationSettings:
     (0: off) are subtracted for what the answer holds. logit_bias: added to the logits of these ids; -inf bans one.
     stop: texts that end the answer and are not part of it. stop_token_ids: the same for ids, besides the model's own.
     logprobs: None, or how many alternatives to report beside each chosen token.
-    json_schema (object or JSON text), regex: the answer follows it (extra "structured").
+    json_schema (object or JSON text), regex, lark (a grammar in llguidance's form of Lark): the answer follows it
+    (extra "structured").
     timeout: seconds from the call after which the answer ends with what is there.
     context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
     first `keep` tokens and goes on.
@@ -85,6 +87,7 @@ class GenerationSettings:
     logprobs: int | None = None
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
+    lark: str | None = None
     timeout: float | None = None
     context_full: ContextPolicy = "stop"
     keep: int = 0
@@ -100,8 +103,9 @@ class GenerationSettings:
         self._normalize("stop_token_ids", _ids(self.stop_token_ids))
         self._normalize("logit_bias", _bias(self.logit_bias))
         self._normalize("json_schema", _schema(self.json_schema))
-        if not isinstance(self.regex, str | None):
-            raise SettingsError(f"regex must be a text, found {shown(self.regex)}")
+        for name in ("regex", "lark"):
+            if not isinstance(getattr(self, name), str | None):
+                raise SettingsError(f"{name} must be a text, found {shown(getattr(self, name))}")
         if self.context_full not in ("stop", "slide"):
             raise SettingsError(f'context_full must be "stop" or "slide", found {shown(self.context_full)}')
         for name in ("lookup", "special_tokens"):
@@ -139,8 +143,8 @@ class GenerationSettings:
 
     @property
     def structured(self) -> bool:
-        """Whether a schema or a regular expression constrains the answer."""
-        return self.json_schema is not None or self.regex is not None
+        """Whether a schema, a regular expression or a grammar constrains the answer."""
+        return any(getattr(self, name) is not None for name in _STRUCTURES)
 
     def cache_key(self) -> dict[str, Any]:
         """Every setting that can change a finished answer, as JSON can hold it: all but the timeout and the lookup,
@@ -162,9 +166,11 @@ class GenerationSettings:
                     raise SettingsError(f"{name} does nothing at temperature 0: give a temperature, such as 0.7, too")
         if self.keep and self.context_full != "slide":
             raise SettingsError('keep belongs to context_full="slide": give both')
-        if self.json_schema is not None and self.regex is not None:
-            raise SettingsError("json_schema and regex were both given: an answer follows one of them")
-        if self.structured and (self.stop or self.stop_token_ids or self.min_tokens):
+        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingsError(f"{' and '.join(given)} were both given: an answer follows one of them")
+        # A grammar may describe free text, which a stop text may well end.
+        if given and self.lark is None and (self.stop or self.stop_token_ids or self.min_tokens):
             raise SettingsError(
                 "stop, stop_token_ids and min_tokens would end the answer elsewhere than json_schema or regex does: "
                 "leave them out"
@@ -202,7 +208,9 @@ _TOUCH_LOGITS = (
     "logprobs",
     "json_schema",
     "regex",
+    "lark",
 )
+_STRUCTURES = ("json_schema", "regex", "lark")
 
 
 def _whole(name: str, value: Any) -> int | None:

@@ -234,9 +234,9 @@ def _clock_of(engine: Any) -> list[float]:
     inference, seconds = engine._session._inference, []
     compute = inference.run_with_iobinding
 
-    def timed(binding: Any) -> None:
+    def timed(*arguments: Any) -> None:
         started = time.perf_counter()
-        compute(binding)
+        compute(*arguments)
         seconds.append(time.perf_counter() - started)
 
     inference.run_with_iobinding = timed

@@ -24,7 +24,7 @@ from typing import Any
 from bench import prepare
 
 from edgelm.runtime import Completion, Engine, load
-from edgelm.runtime.sessions.rows import OrtRowsSession
+from edgelm.runtime.sessions.rows import OrtRows
 
 ANSWER_TOKENS = 64
 LENGTHS = (32, 16, 64, 24, 48, 8, 40, 128)
@@ -85,10 +85,10 @@ def one_by_one(engine: Engine, prompts: Sequence[list[int]]) -> tuple[dict[str, 
 def in_batch(engine: Engine, prompts: Sequence[list[int]], rows: int) -> tuple[dict[str, float], list[Completion]]:
     """All prompts in one batch."""
     steps: list[tuple[int, float]] = []
-    original: Callable[..., Any] = OrtRowsSession.step
+    original: Callable[..., Any] = OrtRows.step
     ends = [0.0]
 
-    def timed(self: OrtRowsSession, token_ids: Sequence[int]) -> Any:
+    def timed(self: OrtRows, token_ids: Sequence[int]) -> Any:
         # From the end of the last step, so that choosing tokens and text count; the first has fed a prompt before.
         started = ends[0] or time.perf_counter()
         logits = original(self, token_ids)
@@ -96,12 +96,12 @@ def in_batch(engine: Engine, prompts: Sequence[list[int]], rows: int) -> tuple[d
         steps.append((len(token_ids), ends[0] - started))
         return logits
 
-    OrtRowsSession.step = timed  # type: ignore[method-assign]
+    OrtRows.step = timed  # type: ignore[method-assign]
     started = time.perf_counter()
     try:
         done = engine.generate_batch(prompts, max_rows=rows, max_tokens=ANSWER_TOKENS)
     finally:
-        OrtRowsSession.step = original  # type: ignore[method-assign]
+        OrtRows.step = original  # type: ignore[method-assign]
     seconds = time.perf_counter() - started
     tokens = sum(one.stats.generated_tokens for one in done)
     decode = sum(count for count, _ in steps) / sum(taken for _, taken in steps)

@@ -28,8 +28,9 @@ from copying_model import build_copying_model
 
 from edgelm.runtime import Bundle, GenerationSettings
 from edgelm.runtime.decoding.prompt_lookup import Lookup
+from edgelm.runtime.decoding.row import Chooser, Greedy, Row
 from edgelm.runtime.decoding.sampling import Sampler
-from edgelm.runtime.decoding.sequence import Chooser, Greedy, Sequencer
+from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.sessions.loading import open_session
 from edgelm.runtime.text.tokenizer import Tokenizer
 
@@ -64,7 +65,9 @@ class Pair:
         """One round. first: which of the two begins each time. Returns tokens per second of both, and counts."""
         lookup = Lookup()
         streams = [
-            sequencer.generate(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=guesses)
+            sequencer.tokens(
+                Row(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=guesses)
+            )
             for sequencer, guesses in zip(self._sequencers, (None, lookup), strict=True)
         ]
         tokens = [[next(stream)] for stream in streams]

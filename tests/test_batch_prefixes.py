@@ -54,7 +54,7 @@ def test_a_batch_finds_what_a_batch_kept(cold: Engine, engine: Engine, max_rows:
     assert first == again == expected
     # Whole blocks of 16, of all but the last token; or more, from another row.
     assert [count >= (len(prompt) - 1) // 16 * 16 for count, prompt in zip(reused, PROMPTS, strict=True)] == [True] * 5
-    assert reused[0] == 64
+    assert min(reused[0], reused[1]) >= 32
 
 
 def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: Engine, engine: Engine) -> None:
@@ -62,7 +62,7 @@ def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: 
     engine.generate(token_ids=PREAMBLE, max_tokens=1)
     found, reused = answers(engine)
     assert found == expected
-    assert reused[0] == 64
+    assert reused[0] >= 64
     assert reused[2] == 0
     engine.generate(token_ids=[1, 2, 3], max_tokens=1)
     done = engine.generate(token_ids=PROMPTS[4], max_tokens=12, logprobs=2)
@@ -72,11 +72,11 @@ def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: 
 
 def test_a_restart_finds_it_in_the_files(bundle: Path, cold: Engine) -> None:
     expected, _ = answers(cold)
-    for reused_first in (0, 64):
+    for kept in (False, True):
         with load(bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
             found, reused = answers(engine)
             assert found == expected
-            assert reused[0] == reused_first
+            assert (reused[1] > 0) == kept, "it is fed first of those that begin alike"
 
 
 def test_a_cancelled_batch_keeps_what_it_computed(cold: Engine, engine: Engine) -> None:
@@ -84,7 +84,7 @@ def test_a_cancelled_batch_keeps_what_it_computed(cold: Engine, engine: Engine) 
     next(chunks)
     chunks.close()
     done = engine.generate_batch([PROMPTS[4]], max_tokens=1)
-    assert done[0].stats.reused_tokens == 96
+    assert done[0].stats.reused_tokens == 110, "the row is there still"
     assert done[0].token_ids == cold.generate(token_ids=PROMPTS[4], max_tokens=1).token_ids
 
 

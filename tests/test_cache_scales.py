@@ -115,9 +115,8 @@ def test_any_cut_and_any_way_back_has_the_same_bits(folder: Path, cuts: list[int
 def test_rows_of_a_batch_have_the_bits_of_their_texts_alone(folder: Path) -> None:
     ids, session = ids_of(folder), open_of(folder)
     texts = [ids[:270], ids[5:8], ids[100:140]]
-    rows = session.rows(3)
+    rows = session.rows()
     for row, text in enumerate(texts):
-        rows.add()
         rows.feed(row, text)
     got = [rows.step([7, 8, 9]).copy() for _ in range(2)]
     rows.copy(0, 2, 200)

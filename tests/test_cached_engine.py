@@ -18,7 +18,6 @@ import pytest
 from edgelm.runtime import Bundle, Chunk, Completion, Engine, ResponseCacheSettings, load
 from edgelm.runtime.caches.responses.cache import open_response_cache
 from edgelm.runtime.cli import main
-from edgelm.runtime.errors import EngineBusyError
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.host.home import home
 from edgelm.runtime.sessions import numerics
@@ -102,34 +101,32 @@ def test_equal_requests_at_once_are_computed_once(tiny_bundle: Path, count: int)
     assert len({(completion.text, completion.token_ids) for completion in done}) == 1
 
 
-def test_when_the_first_of_two_is_cancelled_the_second_computes(tiny_bundle: Path) -> None:
-    done: list[Completion] = []
+def test_when_the_first_of_two_is_cancelled_the_second_goes_on(tiny_bundle: Path) -> None:
     with talkative(tiny_bundle) as engine:
-        stream = engine.stream("Once upon a time", max_tokens=30)
-        next(stream)
-        other = threading.Thread(target=lambda: done.append(engine.generate("Once upon a time", max_tokens=30)))
-        other.start()
-        other.join(0.1)
-        assert other.is_alive()
-        stream.close()  # type: ignore[attr-defined]
-        other.join(60)
-        assert not done[0].stats.response_cache_hit
+        alone = engine.generate("Once upon a time", max_tokens=30, stop="zzzzz")
+        first, second = (engine.stream("Once upon a time", max_tokens=30) for _ in range(2))
+        begun = [next(first), next(second)]
+        assert begun[0] == begun[1]
+        assert engine._scheduler.counts() == (1, 0)
+        first.close()
+        rest = list(second)
+        assert "".join(chunk.text for chunk in [begun[1], *rest]) == alone.text
+        assert rest[-1].stats is not None and not rest[-1].stats.response_cache_hit
+        assert engine.generate("Once upon a time", max_tokens=30).stats.response_cache_hit
 
 
-def test_threads_that_hold_and_want_each_others_requests_do_not_wait_for_ever(tiny_bundle: Path) -> None:
-    """One holds the engine and asks for what the other, who waits for the engine, is about to compute."""
+def test_threads_that_hold_and_want_each_others_requests_are_all_answered(tiny_bundle: Path) -> None:
+    """One is in the middle of a stream and asks for what the other one computes, and the other way round."""
+    done: list[Completion] = []
     with talkative(tiny_bundle) as engine:
         stream = engine.stream("a", max_tokens=30)
         next(stream)
-        other = threading.Thread(target=lambda: engine.generate("b", max_tokens=30))
+        other = threading.Thread(target=lambda: done.extend(engine.generate(one, max_tokens=30) for one in "ba"))
         other.start()
-        other.join(0.1)
-        for prompt in ("b", "a"):
-            with pytest.raises(EngineBusyError):
-                engine.generate(prompt, max_tokens=30)
+        mine = [engine.generate(prompt, max_tokens=30) for prompt in "ba"]
         list(stream)
         other.join(60)
-        assert not other.is_alive()
+        assert [one.token_ids for one in done] == [one.token_ids for one in mine]
 
 
 def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(

@@ -25,7 +25,8 @@ from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
 from edgelm.runtime.bundle.manifest import Manifest
 from edgelm.runtime.cli import main
-from edgelm.runtime.decoding.sequence import Greedy, Sequencer
+from edgelm.runtime.decoding.row import Greedy, Row
+from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import EdgelmError, MemoryShortageError, SessionError, SettingsError
 from edgelm.runtime.host.ort import can_start, load_onnxruntime
 from edgelm.runtime.sessions import providers
@@ -300,7 +301,7 @@ def test_other_choosers_get_their_logits(export_cuda: Callable[..., Path]) -> No
             return int(np.argsort(logits)[-2])
 
     device, plain = sessions(export_cuda())
-    tokens = [list(Sequencer(session).generate(IDS, 6, Second(), ())) for session in (device, plain)]
+    tokens = [list(Sequencer(session).tokens(Row(IDS, 6, Second()))) for session in (device, plain)]
     assert tokens[0] == tokens[1]
 
 
@@ -399,7 +400,7 @@ class _FullGpu:
 def test_a_gpu_without_memory_left_is_an_error_with_what_helps(tiny_bundle: Path) -> None:
     model = Bundle.open(tiny_bundle).manifest.model
     session = DeviceSession(_FullGpu(), False, model, "cpu")
-    with pytest.raises(MemoryShortageError, match=r"a step of 3 tokens at position 0 takes more memory than the GPU"):
+    with pytest.raises(MemoryShortageError, match=r"a step of 3 tokens at position 0 takes more memory than there is"):
         session.step([1, 2, 3])
     assert session.length == 0
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Bundle, Chunk, Engine
+from edgelm.runtime import Bundle, Chunk, Completion, Engine
 from edgelm.runtime.bundle.manifest import (
     CacheType,
     FileEntry,
@@ -31,6 +31,8 @@ from edgelm.runtime.bundle.manifest import (
     Tokens,
 )
 from edgelm.runtime.caches.responses.cache import ResponseCache
+from edgelm.runtime.decoding.decoder import Decoder
+from edgelm.runtime.decoding.row import Greedy, Row
 from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import (
     ContextLengthError,
@@ -122,7 +124,7 @@ def test_reuse_changes_no_answer_and_feeds_only_what_is_new(
 def test_the_default_piece_bounds_every_step() -> None:
     session = FakeSession(LETTERS, rule(LETTERS))
     prompt = [index * 7 % LETTERS for index in range(1000)]
-    list(Sequencer(session).feed(prompt))
+    list(Sequencer(session).greedy(prompt, 1, ()))
     assert session.tokens == prompt
     assert max(map(len, session.steps)) <= 256
 
@@ -178,10 +180,10 @@ def test_what_ran_before_a_failure_is_reused() -> None:
     session = FailingSession(LETTERS, rule(LETTERS), {2})
     sequencer = Sequencer(session, 2)
     with pytest.raises(SessionError):
-        list(sequencer.feed([0, 1, 2, 3, 0, 1]))
+        list(sequencer.greedy([0, 1, 2, 3, 0, 1], 1, ()))
     assert session.tokens == [0, 1, 2, 3]
     session.steps.clear()
-    list(sequencer.feed([0, 1, 2, 3, 0, 1]))
+    list(sequencer.greedy([0, 1, 2, 3, 0, 1], 1, ()))
     assert session.steps == [[0, 1]]
 
 
@@ -205,12 +207,12 @@ def test_cancelling_anywhere_keeps_what_ran(first: list[int], second: list[int],
 
 def test_cancelling_inside_a_prompt_keeps_its_first_pieces() -> None:
     session = FakeSession(LETTERS, rule(LETTERS))
-    sequencer = Sequencer(session, 2)
-    pieces = sequencer.feed([0, 1, 2, 3, 0, 1])
-    next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    decoder, row = Decoder(session, piece_tokens=2), Row([0, 1, 2, 3, 0, 1], 5, Greedy())
+    decoder.admit(row)
+    assert list(decoder.advance()) == []
+    decoder.drop(row)
     assert session.tokens == [0, 1]
-    assert sequencer.reusable([0, 1, 2, 3, 0, 1]) == 2
+    assert decoder.reusable([0, 1, 2, 3, 0, 1]) == 2
 
 
 # ---- Engine
@@ -438,7 +440,7 @@ def test_closing_a_stream_frees_the_engine_and_keeps_the_cache(
     stream = engine.stream("prompt", max_tokens=20)
     for _ in range(taken):
         next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     if taken:
         assert engine.generate("prompt and more", max_tokens=2).stats.reused_tokens == 6
     fresh = new_engine(fake(lambda tokens: 65 + len(tokens) % 20)).generate("prompt", max_tokens=20)
@@ -456,19 +458,34 @@ def test_leaving_the_loop_frees_the_engine(new_engine: NewEngine) -> None:
     assert engine.generate("b", max_tokens=2).finish_reason == "length"
 
 
-def test_a_nested_request_of_the_same_thread_is_refused_and_harms_nothing(new_engine: NewEngine) -> None:
+def test_a_nested_request_of_the_same_thread_is_answered_and_harms_nothing(new_engine: NewEngine) -> None:
     engine = new_engine(fake(lambda tokens: 65 + len(tokens)))
     stream = engine.stream("ab", max_tokens=6)
     first = next(stream)
-    with pytest.raises(EngineBusyError):
-        engine.generate("other", max_tokens=1)
-    with pytest.raises(EngineBusyError):
-        list(engine.stream("other", max_tokens=1))
-    with pytest.raises(EngineBusyError):
-        engine.close()
+    assert engine.generate("other", max_tokens=1).finish_reason == "length"
+    assert len(list(engine.stream("other", max_tokens=1))) == 2
     rest = list(stream)
     assert "".join(chunk.text for chunk in [first, *rest]) == engine.generate("ab", max_tokens=6).text
     assert engine.generate("other", max_tokens=1).finish_reason == "length"
+
+
+def test_a_request_from_within_a_step_is_refused(new_engine: NewEngine) -> None:
+    """It would wait for the step that it is part of."""
+    refused: list[Exception] = []
+
+    class Asking(FakeSession):
+        def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+            for call in (lambda: engine.generate("b", max_tokens=1), engine.close):
+                try:
+                    call()
+                except EngineBusyError as error:
+                    refused.append(error)
+            return super().step(token_ids, keep)
+
+    engine = new_engine(Asking(END + 1, rule(END)))
+    assert engine.generate(token_ids=[1, 2], max_tokens=2).finish_reason == "length"
+    assert len(refused) == 4
+    engine.close()
 
 
 def test_a_failing_step_frees_the_engine_and_stores_nothing(new_engine: NewEngine) -> None:
@@ -498,7 +515,7 @@ class WatchfulSession(FakeSession):
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
-def test_requests_of_several_threads_take_turns_and_are_all_right(new_engine: NewEngine, with_cache: bool) -> None:
+def test_threads_never_step_at_once_and_are_all_answered(new_engine: NewEngine, with_cache: bool) -> None:
     session = WatchfulSession(END + 1, rule(END))
     engine = new_engine(session, ResponseCache() if with_cache else None)
     start = threading.Barrier(6)
@@ -538,18 +555,31 @@ def test_another_thread_waits_for_an_open_stream(new_engine: NewEngine) -> None:
     assert answers == [expected([8, 9], 4, {END}, rule(END))]
 
 
-def test_closing_waits_for_the_stream_of_another_thread(new_engine: NewEngine) -> None:
-    session = fake()
+def test_closing_waits_for_the_whole_answer_of_another_thread(new_engine: NewEngine) -> None:
+    session = WatchfulSession(END + 1, rule(END))
     engine = new_engine(session)
-    stream = engine.stream(token_ids=[1, 2], max_tokens=6)
-    chunks = [next(stream)]
-    closer = threading.Thread(target=engine.close)
-    closer.start()
-    assert not session.closed
-    chunks += list(stream)
-    closer.join(30)
+    done: list[Completion] = []
+    other = threading.Thread(target=lambda: done.append(engine.generate(token_ids=[3], max_tokens=50)))
+    other.start()
+    while len(session.steps) < 3:
+        time.sleep(0.001)
+    engine.close()
+    other.join(30)
     assert session.closed
-    assert [token for chunk in chunks for token in chunk.token_ids] == expected([1, 2], 6, {END}, rule(END))
+    assert [list(one.token_ids) for one in done] == [expected([3], 50, {END}, rule(END))]
+
+
+def test_closing_ends_streams_and_requests_that_wait(new_engine: NewEngine) -> None:
+    engine = new_engine(fake())
+    streams = [engine.stream(token_ids=[1, index], max_tokens=60) for index in range(2)]
+    next(streams[0])
+    waiting = engine._scheduler.ask(streams[1]._request)
+    assert engine._scheduler.counts() == (1, 1)
+    engine.close()
+    with pytest.raises(EngineClosedError, match="while this answer was computed"):
+        next(streams[0])
+    with pytest.raises(EngineClosedError, match="while this request waited"):
+        engine._scheduler.next([waiting])
 
 
 def test_a_closed_engine_refuses_and_closes_again_in_peace(new_engine: NewEngine) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.runtime.evaluation.divergence import divergence, log_softmax
+from edgelm.runtime.evaluation.divergence import divergence, lead, log_softmax
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -37,3 +37,13 @@ def test_equal_distributions_have_none_and_each_row_has_its_own() -> None:
 def test_what_is_not_a_number_stays_one() -> None:
     good, bad = np.zeros((1, 4), np.float32), np.array([[np.nan, 0, 0, 0]], np.float32)
     assert np.isnan(divergence(log_softmax(good), log_softmax(bad)))[0]
+
+
+def test_the_lead_is_the_distance_of_the_two_largest_probabilities() -> None:
+    logits = np.random.default_rng(5).standard_normal((4, 300)).astype(np.float32) * 3
+    logits[1, 7] = logits[1, 9] = 20  # a tie
+    rows = log_softmax(logits)
+    two = np.sort(np.exp(rows.astype(np.float64)), axis=1)[:, -2:]
+    np.testing.assert_allclose(lead(rows), two[:, 1] - two[:, 0], atol=1e-6)
+    assert lead(rows)[1] == 0
+    np.testing.assert_array_equal(rows, log_softmax(logits))  # it changed nothing

@@ -3,6 +3,7 @@ operators, the same bits."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def assert_fused(signature: str, body: str, weights: Mapping[str, Array], name: 
     feeds = {str(value.name): floats(2, 5, int(value.shape[-1])) for value in before.graph.inputs}  # type: ignore
     for got, expected in zip(compute(model, feeds), compute(before, feeds), strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert optimized(ir.to_proto(model), folder) == optimized(ir.to_proto(before), folder)
+    expected_kinds = optimized(ir.to_proto(before), folder)
+    if "Norm" in name:  # which needs no guard of NaN
+        expected_kinds -= Counter({":Mul": 1, ":ReduceSum": 1, ":Add": 1})
+    assert optimized(ir.to_proto(model), folder) == expected_kinds
     assert unchanged(FuseIntoProducts(), model)
     return model
 

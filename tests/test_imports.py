@@ -88,6 +88,7 @@ LAYERS = (
     {"caches"},
     {"evaluation", "serving"},
     {"engine", "fake"},
+    {"server"},
     {"cli"},
     {"commands"},
 )

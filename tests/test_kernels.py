@@ -45,7 +45,7 @@ from edgelm.runtime.host.ort import load_onnxruntime
 from edgelm.runtime.sessions import kernels
 from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.sessions.loading import open_session
-from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, best_piece, least_rows
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS
 
 from .conftest import missing
 from .model_zoo import CONTEXT, tiny_model
@@ -404,7 +404,8 @@ def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, dept
     largest = np.abs(exact).max(axis=-1, keepdims=True)
     # A value halfway between two steps of 16 bits, at the end of the low plane, is a whole one away.
     limit = 1.02 / 32512 if name.endswith(WIDE) else 0.501 / 127
-    assert (np.abs(got - exact) <= limit * largest + TINY).all()
+    # Shares below 2^-126 are 0, times the largest gate.
+    assert (np.abs(got - exact) <= limit * largest + TINY * 1e6).all()
     at = np.abs(exact).argmax(axis=-1)[:, None]
     # GELU of far below 0 has the error of an exponent there: some millionths of what is next to nothing.
     # A norm of a sum whose parts nearly cancel has the error of the parts.
@@ -737,9 +738,9 @@ def test_one_large_token_costs_the_others_nothing(shape: dict[str, Any]) -> None
         np.testing.assert_array_equal(left[:, :, others], right[:, :, others])
 
 
-@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf, 3e38, 0.0, 1e-42])
+@pytest.mark.parametrize("what", [1e38, 0.0, 1e-42])
 @pytest.mark.parametrize("shape", TOKEN_SHAPES[:2])
-def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
+def test_what_is_hardly_a_number_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 150)
     expected, _ = attention.run(session(attention.model, True), x, [150], 150)
@@ -748,8 +749,21 @@ def test_what_is_no_number_or_hardly_one_spoils_nothing_before_it(shape: dict[st
     for cuts in ([150], [140, 1, 9]):
         got, _ = attention.run(session(attention.model, True), x, cuts, 150)
         np.testing.assert_array_equal(got[:, :140], expected[:, :140])
-    if what in (0.0, 1e-42):
-        assert np.isfinite(got).all()
+        assert np.isfinite(got[:, 140:]).all()
+
+
+@pytest.mark.parametrize("what", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], TOKEN_SHAPES[1], SHAPES[-1]])
+def test_queries_keys_and_values_that_are_no_numbers_are_refused(shape: dict[str, Any], part: int, what: float) -> None:
+    """An INT8 cache could not keep them: later positions would attend to numbers."""
+    attention = Attention(**shape)
+    x = values(attention, 1, 60)
+    x[part][:, 50, 3] = what
+    for cuts in ([60], [50, 1]):
+        with pytest.raises(Exception, match="queries, keys or values are NaN or infinite"):
+            attention.run(session(attention.model, True), [rows[:, : sum(cuts)] for rows in x], cuts, 60)
+    attention.run(session(attention.model, True), [rows[:, :50] for rows in x], [50], 60)
 
 
 def test_rows_of_another_length_are_refused() -> None:
@@ -781,8 +795,8 @@ def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it
     monkeypatch.setenv(kernels.SWITCH, switch)
     opened = open_session(bundle, threads=THREADS)
     by_kernels = switch == "on" and settings.get("scheme") is None
-    assert least_rows(opened) == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
-    assert best_piece(opened) == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
+    assert opened.capabilities.least_rows == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
+    assert opened.capabilities.piece_tokens == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
     opened.close()
 
 
@@ -791,7 +805,7 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
     """Heads in groups, a window, norms of heads, learned positions, experts; rows of unlike lengths, some of which
     leave."""
     alone = quantized(model_type, tmp_path)
-    assert alone.least_rows == 1
+    assert alone.capabilities.least_rows == 1
 
     @settings(max_examples=8, deadline=None)
     @given(
@@ -803,9 +817,8 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
         random = np.random.default_rng(seed)
         texts = [random.integers(0, 256, length).tolist() for length in lengths]
         got: list[list[Array]] = [[] for _ in texts]
-        rows, held = alone.rows(len(texts)), list(range(len(texts)))
+        rows, held = alone.rows(), list(range(len(texts)))
         for row, text in enumerate(texts):
-            rows.add()
             cut = int(random.integers(len(text)))
             for piece in filter(None, (text[:cut], text[cut:])):
                 last = rows.feed(row, piece).copy()
@@ -816,9 +829,9 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
                 texts[text].append(token)
                 got[text].append(logits.copy())
             if leaves < len(held) - 1:
-                rows.remove(leaves)
                 last_row = held.pop()
                 if leaves < len(held):
+                    rows.copy(len(held), leaves, rows.length(len(held)))
                     held[leaves] = last_row
         for text, logits in zip(texts, got, strict=True):
             alone.rewind(0)

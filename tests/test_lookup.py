@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from edgelm.runtime import Bundle, Completion, Engine
 from edgelm.runtime.bundle.manifest import Quantization
 from edgelm.runtime.decoding.prompt_lookup import Lookup, Pace, Text
-from edgelm.runtime.decoding.sequence import Greedy, Sequencer
+from edgelm.runtime.decoding.row import Greedy, Row
+from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.fake import FakeSession, NextToken
 from edgelm.runtime.sessions.protocol import MOST_GUESSES
@@ -178,9 +179,9 @@ def test_tokens_and_rows_are_those_of_plain_decoding(
     for prompt, max_tokens, stop_ids, seed, taken in asked:
         plain, guessing = Recorder(seed), Recorder(seed)
         fresh = Sequencer(FakeSession(LETTERS, repeating(*shape)), piece_tokens)
-        wanted = list(fresh.generate(prompt, max_tokens, plain, stop_ids))[:taken]
+        wanted = list(fresh.tokens(Row(prompt, max_tokens, plain, stop_ids)))[:taken]
         session.steps.clear()
-        tokens = sequencer.generate(prompt, max_tokens, guessing, stop_ids, lookup=lookup)
+        tokens = sequencer.tokens(Row(prompt, max_tokens, guessing, stop_ids, lookup=lookup))
         got = [token for token, _ in zip(tokens, wanted, strict=False)]
         tokens.close()  # type: ignore[attr-defined]
         assert got == wanted
@@ -196,9 +197,8 @@ def test_tokens_and_rows_are_those_of_plain_decoding(
 def test_sliding_contexts_slide_the_same(shape: tuple[int, int], prompt: list[int], max_tokens: int, keep: int) -> None:
     def answer(lookup: Lookup | None) -> list[int]:
         session = FakeSession(LETTERS, repeating(*shape))
-        tokens = Sequencer(session).generate_sliding(
-            prompt, max_tokens, Greedy(), {0}, lambda: False, context_length=12, keep=keep, lookup=lookup
-        )
+        row = Row(prompt, max_tokens, Greedy(), {0}, keep=keep, lookup=lookup)
+        tokens = Sequencer(session, context_length=12).tokens(row)
         found = []
         for token in tokens:
             assert session.length <= 12
@@ -220,7 +220,7 @@ def test_a_step_that_fails_leaves_a_sequencer_that_answers_right(
         wanted = list(Sequencer(FakeSession(LETTERS, repeating(*shape))).greedy(prompt, 40, ()))
         got: list[int] = []
         try:
-            got.extend(sequencer.generate(prompt, 40, Greedy(), (), lookup=Lookup()))
+            got.extend(sequencer.tokens(Row(prompt, 40, Greedy(), lookup=Lookup())))
         except SessionError:
             assert got == wanted[: len(got)]
         else:
@@ -232,7 +232,7 @@ def test_a_text_that_is_copied_takes_few_steps() -> None:
     session = FakeSession(211, lambda tokens: tokens[-len(text)])
     lookup = Lookup()
     prompt = [*text, *text[:2]]
-    tokens = list(Sequencer(session).generate(prompt, 198, Greedy(), (), lookup=lookup))
+    tokens = list(Sequencer(session).tokens(Row(prompt, 198, Greedy(), lookup=lookup)))
     assert tokens == text[2:]
     # One for the prompt, 2 + 3 + 5 + 9 tokens while the guesses grow, then 17 a step.
     assert len(session.steps) == 1 + 4 + 11
@@ -241,7 +241,7 @@ def test_a_text_that_is_copied_takes_few_steps() -> None:
 
 def test_a_text_that_never_repeats_is_decoded_in_plain_steps() -> None:
     session = FakeSession(300, lambda tokens: len(tokens) % 300)
-    list(Sequencer(session).generate([0, 1, 2], 250, Greedy(), (), lookup=Lookup()))
+    list(Sequencer(session).tokens(Row([0, 1, 2], 250, Greedy(), lookup=Lookup())))
     assert [len(step) for step in session.steps] == [3, *[1] * 249]
 
 

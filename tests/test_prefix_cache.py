@@ -27,6 +27,7 @@ from edgelm.runtime.caches.prefixes.files import BlockFiles
 from edgelm.runtime.caches.prefixes.keys import BLOCK_TOKENS, block_keys, root_key
 from edgelm.runtime.caches.prefixes.memory import BlockMemory
 from edgelm.runtime.cli import main
+from edgelm.runtime.decoding.row import Row
 from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SettingsError
 from edgelm.runtime.fake import FakeSession
@@ -45,12 +46,25 @@ LETTERS = 3
 class BlockFake(FakeSession):
     """A fake session whose blocks are its tokens, so that a wrong block gives other answers."""
 
-    def read(self, begin: int, end: int, block: NDArray[np.uint8]) -> None:
-        block[:] = np.array(self.tokens[begin:end], np.int64).view(np.uint8)
 
-    def append(self, block: NDArray[np.uint8], positions: int) -> None:
+class FakeBlocks:
+    """`Blocks` of a `BlockFake`, which has one row."""
+
+    def __init__(self, session: BlockFake) -> None:
+        self._session = session
+
+    def length(self, row: int) -> int:
+        return self._session.length
+
+    def rewind(self, row: int, length: int) -> None:
+        self._session.rewind(length)
+
+    def read(self, row: int, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        block[:] = np.array(self._session.tokens[begin:end], np.int64).view(np.uint8)
+
+    def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
         assert block.nbytes == self.block_bytes(positions)
-        self.tokens.extend(block.view(np.int64).tolist())
+        self._session.tokens.extend(block.view(np.int64).tolist())
 
     def block_bytes(self, positions: int) -> int:
         return 8 * positions
@@ -59,13 +73,12 @@ class BlockFake(FakeSession):
 def fake_sequencer(memory_bytes: int, folder: Path | None) -> tuple[Sequencer, BlockFake, PrefixCache]:
     session = BlockFake(LETTERS, rule(LETTERS))
     files = None if folder is None else BlockFiles(folder, 2**20)
-    prefixes = PrefixCache(session, ROOT, BlockMemory(memory_bytes), files)
+    prefixes = PrefixCache(FakeBlocks(session), ROOT, BlockMemory(memory_bytes), files)
     return Sequencer(session, prefixes=prefixes), session, prefixes
 
 
 def answer(sequencer: Sequencer, prompt: Sequence[int], max_tokens: int) -> list[int]:
-    with sequencer.keeping():
-        return list(sequencer.greedy(prompt, max_tokens, ()))
+    return list(sequencer.greedy(prompt, max_tokens, ()))
 
 
 def ids_of(bundle: Path, count: int = TOKENS) -> list[int]:
@@ -83,9 +96,14 @@ def opened(bundle: Path, folder: Path | None = None) -> tuple[Sequencer, OrtSess
 
 
 def logits_of(sequencer: Sequencer, prompt: Sequence[int]) -> NDArray[np.float32]:
-    with sequencer.keeping():
-        *_, last = sequencer.feed(prompt)
-        return last[-1].copy()
+    class Recorder:
+        def choose(self, logits: NDArray[np.float32]) -> int:
+            found.append(logits.copy())
+            return 0
+
+    found: list[NDArray[np.float32]] = []
+    list(sequencer.tokens(Row(prompt, 1, Recorder())))
+    return found[0]
 
 
 def same_bits(got: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
@@ -232,8 +250,10 @@ def test_logits_of_random_prompts_in_random_orders(
     sequencer, session = opened(tiny_bundle)
     alone = OrtSession(tiny_bundle / "model.onnx", described.manifest.model, 1)
     files = BlockFiles(tmp_path_factory.mktemp("blocks"), 2**20)
-    memory = BlockMemory(blocks * session.block_bytes(BLOCK_TOKENS))
-    sequencer = Sequencer(session, prefixes=PrefixCache(session, ROOT, memory, files))
+    rows = session.capabilities.blocks
+    assert rows is not None
+    memory = BlockMemory(blocks * rows.block_bytes(BLOCK_TOKENS))
+    sequencer = Sequencer(session, prefixes=PrefixCache(rows, ROOT, memory, files))
     ids = ids_of(tiny_bundle, 130)
     for beginning, shared, rest in asked:
         prompt = [beginning] * 16 + ids[:shared] + ids[-rest:]
@@ -253,8 +273,9 @@ def test_logits_are_those_of_a_cold_run(
     sequencer, session = opened(bundle, folder)
     logits_of(sequencer, ids)
     if on_disk:
-        assert sequencer._prefixes is not None
-        sequencer._prefixes.close()
+        prefixes = sequencer._decoder._prefixes
+        assert isinstance(prefixes, PrefixCache)
+        prefixes.close()
         sequencer, session = opened(bundle, folder)
     for shared in (16, 17, 250, 290, 299):
         prompt = [*ids[:shared], *reversed(ids[:20])]

@@ -22,6 +22,7 @@ from edgelm.export.texts import built_in_texts, cut_text
 from edgelm.runtime.bundle.manifest import Tokens
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.evaluation.divergence import divergence, log_softmax
+from edgelm.runtime.sessions.protocol import Capabilities
 from edgelm.runtime.text.tokenizer import Tokenizer
 from edgelm.targets import load_target
 
@@ -39,6 +40,7 @@ class Chain:
         self.table = table.astype(np.float32)
         self.length = 0
         self.steps = 0
+        self.capabilities = Capabilities()
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         self.length += len(token_ids)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,96 +160,6 @@ def test_a_failing_store_is_warned_of_once_left_alone_for_a_minute_and_asked_aga
     assert outer.answers == {"key": answer(2)}
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert [record.getMessage() for record in warnings] == ["the disk is gone; answers are kept in memory only for now"]
-
-
-# ---- equal requests at once
-
-
-def in_thread(work: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
-def blocked(thread: threading.Thread) -> bool:
-    thread.join(0.1)
-    return thread.is_alive()
-
-
-@pytest.mark.parametrize("budget", [10**6, 0], ids=["stored", "too large to be stored"])
-def test_a_second_equal_request_waits_and_gets_the_answer_of_the_first(budget: int) -> None:
-    cache = ResponseCache(MemoryStore(budget))
-    computed: list[CachedAnswer | None] = []
-
-    def second() -> None:
-        with cache.look_up("key") as found:
-            computed.append(found.answer)
-
-    with cache.look_up("key") as first:
-        assert first.answer is None
-        waiting = in_thread(second)
-        assert blocked(waiting)
-        with cache.look_up("other") as unlike:
-            assert unlike.answer is None
-        first.keep(answer(3))
-        waiting.join(30)
-        assert computed == [answer(3)], "it needs not wait for the end of the stream"
-
-
-def test_when_the_first_fails_exactly_one_of_those_who_wait_computes() -> None:
-    cache = ResponseCache()
-    led: list[int] = []
-    got: list[CachedAnswer | None] = []
-
-    def work(number: int) -> None:
-        with cache.look_up("key") as found:
-            if found.answer is None:
-                led.append(number)
-                time.sleep(0.05)
-                found.keep(answer(5))
-            else:
-                got.append(found.answer)
-
-    with pytest.raises(ValueError, match="failed"), cache.look_up("key"):
-        threads = [in_thread(lambda number=number: work(number)) for number in range(4)]  # type: ignore[misc]
-        assert all(blocked(thread) for thread in threads)
-        raise ValueError("failed")
-    for thread in threads:
-        thread.join(30)
-    assert len(led) == 1
-    assert got == [answer(5)] * 3
-
-
-def test_a_hit_is_shared_at_once_and_blocks_nobody() -> None:
-    cache = ResponseCache()
-    cache.put("key", answer())
-    with cache.look_up("key") as first, cache.look_up("key") as second:
-        assert first.answer == second.answer == answer()
-
-
-@pytest.mark.parametrize("timeout", [0, 0.05])
-def test_who_waits_no_longer_only_looks(timeout: float) -> None:
-    cache = ResponseCache()
-    with cache.look_up("key") as leader, cache.look_up("key", timeout_s=timeout) as other:
-        assert leader.answer is other.answer is None
-        waiting = in_thread(lambda: cache.look_up("key").__enter__())
-        assert blocked(waiting), "the one that gave up is not the leader"
-    waiting.join(30)
-    with cache.look_up("key", timeout_s=0) as free:
-        assert free.answer is None
-
-
-def test_an_old_leader_does_not_end_the_flight_of_a_new_one() -> None:
-    cache = ResponseCache(MemoryStore(0))
-    with cache.look_up("key") as first:
-        first.keep(answer())
-        with cache.look_up("key") as second:
-            assert second.answer is None
-            first.keep(answer())
-            waiting = in_thread(lambda: cache.look_up("key").__enter__())
-            assert blocked(waiting)
-    waiting.join(30)
-    assert not waiting.is_alive()
 
 
 # ---- settings

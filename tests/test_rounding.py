@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.quantize_linears import column_scales, quantize_columns
 from edgelm.export.quantization.gptq import gptq_columns
-from edgelm.export.quantization.hessians import collect_hessians
+from edgelm.export.quantization.hessians import collect_hessians, each_group_of_hessians
 from edgelm.export.quantization.rounding import round_matrices
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.folder import GRAPH_NAME
@@ -90,6 +90,16 @@ def test_each_matrix_of_a_graph_is_rounded_and_written(graph: Path, tmp_path: Pa
         value = written.get(f"{name}.int8")
         stored = written[f"{name}.rows.int8"].const_value.numpy().T if value is None else value.const_value.numpy()  # type: ignore[union-attr]
         np.testing.assert_array_equal(stored, np.load(path))
+
+
+def test_windows_that_run_together_are_read_each_by_itself(graph: Path) -> None:
+    ids = list(TEXT.encode())
+    texts = [ids[:96], ids[96:192], ids[192:230], ids[230:326]]  # three of one length and a short one
+    (together,) = each_group_of_hessians(graph, texts, 96)
+    alone = [collect_hessians(graph, text, 96) for text in texts]
+    for name, found in together.items():
+        weighted = sum(len(text) * one[name] for text, one in zip(texts, alone, strict=True)) / 326
+        np.testing.assert_allclose(found, weighted, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_that_are_no_numbers_are_refused(graph: Path, tmp_path: Path) -> None:

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.gate.quality import QuantizedAgreement
 from edgelm.export.gate.repair import repair
-from edgelm.export.gate.sensitivity import MOST_PROBES, Sensitivity, measure_sensitivity
+from edgelm.export.gate.sensitivity import LAYER_RUNS, MOST_PROBES, Sensitivity, by_layers, by_matrix
+from edgelm.export.passes import functions, fusing_passes
+from edgelm.export.passes.quantize_linears import ROWWISE
+from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
@@ -166,13 +170,13 @@ def probing(pulls: dict[str, float], probed: list[tuple[str, ...]]) -> Any:
 
 
 def test_the_measure_is_the_divergence_of_the_next_token() -> None:
-    (found,) = measure_sensitivity(Biased(0), probing({"a": 1.0}, []), ["a"], range(100))
+    (found,) = by_matrix(Biased(0), probing({"a": 1.0}, []), ["a"], range(100))
     expected, got = np.full(4, 0.25), np.exp([1.0, 0, 0, 0]) / np.exp([1.0, 0, 0, 0]).sum()
     assert found.kl == pytest.approx(float((expected * np.log(expected / got)).sum()), rel=1e-5)
 
 
 def test_what_is_not_a_number_is_worst() -> None:
-    found = measure_sensitivity(Biased(0), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"], range(10))
+    found = by_matrix(Biased(0), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"], range(10))
     assert [item.name for item in found] == ["b", "a"]
 
 
@@ -180,11 +184,39 @@ def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one() -
     names = [f"model.layers.{layer}.{side}.weight" for layer in range(40) for side in ("in", "out")] + ["head"]
     pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
     probed: list[tuple[str, ...]] = []
-    found = measure_sensitivity(Biased(0), probing(pulls, probed), names, range(10))
+    found = by_matrix(Biased(0), probing(pulls, probed), names, range(10))
     assert found[0].matrices == ("model.layers.7.out.weight",)
     assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
     assert len(probed) <= 41 + MOST_PROBES
     assert ("model.layers.3.in.weight", "model.layers.3.out.weight") in probed
+
+
+def test_layers_that_follow_each_other_are_measured_together_in_few_runs() -> None:
+    names = [f"model.layers.{layer}.{side}.weight" for layer in range(16) for side in ("in", "out")] + ["head"]
+    pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
+    probed: list[tuple[str, ...]] = []
+    found = by_layers(Biased(0), probing(pulls, probed), names, range(10))
+    assert found[0].name == "layers 6 to 8"
+    assert {item.name for item in found} >= {"layers 0 to 2", "layers 14 to 15", "embedding and head"}
+    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
+    assert len(probed) == LAYER_RUNS + 1
+
+
+def test_a_probe_computes_with_the_activations_that_were_chosen(tmp_path: Path) -> None:
+    traced = trace_model(tiny_llama())
+    ir.passes.PassManager(fusing_passes(512))(traced.graph)
+    ir.save(traced.graph, tmp_path / "model.onnx", external_data="model.onnx.data")
+    quantizer = Quantizer(tmp_path / "model.onnx", ROWWISE, 8, {})
+    probe = quantizer.alone(quantizer.matrices[:3], wide=quantizer.matrices[:1])
+    products = [node.op_type for node in probe.graph if node.op_type in functions.PRODUCTS]
+    assert len(products) == 3
+    assert sum(name.endswith(functions.WIDE) for name in products) == 1
+
+
+def test_a_model_with_few_layers_has_a_run_for_each() -> None:
+    names = ["model.layers.0.in.weight", "model.layers.1.in.weight"]
+    found = by_layers(Biased(0), probing(dict.fromkeys(names, 0.1), []), names, range(10))
+    assert [item.name for item in found] == ["layer 0", "layer 1"]
 
 
 def agreement(rise: float) -> QuantizedAgreement:

@@ -178,3 +178,15 @@ def test_without_the_extra_the_pip_command_is_named(folder: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingExtraError, match=r'pip install "edgelm\[structured\]"'):
         engine_on(folder, random_session()).generate("p", regex="a")
+
+
+def test_a_grammar_may_hold_free_text_that_a_stop_text_ends(folder: Path) -> None:
+    lark = '%llguidance {}\nstart: "yes" | TEXT\nTEXT: /[a-z ]*!/'
+    (z,) = Tokenizer(folder / "tokenizer.json").encode("z")
+    engine = engine_on(folder, fake(lambda _: z))
+    assert set(engine.generate("a", lark=lark, max_tokens=20).text) == {"z"}
+    assert engine.generate("a", lark=lark, max_tokens=20, stop=["zzz"]).text == ""
+    with pytest.raises(SettingsError, match="lark cannot be used"):
+        engine.generate("a", lark="start: (")
+    with pytest.raises(SettingsError, match="regex and lark were both given"):
+        engine.generate("a", lark=lark, regex="a")

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.errors import VerificationError
-from ...runtime.evaluation.divergence import divergence
+from ...runtime.evaluation.divergence import divergence, lead
 from ...runtime.sessions.in_place import OrtSession
 from ...runtime.sessions.protocol import Session
 from ...targets import Gate
@@ -174,17 +174,11 @@ def _compare(session: Session, prompts: CachePrompts, answers: Sequence[Path], g
             if other == kind:
                 rows = _rows(prompt, np.load(path, mmap_mode="r"), session)
                 for expected, got in rows:
-                    clear = _lead(expected) >= gate.decided_margin
+                    clear = lead(expected) >= gate.decided_margin
                     tokens, decided = tokens + len(got), decided + int(clear.sum())
                     agree += int((clear & (expected.argmax(axis=1) == got.argmax(axis=1))).sum())
                     total += float(divergence(expected, got).sum())
         yield KindAgreement(kind, tokens, total / tokens, decided, agree)
-
-
-def _lead(log_probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How far the first choice is ahead of the second, in probability, for each row."""
-    top = np.exp(np.partition(log_probabilities, -2, axis=1)[:, -2:])
-    return np.asarray(top[:, 1] - top[:, 0])
 
 
 def _rows(

@@ -6,6 +6,7 @@ that what the quantized graph would have written is known without letting it wri
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.decoding.batch import Batch, Row
-from ...runtime.decoding.sequence import Greedy, Sequencer
-from ...runtime.errors import VerificationError
-from ...runtime.evaluation.divergence import log_softmax
-from ...runtime.sessions.in_place import OrtSession
-from ...runtime.sessions.protocol import Session, best_piece
+from ...runtime.decoding.decoder import Decoder
+from ...runtime.decoding.row import Greedy, Row
+from ...runtime.decoding.sequence import Sequencer
+from ...runtime.errors import EdgelmError, VerificationError
+from ...runtime.evaluation.divergence import lead, log_softmax
+from ...runtime.sessions.protocol import Session
 from .judging import ANSWER_TOKENS, Judging
-from .verify import lead
 
 # Rows whose log probabilities are computed at once: some 6 MB of a vocabulary of 49,152, which stay in the processor.
 _BLOCK = 32
@@ -113,13 +113,16 @@ def _greedy_answers(session: Session, judging: Judging, context_length: int) -> 
     prompts = [(prompt, length) for (_, prompt), length in zip(judging.prompts, lengths, strict=True)]
     if not prompts:
         return []
-    if not isinstance(session, OrtSession):
-        sequencer = Sequencer(session)
-        session.rewind(0)
-        return [list(sequencer.greedy(prompt, length, judging.stop_ids)) for prompt, length in prompts]
+    session.rewind(0)
     rows = [Row(prompt, length, Greedy(), judging.stop_ids) for prompt, length in prompts]
-    for _ in Batch(session.rows(len(rows)), rows, context_length).tokens():
-        pass
+    decoder, waiting = Decoder(session, max_rows=len(rows)), deque(rows)
+    while waiting or decoder.rows:
+        if waiting and decoder.has_place(len(waiting[0].known)):
+            decoder.admit(waiting.popleft())
+            continue
+        for _, event in decoder.advance():
+            if isinstance(event, EdgelmError):
+                raise event
     return [row.known[len(row.token_ids) :] for row in rows]
 
 
@@ -140,7 +143,7 @@ def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path)
             probabilities = np.lib.format.open_memmap(path, "w+", np.float16, shape)
         probabilities[done : done + len(logits)] = expected
         choices.append(logits.argmax(axis=1))
-        leads.append(lead(logits))
+        leads.append(lead(expected))
         losses.append(losses_of(expected, ids[begin + done + 1 : begin + done + 1 + len(logits)]))
         done += len(logits)
     return Passage(kind, ids, begin, path, np.concatenate(choices), np.concatenate(leads), np.concatenate(losses))
@@ -149,7 +152,7 @@ def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path)
 def logits_in_blocks(session: Session, token_ids: Sequence[int], begin: int) -> Iterator[NDArray[np.float32]]:
     """Logits behind each token from `begin` on but the last, a few rows at a time."""
     session.rewind(0)
-    size = best_piece(session)
+    size = session.capabilities.piece_tokens
     for start in range(0, len(token_ids) - 1, size):
         piece = token_ids[start : min(start + size, len(token_ids) - 1)]
         wanted = min(len(piece), max(0, start + len(piece) - begin))

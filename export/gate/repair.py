@@ -21,12 +21,13 @@ from ...targets import Gate
 from .judging import Judging
 from .quality import QuantizedAgreement, faults, measure
 from .reference import Reference, observe
-from .sensitivity import Probe, Sensitivity, measure_sensitivity
+from .sensitivity import LAYER_RUNS, Measure, Probe, Sensitivity, by_layers, by_matrix
 
 _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# Where the gate holds at once, sensitivities are for the report only. They are measured then if one probe a matrix
-# loads no more fp32 weights than this in all, which takes seconds.
-_CHEAP_PROBE_BYTES = 1 << 30
+# Where the gate holds at once, sensitivities are for the report only. They are measured one by one then if one probe a
+# matrix loads no more fp32 weights than the first number in all, which takes seconds; by runs of layers if the few
+# probes of that load no more than the second.
+_CHEAP_PROBE_BYTES, _CHEAP_LAYERS_BYTES = 1 << 30, 32 << 30
 
 # Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
 Repair = Callable[[Collection[str]], QuantizedAgreement]
@@ -91,8 +92,7 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         attempt.write()
         tried.append((attempt, compare()))
         if not faults(tried[-1][1], gate):
-            ranked = _sensitivities(candidate, judging) if _is_cheap(candidate) else ()
-            return Verdict(tried[-1][1], reference, attempt.name, ranked, ())
+            return Verdict(tried[-1][1], reference, attempt.name, _for_the_report(candidate, judging), ())
     if candidate.leave_out is None:
         raise _none_holds(tried, gate, candidate.remedy)
 
@@ -101,18 +101,23 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         candidate.leave_out(excluded)
         return compare()
 
-    ranked = _sensitivities(candidate, judging)
+    ranked = _sensitivities(candidate, judging, by_matrix)
     agreement, exclusions = repair(tried[-1][1], ranked, leave_out, gate)
     return Verdict(agreement, reference, tried[-1][0].name, ranked, exclusions)
 
 
-def _is_cheap(candidate: Candidate) -> bool:
-    return len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES
+def _for_the_report(candidate: Candidate, judging: Judging) -> tuple[Sensitivity, ...]:
+    """As fine as time allows."""
+    if len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES:
+        return _sensitivities(candidate, judging, by_matrix)
+    if LAYER_RUNS * candidate.reference_bytes <= _CHEAP_LAYERS_BYTES:
+        return _sensitivities(candidate, judging, by_layers)
+    return ()
 
 
-def _sensitivities(candidate: Candidate, judging: Judging) -> tuple[Sensitivity, ...]:
+def _sensitivities(candidate: Candidate, judging: Judging, measure: Measure) -> tuple[Sensitivity, ...]:
     with candidate.reference() as session:
-        return tuple(measure_sensitivity(session, candidate.probe, candidate.matrices, judging.texts[0][1]))
+        return tuple(measure(session, candidate.probe, candidate.matrices, judging.texts[0][1]))
 
 
 def _none_holds(tried: Sequence[tuple[Attempt, QuantizedAgreement]], gate: Gate, remedy: str) -> VerificationError:

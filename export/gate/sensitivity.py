@@ -5,8 +5,12 @@ quantized, in nats, mean over 256 tokens of the text. Unlike perplexity it is ne
 on few tokens.
 
 Cost: for each probe onnxruntime loads the fp32 weights once and runs 256 tokens; beside that, the fp32 distributions
-stay in memory (256 x vocabulary float32). Up to 48 matrices are probed one by one. Where there are more, the matrices
-of a layer are probed together, and those of the worst layers then one by one, as far as 48 more probes go.
+stay in memory (256 x vocabulary float32).
+
+`by_matrix`  up to 48 matrices are probed one by one. Where there are more, the matrices of a layer are probed together,
+             and those of the worst layers then one by one, as far as 48 more probes go.
+`by_layers`  layers that follow each other are probed together, in 6 runs of about one length, and what belongs to no
+             layer in one more.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from ...runtime.evaluation.divergence import divergence, log_softmax
 from ...runtime.sessions.protocol import Session
 
 MOST_PROBES = 48
+LAYER_RUNS = 6
 _TOKENS = 256
 _PIECE_TOKENS = 64
-_LAYER = re.compile(r"(.*?\.\d+)\.")
+_LAYER = re.compile(r"(.*?\.(\d+))\.")
 
 # Opens a session on the graph in which only the matrices of these names are quantized.
 Probe = Callable[[Collection[str]], AbstractContextManager[Session]]
@@ -48,13 +53,35 @@ class Sensitivity:
         return {"name": self.name, "matrices": len(self.matrices), "kl": self.kl}
 
 
-def measure_sensitivity(
-    reference: Session, probe: Probe, matrices: Sequence[str], token_ids: Sequence[int]
-) -> list[Sensitivity]:
-    """Sensitivities of all matrices, each in one entry, worst first. Cost: see the module.
+# From a session on the fp32 graph, a probe, the names of all matrices and at least two tokens, no more than the model's
+# context, to the sensitivities: each matrix in one of them, the worst first.
+Measure = Callable[[Session, Probe, Sequence[str], Sequence[int]], list[Sensitivity]]
 
-    reference: of the fp32 graph; token_ids: at least two, not longer than the model's context.
-    """
+
+def by_matrix(reference: Session, probe: Probe, matrices: Sequence[str], token_ids: Sequence[int]) -> list[Sensitivity]:
+    """See `Measure` and the module."""
+    measure = _measure(reference, probe, token_ids)
+    found = _ranked(measure(name, names) for name, names in _groups(matrices).items())
+    left = MOST_PROBES
+    for group in [item for item in found if len(item.matrices) > 1]:
+        left -= len(group.matrices)
+        if left < 0:
+            break
+        found.remove(group)
+        found += [measure(name, (name,)) for name in group.matrices]
+    return _ranked(found)
+
+
+def by_layers(reference: Session, probe: Probe, matrices: Sequence[str], token_ids: Sequence[int]) -> list[Sensitivity]:
+    """See `Measure` and the module."""
+    measure = _measure(reference, probe, token_ids)
+    return _ranked(measure(name, names) for name, names in _runs_of_layers(matrices).items())
+
+
+def _measure(
+    reference: Session, probe: Probe, token_ids: Sequence[int]
+) -> Callable[[str, tuple[str, ...]], Sensitivity]:
+    """What measures some matrices under a name."""
     tokens = list(token_ids[:_TOKENS])
     expected = list(log_probabilities(reference, tokens))
 
@@ -65,15 +92,21 @@ def measure_sensitivity(
         # What is not a number is worst of all.
         return Sensitivity(name, names, total / len(tokens) if np.isfinite(total) else float("inf"))
 
-    found = _ranked(measure(name, names) for name, names in _groups(matrices).items())
-    left = MOST_PROBES
-    for group in [item for item in found if len(item.matrices) > 1]:
-        left -= len(group.matrices)
-        if left < 0:
-            break
-        found.remove(group)
-        found += [measure(name, (name,)) for name in group.matrices]
-    return _ranked(found)
+    return measure
+
+
+def _runs_of_layers(matrices: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    layers: dict[int, list[str]] = {}
+    others = []
+    for name in matrices:
+        layer = _LAYER.match(name)
+        layers.setdefault(int(layer.group(2)), []).append(name) if layer is not None else others.append(name)
+    runs = {}
+    for run in np.array_split(sorted(layers), min(LAYER_RUNS, len(layers)) or 1):
+        if len(run):
+            name = f"layers {run[0]} to {run[-1]}" if len(run) > 1 else f"layer {run[0]}"
+            runs[name] = tuple(matrix for layer in run for matrix in layers[int(layer)])
+    return {**runs, "embedding and head": tuple(others)} if others else runs
 
 
 def _groups(matrices: Sequence[str]) -> dict[str, tuple[str, ...]]:

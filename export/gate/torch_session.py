@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.bundle.folder import TOKENIZER_NAME
+from ...runtime.sessions.protocol import Capabilities
 from ...runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TorchSession:
     def __init__(self, module: PreTrainedModel) -> None:
         self._module = module
         self._ids: list[int] = []
+        self.capabilities = Capabilities()
 
     @property
     def length(self) -> int:

@@ -191,10 +191,3 @@ def _torch_logits(model: PreTrainedModel, token_ids: list[int]) -> NDArray[np.fl
     with torch.no_grad():
         logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return np.asarray(logits.float().numpy(), np.float32)
-
-
-def lead(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far the first choice is ahead of the second, in probability, for each row."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
-    top = np.partition(exponentials, -2, axis=1)[:, -2:]
-    return np.asarray((top[:, 1] - top[:, 0]) / exponentials.sum(axis=1))

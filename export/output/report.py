@@ -142,7 +142,8 @@ def _part(value: ir.Value) -> str:
 
 
 def _memory(model: Model, parts: dict[str, int]) -> dict[str, int]:
-    per_token = KVCache(model).bytes_per_position()
+    """With the scales that kernels keep with each key and value. Without kernels a cache is smaller by these."""
+    per_token = KVCache(model, scale_bytes=model.kv.scale_bytes).bytes_per_position()
     return {
         "weights_bytes": sum(parts.values()),
         "kv_bytes_per_token": per_token,

@@ -51,7 +51,6 @@ _PRODUCT = f"""
     shares = Div(%(x)s, largest)
     values = QuantizeLinear(shares, step, zero_point)
     product = {MICROSOFT}.MatMulIntegerToFloat(values, %(weight)s, step, scales, zero_point)
-    y = Mul(product, largest)
 """
 # The same with 16 bits, as two planes of 8: what the first one leaves over is quantized again, to steps that are 256
 # times finer. Both are rows of one integer product, which reads the matrix once.
@@ -74,7 +73,16 @@ _WIDE_PRODUCT = f"""
     high_product, low_product = Split<axis = 0, num_outputs = 2>(products)
     low_part = Mul(low_product, part)
     product = Add(high_product, low_part)
-    y = Mul(product, largest)
+"""
+_SCALED = "y = Mul(product, largest)"
+# The integers cannot tell that a value of the row was NaN or infinite, and ReduceMax leaves NaN out: the sum of the row
+# times 0, which is NaN then and else 0, is added to what the product is multiplied by.
+_GUARDED = """
+    zero = Constant<value_float = 0.0>()
+    zeros = Mul(%(x)s, zero)
+    nothing = ReduceSum<keepdims = 1>(zeros, axis)
+    factor = Add(largest, nothing)
+    y = Mul(product, factor)
 """
 _ATTENTION_INPUTS = (
     "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
@@ -120,6 +128,9 @@ class _Front(NamedTuple):
     statements: str = ""
     x: str = "x"
     weight: str = "weight"
+    # How the row's scale goes into the product. Behind a norm, a row in which one value is NaN is NaN everywhere, which
+    # ReduceMax keeps, and infinity stays in the sum: a guard would be 2 % of a decode step, for nothing.
+    scaled: str = _GUARDED
 
 
 _FRONTS = {
@@ -133,6 +144,7 @@ _FRONTS = {
         "<epsilon> (x, skip, norm, weight, scales) => (y, total)",
         f"normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (x, skip, norm)",
         x="normed",
+        scaled=_SCALED,
     ),
     # The same of x and a norm of skip, with the weights post (K): a norm behind a layer, and one in front of the next.
     POST_NORMED_ROWWISE_MATMUL: _Front(
@@ -141,6 +153,7 @@ _FRONTS = {
         normed, , , total = {MICROSOFT}.SkipSimplifiedLayerNormalization
             <epsilon: float = @epsilon> (x, added, norm)""",
         x="normed",
+        scaled=_SCALED,
     ),
     # x (..., 2 K): silu of the first half, times the second half.
     GATED_ROWWISE_MATMUL: _Front(
@@ -172,7 +185,7 @@ NORM_INPUTS = frozenset(
 
 
 def _product(name: str, front: _Front, body: str) -> str:
-    multiplied = body % {"x": front.x, "weight": front.weight}
+    multiplied = (body + front.scaled) % {"x": front.x, "weight": front.weight}
     return f"{name} {front.signature} {{ {front.statements} {multiplied} }}"
 
 

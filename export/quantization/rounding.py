@@ -6,16 +6,22 @@ They are kept as .npy files in the export's scratch folder, since the graph is w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from ...runtime.host import machine
 from ..passes.graph import nodes_of
 from ..passes.linear import Weight, weight_of
 from ..passes.quantize_linears import column_scales
 from .gptq import gptq_columns
 from .hessians import each_group_of_hessians
+
+# Matrices that are rounded at the same time, at most: each needs its Hessian four times in float32's size.
+_MOST_AT_ONCE = 4
 
 
 def round_matrices(
@@ -28,12 +34,18 @@ def round_matrices(
     `column_scales`. Cost: as of `each_group_of_hessians` and `gptq_columns`. Raises: as of `each_group_of_hessians`.
     """
     weights = _weights(ir.load(graph))
-    files: dict[str, Path] = {}
-    for group in each_group_of_hessians(graph, texts, context):
-        for name, hessian in group.items():
-            array = np.ascontiguousarray(weights[name].array(), np.float32)
-            files[name] = folder / f"rounded-{len(files)}.npy"
-            np.save(files[name], gptq_columns(array, hessian, column_scales(array, limit), limit))
+    files = {name: folder / f"rounded-{index}.npy" for index, name in enumerate(weights)}
+
+    def round_one(name: str, hessian: NDArray[np.float32]) -> None:
+        array = np.ascontiguousarray(weights[name].array(), np.float32)
+        np.save(files[name], gptq_columns(array, hessian, column_scales(array, limit), limit))
+
+    # Half of the work is numpy's on single rows, which takes one core: so several matrices at once.
+    with ThreadPoolExecutor(min(machine.default_threads(), _MOST_AT_ONCE)) as pool:
+        for group in each_group_of_hessians(graph, texts, context):
+            # The costliest first, that none is left alone at the end.
+            names = sorted(group, key=lambda name: -(len(group[name]) ** 2) * weights[name].shape[1])
+            list(pool.map(round_one, names, [group[name] for name in names]))
     return files
 
 

@@ -49,9 +49,10 @@ class Quantizer:
         weights = ir.load(self.graph).graph.initializers.items()
         return [name for name, value in weights if name not in left and len(value.shape or ()) > 1]
 
-    def alone(self, names: Collection[str]) -> ir.Model:
-        """The fp32 graph in which these matrices, and nothing else, are quantized. Activations stay float32."""
-        return self._apply([name for name in self.matrices if name not in names], {})
+    def alone(self, names: Collection[str], wide: Collection[str] = ()) -> ir.Model:
+        """The fp32 graph in which these matrices, and nothing else, are quantized. Activations between them stay
+        float32. wide: as of `quantized`."""
+        return self._apply([name for name in self.matrices if name not in names], {}, wide)
 
     def _apply(
         self, excluded: Collection[str], ranges: Mapping[str, NDArray[np.float32]], wide: Collection[str] = ()

@@ -20,6 +20,7 @@ import torch
 
 from ...runtime.bundle.manifest import CacheLayout, LayerCache, StateTensor
 from ..errors import TraceError, reason_of
+from .decompositions import light_decompositions
 from .experts import traceable_experts
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def trace_model(model: PreTrainedModel) -> TracedModel:
     with _routed_attention(model), traceable_experts(model), quiet_exporter():
         layers = _probe_layers(model)
         try:
-            program = _export(model, layers)
+            # Without gradients modeling code that switches them off leaves no trace of that.
+            with torch.no_grad(), light_decompositions():
+                program = _export(model, layers)
         except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
             raise TraceError(f"{type(model).__name__} cannot be traced: {reason_of(error)}") from error
     graph = program.model
@@ -225,7 +228,8 @@ def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """(batch, heads, new, size) to (batch, new, heads * size)."""
-    return tensor.transpose(1, 2).flatten(2)
+    batch, heads, new, size = tensor.shape
+    return tensor.transpose(1, 2).reshape(batch, new, heads * size)
 
 
 def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:

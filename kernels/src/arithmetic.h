@@ -73,11 +73,13 @@ struct Arithmetic {
   int panel_rows;
 
   // Quantize a row x of `size` floats: the largest magnitude r is returned, and q = round(x / r / (1 / 127)) + offset
-  // written, `padded(size, kBlock)` bytes; padding is 0. A row of zeros, or with a value that is no number, gives what
-  // the product multiplies by r, whatever q is.
-  // Of two planes the second one, behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within
-  // the range of int8.
+  // written, `padded(size, kBlock)` bytes; padding is 0. Of a row with NaN or infinity NaN is returned: the product,
+  // which is multiplied by it, is NaN then, whatever q is, as that of a row of zeros is 0. Of two planes the second
+  // one, behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within the range of int8.
   float (*quantize)(const float* x, int size, int planes, uint8_t* q);
+
+  // Of `size` floats; NaN if one of them is.
+  float (*largest_magnitude)(const float* x, int size);
 
   // total = x + skip, y = total * (1 / sqrt(m + epsilon)) * weight, from left to right, where m is the mean of the
   // squares of total: their sum, of 16 partial sums by fused additions, lane by lane, added 8 lanes apart, then 4, 2,

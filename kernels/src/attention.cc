@@ -31,10 +31,19 @@ constexpr float kByteWeightLimit = std::numeric_limits<int32_t>::max() / 128 - k
 constexpr int kScaleBytes = sizeof(float);
 // The input that says which rows are kept: from the first of them on, counted from the end where that is negative.
 constexpr size_t kStart = 14;
+// Heads of a query, and values of a head.
+constexpr int kMostHeads = 1 << 12, kMostSize = 1 << 12;
+// Positions, or sequences; and heads of all rows of a step.
+constexpr int kMostPositions = 1 << 24, kMostRows = 1 << 26;
+// Inputs of com.microsoft's operator that change what it computes, and are not computed here.
+constexpr size_t kUnknown[] = {9, 10, 11};
+constexpr const char* kNoNumbers =
+    "queries, keys or values are NaN or infinite: export the bundle again, and check its source";
 
-int kept(int rows, const int64_t* start) {
-  if (start == nullptr) return rows;
-  const int64_t first = *start < 0 ? rows + *start : *start;
+int kept(int rows, const Tensor& start) {
+  if (start.data == nullptr) return rows;
+  require(start.shape == std::vector<int64_t>{1}, "where the rows that are kept begin is one number");
+  const int64_t given = *start.values<int64_t>(), first = given < 0 ? rows + given : given;
   return rows - static_cast<int>(std::clamp<int64_t>(first, 0, rows));
 }
 
@@ -42,22 +51,19 @@ int kept(int rows, const int64_t* start) {
 
 template <typename Cached>
 Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arithmetic()), threads_(threads) {
-  heads_ = static_cast<int>(info.integer("num_heads", 0));
-  groups_ = static_cast<int>(info.integer("kv_num_heads", 0));
-  if (groups_ < 1 || heads_ % groups_ != 0) throw std::runtime_error("heads must be a multiple of groups");
+  heads_ = within(info.integer("num_heads", 0), 1, kMostHeads, "the number of heads");
+  groups_ = within(info.integer("kv_num_heads", 0), 1, heads_, "the number of groups");
+  require(heads_ % groups_ == 0, "heads must be a multiple of groups");
   if (info.integer("rotary_interleaved", 0) != 0 || info.number("softcap", 0) != 0 ||
       info.integer("smooth_softmax", 0) > 0)
     throw std::runtime_error("attention with these attributes belongs to com.microsoft");
   per_group_ = heads_ / groups_;
-  size_ = static_cast<int>(info.shape(3).at(3));
-  // Where the length of a row is left open, so that it may end with a scale, the channels tell the size.
-  if (kRounded && size_ < 1) size_ = static_cast<int>(info.constant(12).shape.at(0)) / groups_;
-  if (size_ < 1) throw std::runtime_error("the graph must say how large a head is");
+  size_ = head_size(info);
   width_ = padded(size_, kLanes);
   rotary_ = info.integer("do_rotary", 0) != 0;
   epsilon_ = info.number("epsilon", -1);
   if (epsilon_ >= 0) query_norm_ = head_norm(info, 1), key_norm_ = head_norm(info, 2);
-  window_ = static_cast<int>(std::max<int64_t>(0, info.integer("local_window_size", -1)));
+  window_ = static_cast<int>(std::clamp<int64_t>(info.integer("local_window_size", -1), 0, kMostPositions));
   // As many bits for keys as for queries.
   key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
   query_limit_ =
@@ -70,10 +76,20 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
 }
 
 template <typename Cached>
+int Attention<Cached>::head_size(const Info& info) const {
+  const std::vector<int64_t> cache = info.shape(3);
+  require(cache.size() == 4, "a cache has four axes: batch, groups, positions, values");
+  // Where the length of a row is left open, so that it may end with a scale, the channels tell the size.
+  if (!kRounded || cache[3] >= 1) return within(cache[3], 1, kMostSize, "the size of a head, which the graph fixes,");
+  const std::vector<int64_t> channels = info.constant(12).shape;
+  require(channels.size() == 1, "the scales of channels have one axis");
+  return within(channels[0] / groups_, 1, kMostSize, "the size of a head");
+}
+
+template <typename Cached>
 const float* Attention<Cached>::head_norm(const Info& info, size_t input) const {
   const Tensor weights = info.constant(input);
-  if (weights.shape != std::vector<int64_t>{size_})
-    throw std::runtime_error("a norm of heads has a weight for each value of a head");
+  require(weights.shape == std::vector<int64_t>{size_}, "a norm of heads has a weight for each value of a head");
   return weights.values<float>();
 }
 
@@ -85,8 +101,8 @@ void Attention<Cached>::read_scales(const Info& info) {
     throw std::runtime_error("a cache of integers has 8 bits and a scale for each channel");
   const Tensor keys = info.constant(12), values = info.constant(13);
   for (const Tensor& scales : {keys, values})
-    if (scales.shape != std::vector<int64_t>{groups_ * size_})
-      throw std::runtime_error("keys and values must be of one size, with a scale for each channel");
+    require(scales.shape == std::vector<int64_t>{groups_ * size_},
+            "keys and values must be of one size, with a scale for each channel");
   for (int i = 0; i < groups_ * size_; i++) {
     const float key = keys.values<float>()[i], value = values.values<float>()[i];
     query_scales_[i] = key * query_scales_[i], value_scales_[i] = value;
@@ -96,50 +112,91 @@ void Attention<Cached>::read_scales(const Info& info) {
 
 template <typename Cached>
 Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
-  const Tensor query = call.input(0), past_key = call.input(3);
+  const Tensor query = call.input(0);
+  require(query.shape.size() == 3, "queries have three axes: batch, positions, values");
   Step step{};
-  step.batch = static_cast<int>(query.shape.at(0)), step.rows = static_cast<int>(query.shape.at(1));
-  step.kept = kept(step.rows, call.values<int64_t>(kStart));
+  step.batch = within(query.shape[0], 0, kMostPositions, "the batch");
+  step.rows = within(query.shape[1], 0, kMostPositions, "the positions of a step");
+  within(query.shape[0] * query.shape[1] * heads_, 0, kMostRows, "the heads of all rows");
+  step.kept = kept(step.rows, call.input(kStart, true));
+  for (const size_t unknown : kUnknown)
+    require(!call.has(unknown), "attention with positions, a bias or a sink belongs to com.microsoft");
+  read_heads(call, query, step);
+  read_places(call, step);
+  step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
+  return step;
+}
+
+// Queries, keys and values: side by side where the last two are not there, or are the weights of norms.
+template <typename Cached>
+void Attention<Cached>::read_heads(Call& call, const Tensor& query, Step& step) const {
+  const int queries = heads_ * size_, others = groups_ * size_;
+  const Tensor key = query_norm_ != nullptr ? Tensor{} : call.input(1, true);
+  const Tensor value = query_norm_ != nullptr ? Tensor{} : call.input(2, true);
+  const bool packed = key.shape.empty();
+  step.stride_query = packed ? queries + 2 * others : queries;
+  step.stride_key = packed ? step.stride_query : others;
+  require(query.shape[2] == static_cast<int64_t>(step.stride_query), "the query has another size than its heads");
+  const std::vector<int64_t> shape =
+      packed ? std::vector<int64_t>{} : std::vector{query.shape[0], query.shape[1], int64_t{others}};
+  require(key.shape == shape && value.shape == shape,
+          "keys and values have another shape than the query and their heads");
   step.query = query.values<float>();
-  if (query_norm_ == nullptr) step.key = call.values<float>(1), step.value = call.values<float>(2);
-  step.lengths = call.values<int32_t>(5);
-  if (rotary_) {
-    const Tensor cosines = call.input(7);
-    step.cosines = cosines.values<float>(), step.sines = call.values<float>(8);
-    step.angles = static_cast<int>(cosines.shape.at(0)), step.half = static_cast<int>(cosines.shape.at(1));
-  }
-  const int positions = *call.values<int32_t>(6);
+  if (step.query == nullptr) return;  // a batch of no rows
+  step.key = packed ? step.query + queries : key.values<float>();
+  step.value = packed ? step.key + others : value.values<float>();
+}
+
+// Where in the cache the step's rows stand, and their angles.
+template <typename Cached>
+void Attention<Cached>::read_places(Call& call, Step& step) const {
+  const Tensor lengths = call.input(5), total = call.input(6);
+  require(lengths.shape == std::vector<int64_t>{step.batch}, "each sequence of a batch has a length");
+  require(total.shape.empty() || total.shape == std::vector<int64_t>{1}, "the number of positions is one number");
+  step.lengths = lengths.values<int32_t>();
+  const int positions = within(*total.values<int32_t>(), 0, kMostPositions, "the number of positions");
   step.first = positions == step.rows;
-  const int past = past_key.data == nullptr ? 0 : static_cast<int>(past_key.shape.at(2));
-  step.capacity = std::max(past, positions);
-  const bool packed = step.key == nullptr;
-  step.stride_query = packed ? (heads_ + 2 * groups_) * size_ : heads_ * size_;
-  step.stride_key = packed ? step.stride_query : groups_ * size_;
-  if (packed) step.key = step.query + heads_ * size_, step.value = step.key + groups_ * size_;
-  if (query.shape.at(2) != static_cast<int64_t>(step.stride_query))
-    throw std::runtime_error("the query has another size than its heads");
+  if (rotary_) {
+    const Tensor cosines = call.input(7), sines = call.input(8);
+    require(cosines.shape.size() == 2 && sines.shape == cosines.shape && 2 * cosines.shape[1] <= size_,
+            "cosines and sines are tables by positions, of at most half a head's values");
+    step.cosines = cosines.values<float>(), step.sines = sines.values<float>();
+    step.angles = static_cast<int>(std::min<int64_t>(cosines.shape[0], kMostPositions));
+    step.half = static_cast<int>(cosines.shape[1]);
+  }
+  read_cache(call, positions, step);
   for (int i = 0; i < step.batch; i++) {
-    const int past = step.past(i), end = past + step.rows;
+    const int64_t past = step.first ? 0 : int64_t{step.lengths[i]} + 1 - step.rows, end = past + step.rows;
     if (past < 0 || end > step.capacity || (rotary_ && end > step.angles))
       throw std::runtime_error("positions " + std::to_string(past) + " to " + std::to_string(end) +
                                " of a sequence in a cache of " + std::to_string(step.capacity) +
                                " are not there, or have no angles");
   }
-  step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
-  step.stride_cache = past_key.data == nullptr ? size_ : static_cast<int>(past_key.shape.at(3));
+}
+
+// The cache, with what it held before.
+template <typename Cached>
+void Attention<Cached>::read_cache(Call& call, int positions, Step& step) const {
+  const Tensor keys = call.input(3), values = call.input(4);
+  require(keys.shape.size() == 4 && keys.shape[0] == step.batch && keys.shape[1] == groups_,
+          "a cache has four axes: batch, groups, positions, values");
+  require(values.shape == keys.shape, "the caches of keys and values have one shape");
+  const int past = within(keys.shape[2], 0, kMostPositions, "the positions of a cache");
+  step.capacity = std::max(past, positions);
+  step.stride_cache = static_cast<int>(std::min<int64_t>(keys.shape[3], 2 * kMostSize));
   step.scaled = kRounded && step.stride_cache == size_ + kScaleBytes;
-  if (!step.scaled && step.stride_cache != size_)
-    throw std::runtime_error("a row of the cache has another length than a head, with or without a scale");
+  require(step.scaled || step.stride_cache == size_,
+          "a row of the cache has another length than a head, with or without a scale");
   const std::vector<int64_t> cache{step.batch, groups_, step.capacity, step.stride_cache};
   step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
+  const size_t row = static_cast<size_t>(past) * step.stride_cache;
+  const size_t place = static_cast<size_t>(step.capacity) * step.stride_cache;
   for (auto [from, to] :
-       {std::pair(past_key.values<Cached>(), step.keys), std::pair(call.template values<Cached>(4), step.values)}) {
-    if (from == nullptr || from == to) continue;  // in place
-    const size_t row = static_cast<size_t>(past) * step.stride_cache;
-    const size_t place = static_cast<size_t>(step.capacity) * step.stride_cache;
-    for (int i = 0; i < step.batch * groups_; i++) std::copy_n(from + i * row, row, to + i * place);
+       {std::pair(keys.values<Cached>(), step.keys), std::pair(values.values<Cached>(), step.values)}) {
+    if (from == nullptr || from == to) continue;  // nothing, or in place
+    for (size_t i = 0; i < static_cast<size_t>(step.batch) * groups_; i++)
+      std::copy_n(from + i * row, row, to + i * place);
   }
-  return step;
 }
 
 template <typename Cached>
@@ -150,7 +207,7 @@ void Attention<Cached>::compute(Call& call) const {
     for (int row = part * kAppended; row < std::min((part + 1) * kAppended, rows); row++)
       append(step, row / step.rows, row % step.rows);
   });
-  if (step.kept == 0) return;
+  if (rows == 0 || step.kept == 0) return;
   if (step.kept * per_group_ <= kTileRows)
     by_chunks(call, step);
   else
@@ -177,12 +234,15 @@ void Attention<Cached>::append(const Step& step, int sequence, int row) const {
     const int channel = group * size_;
     std::copy_n(step.key + place + channel, size_, key);
     place_head(step, position, key_norm_, key);
+    const float* const value = step.value + place + channel;
+    for (const float* x : {static_cast<const float*>(key), value})
+      require(std::isfinite(arithmetic_.largest_magnitude(x, size_)), kNoNumbers);
     if constexpr (kRounded) {
       store_row(key, key_factors_.data() + channel, step.scaled, step.keys + to);
-      store_row(step.value + place + channel, value_factors_.data() + channel, step.scaled, step.values + to);
+      store_row(value, value_factors_.data() + channel, step.scaled, step.values + to);
     } else {
       std::copy_n(key, size_, step.keys + to);
-      std::copy_n(step.value + place + channel, size_, step.values + to);
+      std::copy_n(value, size_, step.values + to);
     }
   }
 }
@@ -263,6 +323,7 @@ void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Querie
     place_head(step, step.past(tile.sequence) + index, query_norm_, query.data());
     for (int i = 0; i < size_; i++) query[i] *= scales[i];
     queries.factors[row] = arithmetic_.to_int16(query.data(), size_, query_limit_, queries.values + row * width_);
+    require(std::isfinite(queries.factors[row]), kNoNumbers);
   }
 }
 

@@ -94,6 +94,10 @@ class Attention {
 
   void read_scales(const Info& info);
   Step read(Call& call) const;
+  void read_heads(Call& call, const Tensor& query, Step& step) const;
+  void read_places(Call& call, Step& step) const;
+  void read_cache(Call& call, int positions, Step& step) const;
+  int head_size(const Info& info) const;
   const float* head_norm(const Info& info, size_t input) const;
   void place_head(const Step& step, int position, const float* norm, float* head) const;
   void append(const Step& step, int sequence, int row) const;

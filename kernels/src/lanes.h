@@ -54,15 +54,16 @@ inline float sum(Lanes x) {
   return lanes[0];
 }
 
+// NaN if a value is.
 inline float largest_magnitude(const float* x, int size) {
   // Several at once: one alone would wait for itself.
   constexpr int kAtOnce = 4;
   Lanes most[kAtOnce] = {zero(), zero(), zero(), zero()};
   const int whole = size / (kAtOnce * kLanes) * (kAtOnce * kLanes);
   for (int i = 0; i < whole; i += kAtOnce * kLanes)
-    for (int j = 0; j < kAtOnce; j++) most[j] = max(most[j], abs(load(x + i + j * kLanes)));
-  each_lanes(size - whole, [&](int i, int count) { most[0] = max(most[0], abs(load_some(x + whole + i, count))); });
-  return largest(max(max(most[0], most[1]), max(most[2], most[3])));
+    for (int j = 0; j < kAtOnce; j++) most[j] = larger(most[j], abs(load(x + i + j * kLanes)));
+  each_lanes(size - whole, [&](int i, int count) { most[0] = larger(most[0], abs(load_some(x + whole + i, count))); });
+  return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
 }
 
 // What a row is multiplied by to be integers of magnitudes up to `limit`.

@@ -22,7 +22,14 @@ inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
-inline float largest(Lanes x) { return _mm512_reduce_max_ps(x); }
+// The larger of magnitudes; NaN where one of them is: as integers, their bits have the same order, and NaN is on top.
+inline Lanes larger(Lanes a, Lanes b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+// The largest of magnitudes; NaN if one of them is.
+inline float largest(Lanes x) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(x)))));
+}
 // Of four rows: lanes 4 i to 4 i + 3 are what all lanes of row i give, those that are 8 apart first, then 4, 2, 1.
 template <typename Operation>
 inline Lanes fold(const Lanes (&rows)[4], Operation operation) {

@@ -52,6 +52,8 @@ inline Lanes min(Lanes a, Lanes b) {
 inline Lanes abs(Lanes a) {
   return each([&](int i) { return vabsq_f32(a.part[i]); });
 }
+// Neon's maximum of a number and NaN is NaN.
+inline Lanes larger(Lanes a, Lanes b) { return max(a, b); }
 inline float largest(Lanes x) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "attention.h"
 #include "operator.h"
@@ -41,6 +42,8 @@ OrtStatus* guarded(Function function) noexcept {
   try {
     function();
     return nullptr;
+  } catch (const std::bad_alloc&) {
+    return api->CreateStatus(ORT_FAIL, "there is not enough memory for what an operator computes in between");
   } catch (const std::exception& error) {
     return api->CreateStatus(ORT_FAIL, error.what());
   }

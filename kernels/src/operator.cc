@@ -13,6 +13,13 @@ void check(OrtStatus* status) {
   throw std::runtime_error(message);
 }
 
+int within(int64_t value, int64_t least, int64_t most, const char* what) {
+  if (value < least || value > most)
+    throw std::runtime_error(std::string(what) + " must be between " + std::to_string(least) + " and " +
+                             std::to_string(most) + ", found " + std::to_string(value));
+  return static_cast<int>(value);
+}
+
 namespace {
 
 std::vector<int64_t> shape_of(const OrtTensorTypeAndShapeInfo* info) {
@@ -42,8 +49,12 @@ Tensor tensor_of(const OrtValue* value) {
   return {data_of(value), shape_of(value)};
 }
 
+// Null for an optional input that is not there.
 const OrtValue* input_of(const OrtKernelContext* context, size_t index) {
   const OrtValue* value = nullptr;
+  size_t count = 0;
+  check(api->KernelContext_GetInputCount(context, &count));
+  if (index >= count) return value;
   check(api->KernelContext_GetInput(context, index, &value));
   return value;
 }
@@ -77,6 +88,9 @@ std::string Info::text(const char* name, const char* otherwise) const {
 
 Tensor Info::constant(size_t index) const {
   int is_constant = 0;
+  size_t count = 0;
+  check(api->KernelInfo_GetInputCount(info_, &count));
+  if (index >= count) throw std::runtime_error("input " + std::to_string(index) + " must be there");
   const OrtValue* value = nullptr;
   check(api->KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
   if (!is_constant) throw std::runtime_error("input " + std::to_string(index) + " must be constant");
@@ -85,6 +99,9 @@ Tensor Info::constant(size_t index) const {
 
 std::vector<int64_t> Info::shape(size_t index) const {
   OrtTypeInfo* type = nullptr;
+  size_t count = 0;
+  check(api->KernelInfo_GetInputCount(info_, &count));
+  if (index >= count) throw std::runtime_error("input " + std::to_string(index) + " must be there");
   check(api->KernelInfo_GetInputTypeInfo(info_, index, &type));
   const std::unique_ptr<OrtTypeInfo, decltype(api->ReleaseTypeInfo)> owned(type, api->ReleaseTypeInfo);
   const OrtTensorTypeAndShapeInfo* tensor = nullptr;
@@ -92,13 +109,20 @@ std::vector<int64_t> Info::shape(size_t index) const {
   return shape_of(tensor);
 }
 
-Tensor Call::input(size_t index) const { return tensor_of(input_of(context_, index)); }
+Tensor Call::input(size_t index, bool optional) const {
+  const OrtValue* const value = input_of(context_, index);
+  if (value == nullptr && !optional) throw std::runtime_error("input " + std::to_string(index) + " must be there");
+  return tensor_of(value);
+}
 
-const void* Call::data(size_t index) const { return data_of(input_of(context_, index)); }
+bool Call::has(size_t index) const { return input_of(context_, index) != nullptr; }
 
 void* Call::output_data(size_t index, const std::vector<int64_t>& shape) {
   OrtValue* value = nullptr;
-  check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+  size_t count = 0;
+  check(api->KernelContext_GetOutputCount(context_, &count));
+  if (index < count) check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+  if (value == nullptr) throw std::runtime_error("output " + std::to_string(index) + " must be there");
   void* data = nullptr;
   check(api->GetTensorMutableData(value, &data));
   return data;

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +20,13 @@ extern const OrtApi* api;
 
 // Throws std::runtime_error with onnxruntime's message.
 void check(OrtStatus* status);
+
+// A graph is data that anyone may have written: what an operator relies on, it requires. Throws std::runtime_error.
+inline void require(bool holds, const char* message) {
+  if (!holds) throw std::runtime_error(message);
+}
+// An attribute or a size as int; throws where it is not in [least, most].
+int within(int64_t value, int64_t least, int64_t most, const char* what);
 
 struct Tensor {
   const void* data = nullptr;  // null: an optional input that is not there
@@ -37,7 +46,7 @@ class Info {
   int64_t integer(const char* name, int64_t otherwise) const;
   float number(const char* name, float otherwise) const;
   std::string text(const char* name, const char* otherwise) const;
-  // A constant input, which lives as long as the session. Throws if the input is computed.
+  // A constant input, which lives as long as the session. Throws if the input is computed or not there.
   Tensor constant(size_t index) const;
   // The shape that the graph gives an input; -1 for sizes that it does not fix.
   std::vector<int64_t> shape(size_t index) const;
@@ -46,33 +55,59 @@ class Info {
   const OrtKernelInfo* info_;
 };
 
+// The first exception of several threads, for the one that waits for them.
+class Failure {
+ public:
+  void keep() noexcept {
+    const std::lock_guard guard(lock_);
+    if (first_ == nullptr) first_ = std::current_exception();
+  }
+  void rethrow() const {
+    if (first_ != nullptr) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::mutex lock_;
+  std::exception_ptr first_;
+};
+
 // What an operator is called with.
 class Call {
  public:
   // own_threads: whether the operators compute on threads of their own, or on onnxruntime's.
   Call(OrtKernelContext* context, bool own_threads) : context_(context), own_threads_(own_threads) {}
 
-  Tensor input(size_t index) const;
-  // The values alone, null for an optional input that is not there: a shape costs more than they do.
-  template <typename T>
-  const T* values(size_t index) const {
-    return static_cast<const T*>(data(index));
-  }
+  // Throws where the input is not there, unless it is `optional`.
+  Tensor input(size_t index, bool optional = false) const;
+  bool has(size_t index) const;
   template <typename T>
   T* output(size_t index, const std::vector<int64_t>& shape) {
     return static_cast<T*>(output_data(index, shape));
   }
 
   // Run work(worker) for each worker in [0, workers), on the operators' own threads as `together` does, or on
-  // onnxruntime's. work may only wait for what a running worker has begun, and must not throw.
+  // onnxruntime's. work may only wait for what a running worker has begun. What it throws first is thrown here, when
+  // all are done; it must not throw where another worker waits for it.
   template <typename Work>
   void parallel(int workers, Work work, const Reads& reads = {},
                 const std::shared_ptr<Successor>& successor = nullptr) {
     if (workers == 1) return static_cast<void>(work(0));
-    const auto run = [](void* data, int worker) { (*static_cast<Work*>(data))(worker); };
-    if (own_threads_) return together(workers, run, &work, reads, successor);
-    const auto run_one = [](void* data, size_t worker) { (*static_cast<Work*>(data))(static_cast<int>(worker)); };
-    check(api->KernelContext_ParallelFor(context_, run_one, workers, 0, &work));
+    Failure failure;
+    auto guarded = [&](int worker) {
+      try {
+        work(worker);
+      } catch (...) {
+        failure.keep();
+      }
+    };
+    using Guarded = decltype(guarded);
+    const auto run = [](void* data, int worker) { (*static_cast<Guarded*>(data))(worker); };
+    const auto run_one = [](void* data, size_t worker) { (*static_cast<Guarded*>(data))(static_cast<int>(worker)); };
+    if (own_threads_)
+      together(workers, run, &guarded, reads, successor);
+    else
+      check(api->KernelContext_ParallelFor(context_, run_one, workers, 0, &guarded));
+    failure.rethrow();
   }
 
   // Run work(task, worker) for each task, whoever of at most `threads` workers is free.
@@ -80,7 +115,6 @@ class Call {
   void share(int tasks, int threads, Work work);
 
  private:
-  const void* data(size_t index) const;
   void* output_data(size_t index, const std::vector<int64_t>& shape);
 
   OrtKernelContext* context_;

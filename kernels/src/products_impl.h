@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "lanes.h"
 
@@ -74,7 +75,8 @@ float quantize(const float* x, int size, int planes, uint8_t* q) {
     quantize_16(x, size, r, q, q + stride);
   for (int plane = 0; plane < planes; plane++)
     std::fill(q + plane * stride + size, q + (plane + 1) * stride, uint8_t{0});
-  return r;
+  // Integers cannot tell that a value was none: the row's factor does.
+  return std::isfinite(r) ? r : std::numeric_limits<float>::quiet_NaN();
 }
 
 inline float inverse_root(Lanes squares, int size, float epsilon) {

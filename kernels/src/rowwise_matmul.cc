@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <limits>
 #include <numeric>
 
 namespace edgelm {
@@ -24,6 +25,8 @@ constexpr int kTaskRows = 16;
 // Rows that are multiplied by a panel at once, at least. The fewer, the more evenly are additions mixed with requests
 // for the next panel and with what is written.
 constexpr int kRowsAtOnce = 6;
+// Depth and columns of a matrix: sums of products, and those of a column's weights times the offset, fit into 32 bits.
+constexpr int kMostDepth = 1 << 16, kMostColumns = 1 << 28;
 
 int pieces(int size, int piece) { return (size + piece - 1) / piece; }
 
@@ -34,8 +37,10 @@ int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
 RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, int planes, size_t weights, bool transposed)
     : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads), planes_(planes) {
   const Tensor matrix = info.constant(weights), scales = info.constant(weights + 1);
-  depth_ = static_cast<int>(matrix.shape.at(transposed ? 1 : 0));
-  columns_ = static_cast<int>(matrix.shape.at(transposed ? 0 : 1));
+  require(matrix.shape.size() == 2, "the weights of a product are a matrix");
+  depth_ = within(matrix.shape[transposed ? 1 : 0], 1, kMostDepth, "the depth of a product");
+  columns_ = within(matrix.shape[transposed ? 0 : 1], 1, kMostColumns, "the columns of a product");
+  require(scales.shape == std::vector<int64_t>{columns_}, "a matrix has a scale for each column");
   weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
   scales_.resize(padded(columns_, kBlock));
@@ -64,7 +69,8 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
                              (shape.empty() ? "none" : std::to_string(shape.back())));
   shape.back() = columns_;
   float* const y = call.output<float>(0, shape);
-  const int count = static_cast<int>(std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies()));
+  const int64_t all = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies());
+  const int count = within(all, 0, std::numeric_limits<int>::max() / (2 * kBlock), "the rows of a product");
   if (count == 0) return;
   std::call_once(corrected_, [this] { correct(); });
   const size_t stride = padded(depth_, kBlock);
@@ -102,15 +108,14 @@ NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, int plan
 
 const float* NormedRowwiseMatMul::norm_weights(const Info& info, size_t input) const {
   const Tensor weights = info.constant(input);
-  if (weights.shape != std::vector<int64_t>{depth_})
-    throw std::runtime_error("a norm has a weight for each value of a row");
+  require(weights.shape == std::vector<int64_t>{depth_}, "a norm has a weight for each value of a row");
   return weights.values<float>();
 }
 
 template <typename Add>
 void NormedRowwiseMatMul::compute(Call& call, Add add) const {
   const Tensor x = call.input(0), skip = call.input(1);
-  if (skip.shape != x.shape) throw std::runtime_error("the sum of a norm is of two values of one shape");
+  require(skip.shape == x.shape, "the sum of a norm is of two values of one shape");
   float* const total = call.output<float>(1, x.shape);
   multiply(call, x, depth_, [&](int row, int next, float* own) {
     const size_t place = static_cast<size_t>(row) * depth_;

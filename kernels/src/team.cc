@@ -120,7 +120,9 @@ class Borrowed {
   Borrowed() {
     const std::lock_guard guard(idle().lock);
     if (idle().teams.empty()) {
+      idle().teams.reserve(idle().made + 1);
       team_ = new Team;
+      idle().made++;
     } else {
       team_ = idle().teams.back();
       idle().teams.pop_back();
@@ -139,6 +141,7 @@ class Borrowed {
   struct Idle {
     std::mutex lock;
     std::vector<Team*> teams;
+    size_t made = 0;  // there is room for all of them: to give one back takes no memory
   };
   // Never destroyed: threads wait in teams until the process ends.
   static Idle& idle() {

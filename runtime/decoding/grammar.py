@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema or a regular expression, by llguidance (extra "structured").
+"""Answers that follow a JSON schema, a regular expression or a grammar, by llguidance (extra "structured").
 
 llguidance reads tokenizer.json itself and needs neither torch nor transformers. It is imported when the first request
 asks for it. Preparing a vocabulary costs some 0.3 s for 50,000 tokens, once an engine.
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import llguidance
 
 
+# The settings that hold a grammar; llguidance calls them the same.
+_FORMS = ("json_schema", "regex", "lark")
+
+
 class GrammarCompiler:
     """Makes grammars for one bundle's vocabulary. Safe between threads."""
 
@@ -42,12 +46,9 @@ class GrammarCompiler:
         if not settings.structured:
             return None
         guidance = _load()
-        name = "regex" if settings.json_schema is None else "json_schema"
+        name = next(name for name in _FORMS if getattr(settings, name) is not None)
         try:
-            if settings.json_schema is not None:
-                source = guidance.LLMatcher.grammar_from_json_schema(settings.json_schema)
-            else:
-                source = guidance.LLMatcher.grammar_from_regex(settings.regex)
+            source = getattr(guidance.LLMatcher, f"grammar_from_{name}")(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name} cannot be used: {error}") from error
         limits = guidance.LLParserLimits(verbose_errors=False)
@@ -101,7 +102,7 @@ class MatcherGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise SettingsError(f"json_schema or regex cannot be met from here on: {_message(self._matcher)}")
+            raise SettingsError(f"json_schema, regex or lark cannot be met from here on: {_message(self._matcher)}")
 
 
 def _message(matcher: llguidance.LLMatcher) -> str:

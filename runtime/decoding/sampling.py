@@ -22,6 +22,12 @@ Row = NDArray[np.floating[Any]]
 _BANNED = -np.inf
 
 
+def require_numbers(largest: np.float32) -> None:
+    """Refuse the largest of some logits where it is NaN, as argmax has it if one of them is, or infinite."""
+    if not largest < np.inf:
+        raise SessionError("the model's logits are NaN or infinite: export the bundle again, and check its source")
+
+
 class Grammar(Protocol):
     """What an answer may be, token by token."""
 
@@ -72,8 +78,7 @@ class Sampler:
         Raises: SettingsError, if the settings leave no token; SessionError for logits that are NaN.
         """
         row, best = self._best(logits)
-        if not row[best] < np.inf:
-            raise SessionError("the model's logits are NaN or infinite: export the bundle again, and check its source")
+        require_numbers(row[best])
         if row[best] == _BANNED:
             raise SettingsError("no token is left to choose: logit_bias, min_tokens, or schema and regex ban them all")
         token = best if self._settings.deterministic else self._drawn(row)

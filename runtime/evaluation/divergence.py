@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log probabilities of each row of logits (n, vocab_size)."""
+    # In place where it can be: new arrays of this size are new pages, which cost more than the arithmetic.
     shifted = logits - logits.max(axis=1, keepdims=True)
     sums = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(sums).astype(np.float32), np.float32)
+    shifted -= np.log(sums).astype(np.float32)
+    return np.asarray(shifted, np.float32)
 
 
 def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -18,4 +20,15 @@ def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArr
 
     What is not a number stays one: the caller decides what that means.
     """
-    return np.asarray((np.exp(expected) * (expected - got)).sum(axis=1, dtype=np.float64))
+    parts = np.exp(expected)
+    parts *= expected - got
+    return np.asarray(parts.sum(axis=1, dtype=np.float64))
+
+
+def lead(log_probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How far the first choice is ahead of the second, in probability, for each row (n, vocab_size)."""
+    rows, first = np.arange(len(log_probabilities)), log_probabilities.argmax(axis=1)
+    others = log_probabilities.copy()
+    others[rows, first] = -np.inf
+    best = np.stack([log_probabilities[rows, first], others.max(axis=1)])
+    return np.asarray(np.exp(best[0], dtype=np.float64) - np.exp(best[1], dtype=np.float64))

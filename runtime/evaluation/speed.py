@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..decoding.sequence import PicksTokens
-from ..sessions.protocol import Session, best_piece
+from ..sessions.protocol import Session
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def time_prompt(session: Session, token_ids: Sequence[int]) -> float:
     """Feed a prompt, in pieces, to a session that forgets what it held. Returns seconds."""
     session.rewind(0)
     started = time.perf_counter()
-    piece = best_piece(session)
+    piece = session.capabilities.piece_tokens
     for begin in range(0, len(token_ids), piece):
         _step(session, token_ids[begin : begin + piece])
     return time.perf_counter() - started
@@ -63,7 +62,8 @@ def time_step(session: Session, token_ids: Sequence[int]) -> float:
 
 
 def _step(session: Session, token_ids: Sequence[int]) -> None:
-    if isinstance(session, PicksTokens):
-        session.likeliest(token_ids)
+    picks = session.capabilities.picks
+    if picks is not None:
+        picks.likeliest(token_ids)
     else:
         session.step(token_ids)

@@ -1,6 +1,6 @@
-"""One request from its validated form to the chunks of its answer: decoding, text, stop strings, why it ended, figures.
+"""One request from its validated form to the chunks of its answer: text, stop strings, why it ended, figures.
 
-Knows no caches of answers and no turns between threads; those are the engine's.
+Knows no caches of answers and no other callers; those are the scheduler's.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..bundle.manifest import Manifest
 from ..caches.responses.answers import CachedAnswer
-from ..decoding.batch import Row
 from ..decoding.prompt_lookup import Lookup
+from ..decoding.row import Greedy, Row
 from ..decoding.sampling import Grammar, Sampler
-from ..decoding.sequence import Greedy, Sequencer
 from ..host import machine
 from ..results import Chunk, Completion, FinishReason, Stats, TokenLogprob
 from ..settings import GenerationSettings
@@ -71,28 +70,19 @@ class Answer:
         """Whether the last token that was added ended the answer."""
         return self._ended
 
-    def chunks(self, sequencer: Sequencer) -> Iterator[Chunk]:
-        """Compute. The last chunk has the reason and the figures. Raises: SessionError, SettingsError."""
-        reused = sequencer.reuse(self._request.token_ids)
-        for token in self._tokens(sequencer):
-            chunk = self.add(token)
-            if chunk is not None:
-                yield chunk
-            if self._ended:
-                break
-        yield self.finish(reused)
-
-    def row(self) -> Row:
-        """The answer's row in a batch, whose tokens are to be given to `add`."""
+    def row(self, interrupted: Callable[[], bool], seconds_left: Callable[[], float | None]) -> Row:
+        """The row that computes it, whose tokens are to be given to `add`."""
         settings = self._request.settings
         slides = settings.context_full == "slide"
         return Row(
             self._request.token_ids,
-            settings.max_tokens if slides else self._limit(),
+            settings.max_tokens if slides else min(settings.max_tokens, self._room()),
             self._sampler or Greedy(),
             self._end_ids,
-            self._request.interrupted,
+            interrupted,
+            seconds_left,
             settings.keep if slides else None,
+            self._lookup,
         )
 
     def add(self, token: int) -> Chunk | None:
@@ -124,27 +114,6 @@ class Answer:
         )
         reason = self._reason(self._ended or self._writer.stopped)
         return Chunk(text, ids, reason, stats, self._logprobs(ids))
-
-    def _tokens(self, sequencer: Sequencer) -> Iterator[int]:
-        request, settings = self._request, self._request.settings
-        chooser = self._sampler or Greedy()
-        if settings.context_full == "slide":
-            return sequencer.generate_sliding(
-                request.token_ids,
-                settings.max_tokens,
-                chooser,
-                self._end_ids,
-                request.interrupted,
-                context_length=self._context,
-                keep=settings.keep,
-                lookup=self._lookup,
-            )
-        return sequencer.generate(
-            request.token_ids, self._limit(), chooser, self._end_ids, request.interrupted, lookup=self._lookup
-        )
-
-    def _limit(self) -> int:
-        return min(self._request.settings.max_tokens, self._room())
 
     def _room(self) -> int:
         """How many tokens the context leaves: the last one that is chosen needs no place, since nothing follows it."""

@@ -1,65 +1,119 @@
-"""Streams for asyncio: a worker thread computes, the event loop stays free. Import this module late."""
+"""Streams for asyncio: requests are made in a thread, steps run in the scheduler's worker, the event loop stays free.
+
+Import this module late: asyncio costs a start-up 30 ms.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
 
-from .turns import Caller
+from ..results import Chunk, Completion, Stats
+from .answer import Request, completion
+from .listener import Listener
+from .scheduler import Scheduler
 
-T = TypeVar("T")
 
-
-class ChunkStream(AsyncIterator[T], Generic[T]):
-    """The chunks of a stream, or what a batch gives, computed in a thread of its own, each only when it is asked for.
+class ChunkStream(AsyncIterator[Chunk]):
+    """The chunks of one answer. Nothing is computed before the first one is awaited.
 
     Where the iteration ends early, by `aclose`, by cancelling the task or by dropping the last reference (leaving the
-    loop), the thread closes the stream after the step that is running; nobody waits for that. No asynchronous
-    generator, because the event loop would close one only some time after the loop over it was left.
+    loop), the answer's row is free after the step that is running; nobody waits for that. No asynchronous generator,
+    because the event loop would close one only some time after the loop over it was left.
     """
 
-    def __init__(
-        self, start: Callable[[Caller], Generator[T, None, None]], cancelled: Sequence[threading.Event]
-    ) -> None:
-        """start: makes the stream for a caller. cancelled: to be set to end its computations early."""
-        self._cancelled = cancelled
-        self._caller = Caller()
-        self._chunks = start(self._caller)
-        self._worker: ThreadPoolExecutor | None = None
+    def __init__(self, scheduler: Scheduler, make: Callable[[], Request], whole: bool = False) -> None:
+        """make: makes the request, in a thread: tokenizing and compiling a grammar may take long. whole: as of
+        `Listener`."""
+        self._scheduler = scheduler
+        self._make = make
+        self._whole = whole
+        self._listener: Listener | None = None
+        self._left = False
+        self._news = asyncio.Event()
 
-    async def __anext__(self) -> T:
-        if self._caller.gone:
+    async def __anext__(self) -> Chunk:
+        if self._left:
             raise StopAsyncIteration
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "edgelm")
-        self._caller.thread, self._caller.task = threading.get_ident(), asyncio.current_task()
         try:
-            chunk = await asyncio.get_running_loop().run_in_executor(self._worker, next, self._chunks, None)
+            listener = self._listener or await self._ask()
+            while True:
+                self._news.clear()
+                chunk = self._scheduler.ready(listener)
+                if chunk is not None:
+                    return chunk
+                if listener.ended:
+                    raise StopAsyncIteration
+                await self._news.wait()
         except BaseException:  # whatever ends the iteration, a cancelled task first of all, ends the computation
             self._leave()
             raise
-        if chunk is None:
-            self._leave()
-            raise StopAsyncIteration
-        return chunk
+
+    @property
+    def request(self) -> Request:
+        """What is answered; a chunk was awaited."""
+        assert self._listener is not None, "a chunk was awaited"
+        return self._listener.request
+
+    @property
+    def stats(self) -> Stats | None:
+        """The figures so far, also of an answer that was cancelled; None before the first chunk was awaited."""
+        return None if self._listener is None else self._listener.stats()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that the model has read, and all of them; (0, 0) before those are known."""
+        return (0, 0) if self._listener is None else self._listener.progress
 
     async def aclose(self) -> None:
-        """End the computation. Calling it again does nothing."""
+        """Cancel what is left. Calling it again does nothing."""
         self._leave()
 
     def __del__(self) -> None:
         self._leave()
 
+    async def _ask(self) -> Listener:
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(self._news.set)
+
+        def ask() -> Listener:
+            listener = self._scheduler.ask(self._make(), whole=self._whole, wake=wake)
+            if self._left:  # the task was cancelled meanwhile
+                self._scheduler.cancel([listener])
+            return listener
+
+        self._listener = await loop.run_in_executor(None, ask)
+        return self._listener
+
     def _leave(self) -> None:
-        self._caller.gone = True
-        for event in self._cancelled:
-            event.set()
-        if self._worker is not None:
-            with suppress(RuntimeError):  # the interpreter is ending, and the stream with it
-                self._worker.submit(self._chunks.close)
-            self._worker.shutdown(wait=False)
-            self._worker = None
+        self._left = True
+        if self._listener is not None:
+            self._scheduler.cancel([self._listener])
+
+
+async def answer(scheduler: Scheduler, make: Callable[[], Request]) -> Completion:
+    """A whole answer. Cancelling the task frees its row after the step that is running."""
+    stream = ChunkStream(scheduler, make, whole=True)
+    chunks = [chunk async for chunk in stream]
+    return completion(stream.request.settings, chunks)
+
+
+async def answer_batch(scheduler: Scheduler, make: Callable[[], Sequence[Request]], max_rows: int) -> list[Completion]:
+    """The whole answers of several requests, at most `max_rows` at once; an error ends all."""
+    requests = await asyncio.get_running_loop().run_in_executor(None, make)
+    places = asyncio.Semaphore(max_rows)
+
+    async def one(request: Request) -> Completion:
+        async with places:
+            return await answer(scheduler, lambda: request)
+
+    tasks = [asyncio.create_task(one(request)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,24 +1,18 @@
-"""Many requests at once: what a batch takes, its answers as chunks of text, and what the response cache knows of them.
-
-The steps themselves are `batch_decode`'s, the graph is `batch_session`'s.
-"""
+"""Many requests of one caller: what a batch takes, and its answers as chunks of text."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from ..bundle.manifest import Manifest
-from ..caches.responses.answers import CachedAnswer
-from ..caches.responses.cache import ResponseCache
-from ..decoding.batch import Batch, Row, RowPrefixes, RowsSession
 from ..errors import InputError, PromptError, SettingsError, TemplateError, shown
 from ..results import Chunk, Completion
 from ..settings import GenerationSettings
-from ..text.tokenizer import Tokenizer
-from .answer import Answer, Request, completion, replay
+from .answer import Request, completion
+from .listener import Listener
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from ..text.messages import Message
@@ -27,7 +21,7 @@ if TYPE_CHECKING:
 # (docs/benchmarks.md). Beyond, rows gain less, and each takes the memory of a text.
 MAX_ROWS = 12
 Prompt: TypeAlias = Union[str, "Sequence[Message]", Sequence[int]]
-IndexedChunks = Iterator[tuple[int, Chunk]]
+IndexedChunks = Generator[tuple[int, Chunk], None, None]
 
 
 def check_batch(prompts: Sequence[Prompt], max_rows: int) -> None:
@@ -83,91 +77,31 @@ def naming(index: int) -> Iterator[None]:
         raise type(error)(f"prompt {index} of the batch: {error}") from error
 
 
-def answer_rows(
-    requests: Mapping[int, Request],
-    session: RowsSession,
-    manifest: Manifest,
-    tokenizer: Tokenizer,
-    prefixes: RowPrefixes | None = None,
-) -> IndexedChunks:
-    """Compute all requests. Yields: chunks with their request's key. Raises: SessionError, SettingsError."""
-    running: dict[Row, tuple[int, Answer]] = {}
+def stream_batch(scheduler: Scheduler, requests: Sequence[Request], max_rows: int) -> IndexedChunks:
+    """The chunks of all requests as they come, each with its request's index; at most `max_rows` are asked for at once.
 
-    def rows() -> Iterator[Row]:
-        for index, request in requests.items():
-            answer = Answer(request, manifest, tokenizer)
-            row = answer.row()
-            running[row] = index, answer
-            yield row
-
-    batch = Batch(session, rows(), manifest.model.context_length, prefixes=prefixes)
-    with closing(batch.tokens()) as tokens:
-        for row, token in tokens:
-            index, answer = running[row]
-            if token is None:
-                del running[row]
-                yield index, answer.finish(row.reused)
-            else:
-                chunk = answer.add(token)
-                row.ended = answer.ended
-                if chunk is not None:
-                    yield index, chunk
+    Raises: as `Scheduler`; an error ends all.
+    """
+    waiting = deque(enumerate(requests))
+    asked: dict[Listener, int] = {}
+    try:
+        while waiting or asked:
+            while waiting and len(asked) < max_rows:
+                index, request = waiting.popleft()
+                asked[scheduler.ask(request, whole=True)] = index
+            found = scheduler.next(list(asked))
+            assert found is not None, "the last chunk of each is handed on before it counts as ended"
+            listener, chunk = found
+            yield asked[listener], chunk
+            if chunk.finish_reason is not None:
+                del asked[listener]
+    finally:
+        scheduler.cancel(list(asked))
 
 
-def completions(requests: Sequence[Request], chunks: Sequence[tuple[int, Chunk]]) -> list[Completion]:
+def completions(requests: Sequence[Request], chunks: Iterable[tuple[int, Chunk]]) -> list[Completion]:
     """The whole answers, in the order of their requests."""
     parts: list[list[Chunk]] = [[] for _ in requests]
     for index, chunk in chunks:
         parts[index].append(chunk)
     return [completion(request.settings, some) for request, some in zip(requests, parts, strict=True)]
-
-
-def known_or_computed(
-    requests: Sequence[Request],
-    responses: ResponseCache | None,
-    key_of: Callable[[Request], str],
-    compute: Callable[[Mapping[int, Request]], IndexedChunks],
-) -> IndexedChunks:
-    """The chunks of all requests, from the response cache, or from `compute`, which is given those that it lacks and
-    whose answers it then keeps. Equal requests are computed once."""
-    if responses is None:
-        yield from compute(dict(enumerate(requests)))
-        return
-    equal: dict[str | int, list[int]] = defaultdict(list)
-    for index, request in enumerate(requests):
-        equal[key_of(request) if request.settings.cacheable else index].append(index)
-    unknown: dict[int, str | int] = {}
-    for key, indexes in equal.items():
-        known = responses.get(key) if isinstance(key, str) else None
-        if known is None:
-            unknown[indexes[0]] = key
-        else:
-            yield from _replayed(requests, indexes, known)
-    again: list[int] = []
-    for index, chunk, answer in _with_answers(compute({index: requests[index] for index in unknown})):
-        yield index, chunk
-        key = unknown[index]
-        if answer is not None and isinstance(key, str):
-            responses.put(key, answer)
-            yield from _replayed(requests, equal[key][1:], answer)
-        elif chunk.finish_reason is not None:
-            again += equal[key][1:]
-    # Equal requests may have other deadlines, and the first of them may have run out of time.
-    yield from compute({index: requests[index] for index in again})
-
-
-def _replayed(requests: Sequence[Request], indexes: Sequence[int], answer: CachedAnswer) -> IndexedChunks:
-    for index in indexes:
-        for chunk in replay(requests[index], answer):
-            yield index, chunk
-
-
-def _with_answers(chunks: IndexedChunks) -> Iterator[tuple[int, Chunk, CachedAnswer | None]]:
-    """Each chunk, and with the last one of an answer that is complete, the answer."""
-    parts: dict[int, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
-    for index, chunk in chunks:
-        parts[index].append((chunk.text, chunk.token_ids))
-        answer = None
-        if chunk.finish_reason is not None and chunk.finish_reason != "deadline":
-            answer = CachedAnswer(tuple(parts.pop(index)), chunk.finish_reason)
-        yield index, chunk, answer

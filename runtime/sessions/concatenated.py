@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from ..bundle.manifest import Model
 from ..errors import SessionError
 from ..host.ort import onnxruntime_errors
+from .graph import REPAIR
+from .protocol import Capabilities
+from .providers import mapped_step_error
 
 _PAST, _PRESENT = "past_key_values.", "present."
 # Inputs beside the cache that a graph may have, ours and those of other exporters.
@@ -47,6 +50,7 @@ class ConcatSession:
         self._errors = onnxruntime_errors()
         self._state = self._beginning()
         self._length = 0
+        self.capabilities = Capabilities()
 
     @property
     def length(self) -> int:
@@ -91,10 +95,8 @@ class ConcatSession:
             feeds = {item.name: feeds[item.name] for item in inference.get_inputs()}
             results = dict(zip(outputs, inference.run(outputs, feeds), strict=True))
         except self._errors as error:
-            reason = " ".join(str(error).split())
-            raise SessionError(
-                f"a step of {len(token_ids)} tokens at position {self._length} failed: {reason}; export the model again"
-            ) from error
+            doing = f"a step of {len(token_ids)} tokens at position {self._length}"
+            raise mapped_step_error(str(error), doing, REPAIR) from error
         logits = results["logits"][0, -keep:]
         if len(logits) < keep:
             raise SessionError(

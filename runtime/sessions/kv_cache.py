@@ -27,8 +27,8 @@ class KVCache:
     """Keys and values of all layers for one sequence, or for several rows. Not safe between threads.
 
     `length` counts the positions in use (of the longest row), `capacity` those that the buffers can hold; bytes grow
-    with capacity times rows. `expected` is for others to set: positions that are likely to be in use soon, for which
-    room is made when there is too little, where memory has it.
+    with capacity times rows. `moves` counts how often the buffers were replaced. `expected` is for others to set:
+    positions that are likely to be in use soon, for which room is made when there is too little, where memory has it.
     """
 
     def __init__(self, model: Model, rows: int = 1, scale_bytes: int = 0) -> None:
@@ -42,35 +42,47 @@ class KVCache:
         self.capacity = 0
         self.length = 0
         self.expected = 0
+        self.moves = 0
 
-    def reserve(self, positions: int) -> bool:
-        """Make room for `positions`; True if the buffers moved, so that they must be bound again.
+    @property
+    def rows(self) -> int:
+        """Rows that the buffers hold."""
+        return self._rows
+
+    def reserve(self, positions: int, rows: int = 1) -> bool:
+        """Make room for so many positions in so many rows; True if the buffers moved, so that they must be bound again.
 
         Cost: nothing while the room suffices, else a copy of what is in use. Doubles or makes room for `expected`, at
         most up to the context length plus one spare position (a padding row may stand behind the last token), or for
         less where memory has no room for as much. Raises: MemoryShortageError, which leaves the cache as it is.
         """
-        if positions <= self.capacity:
+        if positions <= self.capacity and rows <= self._rows:
             return False
-        row_bytes = self._rows * self.bytes_per_position()
+        rows = max(rows, self._rows)
+        row_bytes = rows * self.bytes_per_position()
         free = available_bytes()
-        capacity = next((size for size in self._sizes(positions) if size * row_bytes <= free), positions)
+        sizes = [self.capacity] if positions <= self.capacity else self._sizes(positions)
+        capacity = next((size for size in sizes if size * row_bytes <= free), max(positions, self.length))
         # The old buffers stay until the new ones are filled. Nothing changes where memory does not suffice.
         require_bytes(
             capacity * row_bytes,
-            f"a conversation of {positions:,} tokens",
+            f"a conversation of {positions:,} tokens" if rows == 1 else f"{rows} texts of up to {positions:,} tokens",
             "start a new conversation, shorten the prompt, or close other programs",
         )
-        grown: dict[str, NDArray[np.generic]] = {}
-        for index, layer in self._layers():
-            for side, size in self._sides(layer):
-                fresh = zeros((self._rows, layer.kv_heads, capacity, size), self._dtype)
-                name = f"{index}.{side}"
-                if name in self._buffers:
-                    fresh[:, :, : self.length] = self._buffers[name][:, :, : self.length]
-                grown[name] = fresh
-        self._buffers, self.capacity = grown, capacity
+        self._move(rows, capacity)
         return True
+
+    def keep_rows(self, rows: int) -> None:
+        """Give the memory of all but the first rows back. Cost: a copy of what is in use in those."""
+        if rows < self._rows:
+            self._move(rows, self.capacity)
+
+    def has_room(self, positions: int, rows: int) -> bool:
+        """Whether `reserve` would find the memory."""
+        if positions <= self.capacity and rows <= self._rows:
+            return True
+        size = max(positions, self.capacity) * max(rows, self._rows) * self.bytes_per_position()
+        return size <= available_bytes()
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on. Cost: none."""
@@ -118,6 +130,19 @@ class KVCache:
                 shape = (self._rows, layer.kv_heads, self.capacity, size)
                 assert self._buffers[f"{index}.{side}"].shape == shape
 
+    def _move(self, rows: int, capacity: int) -> None:
+        moved: dict[str, NDArray[np.generic]] = {}
+        kept = min(rows, self._rows)
+        for index, layer in self._layers():
+            for side, size in self._sides(layer):
+                fresh = zeros((rows, layer.kv_heads, capacity, size), self._dtype)
+                name = f"{index}.{side}"
+                if name in self._buffers:
+                    fresh[:kept, :, : self.length] = self._buffers[name][:kept, :, : self.length]
+                moved[name] = fresh
+        self._buffers, self._rows, self.capacity = moved, rows, capacity
+        self.moves += 1
+
     def _sizes(self, positions: int) -> list[int]:
         """Capacities, the best first: a cache shall move seldom, in a small memory too, and never at each token."""
         wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
@@ -150,7 +175,7 @@ class DeviceCache:
     def __init__(self, model: Model, device: str) -> None:
         self._model = model
         self._device = device
-        self._type = np.dtype(model.kv.type)
+        self._type = np.dtype(model.kv.type).type
         self.values: dict[str, Any] = {}
         self.mask: Any = None
         self.capacity = 0
@@ -172,7 +197,7 @@ class DeviceCache:
     def bind(self, binding: Any) -> None:
         """Each buffer, (1, kv_heads, capacity, size), as past and as present."""
         for name, value in self.values.items():
-            place = (self._device, 0, self._type.type, tuple(value.shape()), value.data_ptr())
+            place = (self._device, 0, self._type, tuple(value.shape()), value.data_ptr())
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
 

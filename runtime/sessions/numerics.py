@@ -29,5 +29,5 @@ def of_machine() -> str:
 
 def of_session(session: Session) -> str:
     """As `of_machine`, with the GPU where the session computes on one."""
-    device = getattr(session, "device", "cpu")
+    device = session.capabilities.device
     return of_machine() if device == "cpu" else f"{of_machine()} {device} {' + '.join(gpu_names())}"

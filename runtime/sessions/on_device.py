@@ -4,7 +4,7 @@ The buffers are onnxruntime's own values on the device, bound as past and as pre
 The attention mask is a device buffer of ones, of which a step binds as many as it needs. Logits are copied to the host
 when they are asked for (`step`); `likeliest` leaves them where they are and reads the graph's output `next_tokens`.
 
-On CUDA, a greedy step of one token is captured as a CUDA graph and replayed (`captured_step`).
+On CUDA, a greedy step of one token is captured as a CUDA graph and replayed (`CapturedStep`).
 
 Runs on the CPU provider as well, with device "cpu", which is how it is tested without a GPU.
 """
@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import Model
-from ..host.ort import onnxruntime_errors
-from .captured_step import CapturedStep, run_options
+from ..host.ort import load_onnxruntime, onnxruntime_errors
+from .binding import Binding
 from .kv_cache import DeviceCache
+from .protocol import Capabilities
 from .providers import mapped_step_error
 
 # Prompts are fed in pieces, which bound the memory of a step. A GPU wants many tokens at once.
@@ -28,11 +29,12 @@ _PIECE_TOKENS = 2048
 _LOGITS, _TOKENS = "logits", "next_tokens"
 _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
 
+# onnxruntime's name for a run that is neither recorded nor replayed.
+_NOT_CAPTURED = -1
+
 
 class DeviceSession:
     """See the module. Not safe between threads."""
-
-    piece_tokens = _PIECE_TOKENS
 
     def __init__(self, inference: Any, captures: bool, model: Model, device: str) -> None:
         """inference: onnxruntime's session over a graph with `next_tokens`; captures: whether it can capture runs as
@@ -44,9 +46,11 @@ class DeviceSession:
         self._errors = onnxruntime_errors()
         self._cache = DeviceCache(model, device)
         # One binding for each output: onnxruntime computes both, and copies only what is bound.
-        self._bindings = {name: _Binding(inference, device, name) for name in (_LOGITS, _TOKENS)}
+        self._bindings = {name: Binding(inference, device) for name in (_LOGITS, _TOKENS)}
+        self._options = run_options(None)
         self._captured = CapturedStep(inference, device, _TOKENS)
         self._length = 0
+        self.capabilities = Capabilities(_PIECE_TOKENS, device=device, picks=self)
 
     @property
     def length(self) -> int:
@@ -89,35 +93,73 @@ class DeviceSession:
             if self.captures and output == _TOKENS and len(token_ids) == 1:
                 result[0, 0] = self._captured.run(self._cache, token_ids[0], total)
             else:
-                self._bindings[output].run(self._cache, token_ids, total, result)
+                self._compute(output, token_ids, total, result)
         except self._errors as error:
-            reason = " ".join(str(error).split())
             doing = f"a step of {len(token_ids)} tokens at position {self._length}"
-            raise mapped_step_error(reason, doing, _REPAIR) from error
+            raise mapped_step_error(str(error), doing, _REPAIR) from error
         self._length = total
 
+    def _compute(self, output: str, token_ids: Sequence[int], total: int, result: NDArray[Any]) -> None:
+        """total: positions with these tokens; result: (1, keep, ...), is filled."""
+        binding, cache = self._bindings[output], self._cache
+        binding.device_cache(cache)
+        binding.put_once("input_ids", np.array([token_ids], np.int64))
+        binding.put_once("logits_to_keep", np.array([result.shape[1]], np.int64))
+        binding.put_value("attention_mask", cache.mask, (1, total))
+        binding.take(output, result)
+        binding.run(self._options)
 
-class _Binding:
-    """What the graph reads and writes where one of its outputs is wanted; binds only what changed."""
+
+def run_options(graph: int | None) -> Any:
+    """Settings of a run: the number of the graph that it is recorded as, or replays, or None for neither."""
+    options = load_onnxruntime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(_NOT_CAPTURED if graph is None else graph))
+    return options
+
+
+class CapturedStep:
+    """A greedy step of one token as a CUDA graph: the launches of all its kernels are recorded once, and then replayed
+    as one, which takes the time of launching hundreds of small kernels out of each step.
+
+    A replay reads and writes the addresses of the recorded run, and has its shapes. So the mask is as long as the
+    cache's buffers, with zeros at its end, where the kernels read how many positions there are; it and the token's id
+    are copied to the same place before each step. When the cache's buffers move, a step is recorded anew. On the CPU
+    provider it runs the same step, of the same shapes, without a graph.
+    """
 
     def __init__(self, inference: Any, device: str, output: str) -> None:
+        """inference: onnxruntime's session, made to capture; output: the graph's output of token ids (1, 1)."""
         self._inference = inference
         self._device = device
         self._output = output
-        self._binding = inference.io_binding()
-        self._options = run_options(None)
+        self._graphs = 0
         self._bound: Any = None
 
-    def run(self, cache: DeviceCache, token_ids: Sequence[int], total: int, result: NDArray[Any]) -> None:
-        """total: positions with these tokens; result: (1, keep, ...), is filled."""
-        binding = self._binding
+    def run(self, cache: DeviceCache, token: int, total: int) -> int:
+        """total: positions with this token. Returns: the token that follows."""
         if self._bound is not cache.mask:
-            cache.bind(binding)
-            self._bound = cache.mask
-        ids = np.array([token_ids], np.int64)
-        keep = np.array([result.shape[1]], np.int64)
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("logits_to_keep", keep)
-        binding.bind_input("attention_mask", self._device, 0, np.int64, (1, total), cache.mask.data_ptr())
-        binding.bind_output(self._output, "cpu", 0, result.dtype.type, result.shape, result.ctypes.data)
-        self._inference.run_with_iobinding(binding, self._options)
+            self._bind(cache)
+        self._ids.update_inplace(np.array([[token]], np.int64))
+        self._ones[0, :total], self._ones[0, total:] = 1, 0
+        self._mask.update_inplace(self._ones)
+        self._inference.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        return int(self._next.numpy()[0, 0])
+
+    def _bind(self, cache: DeviceCache) -> None:
+        """Places that a recorded step reads and writes, for the buffers that the cache has now."""
+        self._graphs += 1
+        self._options = run_options(self._graphs)
+        self._binding = self._inference.io_binding()
+        cache.bind(self._binding)
+        self._ones = np.zeros((1, cache.capacity), np.int64)
+        self._ids, self._next = self._put(np.zeros((1, 1), np.int64)), self._put(np.zeros((1, 1), np.int64))
+        self._mask = self._put(self._ones)
+        self._binding.bind_ortvalue_input("input_ids", self._ids)
+        self._binding.bind_ortvalue_input("attention_mask", self._mask)
+        self._binding.bind_cpu_input("logits_to_keep", np.ones(1, np.int64))
+        self._binding.bind_ortvalue_output(self._output, self._next)
+        self._bound = cache.mask
+
+    def _put(self, array: Any) -> Any:
+        return load_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device, 0)

@@ -1,4 +1,4 @@
-"""What a session is: one growing sequence in a model, token ids in, logits out.
+"""What a session is: one growing sequence in a model, token ids in, logits out; and what else a session may offer.
 
 The numpy stand-in behind the same protocol is `edgelm.runtime.fake.FakeSession`.
 """
@@ -6,6 +6,7 @@ The numpy stand-in behind the same protocol is `edgelm.runtime.fake.FakeSession`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ class Session(Protocol):
     """One sequence in a model. Not safe between threads: whoever owns it takes turns."""
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What the session offers beyond this protocol. It stays the same for the session's life."""
+
+    @property
     def length(self) -> int:
         """Positions in the cache."""
 
@@ -30,7 +35,8 @@ class Session(Protocol):
         """Append tokens and compute the logits of the last `keep` of them; 0, where a prompt goes on behind them.
 
         Returns: (keep, vocab_size) float32, valid until the next step. 0 <= keep <= len(token_ids), and length +
-        len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError.
+        len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError, which
+        leaves the length as it was.
         """
 
     def expect(self, positions: int) -> None:
@@ -46,11 +52,130 @@ class Session(Protocol):
         """Free the graph and the cache. Calling it again does nothing."""
 
 
-def least_rows(session: Session) -> int:
-    """Rows that each step of a session has, were it for one token; those beyond its tokens are padding."""
-    return int(getattr(session, "least_rows", 1))
+class PicksTokens(Protocol):
+    """A session that can choose the most likely tokens itself, where its logits are."""
+
+    def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        """Append tokens as `Session.step` does. Returns: (keep) ids, the most likely one behind each of the last
+        `keep` tokens, the lowest among equals. 0 <= keep <= len(token_ids)."""
 
 
-def best_piece(session: Session) -> int:
-    """Tokens of a prompt that a session takes at once: fewer or more are slower."""
-    return int(getattr(session, "piece_tokens", PIECE_TOKENS))
+class Rows(Protocol):
+    """Several texts in one model, in rows that are numbered from 0. Row 0 is the session's own text.
+
+    All rows are empty at first. Not safe between threads.
+    """
+
+    @property
+    def max_rows(self) -> int:
+        """How many rows there can be."""
+
+    def length(self, row: int) -> int:
+        """Positions of a row in the cache."""
+
+    def can_rewind(self, row: int, length: int) -> bool:
+        """As `Session.can_rewind`."""
+
+    def rewind(self, row: int, length: int) -> None:
+        """As `Session.rewind`."""
+
+    def copy(self, row: int, target: int, length: int) -> None:
+        """Let another row hold the first positions of a row, and nothing else."""
+
+    def swap(self, row: int, other: int) -> None:
+        """Exchange what two rows hold."""
+
+    def expect(self, rows: int, positions: int) -> None:
+        """Tell how many rows are in use from now on, and how long the longest is likely to become. Rows behind them
+        are forgotten."""
+
+    def has_room(self, rows: int, positions: int) -> bool:
+        """Whether memory has room for so many rows if the longest has so many positions."""
+
+    def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Append tokens to one row, as `Session.step`."""
+
+    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        """Append tokens to one row, as `PicksTokens.likeliest`; asked only where `Capabilities.picks` is there."""
+
+    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append one token to each of the first rows. Returns: the logits (rows, vocab_size), valid until the next
+        step. Raises: SessionError, which leaves all lengths as they were."""
+
+
+class Blocks(Protocol):
+    """Keys and values of rows as bytes, for the prefix cache."""
+
+    def block_bytes(self, positions: int) -> int:
+        """The size of a block of so many positions."""
+
+    def length(self, row: int) -> int:
+        """As `Rows.length`."""
+
+    def rewind(self, row: int, length: int) -> None:
+        """As `Rows.rewind`."""
+
+    def read(self, row: int, begin: int, end: int, block: NDArray[np.uint8]) -> None:
+        """Copy what the KV cache holds for positions begin to end - 1 of a row into a block of their size."""
+
+    def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
+        """Put what `read` gave for so many positions behind the last one of a row, as if their tokens had been run.
+        Raises: MemoryShortageError."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a session offers.
+
+    piece_tokens: tokens of a prompt that it takes at once; fewer or more are slower. least_rows: rows of a step, were
+    it for one token; those beyond its tokens are padding. device: where it computes, in onnxruntime's words. The others
+    are None where the session does not have them; `rows` and `blocks` see the same texts as the session itself.
+    """
+
+    piece_tokens: int = PIECE_TOKENS
+    least_rows: int = 1
+    device: str = "cpu"
+    rows: Rows | None = None
+    blocks: Blocks | None = None
+    picks: PicksTokens | None = None
+
+
+class OneRow:
+    """A session as `Rows` that has a single one."""
+
+    max_rows = 1
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def length(self, row: int) -> int:
+        return self._session.length
+
+    def can_rewind(self, row: int, length: int) -> bool:
+        return self._session.can_rewind(length)
+
+    def rewind(self, row: int, length: int) -> None:
+        self._session.rewind(length)
+
+    def copy(self, row: int, target: int, length: int) -> None:
+        raise ValueError("a session of one text has no other row")
+
+    def swap(self, row: int, other: int) -> None:
+        raise ValueError("a session of one text has no other row")
+
+    def expect(self, rows: int, positions: int) -> None:
+        self._session.expect(positions)
+
+    def has_room(self, rows: int, positions: int) -> bool:
+        return rows == 1
+
+    def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        return self._session.step(token_ids, keep)
+
+    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        picks = self._session.capabilities.picks
+        assert picks is not None, "asked before"
+        return picks.likeliest(token_ids, keep)
+
+    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        return self._session.step(token_ids)

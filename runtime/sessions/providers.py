@@ -19,8 +19,15 @@ PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 _DEVICES = {CUDA: "cuda"}
 _INSTALL = "pip uninstall onnxruntime  and then  pip install onnxruntime-gpu"
 _GPUS = Path("/proc/driver/nvidia/gpus")
-# What CUDA and onnxruntime's allocator say when a GPU's memory is full.
-_SHORTAGE = ("out of memory", "failed to allocate memory", "cudaerrormemoryallocation", "bfcarena")
+# What CUDA, onnxruntime's allocators and C++ say when memory is full.
+_SHORTAGE = (
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "failed to allocate memory",
+    "cudaerrormemoryallocation",
+    "bfcarena",
+)
 
 
 def made_for(manifest: Manifest) -> str:
@@ -92,10 +99,11 @@ def device_of(provider: str) -> str | None:
 
 def mapped_step_error(reason: str, doing: str, remedy: str) -> SessionError | MemoryShortageError:
     """What onnxruntime said in a step, as one of ours. doing: "a step of 3 tokens at position 7"."""
+    reason = " ".join(reason.split())
     if any(words in reason.lower() for words in _SHORTAGE):
         return MemoryShortageError(
-            f"{doing} takes more memory than the GPU has left: {reason}; start a new conversation, shorten the prompt, "
-            "close other programs that use the GPU, or export with  --scheme int4-weight"
+            f"{doing} takes more memory than there is: {reason}; start a new conversation, shorten the prompt, close "
+            "other programs that use the memory or the GPU, or export a smaller model"
         )
     return SessionError(f"{doing} failed: {reason}; {remedy}")
 

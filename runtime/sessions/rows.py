@@ -1,7 +1,7 @@
-"""Several sequences in one graph: each has its row in the buffers of the KV cache, and a step runs all of them.
+"""Several texts in one graph: each has its row in the buffers of the KV cache, and a step runs all of them.
 
-The rows in use are the first ones, so that the graph sees one contiguous part of each buffer; a row is contiguous too,
-so a prompt is fed into its place. Where `rows_are_exact`, a row's logits are bit for bit those that it has alone.
+The rows of a step are the first ones, so that the graph sees one contiguous part of each buffer; a row is contiguous
+too, so a prompt is fed into its place. Where `rows_are_exact`, a row's logits are bit for bit those that it has alone.
 """
 
 from __future__ import annotations
@@ -13,134 +13,184 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import Manifest, Model
-from ..errors import SessionError
+from ..host.memory import zeros
 from ..host.ort import onnxruntime_errors
+from .binding import Binding
+from .graph import REPAIR
 from .kv_cache import KVCache
+from .protocol import MOST_GUESSES, Capabilities
+from .providers import mapped_step_error
+
+# Rows of logits that a step may keep without a new buffer: those of a token and the draft tokens behind it. The system
+# gives memory only to rows that are written.
+_SHARED_ROWS = 1 + MOST_GUESSES
+# The graph slices `[-logits_to_keep:]`, so 0 keeps every row; this keeps none.
+_NO_ROWS = -np.iinfo(np.int64).max
+# More than any machine gains by; the callers want far fewer.
+_MOST_ROWS = 1024
 
 
-def rows_are_exact(manifest: Manifest, least_rows: int) -> bool:
+def rows_are_exact(manifest: Manifest, capabilities: Capabilities) -> bool:
     """Whether a row of a batch gets the bits that it gets alone: with the scheme that promises them, where a step of a
     session over one text may have a single row.
 
-    least_rows: `session.least_rows`. It is 2 where onnxruntime computes attention on a float32 cache, which takes
-    another kernel for one token than for two, and refuses two tokens a row in a batch.
+    It must have two where onnxruntime computes attention on a float32 cache, which takes another kernel for one token
+    than for two, and refuses two tokens a row in a batch.
     """
-    return manifest.exact_under_cuts and least_rows == 1
+    return manifest.exact_under_cuts and capabilities.least_rows == 1
 
 
-class OrtRowsSession:
-    """`RowsSession` over onnxruntime. Memory: the cache of `max_rows` texts as long as the longest one."""
+class OrtRows:
+    """`Rows` and `Blocks` over onnxruntime. Memory: the cache of the rows in use, each as long as the longest one."""
 
-    def __init__(self, inference: Any, model: Model, max_rows: int, piece_tokens: int, scale_bytes: int = 0) -> None:
-        """inference: onnxruntime's session, which may serve others too; scale_bytes: as of `KVCache`; the others: see
-        `RowsSession`."""
-        self.max_rows = max_rows
-        self.piece_tokens = piece_tokens
-        self._inference = inference
+    max_rows = _MOST_ROWS
+
+    def __init__(self, inference: Any, model: Model, *, scale_bytes: int, least_rows: int, least_kept: int) -> None:
+        """inference: onnxruntime's session. scale_bytes: as of `KVCache`. least_rows: as of `Capabilities`.
+        least_kept: rows of logits that the graph cannot do without."""
         self._model = model
-        self.cache = KVCache(model, max_rows, scale_bytes)
-        self._lengths: list[int] = []
+        self._least_rows, self._least_kept = least_rows, least_kept
+        self.cache = KVCache(model, scale_bytes=scale_bytes)
+        self._lengths = [0]
         self._errors = onnxruntime_errors()
-        self._one, self._all = _Binding(inference, model), _Binding(inference, model)
-
-    def add(self) -> None:
-        self._lengths.append(0)
-
-    def copy(self, row: int, target: int, length: int) -> None:
-        for _, buffer in self.cache.buffers():
-            buffer[target, :, :length] = buffer[row, :, :length]
-        self._lengths[target] = length
-
-    def remove(self, row: int) -> None:
-        last = len(self._lengths) - 1
-        if row != last:
-            self.copy(last, row, self._lengths[last])
-        self._lengths.pop()
-
-    def rewind(self, row: int, length: int) -> None:
-        self._lengths[row] = length
-
-    def feed(self, row: int, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        self._reserve(self._lengths[row] + len(token_ids))
-        logits = self._run(self._one, row, row + 1, [token_ids])
-        return np.asarray(logits[0])
-
-    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        self._reserve(max(self._lengths) + 1)
-        return self._run(self._all, 0, len(self._lengths), [[token] for token in token_ids])
+        # Tokens of one row, and one token of each row: what is bound stays bound from step to step.
+        self._one, self._all = Binding(inference), Binding(inference)
+        self._keep, self._single = np.zeros(1, np.int64), np.ones(1, np.int64)
+        self._one.put("logits_to_keep", self._keep)
+        self._all.put("logits_to_keep", self._single)
+        self._ids = np.zeros((1, 0), np.int64)
+        self._tokens = np.zeros((0, 1), np.int64)
+        self._mask = np.ones((1, 0), np.int64)
+        self._room = self._kept = np.zeros((1, 0, model.vocab_size), np.float32)
+        self._logits = np.zeros((0, 1, model.vocab_size), np.float32)
 
     def length(self, row: int) -> int:
-        """Positions of a row."""
-        return self._lengths[row]
+        return self._lengths[row] if row < len(self._lengths) else 0
+
+    def can_rewind(self, row: int, length: int) -> bool:
+        return 0 <= length <= self.length(row)
+
+    def rewind(self, row: int, length: int) -> None:
+        if not self.can_rewind(row, length):
+            raise ValueError(f"cannot rewind a row of {self.length(row)} positions to {length}")
+        if row < len(self._lengths):
+            self._set_length(row, length)
+
+    def copy(self, row: int, target: int, length: int) -> None:
+        self._reserve(max(row, target), length)
+        for _, buffer in self.cache.buffers():
+            buffer[target, :, :length] = buffer[row, :, :length]
+        self._set_length(target, length)
+
+    def swap(self, row: int, other: int) -> None:
+        if row == other:
+            return
+        self._reserve(max(row, other), 0)
+        used = max(self._lengths[row], self._lengths[other])
+        for _, buffer in self.cache.buffers():
+            buffer[[row, other], :, :used] = buffer[[other, row], :, :used]
+        self._lengths[row], self._lengths[other] = self._lengths[other], self._lengths[row]
+
+    def expect(self, rows: int, positions: int) -> None:
+        del self._lengths[rows:]
+        self.cache.length = max(self._lengths, default=0)
+        if rows == 1:  # two or more may soon be more again
+            self.cache.keep_rows(1)
+        self.cache.expected = positions
+
+    def has_room(self, rows: int, positions: int) -> bool:
+        return self.cache.has_room(positions, rows)
+
+    def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        begin = self.length(row)
+        padding = max(0, self._least_rows - len(token_ids))
+        new = len(token_ids) + padding
+        try:
+            self._reserve(row, begin + new)
+            self._bind_one(row, new, max(keep, self._least_kept) + padding)
+            self._ids[0, : len(token_ids)] = token_ids
+            if padding:
+                self._ids[0, len(token_ids) :] = token_ids[-1]
+            self._one.put_once("attention_mask", self._mask[:, : begin + new])
+            self._one.run()
+        except self._errors as error:
+            doing = f"a step of {new} tokens at position {begin}"
+            raise mapped_step_error(str(error), doing, REPAIR) from error
+        self._set_length(row, begin + len(token_ids))
+        return self._kept[0, :keep]
+
+    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
+        raise NotImplementedError("a session on the CPU has no `picks`, so nobody asks it")
+
+    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        rows = len(token_ids)
+        try:
+            self._reserve(rows - 1, max(self._lengths[:rows]) + 1)
+            self._bind_all(rows)
+            self._tokens[:, 0] = token_ids
+            totals = np.array(self._lengths[:rows], np.int64) + 1
+            self._all.put_once("attention_mask", (np.arange(totals.max()) < totals[:, None]).astype(np.int64))
+            self._all.run()
+        except self._errors as error:
+            raise mapped_step_error(str(error), f"a step of {rows} rows, 1 token each,", REPAIR) from error
+        for row in range(rows):
+            self._set_length(row, self._lengths[row] + 1)
+        return self._logits[:, 0]
+
+    def block_bytes(self, positions: int) -> int:
+        return self.cache.bytes_per_position() * positions
 
     def read(self, row: int, begin: int, end: int, block: NDArray[np.uint8]) -> None:
-        """Copy the keys and values of positions begin to end - 1 of a row, as `KVCache.read`."""
         self.cache.read(begin, end, block, row)
 
     def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
-        """Put what `read` gave for so many positions behind the last one of a row."""
-        begin = self._lengths[row]
-        self._reserve(begin + positions)
+        begin = self.length(row)
+        self._reserve(row, begin + positions)
         self.cache.write(begin, block, positions, row)
-        self._lengths[row] += positions
+        self._set_length(row, begin + positions)
 
-    def _reserve(self, positions: int) -> None:
+    def close(self) -> None:
+        """Free the graph and the cache. Calling it again does nothing."""
+        self._one.close()
+        self._all.close()
+        self.cache = KVCache(self._model)
+        self._lengths = [0]
+
+    def _reserve(self, row: int, positions: int) -> None:
+        """Make room in a row. Rows double in number, so that they seldom move."""
+        rows = max(self.cache.rows, 1)
+        while rows <= row:
+            rows *= 2
+        self.cache.reserve(max(positions, self.cache.length), rows)
+        self._lengths += [0] * (row + 1 - len(self._lengths))
+
+    def _set_length(self, row: int, length: int) -> None:
+        self._lengths[row] = length
         self.cache.length = max(self._lengths)
-        if self.cache.reserve(positions):
-            self._one.rows = self._all.rows = range(0)
 
-    def _run(self, binding: _Binding, begin: int, end: int, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        try:
-            binding.bind_cache(self.cache, range(begin, end))
-            logits = binding.run(ids, self._lengths[begin:end])
-        except self._errors as error:
-            reason = " ".join(str(error).split())
-            raise SessionError(
-                f"a step of {end - begin} rows, {len(ids[0])} tokens each, failed: {reason}; export the model again"
-            ) from error
-        for row in range(begin, end):
-            self._lengths[row] += len(ids[0])
-        return logits
+    def _bind_one(self, row: int, new: int, keep: int) -> None:
+        """Bind what changed since the last step over a single row: most steps only the mask's length."""
+        self._one.cache(
+            (self.cache.moves, row), ((name, buffer[row : row + 1]) for name, buffer in self.cache.buffers())
+        )
+        if self._mask.shape[1] != self.cache.capacity:
+            self._mask = np.ones((1, self.cache.capacity), np.int64)
+        if new != self._ids.shape[1]:
+            self._ids = np.zeros((1, new), np.int64)
+            self._one.put("input_ids", self._ids)
+        if keep != self._kept.shape[1] or self._kept is self._room:
+            # Steps that check draft tokens keep more rows than others: they share one buffer. Larger ones do not stay.
+            size = max(keep, _SHARED_ROWS)
+            if size != self._room.shape[1]:
+                self._room = zeros((1, size, self._model.vocab_size), np.float32)
+            self._kept = self._room[:, :keep]
+            self._one.take("logits", self._kept)
+        self._keep[0] = keep or _NO_ROWS
 
-
-class _Binding:
-    """What the graph reads and writes in one kind of step; binds only what changed since the last one."""
-
-    def __init__(self, inference: Any, model: Model) -> None:
-        self._inference = inference
-        self._binding = inference.io_binding()
-        self._vocab_size = model.vocab_size
-        self.rows = range(0)
-        self._ids = np.zeros((0, 0), np.int64)
-        self._logits = np.zeros((0, 1, model.vocab_size), np.float32)
-        self._keep = np.ones(1, np.int64)
-        self._bind("bind_input", "logits_to_keep", self._keep)
-
-    def bind_cache(self, cache: KVCache, rows: range) -> None:
-        if rows == self.rows:
-            return
-        for name, buffer in cache.buffers():
-            part = buffer[rows.start : rows.stop]
-            self._bind("bind_input", f"past_key_values.{name}", part)
-            self._bind("bind_output", f"present.{name}", part)
-        self.rows = rows
-
-    def run(self, token_ids: Sequence[Sequence[int]], lengths: Sequence[int]) -> NDArray[np.float32]:
-        """token_ids: (rows, new), lengths: positions of each row so far. Returns: logits (rows, vocab_size)."""
-        rows, new = len(token_ids), len(token_ids[0])
-        if self._ids.shape != (rows, new):
-            self._ids = np.zeros((rows, new), np.int64)
-            self._bind("bind_input", "input_ids", self._ids)
-        if len(self._logits) != rows:
-            self._logits = np.zeros((rows, 1, self._vocab_size), np.float32)
-            self._bind("bind_output", "logits", self._logits)
-        self._ids[:] = token_ids
-        totals = np.array(lengths, np.int64) + new
-        mask = (np.arange(totals.max()) < totals[:, None]).astype(np.int64)
-        self._bind("bind_input", "attention_mask", mask)
-        self._inference.run_with_iobinding(self._binding)
-        return self._logits[:, 0]
-
-    def _bind(self, way: str, name: str, array: NDArray[Any]) -> None:
-        # The address of a numpy array: the binding keeps no reference, whoever calls keeps the array until the run.
-        getattr(self._binding, way)(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def _bind_all(self, rows: int) -> None:
+        self._all.cache((self.cache.moves, rows), ((name, buffer[:rows]) for name, buffer in self.cache.buffers()))
+        if len(self._tokens) != rows:
+            self._tokens = np.zeros((rows, 1), np.int64)
+            self._logits = np.zeros((rows, 1, self._model.vocab_size), np.float32)
+            self._all.put("input_ids", self._tokens)
+            self._all.take("logits", self._logits)

@@ -20,6 +20,9 @@ REPLACEMENT = "\ufffd"
 # How tokenizers with byte fallback write a token that is one byte.
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
+# How SentencePiece writes the blank in front of a word.
+_WORD = "\u2581"
+
 
 @dataclass(frozen=True)
 class AddedToken:
@@ -73,6 +76,13 @@ class Tokenizer:
     @cached_property
     def _special(self) -> dict[str, int]:
         return {token.text: token.id for token in self.added_tokens() if token.special}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that goes on, in UTF-8; empty, if it is special or does not exist."""
+        data = self._bytes(token_id)
+        # Decoders strip the blank in front of a text's first word, which this is not.
+        starts_word = self.token(token_id).startswith(_WORD)
+        return b" " + data if starts_word and not data.startswith((b" ", _WORD.encode())) else data
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.

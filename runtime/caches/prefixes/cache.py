@@ -1,4 +1,4 @@
-"""The prefix cache that a `Sequencer` asks: keys and values of texts' beginnings, in memory and in files.
+"""The prefix cache that a `Decoder` asks: keys and values of texts' beginnings, in memory and in files.
 
 A block is found by a key of everything in front of it and everything that decides its bits (`prefixes.keys`), and put
 back as it was, so logits are those of a cold run. Whatever happens to the files, the engine goes on: it computes.
@@ -10,16 +10,13 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ...bundle.cuts import may_cut
 from ...bundle.folder import GRAPH_NAME, Bundle
 from ...errors import CacheError, SettingsError, shown
 from ...host.home import home
 from ...sessions import numerics
-from ...sessions.in_place import OrtSession
-from ...sessions.protocol import Session
-from ...sessions.rows import OrtRowsSession
+from ...sessions.protocol import Blocks, Session
 from ..budgets import default_budgets
 from .files import FOLDER_NAME, BlockFiles, time_of_use
 from .keys import BLOCK_TOKENS, block_keys, root_key
@@ -28,7 +25,7 @@ from .settings import PrefixCacheSettings
 from .watch import Watch
 from .writer import BlockWriter
 
-__all__ = ["BlockSession", "PrefixCache", "PrefixCacheSettings", "default_folder", "open_prefix_cache"]
+__all__ = ["PrefixCache", "PrefixCacheSettings", "default_folder", "open_prefix_cache"]
 
 # What may wait for the disk. It is in memory anyway, unless that has a smaller budget.
 _WAITING_BYTES = 64 * 2**20
@@ -36,67 +33,15 @@ _WAITING_BYTES = 64 * 2**20
 log = logging.getLogger(__name__)
 
 
-class BlockSession(Protocol):
-    """What of a session the cache uses; `OrtSession` has it."""
-
-    def rewind(self, length: int) -> None:
-        """As `Session.rewind`."""
-
-    def read(self, begin: int, end: int, block: Block) -> None:
-        """Copy what the KV cache holds for positions begin to end - 1 into a block of their size."""
-
-    def append(self, block: Block, positions: int) -> None:
-        """Put what `read` gave for so many positions behind the last one."""
-
-
-class MeasuredSession(BlockSession, Protocol):
-    """The session that a cache belongs to, which tells how large blocks are."""
-
-    def block_bytes(self, positions: int) -> int:
-        """The size of a block of so many positions."""
-
-
-class RowPrefixes:
-    """The prefix cache for a batch: `batch_decode.RowPrefixes` over the rows of a session of the same model."""
-
-    def __init__(self, cache: PrefixCache, rows: OrtRowsSession) -> None:
-        self._cache, self._rows = cache, rows
-
-    def restore(self, row: int, token_ids: Sequence[int]) -> int:
-        """Lengthen a row, which holds a beginning of the text; its positions then, less than the text's tokens."""
-        self._cache.restore(token_ids, self._rows.length(row), _RowBlocks(self._rows, row))
-        return self._rows.length(row)
-
-    def keep(self, row: int, token_ids: Sequence[int]) -> None:
-        """Store what a row holds, which are these tokens."""
-        self._cache.keep(token_ids, _RowBlocks(self._rows, row))
-
-
-class _RowBlocks:
-    """`BlockSession` of one row."""
-
-    def __init__(self, rows: OrtRowsSession, row: int) -> None:
-        self._rows, self._row = rows, row
-
-    def rewind(self, length: int) -> None:
-        self._rows.rewind(self._row, length)
-
-    def read(self, begin: int, end: int, block: Block) -> None:
-        self._rows.read(self._row, begin, end, block)
-
-    def append(self, block: Block, positions: int) -> None:
-        self._rows.append(self._row, block, positions)
-
-
 class PrefixCache:
-    """Beginnings of texts for one session. Not safe between threads: the engine's turn is held.
+    """Beginnings of texts for the rows of one session. Not safe between threads: the decoder's owner calls it.
 
     Between processes: files are shared. Raises: MemoryShortageError, where the KV cache cannot grow; of files nothing.
     """
 
     def __init__(
         self,
-        session: MeasuredSession,
+        session: Blocks,
         root: bytes,
         memory: BlockMemory,
         files: BlockFiles | None,
@@ -111,16 +56,14 @@ class PrefixCache:
         self._spoilt = False
         self._block_bytes = session.block_bytes(BLOCK_TOKENS)
 
-    def restore(self, token_ids: Sequence[int], length: int, session: BlockSession | None = None) -> None:
-        """Lengthen what the session holds of a text by the blocks that are known.
+    def restore(self, row: int, token_ids: Sequence[int]) -> None:
+        """Lengthen what a row holds of a text by the blocks that are known.
 
-        session: another one of the same model, whose blocks hold the same bits. length: positions of the session, which
-        hold the first ones of token_ids. At least the last token stays to be computed. Cost: about 0.1 ms a block from
-        memory, 0.4 ms from files.
+        The row holds the first ones of token_ids. At least the last token stays to be computed. Cost: about 0.1 ms a
+        block from memory, 0.4 ms from files.
         """
-        session = session or self._session
         keys = block_keys(self._root, token_ids[:-1])
-        first = length // BLOCK_TOKENS
+        first = self._session.length(row) // BLOCK_TOKENS
         self._memory.use(keys)
         chain = frozenset(keys)
         for index in range(first, len(keys)):
@@ -128,19 +71,17 @@ class PrefixCache:
             if block is None:
                 break
             if index == first:
-                session.rewind(first * BLOCK_TOKENS)
-            session.append(block, BLOCK_TOKENS)
+                self._session.rewind(row, first * BLOCK_TOKENS)
+            self._session.append(row, block, BLOCK_TOKENS)
         self._memory.use(keys)
 
-    def keep(self, token_ids: Sequence[int], session: BlockSession | None = None) -> None:
-        """Store the whole blocks of what the session holds that are not stored yet. token_ids: all that it holds;
-        session: as for `restore`.
+    def keep(self, row: int, token_ids: Sequence[int]) -> None:
+        """Store the whole blocks of what a row holds that are not stored yet. token_ids: all that it holds.
 
         Cost: a copy of the blocks that are new; files are written in the background.
         """
         if self._is_spoilt():
             return
-        session = session or self._session
         keys = block_keys(self._root, token_ids)
         self._memory.use(keys)
         chain, room, now = frozenset(keys), True, time.time()
@@ -149,7 +90,7 @@ class PrefixCache:
             block = self._memory.get(key)
             if block is None and (room or key in wanted):
                 block = new_block(self._block_bytes)
-                session.read(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS, block)
+                self._session.read(row, index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS, block)
                 room = room and self._memory.put(key, block, chain)
             if wanted and self._writer is not None:
                 self._writer.add(key, time_of_use(now, index), block if key in wanted else None)
@@ -195,11 +136,12 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
 
 def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:
     """The cache for a session, or None where it is not wanted or would change answers. No file is opened."""
-    if settings is None or not isinstance(session, OrtSession) or not may_cut(bundle):
+    blocks = session.capabilities.blocks
+    if settings is None or blocks is None or not may_cut(bundle):
         return None
     root = root_key(bundle.manifest, numerics.of_machine())
     model_files = [bundle.path / name for name in bundle.manifest.files if name.startswith(GRAPH_NAME)]
-    return PrefixCache(session, root, BlockMemory(settings.memory_bytes), _files(settings), model_files)
+    return PrefixCache(blocks, root, BlockMemory(settings.memory_bytes), _files(settings), model_files)
 
 
 def _files(settings: PrefixCacheSettings) -> BlockFiles | None:

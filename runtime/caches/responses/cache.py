@@ -1,5 +1,4 @@
-"""The response cache that an engine asks: memory first, then a store that outlives the process, and one computation
-for equal requests at once.
+"""The response cache that an engine asks: memory first, then a store that outlives the process.
 
 The key holds everything that can change the answer, so a hit is the answer that would be computed. Only finished
 answers are stored. Whatever happens to the outer store, the engine goes on: it computes.
@@ -7,10 +6,9 @@ answers are stored. Whatever happens to the outer store, the engine goes on: it 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +19,6 @@ from ...host.home import home
 from ..budgets import default_budgets
 from .answers import CachedAnswer, response_key
 from .database import FOLDER_NAME, DiskBudget
-from .flights import Flight, Flights
 from .memory import MemoryStore
 from .settings import ResponseCacheSettings
 from .sqlite import SqliteStore
@@ -29,7 +26,6 @@ from .store import AnswerStore, StoreStats
 
 __all__ = [
     "CachedAnswer",
-    "Lookup",
     "ResponseCache",
     "ResponseCacheSettings",
     "default_folder",
@@ -43,14 +39,6 @@ _REST_S = 60.0
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Lookup:
-    """What `ResponseCache.look_up` found. `answer` is None where the caller is to compute and `keep` it."""
-
-    def __init__(self, answer: CachedAnswer | None, keep: Callable[[CachedAnswer], None]) -> None:
-        self.answer = answer
-        self.keep = keep
 
 
 class ResponseCache:
@@ -68,7 +56,6 @@ class ResponseCache:
         """Both stores belong to this cache from here on. memory: None makes one with the default budgets."""
         self._memory, self._outer = memory or MemoryStore(), outer
         self._clock = clock or Clock()
-        self._flights = Flights()
         self._warned: set[str] = set()
         self._rests_until = -float("inf")
         self._count = threading.Lock()
@@ -95,28 +82,6 @@ class ResponseCache:
         self._memory.put(key, answer)
         self._ask(lambda outer: outer.put(key, answer))
 
-    @contextlib.contextmanager
-    def look_up(self, key: str, *, timeout_s: float | None = None) -> Iterator[Lookup]:
-        """Find an answer, or lead its computation until the block ends or its `keep` was called.
-
-        While another thread leads the same one, this blocks, at most so many seconds; it then has that answer, or leads
-        itself if the other failed or was cancelled. timeout_s: 0 to look only, for a caller for whom that thread may be
-        waiting. Raises: what the block raises.
-        """
-        deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
-        flight, leads = self._flights.join(key)
-        while not leads and flight.wait(None if deadline is None else max(0.0, deadline - self._clock.monotonic())):
-            if flight.answer is not None:
-                with self._count:
-                    self.hits += 1
-                yield Lookup(flight.answer, lambda _: None)
-                return
-            flight, leads = self._flights.join(key)
-        if leads:
-            yield from self._lead(key, flight)
-        else:
-            yield Lookup(self.get(key), lambda answer: self.put(key, answer))
-
     def clear(self) -> None:
         """Forget all answers, here and in the outer store; the counters stay."""
         self._memory.clear()
@@ -142,21 +107,6 @@ class ResponseCache:
     def after_fork(self) -> None:
         """A thread that held the lock is not in the child."""
         self._count = threading.Lock()
-
-    def _lead(self, key: str, flight: Flight) -> Iterator[Lookup]:
-        def keep(answer: CachedAnswer) -> None:
-            try:
-                self.put(key, answer)
-            finally:
-                self._flights.end(key, flight, answer)
-
-        try:
-            found = self.get(key)
-            if found is not None:
-                self._flights.end(key, flight, found)
-            yield Lookup(found, keep)
-        finally:
-            self._flights.end(key, flight, None)
 
     def _ask(self, operation: Callable[[AnswerStore], T]) -> T | None:
         """What the outer store says, or None where there is none, it rests, or it fails."""

@@ -1,0 +1,39 @@
+"""The page to chat with: one file without anything from elsewhere, which the browser holds to that."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import re
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+_FILE = "page.html"
+
+
+async def page(_: Request) -> Response:
+    """`GET /`."""
+    text, policy = _page()
+    return HTMLResponse(text, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+
+@functools.cache
+def _page() -> tuple[str, str]:
+    """The page and its policy: its own script and styles by their digests, and requests to this server alone."""
+    text = importlib.resources.files(__package__).joinpath(_FILE).read_text(encoding="utf-8")
+    sources = {
+        kind: " ".join(_digest(found) for found in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL))
+        for kind in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"

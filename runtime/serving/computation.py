@@ -1,0 +1,94 @@
+"""One answer that is computed, for all who asked for the same thing at the same time."""
+
+from __future__ import annotations
+
+from ..bundle.manifest import Manifest
+from ..caches.responses.answers import CachedAnswer
+from ..errors import EdgelmError
+from ..results import Chunk
+from ..text.tokenizer import Tokenizer
+from .answer import Answer, Request
+from .listener import Listener
+
+
+class Computation:
+    """A request's row, its answer, and those who listen. Equal requests share one: single flight.
+
+    It goes on as long as one listener wants it. Everything but `add` wants the scheduler's lock.
+    """
+
+    def __init__(self, request: Request, key: str | None, manifest: Manifest, tokenizer: Tokenizer) -> None:
+        """key: of the response cache, None where the answer is not shared. Raises: SettingsError."""
+        self.request, self.key = request, key
+        self.listeners: list[Listener] = []
+        self.passed_over = 0
+        self._answer = Answer(request, manifest, tokenizer)
+        self._chunks: list[Chunk] = []
+        self.row = self._answer.row(self._interrupted, self._seconds_left)
+
+    def join(self, listener: Listener) -> None:
+        """Give a listener what was said so far, and what follows."""
+        listener.shared = bool(self.listeners)
+        self.listeners.append(listener)
+        listener.hear(self._chunks)
+
+    def add(self, token: int) -> Chunk | None:
+        """Take the row's next token; the chunk that it completes. Sets `row.ended`."""
+        chunk = self._answer.add(token)
+        self.row.ended = self._answer.ended
+        return chunk
+
+    def say(self, chunk: Chunk) -> None:
+        """Let all listeners hear a chunk."""
+        self._chunks.append(chunk)
+        self.tell_progress()
+        for listener in self.listeners:
+            listener.hear(self._chunks)
+
+    def tell_progress(self) -> None:
+        """Let all listeners know how much of the prompt is done."""
+        done, total = min(self.row.fed, len(self.request.token_ids)), len(self.request.token_ids)
+        for listener in self.listeners:
+            listener.reused, listener.progress = self.row.reused, (done, total)
+
+    def finish(self) -> CachedAnswer | None:
+        """The row ended: say the last chunk. Returns: the answer, if it is complete.
+
+        Listeners who joined while it was being interrupted are left in `listeners`: they want the rest.
+        """
+        last = self._answer.finish(self.row.reused)
+        late = last.finish_reason == "deadline"
+        left = [item for item in self.listeners if late and not item.request.interrupted()]
+        self.listeners = [item for item in self.listeners if item not in left]
+        self.say(last)
+        self.listeners = left
+        if last.finish_reason is None or last.finish_reason == "deadline":
+            return None
+        return CachedAnswer(tuple((chunk.text, chunk.token_ids) for chunk in self._chunks), last.finish_reason)
+
+    def fail(self, error: EdgelmError) -> None:
+        """Let all listeners have the error."""
+        for listener in self.listeners:
+            listener.end(error)
+        self.listeners = []
+
+    def sweep(self) -> None:
+        """Let go of those who wait no longer. The last one is told by the row's end."""
+        for listener in [item for item in self.listeners if item.request.interrupted()]:
+            if listener.request.cancelled.is_set():
+                self.listeners.remove(listener)
+            elif len(self.listeners) > 1:
+                self.listeners.remove(listener)
+                listener.expire()
+        if self.listeners:
+            self.listeners[0].shared = False
+
+    def _interrupted(self) -> bool:
+        return all(listener.request.interrupted() for listener in self.listeners)
+
+    def _seconds_left(self) -> float | None:
+        """The longest that one of the listeners waits."""
+        left = [listener.request.seconds_left() for listener in self.listeners]
+        if None in left:
+            return None
+        return max((seconds for seconds in left if seconds is not None), default=0.0)

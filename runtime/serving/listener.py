@@ -1,0 +1,82 @@
+"""One caller's share of a computation: the chunks that wait for it, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..host import machine
+from ..results import Chunk, Stats
+from .answer import Request
+
+
+def nobody() -> None:
+    """The caller waits on the scheduler's condition, or does not wait."""
+
+
+class Listener:
+    """Chunks for one caller. The scheduler's lock is held for every call but `stats`.
+
+    whole: the caller takes all chunks, whatever happens, as `Engine.generate` does. wake: called when there is
+    something new; it must not block. shared: another caller's request is computed, which is this one's too.
+    """
+
+    def __init__(self, request: Request, *, whole: bool, wake: Callable[[], None] = nobody) -> None:
+        self.request = request
+        self.whole = whole
+        self.shared = False
+        self.chunks: deque[Chunk] = deque()
+        self.error: BaseException | None = None
+        self.ended = False
+        self.reused = 0
+        self.progress = (0, len(request.token_ids))
+        self._wake = wake
+        self._seen = 0
+        self._generated = 0
+        self._first = 0.0
+
+    def hear(self, chunks: Sequence[Chunk]) -> None:
+        """Take what is new of an answer's chunks; the last one ends it."""
+        for chunk in chunks[self._seen :]:
+            self._seen += 1
+            self._first = self._first or time.perf_counter()
+            self._generated += len(chunk.token_ids)
+            if chunk.finish_reason is not None:
+                self.ended = True
+            self.chunks.append(replace(chunk, stats=self.stats()) if self.shared and self.ended else chunk)
+        self._wake()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing follows but what waits already, and then the error."""
+        if not self.ended:
+            self.ended, self.error = True, error
+            self._wake()
+
+    def expire(self) -> None:
+        """Its time is over, and others go on listening: the answer ends with what is there."""
+        self.ended = True
+        self.chunks.append(Chunk("", (), "deadline", self.stats()))
+        self._wake()
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+        self.request.cancelled.set()
+        self.chunks.clear()
+        self.end()
+
+    def stats(self) -> Stats:
+        """The figures of what was heard so far."""
+        now = time.perf_counter()
+        first = self._first or now
+        several = self._generated > 1 and now > first and not self.shared
+        return Stats(
+            prompt_tokens=len(self.request.token_ids),
+            reused_tokens=len(self.request.token_ids) if self.shared else self.reused,
+            generated_tokens=self._generated,
+            time_to_first_token_s=first - self.request.started,
+            decode_tokens_per_s=(self._generated - 1) / (now - first) if several else 0.0,
+            resident_bytes=machine.resident_bytes(),
+            response_cache_hit=self.shared,
+        )

@@ -1,0 +1,388 @@
+"""Who is computed now: requests of all callers as rows of one running batch (continuous batching).
+
+No thread of its own is needed where callers block: whoever wants a chunk that is not there runs the next step for all,
+while the others wait for what comes out of it. So a caller alone computes in its own thread, and a stream that nobody
+reads costs nothing. For callers of asyncio, who must not block, a worker thread runs the steps.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+from ..bundle.manifest import Manifest
+from ..caches.responses.cache import ResponseCache
+from ..decoding.decoder import Decoder
+from ..decoding.row import Row
+from ..errors import EdgelmError, EngineBusyError, EngineClosedError, EngineError
+from ..host.forks import watch_forks
+from ..results import Chunk
+from ..text.tokenizer import Tokenizer
+from .answer import Request, replay, unanswered
+from .computation import Computation
+from .listener import Listener, nobody
+
+# A request that others overtook so often is admitted next, however long its prompt is.
+_MOST_OVERTAKINGS = 4
+# Chunks that wait for a reader of asyncio before the worker stops computing for it alone.
+_READ_AHEAD = 32
+# How long the worker waits for something to do before it ends.
+_WORKER_IDLE_S = 5.0
+
+log = logging.getLogger(__name__)
+
+_with_workers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+class Scheduler:
+    """The requests of one engine. Safe between threads; a forked child has none of its parent's requests.
+
+    As many requests run at once as `decoder` has rows; the others wait, short prompts first, but a request is overtaken
+    four times at most. Nothing ever waits for a reader: a stream that is not read on keeps its row, which goes on when
+    another caller runs a step.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        responses: ResponseCache | None,
+        key_of: Callable[[Request], str],
+    ) -> None:
+        """decoder: this scheduler's from here on. key_of: of the response cache."""
+        self._decoder = decoder
+        self._manifest, self._tokenizer = manifest, tokenizer
+        self._responses, self._key_of = responses, key_of
+        self._running: dict[Row, Computation] = {}
+        self._closed = self._exiting = False
+        self._reset()
+        watch_forks(self)
+
+    def ask(self, request: Request, *, whole: bool = False, wake: Callable[[], None] = nobody) -> Listener:
+        """Begin to answer a request: from the response cache, as another caller's share, or as a row of its own.
+
+        Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; where there is a `wake`, the
+        worker computes. Raises: SettingsError, EngineClosedError.
+        """
+        self._refuse_closed("the engine is closed: load the bundle again")
+        listener = Listener(request, whole=whole, wake=wake)
+        key = None
+        if self._responses is not None and request.settings.cacheable:
+            key = self._key_of(request)
+            known = self._responses.get(key)
+            if known is not None:
+                listener.hear(list(replay(request, known)))
+                return listener
+        fresh = Computation(request, key, self._manifest, self._tokenizer)
+        with self._changed:
+            self._refuse_closed("the engine was closed while this request was made: load the bundle again")
+            self._join(listener, fresh)
+            if wake is not nobody:
+                self._start_worker(listener)
+            self._changed.notify_all()
+        return listener
+
+    def next(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
+        """The next chunk of any of these, computing as long as there is none; None where all have ended.
+
+        Raises: what a listener ended with, EngineBusyError from within a step.
+        """
+        while True:
+            with self._changed:
+                found = self._ready(listeners)
+                if found is not None:
+                    return found
+                if all(listener.ended for listener in listeners):
+                    return None
+                if not self._take_the_wheel():
+                    self._changed.wait()
+                    continue
+            self._drive()
+
+    def ready(self, listener: Listener) -> Chunk | None:
+        """The next chunk, if it is there; else see `listener.ended`. Raises: what it ended with."""
+        with self._changed:
+            found = self._ready([listener])
+            self._changed.notify_all()  # the worker may compute on
+            return None if found is None else found[1]
+
+    def cancel(self, listeners: Sequence[Listener]) -> None:
+        """Nobody wants the rest. Rows are free at once, or after the step that is running. May be done again."""
+        with self._changed:
+            for listener in listeners:
+                if not listener.ended:
+                    listener.cancel()
+            if not self._forsaken() or not self._take_the_wheel(refuse=False):
+                return
+        self._let_go()
+
+    def counts(self) -> tuple[int, int]:
+        """Requests that are computed now, and those that wait."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """End everything: requests that wait get EngineClosedError, streams too, after the step that is running; whole
+        answers that are being computed are finished first. Calling it again does nothing.
+
+        Raises: EngineBusyError from within a step.
+        """
+        with self._changed:
+            self._refuse_within_a_step()
+            self._closed = True
+            self._fail(self._waiting, EngineClosedError("the engine was closed while this request waited"))
+            while any(item.whole and not item.ended for each in self._running.values() for item in each.listeners):
+                self._changed.notify_all()
+                self._changed.wait()
+            while not self._take_the_wheel():
+                self._changed.wait()
+            rest = list(self._running.values())
+        for computation in rest:
+            self._decoder.drop(computation.row)
+        with self._changed:
+            self._fail(rest, EngineClosedError("the engine was closed while this answer was computed"))
+            self._running.clear()
+            self._stop_driving()
+
+    def stop_worker(self) -> None:
+        """Compute nothing more for callers of asyncio; waits for the step that is running."""
+        with self._changed:
+            self._exiting = True
+            while self._driver is not None and self._driver != threading.get_ident():
+                self._changed.wait()
+
+    def after_fork(self) -> None:
+        """The threads that computed are not in the child, nor is what they held."""
+        waiting = [*self._running.values(), *self._waiting]
+        for computation in self._running.values():
+            self._decoder.drop(computation.row)
+        self._running.clear()
+        self._reset()
+        self._fail(waiting, EngineError("the process was forked while this answer was computed: ask again"))
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[Computation] = []
+        self._by_key: dict[str, Computation] = {}
+        self._readers: list[Listener] = []
+        self._driver: int | None = None
+        self._worker: threading.Thread | None = None
+
+    # ---- with the lock
+
+    def _refuse_closed(self, message: str) -> None:
+        if self._closed:
+            raise EngineClosedError(message)
+
+    def _refuse_within_a_step(self) -> None:
+        if self._driver == threading.get_ident():
+            raise EngineBusyError("a step of this engine runs in this thread: wait until it has ended")
+
+    def _take_the_wheel(self, refuse: bool = True) -> bool:
+        """Become the thread that runs steps, if there is none. Raises: EngineBusyError."""
+        if refuse:
+            self._refuse_within_a_step()
+        if self._driver is not None:
+            return False
+        self._driver = threading.get_ident()
+        return True
+
+    def _stop_driving(self) -> None:
+        self._driver = None
+        self._changed.notify_all()
+
+    def _ready(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
+        for listener in listeners:
+            if listener.chunks:
+                return listener, listener.chunks.popleft()
+            if listener.error is not None:
+                raise listener.error
+        return None
+
+    def _join(self, listener: Listener, fresh: Computation) -> None:
+        """Share the computation of the same request, or begin a fresh one."""
+        running = None if fresh.key is None else self._by_key.get(fresh.key)
+        if running is None:
+            self._waiting.append(fresh)
+            if fresh.key is not None:
+                self._by_key[fresh.key] = fresh
+        (running or fresh).join(listener)
+
+    def _forget(self, computation: Computation) -> None:
+        if computation.key is not None and self._by_key.get(computation.key) is computation:
+            del self._by_key[computation.key]
+
+    def _fail(self, computations: Sequence[Computation], error: EdgelmError) -> None:
+        for computation in list(computations):
+            self._forget(computation)
+            computation.fail(error)
+            if computation in self._waiting:
+                self._waiting.remove(computation)
+
+    def _sweep(self) -> None:
+        """Let go of listeners that wait no longer, and of requests that nobody waits for before they began."""
+        for computation in [*self._running.values(), *self._waiting]:
+            computation.sweep()
+        for computation in list(self._waiting):
+            listeners = computation.listeners
+            if all(listener.request.interrupted() for listener in listeners):
+                self._waiting.remove(computation)
+                self._forget(computation)
+                for listener in listeners:
+                    listener.hear([unanswered(listener.request)])
+
+    def _forsaken(self) -> bool:
+        return any(
+            all(listener.ended for listener in computation.listeners)
+            for computation in [*self._running.values(), *self._waiting]
+        )
+
+    def _next_waiting(self) -> Computation | None:
+        """The one with the shortest prompt, or one that was overtaken too often, if there is a place for it."""
+        if not self._waiting:
+            return None
+
+        def order(computation: Computation) -> tuple[bool, int]:
+            return computation.passed_over < _MOST_OVERTAKINGS, len(computation.row.known)
+
+        chosen = min(self._waiting, key=order)
+        if not self._decoder.has_place(len(chosen.row.known)):
+            return None
+        for earlier in self._waiting[: self._waiting.index(chosen)]:
+            earlier.passed_over += 1
+        self._waiting.remove(chosen)
+        return chosen
+
+    # ---- by the thread that drives, without the lock
+
+    def _drive(self) -> None:
+        """Run one step for all, and stop driving."""
+        try:
+            self._admit()
+            for row, event in self._decoder.advance():
+                self._tell(row, event)
+            self._let_go()
+        except BaseException as error:  # whatever it was, the rows may be in the middle of a step
+            self._break(error)
+            raise
+
+    def _let_go(self) -> None:
+        """Free the rows that nobody wants, and stop driving."""
+        while True:
+            with self._changed:
+                self._sweep()
+                unwanted = [item for item in self._running.values() if not item.listeners]
+                if not unwanted:
+                    for computation in self._running.values():
+                        computation.tell_progress()
+                    self._stop_driving()
+                    return
+                for computation in unwanted:
+                    del self._running[computation.row]
+                    self._forget(computation)
+            for computation in unwanted:
+                self._decoder.drop(computation.row)
+
+    def _admit(self) -> None:
+        while True:
+            with self._changed:
+                self._sweep()
+                computation = self._next_waiting()
+                if computation is None:
+                    return
+                self._running[computation.row] = computation
+            try:
+                self._decoder.admit(computation.row)
+            except EdgelmError as error:
+                self._tell(computation.row, error)
+
+    def _tell(self, row: Row, event: int | EdgelmError | None) -> None:
+        """Let the listeners of a row hear what happened to it."""
+        computation = self._running[row]
+        if isinstance(event, int):
+            chunk = computation.add(event)
+            if chunk is not None:
+                with self._changed:
+                    computation.say(chunk)
+                    self._changed.notify_all()
+            return
+        with self._changed:
+            del self._running[row]
+            answer = None
+            if event is None:
+                answer = computation.finish()
+            else:
+                computation.fail(event)
+        # Stored before it is forgotten, so that an equal request finds one or the other.
+        if answer is not None and computation.key is not None and self._responses is not None:
+            self._responses.put(computation.key, answer)
+        with self._changed:
+            self._forget(computation)
+            self._again(computation)
+            self._changed.notify_all()
+
+    def _again(self, computation: Computation) -> None:
+        """Listeners who joined while the row was being interrupted want the rest: it is computed anew."""
+        if computation.listeners:
+            fresh = Computation(computation.request, computation.key, self._manifest, self._tokenizer)
+            for listener in computation.listeners:
+                self._join(listener, fresh)
+
+    def _break(self, error: BaseException) -> None:
+        """A step ended in the middle, by an interrupt or by a fault: no row can go on."""
+        self._decoder.abandon()
+        broken = list(self._running.values())
+        with self._changed:
+            told = EngineError(f"a step was broken off ({type(error).__name__}: {error}): ask again")
+            told.__cause__ = error
+            self._fail(broken, told)
+            self._running.clear()
+            self._stop_driving()
+
+    # ---- the worker
+
+    def _start_worker(self, reader: Listener) -> None:
+        self._readers.append(reader)
+        if self._worker is None:
+            # A daemon: a stream that is left open does not keep the process alive.
+            self._worker = threading.Thread(target=self._work, name="edgelm", daemon=True)
+            self._worker.start()
+            _with_workers.add(self)
+
+    def _is_wanted(self) -> bool:
+        self._readers = [reader for reader in self._readers if not reader.ended]
+        return not self._exiting and any(reader.whole or len(reader.chunks) < _READ_AHEAD for reader in self._readers)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._is_wanted():
+                    idle = not self._changed.wait(_WORKER_IDLE_S)
+                    if self._closed or (idle and not self._is_wanted()):
+                        self._worker = None
+                        return
+                if not self._take_the_wheel():
+                    self._changed.wait()
+                    continue
+            try:
+                self._drive()
+            except Exception:
+                # The listeners have it, and raise it where it is awaited.
+                log.debug("a step failed", exc_info=True)
+
+
+def _rest_at_exit() -> None:
+    """Wait for the steps that workers run: onnxruntime must not compute while the interpreter takes itself apart."""
+    for scheduler in list(_with_workers):
+        scheduler.stop_worker()
+
+
+atexit.register(_rest_at_exit)

@@ -1,0 +1,154 @@
+"""Clients that leave, wait, or send and read slowly: over real connections."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edgelm.runtime import Engine
+from edgelm.runtime.server import running
+
+from .served import eventually, listening, saying_engine, session_of
+
+LONG = "z" * 1500
+PAUSE_S = 0.02
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    with saying_engine(tmp_path, LONG, pause_s=PAUSE_S) as engine:
+        yield engine
+
+
+def request_bytes(stream: bool, content: str = "hi", **fields: Any) -> bytes:
+    body = json.dumps({"messages": [{"role": "user", "content": content}], "stream": stream, **fields}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def is_still(engine: Engine) -> bool:
+    """Whether no step is computed any more."""
+    before = session_of(engine).steps_done
+    time.sleep(6 * PAUSE_S)
+    return session_of(engine).steps_done == before
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_when_its_client_leaves(engine: Engine, stream: bool) -> None:
+    session = session_of(engine)
+    with listening(engine) as address:
+        with connect(address) as client:
+            client.sendall(request_bytes(stream))
+            assert eventually(lambda: session.steps_done > 5)
+            left = session.steps_done
+        assert eventually(lambda: is_still(engine))
+        assert session.steps_done <= left + 8, "the step under way, and the time that this test takes to look"
+        assert httpx.get(f"{address}/metrics").text.count('requests_processing{model="fake"} 0') == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_is_not_computed_for_a_client_that_left(tmp_path: Path, stream: bool) -> None:
+    with saying_engine(tmp_path, LONG, pause_s=0.3, context=30_000) as engine:
+        session = session_of(engine)
+        with listening(engine) as address:
+            with connect(address) as client:
+                client.sendall(request_bytes(stream, "x" * 20_000))
+                assert eventually(lambda: session.steps_done > 1)
+                left = session.steps_done
+            time.sleep(1.2)
+            assert session.steps_done <= left + 2
+
+
+def test_a_waiting_request_is_dropped_when_its_client_leaves(engine: Engine) -> None:
+    session = session_of(engine)
+    with listening(engine) as address, connect(address) as first:
+        first.sendall(request_bytes(True))
+        assert eventually(lambda: session.steps_done > 3)
+        with connect(address) as second:
+            second.sendall(request_bytes(True, "another"))
+            assert eventually(lambda: 'requests_processing{model="fake"} 2' in httpx.get(f"{address}/metrics").text)
+        assert eventually(lambda: 'requests_processing{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
+    assert eventually(lambda: is_still(engine))
+    assert not any(bytes(session.tokens).count(word) for word in (b"another",))
+
+
+def test_many_clients_that_leave_leave_nothing(engine: Engine) -> None:
+    session = session_of(engine)
+    session.pause_s = 0.001
+    with listening(engine) as address:
+        httpx.post(f"{address}/tokenize", json={"content": "warm"})
+        threads = threading.active_count()
+        for number in range(60):
+            with connect(address) as client:
+                client.sendall(request_bytes(bool(number % 3), f"number {number}"))
+                time.sleep((number * 7 % 13) * 0.002)
+        assert eventually(lambda: is_still(engine))
+        assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text)
+        assert eventually(lambda: threading.active_count() <= threads + 1)
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 3})
+        assert answer.json()["choices"][0]["text"] == "zzz"
+
+
+def test_a_full_queue_refuses_with_a_time(engine: Engine) -> None:
+    with listening(engine, max_waiting=2) as address, connect(address) as first, connect(address) as second:
+        for client in (first, second):
+            client.sendall(request_bytes(True))
+        assert eventually(lambda: 'requests_processing{model="fake"} 2' in httpx.get(f"{address}/metrics").text)
+        body = {"messages": [{"role": "user", "content": "third"}]}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+
+
+def test_a_body_that_does_not_come_is_given_up(engine: Engine) -> None:
+    with listening(engine, body_timeout_s=0.3) as address, connect(address) as client:
+        client.sendall(request_bytes(False)[:-5])
+        answer = client.recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
+
+
+def test_a_connection_that_says_nothing_is_closed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "HEAD_TIMEOUT_S", 0.3)
+    with listening(engine) as address, connect(address) as silent, connect(address) as half:
+        half.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        assert silent.recv(100) == b"" and half.recv(100) == b""
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_flood_of_headers_is_refused(engine: Engine) -> None:
+    with listening(engine) as address, connect(address) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        received = b""
+        try:
+            for number in range(20_000):
+                client.sendall(f"X-{number}: {'y' * 100}\r\n".encode())
+            received = client.recv(1000)
+        except OSError:
+            pass
+        assert not received or received.startswith(b"HTTP/1.1 400")
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
+    with (
+        saying_engine(tmp_path, "y" * 60_000, context=80_000) as engine,
+        listening(engine, send_timeout_s=0.5) as address,
+        connect(address) as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request_bytes(True, logprobs=True, top_logprobs=20, n=4))
+        assert eventually(lambda: 'requests_processing{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
+        assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text, 60)
