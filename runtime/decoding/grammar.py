@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # The settings that hold a grammar; llguidance calls them the same.
 _FORMS = ("json_schema", "regex", "lark")
-# Where a schema may say what llguidance is to do, and the blanks where it says nothing of them: one, or an end of line and
-# an indentation.
+# Where a schema may say what llguidance is to do, and the blanks where it says nothing of them: one, or an end of line
+# and an indentation.
 _GUIDANCE, _BLANKS = "x-guidance", r"([ ]?|\n[ \t]{0,12})"
 
 
