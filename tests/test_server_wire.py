@@ -412,3 +412,18 @@ def test_a_silent_stream_says_how_much_of_the_prompt_is_read(tmp_path: Path) -> 
         comments = [item for item in found if isinstance(item, str) and item.startswith(": ")]
         counts = [tuple(map(int, comment.removeprefix(": ").split("/"))) for comment in comments]
         assert {total for _, total in counts} == {1518} and counts == sorted(counts) and counts[0][0] < counts[-1][0]
+
+
+def test_bodies_have_openais_published_shapes(client: TestClient) -> None:
+    """As its client declares them, which is made from its description."""
+    from openai.types import Completion, Model
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 1, "n": 2, "max_tokens": 4}
+    ChatCompletion.model_validate_json(chat(client, **asked).content, strict=True)
+    streamed = events_of(chat(client, **asked, stream=True, stream_options={"include_usage": True}).text)[:-1]
+    for chunk in streamed:
+        ChatCompletionChunk.model_validate_json(json.dumps(chunk), strict=True)
+    body = {"prompt": "a", "logprobs": 1, "max_tokens": 3}
+    Completion.model_validate_json(client.post(TEXT_PATH, json=body).content, strict=True)
+    Model.model_validate_json(client.get("/v1/models/fake").content, strict=True)

@@ -354,7 +354,8 @@ class Scheduler:
         """Listeners who joined while the row was being interrupted want the rest: it is computed anew."""
         if computation.listeners:
             fresh = Computation(computation.request, computation.key, self._manifest, self._tokenizer)
-            if any([self._join(listener, fresh) for listener in computation.listeners]):
+            begun = [self._join(listener, fresh) for listener in computation.listeners]
+            if any(begun):
                 self._waiting.append(fresh)
 
     def _break(self, error: BaseException) -> None:
