@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgelm.export.errors import OutputError
 from edgelm.export.output import place
-from edgelm.runtime.host.file_lock import lock_if_free
+from edgelm.runtime.host.file_lock import lock_if_free, locked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX has them")
 OLD_TIME = time.time() - 3600
@@ -119,3 +120,19 @@ def test_a_lock_is_held_once(tmp_path: Path) -> None:
             assert not again
     with lock_if_free(tmp_path / "lock") as held:
         assert held
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("hold", [lock_if_free, lambda path: locked(path, 1)])
+def test_a_child_that_was_forked_while_a_lock_was_held_does_not_keep_it(hold: Any, tmp_path: Path) -> None:
+    with hold(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with lock_if_free(tmp_path / "lock") as held:
+            assert held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

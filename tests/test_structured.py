@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.runtime import Bundle, Engine
+from edgelm.runtime import Bundle, Engine, GenerationSettings
 from edgelm.runtime.caches.responses.cache import ResponseCache
+from edgelm.runtime.decoding.grammar import GrammarCompiler
 from edgelm.runtime.errors import MissingExtraError, SettingsError
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.text.tokenizer import Tokenizer
@@ -220,3 +223,14 @@ def test_a_grammar_may_hold_free_text_that_a_stop_text_ends(folder: Path) -> Non
         engine.generate("a", lark="start: (")
     with pytest.raises(SettingsError, match="regex and lark were both given"):
         engine.generate("a", lark=lark, regex="a")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_while_a_vocabulary_is_prepared_compiles(tiny_bundle: Path) -> None:
+    compiler = GrammarCompiler(Bundle.open(tiny_bundle))
+    with compiler._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if compiler.compile(GenerationSettings(regex="a+")) is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..bundle.folder import TOKENIZER_NAME, Bundle
 from ..errors import MissingExtraError, SettingsError
+from ..host.forks import watch_forks
 from ..settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class GrammarCompiler:
         self._vocab_size = bundle.manifest.model.vocab_size
         self._end_ids = bundle.manifest.tokens.eos
         self._vocabulary: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """A thread of the parent may have held the lock, and is not in the child."""
         self._lock = threading.Lock()
 
     def compile(self, settings: GenerationSettings) -> MatcherGrammar | None:

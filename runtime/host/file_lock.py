@@ -28,7 +28,7 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
             time.sleep(_PAUSE_S)
         yield
     finally:
-        os.close(descriptor)  # which frees the lock
+        _free(descriptor)
 
 
 @contextlib.contextmanager
@@ -37,6 +37,17 @@ def lock_if_free(path: Path) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield _try_lock(descriptor)
+    finally:
+        _free(descriptor)
+
+
+def _free(descriptor: int) -> None:
+    """Free a lock. Closing alone would leave it to a child that was forked meanwhile and has the descriptor, too."""
+    try:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
