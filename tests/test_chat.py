@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgelm.runtime.errors import PromptError, TemplateError
+from edgelm.runtime.text import bounds
 from edgelm.runtime.text.chat import ChatTemplate
 from edgelm.runtime.text.messages import plain_messages
 from edgelm.runtime.text.options import NO_OPTIONS, ChatOptions
@@ -414,6 +416,89 @@ ENDLESS = [
     "{{ [messages] * 9999999 }}",
     "{% set ns = namespace(x=10) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
 ]
+
+
+LONG = "{% set x = 'ab\\n' * 300000 %}"
+KEPT = "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = ns.x + [PART] %}{% endfor %}"
+TOO_LARGE = [
+    "{% set ns = namespace(x='ab') %}{% for i in range(28) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(28) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ '{:1000000000d}'.format(1) }}",
+    "{{ '{:{}d}'.format(1, 1000000000) }}",
+    "{{ '{x:1000000000d}'.format_map({'x': 1}) }}",
+    "{{ 'x' | center(1000000000) }}",
+    "{{ 'x'.center(1000000000) }}",
+    "{{ 'x'.ljust(1000000000) }}{{ 'x'.rjust(width=1000000000) }}",
+    "{{ '1'.zfill(1000000000) }}",
+    "{{ '\t'.expandtabs(1000000000) }}",
+    "{{ 'x' | indent(1000000000, true) }}",
+    "{{ 'x' | indent('y' * 1000000, true) | indent('y' * 1000000, true) | length }}",
+    "{{ [messages] | tojson(indent=1000000000) }}",
+    "{{ range(99999) | map('center', 1000000) | list | length }}",
+    "{{ range(99999) | map('string') | map('center', 99999) | join | length }}",
+    LONG + "{{ x | replace('a', x) }}",
+    LONG + "{{ x.replace('a', x) }}",
+    LONG + "{{ x | list | join(x) }}",
+    LONG + "{{ x.join(x) }}",
+    LONG + "{{ x | wordwrap(1, true, x) }}",
+    LONG + "{{ [x] * 1000000 }}",
+    LONG + "{{ ([x] * 1000000) | join | length }}",
+    LONG + "{{ ([x] * 1000000) | string | length }}",
+    LONG + "{{ ([x] * 1000000) | tojson | length }}",
+    LONG + "{{ ([[x] * 1000] * 1000) | pprint | length }}",
+    LONG + "{{ '{} {}'.format([x] * 1000000, 1) }}",
+    LONG + "{{ '%s' % ([x] * 1000000, ) }}",
+    LONG + "{% for i in range(9999) %}{{ x }}{% endfor %}",
+    LONG + "{% set y %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endset %}",
+    LONG + "{% macro f() %}{{ x }}{% endmacro %}{% set y %}{% for i in range(9999) %}{{ f() }}{% endfor %}{% endset %}",
+    *(LONG + KEPT.replace("PART", part) for part in ("x[i:]", "x.upper()", "x.split('b', 1)", "x | reverse")),
+    "{% for i in range(99999) %}{% for j in range(4) %}" + "text" * 1000 + "{% endfor %}{% endfor %}",
+    "{% macro f() %}" + "text" * 5000 + "{% endmacro %}{% for i in range(99999) %}{% set y = f() %}{% endfor %}",
+    "{% for a in [[1] * 99999] recursive %}"
+    + "text" * 1000
+    + "{{ loop([[1] * 99999] * 9) if loop.depth < 9 }}{% endfor %}",
+    "{{ lipsum(n=100000) }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", TOO_LARGE)
+def test_templates_that_would_take_all_memory_are_stopped(source: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError):
+            ChatTemplate(source, SPECIAL).render([USER])
+        assert tracemalloc.get_traced_memory()[1] < 700e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_template_has_so_many_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_SECONDS", 0.05)
+    slow = "{% for a in range(99999) %}{{ range(5000) | map('string') | join | length }}{% endfor %}"
+    with pytest.raises(TemplateError, match="seconds"):
+        ChatTemplate(slow, SPECIAL).render([USER])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content * 3 }}{{ messages[0].content.center(90) | indent(4) }}",
+        "{{ messages | map(attribute='content') | join(', ') }}{{ messages | tojson(indent=2) }}",
+        "{{ '%-5s|%05.2f' % ('a', 1.5) }}{{ '%s and %d' | format('a', 3) }}{{ '{:>8}{!r}'.format('a', 'b') }}",
+        "{{ messages[0].content[1:4] ~ messages[0].content[::-1] ~ 7 ~ none ~ messages[:1] }}{{ messages[-1:] }}",
+        "{{ 'a b c' | wordwrap(2) | upper | replace('A', 'xx') | truncate(5, true, '') }}{{ 7 % 4 }}{{ [1] + [2] }}",
+        "{% filter upper %}{{ messages[0].content }}{% endfilter %}{{ [3, 1, 2] | sort | join('-') }}{{ 'a' | e }}",
+        "{{ ('x' | attr('upper'))() }}{{ 'é' | urlencode }}{{ messages | groupby('role') | length }}{{ 'a' in 'abc' }}",
+    ],
+)
+def test_ordinary_templates_give_what_they_give_transformers(reference: Any, source: str) -> None:
+    assert ChatTemplate(source, SPECIAL).render([USER, ASSISTANT]) == outcome_of_transformers(
+        reference, source, [USER, ASSISTANT], True
+    )
 
 
 @pytest.mark.parametrize("source", ENDLESS)

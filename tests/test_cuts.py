@@ -51,15 +51,16 @@ def test_equal_arithmetic_gives_batches_prefixes_and_draft_tokens(
 def test_a_batch_is_computed_at_once_only_where_roundings_are_accepted(
     float_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgelm.runtime.sessions.in_place import OrtSession
+    from edgelm.runtime.sessions.rows import OrtRows
 
-    made: list[int] = []
-    rows = OrtSession.rows
-    monkeypatch.setattr(OrtSession, "rows", lambda self, count: made.append(count) or rows(self, count))
-    for exact in (True, False):
+    steps: list[int] = []
+    step = OrtRows.step
+    monkeypatch.setattr(OrtRows, "step", lambda self, ids: steps.append(len(ids)) or step(self, ids))
+    for exact, most in ((True, 1), (False, 3)):
+        steps.clear()
         with load(float_bundle, threads=1, response_cache=False, exact=exact) as engine:
-            engine.generate_batch(PROMPTS, max_tokens=3)
-    assert made == [3]
+            engine.generate_batch(PROMPTS, max_tokens=12)
+        assert max(steps, default=1) == most
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8-tensor"])

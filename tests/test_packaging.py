@@ -16,8 +16,6 @@ import pytest
 from .conftest import ROOT
 
 PACKAGES = ("export", "runtime", "targets")
-# Where optimum-cli looks for commands; the one package that lies outside of ours.
-OPTIMUM = "optimum.commands.register"
 MAX_BASE_MB = 200
 SERVER_PACKAGES = ("starlette", "uvicorn", "anyio", "click", "h11", "idna", "typing_extensions")
 NOT_OURS = {"pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack", "__pycache__"}
@@ -37,7 +35,7 @@ def _declared(project: dict[str, object]) -> list[str]:
 def test_declared_packages_are_those_on_the_disk(project: dict[str, object]) -> None:
     folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     on_disk = {".".join(("edgelm", *folder.relative_to(ROOT).parts)) for folder in folders}
-    assert set(_declared(project)) == on_disk | {OPTIMUM}
+    assert set(_declared(project)) == on_disk
 
 
 def test_the_wheel_holds_every_file_of_the_packages(project: dict[str, object], wheel: Path) -> None:
@@ -47,7 +45,6 @@ def test_the_wheel_holds_every_file_of_the_packages(project: dict[str, object], 
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    on_disk.add(OPTIMUM.replace(".", "/") + "/register_edgelm.py")
     in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert in_wheel == on_disk
 

@@ -71,6 +71,36 @@ def test_every_answer_follows_the_schema(folder: Path, seed: int, drawn: bool) -
     )
 
 
+BLANKS = {ord(" "): 50.0, ord("\n"): 49.0, ord("\t"): 48.0}
+
+
+FLAGS = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+
+
+@pytest.mark.parametrize("schema", [{"type": "object", "properties": {"a": FLAGS}, "required": ["a"]}, FLAGS])
+def test_a_model_that_likes_blanks_does_not_write_them_without_end(folder: Path, schema: dict[str, Any]) -> None:
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    bias = {tokenizer.encode(chr(code))[0]: value for code, value in BLANKS.items()}
+    session = fake(lambda _: tokenizer.encode("}")[0])
+    done = engine_on(folder, session).generate("p", json_schema=schema, logit_bias=bias, max_tokens=350)
+    assert done.finish_reason == "stop"
+    assert json.loads(done.text) is not None and len(done.text) < 120
+    own = {**schema, "x-guidance": {"whitespace_flexible": True}}
+    endless = engine_on(folder, session).generate("p", json_schema=own, logit_bias=bias, max_tokens=350)
+    assert endless.finish_reason == "length", "who says so himself gets any blanks"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2]}', '{"a":[1,2]}', '{\n  "a": [\n    1,\n    2\n  ]\n}', '{\n\t"a": [1, 2]\n}']
+)
+def test_the_usual_ways_to_write_json_stay(folder: Path, text: str) -> None:
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    ids = tokenizer.encode(text)
+    session = fake(lambda tokens: ids[min(len(tokens) - 1, len(ids) - 1)])
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}}
+    assert engine_on(folder, session).generate("p", json_schema=schema, max_tokens=60).text == text
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1_000))
 def test_every_answer_follows_the_expression(folder: Path, seed: int) -> None:

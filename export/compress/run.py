@@ -139,7 +139,8 @@ def compress_model(
     to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Of several
     processes the first one writes. Raises: as `compress_folder`; OutputError.
     """
-    assert config.compress is not None and config.out is not None, "a compression has a recipe and a place"
+    if config.compress is None or config.out is None:
+        raise RecipeError("a compression needs a recipe and a place: ExportConfig(model, compress=RECIPE, out=FOLDER)")
     recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
     folder = find_source(config.model, config.revision)
     place.check_output(out, config.force, RECORD_NAME)

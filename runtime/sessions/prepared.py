@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,9 +26,11 @@ from pathlib import Path
 from ..bundle.folder import GRAPH_NAME, WEIGHTS_NAME
 from ..errors import CacheCorruptError, CacheError
 from ..host import files, machine
-from ..host.home import home, make_private_folder
+from ..host.home import home, make_private_folder, nearest_existing, own_folder
 from ..host.ort import load_onnxruntime
 from . import numerics
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAME = "prepared"
 DEFAULT_BUDGET_BYTES = 8 << 30
@@ -81,9 +84,8 @@ class Prepared:
         """Whether so many bytes of weights gain by a prepared form, and the budget and the disk have room for it."""
         if weights_bytes < _LEAST_WEIGHTS_BYTES:
             return False
-        nearest = next(path for path in (self._root, *self._root.parents) if path.exists())
         try:
-            free = shutil.disk_usage(nearest).free
+            free = shutil.disk_usage(nearest_existing(self._root)).free
         except OSError:
             return False
         return 2 * weights_bytes <= self._budget and _NEEDED_SHARE * weights_bytes <= free
@@ -125,8 +127,9 @@ def prepared_for(bundle_digest: str) -> Prepared | None:
         return None
     load_onnxruntime()  # its version is part of the key
     try:
-        return Prepared(bundle_digest, home() / FOLDER_NAME)
-    except CacheError:
+        return Prepared(bundle_digest, own_folder(home() / FOLDER_NAME))
+    except CacheError as error:
+        log.warning("prepared weights are not used: %s", error)
         return None
 
 

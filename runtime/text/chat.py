@@ -98,6 +98,7 @@ class ChatTemplate:
         environment.globals["namespace"] = _PlainNamespace
         environment.globals["dict"] = _PlainDict()
         environment.filters["tojson"] = _to_json
+        environment.bound_filters()
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _now
         self._source = source

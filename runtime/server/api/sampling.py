@@ -7,7 +7,6 @@ from typing import Any
 from ...settings import GenerationSettings
 from ..http.errors import invalid, unsupported
 from ..http.fields import Fields
-from ..tools.grammar import few_blanks
 
 MAX_TOP_LOGPROBS = 20
 _SEEDS = 2**64
@@ -52,13 +51,13 @@ def structure_of(form: Fields | None) -> dict[str, Any]:
     if kind == "text":
         return {}
     if kind == "json_object":
-        return {"json_schema": few_blanks({"type": "object"})}
+        return {"json_schema": {"type": "object"}}
     # Chat completions wrap the schema in an object of its own, responses do not.
     holder = form.inner("json_schema") or form
     schema = holder.inner("schema")
     if schema is None:
         raise invalid(f"{holder.name('schema')} is missing: give a JSON schema", holder.name("schema"))
-    return {"json_schema": few_blanks(schema.values)}
+    return {"json_schema": schema.values}
 
 
 def _drawing(fields: Fields) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from ...decoding.grammar import few_blanks
 from .declared import Tool, Tools
 from .formats import CallFormat
 
@@ -20,7 +21,6 @@ SpecialId = Callable[[str], int | None]
 _TERMINALS = ("TEXT: /(.|\\n)*/", "GAP: /[ \\n]{0,2}/")
 # A whole answer that is no call, for formats whose calls need no marker.
 _PLAIN = 'PLAIN: /([^{]|\\{[^"]|\\{"[^n])(.|\\n)*/'
-_BLANKS = "([ ]?|\\n[ ]{0,12})"
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -97,12 +97,6 @@ def _call_schema(tool: Tool, key: str) -> dict[str, Any]:
 def _literal(text: str, special_id: SpecialId) -> str:
     token = special_id(text)
     return json.dumps(text) if token is None else f"<[{token}]>"
-
-
-def few_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema, with an end to the blanks between its parts. JSON may hold any number, and a model that is kept from
-    what it would say may write them for ever."""
-    return {"x-guidance": {"whitespace_pattern": _BLANKS}, **schema}
 
 
 def _json(schema: Mapping[str, Any]) -> str:
