@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BundleCorruptError, PromptError
+from ..errors import BundleCorruptError, MemoryShortageError, PromptError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -87,12 +87,17 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
 
-        Raises: PromptError, if the text holds half a surrogate pair, which no encoding can represent.
+        Raises: PromptError, if the text holds half a surrogate pair, which no encoding can represent;
+        MemoryShortageError.
         """
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text ({error}): remove lone surrogates") from error
+        except MemoryError as error:
+            raise MemoryShortageError(
+                f"a prompt of {len(text):,} characters takes more memory than there is: close other programs, or cut it"
+            ) from error
 
     def encode_without_added(self, text: str) -> list[int]:
         """Token ids of a text in which no added token is looked for, special or not."""
