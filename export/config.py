@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.host.files import read_text
 from ..targets import Profile, TargetError, load_target, native_target
 from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
@@ -70,13 +71,9 @@ class ExportConfig:
         if self.text is None:
             return built_in_texts().calibrating
         try:
-            return self.text.read_text(encoding="utf-8")
+            return read_text(self.text)
         except OSError as error:
             raise RecipeError(f"{self.text} cannot be read ({error.strerror}): give a text file") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(
-                f"{self.text} is not UTF-8 text ({error.reason} at byte {error.start}): convert it"
-            ) from error
 
 
 def _check(name: str, value: str | None, known: tuple[str, ...]) -> None:

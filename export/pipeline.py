@@ -28,7 +28,7 @@ from .compress.recipe import Recipe, load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
 from .compress.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
-from .output import package
+from .output import package, place
 from .output.report import Measurements, build_report, write_report
 from .source.loading import find_source, short_name
 from .stages import Progress, StageRecord, run_stages
@@ -65,13 +65,13 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     profile = config.profile()
     folder = find_source(config.model, config.revision)
     out = config.out or _default_output(config.model, folder, profile.name)
-    package.check_output(out, config.force)
+    place.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
     recipe = None if config.compress is None else load_recipe(config.compress)
     if recipe is not None and any(isinstance(step, WeightsInt4) for step in recipe.steps):
         require_agreement(config.scheme, f"the recipe {recipe.name}")
-    with package.partial_folder(out) as work:
+    with place.partial_folder(out) as work:
         context = Context(config, profile, scheme, folder, out, work, _provider(profile))
         if recipe is not None:
             context.folder = _compress(context, recipe, progress)
@@ -93,7 +93,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
         def write(context: Context) -> None:
             report.update(_report(context, records))
             _write(context, report)
-            package.put_in_place(context.result, out)
+            place.put_in_place(context.result, out)
 
         run_stages(context, [("write", write)], f"{config.model} for {profile.name}", progress)
     return ExportResult(out, names.Bundle.open(out).manifest, report)

@@ -96,7 +96,7 @@ def _general(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="edgelm",
         description="Compress a language model to INT8 for the machine it will run on, and run it without PyTorch.",
-        epilog="\n".join(["commands:", *(f"  {name:10}{_find(name).SUMMARY}" for name in _names())]),
+        epilog="\n".join(["commands:", *(f"  {name:10}{_summary(name)}" for name in _names())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="edgelm COMMAND ...  (edgelm COMMAND --help tells more)",
     )
@@ -112,13 +112,26 @@ def _names() -> list[str]:
 
 
 def _find(name: str) -> Any:
-    """The module of a command, or None."""
+    """The module of a command, or None. Raises: EdgelmError, for another distribution's that cannot be imported."""
     if name in _OWN:
         return importlib.import_module(f".commands.{name}", __package__)
     for entry in _foreign_commands():
         if entry.name == name:
-            return entry.load()
+            try:
+                return entry.load()
+            except (ImportError, AttributeError) as error:
+                raise EdgelmError(
+                    f"the command {name} is announced and cannot be imported ({error}): install it again, or, in a "
+                    "frozen program, pack it too"
+                ) from error
     return None
+
+
+def _summary(name: str) -> str:
+    try:
+        return str(_find(name).SUMMARY)
+    except EdgelmError:
+        return "(cannot be imported here)"
 
 
 def _foreign_commands() -> Collection[EntryPoint]:
@@ -132,7 +145,9 @@ def _fail(message: str, error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"edgelm: error: {' '.join(message.split())}", file=sys.stderr)
+    # What a file or a name on the disk brought into a message must not reach the terminal as an order to it.
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
+    print(f"edgelm: error: {shown}", file=sys.stderr)
     return _FAILED
 
 

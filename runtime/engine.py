@@ -123,12 +123,12 @@ class Engine:
         self._prefixes = prefixes
         self._responses = responses
         self._requests = RequestMaker(bundle, tokenizer, numerics.of_session(session))
-        many = rows_are_exact(bundle.manifest, session.capabilities) or accepts_roundings(bundle)
+        together = rows_are_exact(bundle.manifest, session.capabilities) or accepts_roundings(bundle)
         decoder = Decoder(
             session,
             bundle.manifest.model.context_length,
             prefixes=prefixes,
-            max_rows=MAX_ROWS if many else 1,
+            max_rows=MAX_ROWS if together else 1,
             bounded_pieces=may_cut(bundle),
         )
         self._scheduler = Scheduler(decoder, bundle.manifest, tokenizer, responses, self._requests.key)
@@ -215,7 +215,7 @@ class Engine:
         prompts: texts, lists of messages or lists of token ids, of any lengths. settings: for all, or one for each.
         max_rows: so many are computed at once, the others wait for a place; the KV cache then takes the memory of so
         many texts as long as the longest one. Every answer is the one that `generate` gives. Where a batch could not
-        hold that (`batch_session.rows_are_exact`), and for a session of your own, prompts are answered one by one.
+        hold that (`sessions.rows.rows_are_exact`), and for a session without `rows`, prompts are answered one by one.
         Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
         """
         requests = self._new().batch(prompts, settings, max_rows, keywords)

@@ -12,7 +12,7 @@
     |  `- SettingsError           a setting that is unknown or out of range
     |- TemplateError          the chat template is missing or fails
     |- EngineError            the engine cannot serve this call
-    |  |- EngineBusyError         used again from inside its own stream
+    |  |- EngineBusyError         used again from within one of its own steps
     |  `- EngineClosedError       used after close()
     |- SessionError           onnxruntime refused or failed
     |- MemoryShortageError    the machine has too little memory left
@@ -90,7 +90,7 @@ class EngineError(EdgelmError):
 
 
 class EngineBusyError(EngineError):
-    """A thread used the engine again while it still held one of the engine's streams open."""
+    """A thread used the engine again from within one of its steps, for which it would wait."""
 
 
 class EngineClosedError(EngineError):

@@ -102,7 +102,7 @@ def random_target(folder: Path) -> Path:
 
     base = native_target()
     limits = "mean_kl = 10.0\np99_kl = 100.0\nperplexity_increase_percent = 1000.0\nagreement_percent = 0.0\n"
-    text = f'extends = "{base}"\nname = "{base}"\n[gate]\n{limits}answers_percent = 0.0\nactivations_kl = 0.0\n'
+    text = f'extends = "{base}"\nname = "{base}"\n[gate]\n{limits}answers_percent = 0.0\nactivations_kl = 1e-12\n'
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "random.toml"
     path.write_text(text, encoding="utf-8")

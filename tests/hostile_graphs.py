@@ -204,6 +204,8 @@ PRODUCTS: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("a short norm", "NormedRowwiseMatMul", {**NORMED, **MATRIX, "g": G[:3]}, "a weight for each"),
     ("a short sum", "NormedRowwiseMatMul16", {**NORMED, **MATRIX, "skip": zeros(1, 8)}, "of one shape"),
     ("no sum", "NormedRowwiseMatMul", {**NORMED, **MATRIX, "outputs": "y"}, ""),
+    ("few biases", "BiasedRowwiseMatMul", {"x": zeros(2, 8), "w": W, "s": S, "b": S[:4]}, "a bias for each column"),
+    ("a computed bias", "BiasedRowwiseMatMul16", {"x": zeros(2, 8), "w": W, "s": S, "skip": S}, "must be constant"),
     ("a short post norm", "PostNormedRowwiseMatMul", {**NORMED, "p": G[:1], **MATRIX}, "a weight for each"),
 ]  # fmt: skip
 

@@ -181,13 +181,14 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    *words: str | Path, environment: Mapping[str, str] | None = None, wait: bool = True, program: str | None = None
+    *words: str | Path,
+    environment: Mapping[str, str] | None = None,
+    wait: bool = True,
+    program: str = "import sys; from edgelm.runtime.cli import main; sys.exit(main(sys.argv[1:]))",
 ) -> Iterator[Server]:
-    """Run `edgelm serve` on a free port of this machine, until the block ends. program: Python to run instead."""
-    begin = (
-        [sys.executable, "-m", "edgelm.runtime.cli", "serve"] if program is None else [sys.executable, "-c", program]
-    )
-    command = [*begin, *map(str, words), *([] if "--unix" in words else ["--port", "0"]), "--threads", "1"]
+    """Run `edgelm serve` on a free port of this machine, until the block ends. program: what runs the command."""
+    where = [] if {"--unix", "--port"} & set(map(str, words)) else ["--port", "0"]
+    command = [sys.executable, "-c", program, "serve", *map(str, words), *where, "--threads", "1"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

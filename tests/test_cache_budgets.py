@@ -56,7 +56,7 @@ def test_only_what_differs_is_written(edgelm_home: Path) -> None:
     ("text", "words"),
     [
         ("", "no valid JSON|not valid JSON"),
-        ("\udcff", "not valid JSON"),
+        ("\udcff", "not UTF-8"),
         ("[]", "no version"),
         ("{}", "no version"),
         ('{"version": true}', "no version"),

@@ -573,7 +573,7 @@ def test_a_program_that_is_terminated_removes_what_is_half_written(tmp_path: Pat
     code = f"""
 import sys, time
 from pathlib import Path
-from edgelm.export.output.package import partial_folder
+from edgelm.export.output.place import partial_folder
 from edgelm.runtime import cli
 from edgelm.runtime.commands import doctor
 def half(_):

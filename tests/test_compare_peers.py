@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,21 @@ def test_quality_is_measured_as_edgelm_eval_measures_it(script: ModuleType, tmp_
     left, right = (np.float64(one) - np.log(np.exp(np.float64(one)).sum(1, keepdims=True)) for one in (table, other))
     each = (np.exp(left) * (left - right)).sum(1)
     assert found["kl"] == pytest.approx(each[ids[:-1]].mean(), rel=1e-4)
+
+
+def test_transformers_answers_prompts_together_as_it_does_alone(script: ModuleType) -> None:
+    from peers import transformers as adapter
+
+    model = adapter.Loaded(tiny_llama())
+    draw = np.random.default_rng(4)
+    prompts = [draw.integers(0, 250, size).tolist() for size in (5, 17, 9, 30, 12, 5, 8, 3, 11, 14, 6, 21)]
+    together = model.answers(prompts, 12, [])
+    assert together == [list(model.generate(prompt, 12)) for prompt in prompts]
+    end = together[3][5]
+    expected = together[3][: together[3].index(end)]
+    assert model.answers(prompts, 12, [end])[3] == expected
+    task = {"ids": [], "prompts": prompts[:2], "answer_tokens": 12, "ends": []}
+    assert script.quality.measure(model, task, ROOT, True) == {"answers": together[:2]}
 
 
 def test_answers_are_equal_from_beginning_to_end_or_not(script: ModuleType) -> None:

@@ -753,7 +753,7 @@ def wait_for_partial(here: Path, process: subprocess.Popen[str]) -> Path:
     """Wait until the export has written something into its hidden folder."""
     while process.poll() is None:
         for folder in here.glob(".out.partial-*"):
-            if any(path.is_file() for path in folder.rglob("*")):
+            if any(path.is_file() and path.name != "lock" for path in folder.rglob("*")):
                 return folder
         time.sleep(0.01)
     raise AssertionError(f"the export ended by itself: {process.communicate()}")

@@ -29,6 +29,7 @@ from edgelm.runtime.errors import (
     SessionError,
     SettingsError,
 )
+from edgelm.runtime.sessions import foreign
 from edgelm.runtime.sessions.loading import open_folder
 from edgelm.runtime.sessions.protocol import Session
 
@@ -487,3 +488,27 @@ def test_weight_files_of_what_is_no_graph(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(BundleCorruptError, match=r"model\.onnx"):
             weight_files(path)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["../weights", "/weights", "C:weights", "C:\\weights", "..\\weights", "a\\b", "x/../../w", "\\\\h\\s", "a\x1b[2J"],
+)
+def test_weights_outside_the_folder_are_refused_before_anything_opens_them(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(FIXTURE, tmp_path / "model")
+    folder = tmp_path / "model"
+    for path in folder.glob("*.onnx"):
+        path.unlink()
+    model = onnx.load(FIXTURE / "model.onnx")
+    tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", place
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / place.replace("/", "_")).write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(foreign, "load_graph", lambda *_: pytest.fail("onnxruntime opens them"))
+    with pytest.raises(BundleCorruptError, match="is not a file of its folder"):
+        foreign.open_foreign(folder, None, 1)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.functions import (
+    BIASED,
     EDGELM,
     GATED_ROWWISE_MATMUL,
     GELU_GATED_ROWWISE_MATMUL,
@@ -174,18 +175,20 @@ GATES = [GATED_ROWWISE_MATMUL, EXACT_GELU, TANH_GELU]
 def product_model(case: str, weight: Array, scales: Array) -> ir.Model:
     """A call of one function. weight: (depth, columns)."""
     depth, columns = weight.shape
-    kind, _, approximate = case.removesuffix(WIDE).partition("-")
-    name = kind + WIDE if case.endswith(WIDE) else kind
-    inputs, call, outputs = (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, w, s)", f"float[rows,{columns}] y")
+    kind, _, approximate = case.removeprefix(BIASED).removesuffix(WIDE).partition("-")
+    name = BIASED * case.startswith(BIASED) + kind + WIDE * case.endswith(WIDE)
+    last = "w, s, b" if case.startswith(BIASED) else "w, s"
+    inputs, call, outputs = (f"float[rows,{depth}] x", f"y = {EDGELM}.{name}(x, {last})", f"float[rows,{columns}] y")
     if kind in NORMS:
         inputs, outputs = f"{inputs}, float[rows,{depth}] skip", f"{outputs}, float[rows,{depth}] total"
-        call = f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, {', '.join(NORMS[kind])}, w, s)"
+        call = f"y, total = {EDGELM}.{name} <epsilon = {EPSILON}> (x, skip, {', '.join(NORMS[kind])}, {last})"
     if kind in (GATED_ROWWISE_MATMUL, GELU_GATED_ROWWISE_MATMUL):
         inputs = f"float[rows,{2 * depth}] x"
         attributes = f'<approximate = "{approximate}">' if approximate else ""
-        call = f"y = {EDGELM}.{name} {attributes} (x, w, s)"
+        call = f"y = {EDGELM}.{name} {attributes} (x, {last})"
     weights = {"w": np.ascontiguousarray(weight.T) if kind == ROWWISE_MATMUL_TRANSPOSED else weight, "s": scales}
     weights |= {norm: norm_weights(depth, norm) for norm in NORMS.get(kind, [])}
+    weights |= {"b": norm_weights(columns, "b")} if case.startswith(BIASED) else {}
     model = graph(f"{inputs} -> {outputs}", call, weights, (EDGELM, MICROSOFT))
     define(model, name)
     return model
@@ -202,9 +205,10 @@ SIZES = st.tuples(
 
 
 BARE = [ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED]
+WITH_BIASES = [BIASED + name for name in BARE]
 
 
-@pytest.mark.parametrize("name", [*BARE, *(name + WIDE for name in BARE)])
+@pytest.mark.parametrize("name", [name + bits for name in (*BARE, *WITH_BIASES) for bits in ("", WIDE)])
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=SIZES,

@@ -21,7 +21,7 @@ def eight_free_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine of 8 physical and 16 logical cores without limits, which the tests then narrow."""
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(machine, "_CGROUP_CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "control_groups", lambda: [tmp_path / "a" / "b", tmp_path / "a", tmp_path])
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(machine, "_CPUS", tmp_path / "cpu")
     monkeypatch.setattr(cpuid, "instruction_sets", lambda: None)
@@ -64,6 +64,14 @@ def test_systems_without_affinity_use_physical_cores(monkeypatch: pytest.MonkeyP
 )
 def test_the_containers_quota_bounds_the_threads(tmp_path: Path, quota: str, threads: int) -> None:
     (tmp_path / "cpu.max").write_text(quota)
+    assert machine.default_threads() == threads
+
+
+@pytest.mark.parametrize(("inner", "outer", "threads"), [("max 100000", "300000 100000", 3), ("2 1", "5 1", 2)])
+def test_the_quota_of_a_group_around_counts(tmp_path: Path, inner: str, outer: str, threads: int) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "cpu.max").write_text(inner)
+    (tmp_path / "a" / "cpu.max").write_text(outer)
     assert machine.default_threads() == threads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import psutil
 import pytest
 
 from edgelm.runtime import load
+from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.errors import MemoryShortageError
+from edgelm.runtime.errors import MemoryShortageError, SessionError
 from edgelm.runtime.host import memory
 from edgelm.runtime.sessions import kv_cache as kv
 from edgelm.runtime.sessions.kv_cache import KVCache
+from edgelm.runtime.sessions.loading import open_session
 
 GIB = 1 << 30
 Limits = dict[str, tuple[str, int, int]]
@@ -66,11 +69,24 @@ def test_the_tightest_group_counts(machine_with: Callable[..., None], own: str, 
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_figures(
-    tiny_bundle: Path, machine_with: Callable[..., None]
+    tiny_bundle: Path, machine_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("EDGELM_KERNELS", "off")
     machine_with(50_000)
     with pytest.raises(MemoryShortageError, match=r"takes \d+ MiB of memory, and 0 MiB are left"):
         load(tiny_bundle)
+
+
+def test_weights_that_kernels_read_where_they_are_mapped_need_no_memory(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("edgelm.runtime.sessions.loading.require_memory", lambda size, _: needed.append(size))
+    for by_kernels in (True, False):
+        monkeypatch.setattr("edgelm.runtime.sessions.kernels.serve", lambda _, served=by_kernels: served)
+        with contextlib.suppress(SessionError, ImportError):
+            open_session(Bundle.open(tiny_bundle), 1).close()
+    assert needed[0] == 0 < needed[1]
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="what is resident differs between systems")

@@ -11,7 +11,7 @@ import pytest
 
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.call_attention import CallAttention
-from edgelm.export.passes.functions import EDGELM, NORMED
+from edgelm.export.passes.functions import BIASED, EDGELM, NORMED
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION
 from edgelm.export.passes.norm_in_attention import NormInAttention
 from edgelm.export.quantization.calibration import cache_ranges
@@ -98,7 +98,7 @@ AROUND = 24
 FUSED = {
     "gemma3_text": {"PostNormedRowwiseMatMul", "GeluGatedRowwiseMatMul", *NORMED.values()},
     "qwen3": {"NormedRowwiseMatMul", "GatedRowwiseMatMul", *NORMED.values()},
-    "qwen2": {"NormedRowwiseMatMul", "GatedRowwiseMatMul", ATTENTION, KEPT_ATTENTION},
+    "qwen2": {"BiasedNormedRowwiseMatMul", "NormedRowwiseMatMul", "GatedRowwiseMatMul", ATTENTION, KEPT_ATTENTION},
     "gemma2": {"PostNormedRowwiseMatMul", "GeluGatedRowwiseMatMul"},
 }
 
@@ -127,3 +127,12 @@ def test_models_of_the_day_have_the_same_bits_under_any_cut(
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
         found.append(whole)
     assert np.sqrt(np.mean((found[0] - found[1]) ** 2)) <= 0.05 * np.sqrt(np.mean(found[0] ** 2))
+
+
+def test_biases_leave_no_operators_of_their_own_in_layers() -> None:
+    """Else kernels would not compute with threads of their own in a Qwen 2 of 24 layers."""
+    traced = trace_model(tiny_model("qwen2"))
+    ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
+    ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, {}))(traced.graph)
+    assert not any(node.op_type == "Add" for node in traced.graph.graph)
+    assert sum(node.op_type.startswith(BIASED) for node in traced.graph.graph) == len(traced.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -15,9 +16,8 @@ import pytest
 from .conftest import ROOT
 
 PACKAGES = ("export", "runtime", "targets")
-# Where optimum-cli looks for commands; the one package that lies outside of ours.
-OPTIMUM = "optimum.commands.register"
 MAX_BASE_MB = 200
+SERVER_PACKAGES = ("starlette", "uvicorn", "anyio", "click", "h11", "idna", "typing_extensions")
 NOT_OURS = {"pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack", "__pycache__"}
 
 
@@ -35,7 +35,7 @@ def _declared(project: dict[str, object]) -> list[str]:
 def test_declared_packages_are_those_on_the_disk(project: dict[str, object]) -> None:
     folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     on_disk = {".".join(("edgelm", *folder.relative_to(ROOT).parts)) for folder in folders}
-    assert set(_declared(project)) == on_disk | {OPTIMUM}
+    assert set(_declared(project)) == on_disk
 
 
 def test_the_wheel_holds_every_file_of_the_packages(project: dict[str, object], wheel: Path) -> None:
@@ -45,7 +45,6 @@ def test_the_wheel_holds_every_file_of_the_packages(project: dict[str, object], 
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    on_disk.add(OPTIMUM.replace(".", "/") + "/register_edgelm.py")
     in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert in_wheel == on_disk
 
@@ -92,6 +91,15 @@ def test_a_base_install_is_small_has_no_torch_and_runs(wheel: Path, tiny_bundle:
     )
     assert refused.returncode == 1
     assert refused.stderr.strip().endswith('pip install "edgelm[export]"') and refused.stderr.count("\n") == 1
+
+
+def test_the_servers_packages_are_small() -> None:
+    """In MB, of all that the extra `serve` brings beside the base install."""
+    found = [distribution for name in SERVER_PACKAGES for distribution in [importlib.metadata.distribution(name)]]
+    files = [path.locate() for distribution in found for path in distribution.files or []]
+    sizes = [Path(path).stat().st_size for path in map(str, files) if path.endswith((".py", ".pyi", ".txt"))]
+    assert sum(sizes) < 4e6
+    assert not [path for path in map(str, files) if path.endswith((".so", ".pyd"))]
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

@@ -19,7 +19,6 @@ import pytest
 
 from edgelm.runtime import PrefixCacheSettings, load
 from edgelm.runtime.caches.kinds import PrefixKind
-from edgelm.runtime.caches.prefixes import files as files_module
 from edgelm.runtime.caches.prefixes.block_file import HEADER_BYTES
 from edgelm.runtime.caches.prefixes.files import (
     BlockFiles,
@@ -33,6 +32,7 @@ from edgelm.runtime.caches.prefixes.memory import Block
 from edgelm.runtime.caches.prefixes.writer import BlockWriter
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import CacheCorruptError, CacheVersionError
+from edgelm.runtime.host import files as host_files
 
 from .conftest import TEXT
 from .fake_clock import FakeClock
@@ -228,7 +228,7 @@ def test_a_full_disk_is_one_warning_and_a_minutes_rest(
     clock = FakeClock()
     files = BlockFiles(folder, 2**20, clock.clock)
     put(files, 1)
-    create, full = files_module._create, [True]
+    create, full = host_files.create, [True]
 
     class Full:
         def __init__(self, path: Path) -> None:
@@ -245,14 +245,14 @@ def test_a_full_disk_is_one_warning_and_a_minutes_rest(
             if full[0] and len(data) > HEADER_BYTES:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files_module, "_create", Full)
+    monkeypatch.setattr(host_files, "create", Full)
     for number in range(2, 5):
         put(files, number)
         clock.pass_time(70)
     assert stored(folder) == {1} and holds(files, 1)
     assert not list(folder.glob("*/*.tmp"))
     assert len(warnings(caplog)) == 1 and "No space left" in warnings(caplog)[0]
-    monkeypatch.setattr(files_module, "_create", create)
+    monkeypatch.setattr(host_files, "create", create)
     put(files, 5)
     assert holds(files, 5)
 

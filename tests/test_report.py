@@ -249,13 +249,7 @@ def test_answers_stand_side_by_side_and_the_first_difference_is_marked(report: R
 def test_inspect_shows_the_answers(
     tiny_bundle: Path, tmp_path: Path, report: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    text = json.dumps(with_examples(report))
-    (bundle / "report.json").write_text(text, encoding="utf-8")
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    manifest["files"]["report.json"] = {"bytes": len(text.encode()), "sha256": digest}
-    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    bundle = with_report(tiny_bundle, tmp_path, json.dumps(with_examples(report)))
     assert main(["inspect", str(bundle), "--report"]) == 0
     out = capsys.readouterr().out
     for line in (
@@ -351,20 +345,85 @@ def test_inspect_prints_the_report_as_json(
     assert json.loads(capsys.readouterr().out) == report
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_inspect_opens_the_page(
-    tiny_bundle: Path, found: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    opened: list[str] = []
+def with_report(bundle: Path, folder: Path, text: str) -> Path:
+    """A copy of a bundle with another report.json, as if it had been exported with it."""
+    copied = Path(shutil.copytree(bundle, folder / "bundle"))
+    put_file(copied, "report.json", text)
+    return copied
+
+
+def put_file(bundle: Path, name: str, text: str) -> None:
+    """Write a file of a bundle, and the manifest as if it had been exported so."""
+    (bundle / name).write_text(text, encoding="utf-8")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    manifest["files"][name] = {"bytes": len(text.encode()), "sha256": digest}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def opened_pages(monkeypatch: pytest.MonkeyPatch, found: bool = True) -> list[str]:
+    """The text of each page that the browser is shown from here on."""
+    pages: list[str] = []
 
     def browser(address: str) -> bool:
-        opened.append(address)
+        pages.append(Path(address.removeprefix("file://")).read_text(encoding="utf-8"))
         return found
 
     monkeypatch.setattr(webbrowser, "open", browser)
-    assert main(["inspect", str(tiny_bundle), "--report", "--open"]) == (0 if found else 1)
-    assert opened == [(tiny_bundle / "report.html").resolve().as_uri()]
+    return pages
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_inspect_opens_a_page_that_it_makes_itself(
+    tiny_bundle: Path, tmp_path: Path, found: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = opened_pages(monkeypatch, found)
+    bundle = with_report(tiny_bundle, tmp_path, (tiny_bundle / "report.json").read_text(encoding="utf-8"))
+    put_file(bundle, "report.html", "<script>alert(1)</script>")
+    assert main(["inspect", str(bundle), "--report", "--open"]) == (0 if found else 1)
+    (shown,) = pages
+    assert "script" not in shown and "Weights" in shown
     assert ("open it yourself" in capsys.readouterr().err) is not found
+
+
+class Announced:
+    """An entry point, of the exporter where it is installed."""
+
+    def __init__(self, page: Any) -> None:
+        self.load = lambda: page
+
+
+@pytest.mark.parametrize("with_exporter", [True, False])
+def test_a_page_shows_no_markup_of_a_report(
+    with_exporter: bool, tiny_bundle: Path, tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = opened_pages(monkeypatch)
+    entries = [Announced(page)] if with_exporter else []
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: entries)
+    report = with_examples(report)
+    report["not_run"] = ["<script>alert(1)</script>"]
+    report["examples"][0]["prompt"] = "<script>alert(1)</script>"
+    assert main(["inspect", str(with_report(tiny_bundle, tmp_path, json.dumps(report))), "--open"]) == 0
+    (shown,) = pages
+    assert "<script" not in shown and "&lt;script" in shown
+    assert ("<svg" in shown) is with_exporter
+
+
+ODD = [None, 7, -1e999, 10**400, "x\x1b[2J", [], [7], {}, {"kinds": 7}, True, [[]], [None, {"use": [], "after": 3}]]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_report_of_odd_types_is_shown_without_them(
+    odd: Any, tiny_bundle: Path, tmp_path: Path, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = with_report(tiny_bundle, tmp_path, "{}")
+    for key in report:
+        inner = report[key] if isinstance(report[key], dict) else {}
+        for changed in ({**report, key: odd}, *({**report, key: {**inner, name: odd}} for name in inner)):
+            put_file(bundle, "report.json", json.dumps(changed))
+            assert main(["inspect", str(bundle), "--report"]) == 0, changed
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out and not shown.err
 
 
 def _without(bundle: Path, folder: Path, name: str) -> Path:
@@ -376,7 +435,7 @@ def _without(bundle: Path, folder: Path, name: str) -> Path:
     return copied
 
 
-@pytest.mark.parametrize("name", ["report.json", "report.html"])
+@pytest.mark.parametrize("name", ["report.json"])
 def test_a_bundle_without_a_report_says_so(
     tiny_bundle: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

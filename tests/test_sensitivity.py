@@ -196,8 +196,8 @@ def test_layers_that_follow_each_other_are_measured_together_in_few_runs() -> No
     pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
     probed: list[tuple[str, ...]] = []
     found = by_layers(Biased(0), probing(pulls, probed), names, range(10))
-    assert found[0].name == "layers 6 to 8"
-    assert {item.name for item in found} >= {"layers 0 to 2", "layers 14 to 15", "embedding and head"}
+    assert found[0].name == "layers 4 to 7"
+    assert {item.name for item in found} >= {"layers 0 to 3", "layers 12 to 15", "embedding and head"}
     assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
     assert len(probed) == LAYER_RUNS + 1
 

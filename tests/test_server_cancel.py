@@ -20,6 +20,7 @@ from .served import eventually, listening, saying_engine, session_of
 
 LONG = "z" * 1500
 PAUSE_S = 0.02
+POOL = 8  # threads that asyncio keeps for what blocks, and the engine's worker
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_many_clients_that_leave_leave_nothing(engine: Engine) -> None:
                 time.sleep((number * 7 % 13) * 0.002)
         assert eventually(lambda: is_still(engine))
         assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text)
-        assert eventually(lambda: threading.active_count() <= threads + 1)
+        assert eventually(lambda: threading.active_count() <= threads + POOL)
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 3})
         assert answer.json()["choices"][0]["text"] == "zzz"
 
@@ -116,7 +117,7 @@ def test_a_full_queue_refuses_with_a_time(engine: Engine) -> None:
 def test_a_body_that_does_not_come_is_given_up(engine: Engine) -> None:
     with listening(engine, body_timeout_s=0.3) as address, connect(address) as client:
         client.sendall(request_bytes(False)[:-5])
-        answer = client.recv(10_000)
+        answer = b"".join(iter(lambda: client.recv(1000), b""))
         assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
 
 

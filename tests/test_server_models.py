@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from edgelm.runtime import Engine, load
-from edgelm.runtime.errors import BundleCorruptError, SettingsError
+from edgelm.runtime.errors import BundleCorruptError, EngineClosedError, SettingsError
 from edgelm.runtime.server import ServerSettings, app
 from edgelm.runtime.server.models import _size
 
@@ -206,8 +206,11 @@ def test_the_end_unloads_and_leaves_no_thread(client_with: Callable[..., TestCli
     with TestClient(app(folders, open_engine=remember), base_url="http://localhost") as client:
         ready(client)
         said(client, "two")
-    assert all(engine._scheduler.closed for engine in engines) and len(engines) == 2
-    assert eventually(lambda: threading.active_count() <= before)
+    assert len(engines) == 2
+    for engine in engines:
+        with pytest.raises(EngineClosedError):
+            engine.generate("a")
+    assert eventually(lambda: threading.active_count() <= before, 20)
 
 
 def test_no_bundle_is_no_server() -> None:

@@ -235,3 +235,24 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and 'pip install "edgelm[serve]"' in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_a_full_disk_costs_the_caches_and_no_answer(bundle: Path, tmp_path: Path) -> None:
+    """No file may grow, as on a disk without room."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "from edgelm.runtime.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    home = {"EDGELM_HOME": str(tmp_path / "home")}
+    with serving(bundle, environment=home, program=code) as server:
+        body = {"messages": HI, "max_tokens": 10}
+        first, second = (httpx.post(f"{server.base}/chat/completions", json=body, timeout=60) for _ in range(2))
+        assert first.status_code == second.status_code == 200
+        assert first.json()["choices"] == second.json()["choices"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    assert "Traceback" not in "".join(server.lines)

@@ -397,3 +397,33 @@ def test_a_failure_of_ours_tells_nothing_of_this_machine(tmp_path: Path, caplog:
         assert str(tmp_path) not in answer.text and str(tmp_path) in caplog.text
         streamed = events_of(chat(client, "break", stream=True).text)
         assert streamed[-1]["error"]["type"] == "server_error" and "[DONE]" not in streamed
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {"99999": 1}}, {"regex": "("}, {"tools": [{"type": "function"}]}])
+def test_what_is_wrong_is_known_before_a_stream_begins(client: TestClient, fields: dict[str, Any]) -> None:
+    assert wrong(client, {"messages": HI, "stream": True, **fields})["param"] is not None
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such"}}}
+    assert wrong(client, {"messages": HI, "stream": True, "response_format": form})["param"] == "response_format"
+
+
+def test_a_silent_stream_says_how_much_of_the_prompt_is_read(tmp_path: Path) -> None:
+    with saying_engine(tmp_path, pause_s=0.2) as engine, client_of(engine, ping_s=0.05) as client:
+        found = events_of(chat(client, "x" * 1500, stream=True, max_tokens=1).text)
+        comments = [item for item in found if isinstance(item, str) and item.startswith(": ")]
+        counts = [tuple(map(int, comment.removeprefix(": ").split("/"))) for comment in comments]
+        assert {total for _, total in counts} == {1518} and counts == sorted(counts) and counts[0][0] < counts[-1][0]
+
+
+def test_bodies_have_openais_published_shapes(client: TestClient) -> None:
+    """As its client declares them, which is made from its description."""
+    from openai.types import Completion, Model
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 1, "n": 2, "max_tokens": 4}
+    ChatCompletion.model_validate_json(chat(client, **asked).content, strict=True)
+    streamed = events_of(chat(client, **asked, stream=True, stream_options={"include_usage": True}).text)[:-1]
+    for chunk in streamed:
+        ChatCompletionChunk.model_validate_json(json.dumps(chunk), strict=True)
+    body = {"prompt": "a", "logprobs": 1, "max_tokens": 3}
+    Completion.model_validate_json(client.post(TEXT_PATH, json=body).content, strict=True)
+    Model.model_validate_json(client.get("/v1/models/fake").content, strict=True)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgelm.runtime.server.api.prompting import ChatPrompt, render
 from edgelm.runtime.server.http.errors import ApiError
 from edgelm.runtime.server.http.fields import Fields
+from edgelm.runtime.server.models import Lease, Model
 from edgelm.runtime.server.tools import formats
 from edgelm.runtime.server.tools.declared import Tools, tools_of
 from edgelm.runtime.server.tools.formats import CallFormat, find_format
@@ -353,3 +355,66 @@ def test_reasoning_comes_apart(tmp_path: Path) -> None:
 def test_stop_texts_go_with_calls(tmp_path: Path) -> None:
     with saying_engine(tmp_path, "Well, stop here") as engine, client_of(engine) as client:
         assert chat(client, tools=TOOLS, stop="stop").json()["choices"][0]["message"]["content"] == "Well, "
+
+
+NATIVE = (
+    "{% if tools %}<tools>{% for tool in tools %}{{ tool.function.name }};{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls %}<tool_call>"
+    "{{ call.function.arguments.city }}{% endfor %}{{ '\\n' }}{% endfor %}{% if enable_thinking is defined and not "
+    "enable_thinking %}(no thoughts){% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def rendered(tmp_path: Path, **fields: Any) -> str:
+    """The prompt of a model whose template takes tools."""
+    with saying_engine(tmp_path, template=NATIVE) as engine, client_of(engine) as client:
+        found = client.post("/apply-template", json={"messages": [{"role": "user", "content": "hi"}], **fields})
+        assert found.status_code == 200, found.text
+        return str(found.json()["prompt"])
+
+
+def test_a_template_with_tools_is_given_them(tmp_path: Path) -> None:
+    assert rendered(tmp_path, tools=TOOLS) == "<tools>weather;now;</tools><user>hi\n<assistant>"
+    assert rendered(tmp_path, tools=TOOLS, tool_choice="none") == "<user>hi\n<assistant>"
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": RIGHT}}
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert "<tool_call>Paris" in rendered(tmp_path, messages=history, tools=TOOLS)
+
+
+def test_thinking_is_switched_off_in_both_ways(tmp_path: Path) -> None:
+    assert "(no thoughts)" not in rendered(tmp_path)
+    assert "(no thoughts)" in rendered(tmp_path, chat_template_kwargs={"enable_thinking": False})
+    with saying_engine(tmp_path, lambda prompt: prompt[-25:], template=NATIVE) as engine, client_of(engine) as client:
+        for effort, found in (("none", True), ("high", False)):
+            body = chat(client, reasoning_effort=effort).json()
+            assert ("(no thoughts)" in body["choices"][0]["message"]["content"]) == found
+
+
+def test_a_begun_answer_goes_on(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, I"}]
+    assert rendered(tmp_path, messages=messages, continue_final_message=True) == "<user>hi\n<assistant>Well, I"
+    assert rendered(tmp_path, messages=messages) == "<user>hi\n<assistant>Well, I\n<assistant>"
+
+
+def test_words_in_messages_are_no_special_tokens(tmp_path: Path) -> None:
+    with saying_engine(tmp_path) as engine, client_of(engine) as client:
+        asked = {"messages": [{"role": "user", "content": "a<end>b"}]}
+        tokens = client.post("/tokenize", json=asked).json()["tokens"]
+        assert 256 not in tokens and bytes(tokens).count(b"<end>") == 1
+
+
+def test_markers_that_are_special_tokens_are_seen_in_answers(tmp_path: Path) -> None:
+    """Engines leave special tokens out of texts."""
+    template = "{% if tools %}[TOOL_CALLS]{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    form = find_format(template)
+    with saying_engine(tmp_path, ONE["mistral"], template=template) as engine:
+        data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        special = {**data["added_tokens"][0], "id": 300, "content": "[TOOL_CALLS]"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**data, "added_tokens": [special]}), encoding="utf-8")
+        engine.tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+        lease = Lease(Model("fake", None, engine, template=template), engine, lambda: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "encode", lambda **_: [97])
+            _, reading = render(lease, ChatPrompt([{"role": "user", "content": "hi"}], tools()))
+    assert form is formats.MISTRAL and reading.settings["special_tokens"] is True
+    assert "up_to_call: TEXT <[" in reading.settings["lark"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Checkpoint:
                 tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state.get(weight, {}).items()}
         state = {"version": _VERSION, "digest": self._digest, "losses": losses}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{_NAME}.partial-{os.getpid()}")
+        partial = self.path.with_name(f".{_NAME}.partial-{secrets.token_hex(8)}")
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(plain, partial, metadata={_KEY: json.dumps(state)})
         partial.replace(self.path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle.manifest import Source
+from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
 from ..errors import SourceError
 from ..output.package import write_json
 
@@ -77,7 +78,7 @@ def read_record(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path, MODEL_TEXT_BYTES))
         if data.pop("version") != _VERSION:
             raise SourceError(f"{path} was written by another version of edgelm: compress the model again")
         return Record(Source(**data.pop("source")), steps=tuple(data.pop("steps")), **data)

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ...runtime.host.files import read_text
 from ..errors import RecipeError
 from .steps import Step, step_class, step_name, step_names
 
@@ -53,8 +54,8 @@ def load_recipe(name: str) -> Recipe:
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(available_recipes())}, or a .toml file"
         raise RecipeError(f"unknown recipe {name!r}: {hint}")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(read_text(path))
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as TOML ({error})") from error
     return parse_recipe(data, path.stem, str(path))
 

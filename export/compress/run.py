@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...targets import Profile
 from ..config import ExportConfig
 from ..errors import RecipeError
-from ..output import package
+from ..output import place
 from ..source.loading import SourceModel, describe_source, find_source, load_module
 from ..stages import Progress, run_stages
 from .folder import RECORD_NAME, Record, read_record, write_compressed
@@ -139,21 +139,22 @@ def compress_model(
     to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Of several
     processes the first one writes. Raises: as `compress_folder`; OutputError.
     """
-    assert config.compress is not None and config.out is not None, "a compression has a recipe and a place"
+    if config.compress is None or config.out is None:
+        raise RecipeError("a compression needs a recipe and a place: ExportConfig(model, compress=RECIPE, out=FOLDER)")
     recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
     folder = find_source(config.model, config.revision)
-    package.check_output(out, config.force, RECORD_NAME)
+    place.check_output(out, config.force, RECORD_NAME)
     task = Task(config.model, folder, recipe, profile, config.read_text())
     checkpoints = checkpoint_folder(out)
     if not is_first():
         record = compress_folder(task, out, checkpoints, progress, say)
         wait_for_all()
         return record
-    with package.partial_folder(out) as work:
+    with place.partial_folder(out) as work:
         result = work / "model"
         result.mkdir()
         record = compress_folder(task, result, checkpoints, progress, say)
-        package.put_in_place(result, out)
+        place.put_in_place(result, out)
     wait_for_all()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record

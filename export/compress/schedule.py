@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...runtime.host.files import read_text
 from ..errors import RecipeError
 from .steps import Applied, Workbench
 
@@ -81,8 +82,6 @@ _PLAIN = {"add_special_tokens": False, "verbose": False}
 
 def _read(text: str) -> str:
     try:
-        return Path(text).read_text(encoding="utf-8")
+        return read_text(Path(text))
     except OSError as error:
         raise RecipeError(f"text = {text!r} cannot be read ({error.strerror}) from {Path.cwd()}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"text = {text!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error

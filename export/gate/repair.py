@@ -27,7 +27,7 @@ _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Where the gate holds at once, sensitivities are for the report only. They are measured one by one then if one probe a
 # matrix loads no more fp32 weights than the first number in all, which takes seconds; by runs of layers if the few
 # probes of that load no more than the second.
-_CHEAP_PROBE_BYTES, _CHEAP_LAYERS_BYTES = 1 << 30, 32 << 30
+_CHEAP_PROBE_BYTES, _CHEAP_LAYERS_BYTES = 1 << 30, 8 << 30
 
 # Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
 Repair = Callable[[Collection[str]], QuantizedAgreement]

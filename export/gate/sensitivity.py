@@ -9,7 +9,7 @@ stay in memory (256 x vocabulary float32).
 
 `by_matrix`  up to 48 matrices are probed one by one. Where there are more, the matrices of a layer are probed together,
              and those of the worst layers then one by one, as far as 48 more probes go.
-`by_layers`  layers that follow each other are probed together, in 6 runs of about one length, and what belongs to no
+`by_layers`  layers that follow each other are probed together, in 4 runs of about one length, and what belongs to no
              layer in one more.
 """
 
@@ -28,7 +28,7 @@ from ...runtime.evaluation.divergence import divergence, log_softmax
 from ...runtime.sessions.protocol import Session
 
 MOST_PROBES = 48
-LAYER_RUNS = 6
+LAYER_RUNS = 4
 _TOKENS = 256
 _PIECE_TOKENS = 64
 _LAYER = re.compile(r"(.*?\.(\d+))\.")

@@ -13,6 +13,7 @@ from .call_attention import CallAttention
 from .drop_reshapes import DropReshapes
 from .drop_zeros import DropZeros
 from .fold_constants import FoldConstants
+from .fuse_biases import FuseBiases
 from .fuse_into_products import FuseIntoProducts
 from .fuse_norms import FuseRMSNorm
 from .fuse_residual_norms import FuseResidualNorms
@@ -74,7 +75,7 @@ def quantizing_passes(
         passes.append(QuantizeBlocks(blocks, excluded))
     elif scheme not in _PLAIN:
         passes += [QuantizeLinears(scheme, limit, excluded, rounded), QuantizeEmbedding(limit, excluded, rounded)]
-        passes += [FuseIntoProducts(), KeepRows()]
+        passes += [FuseIntoProducts(), FuseBiases(), KeepRows()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
     if cache_ranges or scheme == ROWWISE:

@@ -25,6 +25,8 @@ GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
 NORMED = {ATTENTION: f"Normed{ATTENTION}", KEPT_ATTENTION: f"KeptNormed{ATTENTION}"}
 # Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
 WIDE = "16"
+# In front of the name of a product with a bias for each column, one input more, which is added at the end.
+BIASED = "Biased"
 ATTENTION_ATTRIBUTES = (
     "num_heads",
     "kv_num_heads",
@@ -176,17 +178,23 @@ _FRONTS = {
 
 _NORMS = {NORMED_ROWWISE_MATMUL: (2,), POST_NORMED_ROWWISE_MATMUL: (2, 3)}
 # Of all row-wise products.
-PRODUCTS = frozenset(name + bits for name in _FRONTS for bits in ("", WIDE))
+_FORMS = tuple(itertools.product(("", BIASED), ("", WIDE)))
+PRODUCTS = frozenset(biased + name + bits for name in _FRONTS for biased, bits in _FORMS)
 # Inputs of functions that are weights of norms.
 NORM_INPUTS = frozenset(
-    [(name + bits, index) for name, indices in _NORMS.items() for bits in ("", WIDE) for index in indices]
+    [(biased + name + bits, index) for name, indices in _NORMS.items() for biased, bits in _FORMS for index in indices]
     + [(name, index) for name in NORMED.values() for index in (1, 2)]
 )
 
 
-def _product(name: str, front: _Front, body: str) -> str:
-    multiplied = (body + front.scaled) % {"x": front.x, "weight": front.weight}
-    return f"{name} {front.signature} {{ {front.statements} {multiplied} }}"
+def _product(name: str, front: _Front, biased: str, bits: str) -> str:
+    body = (_WIDE_PRODUCT if bits else _PRODUCT) + front.scaled
+    signature = front.signature
+    if biased:
+        signature = signature.replace("scales)", "scales, bias)")
+        body = body.replace("y = Mul(", "scaled = Mul(") + " y = Add(scaled, bias)"
+    multiplied = body % {"x": front.x, "weight": front.weight}
+    return f"{biased}{name}{bits} {signature} {{ {front.statements} {multiplied} }}"
 
 
 def _attention_name(kept: bool, normed: bool) -> str:
@@ -214,8 +222,11 @@ def _attention(kept: bool, normed: bool) -> str:
 
 
 _TEXTS = {
-    **{name: _product(name, front, _PRODUCT) for name, front in _FRONTS.items()},
-    **{name + WIDE: _product(name + WIDE, front, _WIDE_PRODUCT) for name, front in _FRONTS.items()},
+    **{
+        biased + name + bits: _product(name, front, biased, bits)
+        for name, front in _FRONTS.items()
+        for biased, bits in _FORMS
+    },
     **{_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)},
 }
 

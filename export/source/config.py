@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
 from ..errors import SourceError
 
 CONFIG_NAME = "config.json"
@@ -32,12 +33,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises: SourceError."""
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path, MODEL_TEXT_BYTES))
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON ({error}): download the model again") from error
     if not isinstance(config, dict):
         raise SourceError(f"{path} holds no JSON object: download the model again")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle.manifest import Source, Tokens
+from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
 from ..compress.folder import load_compressed, read_record
 from ..errors import SourceError
 from . import gguf as gguf_source
@@ -280,7 +281,7 @@ def _weight_file(folder: Path, name: str) -> Path:
     if folder.is_file():
         return folder
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}) if index.is_file() else {}
+    files = json.loads(read_text(index, MODEL_TEXT_BYTES)).get("weight_map", {}) if index.is_file() else {}
     return folder / str(files.get(name, min(path.name for path in folder.glob("*.safetensors"))))
 
 

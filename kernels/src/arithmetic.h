@@ -28,18 +28,21 @@ constexpr float kLowStep = 1.0f / 256;
 
 // Where sums go. With p = float(sum - correction of the column) * scale of the column, y[row][column] = p * factor of
 // the row. Where rows have two planes, each row of y takes two rows of sums, high and low: y = (p + low p * kLowStep) *
-// factor. There are corrections and scales for whole blocks of columns; y has rows of `stride`.
+// factor. A column's bias, where there are biases, is added to that. There are corrections, scales and biases for whole
+// blocks of columns; y has rows of `stride`.
 struct Result {
   const int32_t* corrections;
   const float* scales;
   const float* factors;
+  const float* biases;  // or null
   float* y;
   size_t stride;
   int planes;
 
   // row: of y.
   Result from(int row, int column) const {
-    return {corrections + column, scales + column, factors + row, y + row * stride + column, stride, planes};
+    return {corrections + column,      scales + column, factors + row, biases == nullptr ? nullptr : biases + column,
+            y + row * stride + column, stride,          planes};
   }
 };
 

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <string>
+#include <utility>
 
 #include "attention.h"
 #include "operator.h"
@@ -22,7 +24,7 @@ using Types = std::vector<ONNXTensorElementDataType>;
 
 // An operator as onnxruntime knows it: a table of functions, with what they need behind it.
 struct Definition : OrtCustomOp {
-  const char* name;
+  std::string name;
   Types inputs, outputs;
   size_t required;
   int threads;
@@ -50,12 +52,12 @@ OrtStatus* guarded(Function function) noexcept {
 }
 
 template <typename Operator>
-Definition* define(const char* name, Types inputs, Types outputs, size_t required, int threads, bool own_threads) {
+Definition* define(std::string name, Types inputs, Types outputs, size_t required, int threads, bool own_threads) {
   auto* op = new Definition{};
-  op->name = name, op->inputs = std::move(inputs), op->outputs = std::move(outputs);
+  op->name = std::move(name), op->inputs = std::move(inputs), op->outputs = std::move(outputs);
   op->required = required, op->threads = threads, op->own_threads = own_threads;
   op->version = kApiVersion;
-  op->GetName = [](const OrtCustomOp* self) { return of(self).name; };
+  op->GetName = [](const OrtCustomOp* self) { return of(self).name.c_str(); };
   op->GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op->GetInputTypeCount = [](const OrtCustomOp* self) { return of(self).inputs.size(); };
   op->GetInputType = [](const OrtCustomOp* self, size_t index) { return of(self).inputs[index]; };
@@ -115,19 +117,20 @@ void add_operators(OrtSessionOptions* options) {
   const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat},
       post_normed{kFloat, kFloat, kFloat, kFloat, kInt8, kFloat};
   const auto add = [&](OrtCustomOp* op) { check(api->CustomOpDomain_Add(domain, op)); };
-  const auto add_product = [&]<typename Product>(const char* name, const char* wide, Types inputs, Types outputs) {
-    add(define<Product>(name, inputs, outputs, inputs.size(), threads, own));
-    add(define<Wide<Product>>(wide, inputs, outputs, inputs.size(), threads, own));
+  // In four forms: rows of 8 and of 16 bits, without biases and with.
+  const auto add_product = [&]<typename Product>(const std::string& name, Types inputs, Types outputs) {
+    add(define<Formed<Product, 1, false>>(name, inputs, outputs, inputs.size(), threads, own));
+    add(define<Formed<Product, 2, false>>(name + "16", inputs, outputs, inputs.size(), threads, own));
+    inputs.push_back(kFloat);
+    add(define<Formed<Product, 1, true>>("Biased" + name, inputs, outputs, inputs.size(), threads, own));
+    add(define<Formed<Product, 2, true>>("Biased" + name + "16", inputs, outputs, inputs.size(), threads, own));
   };
-  add_product.operator()<RowwiseMatMul>("RowwiseMatMul", "RowwiseMatMul16", product, {kFloat});
-  add_product.operator()<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", "RowwiseMatMulTransposed16", product,
-                                                  {kFloat});
-  add_product.operator()<NormedRowwiseMatMul>("NormedRowwiseMatMul", "NormedRowwiseMatMul16", normed, {kFloat, kFloat});
-  add_product.operator()<PostNormedRowwiseMatMul>("PostNormedRowwiseMatMul", "PostNormedRowwiseMatMul16", post_normed,
-                                                  {kFloat, kFloat});
-  add_product.operator()<GatedRowwiseMatMul>("GatedRowwiseMatMul", "GatedRowwiseMatMul16", product, {kFloat});
-  add_product.operator()<GeluGatedRowwiseMatMul>("GeluGatedRowwiseMatMul", "GeluGatedRowwiseMatMul16", product,
-                                                 {kFloat});
+  add_product.operator()<RowwiseMatMul>("RowwiseMatMul", product, {kFloat});
+  add_product.operator()<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat});
+  add_product.operator()<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat});
+  add_product.operator()<PostNormedRowwiseMatMul>("PostNormedRowwiseMatMul", post_normed, {kFloat, kFloat});
+  add_product.operator()<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat});
+  add_product.operator()<GeluGatedRowwiseMatMul>("GeluGatedRowwiseMatMul", product, {kFloat});
   const auto add_attention = [&]<typename Cached>(ONNXTensorElementDataType cached) {
     Types inputs{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};

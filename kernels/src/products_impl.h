@@ -147,9 +147,14 @@ void gelu_gate(const float* gate, const float* up, int size, int next, float* y)
 // cannot know to be elsewhere.
 struct Scaling {
   Ints corrections[kIntsPerLanes];
-  Lanes scales;
+  Lanes scales, biases;
+  // Adding zeros in place of no biases would make a -0 a 0.
+  bool biased;
 
-  Scaling(const Result& result, int column) : scales(load(result.scales + column)) {
+  Scaling(const Result& result, int column)
+      : scales(load(result.scales + column)),
+        biases(result.biases == nullptr ? zero() : load(result.biases + column)),
+        biased(result.biases != nullptr) {
     for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
   }
   // The sums of a row's planes; of one plane, `low` is not read.
@@ -157,7 +162,8 @@ struct Scaling {
   Lanes apply(const Ints* high, const Ints* low, float factor) const {
     Lanes whole = product(high);
     if constexpr (Planes == 2) whole = add(whole, mul(product(low), set(kLowStep)));
-    return mul(whole, set(factor));
+    const Lanes y = mul(whole, set(factor));
+    return biased ? add(y, biases) : y;
   }
 
  private:

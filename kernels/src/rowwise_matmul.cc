@@ -34,8 +34,8 @@ int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
 
 }  // namespace
 
-RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, int planes, size_t weights, bool transposed)
-    : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads), planes_(planes) {
+RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, Form form, size_t weights, bool transposed)
+    : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads), planes_(form.planes) {
   const Tensor matrix = info.constant(weights), scales = info.constant(weights + 1);
   require(matrix.shape.size() == 2, "the weights of a product are a matrix");
   depth_ = within(matrix.shape[transposed ? 1 : 0], 1, kMostDepth, "the depth of a product");
@@ -46,6 +46,11 @@ RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, int planes, size_t w
   scales_.resize(padded(columns_, kBlock));
   // As MatMulIntegerToFloat scales: (1 / 127) * scale of the column, in float.
   for (float& scale : scales_) scale *= kStep;
+  if (!form.biased) return;
+  const Tensor biases = info.constant(weights + 2);
+  require(biases.shape == std::vector<int64_t>{columns_}, "a matrix has a bias for each column");
+  biases_.assign(biases.values<float>(), biases.values<float>() + columns_);
+  biases_.resize(scales_.size());
 }
 
 void RowwiseMatMul::correct() const {
@@ -78,7 +83,9 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
   float* const factors = memory + threads_ * stride;
   auto* const values = reinterpret_cast<uint8_t*>(factors + count);
   const Rows rows{values, count * planes_, stride};
-  const Result result{corrections_.data(), scales_.data(), factors, y, static_cast<size_t>(columns_), planes_};
+  const Result result{
+      corrections_.data(),           scales_.data(), factors, biases_.empty() ? nullptr : biases_.data(), y,
+      static_cast<size_t>(columns_), planes_};
   const auto make_row = [&](int row, int next, int worker) {
     const float* const made = make(row, next, memory + worker * stride);
     factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
@@ -101,8 +108,8 @@ void RowwiseMatMul::compute(Call& call) const {
            [&](int row, int, float*) { return x.values<float>() + static_cast<size_t>(row) * depth_; });
 }
 
-NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm)
-    : RowwiseMatMul(info, threads, planes, norm + 1, false),
+NormedRowwiseMatMul::NormedRowwiseMatMul(const Info& info, int threads, Form form, size_t norm)
+    : RowwiseMatMul(info, threads, form, norm + 1, false),
       epsilon_(info.number("epsilon", 0)),
       norm_(norm_weights(info, norm)) {}
 
@@ -129,8 +136,8 @@ void NormedRowwiseMatMul::compute(Call& call) const {
   compute(call, [](const float* skip, float*) { return skip; });
 }
 
-PostNormedRowwiseMatMul::PostNormedRowwiseMatMul(const Info& info, int threads, int planes)
-    : NormedRowwiseMatMul(info, threads, planes, 3), post_(norm_weights(info, 2)) {}
+PostNormedRowwiseMatMul::PostNormedRowwiseMatMul(const Info& info, int threads, Form form)
+    : NormedRowwiseMatMul(info, threads, form, 3), post_(norm_weights(info, 2)) {}
 
 void PostNormedRowwiseMatMul::compute(Call& call) const {
   NormedRowwiseMatMul::compute(call, [&](const float* skip, float* own) {
@@ -148,9 +155,9 @@ void GatedRowwiseMatMul::compute(Call& call) const {
   });
 }
 
-GeluGatedRowwiseMatMul::GeluGatedRowwiseMatMul(const Info& info, int threads, int planes)
+GeluGatedRowwiseMatMul::GeluGatedRowwiseMatMul(const Info& info, int threads, Form form)
     : GatedRowwiseMatMul(
-          info, threads, planes,
+          info, threads, form,
           info.text("approximate", "none") == "tanh" ? arithmetic()->tanh_gelu_gate : arithmetic()->gelu_gate) {}
 
 // Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who

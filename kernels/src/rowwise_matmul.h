@@ -10,17 +10,23 @@
 
 namespace edgelm {
 
+// planes: of 8 bits each, of a quantized row. biased: the last input is a bias for each column.
+struct Form {
+  int planes = 1;
+  bool biased = false;
+};
+
 class RowwiseMatMul {
  public:
-  // threads: of the session. planes: of 8 bits each, of a quantized row.
-  RowwiseMatMul(const Info& info, int threads, int planes = 1) : RowwiseMatMul(info, threads, planes, 1, false) {}
+  // threads: of the session.
+  RowwiseMatMul(const Info& info, int threads, Form form = {}) : RowwiseMatMul(info, threads, form, 1, false) {}
 
   void compute(Call& call) const;
 
  protected:
-  // weights: the input that is the matrix, with the scales behind it. transposed: it is (columns, depth) instead of
-  // (depth, columns).
-  RowwiseMatMul(const Info& info, int threads, int planes, size_t weights, bool transposed);
+  // weights: the input that is the matrix, with the scales behind it, and biases behind these. transposed: it is
+  // (columns, depth) instead of (depth, columns).
+  RowwiseMatMul(const Info& info, int threads, Form form, size_t weights, bool transposed);
 
   // The product of rows that are made of rows of x, `width` values each. make(row, next, own) returns the `depth`
   // values of a row; next: how many rows further its thread goes on, 0 at the end; own: memory for them.
@@ -50,26 +56,26 @@ class RowwiseMatMul {
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
-  std::vector<float> scales_;  // for whole blocks, as are the corrections
+  std::vector<float> scales_, biases_;  // for whole blocks, as are the corrections; biases_ is empty without biases
   std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();
 };
 
 class RowwiseMatMulTransposed : public RowwiseMatMul {
  public:
-  RowwiseMatMulTransposed(const Info& info, int threads, int planes = 1)
-      : RowwiseMatMul(info, threads, planes, 1, true) {}
+  RowwiseMatMulTransposed(const Info& info, int threads, Form form = {})
+      : RowwiseMatMul(info, threads, form, 1, true) {}
 };
 
 // Of a residual sum's norm. The sum is an output too.
 class NormedRowwiseMatMul : public RowwiseMatMul {
  public:
-  NormedRowwiseMatMul(const Info& info, int threads, int planes = 1) : NormedRowwiseMatMul(info, threads, planes, 2) {}
+  NormedRowwiseMatMul(const Info& info, int threads, Form form = {}) : NormedRowwiseMatMul(info, threads, form, 2) {}
 
   void compute(Call& call) const;
 
  protected:
   // norm: the input that is the norm's weights, with the matrix behind it.
-  NormedRowwiseMatMul(const Info& info, int threads, int planes, size_t norm);
+  NormedRowwiseMatMul(const Info& info, int threads, Form form, size_t norm);
 
   const float* norm_weights(const Info& info, size_t input) const;
   // add(skip, own) returns what is added to a row of x, of a row of skip; own: memory for a row.
@@ -85,7 +91,7 @@ class NormedRowwiseMatMul : public RowwiseMatMul {
 // Of a residual sum of x and another row's norm.
 class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
  public:
-  PostNormedRowwiseMatMul(const Info& info, int threads, int planes = 1);
+  PostNormedRowwiseMatMul(const Info& info, int threads, Form form = {});
 
   void compute(Call& call) const;
 
@@ -96,15 +102,15 @@ class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
 // Of silu(the first half of a row) * the second half.
 class GatedRowwiseMatMul : public RowwiseMatMul {
  public:
-  GatedRowwiseMatMul(const Info& info, int threads, int planes = 1)
-      : GatedRowwiseMatMul(info, threads, planes, arithmetic()->gate) {}
+  GatedRowwiseMatMul(const Info& info, int threads, Form form = {})
+      : GatedRowwiseMatMul(info, threads, form, arithmetic()->gate) {}
 
   void compute(Call& call) const;
 
  protected:
   using Gate = decltype(Arithmetic::gate);
-  GatedRowwiseMatMul(const Info& info, int threads, int planes, Gate gate)
-      : RowwiseMatMul(info, threads, planes), gate_(gate) {}
+  GatedRowwiseMatMul(const Info& info, int threads, Form form, Gate gate)
+      : RowwiseMatMul(info, threads, form), gate_(gate) {}
 
  private:
   Gate gate_;
@@ -113,14 +119,14 @@ class GatedRowwiseMatMul : public RowwiseMatMul {
 // The same with GELU.
 class GeluGatedRowwiseMatMul : public GatedRowwiseMatMul {
  public:
-  GeluGatedRowwiseMatMul(const Info& info, int threads, int planes = 1);
+  GeluGatedRowwiseMatMul(const Info& info, int threads, Form form = {});
 };
 
-// One of the above on rows of 16 bits.
-template <typename Product>
-class Wide : public Product {
+// One of the above in a form of its own.
+template <typename Product, int Planes, bool Biased>
+class Formed : public Product {
  public:
-  Wide(const Info& info, int threads) : Product(info, threads, 2) {}
+  Formed(const Info& info, int threads) : Product(info, threads, {Planes, Biased}) {}
 };
 
 }  // namespace edgelm

@@ -16,6 +16,7 @@ PERPLEXITY = "Perplexity, lower is better"
 _ANSWERS = ("equal", "prompts", "first_differs")
 _SAME_PERCENT = 2.0  # speeds and sizes closer than this are called the same
 _SAME_PERPLEXITY_PERCENT = 0.05
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -192,4 +193,6 @@ def _number(report: Any, *keys: str) -> float | None:
     """The number under a path of keys, or None."""
     for key in keys:
         report = report.get(key) if isinstance(report, dict) else None
-    return report if isinstance(report, (int, float)) and not isinstance(report, bool) else None
+    number = isinstance(report, (int, float)) and not isinstance(report, bool)
+    # Python reads Infinity and integers of any length; the comparison leaves out NaN, too.
+    return report if number and -_LARGEST < report < _LARGEST else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BundleCorruptError, BundleMissingError
+from ..host import files
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest
 
 GRAPH_NAME = "model.onnx"
@@ -81,6 +82,7 @@ class Bundle:
         if Path(name).name != name or name in ("", "..") or not name.isprintable():
             raise BundleCorruptError(f"{MANIFEST_NAME}: {name!r} is not a plain file name")
         try:
+            files.require_regular(self.path / name)
             size = (self.path / name).stat().st_size
         except OSError as error:
             raise BundleMissingError(
@@ -98,8 +100,8 @@ def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(chunk):
+        with files.open_regular(path) as file:
+            while count := file.readinto(chunk):  # type: ignore[attr-defined]
                 digest.update(chunk[:count])
     except OSError as error:
         raise BundleMissingError(
@@ -110,8 +112,8 @@ def file_digest(path: Path) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path, files.MODEL_TEXT_BYTES)
+    except files.UnfitFileError as error:
+        raise BundleCorruptError(f"{path}: {error.strerror}: copy or export the bundle again") from error
     except OSError as error:
         raise BundleMissingError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise BundleCorruptError(f"{path} is not UTF-8 text: copy or export the bundle again") from error

@@ -208,9 +208,23 @@ def parse_manifest(text: str) -> Manifest:
             f"the bundle has schema version {data['schema_version']}, this edgelm reads version {SCHEMA_VERSION}: "
             "use a matching edgelm, or export the bundle again"
         )
+    _refuse_unprintable(data, "")
     manifest = _build(Manifest, data, "")
     _check_values(manifest)
     return manifest
+
+
+def _refuse_unprintable(value: Any, where: str) -> None:
+    """A terminal obeys what it is shown: no text of a manifest holds what is not printed."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_unprintable(key, where)
+            _refuse_unprintable(inner, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_unprintable(inner, where)
+    elif isinstance(value, str) and not value.isprintable():
+        raise BundleCorruptError(f"{MANIFEST_NAME}: {where} holds {value!r}, which cannot be shown: export it again")
 
 
 def _refuse_constant(name: str) -> NoReturn:

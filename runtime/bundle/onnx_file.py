@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BundleCorruptError, BundleMissingError
+from ..host.files import UnfitFileError, open_regular
 
 # For each message, the numbers of the fields to enter and what they hold (onnx.proto of the ONNX project).
 _FIELDS: dict[str, dict[int, str]] = {
@@ -29,6 +30,8 @@ _OPSET_IMPORT, _DOMAIN = 8, 1
 _GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
+# Messages of protobuf have no more.
+_MOST_BYTES = (2 << 30) - 1
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
 _Found = TypeVar("_Found")
@@ -55,8 +58,10 @@ def operators(graph: Path) -> Counter[tuple[str, str]]:
 
 def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_Found]:
     try:
-        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(graph, _MOST_BYTES) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(find(data))
+    except UnfitFileError as error:
+        raise BundleCorruptError(f"{graph} is no ONNX file ({error.strerror}): download or export it again") from error
     except OSError as error:
         raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
     # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.

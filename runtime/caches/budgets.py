@@ -8,23 +8,22 @@ no places: a folder and a server are the caller's to name. It is read strictly a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CacheCorruptError, CacheError, CacheVersionError, SettingsError
+from ..host.files import UnfitFileError, read_text, replacing
 from ..host.home import home, make_private_folder
 from .prefixes.settings import PrefixCacheSettings
 from .responses.settings import ResponseCacheSettings
 
 FILE_NAME = "budgets.json"  # below EDGELM_HOME
 _VERSION = 1
+_MOST_BYTES = 1 << 20
 _KEYS = {
     "responses": ("memory_bytes", "memory_entries", "disk", "disk_bytes", "disk_entries", "ttl_s", "policy"),
     "prefixes": ("memory_bytes", "disk", "disk_bytes"),
@@ -55,9 +54,11 @@ def read_budgets(folder: Path) -> Budgets:
     """
     path = folder / FILE_NAME
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = json.loads(read_text(path, _MOST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return Budgets()
+    except UnfitFileError as error:
+        raise _damaged(path, str(error.strerror)) from error
     except OSError as error:
         raise CacheError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -100,15 +101,11 @@ def write_budgets(folder: Path, budgets: Budgets) -> None:
     for part, values in budgets.values().items():
         data[part] = {key: value for key, value in values.items() if value != usual[part][key]}
     path = folder / FILE_NAME
-    temporary = folder / f"{FILE_NAME}-{secrets.token_hex(8)}.tmp"
     try:
         make_private_folder(folder)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write((json.dumps(data, indent=1) + "\n").encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CacheError(f"{path} cannot be written ({error.strerror}): look after its folder and disk") from error
 
 

@@ -15,7 +15,7 @@ import psutil
 
 from ..errors import CacheError, SessionError
 from ..host import machine
-from ..host.home import home
+from ..host.home import home, nearest_existing
 from ..host.memory import available_bytes
 from ..host.ort import load_onnxruntime
 from ..sessions import kernels
@@ -64,7 +64,7 @@ def diagnose() -> Diagnosis:
     used, fault = _kernels()
     extras = _extras()
     target = _target(providers)
-    free = shutil.disk_usage(_existing(folder)).free if folder is not None else None
+    free = _free_bytes(folder)
     return Diagnosis(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=machine.processor_name(),
@@ -129,14 +129,20 @@ def _home() -> tuple[Path | None, str | None]:
         folder = home()
     except CacheError as error:
         return None, str(error)
-    nearest = _existing(folder)
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         return folder, f"{nearest} cannot be written, so nothing is kept between runs: set EDGELM_HOME"
     return folder, None
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def _free_bytes(folder: Path | None) -> int | None:
+    """What the disk of a folder has left, where it tells."""
+    if folder is None:
+        return None
+    try:
+        return shutil.disk_usage(nearest_existing(folder)).free
+    except OSError:
+        return None
 
 
 def _extras() -> dict[str, bool]:

@@ -6,8 +6,12 @@ A folder of another exporter has no manifest: its model is loaded to see what it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import html
+import io
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,16 @@ from ..bundle.cuts import what_is_off
 from ..bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
 from ..bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..bundle.manifest import LayerCache, Manifest
-from ..bundle.side_by_side import Cut, examples
+from ..bundle.side_by_side import Cut, examples, printable
 from ..errors import BundleCorruptError, BundleMissingError
 from .folder import add_folder
 
 _CACHE_BYTES = {"int8": 1, "float16": 2, "float32": 4}
+# Who makes a page of a report.
+_PAGES = "edgelm.pages"
+_PLAIN_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body><pre>{text}</pre></body></html>
+"""
 SUMMARY = "show what a bundle is, or what its export measured"
 
 
@@ -62,17 +71,18 @@ def _open(arguments: argparse.Namespace) -> Bundle:
 
 def _show_report(bundle: Bundle, as_json: bool) -> None:
     text = _listed(bundle, REPORT_NAME)
+    report = _parse(text)
     if as_json:
         print(text, end="")
         return
-    report = _parse(text)
     manifest = bundle.manifest
-    print(f"{manifest.name} for {manifest.target.name}: {_quantization(manifest)}, {manifest.model.kv.type} cache")
+    _print(f"{manifest.name} for {manifest.target.name}: {_quantization(manifest)}, {manifest.model.kv.type} cache")
     for figure in main_figures(report):
         amount = figure.after if figure.before is None else f"{figure.before} -> {figure.after}"
-        print(f"  {figure.title:30}{amount}{f'  ({figure.verdict})' if figure.verdict else ''}")
-    for sentence in report.get("not_run") or ():
-        print(f"  {'not run':30}{sentence}")
+        _print(f"  {figure.title:30}{amount}{f'  ({figure.verdict})' if figure.verdict else ''}")
+    not_run = report.get("not_run")
+    for sentence in not_run if isinstance(not_run, list) else ():
+        _print(f"  {'not run':30}{sentence}")
     _show_compression(report.get("compression"))
     _show_examples(report)
 
@@ -81,18 +91,23 @@ def _show_examples(report: dict[str, Any]) -> None:
     """Prompts with the answers of both graphs, the first word that is another in brackets."""
     found = examples(report)
     if found:
-        print("Answers of the fp32 graph and of this bundle:")
+        _print("Answers of the fp32 graph and of this bundle:")
     for example in found:
-        print(f"  > {_line(example.prompt)}")
+        _print(f"  > {_line(example.prompt)}")
         if example.equal:
-            print(f"      both  {_line(example.before.same)}")
+            _print(f"      both  {_line(example.before.same)}")
         else:
-            print(f"      fp32  {_marked(example.before)}")
-            print(f"    bundle  {_marked(example.after)}")
+            _print(f"      fp32  {_marked(example.before)}")
+            _print(f"    bundle  {_marked(example.after)}")
 
 
 def _marked(cut: Cut) -> str:
     return _line(f"{cut.same}[{cut.word}]{cut.rest}")
+
+
+def _print(text: str) -> None:
+    """A line, in which what is not printed stands as Python writes it: a terminal would obey it."""
+    print(printable(text))
 
 
 def _line(text: str) -> str:
@@ -104,11 +119,11 @@ def _show_compression(steps: Any) -> None:
     rows = compression_rows(steps)
     if not rows:
         return
-    print("Compressed before, step by step:")
+    _print("Compressed before, step by step:")
     for name, *cells in (COMPRESSION_COLUMNS, *rows):
-        print(f"  {name:18} " + "".join(f"{cell:>13} " for cell in cells).rstrip())
+        _print(f"  {name:18} " + "".join(f"{cell:>13} " for cell in cells).rstrip())
     for note in compression_notes(steps):
-        print(f"  {note}")
+        _print(f"  {note}")
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -122,12 +137,32 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _open_page(bundle: Bundle) -> None:
+    """Show the report in the browser, on a page that is made here: the one in the bundle is by whoever wrote it."""
     import webbrowser
 
-    _listed(bundle, REPORT_PAGE_NAME)
-    page = (bundle.path / REPORT_PAGE_NAME).resolve()
+    report = _parse(_listed(bundle, REPORT_NAME))
+    page = Path(tempfile.mkdtemp(prefix="edgelm-report-")) / REPORT_PAGE_NAME
+    page.write_text(_page(bundle, report), encoding="utf-8")
     if not webbrowser.open(page.as_uri()):
         raise BundleMissingError(f"no browser was found here: open it yourself: {page}")
+
+
+def _page(bundle: Bundle, report: dict[str, Any]) -> str:
+    """The exporter's page, with charts, where it is installed and the report is of its kind; else what the terminal
+    shows."""
+    from importlib.metadata import entry_points
+
+    from jinja2 import TemplateError
+
+    for entry in entry_points(group=_PAGES):
+        try:
+            return str(entry.load()(report))
+        except (ImportError, ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError):
+            break
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        _show_report(bundle, False)
+    return _PLAIN_PAGE.format(title=html.escape(bundle.manifest.name), text=html.escape(text.getvalue()))
 
 
 def _listed(bundle: Bundle, name: str) -> str:
@@ -155,9 +190,9 @@ def _show_manifest(bundle: Bundle) -> None:
         **_made_with(manifest),
     }
     for key, value in [*rows.items(), *(("note", note) for note in manifest.notes)]:
-        print(f"{key:14}{value}")
+        _print(f"{key:14}{value}")
     for name, entry in manifest.files.items():
-        print(f"  {entry.bytes:>14,}  {name}")
+        _print(f"  {entry.bytes:>14,}  {name}")
 
 
 def _export(manifest: Manifest) -> dict[str, str]:

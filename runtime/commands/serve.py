@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MANIFEST_NAME
+from ..caches.responses.settings import ResponseCacheSettings
 from ..engine import load
 from ..errors import BundleMissingError, MissingExtraError, SettingsError
 from .folder import add_provider
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more = parser.add_argument_group("more")
     more.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
     add_provider(parser)
+    more.add_argument("--redis", metavar="URL", help="share known answers with other machines by a Redis server")
     more.add_argument("--no-response-cache", action="store_true", help="compute each answer anew")
     more.add_argument("--no-prefix-cache", action="store_true", help="keep nothing of what prompts cost")
     more.add_argument("--no-page", action="store_true", help="no page to chat with at /")
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         load,
         threads=arguments.threads,
         provider=arguments.provider,
-        response_cache=not arguments.no_response_cache,
+        response_cache=_response_cache(arguments),
         prefix_cache=not arguments.no_prefix_cache,
     )
     application = app(bundles, settings, open_engine=open_engine)
@@ -118,6 +120,14 @@ def settings_of(arguments: argparse.Namespace) -> ServerSettings:
         page=not arguments.no_page,
         log_prompts=arguments.log_prompts,
     )
+
+
+def _response_cache(arguments: argparse.Namespace) -> bool | ResponseCacheSettings:
+    if arguments.redis is None:
+        return not arguments.no_response_cache
+    if arguments.no_response_cache:
+        raise SettingsError("--redis keeps answers and --no-response-cache keeps none: give one of them")
+    return ResponseCacheSettings(redis_url=arguments.redis)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
+from ..host.files import read_text
 from ..settings import DEFAULT_MAX_TOKENS, GenerationSettings
 
 
@@ -100,6 +101,6 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the schema {path} cannot be read: {error}") from error
+        return read_text(path)
+    except OSError as error:
+        raise SettingsError(f"the schema {path} cannot be read: {error.strerror}") from error

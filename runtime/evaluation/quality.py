@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PromptError, SettingsError, VerificationError
+from ..host.files import read_text
 from ..sessions.protocol import Session
 from ..text.tokenizer import Tokenizer
 from .divergence import divergence, log_softmax
@@ -153,11 +154,9 @@ def last_words(session: Session, tokenizer: Tokenizer, passages: Iterable[str], 
 def read_passages(path: Path) -> list[str]:
     """The texts of a file of JSON lines, each an object with the key `text`. Raises: PromptError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise PromptError(f"{path} cannot be read ({error.strerror}): give a file of JSON lines") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

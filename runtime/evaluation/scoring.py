@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingsError
+from ..errors import SessionError, SettingsError
 from ..sessions.protocol import Session
 
 DEFAULT_WINDOW = 512
@@ -68,13 +68,20 @@ def default_stride(window: int) -> int:
 def perplexity(
     session: Session, token_ids: Sequence[int], window: int = DEFAULT_WINDOW, stride: int | None = None
 ) -> Perplexity:
-    """Perplexity of a text of at least two tokens. stride: half of the window, if not given."""
+    """Perplexity of a text of at least two tokens. stride: half of the window, if not given. Raises: SessionError, if
+    no float can hold it."""
     stride = default_stride(window) if stride is None else stride
     total, count = 0.0, 0
     for targets, logits in score(session, token_ids, window, stride):
         total += float(negative_log_likelihood(logits, targets).sum())
         count += len(targets)
-    return Perplexity(math.exp(total / count), count, window, stride)
+    try:
+        value = math.exp(total / count)
+    except OverflowError:  # above 709 nats a token
+        value = math.inf
+    if not math.isfinite(value):
+        raise SessionError(f"the model has no finite perplexity ({total / count:.4g} nats a token): export it again")
+    return Perplexity(value, count, window, stride)
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -31,6 +31,16 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
         os.close(descriptor)  # which frees the lock
 
 
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold the same lock if nobody else does, without waiting; whether it is held. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        yield _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         if sys.platform == "win32":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -33,6 +35,31 @@ def _platform_caches() -> Path:
     # The XDG specification has relative paths ignored.
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest of those around it that is there and may be looked at. Raises: OSError."""
+    for path in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            path.stat()
+            return path
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
+def own_folder(folder: Path) -> Path:
+    """A folder below `home()`, which need not exist; what others could write to is not used.
+
+    Raises: CacheError, if it belongs to another user, or cannot be looked at.
+    """
+    try:
+        owner = folder.stat().st_uid
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise CacheError(f"{folder} cannot be used ({error.strerror}): look after it, or set {VARIABLE}") from error
+    if hasattr(os, "geteuid") and owner != os.geteuid():
+        raise CacheError(f"{folder} belongs to another user: delete it, or set {VARIABLE} to a folder of your own")
+    return folder
 
 
 def make_private_folder(folder: Path) -> None:

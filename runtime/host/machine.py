@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 
 from . import cpuid
+from .memory import control_groups
 
-_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CPU_MAX = "cpu.max"
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
 _SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
@@ -52,9 +53,13 @@ def _speed(core: int) -> int:
 
 
 def _cgroup_cpus() -> int | None:
-    """Whole CPUs that a version 2 control group grants, or None without a limit."""
+    """Whole CPUs that the process's version 2 control group and those around it grant, or None without a limit."""
+    return min((quota for group in control_groups() if (quota := _quota(group)) is not None), default=None)
+
+
+def _quota(group: Path) -> int | None:
     try:
-        quota, period = _CGROUP_CPU_MAX.read_text().split()
+        quota, period = (group / _CPU_MAX).read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError, ZeroDivisionError):
         return None

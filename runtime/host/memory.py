@@ -31,7 +31,7 @@ def available_bytes() -> int:
     Cost: some files below /proc and /sys, 0.1 ms.
     """
     machine = int(psutil.virtual_memory().available)
-    return min([machine, *(left for group in _groups() if (left := _left(group)) is not None)])
+    return min([machine, *(left for group in control_groups() if (left := _left(group)) is not None)])
 
 
 def require_bytes(needed: int, purpose: str, remedy: str) -> None:
@@ -77,7 +77,7 @@ def _mib(count: int) -> str:
     return f"{count / _MIB:,.0f}"
 
 
-def _groups() -> Iterator[Path]:
+def control_groups() -> Iterator[Path]:
     """The folders of the process's control group and of those around it, inmost first; none where there are none."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()

@@ -50,6 +50,14 @@ class ChunkStream(AsyncIterator[Chunk]):
             self._leave()
             raise
 
+    async def start(self) -> None:
+        """Make the request and let it be computed, as awaiting the first chunk does. Raises: what is wrong with it."""
+        try:
+            self._listener = self._listener or await self._ask()
+        except BaseException:
+            self._leave()
+            raise
+
     @property
     def request(self) -> Request:
         """What is answered; a chunk was awaited."""

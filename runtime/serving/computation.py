@@ -41,7 +41,6 @@ class Computation:
     def say(self, chunk: Chunk) -> None:
         """Let all listeners hear a chunk."""
         self._chunks.append(chunk)
-        self.tell_progress()
         for listener in self.listeners:
             listener.hear(self._chunks)
 

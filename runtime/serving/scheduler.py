@@ -70,21 +70,35 @@ class Scheduler:
         """
         self._refuse_closed("the engine is closed: load the bundle again")
         listener = Listener(request, whole=whole, wake=wake)
-        key = None
-        if self._responses is not None and request.settings.cacheable:
-            key = self._key_of(request)
-            known = self._responses.get(key)
-            if known is not None:
-                listener.hear(list(replay(request, known)))
-                return listener
-        fresh = Computation(request, key, self._manifest, self._tokenizer)
+        shared = self._responses is not None and request.settings.cacheable
+        fresh = Computation(request, self._key_of(request) if shared else None, self._manifest, self._tokenizer)
         with self._changed:
-            self._refuse_closed("the engine was closed while this request was made: load the bundle again")
-            self._join(listener, fresh)
+            begun = self._join(listener, fresh)
             if wake is not nobody:
                 self._start_worker(listener)
             self._changed.notify_all()
+        if begun:
+            self._begin(fresh)
         return listener
+
+    def _begin(self, fresh: Computation) -> None:
+        """Answer what nobody else computes from the response cache, or let it wait for a row.
+
+        It can be joined before it is looked up, so that of equal requests at once only one is ever computed.
+        """
+        known = None
+        if fresh.key is not None and self._responses is not None:
+            known = self._responses.get(fresh.key)
+        with self._changed:
+            if self._closed:
+                self._fail([fresh], EngineClosedError("the engine was closed while this request was made"))
+            elif known is None:
+                self._waiting.append(fresh)
+            else:
+                self._forget(fresh)
+                for listener in fresh.listeners:
+                    listener.hear(list(replay(listener.request, known)))
+            self._changed.notify_all()
 
     def next(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
         """The next chunk of any of these, computing as long as there is none; None where all have ended.
@@ -98,7 +112,7 @@ class Scheduler:
                     return found
                 if all(listener.ended for listener in listeners):
                     return None
-                if not self._take_the_wheel():
+                if not self._has_work() or not self._take_the_wheel():
                     self._changed.wait()
                     continue
             self._drive()
@@ -195,6 +209,11 @@ class Scheduler:
         self._driver = threading.get_ident()
         return True
 
+    def _has_work(self) -> bool:
+        """Whether there is a step to run. Where there is none, a caller's request is being looked up."""
+        self._refuse_within_a_step()
+        return bool(self._running or self._waiting)
+
     def _stop_driving(self) -> None:
         self._driver = None
         self._changed.notify_all()
@@ -207,14 +226,13 @@ class Scheduler:
                 raise listener.error
         return None
 
-    def _join(self, listener: Listener, fresh: Computation) -> None:
-        """Share the computation of the same request, or begin a fresh one."""
+    def _join(self, listener: Listener, fresh: Computation) -> bool:
+        """Share the computation of the same request, or a fresh one, which is to be begun then. Returns: whether."""
         running = None if fresh.key is None else self._by_key.get(fresh.key)
-        if running is None:
-            self._waiting.append(fresh)
-            if fresh.key is not None:
-                self._by_key[fresh.key] = fresh
+        if running is None and fresh.key is not None:
+            self._by_key[fresh.key] = fresh
         (running or fresh).join(listener)
+        return running is None
 
     def _forget(self, computation: Computation) -> None:
         if computation.key is not None and self._by_key.get(computation.key) is computation:
@@ -282,7 +300,8 @@ class Scheduler:
                 unwanted = [item for item in self._running.values() if not item.listeners]
                 if not unwanted:
                     for computation in self._running.values():
-                        computation.tell_progress()
+                        if computation.row.chosen <= 1:
+                            computation.tell_progress()
                     self._stop_driving()
                     return
                 for computation in unwanted:
@@ -294,6 +313,8 @@ class Scheduler:
     def _admit(self) -> None:
         while True:
             with self._changed:
+                if not self._waiting:
+                    return
                 self._sweep()
                 computation = self._next_waiting()
                 if computation is None:
@@ -333,8 +354,9 @@ class Scheduler:
         """Listeners who joined while the row was being interrupted want the rest: it is computed anew."""
         if computation.listeners:
             fresh = Computation(computation.request, computation.key, self._manifest, self._tokenizer)
-            for listener in computation.listeners:
-                self._join(listener, fresh)
+            begun = [self._join(listener, fresh) for listener in computation.listeners]
+            if any(begun):
+                self._waiting.append(fresh)
 
     def _break(self, error: BaseException) -> None:
         """A step ended in the middle, by an interrupt or by a fault: no row can go on."""
@@ -369,7 +391,7 @@ class Scheduler:
                     if self._closed or (idle and not self._is_wanted()):
                         self._worker = None
                         return
-                if not self._take_the_wheel():
+                if not self._has_work() or not self._take_the_wheel():
                     self._changed.wait()
                     continue
             try:

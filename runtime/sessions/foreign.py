@@ -38,6 +38,7 @@ from ..bundle.manifest import (
 )
 from ..bundle.onnx_file import weight_files
 from ..errors import BundleCorruptError, BundleMissingError, BundleUnsupportedError, SettingsError
+from ..host.files import MODEL_TEXT_BYTES, UnfitFileError, read_text, require_regular
 from .concatenated import ConcatSession, known_input
 from .graph import load_graph, require_memory
 
@@ -93,10 +94,10 @@ def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle,
     graphs = find_graphs(folder, graph)
     if not (folder / TOKENIZER_NAME).is_file():
         raise BundleMissingError(f"{folder} holds no {TOKENIZER_NAME}: download it too, or save it with transformers")
-    parts = [path.parent / name for path in graphs.files for name in (path.name, *weight_files(path))]
-    require_memory(sum(part.stat().st_size for part in parts if part.is_file()), folder)
+    names = _names(folder, graphs)
+    require_memory(sum((folder / name).stat().st_size for name in names if name not in _TEXTS), folder)
     with ThreadPoolExecutor(1) as pool:
-        files = pool.submit(_entries, folder, graphs)
+        files = pool.submit(_entries, folder, names)
         main, *first = (load_graph(path, threads, ("CPUExecutionProvider",)) for path in graphs.files)
         model = _model(graphs, main, config)
         bundle = Bundle(folder, _manifest(folder, config, model, files.result()), has_manifest=False)
@@ -255,15 +256,36 @@ def _tokens(config: dict[str, Any], generation: dict[str, Any], own_end: int | N
     return Tokens(ids["bos_token_id"], ends, ids["pad_token_id"])
 
 
-def _entries(folder: Path, graphs: Graphs) -> dict[str, FileEntry]:
-    """Size and digest of everything that makes the answers: graphs, their weights, tokenizer and settings."""
+def _names(folder: Path, graphs: Graphs) -> list[str]:
+    """The files that the bundle is made of, relative to the folder: texts, graphs, and where weights are. Raises:
+    BundleMissingError; BundleCorruptError, where a graph names a place that is not in the folder."""
     names = [name for name in _TEXTS if (folder / name).is_file()]
+    for name in names:
+        _require_plain(folder / name)
     for graph in graphs.files:
         inside = graph.relative_to(folder)
-        names += [inside.as_posix(), *(posixpath.normpath(inside.parent / name) for name in weight_files(graph))]
+        for weights in weight_files(graph):
+            # What Windows takes for a drive or a way out is none anywhere: folders are copied.
+            name = posixpath.normpath((inside.parent / weights).as_posix())
+            if weights.startswith("/") or name.startswith("../") or set(weights) & set("\\:") or not name.isprintable():
+                raise BundleCorruptError(f"{graph} has weights in {weights!r}, which is not a file of its folder")
+            names.append(name)
+        names.append(inside.as_posix())
     for name in names:
-        if name.startswith(("../", "/")) or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise BundleMissingError(f"{folder} holds no {name}, where weights of the model are: download it too")
+    return sorted(set(names))
+
+
+def _require_plain(path: Path) -> None:
+    try:
+        require_regular(path, MODEL_TEXT_BYTES)
+    except OSError as error:
+        raise BundleCorruptError(f"{path}: {error.strerror}: download or export it again") from error
+
+
+def _entries(folder: Path, names: Sequence[str]) -> dict[str, FileEntry]:
+    """Size and digest of everything that makes the answers."""
     return {name: FileEntry((folder / name).stat().st_size, file_digest(folder / name)) for name in names}
 
 
@@ -272,7 +294,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path, MODEL_TEXT_BYTES))
+    except UnfitFileError as error:
+        raise BundleCorruptError(f"{path}: {error.strerror}: download or export it again") from error
     except OSError as error:
         raise BundleMissingError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (ValueError, RecursionError) as error:

@@ -92,7 +92,10 @@ def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare:
         if session is not None:
             return session
     size = sum(bundle.manifest.files[name].bytes for name in weights)
-    require_memory(size, bundle.path)
+    graph = bundle.path / GRAPH_NAME
+    # Kernels read the weights where they are mapped: pages that the system may drop.
+    mapped = provider == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
+    require_memory(0 if mapped else size, bundle.path)
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
         if prepare and prepared is not None and prepared.is_worth_it(size):

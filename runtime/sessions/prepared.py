@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,15 +25,18 @@ from pathlib import Path
 
 from ..bundle.folder import GRAPH_NAME, WEIGHTS_NAME
 from ..errors import CacheCorruptError, CacheError
-from ..host import machine
-from ..host.home import home, make_private_folder
+from ..host import files, machine
+from ..host.home import home, make_private_folder, nearest_existing, own_folder
 from ..host.ort import load_onnxruntime
 from . import numerics
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAME = "prepared"
 DEFAULT_BUDGET_BYTES = 8 << 30
 _FORMAT = "edgelm-prepared-1"
 _CHECKS_NAME = "checks.json"
+_CHECKS_BYTES = 1 << 16
 _FILES = (GRAPH_NAME, WEIGHTS_NAME)
 _CHUNK_BYTES = 1 << 18
 # Smaller weights are loaded at once, and their copy costs little.
@@ -80,9 +84,8 @@ class Prepared:
         """Whether so many bytes of weights gain by a prepared form, and the budget and the disk have room for it."""
         if weights_bytes < _LEAST_WEIGHTS_BYTES:
             return False
-        nearest = next(path for path in (self._root, *self._root.parents) if path.exists())
         try:
-            free = shutil.disk_usage(nearest).free
+            free = shutil.disk_usage(nearest_existing(self._root)).free
         except OSError:
             return False
         return 2 * weights_bytes <= self._budget and _NEEDED_SHARE * weights_bytes <= free
@@ -124,8 +127,9 @@ def prepared_for(bundle_digest: str) -> Prepared | None:
         return None
     load_onnxruntime()  # its version is part of the key
     try:
-        return Prepared(bundle_digest, home() / FOLDER_NAME)
-    except CacheError:
+        return Prepared(bundle_digest, own_folder(home() / FOLDER_NAME))
+    except CacheError as error:
+        log.warning("prepared weights are not used: %s", error)
         return None
 
 
@@ -155,7 +159,7 @@ def check_folder(folder: Path) -> None:
 
 def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
     try:
-        noted = json.loads((folder / _CHECKS_NAME).read_text(encoding="utf-8"))
+        noted = json.loads(files.read_text(folder / _CHECKS_NAME, _CHECKS_BYTES))
         return {name: (int(noted[name][0]), int(noted[name][1])) for name in _FILES}
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise CacheCorruptError(f"{folder / _CHECKS_NAME} cannot be read: delete {folder}") from error
@@ -165,7 +169,7 @@ def _crc(file: Path) -> int:
     """CRC-32, which small boards compute faster than they read; it is to find damage, not malice."""
     crc = 0
     chunk = memoryview(bytearray(_CHUNK_BYTES))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(chunk):
+    with files.open_regular(file) as stream:
+        while count := stream.readinto(chunk):  # type: ignore[attr-defined]
             crc = zlib.crc32(chunk[:count], crc)
     return crc

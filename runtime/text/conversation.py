@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from ..host.files import read_text
 
 
 class Conversation:
@@ -102,7 +103,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in place of this one. Raises: PromptError; this one then stays."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
         except OSError as error:
             raise PromptError(f"{path} cannot be read ({error.strerror}): give another name") from error
         except (ValueError, RecursionError) as error:

@@ -26,7 +26,6 @@ def convert(model: Path, folder: Path, variant: str) -> None:
 
     _switch(variant)
     export_model(ExportConfig(str(model), kv=variant.partition("+")[0], out=folder))
-    load_bundle(folder).close()  # prepares the weights, as the first load on a machine does
 
 
 def _switch(variant: str) -> None:

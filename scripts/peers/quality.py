@@ -5,6 +5,8 @@ windows, each window computed anew, and is asked for the logits of the same posi
 
     .logits(ids)                rows (len(ids), vocabulary) of float32, one for each position
     .answer(ids, count, ends)   the greedy tokens that follow, `count` at most, up to the first of `ends` and without it
+
+or, in place of the last, `.answers(prompts, count, ends)`, which gives those of several prompts together.
 """
 
 from __future__ import annotations
@@ -50,8 +52,14 @@ def measure(model: Model, task: dict[str, Any], folder: Path, is_reference: bool
     """Figures of a peer. task: ids, window, stride, prompts, answer_tokens, ends; folder: of the reference's rows,
     which the reference itself writes."""
     figures = on_text(model, task, folder / REFERENCE_NAME, is_reference) if task["ids"] else {}
-    answers = [model.answer(prompt, task["answer_tokens"], task["ends"]) for prompt in task["prompts"]]
-    return figures | {"answers": answers}
+    return figures | {"answers": _answers(model, task)}
+
+
+def _answers(model: Any, task: dict[str, Any]) -> list[list[int]]:
+    prompts, limits = task["prompts"], (task["answer_tokens"], task["ends"])
+    if hasattr(model, "answers"):
+        return list(model.answers(prompts, *limits))
+    return [model.answer(prompt, *limits) for prompt in prompts]
 
 
 def on_text(model: Model, task: dict[str, Any], reference: Path, is_reference: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...bundle.cuts import may_cut
 from ...bundle.folder import GRAPH_NAME, Bundle
 from ...errors import CacheError, SettingsError, shown
-from ...host.home import home
+from ...host.home import home, own_folder
 from ...sessions import numerics
 from ...sessions.protocol import Blocks, Session
 from ..budgets import default_budgets
@@ -89,7 +89,11 @@ class PrefixCache:
         for index, key in enumerate(keys):
             block = self._memory.get(key)
             if block is None and (room or key in wanted):
-                block = new_block(self._block_bytes)
+                try:
+                    block = new_block(self._block_bytes)
+                except (OSError, MemoryError) as error:  # the answer is there already
+                    log.warning("the prefix cache: a block finds no room in memory (%s)", error)
+                    break
                 self._session.read(row, index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS, block)
                 room = room and self._memory.put(key, block, chain)
             if wanted and self._writer is not None:
@@ -122,7 +126,7 @@ class PrefixCache:
 
 def default_folder() -> Path:
     """Where the files are without another word: EDGELM_HOME/prefixes. Raises: CacheError."""
-    return home() / FOLDER_NAME
+    return own_folder(home() / FOLDER_NAME)
 
 
 def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings | None:

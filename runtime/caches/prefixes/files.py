@@ -11,21 +11,20 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ...errors import CacheCorruptError, CacheVersionError
 from ...host.clock import CLOCK_SLACK_S, Clock
+from ...host.files import TEMPORARY, UnfitFileError, open_regular, read_bytes, replacing
 from ...host.home import make_private_folder
 from ..amounts import LARGEST_AMOUNT
 from .block_file import HEADER_BYTES, check_header, decode, encode
 from .memory import Block
 
 FOLDER_NAME = "prefixes"  # below EDGELM_HOME
-_SUFFIX, _TEMPORARY = ".kv", ".tmp"
+_SUFFIX = ".kv"
 _BUDGET_NAME = "budget"
 _BUDGET_DIGITS = len(str(LARGEST_AMOUNT))
 _NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
@@ -38,7 +37,6 @@ _DEPTH_S = 0.001
 _SLACK = 16
 _PAGE_BYTES = 4096
 _PART_LETTERS = 2
-_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class BlockFiles:
         """The block of a key, checked, or None. size: its bytes. Cost: one read. A damaged file is deleted."""
         path = self._path(key)
         try:
-            return decode(key, path.read_bytes(), size)
+            return decode(key, _read(path, size), size)
         except (FileNotFoundError, NotADirectoryError, CacheVersionError):
             return None
         except OSError as error:
@@ -118,17 +116,11 @@ class BlockFiles:
         size = _allocated(len(header) + block.nbytes)
         if not self._make_room(size):
             return
-        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{_TEMPORARY}")
-        try:
-            with _create(temporary) as file:
-                file.write(header)
-                file.write(block.data)
-            os.utime(temporary, (used, used))
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        make_private_folder(path.parent)
+        with replacing(path) as file:
+            file.write(header)
+            file.write(block.data)
+        self._used(path, used)
         self._unseen += size
 
     def _make_room(self, size: int) -> bool:
@@ -157,10 +149,9 @@ class BlockFiles:
         if self._known is not None:
             self._max_bytes = read_budget(self._folder) or self._max_bytes
         elif read_budget(self._folder) != self._max_bytes:
-            temporary = self._folder / f"{_BUDGET_NAME}-{secrets.token_hex(8)}{_TEMPORARY}"
-            with _create(temporary) as file:
+            make_private_folder(self._folder)
+            with replacing(self._folder / _BUDGET_NAME) as file:
                 file.write(str(self._max_bytes).encode("ascii"))
-            temporary.replace(self._folder / _BUDGET_NAME)
 
     def _warn(self, kind: object, message: str) -> None:
         level = logging.DEBUG if kind in self._warned else logging.WARNING
@@ -187,7 +178,7 @@ def read_budget(folder: Path) -> int | None:
     cannot be read, which is warned of."""
     path = folder / _BUDGET_NAME
     try:
-        text = path.read_bytes().strip()
+        text = read_bytes(path, _PAGE_BYTES).strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -207,7 +198,7 @@ def delete_all(folder: Path) -> None:
     Raises: OSError; CacheVersionError, if some stayed.
     """
     for entry in _entries(folder):
-        if entry.name.endswith(_TEMPORARY):
+        if entry.name.endswith(TEMPORARY):
             Path(entry.path).unlink(missing_ok=True)
     newer = [file.path for file in found_files(folder) if _is_newer(file.path)]
     for file in found_files(folder):
@@ -226,7 +217,7 @@ def check_all(folder: Path, max_bytes: int) -> None:
     for file in found_files(folder):
         total += file.bytes
         try:
-            decode(bytes.fromhex(file.path.stem), file.path.read_bytes())
+            decode(bytes.fromhex(file.path.stem), _read(file.path, max_bytes))
         except FileNotFoundError:
             continue
         except CacheCorruptError as error:
@@ -237,6 +228,14 @@ def check_all(folder: Path, max_bytes: int) -> None:
         raise CacheCorruptError(f"{folder} takes {total:,} bytes, its budget is {max_bytes:,}")
 
 
+def _read(path: Path, size: int) -> bytes:
+    """A file with a block of at most so many bytes. Raises: OSError; CacheCorruptError."""
+    try:
+        return read_bytes(path, HEADER_BYTES + size)
+    except UnfitFileError as error:
+        raise CacheCorruptError(str(error.strerror)) from error
+
+
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """What is in the folders of a folder."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as parts:
@@ -244,12 +243,6 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
             if len(part.name) == _PART_LETTERS and part.is_dir(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError), os.scandir(part.path) as entries:
                     yield from entries
-
-
-def _create(path: Path) -> BinaryIO:
-    """A new file of mode 0600 in folders of mode 0700."""
-    make_private_folder(path.parent)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600), "wb")
 
 
 def _last_use(file: FoundFile, now: float) -> float:
@@ -269,7 +262,7 @@ def _delete(path: Path) -> bool:
 
 def _is_newer(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             check_header(file.read(HEADER_BYTES))
     except CacheVersionError:
         return True
@@ -280,7 +273,7 @@ def _is_newer(path: Path) -> bool:
 
 def _delete_abandoned(folder: Path, now: float) -> None:
     for entry in _entries(folder):
-        if entry.name.endswith(_TEMPORARY):
+        if entry.name.endswith(TEMPORARY):
             with contextlib.suppress(OSError):
                 if not 0 <= now - entry.stat().st_mtime + CLOCK_SLACK_S < _ABANDONED_S:
                     Path(entry.path).unlink()

@@ -15,7 +15,7 @@ from typing import TypeVar
 from ...errors import CacheError, SettingsError, shown
 from ...host.clock import Clock
 from ...host.forks import watch_forks
-from ...host.home import home
+from ...host.home import home, own_folder
 from ..budgets import default_budgets
 from .answers import CachedAnswer, response_key
 from .database import FOLDER_NAME, DiskBudget
@@ -124,7 +124,7 @@ class ResponseCache:
 
 def default_folder() -> Path:
     """Where the database of answers is without another word: EDGELM_HOME/responses. Raises: CacheError."""
-    return home() / FOLDER_NAME
+    return own_folder(home() / FOLDER_NAME)
 
 
 def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CacheCorruptError, CacheError, CacheVersionError
 from ...host.file_lock import locked
+from ...host.files import open_regular
 from ...host.home import make_private_folder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Database:
         import sqlite3
 
         # SQLite gives the files beside it the same mode.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600))
         _refuse_newer(self.path)
         self._identity = _identity(self.path)
         self.connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
@@ -222,7 +223,7 @@ def mapped_errors(path: Path) -> Iterator[None]:
 
 def _refuse_newer(path: Path) -> None:
     """Look at the version before SQLite touches the file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_VERSION_OFFSET + 4)
     if head.startswith(b"SQLite format 3\0"):
         version = int.from_bytes(head[_VERSION_OFFSET:], "big")

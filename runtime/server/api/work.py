@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import Request
@@ -54,13 +54,22 @@ class Work:
         self.stats: dict[int, Stats] = {}
         self._choices = choices
         self._count = len(prompts) * choices
-        self._started = time.perf_counter()
         self._metrics = context.metrics
         self._streams: list[ChunkStream] = [
             lease.engine.astream(token_ids=ids, settings=_seeded(settings, index))
             for ids in prompts
             for index in range(choices)
         ]
+
+    async def close(self) -> None:
+        """End the answers that are under way. Calling it again does nothing."""
+        for stream in self._streams:
+            await stream.aclose()
+
+    async def start(self) -> None:
+        """Let the answers be computed. Raises: EdgelmError for what only the engine can tell to be wrong."""
+        for stream in self._streams:
+            await stream.start()
 
     @property
     def count(self) -> int:
@@ -86,8 +95,9 @@ class Work:
         return all(item.response_cache_hit for item in self.stats.values())
 
     def progress(self) -> str:
-        """What a silent stream says."""
-        return f"working for {time.perf_counter() - self._started:.0f} s"
+        """What a silent stream says: tokens of the prompts that were read, and all of them."""
+        read, total = (sum(counts) for counts in zip(*(stream.progress for stream in self._streams), strict=True))
+        return f"{read}/{total}"
 
 
 class Answer(Protocol):
@@ -108,27 +118,26 @@ class Answer(Protocol):
 async def respond(
     request: Request, context: ServerContext, lease: Lease, make: Callable[[], Answer], *, stream: bool, prompt: str
 ) -> Response | EventStream:
-    """Answer a request and release its model in any case. make: checks what is asked and starts it, in a thread;
+    """Answer a request and release its model, in any case. make: checks what is asked and starts it, in a thread;
     prompt: the field that the prompt came in. Raises: ApiError, ClientGoneError."""
-    kept = False
-    try:
-        answer = await asyncio.to_thread(make)
-        if stream:
-            kept = True
-            return EventStream(
-                answer.events(),
-                lease.release,
-                context.settings,
-                comment=answer.work.progress,
-                failure=answer.failure,
-            )
-        body = await until_disconnect(request.receive, answer.whole())
-        return JsonResponse(body, headers={"x-edgelm-cache": "hit"} if answer.work.cached else None)
-    except EdgelmError as error:
-        raise api_error(error, prompt) from error
-    finally:
-        if not kept:
-            lease.release()
+    async with AsyncExitStack() as held:
+        held.callback(lease.release)
+        try:
+            answer = await asyncio.to_thread(make)
+            held.push_async_callback(answer.work.close)
+            await answer.work.start()
+            if stream:
+                return EventStream(
+                    answer.events(),
+                    held.pop_all().aclose,
+                    context.settings,
+                    comment=answer.work.progress,
+                    failure=answer.failure,
+                )
+            body = await until_disconnect(request.receive, answer.whole())
+            return JsonResponse(body, headers={"x-edgelm-cache": "hit"} if answer.work.cached else None)
+        except EdgelmError as error:
+            raise api_error(error, prompt) from error
 
 
 def with_room(lease: Lease, ids: Sequence[int], asked: int | None, default: int | None) -> int:

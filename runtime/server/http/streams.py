@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -66,7 +66,7 @@ class EventStream:
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        close: Callable[[], None],
+        close: Callable[[], Awaitable[None]],
         settings: ServerSettings,
         *,
         comment: Callable[[], str],
@@ -88,7 +88,7 @@ class EventStream:
         except TimeoutError:
             _log.warning("a client read nothing for %g s and was cut off", self._send_timeout_s)
         finally:
-            self._close()
+            await self._close()
 
     async def _answer(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})

@@ -1,0 +1,100 @@
+"""Files: reading what should be a regular file of plausible size, text, and writing by one rename.
+
+A name below a cache folder may lead to anything: a FIFO, which would wait for ever, a device or a sparse file of many
+gigabytes, which would fill the memory. So the file is looked at before a byte is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"
+# Texts that belong to a model: manifests, configurations, tokenizers (the largest known has 35 MB).
+MODEL_TEXT_BYTES = 1 << 28
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+
+class UnfitFileError(OSError):
+    """A file that is there and is not what it should be: no regular file, too large, or no text. Its `strerror` says
+    which."""
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file to read from. Waits for nobody.
+
+    Raises: OSError; UnfitFileError, where it is another kind of file, or has more than `most_bytes`.
+    """
+    with os.fdopen(os.open(path, _READ_ONLY), "rb", buffering=0) as file:
+        _require_regular(os.fstat(file.fileno()), path, most_bytes)
+        yield file
+
+
+def require_regular(path: Path, most_bytes: int | None = None) -> None:
+    """The same check for a file that somebody else opens. Raises: OSError."""
+    _require_regular(path.stat(), path, most_bytes)
+
+
+def _require_regular(found: os.stat_result, path: Path, most_bytes: int | None) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise UnfitFileError(errno.EINVAL, "it is no regular file", str(path))
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise UnfitFileError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most_bytes:,}", str(path))
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a regular file. Raises: OSError, as `open_regular`."""
+    with open_regular(path, most_bytes) as file:
+        data = bytearray()
+        # Not by the size that was found: another process may write to it.
+        while len(data) <= most_bytes and (chunk := file.read(most_bytes + 1 - len(data))):
+            data += chunk
+    if len(data) > most_bytes:
+        raise UnfitFileError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+    return bytes(data)
+
+
+def read_text(path: Path, most_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, with line feeds as they are. most_bytes: it must be a regular file of at most so many;
+    None for what a user names, which may be a pipe, too.
+
+    Raises: OSError; UnfitFileError, also where it is no UTF-8.
+    """
+    data = path.read_bytes() if most_bytes is None else read_bytes(path, most_bytes)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise UnfitFileError(errno.EILSEQ, reason, str(path)) from error
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file of mode 0600. Raises: OSError."""
+    return os.fdopen(os.open(path, _WRITE_NEW, 0o600), "wb")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file of mode 0600 that takes the place of `path` by one rename, when the block ends without an error.
+
+    Its name until then begins with a dot and ends with TEMPORARY; a kill leaves it there. Raises: OSError.
+    """
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{TEMPORARY}")
+    try:
+        with create(temporary) as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -1,0 +1,171 @@
+"""What a server gives one client and several: tokens per second, time between tokens, silence beside a long prompt.
+
+    python scripts/bench_server.py BUNDLE [--clients 8] [--tokens 96] [--threads N] [--json]
+
+Starts `edgelm serve` without the response cache, measures from the start of the process to the first token, then one
+client, several at once, and several while a long prompt comes in between. Texts are compared with those of `generate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from edgelm.runtime import load
+
+WORDS = "The river runs past the old mill, and the children of the village play there until it is dark. "
+SUBJECTS = ("a lake", "a fox", "the moon", "bread", "a train", "snow", "a library", "tea", "a kite", "the sea")
+START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One answer: when each chunk with text came, in seconds, and the text."""
+
+    times: list[float]
+    text: str
+    tokens: int
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+def main() -> int:
+    """Measure and print."""
+    arguments = parse()
+    with served(arguments.bundle, arguments.threads) as (address, begun):
+        first = asyncio.run(ask(address, "Once", 1)).times[0] - begun
+        figures = {"start_to_first_token_s": round(first, 3), **asyncio.run(measure(address, arguments))}
+    figures["texts_are_those_of_generate"] = compare(arguments, figures.pop("texts"))
+    print(json.dumps(figures, indent=None if arguments.json else 1))
+    return 0 if figures["texts_are_those_of_generate"] else 1
+
+
+def parse() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prompt-tokens", type=int, default=1900, help="of the long prompt")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+@contextmanager
+def served(bundle: str, threads: int) -> Iterator[tuple[str, float]]:
+    """A server's address, and when its process was started."""
+    begun = time.perf_counter()
+    options = ["--port", "0", "--threads", str(threads), "--no-response-cache", "--no-prefix-cache"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgelm.runtime.cli", "serve", f"model={bundle}", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found = re.search(r"interface at (\S+)/v1", line)
+            if found:
+                yield found[1], begun
+                return
+        raise SystemExit("the server did not start")
+    finally:
+        process.terminate()
+        process.wait(START_S)
+
+
+async def measure(address: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures but the start's."""
+    prompts = [f"Tell me about {SUBJECTS[number % len(SUBJECTS)]} ({number})." for number in range(arguments.clients)]
+    await ask(address, "warm up", 8)
+    alone = await ask(address, prompts[0], arguments.tokens)
+    begun = time.perf_counter()
+    together = await asyncio.gather(*(ask(address, prompt, arguments.tokens) for prompt in prompts))
+    took = time.perf_counter() - begun
+    long = await beside_long_prompt(address, prompts[: max(1, arguments.clients // 2)], arguments)
+    lone_rate = (len(alone.times) - 1) / (alone.times[-1] - alone.times[0])
+    total = sum(item.tokens for item in together) / took
+    return {
+        "clients": arguments.clients,
+        "one_client_tokens_per_s": round(lone_rate, 1),
+        "all_clients_tokens_per_s": round(total, 1),
+        "ratio": round(total / lone_rate, 2),
+        "one_client_p95_gap_ms": p95(alone.gaps),
+        "all_clients_p95_gap_ms": p95([gap for item in together for gap in item.gaps]),
+        "longest_silence_beside_a_long_prompt_ms": long,
+        "texts": {prompt: item.text for prompt, item in zip(prompts, together, strict=True)},
+    }
+
+
+async def beside_long_prompt(address: str, prompts: list[str], arguments: argparse.Namespace) -> float:
+    """The longest time that a stream is silent while a long prompt is fed, in ms."""
+    streams = [asyncio.create_task(ask(address, prompt + " Please.", 2 * arguments.tokens)) for prompt in prompts]
+    await asyncio.sleep(1.0)
+    count = await tokens_of(address, WORDS)
+    await ask(address, WORDS * (arguments.prompt_tokens // count), 1)
+    return round(1000 * max(max(item.gaps) for item in await asyncio.gather(*streams)), 1)
+
+
+async def tokens_of(address: str, text: str) -> int:
+    """How many tokens a text has."""
+    async with httpx.AsyncClient(timeout=START_S) as client:
+        return int((await client.post(f"{address}/tokenize", json={"content": text})).json()["count"])
+
+
+async def ask(address: str, prompt: str, tokens: int) -> Stream:
+    """Stream an answer to a text."""
+    # A model that was trained to chat would end a plain text at once.
+    body = {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "min_tokens": tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    times, text, count = [], "", 0
+    async with (
+        httpx.AsyncClient(timeout=START_S) as client,
+        client.stream("POST", f"{address}/v1/completions", json=body) as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise SystemExit(chunk["error"]["message"])
+            count = (chunk["usage"] or {}).get("completion_tokens", count)
+            if chunk["choices"] and chunk["choices"][0]["text"]:
+                text += chunk["choices"][0]["text"]
+                times.append(time.perf_counter())
+    return Stream(times, text, count)
+
+
+def p95(gaps: list[float]) -> float:
+    """The 95th percentile, in ms."""
+    return round(1000 * statistics.quantiles(gaps, n=20)[-1], 1)
+
+
+def compare(arguments: argparse.Namespace, texts: dict[str, str]) -> bool:
+    """Whether `generate` gives the same texts."""
+    with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=False) as engine:
+        asked = {"max_tokens": arguments.tokens, "min_tokens": arguments.tokens}
+        return all(engine.generate(prompt, **asked).text == text for prompt, text in texts.items())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Give edgelm random input of each kind that comes from outside, and see whether anything but an answer or an error of
+edgelm's comes of it.
+
+    python -m scripts.fuzz [--seconds 60] [--seed 0] [--only NAME ...] [--bundle FOLDER] [--trial NAME:NUMBER]
+
+Kinds: manifest, template, tokenizer, settings, schema, messages, budgets, home, command, kernels (their graphs). Findings
+are raw exceptions, answers that change, what takes longer than 20 seconds, and whatever ends the process: each is printed
+with its trial, which --trial does again. Exit status 1 with findings. --bundle: what is tried upon; the model that comes
+with edgelm is exported without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from scripts.fuzzing.targets import Targets
+
+LONGEST_S = 20
+ROOT = Path(__file__).parent.parent
+BUNDLE = ROOT / "build" / "fuzz" / "bundle"
+
+
+class HangError(BaseException):
+    """A trial takes too long. No Exception, which something might catch."""
+
+
+def main() -> int:
+    """Parse, then try until the time is up. Returns: the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="how long to try (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these kinds alone")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="what is tried upon")
+    parser.add_argument("--trial", metavar="NAME:NUMBER", help="do one trial, and show what comes of it")
+    parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.trial is not None or arguments.worker is not None:
+        return work(arguments)
+    if not arguments.bundle.exists():
+        from edgelm.export import ExportConfig, export_model
+
+        export_model(ExportConfig("builtin:tales", out=arguments.bundle))
+    return watch(arguments)
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Have trials done in processes of their own, each going on behind the one that ended the last. Returns: the exit
+    status."""
+    end, first, findings = time.monotonic() + arguments.seconds, 0, 0
+    while (left := end - time.monotonic()) > 0:
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.fuzz",
+            *sys.argv[1:],
+            "--seconds",
+            f"{left:.1f}",
+            "--worker",
+            str(first),
+        ]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None, "its output is read"
+        last = ""
+        for line in process.stdout:
+            kind, _, rest = line.rstrip("\n").partition("\t")
+            if kind == "trial":
+                last = rest
+                first = int(rest.partition(":")[2]) + 1
+            else:
+                findings += kind == "finding"
+                print(rest if kind == "finding" else line, end="\n" if kind == "finding" else "", flush=True)
+        if process.wait() < 0:
+            findings += 1
+            print(f"{last} ended the process with signal {-process.returncode}", flush=True)
+        elif process.returncode:
+            return 1
+    print(f"{first:,} trials, {findings} findings, seed {arguments.seed}")
+    return int(findings > 0)
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Do trials, each of which is said before it begins, or the one that is named."""
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGALRM, _hang)
+    with tempfile.TemporaryDirectory() as folder:
+        targets = Targets(arguments.bundle.resolve(), Path(folder)).all()
+        if arguments.trial is not None:
+            name, _, number = arguments.trial.partition(":")
+            targets[name](random.Random(f"{arguments.seed}:{name}:{number}"))
+            return 0
+        end, names = time.monotonic() + arguments.seconds, arguments.only or list(targets)
+        for number in itertools.count(arguments.worker):
+            if time.monotonic() > end:
+                return 0
+            name = names[number % len(names)]
+            print(f"trial\t{name}:{number}", flush=True)
+            _try(targets[name], f"{arguments.seed}:{name}:{number}")
+    raise AssertionError("trials have no end but the time")
+
+
+def _try(target: object, trial: str) -> None:
+    assert callable(target), "a target is tried"
+    signal.alarm(LONGEST_S)
+    try:
+        target(random.Random(trial))
+    except (Exception, HangError) as error:  # noqa: BLE001  what is looked for
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        words = " ".join(str(error).split())[:300]
+        print(f"finding\t{trial}: {type(error).__name__}: {words} ({where.filename}:{where.lineno})", flush=True)
+    finally:
+        signal.alarm(0)
+
+
+def _hang(_: int, frame: FrameType | None) -> NoReturn:
+    place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    raise HangError(f"it takes more than {LONGEST_S} s, in {place}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Random input for edgelm, of each kind that comes from outside."""
