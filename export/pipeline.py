@@ -66,7 +66,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     libraries.redirect()
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or Path(f"{short_name(config.model)}-{profile.name}")
+    out = config.out or _default_output(config.model, folder, profile.name)
     place.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
@@ -99,6 +99,12 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
         run_stages(context, [("write", write)], f"{config.model} for {profile.name}", progress)
     return ExportResult(out, names.Bundle.open(out).manifest, report)
+
+
+def _default_output(model: str, folder: Path, target: str) -> Path:
+    """In the working folder, or beside the model where that is the model's own folder, which is to hold no bundle."""
+    name = f"{short_name(model)}-{target}"
+    return folder.resolve().parent / name if folder.resolve() == Path.cwd().resolve() else Path(name)
 
 
 def _provider(profile: Profile) -> str:

@@ -3,7 +3,7 @@
 Only the module of the command that was asked for is imported, so that `edgelm run` starts as fast as it can. Commands
 of other packages are found through the entry point group `edgelm.commands`.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import EdgelmError
+from .errors import EdgelmError, SettingsError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 _ENTRY_POINTS = "edgelm.commands"
 _OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval", "serve")
+# What prints nothing that somebody waits for.
+_SILENT = ("serve",)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `edgelm` program. Returns the exit status; prints nothing but what the command prints and one error line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # we are the program, not called by one
+        signal.signal(signal.SIGTERM, _end)
     name = next((word for word in words if not word.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An output whose encoding lacks a character gets an escape in its place.
@@ -64,10 +69,19 @@ def _dispatch(name: str | None, words: list[str]) -> int:
     module.add_arguments(parser)
     add_debug(parser)
     words.remove(name)
-    status: int = module.run(parser.parse_intermixed_args(words))
+    given = parser.parse_intermixed_args(words)
+    if sys.stdout is None and name not in _SILENT:
+        raise SettingsError("standard output is closed, so nothing can be printed: open it, or send it to /dev/null")
+    status: int = module.run(given)
     if sys.stdout is not None:  # closed before we started
         sys.stdout.flush()
     return status
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """A signal that asks the program to end: what is half written is removed on the way out."""
+    print("edgelm: terminated", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

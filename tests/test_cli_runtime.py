@@ -74,7 +74,7 @@ def test_help_lists_every_command(capsys: Captured) -> None:
     assert call("--help") == 0
     out, err = capsys.readouterr()
     listed = [line.split()[0] for line in out.partition("commands:")[2].splitlines() if line.strip()]
-    assert listed == sorted([*COMMANDS, "cache", "compress", "doctor", "eval", "export", "targets"])
+    assert listed == sorted([*COMMANDS, "cache", "compress", "doctor", "eval", "export", "serve", "targets"])
     assert err == ""
 
 
@@ -552,7 +552,49 @@ def test_streams_that_were_never_open_give_no_traceback(tiny_bundle: Path, argum
     done = subprocess.run(shell, stderr=subprocess.PIPE, check=False, timeout=120)
     assert b"Traceback" not in done.stderr
     assert done.stderr.count(b"\n") <= 1
-    assert done.returncode in (0, 1)
+    assert done.returncode == 1
+    assert (b"standard output is closed" if closed == "1" else b"empty") in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
+def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path) -> None:
+    prompt = "Zażółć 你好"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "edgelm.runtime.cli", "run", str(tiny_bundle), prompt, "--max-tokens", "6"]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    with load(tiny_bundle) as engine:
+        expected = engine.generate(prompt, max_tokens=6).text
+    assert done.stdout == (expected + "\n").encode("ascii", "backslashreplace")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
+def test_a_program_that_is_terminated_removes_what_is_half_written(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from edgelm.export.output.place import partial_folder
+from edgelm.runtime import cli
+from edgelm.runtime.commands import doctor
+def half(_):
+    with partial_folder(Path({str(tmp_path / "out")!r})) as folder:
+        (folder / "graph").write_text("half")
+        print("begun", flush=True)
+        time.sleep(60)
+doctor.run = half
+sys.argv = ["edgelm", "doctor"]
+sys.exit(cli.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == b"begun\n"
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    assert process.wait(60) == 143
+    assert process.stderr.read() == b"edgelm: terminated\n"
+    assert not list(tmp_path.iterdir())
+    process.stdout.close()
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from edgelm.export.errors import SourceError
+from edgelm.export.pipeline import _default_output
+from edgelm.export.source.loading import find_source, short_name
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 
@@ -800,3 +803,36 @@ def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
     lines = [line for line in errors.splitlines() if not line.startswith("done ")]
     assert lines == ["edgelm: interrupted"]
     assert not contents(here)
+
+
+# ---- what folders are called, and what is no model
+
+
+def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    for text, base in (('{"base_model_name_or_path": "owner/base"}', "owner/base"), ("[", "another model")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SourceError, match=f"adapter .LoRA. for {base}.*merge"):
+            find_source(str(tmp_path), None)
+
+
+def test_a_folder_is_called_by_its_own_name_and_a_snapshot_by_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--owner--Tiny-1B" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    assert short_name(str(snapshot)) == short_name(f"{snapshot}/") == "Tiny-1B"
+    monkeypatch.chdir(snapshot)
+    assert short_name(".") == "Tiny-1B"
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert short_name(".") == short_name("./") == short_name("../model") == "model"
+    assert short_name("..") == tmp_path.name and short_name("owner/name") == "name"
+
+
+def test_a_bundle_is_not_written_into_its_model_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert _default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
+    monkeypatch.chdir(tmp_path)
+    assert _default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")

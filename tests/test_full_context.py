@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime import Engine, load
+from edgelm.runtime import Bundle, Engine, load
+from edgelm.runtime.errors import SessionError
+from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import WIDE_TARGET, byte_tokenizer
 
@@ -85,3 +87,11 @@ def test_draft_tokens_end_at_the_last_place(engine: Engine) -> None:
     prompt = (list(b"abcdefgh") * 8)[: CONTEXT - ROOM + 1]
     plain = engine.generate(token_ids=prompt, max_tokens=10, lookup=False)
     assert engine.generate(token_ids=prompt, max_tokens=10).token_ids == plain.token_ids
+
+
+def test_onnxruntime_writes_nothing_beside_our_error(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    session = open_session(Bundle.open(tiny_bundle), 1)
+    with pytest.raises(SessionError):
+        session.step([10**6])
+    session.close()
+    assert capfd.readouterr().err == ""

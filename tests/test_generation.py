@@ -22,7 +22,7 @@ from edgelm.runtime import Bundle, Chunk, Completion, Engine, GenerationSettings
 from edgelm.runtime.bundle.manifest import FileEntry
 from edgelm.runtime.caches.responses.cache import ResponseCache
 from edgelm.runtime.decoding.row import shortened
-from edgelm.runtime.errors import EngineClosedError, PromptError, SettingsError
+from edgelm.runtime.errors import ContextLengthError, EngineClosedError, PromptError, SettingsError
 from edgelm.runtime.fake import FakeSession
 from edgelm.runtime.text.tokenizer import Tokenizer
 
@@ -437,6 +437,33 @@ def test_a_deadline_that_passes_inside_a_prompt_ends_between_two_pieces(new_engi
     assert answers(done) == ("", (), "deadline")
     assert 0 < len(session.steps) < 900
     assert done.stats.time_to_first_token_s > 0 and done.stats.decode_tokens_per_s == 0
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_encoded(
+    new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(fake())
+
+    def never(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(Tokenizer, "encode", never)
+    with pytest.raises(ContextLengthError, match="2,000,000 characters, so 400,000 tokens or more"):
+        engine.generate("a" * 2_000_000)
+
+
+@pytest.mark.parametrize("responses", [False, True])
+def test_a_deadline_holds_while_a_prompt_is_encoded(
+    new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch, responses: bool
+) -> None:
+    engine = new_engine(fake(), ResponseCache() if responses else None)
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda *given, **named: time.sleep(1.0) or encode(*given, **named))
+    started = time.perf_counter()
+    done = engine.generate("ab", timeout=0.1)
+    assert time.perf_counter() - started < 0.9
+    assert (done.text, done.finish_reason, done.stats.prompt_tokens) == ("", "deadline", 0)
+    assert engine.generate("ab", timeout=30.0, max_tokens=3).finish_reason == "length"
 
 
 def test_a_deadline_counts_the_wait_for_another_request(new_engine: NewEngine) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from edgelm.runtime.errors import SessionError
 from edgelm.runtime.host import cpuid, machine
+from edgelm.runtime.host.ort import load_onnxruntime
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +168,11 @@ def test_small_cores_get_no_thread(
         file.parent.mkdir(parents=True)
         file.write_text(f"{speed}\n")
     assert machine.default_threads() == threads
+
+
+def test_a_machine_of_32_bits_is_not_told_to_install_what_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for most, words in ((2**63 - 1, "pip install onnxruntime"), (2**31 - 1, "install the 64-bit system")):
+        monkeypatch.setattr(sys, "maxsize", most)
+        with pytest.raises(SessionError, match=words):
+            load_onnxruntime()

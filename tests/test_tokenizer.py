@@ -272,6 +272,38 @@ def test_a_long_prompt_costs_no_more_decoding_than_a_short_one(get: Get, monkeyp
     assert max(lengths) <= 16
 
 
+# ---- the least number of tokens
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_text_has_fewer_tokens_than_the_least(get: Get, name: str) -> None:
+    tokenizer = get(name)
+    vocabulary = sorted(tokenizer._tokenizer.get_vocab(), key=len)[-50:]
+    for text in (*HARD, "", " " * 900, "word " * 200, "ab" * 500, *(token * 9 for token in vocabulary)):
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text)), text
+    assert tokenizer.least_tokens("ab" * 100_000) > 100
+
+
+def test_tokenizers_that_leave_something_out_have_no_least_number(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Builder
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    fallback = models.BPE({"a": 0, "<0x00>": 1}, [], byte_fallback=True)
+    words = models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")
+    for model, normalizer in (
+        (words, None),
+        (fallback, normalizers.StripAccents()),
+        (fallback, normalizers.Replace("x", "")),
+        (models.BPE({"a": 0}, []), None),
+    ):
+        tokenizer = Builder(model)
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(tmp_path / "t.json"))
+        assert Tokenizer(tmp_path / "t.json").least_tokens("abc" * 100_000) == 0
+
+
 # ---- ids
 
 

@@ -10,6 +10,23 @@ from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
 from ..errors import SourceError
 
 CONFIG_NAME = "config.json"
+_ADAPTER_NAME = "adapter_config.json"
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises: SourceError for a folder of peft's that holds changes to another model, and no model."""
+    path = folder / _ADAPTER_NAME
+    if not path.is_file() or (folder / CONFIG_NAME).is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    raise SourceError(
+        f"{folder} holds an adapter (LoRA) for {base or 'another model'}, and no model: merge the two first, by peft's "
+        "merge_and_unload() and save_pretrained(), and export the result"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

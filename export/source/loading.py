@@ -19,7 +19,7 @@ from ..compress.folder import load_compressed, read_record
 from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
-from .config import CONFIG_NAME, one_line, read_config
+from .config import CONFIG_NAME, one_line, read_config, refuse_adapter
 from .gguf_file import model_name
 from .quantized import check_quantization, widening
 from .rotation import rotation_name, steady_length
@@ -78,6 +78,7 @@ def find_source(model: str, revision: str | None) -> Path:
                 "owner/name, or builtin:tales"
             )
         folder = _download(model, revision)
+    refuse_adapter(folder)
     config = read_config(folder)
     check_architecture(folder / CONFIG_NAME, config)
     _check_weights(folder)
@@ -183,8 +184,15 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
 
 
 def short_name(model: str) -> str:
-    """What a model goes by: the last part of how the user named it."""
+    """What a model goes by: the last part of how the user named it, the folder's own name for ".", and the name on the
+    hub for a folder in its cache, which is called by a commit."""
     name = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    if Path(model).is_dir():
+        folder = Path(model).absolute()
+        name = folder.resolve().name if name in ("", ".", "..") else name
+        cached = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and cached.startswith("models--"):
+            name = cached.rsplit("--", 1)[-1]
     return model_name(Path(name)) if name.lower().endswith(gguf_source.SUFFIX) else name
 
 

@@ -11,7 +11,7 @@ from ..errors import PromptError, TemplateError
 from ..text.conversation import Conversation
 from .conversing import Chat
 from .folder import add_loading, add_provider, loading_of
-from .messages import add_chat_options, chat_options_of
+from .messages import add_chat_options, chat_options_of, typed
 from .settings import add_settings, settings_of
 
 SUMMARY = "talk with a model in the terminal"
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.load is not None:
         conversation.load(arguments.load)
     if arguments.system is not None:
-        conversation.system = arguments.system
+        conversation.system = typed(arguments.system)
     known = not arguments.no_prefix_cache
     place = {"threads": arguments.threads, "provider": arguments.provider, **loading_of(arguments)}
     with load(arguments.bundle, **place, response_cache=False, prefix_cache=known) as engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def chat_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if "template_variables" in given:
         given["template_variables"] = dict(given["template_variables"])
     return given
+
+
+def typed(text: str) -> str:
+    """A text of the command line, which Python reads as ASCII in some locales, whatever the terminal sends."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in text) else text
+    except UnicodeError:
+        return text
 
 
 def value_of(text: str) -> Any:

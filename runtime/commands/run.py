@@ -18,7 +18,7 @@ from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
 from ..serving.batches import MAX_ROWS, Prompt
 from .folder import add_folder, add_loading, add_provider, loading_of
-from .messages import add_chat_options, chat_options_of
+from .messages import add_chat_options, chat_options_of, typed
 from .settings import add_settings, settings_of
 
 SUMMARY = "answer a prompt with a bundle"
@@ -142,10 +142,10 @@ def _request(engine: Engine, arguments: argparse.Namespace, prompt: str) -> dict
         return {"prompt": prompt}
     messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
     if arguments.system is not None:
-        messages = [{"role": "system", "content": arguments.system}, *messages]
+        messages = [{"role": "system", "content": typed(arguments.system)}, *messages]
     if arguments.begin is None:
         return {"messages": messages}
-    begun = [*messages, {"role": "assistant", "content": arguments.begin}]
+    begun = [*messages, {"role": "assistant", "content": typed(arguments.begin)}]
     return {"messages": begun, "continue_final_message": True}
 
 
@@ -164,7 +164,7 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
 
 def _prompt(given: str | None) -> str:
     if given is not None and given != "-":
-        return given
+        return typed(given)
     text = _text("-")
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 from ..errors import SessionError
 
 _WARNING, _FATAL = 2, 4
+_BITS_32 = 2**32
 # A graph of one operator, y = Identity(x) with x float32 (1), as ONNX writes it.
 _IDENTITY = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a"
@@ -34,7 +36,11 @@ def load_onnxruntime() -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise SessionError(f"onnxruntime cannot be loaded ({error}): run  pip install onnxruntime") from error
+        # It has no wheel for 32 bits, so pip would find none.
+        remedy = (
+            "run  pip install onnxruntime" if sys.maxsize > _BITS_32 else "install the 64-bit system, which it needs"
+        )
+        raise SessionError(f"onnxruntime cannot be loaded ({error}): {remedy}") from error
 
 
 def can_start(provider: str) -> bool:

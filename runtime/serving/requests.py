@@ -14,6 +14,7 @@ from ..caches.responses.cache import response_key
 from ..decoding.grammar import GrammarCompiler
 from ..decoding.sampling import check_token_ids
 from ..errors import SettingsError, shown
+from ..host.patience import within
 from ..settings import GenerationSettings, SettingsKeywords
 from ..text.options import ChatKeywords, ChatOptions
 from ..text.prompts import PromptEncoder
@@ -61,7 +62,10 @@ class RequestMaker:
         check_token_ids(settings, model.vocab_size)
         if settings.keep >= model.context_length:
             raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
-        ids = self.prompts.encode(prompt, messages, token_ids, options)
+        left = None if settings.timeout is None else started + settings.timeout - time.perf_counter()
+        ids = within(left, lambda: self.prompts.encode(prompt, messages, token_ids, options, fitting=True))
+        if ids is None:  # the deadline is over, so nothing is computed for it
+            return Request([], settings, started)
         self.prompts.check_length(ids)
         return Request(ids, settings, started, self._grammars.compile(settings))
 

@@ -50,8 +50,8 @@ def load_graph(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # A graph that cannot be captured is no failure: it is loaded again.
-    options.log_severity_level = 4 if captures else 3
+    # What fails is raised. onnxruntime would write the same on standard error, in colours, and at once.
+    options.log_severity_level = 4
     # The arena keeps what the longest prompt needed for good. Without it memory falls back; speed is the same here.
     options.enable_cpu_mem_arena = False
     if machine.saturates_int8():

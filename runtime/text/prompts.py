@@ -37,10 +37,12 @@ class PromptEncoder:
         messages: Sequence[Message] | None,
         token_ids: Sequence[int] | None,
         options: ChatOptions = NO_OPTIONS,
+        fitting: bool = False,
     ) -> list[int]:
-        """At least one token id; exactly one of the first three is given. options: for messages.
+        """At least one token id; exactly one of the first three is given. options: for messages. fitting: refuse a text
+        that is clearly too long for the context before it is encoded.
 
-        Raises: PromptError, TemplateError.
+        Raises: PromptError, TemplateError, ContextLengthError.
         """
         given = [
             name
@@ -54,9 +56,9 @@ class PromptEncoder:
         if messages is None and options.given:
             raise PromptError(f"{options.given[0]} belongs to messages: leave it out, or give messages")
         if prompt is not None:
-            ids = self._of_text(prompt)
+            ids = self._of_text(prompt, fitting)
         elif messages is not None:
-            ids = self._of_messages(plain_messages(messages), options)
+            ids = self._of_messages(plain_messages(messages), options, fitting)
         else:
             ids = self._checked_ids(token_ids if token_ids is not None else ())
         if not ids:
@@ -82,10 +84,19 @@ class PromptEncoder:
                 f"the prompt has {len(token_ids):,} tokens, the model's context holds {context:,}: shorten it"
             )
 
-    def _of_text(self, prompt: str) -> list[int]:
+    def _checked(self, text: str, fitting: bool) -> str:
+        least, context = self._tokenizer.least_tokens(text) if fitting else 0, self._model.context_length
+        if least > context:
+            raise ContextLengthError(
+                f"the prompt has {len(text):,} characters, so {least:,} tokens or more, the model's context holds "
+                f"{context:,}: shorten it"
+            )
+        return text
+
+    def _of_text(self, prompt: str, fitting: bool) -> list[int]:
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt must be a text, found {shown(prompt)}: token ids are given as token_ids")
-        return self._tokenizer.encode(prompt) if prompt else []
+        return self._tokenizer.encode(self._checked(prompt, fitting)) if prompt else []
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         vocab_size = self._model.vocab_size
@@ -98,17 +109,18 @@ class PromptEncoder:
                 raise PromptError(f"token id {shown(token)} is out of range: the model has ids 0 to {vocab_size - 1}")
         return ids
 
-    def _of_messages(self, messages: Sequence[dict[str, Any]], options: ChatOptions) -> list[int]:
+    def _of_messages(self, messages: Sequence[dict[str, Any]], options: ChatOptions, fitting: bool) -> list[int]:
         if not messages:
             return []
         if self.templates is None:
             raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
         template = self.templates.of(options)
         if options.tokens_in_messages:
-            return self._tokenizer.encode(template.prompt(messages, options), special=False)
+            text = self._checked(template.prompt(messages, options), fitting)
+            return self._tokenizer.encode(text, special=False)
         control = self._control_tokens(template)
         messages, options, marks = control.mark(messages, options)
-        text = template.prompt(messages, options)
+        text = self._checked(template.prompt(messages, options), fitting)
         return self._tokenizer.encode(text, special=False) if marks is None else control.encode(text, marks)
 
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:

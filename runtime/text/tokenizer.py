@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleCorruptError, MemoryShortageError, PromptError
 
@@ -99,6 +100,34 @@ class Tokenizer:
                 f"a prompt of {len(text):,} characters takes more memory than there is: close other programs, or cut it"
             ) from error
 
+    def least_tokens(self, text: str) -> int:
+        """So many tokens a text has at least, at the cost of reading it once; encoding long texts without blanks takes
+        seconds. 0 for tokenizers that may leave something out.
+
+        Blanks are not counted, since tokens may strip them.
+        """
+        if not self._longest:
+            return 0
+        return -(-len(_without_blanks(text).encode("utf-8", "surrogatepass")) // self._longest)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token, blanks not counted, where tokens hold every byte of a text; 0 elsewhere."""
+        data = json.loads(self._tokenizer.to_str())
+        kinds = {step["type"] for step in _steps(data["normalizer"])}
+        byte_level = "ByteLevel" in {step["type"] for step in _steps(data["pre_tokenizer"])}
+        if data["model"].get("byte_fallback"):
+            whole = kinds <= {"Prepend", "Replace"} and all(map(_keeps_text, _steps(data["normalizer"])))
+        else:
+            whole = byte_level and kinds <= {"NFC"}
+        if not whole or data["model"]["type"] != "BPE":
+            return 0
+        texts = map(_without_blanks, self._tokenizer.get_vocab())
+        # Byte-level tokenizers write a character for each byte.
+        lengths = (len(text) if byte_level else len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        # Composing makes a third of the bytes at most, as in Korean.
+        return max(lengths, default=0) * (3 if kinds == {"NFC"} else 1)
+
     def encode_without_added(self, text: str) -> list[int]:
         """Token ids of a text in which no added token is looked for, special or not."""
         parts = self._tokenizer
@@ -174,6 +203,24 @@ class Tokenizer:
 
     def _is_byte(self, token_id: int) -> bool:
         return bool(_BYTE.fullmatch(self._tokenizer.id_to_token(token_id) or ""))
+
+
+def _without_blanks(text: str) -> str:
+    """A text, or a token, without blanks, one of which may be SentencePiece's sign for them."""
+    return "".join(text.replace("\u2581", " ").split())
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as a list of its steps."""
+    if part is None:
+        return []
+    inner = part.get("normalizers", part.get("pretokenizers"))
+    return [part] if inner is None else [step for item in inner for step in _steps(item)]
+
+
+def _keeps_text(step: dict[str, Any]) -> bool:
+    """Whether a step of a normalizer makes no text shorter: one that writes blanks as SentencePiece does."""
+    return step["type"] == "Prepend" or (step.get("pattern") == {"String": " "} and bool(step.get("content")))
 
 
 def _unfinished(data: bytes) -> bytes:
