@@ -22,6 +22,7 @@ from ..runtime.errors import SessionError
 from ..runtime.host.ort import can_start, load_onnxruntime
 from ..runtime.sessions import providers
 from ..targets import Profile
+from . import libraries
 from .compress.folder import without_figures
 from .compress.processes import require_one
 from .compress.recipe import Recipe, load_recipe
@@ -62,6 +63,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     Raises: SourceError, RecipeError, TraceError, VerificationError (outside the target's tolerances), OutputError,
     StageError. Cost: two to four times the size of the fp32 weights in memory; one minute for 135M parameters.
     """
+    libraries.redirect()
     profile = config.profile()
     folder = find_source(config.model, config.revision)
     out = config.out or _default_output(config.model, folder, profile.name)

@@ -3,10 +3,10 @@ edgelm's comes of it.
 
     python -m scripts.fuzz [--seconds 60] [--seed 0] [--only NAME ...] [--bundle FOLDER] [--trial NAME:NUMBER]
 
-Kinds: manifest, template, tokenizer, settings, schema, messages, budgets, home, command, kernels (their graphs). Findings
-are raw exceptions, answers that change, what takes longer than 20 seconds, and whatever ends the process: each is printed
-with its trial, which --trial does again. Exit status 1 with findings. --bundle: what is tried upon; the model that comes
-with edgelm is exported without it.
+Kinds: manifest, template, tokenizer, settings, schema, messages, budgets, home, command, kernels (their graphs).
+Findings are raw exceptions, answers that change, what takes longer than 20 seconds, and whatever ends the process: each
+is printed with its trial, which --trial does again. Exit status 1 with findings. --bundle: what is tried upon; the
+model that comes with edgelm is exported without it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def work(arguments: argparse.Namespace) -> int:
         targets = Targets(arguments.bundle.resolve(), Path(folder)).all()
         if arguments.trial is not None:
             name, _, number = arguments.trial.partition(":")
-            targets[name](random.Random(f"{arguments.seed}:{name}:{number}"))
+            targets[name](random.Random(f"{arguments.seed}:{name}:{number}"))  # noqa: S311
             return 0
         end, names = time.monotonic() + arguments.seconds, arguments.only or list(targets)
         for number in itertools.count(arguments.worker):
@@ -114,7 +114,7 @@ def _try(target: object, trial: str) -> None:
     assert callable(target), "a target is tried"
     signal.alarm(LONGEST_S)
     try:
-        target(random.Random(trial))
+        target(random.Random(trial))  # noqa: S311
     except (Exception, HangError) as error:  # noqa: BLE001  what is looked for
         where = traceback.extract_tb(error.__traceback__)[-1]
         words = " ".join(str(error).split())[:300]

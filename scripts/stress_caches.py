@@ -259,16 +259,17 @@ def _rounds(arguments: argparse.Namespace) -> Iterator[int]:
 def _killed(role: str, folder: Path, seed: int, arguments: argparse.Namespace) -> list[int]:
     """Let writers work for a moment, kill them; the numbers of the answers that they had stored."""
     children = [start(role, folder, seed + index, arguments) for index in range(arguments.processes)]
+    begun = []
     for process in children:  # they import for a while before they write
         assert process.stdout is not None
-        process.stdout.readline()
+        begun.append(process.stdout.readline().endswith("\n"))  # not, where others held the database for too long
     time.sleep(random.Random(arguments.seed + seed).random() * 0.3)  # noqa: S311
     numbers = []
     for index, process in enumerate(children):
         process.kill()
         text, _ = process.communicate()
-        first = (seed + index) * 10**6
-        numbers += [first, *(int(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))]
+        numbers += [(seed + index) * 10**6] * begun[index]
+        numbers += [int(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return numbers
 
 

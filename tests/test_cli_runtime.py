@@ -74,7 +74,7 @@ def test_help_lists_every_command(capsys: Captured) -> None:
     assert call("--help") == 0
     out, err = capsys.readouterr()
     listed = [line.split()[0] for line in out.partition("commands:")[2].splitlines() if line.strip()]
-    assert listed == sorted([*COMMANDS, "cache", "compress", "doctor", "eval", "export", "targets"])
+    assert listed == sorted([*COMMANDS, "cache", "compress", "doctor", "eval", "export", "serve", "targets"])
     assert err == ""
 
 

@@ -20,6 +20,7 @@ from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import MemoryShortageError, SessionError
 from edgelm.runtime.host import memory
 from edgelm.runtime.sessions import kv_cache as kv
+from edgelm.runtime.sessions.kernels import Use
 from edgelm.runtime.sessions.kv_cache import KVCache
 from edgelm.runtime.sessions.loading import open_session
 
@@ -83,7 +84,8 @@ def test_weights_that_kernels_read_where_they_are_mapped_need_no_memory(
     needed: list[int] = []
     monkeypatch.setattr("edgelm.runtime.sessions.loading.require_memory", lambda size, _: needed.append(size))
     for by_kernels in (True, False):
-        monkeypatch.setattr("edgelm.runtime.sessions.kernels.serve", lambda _, served=by_kernels: served)
+        use = Use(by_kernels, by_kernels, by_kernels)
+        monkeypatch.setattr("edgelm.runtime.sessions.kernels.use_in", lambda _, use=use: use)
         with contextlib.suppress(SessionError, ImportError):
             open_session(Bundle.open(tiny_bundle), 1).close()
     assert needed[0] == 0 < needed[1]

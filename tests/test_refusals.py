@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from edgelm.export.errors import RecipeError
 from edgelm.runtime import load
 from edgelm.runtime.caches.prefixes.cache import default_folder as prefixes
 from edgelm.runtime.caches.responses.cache import default_folder as responses
+from edgelm.runtime.caches.responses.database import mapped_errors
 from edgelm.runtime.cli import main
-from edgelm.runtime.errors import CacheError, SessionError
+from edgelm.runtime.errors import CacheError, MemoryShortageError, SessionError
 from edgelm.runtime.evaluation import scoring
 from edgelm.runtime.host import home
 from edgelm.runtime.sessions.prepared import Prepared, prepared_for
+from edgelm.runtime.text.tokenizer import Tokenizer
 
 
 def refused(path: str) -> PermissionError:
@@ -141,3 +145,36 @@ def test_an_error_gives_the_terminal_no_orders(tmp_path: Path, capsys: pytest.Ca
     assert main(["inspect", str(tmp_path / "a\x1b[2Jb")]) == 1
     error = capsys.readouterr().err
     assert "a\\x1b[2Jb" in error and error.strip().isprintable()
+
+
+class NoRoom:
+    """A tokenizer, or a database, for which there is no memory."""
+
+    def encode(self, *_: Any, **__: Any) -> None:
+        raise MemoryError
+
+
+def test_a_prompt_for_which_there_is_no_memory(tiny_bundle: Path) -> None:
+    tokenizer = Tokenizer(tiny_bundle / "tokenizer.json")
+    tokenizer._tokenizer = NoRoom()  # type: ignore[assignment]
+    with pytest.raises(MemoryShortageError, match="a prompt of 4 characters takes more memory"):
+        tokenizer.encode("Once")
+
+
+def test_a_database_for_which_there_is_no_memory(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="not enough memory"), mapped_errors(tmp_path):
+        raise MemoryError
+
+
+def test_an_export_keeps_libraries_out_of_the_users_home(tmp_path: Path) -> None:
+    code = (
+        "from edgelm.export import libraries; libraries.redirect();"
+        "from edgelm.export.output.charts import Row, bars; bars('a', 'b', [Row('a', '1', [(1, 'ink')])])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    environment |= {"HOME": str(tmp_path / "user"), "EDGELM_HOME": str(tmp_path / "own")}
+    (tmp_path / "user").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "user").iterdir())
+    assert (tmp_path / "own" / "libraries" / "matplotlib").is_dir()

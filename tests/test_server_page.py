@@ -66,9 +66,12 @@ def drive(address: str, browser: str, folder: Path, *more: str) -> str:
 
 def test_what_a_person_does_with_it(engine: Engine, browser: str, tmp_path: Path) -> None:
     shots = Path(os.environ.get("EDGELM_SCREENSHOTS", tmp_path))
-    with listening({"fake": engine}) as address:
+    with (
+        saying_engine(tmp_path, " a time.", template=None) as base,
+        listening({"fake": engine, "base": base}) as address,
+    ):
         said = drive(address, browser, shots)
-    assert said.count("ok: ") == 11, said
+    assert said.count("ok: ") == 12, said
     assert all((shots / f"{name}.png").stat().st_size > 5_000 for name in ("answer-light", "answer-dark", "phone"))
 
 

@@ -95,6 +95,13 @@ def test_a_regular_file_is_read_whole_up_to_its_limit(tmp_path: Path) -> None:
             files.read_text(path, most)
 
 
+@pytest.mark.parametrize("name", ["a\x00b", "\ud83d"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    for most in (None, 9):
+        with pytest.raises(OSError, match="no file has such a name"):
+            files.read_text(Path(name), most)
+
+
 def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")

@@ -442,3 +442,14 @@ def test_coarse_schemes_have_limits_of_their_own(tmp_path: Path) -> None:
 def test_a_tolerance_that_is_no_finite_number_is_refused(tmp_path: Path, value: str) -> None:
     text = VALID.replace("logit_difference = 1e-4", f"logit_difference = {value}")
     assert "gate.logit_difference must be a finite number" in refusal(tmp_path, text)
+
+
+def test_the_benchmarks_target_for_random_weights_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written by a script, and read as strictly as a user's own."""
+    if native_target() is None:
+        pytest.skip("no target fits this machine")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+
+    gate = load_target(str(bench.random_target(tmp_path))).gate
+    assert gate.mean_kl == 10 and 0 < gate.activations_kl < 1e-9

@@ -26,7 +26,6 @@ _FIELDS: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
-_OPSET_IMPORT, _DOMAIN = 8, 1
 _GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
@@ -43,11 +42,6 @@ def weight_files(graph: Path) -> list[str]:
     Cost: the file's structure is read, not its weights. Raises: BundleMissingError, BundleCorruptError.
     """
     return sorted(set(_read(graph, lambda data: _locations(data, 0, len(data), "model"))))
-
-
-def domains(graph: Path) -> frozenset[str]:
-    """The operator sets that a graph uses, by their domains; "" is ONNX's own. Cost and errors as `weight_files`."""
-    return frozenset(_read(graph, _imports))
 
 
 def operators(graph: Path) -> Counter[tuple[str, str]]:
@@ -67,13 +61,6 @@ def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_F
     # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
     except (ValueError, IndexError, RecursionError) as error:
         raise BundleCorruptError(f"{graph} is no ONNX file, or a truncated one: download or export it again") from error
-
-
-def _imports(data: mmap.mmap) -> Iterator[str]:
-    for number, begin, end in _fields(data, 0, len(data)):
-        if number == _OPSET_IMPORT:
-            found = {inner: data[start:stop] for inner, start, stop in _fields(data, begin, end)}
-            yield found.get(_DOMAIN, b"").decode("utf-8")
 
 
 def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:

@@ -33,9 +33,20 @@ def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO
 
     Raises: OSError; UnfitFileError, where it is another kind of file, or has more than `most_bytes`.
     """
-    with os.fdopen(os.open(path, _READ_ONLY), "rb", buffering=0) as file:
+    with _naming(path):
+        descriptor = os.open(path, _READ_ONLY)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         _require_regular(os.fstat(file.fileno()), path, most_bytes)
         yield file
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What no file can be called, such as a text with a NUL in it, is refused as what is not there."""
+    try:
+        yield
+    except ValueError as error:
+        raise UnfitFileError(errno.EINVAL, f"no file has such a name, {error}", str(path)) from error
 
 
 def require_regular(path: Path, most_bytes: int | None = None) -> None:
@@ -70,7 +81,8 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
 
     Raises: OSError; UnfitFileError, also where it is no UTF-8.
     """
-    data = path.read_bytes() if most_bytes is None else read_bytes(path, most_bytes)
+    with _naming(path):
+        data = path.read_bytes() if most_bytes is None else read_bytes(path, most_bytes)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -38,7 +38,9 @@ class Listener:
         self._first = 0.0
 
     def hear(self, chunks: Sequence[Chunk]) -> None:
-        """Take what is new of an answer's chunks; the last one ends it."""
+        """Take what is new of an answer's chunks; the last one ends it. Who was cancelled hears nothing."""
+        if self.ended:
+            return
         for chunk in chunks[self._seen :]:
             self._seen += 1
             self._first = self._first or time.perf_counter()

@@ -78,7 +78,13 @@ class Scheduler:
                 self._start_worker(listener)
             self._changed.notify_all()
         if begun:
-            self._begin(fresh)
+            try:
+                self._begin(fresh)
+            except BaseException as error:  # others may have joined it
+                with self._changed:
+                    self._fail([fresh], EngineError(f"a request was broken off ({type(error).__name__}): ask again"))
+                    self._changed.notify_all()
+                raise
         return listener
 
     def _begin(self, fresh: Computation) -> None:
@@ -342,6 +348,8 @@ class Scheduler:
                 answer = computation.finish()
             else:
                 computation.fail(event)
+            if answer is None:
+                self._forget(computation)
         # Stored before it is forgotten, so that an equal request finds one or the other.
         if answer is not None and computation.key is not None and self._responses is not None:
             self._responses.put(computation.key, answer)

@@ -12,7 +12,7 @@ from ..host import machine
 from ..host.memory import require_bytes
 from ..host.ort import load_onnxruntime, mapped_errors
 from . import kernels
-from .providers import CPU, CUDA, require_used
+from .providers import CUDA, require_used
 
 REPAIR = "export the model again, and check that onnxruntime is as new as the one that exported it"
 _PREPARING = {
@@ -29,12 +29,18 @@ def require_memory(weights_bytes: int, folder: Path) -> None:
 
 
 def load_graph(
-    graph: Path, threads: int, providers: Sequence[str], preparing: Path | None = None, *, captures: bool = False
+    graph: Path,
+    threads: int,
+    providers: Sequence[str],
+    preparing: Path | None = None,
+    *,
+    use: kernels.Use = kernels.UNUSED,
+    captures: bool = False,
 ) -> Any:
     """onnxruntime's session over a graph, with edgelm's settings.
 
     preparing: a folder to which the graph and the weights are written as they are prepared for this machine's kernels;
-    captures: on CUDA, able to capture runs as CUDA graphs.
+    use: what kernels are to compute; captures: on CUDA, able to capture runs as CUDA graphs.
     Raises: SessionError, also for a graph that cannot be captured.
     """
     onnxruntime = load_onnxruntime()
@@ -56,8 +62,8 @@ def load_graph(
         for name, value in _PREPARING.items():
             options.add_session_config_entry(f"session.{name}", value)
     with mapped_errors(f"could not load {graph}", REPAIR):
-        if providers[0] == CPU and kernels.serve(graph):
-            kernels.register(options, threads, kernels.compute_layers(graph))
+        if use.serve:
+            kernels.register(options, threads, use.compute_layers)
         settings = [{"enable_cuda_graph": "1"} if captures and name == CUDA else {} for name in providers]
         session = onnxruntime.InferenceSession(graph, options, providers=list(zip(providers, settings, strict=True)))
     require_used(providers[0], session.get_providers())

@@ -40,16 +40,15 @@ class OrtSession:
         Raises: SessionError.
         """
         self._model = model
-        self._inference = load_graph(graph, threads, providers, preparing)
-        by_kernels = providers[0] == CPU and kernels.attend(graph)
+        use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+        self._inference = load_graph(graph, threads, providers, preparing, use=use)
         # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
-        whole = providers[0] == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
-        self._least_kept = 0 if whole else 1
+        self._least_kept = 0 if use.compute_layers else 1
         # Without kernels, keys and values have the fixed scales alone: rows are as long as a head.
-        self._scale_bytes = model.kv.scale_bytes if by_kernels else 0
-        self._least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not by_kernels else 1
+        self._scale_bytes = model.kv.scale_bytes if use.attend else 0
+        self._least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not use.attend else 1
         self._rows = self.rows()
-        piece_tokens = KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS
+        piece_tokens = KERNELS_PIECE_TOKENS if use.attend else PIECE_TOKENS
         self.capabilities = Capabilities(piece_tokens, self._least_rows, rows=self._rows, blocks=self._rows)
 
     @property

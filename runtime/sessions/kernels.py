@@ -12,10 +12,11 @@ import functools
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.onnx_file import domains, operators
+from ..bundle.onnx_file import operators
 from ..errors import SessionError
 
 # Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
@@ -73,20 +74,31 @@ def identity() -> str | None:
     return f"edgelm-kernels {_library_digest()} {_arithmetic()}"
 
 
-def serve(graph: Path) -> bool:
-    """Whether a graph calls functions, and kernels are there. Raises: as `identity` and `domains`."""
-    return identity() is not None and _DOMAIN in domains(graph)
+@dataclass(frozen=True)
+class Use:
+    """What kernels compute of a graph. serve: anything at all; attend: all of its attention; compute_layers: all of its
+    layers, nearly."""
+
+    serve: bool = False
+    attend: bool = False
+    compute_layers: bool = False
 
 
-def attend(graph: Path) -> bool:
-    """Whether kernels compute all of a graph's attention. Raises: as `serve`."""
-    return serve(graph) and (_MICROSOFT, "GroupQueryAttention") not in operators(graph)
+UNUSED = Use()
 
 
-def compute_layers(graph: Path) -> bool:
-    """Whether kernels compute all of a graph's layers, nearly. Raises: as `operators`."""
-    others = sum(count for (domain, _), count in operators(graph).items() if domain != _DOMAIN)
-    return others <= _AROUND_LAYERS
+def use_in(graph: Path) -> Use:
+    """What kernels would compute of a graph on the CPU, by the operators that it calls.
+
+    Cost: the file's structure is read once. Raises: as `identity` and `operators`.
+    """
+    if identity() is None:
+        return UNUSED
+    calls = operators(graph)
+    own = sum(count for (domain, _), count in calls.items() if domain == _DOMAIN)
+    attention_is_theirs = (_MICROSOFT, "GroupQueryAttention") not in calls
+    few_others = calls.total() - own <= _AROUND_LAYERS
+    return Use(own > 0, own > 0 and attention_is_theirs, own > 0 and few_others)
 
 
 def register(options: Any, threads: int, own_threads: bool) -> None:

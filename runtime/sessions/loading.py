@@ -44,7 +44,8 @@ def make_session(
         return OrtSession(graph, model, threads, providers, preparing)
     from .concatenated import ConcatSession
 
-    return ConcatSession(load_graph(graph, threads, providers, preparing), model)
+    use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+    return ConcatSession(load_graph(graph, threads, providers, preparing, use=use), model)
 
 
 def _load_on_device(graph: Path, threads: int, providers: Sequence[str]) -> tuple[Any, bool]:
@@ -84,18 +85,17 @@ def _checked(bundle: Bundle, threads: int | None, prepare: bool | None, provider
 
 
 def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool | None, provider: str) -> Session:
+    use = kernels.use_in(bundle.path / GRAPH_NAME) if provider == CPU else kernels.UNUSED
     # Kernels read the weights as they are in the bundle: there is nothing to prepare.
-    wanted = prepare is not False and provider == CPU and not kernels.serve(bundle.path / GRAPH_NAME)
+    wanted = prepare is not False and provider == CPU and not use.serve
     prepared = prepared_for(bundle.manifest.digest) if wanted else None
     if prepared is not None and prepared.is_there():
         session = _open_prepared(bundle, prepared, threads)
         if session is not None:
             return session
     size = sum(bundle.manifest.files[name].bytes for name in weights)
-    graph = bundle.path / GRAPH_NAME
     # Kernels read the weights where they are mapped: pages that the system may drop.
-    mapped = provider == CPU and kernels.serve(graph) and kernels.compute_layers(graph)
-    require_memory(0 if mapped else size, bundle.path)
+    require_memory(0 if use.compute_layers else size, bundle.path)
     with ThreadPoolExecutor(1) as pool:
         weights_checked = pool.submit(bundle.check_files, weights)
         if prepare and prepared is not None and prepared.is_worth_it(size):

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleCorruptError, PromptError
+from ..errors import BundleCorruptError, MemoryShortageError, PromptError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -88,12 +88,17 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text. special: add what the tokenizer puts around a text, such as a first token.
 
-        Raises: PromptError, if the text holds half a surrogate pair, which no encoding can represent.
+        Raises: PromptError, if the text holds half a surrogate pair, which no encoding can represent;
+        MemoryShortageError.
         """
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text ({error}): remove lone surrogates") from error
+        except MemoryError as error:
+            raise MemoryShortageError(
+                f"a prompt of {len(text):,} characters takes more memory than there is: close other programs, or cut it"
+            ) from error
 
     def least_tokens(self, text: str) -> int:
         """So many tokens a text has at least, at the cost of reading it once; encoding long texts without blanks takes

@@ -9,8 +9,8 @@ from typing import Any
 
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, -1e308, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 2**64,
-    10**400, "", "0", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 3000, "../x", "C:\\x", [], {}, [[]], {"": None}, [None],
-    "None", "{{ x }}", "\ufeff",
+    10**400, "", "0", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 3000, "../x", "C:\\x", [], {}, [[]], {"": None},
+    [None], "None", "{{ x }}", "\ufeff",
 )  # fmt: skip
 WORDS = (
     "Once",

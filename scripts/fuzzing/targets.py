@@ -16,9 +16,12 @@ from edgelm.runtime import Engine, GenerationSettings, load
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.bundle.manifest import parse_manifest
 from edgelm.runtime.caches import budgets
+from edgelm.runtime.caches.prefixes.settings import PrefixCacheSettings
+from edgelm.runtime.caches.responses.settings import ResponseCacheSettings
 from edgelm.runtime.cli import main
 from edgelm.runtime.errors import EdgelmError
 from edgelm.runtime.text.chat import ChatTemplate
+from edgelm.runtime.text.messages import plain_messages
 from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .kernels import random_graph
@@ -31,8 +34,10 @@ TEMPLATES = (
     "{{ raise_exception('no') }}{{ strftime_now('%Y') }}{{ messages | tojson(indent=2) }}",
     "{{ 'x' * 9 }}{{ '%s' % messages }}{{ '{0}'.format(1) }}{{ 'a'.center(9) }}{{ range(9) | list | batch(2) | list }}",
 )
-FILTERS = ("truncate(-9)", "string", "batch(0)", "center(99)", "round(9)", "join", "first", "slice(0)", "xmlattr", "int",
-           "wordwrap(0)", "indent(-1)", "tojson", "sum", "sort", "unique", "map('x')", "replace('', 'x')", "format(1)")  # fmt: skip
+FILTERS = (
+    "truncate(-9)", "string", "batch(0)", "center(99)", "round(9)", "join", "first", "slice(0)", "xmlattr", "int",
+    "wordwrap(0)", "indent(-1)", "tojson", "sum", "sort", "unique", "map('x')", "replace('', 'x')", "format(1)",
+)  # fmt: skip
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"enum": [1, "a", None]}, "l": {"type": "array"}},
@@ -76,6 +81,10 @@ class Targets:
             self._engine = load(self.bundle, threads=1, response_cache=False, prefix_cache=False)
         return self._engine
 
+    def load_with_disk(self) -> Engine:
+        """An engine that keeps answers and prefixes in EDGELM_HOME."""
+        return load(self.bundle, threads=1, response_cache=ResponseCacheSettings(), prefix_cache=PrefixCacheSettings())
+
     def all(self) -> dict[str, Callable[[random.Random], None]]:
         """The targets by their names."""
         names = ("manifest", "template", "tokenizer", "settings", "schema", "messages", "budgets", "home", "command",
@@ -112,7 +121,7 @@ class Targets:
         if source.random() < 0.5:
             template = damaged(template.encode(), source).decode("utf-8", "replace")
         with contextlib.suppress(EdgelmError):
-            ChatTemplate(template, {"bos_token": "<s>"}).render(changed(MESSAGES, source))
+            ChatTemplate(template, {"bos_token": "<s>"}).render(plain_messages(changed(MESSAGES, source)))
 
     def try_tokenizer(self, source: random.Random) -> None:
         """A damaged tokenizer.json, or an odd text for a whole one."""
@@ -168,12 +177,12 @@ class Targets:
     def try_home(self, source: random.Random) -> None:
         """A home folder that was used, damaged, and used again: the answers stay the same."""
         home = self.home()
-        with load(self.bundle, threads=1) as engine:
+        with self.load_with_disk() as engine:
             expected = engine.generate("Once upon a time there was a little girl", max_tokens=3).token_ids
         files = [path for path in home.rglob("*") if path.is_file()]
         for path in [source.choice(files), home / source.choice(_PLACES)]:
             self.spoil(path, source)
-        with contextlib.suppress(EdgelmError), load(self.bundle, threads=1) as engine:
+        with contextlib.suppress(EdgelmError), self.load_with_disk() as engine:
             got = engine.generate("Once upon a time there was a little girl", max_tokens=3).token_ids
             assert got == expected, f"{got} in place of {expected}"
         self.command(["cache", source.choice(("check", "clear")), "--json"])
@@ -204,8 +213,8 @@ class Targets:
     def try_command(self, source: random.Random) -> None:
         """A command with odd words."""
         name = source.choice(sorted(COMMANDS))
-        words = [name, *source.choices([*COMMANDS[name], *COMMANDS[name], str(self.folder), "-1", "0", "x", text(source)],
-                                       k=source.randrange(5))]  # fmt: skip
+        known = [*COMMANDS[name], *COMMANDS[name], str(self.folder), "-1", "0", "x", text(source)]
+        words = [name, *source.choices(known, k=source.randrange(5))]
         if name not in ("cache", "targets"):
             words.insert(1, str(self.bundle))
         self.home()

@@ -182,6 +182,16 @@ const checks = {
     assert.equal(await page.locator("#talk .message").count(), 0);
     assert.equal(await page.evaluate(() => getComputedStyle(document.querySelector("#side")).visibility), "hidden");
   },
+  async "a model without a chat template continues a text"() {
+    const page = await opened();
+    await page.locator("#model").selectOption("base");
+    assert.equal(await page.locator("#text").getAttribute("placeholder"), "Write the beginning of a text");
+    await ask(page, "Once upon");
+    await idle(page);
+    assert.deepEqual(await answers(page), [" a time."]);
+    await page.reload();
+    assert.equal(await page.locator("#model").inputValue(), "base", "the model that was chosen is kept");
+  },
   async "errors are shown and do not end the conversation"() {
     const page = await opened();
     await ask(page, "x".repeat(5000));

@@ -219,6 +219,8 @@ def mapped_errors(path: Path) -> Iterator[None]:
         raise CacheCorruptError(f"{path} is damaged ({error})") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
+    except MemoryError as error:
+        raise CacheError(f"{path} cannot be used: there is not enough memory") from error
 
 
 def _refuse_newer(path: Path) -> None:
