@@ -580,8 +580,9 @@ def test_broken_templates_are_refused_when_they_are_compiled(source: str) -> Non
 
 @pytest.mark.parametrize("messages", [[5], ["text"], 5, [None]])
 def test_messages_that_are_none_are_refused(messages: Any) -> None:
-    with pytest.raises(PromptError):
-        plain_messages(messages)
+    for use in (plain_messages, ChatTemplate(CHATML, SPECIAL).render, ChatTemplate(CHATML, SPECIAL).prompt):
+        with pytest.raises(PromptError):
+            use(messages)
 
 
 # ---- which template a bundle has

@@ -88,7 +88,7 @@ def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare:
     use = kernels.use_in(bundle.path / GRAPH_NAME) if provider == CPU else kernels.UNUSED
     # Kernels read the weights as they are in the bundle: there is nothing to prepare.
     wanted = prepare is not False and provider == CPU and not use.serve
-    prepared = prepared_for(bundle.manifest.digest) if wanted else None
+    prepared = prepared_for(bundle.manifest.digest, asked=bool(prepare)) if wanted else None
     if prepared is not None and prepared.is_there():
         session = _open_prepared(bundle, prepared, threads)
         if session is not None:

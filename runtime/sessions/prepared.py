@@ -120,16 +120,16 @@ class Prepared:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepared_for(bundle_digest: str) -> Prepared | None:
-    """The prepared form of a bundle, or None where this machine can have none: without a home, or on processors whose
-    weights onnxruntime changes at load."""
+def prepared_for(bundle_digest: str, asked: bool = True) -> Prepared | None:
+    """The prepared form of a bundle, or None where this machine can have none: without a home, which is said where
+    somebody asked for one, or on processors whose weights onnxruntime changes at load."""
     if machine.saturates_int8():
         return None
     load_onnxruntime()  # its version is part of the key
     try:
         return Prepared(bundle_digest, own_folder(home() / FOLDER_NAME))
     except CacheError as error:
-        log.warning("prepared weights are not used: %s", error)
+        log.log(logging.WARNING if asked else logging.DEBUG, "prepared weights are not used: %s", error)
         return None
 
 

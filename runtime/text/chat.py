@@ -25,7 +25,7 @@ from jinja2.utils import Namespace
 from ..errors import PromptError, TemplateError, shown
 from .continuing import cut_at_mark, field_to_continue, mark_end
 from .control_tokens import with_marks
-from .messages import Message, has_parts, joined_parts, with_reasoning
+from .messages import Message, has_parts, joined_parts, plain_messages, with_reasoning
 from .options import NO_OPTIONS, OWN_VARIABLES, ChatOptions
 from .sandbox import BoundedSandbox, budget
 
@@ -132,7 +132,7 @@ class ChatTemplate:
         TemplateError, also for a template that leaves out a system message, tools or documents.
         """
         self._check_variables(options)
-        known = [dict(message) for message in messages]
+        known = plain_messages(messages)
         if has_parts(known):
             texts = joined_parts(known)
             known = [_one_part(*pair) for pair in zip(known, texts, strict=True)] if self._takes_parts else texts
@@ -179,10 +179,10 @@ class ChatTemplate:
     ) -> str:
         """The prompt for a conversation, up to where the assistant's answer begins, or goes on.
 
-        messages: plain data, as `plain_messages` gives them. Raises: PromptError for a last message that cannot be
-        continued; TemplateError with the template's own words, if it refuses these messages.
+        Raises: PromptError for what are no messages, and for a last message that cannot be continued; TemplateError
+        with the template's own words, if it refuses these messages.
         """
-        known = with_reasoning(messages)
+        known = with_reasoning(plain_messages(messages))
         field = field_to_continue(options)
         if field is None:
             return self._rendered(known, options, add_generation_prompt)
