@@ -271,6 +271,11 @@ class Engine:
         """The names that the chat template reads, such as "tools" or "enable_thinking"; none without a template."""
         return self._requests.prompts.template_variables
 
+    @property
+    def requests(self) -> tuple[int, int]:
+        """Requests that are computed now, and those that wait for a row."""
+        return self._scheduler.counts()
+
     def close(self) -> None:
         """Free the model and the response cache's file. Whole answers that other threads compute are finished first;
         streams and requests that wait end with EngineClosedError. Calling it again does nothing."""

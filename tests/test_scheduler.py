@@ -72,9 +72,9 @@ def prompts(count: int) -> list[list[int]]:
 def is_soon(engine: Engine, counts: tuple[int, int]) -> bool:
     """Whether so many requests run and wait, after the step that is running."""
     until = time.monotonic() + 5
-    while engine._scheduler.counts() != counts and time.monotonic() < until:
+    while engine.requests != counts and time.monotonic() < until:
         time.sleep(0.001)
-    return engine._scheduler.counts() == counts
+    return engine.requests == counts
 
 
 # ---- rows of one batch
@@ -86,7 +86,7 @@ def test_threads_share_steps_and_get_the_answers_of_each_alone(engine: Engine) -
     with ThreadPoolExecutor(15) as pool:
         together = list(pool.map(lambda ids: facts(engine.generate(token_ids=ids, max_tokens=20)), asked))
     assert together == alone
-    assert engine._scheduler.counts() == (0, 0)
+    assert engine.requests == (0, 0)
 
 
 def test_tasks_share_steps_and_get_the_answers_of_each_alone(engine: Engine) -> None:
@@ -262,7 +262,7 @@ def test_what_is_dropped_before_it_begins_costs_nothing(new_engine: NewEngine, e
     del stream
     gc.collect()
     assert session.steps == []
-    assert engine._scheduler.counts() == (0, 0)
+    assert engine.requests == (0, 0)
 
 
 # ---- deadlines

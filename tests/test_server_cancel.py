@@ -81,6 +81,7 @@ def test_a_waiting_request_is_dropped_when_its_client_leaves(engine: Engine) -> 
         with connect(address) as second:
             second.sendall(request_bytes(True, "another"))
             assert eventually(lambda: 'requests_processing{model="fake"} 2' in httpx.get(f"{address}/metrics").text)
+            assert eventually(lambda: 'requests_deferred{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
         assert eventually(lambda: 'requests_processing{model="fake"} 1' in httpx.get(f"{address}/metrics").text)
     assert eventually(lambda: is_still(engine))
     assert not any(bytes(session.tokens).count(word) for word in (b"another",))

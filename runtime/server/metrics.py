@@ -19,6 +19,7 @@ _COUNTERS = {
 }
 _GAUGES = {
     "requests_processing": "Requests under way or waiting",
+    "requests_deferred": "Requests that wait for a row of the running batch",
     "model_loaded": "1 while the model is loaded",
     "model_bytes": "Memory that the model takes, estimated",
 }
@@ -50,6 +51,7 @@ class Metrics:
         gauges: dict[str, dict[str, float]] = {
             model.name: {
                 "requests_processing": model.users,
+                "requests_deferred": 0 if model.engine is None else model.engine.requests[1],
                 "model_loaded": int(model.engine is not None),
                 "model_bytes": model.size,
             }
