@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.host.files import read_text
+from ..runtime.host.files import NoTextError, read_text
 from ..targets import Profile, TargetError, load_target, native_target
 from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
@@ -72,6 +72,8 @@ class ExportConfig:
             return built_in_texts().calibrating
         try:
             return read_text(self.text)
+        except NoTextError as error:
+            raise RecipeError(f"{self.text}: {error.strerror}: convert it, or give another file") from error
         except OSError as error:
             raise RecipeError(f"{self.text} cannot be read ({error.strerror}): give a text file") from error
 

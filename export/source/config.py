@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
+from ...runtime.host.files import MODEL_TEXT_BYTES, NoTextError, read_text
 from ..errors import SourceError
 
 CONFIG_NAME = "config.json"
@@ -34,6 +34,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(read_text(path, MODEL_TEXT_BYTES))
+    except NoTextError as error:
+        raise SourceError(f"{path}: {error.strerror}: download the model again") from error
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"

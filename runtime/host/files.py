@@ -27,6 +27,10 @@ class UnfitFileError(OSError):
     which."""
 
 
+class NoTextError(UnfitFileError):
+    """A file that holds no UTF-8 text."""
+
+
 @contextlib.contextmanager
 def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO]:
     """A regular file to read from. Waits for nobody.
@@ -79,7 +83,7 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
     """The text of a UTF-8 file, with line feeds as they are. most_bytes: it must be a regular file of at most so many;
     None for what a user names, which may be a pipe, too.
 
-    Raises: OSError; UnfitFileError, also where it is no UTF-8.
+    Raises: OSError; UnfitFileError, NoTextError.
     """
     with _naming(path):
         data = path.read_bytes() if most_bytes is None else read_bytes(path, most_bytes)
@@ -87,7 +91,7 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise UnfitFileError(errno.EILSEQ, reason, str(path)) from error
+        raise NoTextError(errno.EILSEQ, reason, str(path)) from error
 
 
 def create(path: Path) -> BinaryIO:
