@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,13 +198,18 @@ def branching(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("branching")
-def test_the_reason_behind_the_exporters_error_is_told() -> None:
+def test_the_reason_behind_the_exporters_error_is_told(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "edgelm")
     model = build("LlamaConfig", {**GROUPED, "num_hidden_layers": 1})
     words = (
         r"LlamaForCausalLM cannot be traced: GuardOnDataDependentSymNode: Could not guard on data-dependent expression"
     )
     with pytest.raises(TraceError, match=f"^{words}.*$"):
         trace_model(model)
+    assert capfd.readouterr().err == "", "torch prints its whole graph"
+    assert "torch.ops.aten" in caplog.text
 
 
 @pytest.mark.usefixtures("branching")

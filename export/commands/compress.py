@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..compress.processes import is_first
     from ..compress.run import compress_model
 
-    progress = RichProgress(Console(stderr=True, highlight=False, quiet=not is_first()))
+    progress = RichProgress(Console(file=sys.stderr, highlight=False, quiet=not is_first()))
     quiet_libraries()
     try:
         record = compress_model(config, progress, progress.say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = ExportConfig(**{name: getattr(arguments, name) for name in names})
     from rich.console import Console
 
-    progress = RichProgress(Console(stderr=True, highlight=False))
+    progress = RichProgress(Console(file=sys.stderr, highlight=False))
     from ..pipeline import export_model
 
     quiet_libraries()

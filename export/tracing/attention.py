@@ -9,6 +9,7 @@ positions are one symbolic node (`edgelm::Positions`), which the pass `lower_pos
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "edgelm_group_query_attention"
 # Trace with unlike sizes above 1, or torch would take two of them for one, or a 1 for a constant.
 _BATCH, _NEW, _PAST = 2, 3, 5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -280,16 +283,21 @@ def _activated(state: _Trace | _Probe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's warnings about missing torchvision and renamed dimensions from the user's screen."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep what torch says beside its result from the user's screen: warnings, and its whole graph where a trace fails.
+    It is logged at DEBUG."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "torch.fx"))}
+    said = io.StringIO()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        if said.getvalue().strip():
+            log.debug("torch's exporter: %s", said.getvalue().strip())
 
 
 def name_weights(graph: ir.Model) -> None:
