@@ -304,9 +304,9 @@ def test_the_event_loop_stays_free_while_a_prompt_is_encoded(
     engine = new_engine(fake())
     encode = engine._requests.prompts.encode
 
-    def slowly(*arguments: Any) -> list[int]:
+    def slowly(*arguments: Any, **options: Any) -> list[int]:
         time.sleep(0.3)
-        return encode(*arguments)
+        return encode(*arguments, **options)
 
     monkeypatch.setattr(engine._requests.prompts, "encode", slowly)
 

@@ -7,10 +7,7 @@ reads costs nothing. For callers of asyncio, who must not block, a worker thread
 
 from __future__ import annotations
 
-import atexit
-import logging
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 
 from ..bundle.manifest import Manifest
@@ -24,17 +21,10 @@ from ..text.tokenizer import Tokenizer
 from .answer import Request, replay, unanswered
 from .computation import Computation
 from .listener import Listener, nobody
+from .worker import Worker
 
 # A request that others overtook so often is admitted next, however long its prompt is.
 _MOST_OVERTAKINGS = 4
-# Chunks that wait for a reader of asyncio before the worker stops computing for it alone.
-_READ_AHEAD = 32
-# How long the worker waits for something to do before it ends.
-_WORKER_IDLE_S = 5.0
-
-log = logging.getLogger(__name__)
-
-_with_workers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class Scheduler:
@@ -58,7 +48,7 @@ class Scheduler:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._responses, self._key_of = responses, key_of
         self._running: dict[Row, Computation] = {}
-        self._closed = self._exiting = False
+        self._closed = False
         self._reset()
         watch_forks(self)
 
@@ -75,7 +65,7 @@ class Scheduler:
         with self._changed:
             begun = self._join(listener, fresh)
             if wake is not nobody:
-                self._start_worker(listener)
+                self._worker.serve(listener)
             self._changed.notify_all()
         if begun:
             try:
@@ -171,13 +161,7 @@ class Scheduler:
             self._fail(rest, EngineClosedError("the engine was closed while this answer was computed"))
             self._running.clear()
             self._stop_driving()
-
-    def stop_worker(self) -> None:
-        """Compute nothing more for callers of asyncio; waits for the step that is running."""
-        with self._changed:
-            self._exiting = True
-            while self._driver is not None and self._driver != threading.get_ident():
-                self._changed.wait()
+        self._worker.stop()
 
     def after_fork(self) -> None:
         """The threads that computed are not in the child, nor is what they held."""
@@ -185,6 +169,7 @@ class Scheduler:
         for computation in self._running.values():
             self._decoder.drop(computation.row)
         self._running.clear()
+        self._worker.forget()
         self._reset()
         self._fail(waiting, EngineError("the process was forked while this answer was computed: ask again"))
 
@@ -192,9 +177,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: list[Computation] = []
         self._by_key: dict[str, Computation] = {}
-        self._readers: list[Listener] = []
         self._driver: int | None = None
-        self._worker: threading.Thread | None = None
+        self._worker = Worker(self._changed, lambda: self._has_work() and self._take_the_wheel(), self._drive)
 
     # ---- with the lock
 
@@ -376,43 +360,3 @@ class Scheduler:
             self._fail(broken, told)
             self._running.clear()
             self._stop_driving()
-
-    # ---- the worker
-
-    def _start_worker(self, reader: Listener) -> None:
-        self._readers.append(reader)
-        if self._worker is None:
-            # A daemon: a stream that is left open does not keep the process alive.
-            self._worker = threading.Thread(target=self._work, name="edgelm", daemon=True)
-            self._worker.start()
-            _with_workers.add(self)
-
-    def _is_wanted(self) -> bool:
-        self._readers = [reader for reader in self._readers if not reader.ended]
-        return not self._exiting and any(reader.whole or len(reader.chunks) < _READ_AHEAD for reader in self._readers)
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._is_wanted():
-                    idle = not self._changed.wait(_WORKER_IDLE_S)
-                    if self._closed or (idle and not self._is_wanted()):
-                        self._worker = None
-                        return
-                if not self._has_work() or not self._take_the_wheel():
-                    self._changed.wait()
-                    continue
-            try:
-                self._drive()
-            except Exception:
-                # The listeners have it, and raise it where it is awaited.
-                log.debug("a step failed", exc_info=True)
-
-
-def _rest_at_exit() -> None:
-    """Wait for the steps that workers run: onnxruntime must not compute while the interpreter takes itself apart."""
-    for scheduler in list(_with_workers):
-        scheduler.stop_worker()
-
-
-atexit.register(_rest_at_exit)
