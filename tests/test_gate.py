@@ -23,7 +23,7 @@ from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.sessions.in_place import OrtSession
-from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, Session
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, Capabilities, Session
 from edgelm.targets import load_target
 
 from .conftest import TEXT, compare_texts, tiny_llama
@@ -396,6 +396,10 @@ class Spoiled:
     def __init__(self, session: Session, spoil: Callable[[NDArray[np.float32]], None]) -> None:
         self._session = session
         self._spoil = spoil
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
 
     @property
     def length(self) -> int:

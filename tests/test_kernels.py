@@ -825,7 +825,7 @@ def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: 
         for row, text in enumerate(texts):
             cut = int(random.integers(len(text)))
             for piece in filter(None, (text[:cut], text[cut:])):
-                last = rows.feed(row, piece).copy()
+                last = rows.feed(row, piece)[0].copy()
             got[row].append(last)
         for leaves in leaving:
             tokens = random.integers(0, 256, len(held)).tolist()

@@ -123,7 +123,7 @@ def test_numbers_that_json_does_not_have_are_refused(value: str) -> None:
 
 
 numbers = st.integers(0, 2**40)
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+words = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=8)
 sizes = st.integers(1, 2**40)
 layers = st.builds(LayerCache, sizes, sizes, sizes, st.none() | sizes)
 manifests = st.builds(

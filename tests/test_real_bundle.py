@@ -74,7 +74,7 @@ def test_batches_answer_as_each_prompt_alone(engine: Engine) -> None:
 def test_a_prefix_survives_a_restart(real_bundle: Path, computed_by: str) -> None:
     answers = []
     for _ in range(2):
-        with load(real_bundle, threads=2, response_cache=False) as engine:
+        with load(real_bundle, threads=2, response_cache=False, prefix_cache=True) as engine:
             answers.append(engine.generate(TEXT[:2000], max_tokens=8))
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[1].stats.reused_tokens > 0.8 * answers[1].stats.prompt_tokens
