@@ -21,6 +21,8 @@ _MOST_OVERTAKINGS = 4
 # The least that is fed at once where a deadline is near, and what is fed first where it is not known how long it takes.
 _LEAST_PIECE, _FIRST_PIECE = 16, 64
 
+# What is fed between two steps of other rows, whose readers wait meanwhile.
+_PIECE_BESIDE_ROWS = 256
 # What it costs to feed a prompt beside its tokens, in tokens: each run reads all weights.
 _COST_OF_A_RUN = 32
 
@@ -129,7 +131,7 @@ class Decoder:
             yield row, None
         if self._fed:
             yield from self._step()
-        budget = self._piece_tokens
+        budget = min(self._piece_tokens, _PIECE_BESIDE_ROWS) if self._fed else self._piece_tokens
         while budget > 0 and self._fed < len(self._rows):
             index = self._next_unfed()
             size = self._piece(self._rows[index], budget)
