@@ -93,9 +93,6 @@ class FakeSeveral:
         self._session.pieces.append(len(token_ids))
         return self._rows[row].step(token_ids, keep)
 
-    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
-        raise AssertionError("nobody said that it can")
-
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._session.together.append(len(token_ids))
         used = self._rows[: len(token_ids)]

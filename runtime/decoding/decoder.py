@@ -59,13 +59,14 @@ class Decoder:
         max_rows: int = 1,
         bounded_pieces: bool = False,
     ) -> None:
-        """context_length: needed for rows with `keep`. prefixes: of this session. piece_tokens: of a prompt, fed at
-        once; None for what is best for the session. max_rows: at most as many as the session has. bounded_pieces:
+        """context_length: needed for rows with `keep`. prefixes: over the same session. piece_tokens: of a prompt, fed
+        at once; None for what is best for the session. max_rows: at most as many as the session has. bounded_pieces:
         shorten pieces where a row's deadline is near."""
         capabilities = session.capabilities
         self._session = (capabilities.rows if max_rows > 1 else None) or OneRow(session)
         self.max_rows = min(max_rows, self._session.max_rows)
-        self._picks = capabilities.picks is not None
+        # It picks for its own text alone, so not where several rows run.
+        self._picks = capabilities.picks if self.max_rows == 1 else None
         self._free_drafts = capabilities.least_rows - 1
         self._piece_tokens = piece_tokens or capabilities.piece_tokens
         self._bounded = bounded_pieces
@@ -276,8 +277,8 @@ class Decoder:
 
     def _run(self, index: int, token_ids: Sequence[int], keep: int) -> NDArray[Any]:
         """Rows of logits, or ids that the session chose."""
-        if self._picks and self._rows[index].greedy:
-            return self._session.likeliest(index, token_ids, keep)
+        if self._picks is not None and self._rows[index].greedy:
+            return self._picks.likeliest(token_ids, keep)
         return self._session.feed(index, token_ids, keep)
 
     def _take(self, index: int, results: NDArray[Any], drafts: Sequence[int] = ()) -> Iterator[Event]:

@@ -95,9 +95,6 @@ class Rows(Protocol):
     def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         """Append tokens to one row, as `Session.step`."""
 
-    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
-        """Append tokens to one row, as `PicksTokens.likeliest`; asked only where `Capabilities.picks` is there."""
-
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Append one token to each of the first rows. Returns: the logits (rows, vocab_size), valid until the next
         step. Raises: SessionError, which leaves all lengths as they were."""
@@ -171,11 +168,6 @@ class OneRow:
 
     def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         return self._session.step(token_ids, keep)
-
-    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
-        picks = self._session.capabilities.picks
-        assert picks is not None, "asked before"
-        return picks.likeliest(token_ids, keep)
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         return self._session.step(token_ids)

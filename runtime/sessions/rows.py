@@ -119,9 +119,6 @@ class OrtRows:
         self._set_length(row, begin + len(token_ids))
         return self._kept[0, :keep]
 
-    def likeliest(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
-        raise NotImplementedError("a session on the CPU has no `picks`, so nobody asks it")
-
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         rows = len(token_ids)
         try:

@@ -53,7 +53,7 @@ class Guard:
 
         try:
             await self._checked(scope, receive, answer)
-        except Exception:
+        except Exception:  # whatever it is, the client gets an error of the interface's form, and the log the rest
             _log.exception("%s failed", name)
             if status:
                 raise  # the answer has begun: the connection is cut
