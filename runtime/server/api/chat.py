@@ -25,7 +25,7 @@ from .answers import timings_of, wire_reason
 from .logprobs import chat_entries
 from .messages import messages_of
 from .prompting import ChatPrompt, Reading, options_of, render
-from .sampling import chat_logprobs, count_of, max_tokens_of, settings_of, structure_of
+from .sampling import chat_logprobs, count_of, max_tokens_of, settings_of, streaming_of, structure_of
 from .work import Work, error_event, new_id, respond, with_room
 
 # What asks for something that is not there, and what to do instead.
@@ -61,10 +61,7 @@ def read_chat(fields: Fields, limits: ServerSettings) -> ChatRequest:
         raise invalid("response_format and a tool_choice that asks for a call exclude each other", "response_format")
     max_tokens = max_tokens_of(fields, "max_completion_tokens", "max_tokens")
     settings = dataclasses.replace(settings_of(fields, max_tokens), logprobs=chat_logprobs(fields), **structure)
-    stream = fields.flag("stream")
-    options = fields.inner("stream_options")
-    if options is not None and not stream:
-        raise invalid("stream_options needs stream: set it to true", "stream_options")
+    stream, with_usage = streaming_of(fields)
     return ChatRequest(
         fields.text("model"),
         ChatPrompt(
@@ -78,7 +75,7 @@ def read_chat(fields: Fields, limits: ServerSettings) -> ChatRequest:
         max_tokens,
         count_of(fields, limits.max_choices),
         stream,
-        options is not None and options.flag("include_usage"),
+        with_usage,
     )
 
 

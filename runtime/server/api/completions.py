@@ -22,7 +22,7 @@ from ..models import Lease
 from ..settings import ServerSettings
 from .answers import timings_of, wire_reason
 from .logprobs import completion_entries
-from .sampling import count_of, max_tokens_of, settings_of, structure_of
+from .sampling import count_of, max_tokens_of, settings_of, streaming_of, structure_of
 from .work import Work, error_event, new_id, respond, with_room
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -54,9 +54,7 @@ def read_completion(fields: Fields, limits: ServerSettings) -> CompletionRequest
     echo = fields.flag("echo")
     if echo and logprobs is not None:
         raise unsupported("echo with logprobs", "the prompt's own log-probabilities are not computed; leave one out")
-    stream, options = fields.flag("stream"), fields.inner("stream_options")
-    if options is not None and not stream:
-        raise invalid("stream_options needs stream: set it to true", "stream_options")
+    stream, with_usage = streaming_of(fields)
     structure = structure_of(fields.inner("response_format"))
     max_tokens = max_tokens_of(fields, "max_tokens", "max_completion_tokens") or limits.max_tokens
     max_tokens = max_tokens or _DEFAULT_MAX_TOKENS
@@ -68,7 +66,7 @@ def read_completion(fields: Fields, limits: ServerSettings) -> CompletionRequest
         choices,
         echo,
         stream,
-        options is not None and options.flag("include_usage"),
+        with_usage,
     )
 
 

@@ -112,6 +112,14 @@ def chat_logprobs(fields: Fields) -> int | None:
     return top or 0
 
 
+def streaming_of(fields: Fields) -> tuple[bool, bool]:
+    """Whether the answer is a stream, and whether that ends with the usage. Raises: ApiError."""
+    stream, options = fields.flag("stream"), fields.inner("stream_options")
+    if options is not None and not stream:
+        raise invalid("stream_options needs stream: set it to true", "stream_options")
+    return stream, options is not None and options.flag("include_usage")
+
+
 def count_of(fields: Fields, most: int) -> int:
     """`n`. Raises: ApiError."""
     count = fields.whole("n", 1, 2**31) or 1
