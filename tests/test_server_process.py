@@ -149,6 +149,14 @@ def test_an_interrupted_server_ends_with_one_line_at_most(bundle: Path) -> None:
         assert "Traceback" not in "".join(server.lines)
 
 
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "http", "9" * 40])
+def test_a_port_that_is_none(bundle: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(bundle), f"--port={port}"])
+    assert ended.value.code == 2
+    assert "give a number from 0 to 65535" in capsys.readouterr().err
+
+
 def test_two_servers_on_one_port(server: Server, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = server.address.rsplit(":", 1)[1]
     assert main(["serve", str(bundle), "--port", port]) == 1

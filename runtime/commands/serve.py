@@ -27,6 +27,13 @@ _MIB = 1 << 20
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def _port(text: str) -> int:
+    """A port's number. The system would take 99999 for 34463 without a word."""
+    if not text.isascii() or not text.isdigit() or int(text[:9]) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is no port: give a number from 0 to 65535")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
@@ -37,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
-    where.add_argument("--port", type=int, default=8080, metavar="N", help="port, 0 for any free one (8080)")
+    where.add_argument("--port", type=_port, default=8080, metavar="N", help="port, 0 for any free one (8080)")
     where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a unix socket instead")
     who = parser.add_argument_group("who may call")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; only its owner may read it")
