@@ -35,7 +35,7 @@ from .output import package, place
 from .output.report import Measurements, build_report, write_report
 from .quantized_graph import make_quantized_graph
 from .records import Fp32Graph, Job, Loaded, QuantizedGraph
-from .source.loading import find_source, short_name
+from .source.finding import find_source, short_name
 from .stages import Progress, StageRecord, Stages
 
 

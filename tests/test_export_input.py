@@ -17,7 +17,7 @@ import pytest
 
 from edgelm.export.errors import SourceError
 from edgelm.export.pipeline import _default_output
-from edgelm.export.source.loading import find_source, short_name
+from edgelm.export.source.finding import find_source, short_name
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 
@@ -177,7 +177,7 @@ def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str,
 def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
     import transformers
 
-    from edgelm.export.source.loading import find_source
+    from edgelm.export.source.finding import find_source
 
     config = transformers.BartConfig(vocab_size=257, d_model=16, decoder_layers=1, decoder_ffn_dim=16)
     config.decoder_attention_heads = 2
@@ -301,7 +301,8 @@ def test_what_a_model_computes_from_its_configuration_is_no_unused_weight(tmp_pa
     """Older versions of transformers saved masks and rotations beside the weights, and the hub is full of them."""
     import torch
 
-    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.export.source.finding import find_source
+    from edgelm.export.source.loading import load_module
 
     from .model_zoo import tiny_model
 
@@ -345,7 +346,8 @@ def test_fp8_weights_with_scales_of_blocks_are_widened(here: Path, model: Path) 
     import transformers
     from safetensors.torch import load_file
 
-    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.export.source.finding import find_source
+    from edgelm.export.source.loading import load_module
     from edgelm.runtime import load
 
     quantize_to_fp8(model, 32)

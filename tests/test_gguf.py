@@ -15,8 +15,9 @@ import pytest
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import SourceError
+from edgelm.export.source.finding import find_source, short_name
 from edgelm.export.source.gguf_file import read_header
-from edgelm.export.source.loading import describe_source, find_source, load_module, short_name
+from edgelm.export.source.loading import describe_source, load_module
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main

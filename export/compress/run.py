@@ -13,7 +13,8 @@ from ...targets import Profile
 from ..config import ExportConfig
 from ..errors import RecipeError
 from ..output import place
-from ..source.loading import SourceModel, describe_source, find_source, load_module
+from ..source.finding import find_source
+from ..source.loading import SourceModel, describe_source, load_module
 from ..stages import Progress, Stages
 from .folder import RECORD_NAME, Record, read_record, write_compressed
 from .measure import Meter

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.folder import TOKENIZER_NAME
+from ..bundle.foreign_graphs import is_foreign
 from ..bundle.manifest import MANIFEST_NAME
 from ..errors import BundleMissingError, SettingsError
 from ..evaluation.quality import last_words, read_passages, text_against, text_perplexity
-from ..sessions.foreign import is_foreign
 from ..sessions.loading import open_folder
 from ..sessions.protocol import Session
 from ..text.tokenizer import Tokenizer
