@@ -158,7 +158,7 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
     for chunk in engine.stream(**request):
         print(chunk.text, end="", flush=True)
         stats = chunk.stats
-    print()
+    print(flush=True)  # before what goes to standard error
     return stats
 
 
