@@ -175,6 +175,36 @@ def test_a_bundle_replaced_or_deleted_while_it_is_served(tiny_bundle: Path, tmp_
         assert said(client, "tiny", 12) == text
 
 
+def test_a_bundle_replaced_by_another_is_loaded_when_it_was_unloaded(
+    tiny_bundle: Path, export_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The one that is loaded goes on as it was, whatever is done to its files."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_bundle, folder)
+    application = app({"tiny": folder, "other": tiny_bundle}, ServerSettings(memory_bytes=3 * _size(tiny_bundle) // 2))
+    with TestClient(application, base_url="http://localhost") as client:
+        ready(client)
+        text = said(client, "tiny", 12)
+
+        def digest() -> str:
+            answer = client.post(TEXT, json={"prompt": "b", "model": "tiny", "max_tokens": 2})
+            return str(answer.json()["system_fingerprint"])
+
+        first = digest()
+        shutil.rmtree(folder)
+        shutil.copytree(export_tiny(kv="float32"), folder)
+        assert digest() == first and said(client, "tiny", 12) == text
+        said(client, "other", 3)
+        assert loaded(client) == ["other"]
+        assert digest() not in (first, "") and loaded(client) == ["tiny"]
+        # Half of a copy, as while another program writes it.
+        said(client, "other", 4)
+        (folder / "model.onnx").write_bytes(b"half")
+        answer = client.post(TEXT, json={"prompt": "a", "model": "tiny"})
+        assert answer.status_code == 500 and "cannot be loaded" in answer.json()["error"]["message"]
+        assert said(client, "other", 5)
+
+
 def test_an_estimate_holds_the_weights_and_a_texts_cache(tiny_bundle: Path) -> None:
     with load(tiny_bundle, threads=1) as engine:
         weights = engine.bundle.manifest.files["model.onnx.data"].bytes
