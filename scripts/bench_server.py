@@ -128,8 +128,8 @@ async def tokens_of(address: str, text: str) -> int:
         return int((await client.post(f"{address}/tokenize", json={"content": text})).json()["count"])
 
 
-async def ask(address: str, prompt: str, tokens: int) -> Stream:
-    """Stream an answer to a text."""
+async def ask(address: str, prompt: str, tokens: int, session: str = "") -> Stream:
+    """Stream an answer to a text. session: by which a proxy may choose a server."""
     # A model that was trained to chat would end a plain text at once.
     body = {
         "prompt": prompt,
@@ -141,7 +141,7 @@ async def ask(address: str, prompt: str, tokens: int) -> Stream:
     times, text, count = [], "", 0
     async with (
         httpx.AsyncClient(timeout=START_S) as client,
-        client.stream("POST", f"{address}/v1/completions", json=body) as answer,
+        client.stream("POST", f"{address}/v1/completions", json=body, headers={"X-Session": session}) as answer,
     ):
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import ROOT, missing
-from .served import Server, client_package, events_of, eventually, serving, with_template
+from .conftest import missing
+from .served import Server, client_package, events_of, serving, with_template
 from .test_redis_store import Server as RedisServer
 
-DOCUMENT = (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8")
-HAPROXY, LITELLM = (
-    re.findall(rf"^```{kind}\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)[0] for kind in ("haproxy", "yaml")
-)
+proxies = pytest.importorskip("scripts.fleet.proxies", reason="scripts/ is not here")
 BODY = {"prompt": "Once upon", "max_tokens": 20}
 COUNT = 3
 
@@ -49,66 +43,22 @@ def servers(tiny_bundle: Path, redis: str, tmp_path: Path) -> Iterator[list[Serv
         yield [stack.enter_context(serving(f"tiny={bundle}", "--redis", redis, environment=home)) for home in homes]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], address: str, log: Path, seconds: float, **variables: str) -> Iterator[str]:
-    """A proxy, once it answers."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **variables})
-    try:
-        assert eventually(lambda: _answers(address) or process.poll() is not None, seconds), log.read_text()
-        assert process.poll() is None, log.read_text()
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def with_addresses(text: str, servers: list[Server]) -> str:
-    """A configuration of the document with the addresses of these servers."""
-    for number, server in enumerate(servers, 1):
-        assert f"127.0.0.1:808{number}" in text
-        text = text.replace(f"127.0.0.1:808{number}", server.address.removeprefix("http://"))
-    return text
-
-
 @pytest.fixture
 def proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
     """HAProxy's address."""
-    program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-    if program is None:
+    if proxies.find(proxies.HAPROXY) is None:
         missing("haproxy is not installed")
-    port, path = free_port(), tmp_path / "haproxy.cfg"
-    path.write_text(with_addresses(HAPROXY, servers).replace("127.0.0.1:8000", f"127.0.0.1:{port}"), encoding="utf-8")
-    with running([program, "-f", str(path), "-db"], f"http://127.0.0.1:{port}", tmp_path / "log", 20) as address:
+    with proxies.running(proxies.HAPROXY, [server.address for server in servers], "tiny", tmp_path) as (address, _):
         yield address
 
 
 @pytest.fixture
 def litellm_proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
-    """The address of LiteLLM's proxy, which is in an environment of its own."""
-    own = ROOT / "build" / "litellm" / "bin" / "litellm"
-    program = str(own) if own.is_file() else shutil.which("litellm")
-    if program is None:
+    """The address of LiteLLM's proxy."""
+    if proxies.find(proxies.LITELLM) is None:
         pytest.skip("LiteLLM's proxy is not here: docs/fleet.md says how it is installed into build/litellm")
-    port, path = free_port(), tmp_path / "litellm.yaml"
-    path.write_text(with_addresses(LITELLM, servers), encoding="utf-8")
-    command = [program, "--config", str(path), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
-    # Nothing from the network.
-    settings = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "KEY": "none"}
-    with running(command, f"http://127.0.0.1:{port}", tmp_path / "log", 120, **settings) as address:
+    with proxies.running(proxies.LITELLM, [server.address for server in servers], "tiny", tmp_path) as (address, _):
         yield address
-
-
-def _answers(address: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return any(httpx.get(f"{address}{path}").status_code == 200 for path in ("/health", "/health/liveliness"))
-    return False
 
 
 def answers_of(server: Server) -> int:
