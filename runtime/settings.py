@@ -63,8 +63,8 @@ class GenerationSettings:
     timeout: seconds from the call after which the answer ends with what is there.
     context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
     first `keep` tokens and goes on.
-    lookup: guess tokens where the text repeats itself and check several in one step; used only where answers stay the
-    same, bit for bit.
+    lookup: try draft tokens where the text repeats itself, and check several in one step; only where answers stay
+    the same, bit for bit.
     special_tokens: the answer's text shows special tokens, such as markers of tool calls; not the one that ends it.
     Raises: SettingsError.
     """

@@ -55,9 +55,12 @@ FOREIGN = {"--no-deps", "--slow", "--extra-index-url", "--config-settings", "--u
 def command_lines(path: Path) -> Iterator[list[str]]:
     """The words of all lines with a command of ours."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(
-        r"^(?: {4})?((?:\w+=\S+ )*(?:edgelm [a-z]|python scripts/|scripts/).*)$", text, re.MULTILINE
-    ):
+    code = [
+        *re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL),
+        *re.findall(r"^ {4}\S.*$", text, re.MULTILINE),
+    ]
+    command = r"(?:edgelm [a-z]|python scripts/|scripts/).*"
+    for line in re.findall(rf"^ *((?:\w+=\S+ )*{command})$", "\n".join(code), re.MULTILINE):
         words = shlex.split(line, comments=True)
         while "=" in words[0]:
             words.pop(0)

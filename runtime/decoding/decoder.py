@@ -212,7 +212,7 @@ class Decoder:
         drafts: list[int] = []
         if row.lookup is not None and len(self._rows) == 1:
             # The last token that is chosen needs no place, so that drafts stay within the context as answers do.
-            drafts = row.lookup.guess(self._left(row) - 1)
+            drafts = row.lookup.draft(self._left(row) - 1)
         try:
             results = self._run(0, [row.known[-1], *drafts], 1 + len(drafts))
         except EdgelmError as error:
