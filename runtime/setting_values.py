@@ -1,6 +1,6 @@
 """What the value of a generation setting may be: each function takes what a user gave and returns what is kept.
 
-Functions that cannot name the setting give None, or NaN, for what is no such value; the others raise SettingsError.
+Functions that cannot name the setting give None, or NaN, for anything else; the others raise SettingsError.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ model of the same shape and cost of which two layers are written to copy what th
 builtin:tales, a real story model. "played" cases force the tokens of an English text on the reference model, whatever
 its logits say, so that draft tokens fare as on that text and steps cost what they cost such a model.
 
-Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token: what else
-the machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and the
-range of each round's ratio with / without.
+Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token: what
+else the machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and
+the range of each round's ratio with / without.
 """
 
 from __future__ import annotations

@@ -82,11 +82,11 @@ def change_config(model: Path, **changes: Any) -> None:
 
 
 def test_a_missing_folder(refused: Refused) -> None:
-    refused("./no-such-folder", words=("no-such-folder", "is no folder", "give a model folder"))
+    refused("./no-such-folder", words=("no-such-folder", "is not a folder", "give a model folder"))
 
 
 def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
-    refused(model / "model.safetensors", words=("model.safetensors", "is no folder", "give a model folder"))
+    refused(model / "model.safetensors", words=("model.safetensors", "is not a folder", "give a model folder"))
 
 
 def test_an_unknown_builtin(refused: Refused) -> None:
@@ -376,7 +376,7 @@ def test_fp8_blocks_that_do_not_fit_a_matrix(refused: Refused, model: Path) -> N
     quantize_to_fp8(model, 32)
     settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     change_config(model, quantization_config={**settings, "weight_block_size": [48, 32]})
-    refused(model, words=("is no whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
+    refused(model, words=("is not a whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
 
 
 @pytest.mark.parametrize(
@@ -807,7 +807,7 @@ def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
     assert not contents(here)
 
 
-# ---- what folders are called, and what is no model
+# ---- what folders are called, and what is not a model
 
 
 def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path) -> None:

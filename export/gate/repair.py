@@ -2,7 +2,7 @@
 
 The attempts of a scheme come first, in their order. Where the scheme may be mended with float32, a graph that misses
 the target's limits then gets its worst matrices back, the fewest first, in the order of what quantization costs each of
-them alone. Half of the matrices is the limit: what needs more is no quantized model, and the export fails with the
+them alone. Half of the matrices is the limit: what needs more is not a quantized model, and the export fails with the
 figures. So it does where the INT8 cache alone misses the limits, which no matrix can mend. `int8-rowwise` is not mended
 so: a float32 matrix costs four times its bytes on every token, and the guarantee of equal bits.
 """

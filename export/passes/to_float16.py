@@ -24,7 +24,7 @@ class ToFloat16(GraphPass):
     """Activations become float16, and with them the weights that are not quantized and the KV cache.
 
     What depends on the text, that is on the embedding of `input_ids` or on the cache, is computed in float16; what
-    depends on positions alone stays float32, since a position above 2,048 is no float16, and is cast where the two
+    depends on positions alone stays float32, since a position above 2,048 is not a float16, and is cast where the two
     meet. So do operators that square or sum over many elements, whose results leave float16's range. The logits are
     cast back: the output stays float32.
 

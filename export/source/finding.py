@@ -48,7 +48,7 @@ def find_source(model: str, revision: str | None) -> Path:
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
             raise SourceError(
-                f"{model} is no folder and no GGUF file: give a model folder, a GGUF file, a hub id such as "
+                f"{model} is neither a folder nor a GGUF file: give a model folder, a GGUF file, a hub id such as "
                 "owner/name, or builtin:tales"
             )
         folder = _download(model, revision)
@@ -92,7 +92,7 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
-            f"{model} is no local folder and cannot be fetched from the hub ({one_line(error)}): check the name, the "
+            f"{model} is not a folder here and cannot be fetched from the hub ({one_line(error)}): check the name, the "
             "revision and the connection"
         ) from error
 

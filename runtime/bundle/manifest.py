@@ -225,7 +225,7 @@ def _refuse_unprintable(value: Any, where: str) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     """Python reads NaN and Infinity, which JSON does not have and no other reader of a manifest takes."""
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _check_values(manifest: Manifest) -> None:

@@ -124,6 +124,6 @@ def _opened(model: str, threads: int | None, graph: str | None = None) -> Iterat
         return
     found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")
     if not found:
-        raise BundleMissingError(f'{model} is no bundle, and models need the exporter: pip install "edgelm[export]"')
+        raise BundleMissingError(f'{model} is not a bundle, and models need the exporter: pip install "edgelm[export]"')
     with next(iter(found)).load()(model, threads) as opened:
         yield opened

@@ -114,7 +114,7 @@ class Decoder:
         """One step: a token for each row whose prompt is fed, and a piece of one other prompt, or several short ones.
 
         Yields: a row with its next token; with None where it ended; with what was raised for it. Set `ended` before the
-        next event to end a row. Raises: whatever is no EdgelmError; call `abandon` then.
+        next event to end a row. Raises: whatever is not an EdgelmError; call `abandon` then.
         """
         for row in [row for row in self._rows if row.interrupted()]:
             self.drop(row)
