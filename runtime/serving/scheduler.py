@@ -93,6 +93,7 @@ class Scheduler:
             else:
                 self._forget(fresh)
                 for listener in fresh.listeners:
+                    listener.progress = (len(listener.request.token_ids),) * 2
                     listener.hear(list(replay(listener.request, known)))
             self._changed.notify_all()
 
@@ -327,6 +328,7 @@ class Scheduler:
             return
         with self._changed:
             del self._running[row]
+            computation.tell_progress()
             answer = None
             if event is None:
                 answer = computation.finish()
