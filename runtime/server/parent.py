@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable
 
@@ -18,10 +19,9 @@ def when_the_pipe_closes(call: Callable[[], object]) -> bool:
     Returns: whether standard input is a pipe (or a socket, which Node calls one). A terminal, a file and /dev/null are
     not waited for: their end says nothing about the parent.
     """
-    try:
-        mode = os.fstat(_STANDARD_INPUT).st_mode
-    except OSError:  # closed
+    if sys.stdin is None:  # it was closed from the beginning, and its number is another file's by now
         return False
+    mode = os.fstat(_STANDARD_INPUT).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return False
 
