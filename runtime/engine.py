@@ -50,6 +50,7 @@ _logger = logging.getLogger(__name__)
 # A program that embeds edgelm finds its users' conversations on the disk only if it asks.
 IN_MEMORY = ResponseCacheSettings(disk=False)
 PREFIXES_IN_MEMORY = PrefixCacheSettings(disk=False)
+_ONE_TOKEN = GenerationSettings(max_tokens=1, logprobs=0)
 
 
 def load(
@@ -261,9 +262,38 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         **options: Unpack[ChatKeywords],
     ) -> list[int]:
-        """The token ids that `generate` would feed for these arguments. options: those of `ChatOptions`. Raises: as
-        `generate`."""
+        """The token ids that `generate` would feed for these arguments; their number is the prompt's length in tokens.
+        options: those of `ChatOptions`. Nothing is computed. Raises: as `generate`."""
         return self._requests.encode(prompt, messages, token_ids, options)
+
+    def render(self, messages: Sequence[Message], **options: Unpack[ChatKeywords]) -> str:
+        """The text that the chat template makes of messages. options: those of `ChatOptions`. Nothing is computed.
+        Raises: PromptError, TemplateError, SettingsError."""
+        return self._requests.render(messages, options)
+
+    def warm_up(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[ChatKeywords],
+    ) -> None:
+        """Run the model once, so that the first answer comes as soon as later ones.
+
+        Without arguments one token is fed, which reads all weights. With those of `generate`, such as the messages that
+        every conversation begins with, that prompt is read and the prefix cache keeps it. Cost: that of reading the
+        prompt. Raises: as `generate`.
+        """
+        if prompt is None and messages is None and token_ids is None:
+            token_ids = [0]
+        # An answer with log-probabilities is never kept, nor taken from the response cache.
+        self.generate(prompt, messages=messages, token_ids=token_ids, settings=_ONE_TOKEN, **options)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a prompt and its answer have together."""
+        return self.bundle.manifest.model.context_length
 
     @property
     def takes_messages(self) -> bool:
@@ -289,6 +319,12 @@ class Engine:
         self._session.close()
         if self._responses is not None:
             self._responses.close()
+        give_back()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._scheduler.closed
 
     def __enter__(self) -> Engine:
         return self

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _lines(found: Diagnosis) -> list[tuple[str, str]]:
     free = "" if found.home_free_bytes is None else f", {found.home_free_bytes / _GB:,.1f} GB free"
     extras = ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in found.extras.items())
+    extras = extras or "none can be added to a frozen program"
     without = "onnxruntime's own" if found.kernels_fault is None else "installed, but cannot be used"
     largest = largest_parameters(found)
     board = [] if found.board is None else [("board", f"{found.board}, pages of {found.page_bytes // _KIB} KiB")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import os
 import stat
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
     where.add_argument("--port", type=_port, default=8080, metavar="N", help="port, 0 for any free one (8080)")
     where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a unix socket instead")
+    where.add_argument(
+        "--ready-json",
+        action="store_true",
+        help="for a program that starts the server: say where it listens as one line of JSON, and end when the pipe of "
+        "standard input is closed",
+    )
     who = parser.add_argument_group("who may call")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; only its owner may read it")
     who.add_argument("--no-key", action="store_true", help="serve other machines without a key")
@@ -90,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings, bundles = settings_of(arguments), find_bundles(arguments.bundles)
-    where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain)
+    where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain, arguments.ready_json)
     open_engine = functools.partial(
         load,
         threads=arguments.threads,
@@ -101,7 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     application = app(bundles, settings, open_engine=open_engine)
     listener = bind(where)
     address = address_of(listener, where)
-    serve(application, listener, where, lambda: print(_ready(address, where, settings, list(bundles)), flush=True))
+    names = list(bundles)
+    ready = _ready_json(address, names) if arguments.ready_json else _ready(address, where, settings, names)
+    serve(application, listener, where, lambda: print(ready, flush=True))
     return 0
 
 
@@ -191,3 +200,7 @@ def _ready(address: str, where: Listening, settings: ServerSettings, names: Sequ
         body = f'{{"model": "{names[0]}", "prompt": "Once upon a time", "max_tokens": 40}}'
         lines.append(f"try  curl {address}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'")
     return "\n".join([*lines, "Ctrl-C ends the server"])
+
+
+def _ready_json(address: str, names: Sequence[str]) -> str:
+    return json.dumps({"address": address, "models": names, "pid": os.getpid()})

@@ -92,6 +92,7 @@ class Scheduler:
             else:
                 self._queue.forget(fresh)
                 for listener in fresh.listeners:
+                    listener.progress = (len(listener.request.token_ids),) * 2
                     listener.hear(list(replay(listener.request, known)))
             self._changed.notify_all()
 
@@ -268,6 +269,7 @@ class Scheduler:
             return
         with self._changed:
             del self._running[row]
+            computation.tell_progress()
             answer = None
             if event is None:
                 answer = computation.finish()
