@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from .gate.cache_prompts import UnusualTokens
 from .gate.judging import Judging
 from .gate.quality import QuantizedAgreement
 from .gate.sensitivity import Sensitivity
+from .gate.weight_bits import WeightBits
 from .quantization.blocks import BlockSettings
 from .quantization.calibration import Ranges
 from .quantization.schemes import Quantizer
@@ -64,6 +65,8 @@ class Context:
     ranges: Ranges = field(default_factory=dict)  # calibrate
     cache_agreement: CacheAgreement | None = None  # calibrate
     quantizer: Quantizer = field(init=False)  # quantize
+    narrow_files: Mapping[str, Path] = field(default_factory=dict)  # quantize: of int4-rowwise
+    weight_bits: WeightBits | None = None  # choose weights
     arithmetic: Arithmetic | None = None  # choose arithmetic
     source_agreement: verify.SourceAgreement = field(init=False)  # compare with torch
     quantized_agreement: QuantizedAgreement | None = None  # judge

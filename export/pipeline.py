@@ -66,7 +66,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     libraries.redirect()
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or _default_output(config.model, folder, profile.name)
+    out = config.out or default_output(config.model, folder, profile.name)
     place.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
@@ -74,7 +74,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     if recipe is not None and any(isinstance(step, WeightsInt4) for step in recipe.steps):
         require_agreement(config.scheme, f"the recipe {recipe.name}")
     with place.partial_folder(out) as work:
-        context = Context(config, profile, scheme, folder, out, work, _provider(profile))
+        context = Context(config, profile, scheme, folder, out, work, provider_of(profile))
         if recipe is not None:
             context.folder = _compress(context, recipe, progress)
         stages = [
@@ -101,13 +101,13 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     return ExportResult(out, names.Bundle.open(out).manifest, report)
 
 
-def _default_output(model: str, folder: Path, target: str) -> Path:
+def default_output(model: str, folder: Path, target: str) -> Path:
     """In the working folder, or beside the model where that is the model's own folder, which is to hold no bundle."""
     name = f"{short_name(model)}-{target}"
     return folder.resolve().parent / name if folder.resolve() == Path.cwd().resolve() else Path(name)
 
 
-def _provider(profile: Profile) -> str:
+def provider_of(profile: Profile) -> str:
     """The target's provider; for a GPU that is not here the CPU's, which can judge such a graph all the same.
 
     Raises: SessionError, for any other that is missing.
@@ -144,6 +144,7 @@ def _write(context: Context, report: dict[str, Any]) -> None:
             context.scheme,
             context.excluded,
             {} if context.arithmetic is None else context.arithmetic.activations,
+            {} if context.weight_bits is None else context.weight_bits.bits,
         ),
         model=context.model(context.kv),
         tokens=source.tokens,
@@ -174,6 +175,7 @@ def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
             against_fp32=context.quantized_agreement,
             examples=context.examples,
             arithmetic=None if context.arithmetic is None else context.arithmetic.measured(),
+            weights=None if context.weight_bits is None else context.weight_bits.measured(),
             cache=context.cache_agreement,
             stages=records,
             path=context.path,

@@ -16,6 +16,8 @@ from ..runtime.evaluation.speed import measure_speed
 from ..runtime.sessions import providers
 from ..runtime.sessions.protocol import Session
 from ..runtime.text.tokenizer import Tokenizer
+from ..targets import Gate
+from ..targets.abilities import MIXED_SCHEME
 from .gate.arithmetic import WINDOW_TOKENS, Arithmetic, choose_activations, wide_everywhere
 from .gate.cache_judge import calibrate_cache
 from .gate.cache_prompts import cache_prompts
@@ -23,14 +25,14 @@ from .gate.quality import QuantizedAgreement
 from .gate.reference import Reference, write_answers
 from .gate.repair import Attempt, Candidate, judge
 from .output.genai import write_genai_files
-from .passes.quantize_linears import ROWWISE
+from .passes.quantize_linears import ROWWISE_SCHEMES
 from .passes.widen_activations import WidenActivations, matrices_of
 from .quantization.blocks import BlockQuantizer, BlockSettings
 from .quantization.calibration import Ranges
 from .quantization.hessians import make_block_quantizer
 from .quantization.rounding import round_matrices
 from .quantization.schemes import Quantizer
-from .tracing.ways import FUSED
+from .weight_stages import can_calibrate, choose_weights, narrow_files
 
 if TYPE_CHECKING:
     pass
@@ -65,8 +67,11 @@ def _cache_probe(context: Context, ranges: Ranges) -> Iterator[Session]:
 def quantize(context: Context) -> None:
     """Write the bundle's graph and weights, all matrices quantized."""
     rounded: Mapping[str, Path] = {}
-    # The other ways to trace give graphs with inputs of their own: their matrices are rounded to the nearest.
-    if context.scheme == ROWWISE and context.path == FUSED and not context.shape.states:
+    # Where none is kept in 8 bits, nearest values serve until all are replaced.
+    if context.scheme == MIXED_SCHEME:
+        context.narrow_files = narrow_files(context)
+    kept = context.scheme != MIXED_SCHEME or context.config.has_budget
+    if context.scheme in ROWWISE_SCHEMES and kept and can_calibrate(context):
         graph, limit = context.reference / names.GRAPH_NAME, (1 << (context.profile.weight_bits - 1)) - 1
         texts, length = context.calibrating_ids, context.source.context_length
         rounded = round_matrices(graph, texts, length, limit, context.answers)
@@ -83,10 +88,13 @@ def quantize(context: Context) -> None:
 
 
 def choose_arithmetic(context: Context) -> None:
-    """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
-    everywhere: there is no long step in which 8 would save time."""
-    if context.scheme != ROWWISE:
+    """8 or 16 bits for the activations of each matrix in the row-wise schemes, behind 4 or 8 for its weights in
+    int4-rowwise. A model that is fed token by token has 16 everywhere: there is no long step in which 8 would save
+    time."""
+    if context.scheme not in ROWWISE_SCHEMES:
         return
+    if context.scheme == MIXED_SCHEME:
+        choose_weights(context)
     matrices = matrices_of(ir.load(context.result / names.GRAPH_NAME))
     if context.shape.step_tokens is not None:
         context.arithmetic = wide_everywhere(matrices)
@@ -104,14 +112,14 @@ def _attempts(context: Context) -> list[Attempt]:
         return [Attempt("with all matrices quantized", lambda: None)]
     everywhere = Attempt(
         "with activations of 16 bits everywhere",
-        partial(_use_arithmetic, context, wide_everywhere(dict.fromkeys(chosen.activations, 0))),
+        partial(use_arithmetic, context, wide_everywhere(dict.fromkeys(chosen.activations, 0))),
     )
     if set(chosen.activations.values()) == {16}:
         return [everywhere]
-    return [Attempt("with activations of 8 and 16 bits", partial(_use_arithmetic, context, chosen)), everywhere]
+    return [Attempt("with activations of 8 and 16 bits", partial(use_arithmetic, context, chosen)), everywhere]
 
 
-def _use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
+def use_arithmetic(context: Context, arithmetic: Arithmetic) -> None:
     """Let the bundle's graph compute so. The weights stay as they are."""
     ir.save(_with_wide(context, arithmetic.wide()), context.result / names.GRAPH_NAME)
     context.arithmetic = arithmetic
@@ -168,13 +176,13 @@ def judge_quantized(context: Context) -> None:
     """The gate: the quantized graph against the fp32 one, repaired where it can be. Raises: VerificationError."""
     if context.scheme == "fp32" and context.kv == "float32":
         return
-    gate = context.profile.gate_of(context.scheme)
+    gate = _gate(context)
     candidate = Candidate(
         reference=partial(context.session, context.reference, "float32"),
         reference_bytes=(context.reference / names.WEIGHTS_NAME).stat().st_size,
         quantized=partial(context.session, context.result, context.kv),
         attempts=_attempts(context),
-        leave_out=None if context.scheme == ROWWISE else partial(_write_quantized, context),
+        leave_out=None if context.scheme in ROWWISE_SCHEMES else partial(_write_quantized, context),
         remedy=_remedy(context),
         probe=partial(_probe, context),
         matrices=context.quantizer.matrices,
@@ -183,6 +191,12 @@ def judge_quantized(context: Context) -> None:
     context.quantized_agreement = verdict.agreement
     context.sensitivity, context.excluded = verdict.sensitivity, verdict.excluded
     context.examples = _examples(context, verdict.reference, verdict.agreement)
+
+
+def _gate(context: Context) -> Gate:
+    """The target's limits for the scheme, or those of the loss that the user allows."""
+    gate = context.profile.gate_of(context.scheme)
+    return gate if context.config.max_kl is None else gate.allowing(context.config.max_kl)
 
 
 def _remedy(context: Context) -> str:
