@@ -29,6 +29,7 @@ from .serving.requests import RequestMaker
 from .serving.scheduler import Scheduler
 from .serving.streams import Stream
 from .sessions import numerics
+from .sessions.kernels import wanted
 from .sessions.loading import find_folder
 from .sessions.protocol import Session
 from .sessions.rows import rows_are_exact
@@ -62,6 +63,7 @@ def load(
     prepare: bool | None = None,
     provider: str | None = None,
     exact: bool = True,
+    kernels: bool = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
@@ -70,6 +72,7 @@ def load(
     what the bundle was made for; one for a GPU runs on the CPU only when it is told to).
     exact: False allows batches, kept prefixes and draft tokens also where they change roundings (`bundle.cuts`), as
     with the schemes of float32 matrices.
+    kernels: False leaves the compiled kernels out, as EDGELM_KERNELS=off does for all models of a process.
 
     Nothing is written to the disk unless one of these asks for it:
     response_cache: keep finished answers and give them again for the same request: in memory (16 MiB) by default, False
@@ -83,21 +86,22 @@ def load(
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
-    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error:
-    it is warned of.
+    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used
+    gives a warning, not an error.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, load_model = find_folder(path, threads, graph, prepare, provider)
-    bundle = dataclasses.replace(bundle, exact=exact)
-    off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
-    if off is not None:
-        _logger.warning("%s: %s", bundle.path, off)
-    # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
-    tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    give_back()
-    session = load_model()
-    give_back()
-    return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
+    with wanted(kernels):
+        bundle, load_model = find_folder(path, threads, graph, prepare, provider)
+        bundle = dataclasses.replace(bundle, exact=exact)
+        off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
+        if off is not None:
+            _logger.warning("%s: %s", bundle.path, off)
+        # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
+        tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
+        give_back()
+        session = load_model()
+        give_back()
+        return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 
 
 class Engine:

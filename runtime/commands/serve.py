@@ -17,6 +17,7 @@ from ..bundle.manifest import MANIFEST_NAME
 from ..caches.responses.settings import ResponseCacheSettings
 from ..engine import load
 from ..errors import BundleMissingError, MissingExtraError, SettingsError
+from ..host.files import read_text
 from .folder import add_provider
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def _port(text: str) -> int:
     """A port's number. The system would take 99999 for 34463 without a word."""
     if not text.isascii() or not text.isdigit() or int(text[:9]) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r:.20} is no port: give a number from 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is not a port: give a number from 0 to 65535")
     return int(text)
 
 
@@ -150,8 +151,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line. Raises: SettingsError, also where other users may read it."""
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except OSError as error:
         raise SettingsError(f"the key file {path} cannot be read ({error}): give another") from error
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SettingsError(f"other users may read the key file {path}: run  chmod 600 {path}")
