@@ -22,6 +22,7 @@ import pytest
 
 from edgelm.runtime import cli
 from edgelm.runtime.frozen import hook_folders
+from edgelm.runtime.sessions import kernels
 
 from .conftest import ROOT
 from .served import with_template
@@ -65,6 +66,15 @@ def test_a_frozen_program_announces_what_it_has(
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert "here" in cli._names() and "gone" not in cli._names()
     assert cli.main(["gone"]) == 2 and "unknown command 'gone'" in capsys.readouterr().err
+
+
+def has_kernels() -> bool:
+    """Whether compiled kernels of this version are installed, which are packed then."""
+    if importlib.util.find_spec("edgelm_kernels") is None:
+        return False
+    import edgelm_kernels
+
+    return bool(edgelm_kernels.INTERFACE == kernels._INTERFACE)
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,10 @@ def _environment(folder: Path, wheel: Path) -> Path:
     install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
     subprocess.run([*install, f"{wheel}[serve]", "pyinstaller"], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    kernels = importlib.util.find_spec("edgelm_kernels")
-    if kernels is not None and kernels.origin is not None:
-        shutil.copytree(Path(kernels.origin).parent, packages / "edgelm_kernels")
+    if has_kernels():
+        import edgelm_kernels
+
+        shutil.copytree(Path(edgelm_kernels.__file__).parent, packages / "edgelm_kernels")
     (packages / "edgelm_plugin.py").write_text(PLUGIN)
     about = packages / "edgelm_plugin-1.0.dist-info"
     about.mkdir()
@@ -146,8 +157,7 @@ def test_doctor_looks_at_the_frozen_program(frozen: Frozen) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["extras"] == {} and found["providers"] == ["CPUExecutionProvider"]
-    has_kernels = importlib.util.find_spec("edgelm_kernels") is not None
-    assert (found["kernels"] is not None) == has_kernels and found["kernels_fault"] is None
+    assert (found["kernels"] is not None) == has_kernels() and found["kernels_fault"] is None
     assert "frozen" in frozen.run("cli", "doctor").stdout
 
 
