@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -144,7 +143,7 @@ def test_the_command_line_has_its_commands_and_those_of_others(frozen: Frozen) -
     commands = done.stdout.split("commands:")[1]
     assert all(f"  {name} " in commands for name in ("run", "chat", "serve", "doctor", "cache", "hello"))
     # What needs torch is not packed, and so it is not announced.
-    assert "export" not in commands and "cannot be imported" not in commands
+    assert "  export " not in commands and "cannot be imported" not in commands
     assert frozen.run("cli", "hello").stdout == "hello\n"
     refused = frozen.run("cli", "export", "builtin:tales")
     assert refused.returncode == 2 and "unknown command 'export'" in refused.stderr
@@ -156,7 +155,7 @@ def test_doctor_looks_at_the_frozen_program(frozen: Frozen) -> None:
     done = frozen.run("cli", "doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["extras"] == {} and found["providers"] == ["CPUExecutionProvider"]
+    assert found["extras"] == {} and "CPUExecutionProvider" in found["providers"]
     assert (found["kernels"] is not None) == has_kernels() and found["kernels_fault"] is None
     assert "frozen" in frozen.run("cli", "doctor").stdout
 
@@ -204,4 +203,5 @@ def test_nothing_is_written_outside_the_home(frozen: Frozen, bundle: Path, tmp_p
     done = frozen.run("app", bundle, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in frozen.folder.rglob("*")} == before
-    assert not any(tmp_path.iterdir()) and os.listdir(frozen.environment["EDGELM_HOME"]) == ["prefixes"]  # noqa: PTH208
+    kept = {path.name for path in Path(frozen.environment["EDGELM_HOME"]).iterdir()}
+    assert not any(tmp_path.iterdir()) and kept <= {"prefixes", "responses"}
