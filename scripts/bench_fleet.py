@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 from bench_server import WITHOUT_CACHES, ask, served
-from fleet.proxies import HAPROXY, LITELLM, Proxy, find, running
+from fleet.proxies import HAPROXY, LITELLM, MASTER_KEY, Proxy, find, running
 
 _KNOWN = {"model": "model", "messages": [{"role": "user", "content": "What is a lake?"}], "max_tokens": 16}
 _REQUESTS = 60
@@ -119,7 +119,7 @@ def asked(address: str, process: int) -> tuple[float, float]:
     """Milliseconds of a request: its median time, and the mean of what the proxy computed for it."""
     before = cpu_s(process)
     taken = []
-    with httpx.Client(base_url=address, timeout=60) as client:
+    with httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {MASTER_KEY}"}) as client:
         for _ in range(_REQUESTS):
             begun = time.perf_counter()
             client.post("/v1/chat/completions", json=_KNOWN).raise_for_status()
