@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .caches.responses.cache import ResponseCacheSettings
     from .engine import Engine, load
     from .errors import EdgelmError
+    from .estimate import MemoryEstimate, estimate_memory
     from .results import Chunk, Completion, Stats, TokenLogprob
+    from .serving.streams import Stream
     from .settings import GenerationSettings
 
 _HOME = {
@@ -30,10 +32,13 @@ _HOME = {
     "Engine": "engine",
     "GenerationSettings": "settings",
     "Manifest": "bundle.manifest",
+    "MemoryEstimate": "estimate",
     "PrefixCacheSettings": "caches.prefixes.cache",
     "ResponseCacheSettings": "caches.responses.cache",
     "Stats": "results",
+    "Stream": "serving.streams",
     "TokenLogprob": "results",
+    "estimate_memory": "estimate",
     "load": "engine",
 }
 
@@ -45,10 +50,13 @@ __all__ = [
     "Engine",
     "GenerationSettings",
     "Manifest",
+    "MemoryEstimate",
     "PrefixCacheSettings",
     "ResponseCacheSettings",
     "Stats",
+    "Stream",
     "TokenLogprob",
+    "estimate_memory",
     "load",
 ]
 

@@ -29,6 +29,7 @@ from .serving.requests import RequestMaker
 from .serving.scheduler import Scheduler
 from .serving.streams import Stream
 from .sessions import numerics
+from .sessions.kernels import wanted
 from .sessions.loading import find_folder
 from .sessions.protocol import Session
 from .sessions.rows import rows_are_exact
@@ -49,6 +50,7 @@ _logger = logging.getLogger(__name__)
 # A program that embeds edgelm finds its users' conversations on the disk only if it asks.
 IN_MEMORY = ResponseCacheSettings(disk=False)
 PREFIXES_IN_MEMORY = PrefixCacheSettings(disk=False)
+_ONE_TOKEN = GenerationSettings(max_tokens=1, logprobs=0)
 
 
 def load(
@@ -61,6 +63,7 @@ def load(
     prepare: bool | None = None,
     provider: str | None = None,
     exact: bool = True,
+    kernels: bool = True,
 ) -> Engine:
     """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
 
@@ -69,6 +72,7 @@ def load(
     what the bundle was made for; one for a GPU runs on the CPU only when it is told to).
     exact: False allows batches, kept prefixes and draft tokens also where they change roundings (`bundle.cuts`), as
     with the schemes of float32 matrices.
+    kernels: False leaves the compiled kernels out, as EDGELM_KERNELS=off does for all models of a process.
 
     Nothing is written to the disk unless one of these asks for it:
     response_cache: keep finished answers and give them again for the same request: in memory (16 MiB) by default, False
@@ -82,21 +86,22 @@ def load(
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
-    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error:
-    it is warned of.
+    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used
+    gives a warning, not an error.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, load_model = find_folder(path, threads, graph, prepare, provider)
-    bundle = dataclasses.replace(bundle, exact=exact)
-    off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
-    if off is not None:
-        _logger.warning("%s: %s", bundle.path, off)
-    # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
-    tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    give_back()
-    session = load_model()
-    give_back()
-    return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
+    with wanted(kernels):
+        bundle, load_model = find_folder(path, threads, graph, prepare, provider)
+        bundle = dataclasses.replace(bundle, exact=exact)
+        off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
+        if off is not None:
+            _logger.warning("%s: %s", bundle.path, off)
+        # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
+        tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
+        give_back()
+        session = load_model()
+        give_back()
+        return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
 
 
 class Engine:
@@ -257,9 +262,38 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         **options: Unpack[ChatKeywords],
     ) -> list[int]:
-        """The token ids that `generate` would feed for these arguments. options: those of `ChatOptions`. Raises: as
-        `generate`."""
+        """The token ids that `generate` would feed for these arguments; their number is the prompt's length in tokens.
+        options: those of `ChatOptions`. Nothing is computed. Raises: as `generate`."""
         return self._requests.encode(prompt, messages, token_ids, options)
+
+    def render(self, messages: Sequence[Message], **options: Unpack[ChatKeywords]) -> str:
+        """The text that the chat template makes of messages. options: those of `ChatOptions`. Nothing is computed.
+        Raises: PromptError, TemplateError, SettingsError."""
+        return self._requests.render(messages, options)
+
+    def warm_up(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[ChatKeywords],
+    ) -> None:
+        """Run the model once, so that the first answer comes as soon as later ones.
+
+        Without arguments one token is fed, which reads all weights. With those of `generate`, such as the messages that
+        every conversation begins with, that prompt is read and the prefix cache keeps it. Cost: that of reading the
+        prompt. Raises: as `generate`.
+        """
+        if prompt is None and messages is None and token_ids is None:
+            token_ids = [0]
+        # An answer with log-probabilities is never kept, nor taken from the response cache.
+        self.generate(prompt, messages=messages, token_ids=token_ids, settings=_ONE_TOKEN, **options)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a prompt and its answer have together."""
+        return self.bundle.manifest.model.context_length
 
     @property
     def takes_messages(self) -> bool:
@@ -285,6 +319,12 @@ class Engine:
         self._session.close()
         if self._responses is not None:
             self._responses.close()
+        give_back()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._scheduler.closed
 
     def __enter__(self) -> Engine:
         return self

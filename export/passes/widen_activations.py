@@ -1,11 +1,4 @@
-"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs.
-
-Case: a call of one of the row-wise product functions whose int8 matrix is one of those named becomes a call of the
-function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
-`NAME.int8`, or `NAME.rows.int8` where it is an embedding's table too. Runs last: other passes know 8 bits only.
-
-`matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen between.
-"""
+"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +14,13 @@ _SUFFIXES = (".rows.int8", ".int8")
 
 
 class WidenActivations(GraphPass):
-    """See the module."""
+    """Case: a call of one of the row-wise product functions whose int8 matrix is one of those named becomes a call of
+    the function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
+    `NAME.int8`, or `NAME.rows.int8` where it is an embedding's table too. Runs last: other passes know 8 bits only.
+
+    `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
+    between.
+    """
 
     def __init__(self, names: Collection[str]) -> None:
         """names: of matrices, as in the source model."""
@@ -45,7 +44,7 @@ def matrices_of(model: ir.Model) -> dict[str, int]:
 
 
 def _products(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.domain == EDGELM and node.op_type in PRODUCTS:
             name = _matrix(node).name or ""
             suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -65,7 +66,7 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
   if (epsilon_ >= 0) query_norm_ = head_norm(info, 1), key_norm_ = head_norm(info, 2);
   window_ = static_cast<int>(std::clamp<int64_t>(info.integer("local_window_size", -1), 0, kMostPositions));
   // As many bits for keys as for queries.
-  key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
+  key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::bit_width(size_ - 1u))) / 2;
   query_limit_ =
       std::min<int>(std::numeric_limits<int16_t>::max(), std::numeric_limits<int32_t>::max() / (key_limit_ * size_));
   float scale = info.number("scale", 0);

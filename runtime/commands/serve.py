@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import logging
 import os
 import stat
@@ -18,6 +19,7 @@ from ..bundle.manifest import MANIFEST_NAME
 from ..caches.responses.settings import ResponseCacheSettings
 from ..engine import Engine, load
 from ..errors import BundleMissingError, MissingExtraError, SettingsError
+from ..host.files import read_text
 from .folder import add_provider
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def _port(text: str) -> int:
     """A port's number. The system would take 99999 for 34463 without a word."""
     if not text.isascii() or not text.isdigit() or int(text[:9]) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r:.20} is no port: give a number from 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is not a port: give a number from 0 to 65535")
     return int(text)
 
 
@@ -48,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
     where.add_argument("--port", type=_port, default=8080, metavar="N", help="port, 0 for any free one (8080)")
     where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a unix socket instead")
+    where.add_argument(
+        "--ready-json",
+        action="store_true",
+        help="for a program that starts the server: say where it listens as one line of JSON, and end when the pipe of "
+        "standard input is closed",
+    )
     who = parser.add_argument_group("who may call")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; only its owner may read it")
     who.add_argument("--no-key", action="store_true", help="serve other machines without a key")
@@ -99,11 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         from ..server.running import Listening, address_of, bind
         from ..server.running import run as serve
 
-        where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain)
+        where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain, arguments.ready_json)
         application = app(bundles, settings, open_engine=opening)
         listener = bind(where)
         address = address_of(listener, where)
-        serve(application, listener, where, lambda: print(_ready(address, where, settings, list(bundles)), flush=True))
+        names = list(bundles)
+        ready = _ready_json(address, names) if arguments.ready_json else _ready(address, where, settings, names)
+        serve(application, listener, where, lambda: print(ready, flush=True))
     return 0
 
 
@@ -172,8 +182,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line. Raises: SettingsError, also where other users may read it."""
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except OSError as error:
         raise SettingsError(f"the key file {path} cannot be read ({error}): give another") from error
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SettingsError(f"other users may read the key file {path}: run  chmod 600 {path}")
@@ -221,3 +231,7 @@ def _ready(address: str, where: Listening, settings: ServerSettings, names: Sequ
         body = f'{{"model": "{names[0]}", "prompt": "Once upon a time", "max_tokens": 40}}'
         lines.append(f"try  curl {address}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'")
     return "\n".join([*lines, "Ctrl-C ends the server"])
+
+
+def _ready_json(address: str, names: Sequence[str]) -> str:
+    return json.dumps({"address": address, "models": names, "pid": os.getpid()})
