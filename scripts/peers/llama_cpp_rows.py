@@ -1,5 +1,5 @@
-"""Several texts decoded together by llama.cpp's C functions, as its server does it in its slots, without HTTP: what this
-server could give at most. Runs in the environment of llama-cpp-python; prints JSON."""
+"""Several texts decoded together by llama.cpp's C functions, as its server does it in its slots, without HTTP: what it
+could give at most. Runs in the environment of llama-cpp-python; prints JSON."""
 
 from __future__ import annotations
 
