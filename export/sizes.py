@@ -15,29 +15,32 @@ from ..runtime.evaluation.speed import measure_speed
 from ..targets.abilities import MIXED_SCHEME
 from . import libraries
 from .config import ExportConfig
-from .context import Context
 from .errors import RecipeError
-from .gate.arithmetic import wide_everywhere
-from .gate.quality import measure as hold
+from .fp32_graph import load, make_fp32_graph
+from .gate.quality import measure
 from .gate.reference import Reference, observe
-from .gate.weight_bits import WeightBits, choose_bits
+from .gate.weight_bits import WeightBits, all_in, choose_bits
 from .output import place
-from .passes.widen_activations import matrices_of
+from .passes.widen_activations import WidenActivations, matrices_of
 from .pipeline import default_output, provider_of
-from .quantizing_stages import calibrate, quantize, use_arithmetic
-from .source.loading import find_source
-from .stages import Progress, run_stages
-from .tracing_stages import compare_with_torch, fuse, load, trace
-from .weight_stages import bundle_bytes, candidates, measure_costs, use_weights, weights_bytes
+from .quantization.schemes import Quantizer
+from .quantized_graph import calibrate, make_quantizer
+from .records import Job, save_graph
+from .source.finding import find_source
+from .stages import Progress, Stages
+from .weight_choice import Choosing, make_choosing
 
 POINTS = 7
 _PROMPT, _STEPS = 128, 8
+# Any budget: with one, matrices of 8 bits are rounded as well as can be.
+_ALL_BITS = 16.0
 
 
 @dataclass(frozen=True)
 class SizePoint:
     """One size. bytes: of the whole bundle; bits: of the weights for each parameter; mean_kl: nats a token from fp32;
-    perplexity_increase_percent: on the same text; decode_tokens_per_s: on this machine, 128 tokens of context."""
+    perplexity_increase_percent: on the same text; decode_tokens_per_s: on this machine, 128 tokens of context; narrow:
+    matrices with 4 bits, of so many `matrices`."""
 
     bytes: int
     bits: float
@@ -53,64 +56,54 @@ def measure_sizes(config: ExportConfig, progress: Progress | None = None) -> lis
 
     Raises: as `export_model`. Cost: that of an export, and a run of the judging texts for each point.
     """
-    if config.has_budget:
-        raise RecipeError("the sizes that a model can have are shown for no size or bits: leave these out")
+    if config.has_budget or config.scheme not in (None, MIXED_SCHEME) or config.compress is not None:
+        raise RecipeError("all sizes are shown of one model in one scheme: leave size, bits, scheme and recipe out")
     libraries.redirect()
     profile = config.profile()
-    config = replace(config, scheme=MIXED_SCHEME, bits=9.0)  # any budget: so the 8-bit matrices are rounded well
+    config = replace(config, bits=_ALL_BITS)
     scheme = config.quantization(profile)
     folder = find_source(config.model, config.revision)
     out = config.out or default_output(config.model, folder, profile.name)
+    stages = Stages(f"{config.model} for {profile.name}", progress)
     with place.partial_folder(out) as work:
-        context = Context(config, profile, scheme, folder, out, work, provider_of(profile))
-        stages = [("load", load), ("trace", trace), ("fuse", fuse), ("compare with torch", compare_with_torch)]
-        points: list[SizePoint] = []
-
-        def measure(context: Context) -> None:
-            points.extend(_points(context))
-
-        run_stages(
-            context,
-            [
-                *stages,
-                ("calibrate", calibrate),
-                ("quantize", quantize),
-                ("measure", measure),
-            ],
-            f"{config.model} for {profile.name}",
-            progress,
-        )
-    return points
+        job = Job(config, profile, folder, work, provider_of(profile))
+        with stages.stage("load"):
+            loaded, module = load(job, scheme)
+        fp32 = make_fp32_graph(job, loaded, module, stages)
+        with stages.stage("calibrate"):
+            ranges, _ = calibrate(loaded, fp32)
+        with stages.stage("quantize"):
+            quantizer = make_quantizer(loaded, fp32, ranges)
+            save_graph(quantizer.quantized(), job.bundle)
+            choosing = make_choosing(loaded, fp32)
+        with stages.stage("choose weights"):
+            choices = _choices(choosing)
+        with stages.stage("measure"), fp32.session() as session:
+            reference = observe(session, loaded.judging, loaded.source.context_length, job.answers)
+            return [_point(choosing, quantizer, reference, choice) for choice in choices]
 
 
-def _points(context: Context) -> list[SizePoint]:
-    matrices = candidates(context)
-    costs = measure_costs(context, matrices)
-    least, most = (sum(getattr(item, name) for item in matrices) for name in ("narrow_bytes", "wide_bytes"))
-    choices = [choose_bits(matrices, costs, least + (most - least) * step // (POINTS - 1)) for step in range(POINTS)]
-    sizes = [
-        (bundle_bytes(context, matrices, choice.weights_bytes), weights_bytes(context, matrices, choice.weights_bytes))
-        for choice in choices
-    ]
-    with context.session(context.reference, "float32") as session:
-        reference = observe(session, context.judging, context.source.context_length, context.answers)
-    return [
-        _point(context, reference, choice, size, weights)
-        for choice, (size, weights) in zip(choices, sizes, strict=True)
-    ]
+def _choices(choosing: Choosing) -> list[WeightBits]:
+    """From 4 bits everywhere to 8, in equal steps of bytes."""
+    least, most = (all_in(choosing.matrices, bits).weights_bytes for bits in (4, 8))
+    budgets = [least + (most - least) * step // (POINTS - 1) for step in range(POINTS)]
+    return [choose_bits(choosing.matrices, choosing.costs, budget) for budget in budgets]
 
 
-def _point(context: Context, reference: Reference, choice: WeightBits, size: int, weights: int) -> SizePoint:
-    context.quantizer = replace(context.quantizer, narrow={})
-    use_weights(context, choice, context.narrow_files)
-    use_arithmetic(context, wide_everywhere(matrices_of(ir.load(context.result / names.GRAPH_NAME))))
-    prompt = (context.text_ids * _PROMPT)[: min(_PROMPT, context.source.context_length - 1)]
-    with context.session(context.result, context.kv) as session:
-        agreement = hold(reference, session, context.profile.gate)
+def _point(choosing: Choosing, quantizer: Quantizer, reference: Reference, choice: WeightBits) -> SizePoint:
+    fp32, loaded = choosing.fp32, choosing.loaded
+    choosing.write(choice, quantizer)
+    path = fp32.job.bundle / names.GRAPH_NAME
+    graph = ir.load(path)
+    WidenActivations(list(matrices_of(graph)))(graph)
+    ir.save(graph, path)
+    prompt = (loaded.text_ids * _PROMPT)[: min(_PROMPT, loaded.source.context_length - 1)]
+    with fp32.bundle_session() as session:
+        agreement = measure(reference, session, fp32.job.profile.gate)
         speed = measure_speed(session, prompt, _STEPS)
     return SizePoint(
-        bytes=size,
-        bits=8 * weights / context.shape.parameters,
+        bytes=choosing.size(choice),
+        bits=choosing.bits(choice),
         mean_kl=agreement.mean_kl,
         perplexity_increase_percent=agreement.perplexity_increase_percent,
         decode_tokens_per_s=speed.decode_tokens_per_s,

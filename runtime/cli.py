@@ -65,17 +65,22 @@ def _dispatch(name: str | None, words: list[str]) -> int:
     if module is None:
         print(f"edgelm: unknown command {name!r}: there is {', '.join(_names())}", file=sys.stderr)
         return _USAGE
-    parser = argparse.ArgumentParser(prog=f"edgelm {name}", description=module.SUMMARY)
-    module.add_arguments(parser)
-    add_debug(parser)
     words.remove(name)
-    given = parser.parse_intermixed_args(words)
+    given = make_parser(name, module).parse_intermixed_args(words)
     if sys.stdout is None and name not in _SILENT:
         raise SettingsError("standard output is closed, so nothing can be printed: open it, or send it to /dev/null")
     status: int = module.run(given)
     if sys.stdout is not None:  # closed before we started
         sys.stdout.flush()
     return status
+
+
+def make_parser(name: str, module: Any) -> argparse.ArgumentParser:
+    """The parser of a command's arguments. module: the command's, with SUMMARY and add_arguments."""
+    parser = argparse.ArgumentParser(prog=f"edgelm {name}", description=module.SUMMARY)
+    module.add_arguments(parser)
+    add_debug(parser)
+    return parser
 
 
 def _end(number: int, _: object) -> NoReturn:

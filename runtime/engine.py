@@ -82,8 +82,8 @@ def load(
     Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
     digests, a prepared form against its own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
-    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used is no error:
-    it is warned of.
+    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used
+    gives a warning, not an error.
     """
     responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
     bundle, load_model = find_folder(path, threads, graph, prepare, provider)

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from edgelm.runtime import load
 WORDS = "The river runs past the old mill, and the children of the village play there until it is dark. "
 SUBJECTS = ("a lake", "a fox", "the moon", "bread", "a train", "snow", "a library", "tea", "a kite", "the sea")
 START_S = 120.0
+WITHOUT_CACHES = ("--no-response-cache", "--no-prefix-cache")
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def served(bundle: str, threads: int) -> Iterator[tuple[str, float]]:
+def served(bundle: str, threads: int, options: Sequence[str] = WITHOUT_CACHES) -> Iterator[tuple[str, float]]:
     """A server's address, and when its process was started."""
     begun = time.perf_counter()
-    options = ["--port", "0", "--threads", str(threads), "--no-response-cache", "--no-prefix-cache"]
+    where = ["--port", "0", "--threads", str(threads)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgelm.runtime.cli", "serve", f"model={bundle}", *options],
+        [sys.executable, "-m", "edgelm.runtime.cli", "serve", f"model={bundle}", *where, *options],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -127,8 +128,8 @@ async def tokens_of(address: str, text: str) -> int:
         return int((await client.post(f"{address}/tokenize", json={"content": text})).json()["count"])
 
 
-async def ask(address: str, prompt: str, tokens: int) -> Stream:
-    """Stream an answer to a text."""
+async def ask(address: str, prompt: str, tokens: int, session: str = "") -> Stream:
+    """Stream an answer to a text. session: by which a proxy may choose a server."""
     # A model that was trained to chat would end a plain text at once.
     body = {
         "prompt": prompt,
@@ -140,7 +141,7 @@ async def ask(address: str, prompt: str, tokens: int) -> Stream:
     times, text, count = [], "", 0
     async with (
         httpx.AsyncClient(timeout=START_S) as client,
-        client.stream("POST", f"{address}/v1/completions", json=body) as answer,
+        client.stream("POST", f"{address}/v1/completions", json=body, headers={"X-Session": session}) as answer,
     ):
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):

@@ -293,6 +293,14 @@ def engine_of(
         engine.close()
 
 
+@pytest.fixture(scope="module")
+def clients() -> Iterator[None]:
+    """What scripts/setup_clients installed can be imported, behind what the environment itself has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(ROOT / "build" / "clients")])
+        yield
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project built from a copy, so that no build folder of the working tree leaks in."""

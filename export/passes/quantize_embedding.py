@@ -1,15 +1,4 @@
-"""The embedding table becomes int8, and one matrix with the head where the source ties the two.
-
-Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale per
-token:
-1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
-   `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it once,
-   at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows are ever
-   read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the matrix would
-   be in memory twice.)
-2. otherwise nothing else reads it.
-A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks for.
-"""
+"""The embedding table becomes int8, and one matrix with the head where the source ties the two."""
 
 from __future__ import annotations
 
@@ -26,7 +15,17 @@ from .quantize_linears import column_scales, int8_matrix
 
 
 class QuantizeEmbedding(GraphPass):
-    """See the module."""
+    """Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale
+    per token:
+    1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
+       `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it
+       once, at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows
+       are ever read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the
+       matrix would be in memory twice.)
+    2. otherwise nothing else reads it.
+    A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks
+    for.
+    """
 
     def __init__(
         self, weight_limit: int, excluded: Collection[str] = (), rounded: Mapping[str, Path] | None = None

@@ -1,11 +1,4 @@
-"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs.
-
-Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the function
-with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is `NAME.int8`,
-`NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last: other passes know 8 bits only.
-
-`matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen between.
-"""
+"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +15,14 @@ _MATRICES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 class WidenActivations(GraphPass):
-    """See the module."""
+    """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the
+    function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
+    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last: other passes know
+    rows of 8 bits only.
+
+    `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
+    between.
+    """
 
     def __init__(self, names: Collection[str]) -> None:
         """names: of matrices, as in the source model."""
@@ -41,12 +41,12 @@ def matrices_of(model: ir.Model) -> dict[str, int]:
     found: dict[str, int] = {}
     for node, name in _products(model):
         logits = any(value.is_graph_output() for value in node.outputs)
-        found[name] = found.get(name, 0) + (0 if logits else math.prod(shape_of_matrix(node)))
+        found[name] = found.get(name, 0) + (0 if logits else math.prod(_shape_of_matrix(node)))
     return found
 
 
 def _products(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.domain == EDGELM and node.op_type in PRODUCTS:
             name = _matrix(node).name or ""
             suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
@@ -57,8 +57,8 @@ def _matrix(node: ir.Node) -> ir.Value:
     return next(value for value in node.inputs if value is not None and value.dtype in _MATRICES)
 
 
-def shape_of_matrix(node: ir.Node) -> tuple[int, ...]:
-    """Inputs and outputs of the matrix of a row-wise product, in either order."""
+def _shape_of_matrix(node: ir.Node) -> tuple[int, ...]:
+    """Inputs and outputs, in either order."""
     matrix = _matrix(node)
     assert matrix.const_value is not None, "matrices are initializers"
     shape = tuple(int(size) for size in matrix.const_value.shape)  # type: ignore[arg-type]

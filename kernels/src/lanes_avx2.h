@@ -145,7 +145,9 @@ inline void in_order(Ints sums[4]) {
   sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
 }
 
-inline Ints widened(const uint8_t* x) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))); }
+inline Ints widened(const uint8_t* x) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+}
 inline __m256i low_halves(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline __m256i high_halves(__m256i x) { return low_halves(_mm256_srli_epi16(x, 4)); }
 inline Bytes in_each_byte(Ints x) { return _mm256_mullo_epi32(x, _mm256_set1_epi32(0x01010101)); }

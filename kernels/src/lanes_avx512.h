@@ -105,7 +105,9 @@ inline void in_order(Ints sums[4]) {
 }
 
 // What `nibbles` needs. Values of columns, a byte each, as integers; the lower and the upper 4 bits of each byte.
-inline Ints widened(const uint8_t* x) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+inline Ints widened(const uint8_t* x) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
 inline __m512i low_halves(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline __m512i high_halves(__m512i x) { return low_halves(_mm512_srli_epi16(x, 4)); }
 inline Bytes in_each_byte(Ints x) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(0x01010101)); }

@@ -65,8 +65,7 @@ void RowwiseMatMul::read_matrix(const Info& info, size_t weights) {
   weights_ = matrix.values<int8_t>();
 }
 
-Nibbles::Nibbles(const Info& info, size_t input, int depth, int columns)
-    : blocks_(pieces(depth, kNibbleBlock)) {
+Nibbles::Nibbles(const Info& info, size_t input, int depth, int columns) : blocks_(pieces(depth, kNibbleBlock)) {
   const Tensor values = info.constant(input), factors = info.constant(input + 1);
   const int64_t groups = pieces(columns, kGroup);
   require(values.shape == std::vector<int64_t>{groups, lines(), kCacheLine},
@@ -332,7 +331,8 @@ void Int4Embedding::compute(Call& call) const {
     const NibbleGroup group = nibbles_.group(token / kGroup);
     for (int k = 0; k < depth_; k++) {
       const uint8_t both = group.values[k / 8 * 64 + token % kGroup * 4 + k % 4];
-      const int q = k % 8 < 4 ? both & 15 : both >> 4, factor = group.factors[k / kNibbleBlock * kGroup + token % kGroup];
+      const int q = k % 8 < 4 ? both & 15 : both >> 4,
+                factor = group.factors[k / kNibbleBlock * kGroup + token % kGroup];
       y[k] = static_cast<float>((q - (factor >> 4)) * (factor & 15)) * scales_[token];
     }
   }

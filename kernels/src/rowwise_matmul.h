@@ -1,6 +1,6 @@
 // edgelm::RowwiseMatMul and those with something in front of the product: a row of activations is computed, quantized
-// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix, or with one whose int8 values are
-// written in 4 bits (docs/bundle.md). Quantization and product are bit for bit what the functions' bodies compute.
+// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix, or with one whose int8 values
+// are written in 4 bits (docs/bundle.md). Quantization and product are bit for bit what the functions' bodies compute.
 #pragma once
 
 #include <mutex>

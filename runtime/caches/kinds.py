@@ -138,7 +138,7 @@ class PrefixKind:
         try:
             yield
         except OSError as error:
-            raise CacheError(f"{self.path} cannot be used ({error}): look after its folder and disk") from error
+            raise CacheError(f"{self.path} cannot be used ({error}): check its folder and disk") from error
 
 
 def cache_kinds(home: Path) -> tuple[CacheKind, ...]:

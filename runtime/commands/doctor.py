@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look and print. Advice is no failure; kernels that stop every model are."""
+    """Look and print. Advice is not a failure; kernels that stop every model are."""
     found = diagnose()
     status = 0 if found.kernels_fault is None else 1
     if arguments.json:

@@ -30,7 +30,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def _port(text: str) -> int:
     """A port's number. The system would take 99999 for 34463 without a word."""
     if not text.isascii() or not text.isdigit() or int(text[:9]) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r:.20} is no port: give a number from 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is not a port: give a number from 0 to 65535")
     return int(text)
 
 

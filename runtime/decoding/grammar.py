@@ -74,7 +74,7 @@ class GrammarCompiler:
     def _prepared(self, guidance: Any) -> llguidance.LLTokenizer:
         with self._lock:
             if self._vocabulary is None:
-                # The file's text, not its path: llguidance would look for a name that is no file on the network.
+                # The file's text, not its path: llguidance would look for a name that is not a file on the network.
                 text = self._path.read_text(encoding="utf-8")
                 try:
                     # Sized by the tokenizer: the model may have more rows, or lack one for an added token.

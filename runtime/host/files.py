@@ -62,7 +62,7 @@ def _require_regular(found: os.stat_result, path: Path, most_bytes: int | None) 
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise UnfitFileError(errno.EINVAL, "it is no regular file", str(path))
+        raise UnfitFileError(errno.EINVAL, "it is not a regular file", str(path))
     if most_bytes is not None and found.st_size > most_bytes:
         raise UnfitFileError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most_bytes:,}", str(path))
 

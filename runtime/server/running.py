@@ -184,7 +184,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a server that ended without doing so. Raises: ServerStartError for what is no socket."""
+    """Remove the socket of a server that ended without doing so. Raises: ServerStartError for what is not a socket."""
     if not path.is_socket():
         raise ServerStartError(f"{path} is there and no socket: give another path")
     path.unlink()

@@ -26,6 +26,11 @@ class Computation:
         self._chunks: list[Chunk] = []
         self.row = self._answer.row(self._interrupted, self._seconds_left)
 
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether all who asked have what they wanted, or gave up."""
+        return all(listener.ended for listener in self.listeners)
+
     def join(self, listener: Listener) -> None:
         """Give a listener what was said so far, and what follows."""
         listener.shared = bool(self.listeners)

@@ -94,7 +94,7 @@ class BlockFiles:
                 self._write(path, used, encode(key, block), block)
         except OSError as error:
             self._rests_until = self._clock.monotonic() + _REST_S
-            self._warn(error.errno, f"{self._folder} cannot be written ({error}): look after its folder and disk")
+            self._warn(error.errno, f"{self._folder} cannot be written ({error}): check its folder and disk")
 
     def trim(self) -> None:
         """Set the budget for all processes, and delete what is beyond it now. Raises: OSError. Cost: a listing."""
@@ -251,7 +251,7 @@ def _last_use(file: FoundFile, now: float) -> float:
 
 
 def _delete(path: Path) -> bool:
-    """Delete a file to make room; whether it counts no more: it is gone, or is a newer version's to look after."""
+    """Delete a file to make room; whether it counts no more: it is gone, or belongs to a newer version."""
     try:
         if not _is_newer(path):
             path.unlink(missing_ok=True)

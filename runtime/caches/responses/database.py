@@ -214,11 +214,11 @@ def mapped_errors(path: Path) -> Iterator[None]:
     except (sqlite3.OperationalError, sqlite3.InterfaceError, sqlite3.ProgrammingError) as error:
         if any(words in str(error) for words in _DAMAGE):
             raise CacheCorruptError(f"{path} is damaged ({error})") from error
-        raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
+        raise CacheError(f"{path} cannot be used ({error}): check its folder and disk") from error
     except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes damaged text
         raise CacheCorruptError(f"{path} is damaged ({error})") from error
     except OSError as error:
-        raise CacheError(f"{path} cannot be used ({error}): look after its folder and disk") from error
+        raise CacheError(f"{path} cannot be used ({error}): check its folder and disk") from error
     except MemoryError as error:
         raise CacheError(f"{path} cannot be used: there is not enough memory") from error
 
