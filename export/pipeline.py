@@ -1,7 +1,7 @@
-"""The way of a model from its source to a bundle: named stages over one context.
+"""The way of a model from its source to a bundle, in named stages.
 
-    load -> trace -> fuse -> compare with torch        (tracing.py)
-    -> calibrate -> quantize -> judge -> measure -> other runtimes        (quantizing.py)
+    load -> trace -> fuse -> compare with torch                                               (fp32_graph.py)
+    -> calibrate -> quantize -> choose arithmetic -> judge -> measure -> other runtimes       (quantized_graph.py)
     -> write
 
 With a recipe, the model is first compressed to a scratch folder, which is then loaded. All graphs run in the runtime
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.bundle import folder as names
 from ..runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Quantization, Target
@@ -25,27 +26,17 @@ from ..targets import Profile
 from . import libraries
 from .compress.folder import without_figures
 from .compress.processes import require_one
-from .compress.recipe import Recipe, load_recipe
+from .compress.recipe import load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
 from .compress.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
+from .fp32_graph import load, make_fp32_graph
 from .output import package, place
 from .output.report import Measurements, build_report, write_report
-from .source.loading import find_source, short_name
-from .stages import Progress, StageRecord, run_stages
-
-if TYPE_CHECKING:
-    pass
-from .context import Context
-from .quantizing_stages import (
-    calibrate,
-    choose_arithmetic,
-    judge_quantized,
-    measure,
-    quantize,
-    write_for_other_runtimes,
-)
-from .tracing_stages import compare_with_torch, fuse, load, trace
+from .quantized_graph import make_quantized_graph
+from .records import Fp32Graph, Job, Loaded, QuantizedGraph
+from .source.finding import find_source, short_name
+from .stages import Progress, StageRecord, Stages
 
 
 @dataclass(frozen=True)
@@ -66,48 +57,37 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     libraries.redirect()
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or _default_output(config.model, folder, profile.name)
+    out = config.out or default_output(config.model, folder, profile.name)
     place.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
     recipe = None if config.compress is None else load_recipe(config.compress)
     if recipe is not None and any(isinstance(step, WeightsInt4) for step in recipe.steps):
         require_agreement(config.scheme, f"the recipe {recipe.name}")
+    stages = Stages(f"{config.model} for {profile.name}", progress)
     with place.partial_folder(out) as work:
-        context = Context(config, profile, scheme, folder, out, work, _provider(profile))
         if recipe is not None:
-            context.folder = _compress(context, recipe, progress)
-        stages = [
-            ("load", load),
-            ("trace", trace),
-            ("fuse", fuse),
-            ("compare with torch", compare_with_torch),
-            ("calibrate", calibrate),
-            ("quantize", quantize),
-            ("choose arithmetic", choose_arithmetic),
-            ("judge", judge_quantized),
-            ("measure", measure),
-            ("other runtimes", write_for_other_runtimes),
-        ]
-        records = run_stages(context, stages, f"{config.model} for {profile.name}", progress)
-        report: dict[str, Any] = {}
-
-        def write(context: Context) -> None:
-            report.update(_report(context, records))
-            _write(context, report)
-            place.put_in_place(context.result, out)
-
-        run_stages(context, [("write", write)], f"{config.model} for {profile.name}", progress)
+            task = Task(config.model, folder, recipe, profile, config.read_text())
+            folder = _compress(task, work, out, progress)
+        job = Job(config, profile, folder, work, provider_of(profile))
+        with stages.stage("load"):
+            loaded, module = load(job, scheme)
+        fp32 = make_fp32_graph(job, loaded, module, stages)
+        quantized = make_quantized_graph(loaded, fp32, stages)
+        report = _report(loaded, fp32, quantized, stages.records)
+        with stages.stage("write"):
+            _write(loaded, fp32, quantized, report)
+            place.put_in_place(job.bundle, out)
     return ExportResult(out, names.Bundle.open(out).manifest, report)
 
 
-def _default_output(model: str, folder: Path, target: str) -> Path:
+def default_output(model: str, folder: Path, target: str) -> Path:
     """In the working folder, or beside the model where that is the model's own folder, which is to hold no bundle."""
     name = f"{short_name(model)}-{target}"
     return folder.resolve().parent / name if folder.resolve() == Path.cwd().resolve() else Path(name)
 
 
-def _provider(profile: Profile) -> str:
+def provider_of(profile: Profile) -> str:
     """The target's provider; for a GPU that is not here the CPU's, which can judge such a graph all the same.
 
     Raises: SessionError, for any other that is missing.
@@ -119,36 +99,36 @@ def _provider(profile: Profile) -> str:
     raise SessionError(f"onnxruntime has no {profile.provider} here: install the onnxruntime package that has it")
 
 
-def _compress(context: Context, recipe: Recipe, progress: Progress | None) -> Path:
+def _compress(task: Task, work: Path, out: Path, progress: Progress | None) -> Path:
     """The folder of the compressed model, from which the export then goes on as from any other."""
     require_one()
-    config, folder = context.config, context.work / "compressed"
+    folder = work / "compressed"
     folder.mkdir()
-    task = Task(config.model, context.folder, recipe, context.profile, config.read_text())
-    checkpoints = checkpoint_folder(context.out)
+    checkpoints = checkpoint_folder(out)
     compress_folder(task, folder, checkpoints, progress)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return folder
 
 
-def _write(context: Context, report: dict[str, Any]) -> None:
-    write_report(report, context.result)
-    source = context.source
+def _write(loaded: Loaded, fp32: Fp32Graph, quantized: QuantizedGraph, report: dict[str, Any]) -> None:
+    job, source = fp32.job, loaded.source
+    write_report(report, job.bundle)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=source.name,
         source=source.source,
-        target=Target(context.profile.name, context.profile.settings()),
+        target=Target(job.profile.name, job.profile.settings()),
         compression=tuple(without_figures(step) for step in source.compression),
         quantization=Quantization(
-            context.scheme,
-            context.excluded,
-            {} if context.arithmetic is None else context.arithmetic.activations,
+            loaded.scheme,
+            () if quantized.verdict is None else quantized.verdict.excluded,
+            {} if quantized.arithmetic is None else quantized.arithmetic.activations,
+            {} if quantized.weights is None else quantized.weights.bits,
         ),
-        model=context.model(context.kv),
+        model=fp32.model(fp32.kv),
         tokens=source.tokens,
         quality={key: report[key] for key in ("against_source", "against_fp32")},
-        files=package.digest_files(context.result),
+        files=package.digest_files(job.bundle),
         versions={
             **{name: importlib.metadata.version(name) for name in ("edgelm", "torch", "transformers", "onnx")},
             # It is installed as onnxruntime or as onnxruntime-gpu.
@@ -156,32 +136,36 @@ def _write(context: Context, report: dict[str, Any]) -> None:
         },
         notes=source.notes,
     )
-    (context.result / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    (job.bundle / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _report(context: Context, records: list[StageRecord]) -> dict[str, Any]:
+def _report(
+    loaded: Loaded, fp32: Fp32Graph, quantized: QuantizedGraph, records: Sequence[StageRecord]
+) -> dict[str, Any]:
+    job, source, verdict = fp32.job, loaded.source, quantized.verdict
     return build_report(
         Measurements(
-            name=context.source.name,
-            source=context.source.source,
-            target=context.profile.name,
-            scheme=context.scheme,
-            model=context.model(context.kv),
-            before=context.reference,
-            after=context.result,
-            speeds=context.speeds,
-            against_source=context.source_agreement,
-            against_fp32=context.quantized_agreement,
-            examples=context.examples,
-            arithmetic=None if context.arithmetic is None else context.arithmetic.measured(),
-            cache=context.cache_agreement,
+            name=source.name,
+            source=source.source,
+            target=job.profile.name,
+            scheme=loaded.scheme,
+            model=fp32.model(fp32.kv),
+            before=job.fp32,
+            after=job.bundle,
+            speeds=quantized.speeds,
+            against_source=fp32.agreement,
+            against_fp32=None if verdict is None else verdict.agreement,
+            examples=quantized.examples,
+            arithmetic=None if quantized.arithmetic is None else quantized.arithmetic.measured(),
+            weights=None if quantized.weights is None else quantized.weights.measured(),
+            cache=quantized.cache,
             stages=records,
-            path=context.path,
-            refused_paths=context.refusals,
-            sensitivity=context.sensitivity,
-            without_genai=context.without_genai,
-            compression=context.source.compression,
-            not_run=context.not_run,
-            notes=context.source.notes,
+            path=fp32.path,
+            refused_paths=fp32.refusals,
+            sensitivity=() if verdict is None else verdict.sensitivity,
+            without_genai=quantized.without_genai,
+            compression=source.compression,
+            not_run=job.not_run,
+            notes=source.notes,
         )
     )

@@ -1,24 +1,24 @@
-"""Named stages over one context: each is timed, its peak memory noted, and a failure says where the export stood."""
+"""Named stages: each is timed, its peak memory noted, and a failure says where the work stood."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from ..runtime.errors import EdgelmError
 from ..runtime.host import machine
 from .errors import StageError
 
-C = TypeVar("C")
 _SAMPLE_S = 0.2
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a finished stage cost. peak_bytes: most physical memory of the process, sampled 20 times a second."""
+    """What a finished stage cost. peak_bytes: most physical memory of the process, sampled 5 times a second."""
 
     name: str
     seconds: float
@@ -35,34 +35,54 @@ class Progress(Protocol):
         """A stage is done."""
 
 
-Stage = tuple[str, Callable[[C], None]]
+class Stages:
+    """The stages of one piece of work. subject: what is worked on, for messages."""
+
+    def __init__(self, subject: str, progress: Progress | None) -> None:
+        self._subject = subject
+        self._progress = progress
+        self._records: dict[str, StageRecord] = {}
+
+    @property
+    def records(self) -> list[StageRecord]:
+        """The stages that are done, in their order. A stage that ran more than once is one record, with all its
+        time."""
+        return list(self._records.values())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One stage: the block is timed and watched.
+
+        Raises: EdgelmError as the block raised it, with a note of where it happened; OSError likewise; anything else
+        as a StageError, since nobody foresaw it.
+        """
+        if self._progress is not None:
+            self._progress.started(name)
+        started = time.perf_counter()
+        with _PeakMemory() as memory, self._saying_where(name):
+            yield
+        record = StageRecord(name, time.perf_counter() - started, memory.peak)
+        self._records[name] = _together(self._records.get(name), record)
+        if self._progress is not None:
+            self._progress.finished(record)
+
+    @contextmanager
+    def _saying_where(self, name: str) -> Iterator[None]:
+        before = ", ".join(self._records) or "none"
+        where = f"in stage {name!r} of {self._subject}, after: {before}"
+        try:
+            yield
+        except (EdgelmError, OSError) as error:
+            error.add_note(where)
+            raise
+        except Exception as error:
+            raise StageError(f"unexpected {type(error).__name__} {where}: {error}") from error
 
 
-def run_stages(context: C, stages: Sequence[Stage[C]], subject: str, progress: Progress | None) -> list[StageRecord]:
-    """Run stages in order. subject: what is exported, for messages.
-
-    Raises: EdgelmError as the stage raised it, with a note of where it happened; OSError likewise; anything else as a
-    StageError, since nobody foresaw it.
-    """
-    records: list[StageRecord] = []
-    for name, function in stages:
-        if progress is not None:
-            progress.started(name)
-        before = ", ".join(record.name for record in records) or "none"
-        where = f"in stage {name!r} of {subject}, after: {before}"
-        with _PeakMemory() as memory:
-            started = time.perf_counter()
-            try:
-                function(context)
-            except (EdgelmError, OSError) as error:
-                error.add_note(where) if hasattr(error, "add_note") else None
-                raise
-            except Exception as error:
-                raise StageError(f"unexpected {type(error).__name__} {where}: {error}") from error
-        records.append(StageRecord(name, time.perf_counter() - started, memory.peak))
-        if progress is not None:
-            progress.finished(records[-1])
-    return records
+def _together(first: StageRecord | None, second: StageRecord) -> StageRecord:
+    if first is None:
+        return second
+    return StageRecord(first.name, first.seconds + second.seconds, max(first.peak_bytes, second.peak_bytes))
 
 
 class _PeakMemory:

@@ -28,7 +28,7 @@ class Stats:
     generated_tokens: tokens of the answer, an end token not counted; time_to_first_token_s: includes tokenization and
     waiting for another thread's request, and is the whole time where no token came before the deadline;
     decode_tokens_per_s: 0.0 where fewer than two tokens were computed; resident_bytes: physical memory of the process
-    at the end; response_cache_hit: nothing was computed; guessed_tokens: tokens that were guessed and checked in a step
+    at the end; response_cache_hit: nothing was computed; guessed_tokens: draft tokens that were checked in a step
     beside others; accepted_tokens: those of them that came.
     """
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
-import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any, Literal, NoReturn, TypedDict
+from typing import Any, Literal, TypedDict
 
 from .errors import SettingsError, shown
+from .setting_values import LARGEST, json_schema_text, real_number, stop_texts, token_biases, token_ids, whole_number
 
 DEFAULT_MAX_TOKENS = 256
 ContextPolicy = Literal["stop", "slide"]
@@ -65,8 +63,8 @@ class GenerationSettings:
     timeout: seconds from the call after which the answer ends with what is there.
     context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
     first `keep` tokens and goes on.
-    lookup: guess tokens where the text repeats itself and check several in one step; used only where answers stay the
-    same, bit for bit.
+    lookup: try draft tokens where the text repeats itself, and check several in one step; only where answers stay
+    the same, bit for bit.
     special_tokens: the answer's text shows special tokens, such as markers of tool calls; not the one that ends it.
     Raises: SettingsError.
     """
@@ -99,10 +97,10 @@ class GenerationSettings:
             self._normalize(name, _whole(name, getattr(self, name)))
         for name in _REAL:
             self._normalize(name, _real(name, getattr(self, name)))
-        self._normalize("stop", _stop_strings(self.stop))
-        self._normalize("stop_token_ids", _ids(self.stop_token_ids))
-        self._normalize("logit_bias", _bias(self.logit_bias))
-        self._normalize("json_schema", _schema(self.json_schema))
+        self._normalize("stop", stop_texts(self.stop))
+        self._normalize("stop_token_ids", token_ids(self.stop_token_ids))
+        self._normalize("logit_bias", token_biases(self.logit_bias))
+        self._normalize("json_schema", json_schema_text(self.json_schema))
         for name in ("regex", "lark"):
             if not isinstance(getattr(self, name), str | None):
                 raise SettingsError(f"{name} must be a text, found {shown(getattr(self, name))}")
@@ -177,8 +175,6 @@ class GenerationSettings:
             )
 
 
-# What is added to logits or multiplied with them stays so small that no sum overflows float32.
-_LARGEST = 1e6
 # The least and the most of each whole number.
 _WHOLE: dict[str, tuple[int, int]] = {
     "max_tokens": (1, sys.maxsize),
@@ -193,9 +189,9 @@ _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: 0 <= x < math.inf, "0 (greedy) or a number above it"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 1 / _LARGEST <= x <= _LARGEST, "above 0 (from 1e-6 to 1e6; 1 is off)"),
-    "presence_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
-    "frequency_penalty": (lambda x: abs(x) <= _LARGEST, "a number from -1e6 to 1e6"),
+    "repetition_penalty": (lambda x: 1 / LARGEST <= x <= LARGEST, "above 0 (from 1e-6 to 1e6; 1 is off)"),
+    "presence_penalty": (lambda x: abs(x) <= LARGEST, "a number from -1e6 to 1e6"),
+    "frequency_penalty": (lambda x: abs(x) <= LARGEST, "a number from -1e6 to 1e6"),
     "timeout": (lambda x: 0 < x < math.inf, "a number of seconds above 0"),
 }
 _MAY_BE_NONE = ("seed", "logprobs", "timeout")
@@ -217,7 +213,7 @@ def _whole(name: str, value: Any) -> int | None:
     if value is None and name in _MAY_BE_NONE:
         return None
     least, most = _WHOLE[name]
-    number = _index(value)
+    number = whole_number(value)
     if number is None or not least <= number <= most:
         raise SettingsError(f"{name} must be a whole number of {least} or more, found {shown(value)}")
     return number
@@ -227,90 +223,10 @@ def _real(name: str, value: Any) -> float | None:
     if value is None and name in _MAY_BE_NONE:
         return None
     accepts, wanted = _REAL[name]
-    number = _number(value)
+    number = real_number(value)
     if not accepts(number):
         raise SettingsError(f"{name} must be {wanted}, found {shown(value)}")
     return number
-
-
-def _index(value: Any) -> int | None:
-    """A whole number of any integer type, or None for what is none."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def _token(value: Any) -> int | None:
-    """A token id that some model may have, or None for what is none."""
-    token = _index(value)
-    return token if token is not None and 0 <= token <= sys.maxsize else None
-
-
-def _number(value: Any) -> float:
-    """A number as float, NaN for what is none and for what no float can hold."""
-    try:
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-def _stop_strings(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise SettingsError(f"stop must be a text or a list of texts, found {shown(value)}")
-    if "" in texts:
-        raise SettingsError("a stop text is empty, which would end every answer at once: leave it out")
-    return tuple(dict.fromkeys(texts))
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    ids = [_token(token) for token in value] if isinstance(value, Iterable) else [None]
-    found = sorted({token for token in ids if token is not None})
-    if None in ids:
-        raise SettingsError(f"stop_token_ids must be a list of token ids, found {shown(value)}")
-    return tuple(found)
-
-
-class _FrozenBias(dict[int, float]):
-    """A dict that cannot be changed, so that it can be hashed. Still a dict for json and `dataclasses.asdict`."""
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("the logit_bias of settings cannot be changed: make new settings with dataclasses.replace")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
-
-
-def _bias(value: Any) -> _FrozenBias:
-    if not isinstance(value, Mapping):
-        raise SettingsError(f"logit_bias must map token ids to numbers, found {shown(value)}")
-    bias = {_token(token): _number(amount) for token, amount in value.items()}
-    for token, amount in bias.items():
-        if token is None:
-            raise SettingsError(f"logit_bias must map token ids to numbers, found the keys {shown(list(value))}")
-        if not (abs(amount) <= _LARGEST or amount == -math.inf):
-            raise SettingsError(f"logit_bias of token {token} must be from -1e6 to 1e6, or -inf to ban it")
-    return _FrozenBias({token: bias[token] for token in sorted(token for token in bias if token is not None)})
-
-
-def _schema(value: Any) -> str | None:
-    """The schema as JSON text. The order of its keys stays: it is the order in which properties are written."""
-    if value is None:
-        return None
-    try:
-        schema = json.loads(value) if isinstance(value, str) else value
-        if not isinstance(schema, Mapping):
-            raise SettingsError(f"json_schema must be an object, found {shown(schema)}")
-        return json.dumps(schema, separators=(",", ":"), allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise SettingsError(f"json_schema is not JSON ({error})") from error
 
 
 _DEFAULTS = GenerationSettings()

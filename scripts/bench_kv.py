@@ -3,7 +3,7 @@
     python scripts/bench_kv.py [--work build/bench] [--rounds 7] [--threads 2] [--text FILE] [--json FILE]
 
 Two bundles of the reference model of `bench.py` (135M parameters, random weights), which differ in their cache alone,
-are open at the same time. Each round runs the same prompts on both, in alternation, with guesses off and nothing
+are open at the same time. Each round runs the same prompts on both, in alternation, with draft tokens off and nothing
 reused, so what else the machine does meets both. Printed are the medians, and the median and the range of each round's
 ratio int8 / float32. Perplexity needs a model that was trained: that of builtin:tales, on a text.
 """
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import CONTEXTS, DECODE_TOKENS, prepare
+from bench import CONTEXTS, DECODE_TOKENS
+from reference_model import prepare
 
 from edgelm.runtime import Bundle, load
 from edgelm.runtime.evaluation.scoring import perplexity

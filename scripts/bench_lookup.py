@@ -1,15 +1,15 @@
-"""Measure what guessed tokens gain where an answer repeats its prompt, and what they cost where nothing repeats.
+"""Measure what draft tokens gain where an answer repeats its prompt, and what they cost where nothing repeats.
 
     python scripts/bench_lookup.py [--work build/bench] [--rounds 7] [--threads 2] [--kv int8] [--json FILE]
 
 Three bundles: the reference model of `bench.py` (135M parameters, random weights, whose answers repeat nothing), a
 model of the same shape and cost of which two layers are written to copy what the prompt holds (`copying_model.py`), and
 builtin:tales, a real story model. "played" cases force the tokens of an English text on the reference model, whatever
-its logits say, so that guesses fare as on that text and steps cost what they cost such a model.
+its logits say, so that draft tokens fare as on that text and steps cost what they cost such a model.
 
-Each round decodes with and without guesses, on two sessions of one bundle, in alternation token by token: what else the
-machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and the range
-of each round's ratio with / without.
+Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token: what
+else the machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and
+the range of each round's ratio with / without.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import prepare
 from copying_model import build_copying_model
+from reference_model import prepare
 
 from edgelm.runtime import Bundle, GenerationSettings
 from edgelm.runtime.decoding.prompt_lookup import Lookup
@@ -53,7 +53,7 @@ class Case:
 
 
 class Pair:
-    """A bundle's two sessions, one for plain decoding and one for guesses."""
+    """A bundle's two sessions, one for plain decoding and one with draft tokens."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         bundle = Bundle.open(folder)
@@ -65,10 +65,8 @@ class Pair:
         """One round. first: which of the two begins each time. Returns tokens per second of both, and counts."""
         lookup = Lookup()
         streams = [
-            sequencer.tokens(
-                Row(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=guesses)
-            )
-            for sequencer, guesses in zip(self._sequencers, (None, lookup), strict=True)
+            sequencer.tokens(Row(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=drafts))
+            for sequencer, drafts in zip(self._sequencers, (None, lookup), strict=True)
         ]
         tokens = [[next(stream)] for stream in streams]
         seconds = [0.0, 0.0]
@@ -83,14 +81,14 @@ class Pair:
                 else:
                     tokens[which].append(token)
         if tokens[0] != tokens[1] or (case.expected is not None and tokens[0] != list(case.expected)):
-            raise SystemExit(f"{case.name}: the tokens are wrong, or differ with and without guesses")
-        plain, guessing = ((len(tokens[0]) - 1) / each for each in seconds)
+            raise SystemExit(f"{case.name}: the tokens are wrong, or differ with and without draft tokens")
+        plain, drafting = ((len(tokens[0]) - 1) / each for each in seconds)
         return {
             "plain_tokens_per_s": plain,
-            "lookup_tokens_per_s": guessing,
-            "ratio": guessing / plain,
+            "lookup_tokens_per_s": drafting,
+            "ratio": drafting / plain,
             "tokens": len(tokens[0]),
-            "guessed": lookup.guessed,
+            "drafted": lookup.drafted,
             "accepted": lookup.accepted,
         }
 
@@ -185,7 +183,7 @@ def _print(name: str, figures: dict[str, Any]) -> None:
     speeds = f"{figures['plain_tokens_per_s']:>9.1f}{figures['lookup_tokens_per_s']:>9.1f} tokens/s"
     ratio = f"{figures['ratio']:>7.3f} ({min(figures['ratios']):.2f} to {max(figures['ratios']):.2f})"
     print(
-        f"{name:44}{speeds}{ratio}   {figures['accepted']:.0f} of {figures['guessed']:.0f} guesses came, "
+        f"{name:44}{speeds}{ratio}   {figures['accepted']:.0f} of {figures['drafted']:.0f} draft tokens accepted, "
         f"{figures['tokens']:.0f} tokens",
         flush=True,
     )

@@ -34,7 +34,8 @@ from train_example_model import END_OF_TEXT, STORIES, Recipe, read_stories
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.steps import Workbench
 from edgelm.export.passes import fusing_passes, quantizing_passes
-from edgelm.export.source.loading import find_source, load_module
+from edgelm.export.source.finding import find_source
+from edgelm.export.source.loading import load_module
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import CacheType, Model
 from edgelm.runtime.evaluation.scoring import score

@@ -91,7 +91,8 @@ def _fetch(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from edgelm.export.commands.progress import quiet_libraries
-    from edgelm.export.source.loading import describe_source, find_source, load_module
+    from edgelm.export.source.finding import find_source
+    from edgelm.export.source.loading import describe_source, load_module
 
     quiet_libraries()
     file = find_source(str(gguf), None)

@@ -1,10 +1,12 @@
-"""What tests of the server share: engines that say what they are told, clients of an application in this process, and
-servers that are processes of their own."""
+"""What tests of the server share: engines that say what they are told, clients of an application in this process,
+servers that are processes of their own, and other people's clients."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -32,7 +34,7 @@ from edgelm.runtime.server import ServerSettings, app
 from edgelm.runtime.server.running import Listening, bind, make_server
 from edgelm.runtime.text.tokenizer import Tokenizer
 
-from .conftest import byte_tokenizer
+from .conftest import ROOT, byte_tokenizer, missing
 from .test_decode import END, manifest
 
 CHAT = (
@@ -42,6 +44,7 @@ CHAT = (
 JSON = {"Content-Type": "application/json"}
 Answering = Callable[[str], str]
 START_S = 60.0
+CLIENTS = ROOT / "build" / "clients"  # where scripts/setup_clients puts other people's clients
 
 
 class SayingSession(FakeSession):
@@ -247,3 +250,10 @@ def with_template(bundle: Path, folder: Path, template: str = CHAT) -> Path:
     data["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     (folder / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
     return folder
+
+
+def client_package(name: str) -> Any:
+    """One of other people's clients, which may be `missing`. Use the fixture `clients`."""
+    if importlib.util.find_spec(name) is None:
+        missing(f"{name} is not here: run  scripts/setup_clients")
+    return importlib.import_module(name)

@@ -256,7 +256,7 @@ def test_a_clock_that_jumps_shortens_lives(timed: tuple[FakeClock, AnswerStore])
     clock, store = timed
     store.put("key", answer(1, created=clock.wall()))
     clock.jump(-30)
-    assert store.get("key") == answer(1), "a minute is no jump"
+    assert store.get("key") == answer(1), "a minute is not a jump"
     clock.jump(-3600)
     store.put("new", answer(2, created=clock.wall()))
     assert store.get("new") == answer(2)

@@ -25,7 +25,8 @@ from edgelm.export.passes.quantize_blocks import QuantizeBlocks
 from edgelm.export.quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
 from edgelm.export.quantization.hessians import collect_hessians
 from edgelm.export.quantization.schemes import Quantizer
-from edgelm.export.source.loading import describe_source, find_source, load_module
+from edgelm.export.source.finding import find_source
+from edgelm.export.source.loading import describe_source, load_module
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle

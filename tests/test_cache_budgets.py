@@ -61,7 +61,7 @@ def test_only_what_differs_is_written(edgelm_home: Path) -> None:
         ("{}", "no version"),
         ('{"version": true}', "no version"),
         ('{"version": 1, "answers": {}}', "unknown key answers"),
-        ('{"version": 1, "responses": []}', "responses is no object"),
+        ('{"version": 1, "responses": []}', "responses is not an object"),
         ('{"version": 1, "responses": {"folder": "/"}}', "unknown key responses.folder"),
         ('{"version": 1, "responses": {"disk_bytes": 1}}', "disk_bytes must be"),
         ('{"version": 1, "responses": {"disk_entries": 9223372036854775808}}', "disk_entries must be"),

@@ -18,8 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgelm.export import ExportConfig, export_model
-from edgelm.export import tracing_stages as tracing
+from edgelm.export import ExportConfig, export_model, fp32_graph
 from edgelm.export.passes import call_attention
 from edgelm.runtime import PrefixCacheSettings, load
 from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
@@ -41,7 +40,7 @@ def fixed_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("fixed") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(call_attention, "_open_rows", lambda graph: None)
-        patch.setattr(tracing, "calls_all_attention", lambda graph: False)
+        patch.setattr(fp32_graph, "calls_all_attention", lambda graph: False)
         export_model(ExportConfig(str(tiny_model), target=WIDE_TARGET, out=out))
     return out
 

@@ -180,8 +180,8 @@ def a_folder_in_place_of_the_file(place: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "warning"),
     [
-        (a_file_in_the_way, "look after its folder"),
-        (a_folder_in_place_of_the_file, "look after its folder"),
+        (a_file_in_the_way, "check its folder and disk"),
+        (a_folder_in_place_of_the_file, "check its folder and disk"),
         (garbage, "was damaged"),
         (newer, "has version 9"),
     ],

@@ -182,7 +182,7 @@ def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, c
     command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
     assert call(*command, "--stats") == 0
     out, err = capsys.readouterr()
-    assert re.search(r"\b[1-9]\d* of \d+ guesses came", err)
+    assert re.search(r"\b[1-9]\d* of \d+ draft tokens accepted", err)
     assert call(*command, "--stats", "--no-lookup") == 0
     plain, err = capsys.readouterr()
     assert plain == out and "guesses" not in err

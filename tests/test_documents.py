@@ -1,11 +1,19 @@
-"""Documents have one title each, and what they link to is there."""
+"""Documents have one title each, what they link to is there, and the commands and options that they name exist.
+
+`test_readme` runs those of the README.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from edgelm.runtime import cli
 
 from .conftest import ROOT
 
@@ -36,3 +44,73 @@ def test_links_lead_somewhere(path: Path) -> None:
         target = path.parent / file if file else path
         assert target.exists(), f"{path.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{path.name} links to {link}"
+
+
+# Notes tell of what was tried, some of which is no more.
+CURRENT = [path for path in DOCUMENTS if path.parent.name != "notes" and path.name != "CHANGELOG.md"]
+# Options of pip, pytest, PyInstaller and accelerate, which documents name too; accelerate's others have underscores.
+FOREIGN = {
+    "--no-deps",
+    "--slow",
+    "--extra-index-url",
+    "--config-settings",
+    "--upgrade",
+    "--cpu",
+    "--onefile",
+    "--hidden-import",
+}
+
+
+def command_lines(path: Path) -> Iterator[list[str]]:
+    """The words of all lines with a command of ours."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    code = [
+        *re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL),
+        *re.findall(r"^ {4}\S.*$", text, re.MULTILINE),
+    ]
+    command = r"(?:edgelm [a-z]|python scripts/|scripts/).*"
+    for line in re.findall(rf"^ *((?:\w+=\S+ )*{command})$", "\n".join(code), re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        while "=" in words[0]:
+            words.pop(0)
+        yield words
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=lambda path: path.name)
+def test_commands_are_understood(path: Path) -> None:
+    for words in command_lines(path):
+        if words[0] == "edgelm":
+            module = cli._find(words[1])
+            assert module is not None, f"{path.name} names {shlex.join(words)}"
+            cli.make_parser(words[1], module).parse_intermixed_args(words[2:])
+            continue
+        script = ROOT / next(word for word in words if word.startswith("scripts/"))
+        assert script.is_file(), f"{path.name} names {script}"
+        source = script.read_text(encoding="utf-8")
+        for option in (word for word in words if word.startswith("--")):
+            assert option in source, f"{script} has no {option}, which {path.name} names"
+
+
+def test_options_in_running_text_exist() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*") if is_text(path))
+    known = set(re.findall(r"--[a-z][a-z0-9-]*", scripts)) | FOREIGN | {"--help", "--version"}
+    for name in cli._names():
+        known |= {
+            option for action in actions(cli.make_parser(name, cli._find(name))) for option in action.option_strings
+        }
+    for path in CURRENT:
+        for option in re.findall(r"`(--[a-z][a-z0-9-]*)\b(?!_)", without_code(path)):
+            assert option in known, f"{path.name} names {option}"
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All arguments of a parser, and of the parsers of its subcommands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from actions(inner)
+
+
+def is_text(path: Path) -> bool:
+    return path.is_file() and path.suffix in {"", ".py"} and "__pycache__" not in path.parts

@@ -96,7 +96,7 @@ def test_passages_without_a_last_word(tokenizer: Tokenizer, passages: list[str],
 @pytest.mark.parametrize("line", ["{", '{"words": 1}', "[]", "3"])
 def test_a_file_that_is_no_json_lines(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a b"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(PromptError, match="line 3 is no JSON object with the key text"):
+    with pytest.raises(PromptError, match="line 3 is not a JSON object with the key text"):
         read_passages(tmp_path / "p.jsonl")
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from edgelm.export.errors import SourceError
-from edgelm.export.pipeline import _default_output
-from edgelm.export.source.loading import find_source, short_name
+from edgelm.export.pipeline import default_output
+from edgelm.export.source.finding import find_source, short_name
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
 
@@ -82,11 +82,14 @@ def change_config(model: Path, **changes: Any) -> None:
 
 
 def test_a_missing_folder(refused: Refused) -> None:
-    refused("./no-such-folder", words=("no-such-folder", "is no folder", "give a model folder"))
+    refused("./no-such-folder", words=("no-such-folder", "neither a folder nor a GGUF", "give a model"))
 
 
 def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
-    refused(model / "model.safetensors", words=("model.safetensors", "is no folder", "give a model folder"))
+    refused(
+        model / "model.safetensors",
+        words=("model.safetensors", "neither a folder nor a GGUF file", "give a model folder"),
+    )
 
 
 def test_an_unknown_builtin(refused: Refused) -> None:
@@ -177,7 +180,7 @@ def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str,
 def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
     import transformers
 
-    from edgelm.export.source.loading import find_source
+    from edgelm.export.source.finding import find_source
 
     config = transformers.BartConfig(vocab_size=257, d_model=16, decoder_layers=1, decoder_ffn_dim=16)
     config.decoder_attention_heads = 2
@@ -301,7 +304,8 @@ def test_what_a_model_computes_from_its_configuration_is_no_unused_weight(tmp_pa
     """Older versions of transformers saved masks and rotations beside the weights, and the hub is full of them."""
     import torch
 
-    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.export.source.finding import find_source
+    from edgelm.export.source.loading import load_module
 
     from .model_zoo import tiny_model
 
@@ -345,7 +349,8 @@ def test_fp8_weights_with_scales_of_blocks_are_widened(here: Path, model: Path) 
     import transformers
     from safetensors.torch import load_file
 
-    from edgelm.export.source.loading import find_source, load_module
+    from edgelm.export.source.finding import find_source
+    from edgelm.export.source.loading import load_module
     from edgelm.runtime import load
 
     quantize_to_fp8(model, 32)
@@ -374,7 +379,7 @@ def test_fp8_blocks_that_do_not_fit_a_matrix(refused: Refused, model: Path) -> N
     quantize_to_fp8(model, 32)
     settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     change_config(model, quantization_config={**settings, "weight_block_size": [48, 32]})
-    refused(model, words=("is no whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
+    refused(model, words=("is not a whole number of FP8 blocks of 48 x 32", "export the model that it was made from"))
 
 
 @pytest.mark.parametrize(
@@ -805,7 +810,7 @@ def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
     assert not contents(here)
 
 
-# ---- what folders are called, and what is no model
+# ---- what folders are called, and what is not a model
 
 
 def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path) -> None:
@@ -833,6 +838,6 @@ def test_a_folder_is_called_by_its_own_name_and_a_snapshot_by_the_hubs(
 def test_a_bundle_is_not_written_into_its_model_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert _default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
+    assert default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
     monkeypatch.chdir(tmp_path)
-    assert _default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")
+    assert default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")

@@ -15,8 +15,9 @@ import pytest
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.errors import SourceError
+from edgelm.export.source.finding import find_source, short_name
 from edgelm.export.source.gguf_file import read_header
-from edgelm.export.source.loading import describe_source, find_source, load_module, short_name
+from edgelm.export.source.loading import describe_source, load_module
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
@@ -258,8 +259,8 @@ HUGE = 2**60
 HEAD = b"GGUF" + struct.pack("<I", 3)
 ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama")
 HOSTILE = {
-    "empty": (b"", "is no GGUF file"),
-    "another magic": (b"GGML" + bytes(100), "is no GGUF file"),
+    "empty": (b"", "is not a GGUF file"),
+    "another magic": (b"GGML" + bytes(100), "is not a GGUF file"),
     "magic alone": (b"GGUF", "cut short"),
     "version 1": (b"GGUF" + struct.pack("<IIQ", 1, 0, 0), "version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "little-endian"),
@@ -280,7 +281,7 @@ HOSTILE = {
     ),
     "an unknown type": (HEAD + struct.pack("<QQ", 0, 1) + text("a") + struct.pack("<I", 99) + bytes(9), "type 99"),
     "a key twice": (HEAD + struct.pack("<QQ", 0, 2) + 2 * (text("a") + struct.pack("<II", 4, 1)), "twice"),
-    "no UTF-8": (HEAD + struct.pack("<QQQ", 0, 1, 2) + b"\xff\xfe" + bytes(100), "no UTF-8"),
+    "not UTF-8": (HEAD + struct.pack("<QQQ", 0, 1, 2) + b"\xff\xfe" + bytes(100), "not UTF-8"),
     "an alignment of 0": (
         HEAD + struct.pack("<QQ", 0, 1) + text("general.alignment") + struct.pack("<II", 4, 0),
         "alignment is 0",
@@ -317,7 +318,7 @@ def test_hostile_files_cost_nothing(tmp_path: Path, kind: str) -> None:
     content, words = HOSTILE[kind]
     file = tmp_path / "model.gguf"
     file.write_bytes(content)
-    import gguf.quants  # noqa: F401 (its own memory is no file's)
+    import gguf.quants  # noqa: F401 (its own memory is not a file's)
 
     tracemalloc.start()
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""Guessed tokens: answers are those of plain decoding, bit for bit, whatever is guessed; and guesses save steps."""
+"""Draft tokens: answers are those of plain decoding, bit for bit, whatever is drafted; and draft tokens save steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgelm.runtime.decoding.row import Greedy, Row
 from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.fake import FakeSession, NextToken
-from edgelm.runtime.sessions.protocol import MOST_GUESSES
+from edgelm.runtime.sessions.protocol import MOST_DRAFTS
 from edgelm.runtime.text.tokenizer import Tokenizer
 
 from .conftest import TEXT, byte_tokenizer
@@ -71,10 +71,10 @@ def test_asking_after_each_token_finds_as_much_as_asking_once(ids: list[int]) ->
     for token in ids:
         text.add(token)
         known.append(token)
-        (*_, guess) = text.following(1) or [None]
+        (*_, draft) = text.following(1) or [None]
         places = [end for end in range(2, len(known)) if known[end - 2 : end] == known[-2:]]
-        assert (guess is None) == (not places)
-        assert guess is None or guess in {known[end] for end in places}
+        assert (draft is None) == (not places)
+        assert draft is None or draft in {known[end] for end in places}
 
 
 def test_a_place_that_was_repeated_so_far_goes_before_a_later_one() -> None:
@@ -93,7 +93,7 @@ def test_a_loop_is_taken_to_go_on() -> None:
     assert Text([1, 1, 1]).following(4) == [1, 1, 1, 1]
 
 
-# ---- Pace: how many to guess
+# ---- Pace: how many to try
 
 
 def run(pace: Pace, outcome: Callable[[int], int], steps: int) -> list[int]:
@@ -107,23 +107,23 @@ def run(pace: Pace, outcome: Callable[[int], int], steps: int) -> list[int]:
     return wanted
 
 
-def test_guesses_that_come_make_more_of_them() -> None:
+def test_accepted_drafts_make_more_of_them() -> None:
     assert run(Pace(), lambda count: count, 7) == [1, 2, 4, 8, 16, 16, 16]
-    assert MOST_GUESSES == 16
+    assert MOST_DRAFTS == 16
 
 
-def test_guesses_that_come_in_part_are_as_many_as_came() -> None:
+def test_drafts_accepted_in_part_are_as_many_next_time() -> None:
     assert run(Pace(), lambda count: min(count, 3), 6) == [1, 2, 4, 3, 6, 3]
 
 
-def test_where_no_guess_comes_hardly_any_is_made() -> None:
+def test_where_no_draft_is_accepted_hardly_any_is_made() -> None:
     wanted = run(Pace(), lambda _: 0, 1000)
     assert wanted[:12] == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
     assert max(wanted) == 1
     assert sum(wanted) <= 1000 / 64 + 6
 
 
-def test_guesses_that_cost_nothing_are_always_made() -> None:
+def test_drafts_that_cost_nothing_are_always_made() -> None:
     assert run(Pace(free=1), lambda _: 0, 100) == [1] * 100
     assert run(Pace(free=1), lambda count: 1 if count == 1 else 0, 6) == [1, 2, 1, 2, 1, 2]
 
@@ -177,19 +177,19 @@ def test_tokens_and_rows_are_those_of_plain_decoding(
     session = FakeSession(LETTERS, repeating(*shape))
     sequencer, lookup = Sequencer(session, piece_tokens), Lookup()
     for prompt, max_tokens, stop_ids, seed, taken in asked:
-        plain, guessing = Recorder(seed), Recorder(seed)
+        plain, drafting = Recorder(seed), Recorder(seed)
         fresh = Sequencer(FakeSession(LETTERS, repeating(*shape)), piece_tokens)
         wanted = list(fresh.tokens(Row(prompt, max_tokens, plain, stop_ids)))[:taken]
         session.steps.clear()
-        tokens = sequencer.tokens(Row(prompt, max_tokens, guessing, stop_ids, lookup=lookup))
+        tokens = sequencer.tokens(Row(prompt, max_tokens, drafting, stop_ids, lookup=lookup))
         got = [token for token, _ in zip(tokens, wanted, strict=False)]
         tokens.close()  # type: ignore[attr-defined]
         assert got == wanted
-        assert guessing.rows == plain.rows[: len(guessing.rows)]
-        assert len(guessing.rows) - len(wanted) in (0, 1)
-        assert all(len(step) <= max(piece_tokens, 1 + MOST_GUESSES) for step in session.steps)
-        assert session.length <= len(prompt) + max_tokens - 1, "guesses beyond what the answer may need"
-    assert lookup.accepted <= lookup.guessed
+        assert drafting.rows == plain.rows[: len(drafting.rows)]
+        assert len(drafting.rows) - len(wanted) in (0, 1)
+        assert all(len(step) <= max(piece_tokens, 1 + MOST_DRAFTS) for step in session.steps)
+        assert session.length <= len(prompt) + max_tokens - 1, "draft tokens beyond what the answer may need"
+    assert lookup.accepted <= lookup.drafted
 
 
 @settings(max_examples=100, deadline=None)
@@ -234,7 +234,7 @@ def test_a_text_that_is_copied_takes_few_steps() -> None:
     prompt = [*text, *text[:2]]
     tokens = list(Sequencer(session).tokens(Row(prompt, 198, Greedy(), lookup=lookup)))
     assert tokens == text[2:]
-    # One for the prompt, 2 + 3 + 5 + 9 tokens while the guesses grow, then 17 a step.
+    # One for the prompt, 2 + 3 + 5 + 9 tokens while the drafts grow, then 17 a step.
     assert len(session.steps) == 1 + 4 + 11
     assert lookup.accepted == 198 - len(session.steps)
 
@@ -292,7 +292,7 @@ def test_completions_are_the_same(
     assert plain.stats.guessed_tokens == plain.stats.accepted_tokens == 0
 
 
-def test_the_figures_tell_of_guesses(tokenizer_folder: Path) -> None:
+def test_the_figures_tell_of_drafts(tokenizer_folder: Path) -> None:
     engine = engine_on(FakeSession(END + 1, lambda tokens: tokens[-3]), tokenizer_folder)
     stats = engine.generate("abcabc", max_tokens=100).stats
     assert stats.accepted_tokens == stats.guessed_tokens > 80
@@ -301,7 +301,7 @@ def test_the_figures_tell_of_guesses(tokenizer_folder: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"quantization": Quantization("int8-tensor", ())}, {"quantization": Quantization("unknown", ())}]
 )
-def test_nothing_is_guessed_where_a_guess_could_change_an_answer(
+def test_nothing_is_drafted_where_a_draft_could_change_an_answer(
     tokenizer_folder: Path, change: dict[str, Any]
 ) -> None:
     session = FakeSession(END + 1, lambda tokens: tokens[-3])
@@ -352,13 +352,13 @@ def test_models_answer_the_same(engine_of: Callable[[str], Engine], name: str, d
         for _ in zip(range(data.draw(st.integers(1, 20), label="chunks")), stream, strict=False):
             pass
         stream.close()
-    guessing = engine.generate(token_ids=prompt, max_tokens=max_tokens, **chosen)
+    drafting = engine.generate(token_ids=prompt, max_tokens=max_tokens, **chosen)
     plain = engine.generate(token_ids=prompt, max_tokens=max_tokens, lookup=False, **chosen)
-    assert answer(guessing) == answer(plain)
+    assert answer(drafting) == answer(plain)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_models_accept_guesses(engine_of: Callable[[str], Engine], name: str) -> None:
+def test_models_accept_drafts(engine_of: Callable[[str], Engine], name: str) -> None:
     """Else the test above would compare plain decoding with itself."""
     engine = engine_of(name)
     stats = engine.generate(TEXT[:100], max_tokens=100, min_tokens=100, logit_bias=FEW_TOKENS).stats

@@ -68,7 +68,7 @@ def test_a_row_with_no_number_gives_none_and_leaves_the_others(
     (expected,) = opened.run(None, {"x": x})
     for place in range(0, width, 7):
         spoilt = x.copy()
-        # Whatever a gate makes of minus infinity, times infinity it is no number.
+        # Whatever a gate makes of minus infinity, times infinity it is not a number.
         spoilt[rows // 2, [place, (place + DEPTH) % width]] = what
         (got,) = opened.run(None, {"x": spoilt})
         assert np.isnan(got[rows // 2]).all()
@@ -95,7 +95,7 @@ def test_behind_a_norm_nan_stays_and_infinity_is_in_the_sum(
 def test_the_guard_of_the_sampler_fires(
     way: str, what: float, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A matrix one of whose scales is no number: one value of each row of its product is none."""
+    """A matrix one of whose scales is not a number: one value of each row of its product is none."""
     if way == "kernels" and importlib.util.find_spec("edgelm_kernels") is None:
         missing("edgelm-kernels is not installed")
     monkeypatch.setenv(kernels.SWITCH, "on" if way == "kernels" else "off")

@@ -1055,6 +1055,30 @@ def test_a_weight_of_several_products_is_stored_once() -> None:
     assert np.abs(got - expected).max() <= 0.01 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("scheme", ["int8-rowwise", "int8-tensor"])
+def test_matrices_in_bodies_of_other_nodes_are_quantized_too(scheme: str) -> None:
+    body = """
+        y = If (yes) <
+            then_branch = first () => (float[batch,new,12] f) {
+                [p] f1 = MatMul(x, a) [q] f2 = MatMul(x, b) f = Add(f1, f2)
+            },
+            else_branch = second () => (float[batch,new,12] g) {
+                [r] g1 = MatMul(x, a) [s] g2 = MatMul(x, c) g = Sub(g1, g2)
+            }
+        >
+    """
+    weights = {name: floats(32, 12) for name in "abc"}
+    model = graph(f"bool yes, {LINEAR}", body, weights)
+    x = floats(BATCH, NEW, HIDDEN)
+    feeds = [{"yes": np.array(yes), "x": x} for yes in (True, False)]
+    before = [compute(model, feed)[0] for feed in feeds]
+    for work in [MergeLinears(), *quantizing_passes(scheme, 8, {})]:
+        work(model)
+    assert not [node for node in model.graph.all_nodes() if node.op_type == "MatMul"]
+    for feed, expected in zip(feeds, before, strict=True):
+        assert np.abs(compute(model, feed)[0] - expected).max() <= 0.02 * np.abs(expected).max()
+
+
 def test_matrices_that_are_excluded_or_computed_stay() -> None:
     body = """
         f = MatMul(x, kept) g = MatMul(x, w)

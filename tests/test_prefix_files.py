@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
         for reused in (0, 96):
             engine.generate(TEXT[200:250], max_tokens=1)
             assert engine.generate(TEXT[:100], max_tokens=1).stats.reused_tokens == reused, "memory goes on"
-    assert len(warnings(caplog)) == 1 and "look after its folder" in warnings(caplog)[0]
+    assert len(warnings(caplog)) == 1 and "check its folder and disk" in warnings(caplog)[0]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

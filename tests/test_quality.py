@@ -286,7 +286,10 @@ def candidate(tables: Sequence[NDArray[np.float32]], written: list[int], repaire
     def opened(table: Callable[[], NDArray[np.float32]]) -> Iterator[Chain]:
         yield Chain(table())
 
-    attempts = [Attempt(f"attempt {index}", lambda index=index: written.append(index)) for index in range(len(tables))]
+    attempts = [
+        Attempt(f"attempt {index}", lambda index=index: written.append(index), lambda names: opened(ring))
+        for index in range(len(tables))
+    ]
     return Candidate(
         reference=lambda: opened(ring),
         reference_bytes=1 << 40,
@@ -294,7 +297,6 @@ def candidate(tables: Sequence[NDArray[np.float32]], written: list[int], repaire
         attempts=attempts,
         leave_out=(lambda names: None) if repaired else None,
         remedy="--scheme int8-weight",
-        probe=lambda names: opened(ring),
         matrices=[],
     )
 

@@ -14,6 +14,7 @@ from edgelm.runtime.text.messages import plain_messages
 from edgelm.runtime.text.options import ChatOptions
 
 from .conftest import byte_tokenizer, missing
+from .served import client_of, saying_engine
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # What transformers raises where it refuses messages.
@@ -128,6 +129,25 @@ def test_the_prompt_is_the_one_of_transformers(reference: Any, name: str) -> Non
             options = ChatOptions(continue_final_message=field)
             assert outcome(template, messages, True, options) == expected, (title, field)
     assert compared >= 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_gives_earlier_calls_as_templates_take_them(name: str, tmp_path: Path) -> None:
+    """Neither a text in quotes once more, nor an object as Python writes it."""
+    if name not in TEMPLATES:
+        missing("trl, which ships templates of published models, is not installed (pip install --no-deps trl)")
+    pytest.importorskip("openai")
+    asked = {"messages": conversations()["a call"], "tools": TOOLS}
+    template = TEMPLATES[name].read_text(encoding="utf-8")
+    with saying_engine(tmp_path, template=template, context=20_000) as engine, client_of(engine) as client:
+        answer = client.post("/apply-template", json=asked)
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 400:  # the template takes no such messages
+        assert "chat template" in answer.json()["error"]["message"], answer.text
+        return
+    prompt = answer.json()["prompt"].split("What is the weather", 1)[-1]
+    assert "weather" in prompt and ("city" in prompt or "Köln" in prompt), prompt
+    assert "{'city'" not in prompt and '\\"city' not in prompt, prompt
 
 
 def test_what_openais_client_returns_is_taken_as_it_is() -> None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
 import pytest
 
-from edgelm.runtime import Engine
+from edgelm.runtime import Engine, load
 from edgelm.runtime.server import running
 
-from .served import eventually, listening, saying_engine, session_of
+from .served import eventually, listening, saying_engine, session_of, with_template
 
 LONG = "z" * 1500
 PAUSE_S = 0.02
-POOL = 8  # threads that asyncio keeps for what blocks, and the engine's worker
 
 
 @pytest.fixture
@@ -87,21 +89,41 @@ def test_a_waiting_request_is_dropped_when_its_client_leaves(engine: Engine) -> 
     assert not any(bytes(session.tokens).count(word) for word in (b"another",))
 
 
-def test_many_clients_that_leave_leave_nothing(engine: Engine) -> None:
-    session = session_of(engine)
-    session.pause_s = 0.001
-    with listening(engine) as address:
-        httpx.post(f"{address}/tokenize", json={"content": "warm"})
-        threads = threading.active_count()
-        for number in range(60):
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files")
+def test_200_clients_that_leave_leave_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Of a real model with several rows, at random times, streamed or not: while they wait, are read, are answered."""
+    random = Random(5)  # noqa: S311, to repeat a run
+    bundle = with_template(tiny_bundle, tmp_path / "tiny")
+    long = {"max_tokens": 250, "logit_bias": {"256": -100}}
+    with load(bundle, threads=1, response_cache=False) as engine, listening({"fake": engine}) as address:
+
+        def idle() -> bool:
+            return 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text
+
+        def counts() -> tuple[int, int, int]:
+            """Threads, open files, rows."""
+            files = list(Path("/proc/self/fd").iterdir())
+            return threading.active_count(), len(files), len(engine._scheduler._decoder.rows)
+
+        def leave(number: int) -> tuple[int, int]:
+            """Ask, and go at a random moment. Returns: how many requests were computed and waited then."""
+            content = f"{number} " + "x" * random.choice([10, 200])
             with connect(address) as client:
-                client.sendall(request_bytes(bool(number % 3), f"number {number}"))
-                time.sleep((number * 7 % 13) * 0.002)
-        assert eventually(lambda: is_still(engine))
-        assert eventually(lambda: 'requests_processing{model="fake"} 0' in httpx.get(f"{address}/metrics").text)
-        assert eventually(lambda: threading.active_count() <= threads + POOL)
+                client.sendall(request_bytes(random.random() < 0.6, content, **long))
+                time.sleep(random.random() * 0.08)
+                return engine.requests
+
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(leave, range(40)))  # threads that are kept
+            assert eventually(idle, 30)
+            before = counts()
+            moments = list(pool.map(leave, range(100, 300)))
+            assert any(waiting for _, waiting in moments) and any(computed for computed, _ in moments)
+            assert eventually(idle, 30)
+            still = eventually(lambda: all(now <= then for now, then in zip(counts(), before, strict=True)))
+            assert still and engine.requests == (0, 0), f"{before} before, {counts()} behind"
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 3})
-        assert answer.json()["choices"][0]["text"] == "zzz"
+        assert answer.json()["choices"][0]["text"] == engine.generate("a", max_tokens=3).text
 
 
 def test_a_full_queue_refuses_with_a_time(engine: Engine) -> None:

@@ -1,14 +1,14 @@
 """Other people's clients against the server: LiteLLM, LangChain, the program llm, OpenAI's client for Node.
 
-The Python ones are in the extra `clients`; a test whose client is not installed is skipped.
+The Python ones are the extra `clients`, which scripts/setup_clients puts into build/clients.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,9 +21,10 @@ import pytest
 from edgelm.runtime import Engine
 
 from .conftest import ROOT, missing
-from .served import eventually, listening, saying_engine, session_of
+from .served import CLIENTS, client_package, eventually, listening, saying_engine, session_of
 from .test_tool_calls import ONE, RIGHT, TOOLS
 
+pytestmark = pytest.mark.usefixtures("clients")
 HI = [{"role": "user", "content": "hi"}]
 WEATHER = [{"role": "user", "content": "weather?"}]
 LONG = [{"role": "user", "content": "long"}]
@@ -38,11 +39,6 @@ def answer(prompt: str) -> str:
     if "tool_response" in last:
         return "It is sunny."
     return ONE["tagged"] if "weather?" in last else "z" * 1200 if "long" in last else "Hello there"
-
-
-def needs(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f'{module} is not installed: pip install "edgelm[clients]"')
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +78,8 @@ def stops(engine: Engine) -> bool:
 
 @pytest.fixture
 def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    needs("litellm")
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # nothing from the network
-    import litellm
-
-    return litellm
+    return client_package("litellm")
 
 
 def test_litellm(litellm: Any, address: str, slow: Engine) -> None:
@@ -116,19 +109,19 @@ def test_litellm(litellm: Any, address: str, slow: Engine) -> None:
 
 
 def test_langchain(address: str, slow: Engine) -> None:
-    needs("langchain_openai")
     import openai
-    from langchain_openai import ChatOpenAI
 
     session_of(slow).pause_s = 0.0
-    model = ChatOpenAI(model="fake", base_url=f"{address}/v1", api_key="none", max_retries=0)  # type: ignore[arg-type]
+    model = client_package("langchain_openai").ChatOpenAI(
+        model="fake", base_url=f"{address}/v1", api_key="none", max_retries=0
+    )
     done = model.invoke("hi")
     assert done.content == "Hello there" and done.usage_metadata is not None
     assert "".join(str(chunk.content) for chunk in model.stream("hi")) == "Hello there"
     called = model.bind_tools(TOOLS).invoke("weather?")
     assert [(call["name"], call["args"]) for call in called.tool_calls] == [("weather", json.loads(RIGHT))]
     history = ["weather?", called, {"role": "tool", "tool_call_id": called.tool_calls[0]["id"], "content": "sunny"}]
-    assert model.bind_tools(TOOLS).invoke(history).content == "It is sunny."  # type: ignore[arg-type]
+    assert model.bind_tools(TOOLS).invoke(history).content == "It is sunny."
     formed = model.with_structured_output({"title": "n", **SCHEMA}, method="json_schema").invoke("hi", max_tokens=200)
     assert formed == {"n": 5}
     with pytest.raises(openai.BadRequestError, match="context"):
@@ -136,37 +129,61 @@ def test_langchain(address: str, slow: Engine) -> None:
     session_of(slow).pause_s = 0.02
     stream = model.stream("long")
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert stops(slow)
 
 
 # ---- llm
 
 
-def test_the_program_llm(address: str, engine: Engine, tmp_path: Path) -> None:
-    needs("llm")
-    (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: local\n  model_name: fake\n  api_base: {address}/v1\n  supports_tools: true\n"
-        "  supports_schema: true\n",
-        encoding="utf-8",
-    )
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+class Llm:
+    """The program llm, which knows the server's model as `local`."""
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llm", *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, input="", timeout=60
+    def __init__(self, address: str, folder: Path) -> None:
+        client_package("llm")
+        (folder / "extra-openai-models.yaml").write_text(
+            f"- model_id: local\n  model_name: fake\n  api_base: {address}/v1\n  supports_tools: true\n"
+            "  supports_schema: true\n",
+            encoding="utf-8",
         )
+        settings = {"LLM_USER_PATH": str(folder), "OPENAI_API_KEY": "none", "PYTHONUNBUFFERED": "1"}
+        self.environment = {**os.environ, **settings, "PYTHONPATH": str(CLIENTS)}
 
-    assert run("-m", "local", "hi").stdout.strip() == "Hello there"
-    assert run("-m", "local", "hi", "--no-stream").stdout.strip() == "Hello there"
-    formed = run("-m", "local", "hi", "--schema", json.dumps(SCHEMA), "--no-stream")
-    assert json.loads(formed.stdout) == {"n": 5}, formed.stderr
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "llm", "-m", "local", *words]
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=self.environment)
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Exit status, output and errors."""
+        with self.start(*words) as process:
+            output, errors = process.communicate("", timeout=60)
+        return process.returncode, output.strip(), errors
+
+
+def test_the_program_llm(address: str, engine: Engine, tmp_path: Path) -> None:
+    llm = Llm(address, tmp_path)
+    assert llm.run("hi") == (0, "Hello there", "")
+    assert llm.run("hi", "--no-stream") == (0, "Hello there", "")
+    _, formed, errors = llm.run("hi", "--schema", json.dumps(SCHEMA), "--no-stream")
+    assert json.loads(formed) == {"n": 5}, errors
     functions = "def weather(city: str) -> str:\n    return 'sunny in ' + city\n"
-    called = run("-m", "local", "weather?", "--functions", functions)
-    assert called.stdout.strip() == "It is sunny.", called.stderr
-    refused = run("-m", "local", "x" * 5000)
-    assert refused.returncode == 1 and "context" in refused.stderr
+    _, called, errors = llm.run("weather?", "--functions", functions)
+    assert called == "It is sunny.", errors
+    status, _, errors = llm.run("x" * 5000)
+    assert status == 1 and "context" in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+def test_the_program_llm_is_interrupted(address: str, slow: Engine, tmp_path: Path) -> None:
+    with Llm(address, tmp_path).start("long") as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()
+        assert process.stdout.read(5) == "zzzzz"
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert stops(slow)
+        assert session_of(slow).steps_done > 5
 
 
 # ---- Node

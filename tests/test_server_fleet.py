@@ -1,29 +1,27 @@
-"""Three servers on this machine behind HAProxy and behind LiteLLM's router, which share answers by Redis."""
+"""Three servers on this machine that share answers by Redis: behind HAProxy, LiteLLM's proxy and LiteLLM's router."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from .conftest import ROOT, missing
-from .served import Server, eventually, serving, with_template
+from .conftest import missing
+from .served import Server, client_package, events_of, serving, with_template
 from .test_redis_store import Server as RedisServer
 
-CONFIGURATION = re.findall(
-    r"^```haproxy\n(.*?)^```$", (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)[0]
+proxies = pytest.importorskip("scripts.fleet.proxies", reason="scripts/ is not here")
 BODY = {"prompt": "Once upon", "max_tokens": 20}
 COUNT = 3
 
@@ -48,32 +46,20 @@ def servers(tiny_bundle: Path, redis: str, tmp_path: Path) -> Iterator[list[Serv
 
 @pytest.fixture
 def proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
-    program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-    if program is None:
+    """HAProxy's address."""
+    if proxies.find(proxies.HAPROXY) is None:
         missing("haproxy is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    text = CONFIGURATION.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    for number, server in enumerate(servers, 1):
-        text = text.replace(f"127.0.0.1:808{number}", server.address.removeprefix("http://"))
-    (tmp_path / "haproxy.cfg").write_text(text, encoding="utf-8")
-    process = subprocess.Popen([program, "-f", str(tmp_path / "haproxy.cfg"), "-db"], stderr=subprocess.PIPE)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        assert eventually(lambda: _answers(address), 20)
+    with proxies.running(proxies.HAPROXY, [server.address for server in servers], "tiny", tmp_path) as (address, _):
         yield address
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
-def _answers(address: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{address}/health").status_code == 200
-    return False
+@pytest.fixture
+def litellm_proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
+    """The address of LiteLLM's proxy."""
+    if proxies.find(proxies.LITELLM) is None:
+        pytest.skip("LiteLLM's proxy is not here: docs/fleet.md says how it is installed into build/litellm")
+    with proxies.running(proxies.LITELLM, [server.address for server in servers], "tiny", tmp_path) as (address, _):
+        yield address
 
 
 def answers_of(server: Server) -> int:
@@ -104,24 +90,37 @@ def test_a_conversation_stays_on_its_server_and_answers_are_shared(proxy: str, s
     assert all(answers_of(server) > 1 for server in servers), "sessions are spread"
 
 
-def test_a_server_that_is_killed_costs_only_what_was_in_flight(proxy: str, servers: list[Server]) -> None:
-    expected = {f"Once {number}": ask(proxy, "warm", prompt=f"Once {number}").json()["choices"] for number in range(6)}
+def ask_chat(address: str, content: str, **changes: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 20, **changes}
+    headers = {"X-Session": content, "Authorization": f"Bearer {proxies.MASTER_KEY}"}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
+def text_of(answer: httpx.Response) -> str:
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def kill_one(address: str, servers: list[Server]) -> None:
+    """While four clients ask, a server is killed: nothing is lost but what was in flight, and no answer is wrong."""
+    expected = {prompt: text_of(ask_chat(address, prompt)) for prompt in (f"Once {number}" for number in range(6))}
     failed: list[str] = []
+    counts = [0] * 4
     stop = threading.Event()
 
-    def keep_asking(name: str) -> None:
+    def keep_asking(client: int) -> None:
         while not stop.is_set():
-            for prompt, choices in expected.items():
+            for prompt, text in expected.items():
                 try:
-                    answer = ask(proxy, name, prompt=prompt)
+                    answer = ask_chat(address, prompt)
                     if answer.status_code != 200:
                         failed.append("in flight")
-                    elif answer.json()["choices"] != choices:
+                    elif text_of(answer) != text:
                         failed.append("wrong")
                 except httpx.HTTPError:
                     failed.append("in flight")
+                counts[client] += 1
 
-    threads = [threading.Thread(target=keep_asking, args=(f"client {number}",)) for number in range(4)]
+    threads = [threading.Thread(target=keep_asking, args=(client,)) for client in range(len(counts))]
     for thread in threads:
         thread.start()
     time.sleep(0.5)
@@ -133,17 +132,36 @@ def test_a_server_that_is_killed_costs_only_what_was_in_flight(proxy: str, serve
     stop.set()
     for thread in threads:
         thread.join()
-    assert "wrong" not in failed and len(failed) <= 4 and len(failed) == before, failed
+    assert min(counts) > 5, counts
+    assert "wrong" not in failed and len(failed) <= len(counts) and len(failed) == before, failed
 
 
-def test_litellms_router_goes_on_without_a_server(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_killed_costs_only_what_was_in_flight(proxy: str, servers: list[Server]) -> None:
+    kill_one(proxy, servers)
+
+
+@pytest.mark.slow
+def test_litellms_proxy_goes_on_without_a_server(litellm_proxy: str, servers: list[Server]) -> None:
+    whole = text_of(ask_chat(litellm_proxy, "hi"))
+    assert text_of(ask_chat(servers[2].address, "hi")) == whole
+    events = events_of(ask_chat(litellm_proxy, "hi", stream=True).text)
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1]) == whole
+    refused = ask_chat(litellm_proxy, "x" * 5000)
+    assert refused.status_code == 400 and "context" in json.dumps(refused.json())
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda number: ask_chat(litellm_proxy, f"number {number}"), range(24)))
+    assert all(answers_of(server) > 0 for server in servers), "requests are spread"
+    kill_one(litellm_proxy, servers)
+
+
+def test_litellms_router_goes_on_without_a_server(
+    servers: list[Server], clients: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # before the import: nothing from the network
-    pytest.importorskip("litellm", reason='not installed: pip install "edgelm[clients]"')
-    from litellm import Router
-
+    router_of = client_package("litellm").Router
     places = [{"model": "openai/tiny", "api_base": server.base, "api_key": "none"} for server in servers]
     deployments: list[Any] = [{"model_name": "tiny", "litellm_params": place} for place in places]
-    router = Router(model_list=deployments, num_retries=3, cooldown_time=30)
+    router = router_of(model_list=deployments, num_retries=3, cooldown_time=30)
 
     def say() -> str:
         done = router.completion(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8)

@@ -1,9 +1,14 @@
-"""No input makes the server fail: bodies made from its own description, by schemathesis (extra `clients`)."""
+"""No input makes the server fail: bodies made from its own description, by schemathesis (extra `clients`).
+
+Environment: EDGELM_FUZZ_EXAMPLES, of each operation (40); EDGELM_FUZZ_SECONDS, of the slow test (60).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,11 @@ from starlette.testclient import TestClient
 from edgelm.runtime.server import ServerSettings, app
 from edgelm.runtime.server.openapi import description
 
-from .served import JSON, client_of, saying_engine
+from .served import JSON, client_of, client_package, saying_engine
 
 PATHS = [path for path, methods in description()["paths"].items() if "post" in methods]
 EXAMPLES = int(os.environ.get("EDGELM_FUZZ_EXAMPLES", "40"))
+SECONDS = int(os.environ.get("EDGELM_FUZZ_SECONDS", "60"))
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
 anything = st.recursive(
@@ -64,25 +70,48 @@ def test_any_value_of_any_field_is_answered_or_refused(client: TestClient, path:
     answered()
 
 
-def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
-    schemathesis = pytest.importorskip("schemathesis", reason='not installed: pip install "edgelm[clients]"')
-    from schemathesis.checks import not_a_server_error
-    from schemathesis.specs.openapi.checks import response_schema_conformance
+@pytest.fixture
+def operations(tmp_path: Path, clients: None) -> Iterator[list[Any]]:
+    """Of the server's description, as schemathesis reads it."""
+    schemathesis = client_package("schemathesis")
+    with saying_engine(tmp_path, "ok", context=300) as engine:
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app(engine, ServerSettings(hosts=None)))
+        yield [found.ok() for found in schema.get_all_operations()]
 
-    engine = saying_engine(tmp_path, "ok", context=300)
-    application = app(engine, ServerSettings(hosts=None))
-    schema = schemathesis.openapi.from_asgi("/openapi.json", application)
+
+def try_operation(operation: Any, examples: int, modes: Sequence[str]) -> int:
+    """Send requests made from an operation's description, by it (positive) or against it (negative). Returns: how
+    many."""
+    from schemathesis import GenerationMode  # type: ignore[import-not-found]
+    from schemathesis.checks import not_a_server_error  # type: ignore[import-not-found]
+    from schemathesis.specs.openapi.checks import response_schema_conformance  # type: ignore[import-not-found]
+
     checked = 0
-    for operation in schema.get_all_operations():
-        strategy = operation.ok().as_strategy()
+    for mode in modes:
 
-        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(strategy)
+        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(operation.as_strategy(generation_mode=GenerationMode(mode)))
         def each(case: Any) -> None:
             nonlocal checked
             checked += 1
             case.call_and_validate(checks=[not_a_server_error, response_schema_conformance])
 
         each()
-    assert checked > 5 * EXAMPLES
-    engine.close()
+    return checked
+
+
+def test_schemathesis_finds_no_failure(operations: list[Any]) -> None:
+    checked = [try_operation(operation, EXAMPLES, ["positive"]) for operation in operations]
+    assert sum(checked) > 5 * EXAMPLES
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_failure_for_long(operations: list[Any]) -> None:
+    deadline = time.monotonic() + SECONDS
+    checked = 0
+    while time.monotonic() < deadline:
+        for operation in operations:
+            modes = ["positive", "negative"] if operation.method.upper() == "POST" else ["positive"]
+            checked += try_operation(operation, EXAMPLES, modes)
+    print(f"{checked} requests")
+    assert checked > SECONDS

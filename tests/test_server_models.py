@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -17,7 +18,7 @@ from edgelm.runtime.errors import BundleCorruptError, EngineClosedError, Setting
 from edgelm.runtime.server import ServerSettings, app
 from edgelm.runtime.server.models import _size
 
-from .served import START_S, context_of, eventually, saying_engine
+from .served import START_S, context_of, eventually, saying_engine, with_template
 
 TEXT = "/v1/completions"
 
@@ -173,6 +174,35 @@ def test_a_bundle_replaced_or_deleted_while_it_is_served(tiny_bundle: Path, tmp_
         assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
         shutil.copytree(tiny_bundle, folder)
         assert said(client, "tiny", 12) == text
+
+
+def test_a_bundle_replaced_by_another_is_loaded_when_it_was_unloaded(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The one that is loaded goes on as it was, whatever is done to its files."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_bundle, folder)
+    application = app({"tiny": folder, "other": tiny_bundle}, ServerSettings(memory_bytes=3 * _size(tiny_bundle) // 2))
+    with TestClient(application, base_url="http://localhost") as client:
+        ready(client)
+        text = said(client, "tiny", 12)
+
+        def entry() -> dict[str, Any]:
+            found: dict[str, Any] = client.get("/v1/models/tiny").json()
+            return found
+
+        first = entry()
+        shutil.rmtree(folder)
+        with_template(tiny_bundle, folder)
+        assert entry() == first and said(client, "tiny", 12) == text
+        said(client, "other", 3)
+        assert loaded(client) == ["other"]
+        assert said(client, "tiny", 12) == text and loaded(client) == ["tiny"]
+        assert entry()["chat"] and entry()["digest"] != first["digest"] and not first["chat"]
+        # Half of a copy, as while another program writes it.
+        said(client, "other", 4)
+        (folder / "model.onnx").write_bytes(b"half")
+        answer = client.post(TEXT, json={"prompt": "a", "model": "tiny"})
+        assert answer.status_code == 500 and "cannot be loaded" in answer.json()["error"]["message"]
+        assert said(client, "other", 5)
 
 
 def test_an_estimate_holds_the_weights_and_a_texts_cache(tiny_bundle: Path) -> None:

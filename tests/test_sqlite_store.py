@@ -396,7 +396,7 @@ def test_the_file_of_a_newer_version_stays_untouched(store: SqliteStore, folder:
 def test_a_file_in_place_of_the_folder_is_a_cache_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CacheError, match="look after its folder"):
+        with pytest.raises(CacheError, match="check its folder and disk"):
             SqliteStore(folder).get("key")
 
 
@@ -430,7 +430,7 @@ def test_a_folder_without_write_permission_is_a_cache_error(store: SqliteStore, 
     folder.chmod(0o500)
     try:
         for path in (folder, folder / "new"):
-            with pytest.raises(CacheError, match="look after its folder"):
+            with pytest.raises(CacheError, match="check its folder and disk"):
                 SqliteStore(path).put("key", answer(1))
     finally:
         folder.chmod(0o700)

@@ -381,6 +381,61 @@ def test_a_template_with_tools_is_given_them(tmp_path: Path) -> None:
     assert "<tool_call>Paris" in rendered(tmp_path, messages=history, tools=TOOLS)
 
 
+CALLED = "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for call in m.tool_calls %}"
+DONE = "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if tools %}!{% endif %}"
+# How published templates write the arguments of a call, and what has to come of {"city": "Köln", "days": 3}.
+WRITTEN = {
+    "Qwen 2.5": ("{{ call.function.arguments | tojson }}", '{"city": "Köln", "days": 3}'),
+    "Qwen 3": (
+        "{% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}"
+        "{{ call.function.arguments | tojson }}{% endif %}",
+        '{"city": "Köln", "days": 3}',
+    ),
+    "Llama 3": (
+        '{{ \'{"name": "\' + call.function.name + \'", "parameters": \' }}{{ call.function.arguments | tojson }}}',
+        '{"name": "weather", "parameters": {"city": "Köln", "days": 3}}',
+    ),
+    "Llama 3.1, built-in tools": (
+        "{% for name, value in call.function.arguments | items %}{{ name }}={{ value | tojson }};{% endfor %}",
+        'city="Köln";days=3;',
+    ),
+    "DeepSeek": (
+        "{{ '```json\\n' + call.function.arguments + '\\n```' }}",
+        '```json\n{"city": "Köln", "days": 3}\n```',
+    ),
+    "as it is": ("{{ call.function.arguments }}", '{"city": "Köln", "days": 3}'),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("as_text", [True, False])
+def test_arguments_of_earlier_calls_are_what_the_template_takes(tmp_path: Path, name: str, as_text: bool) -> None:
+    """OpenAI's messages have them as text; some clients send an object."""
+    body, shown = WRITTEN[name]
+    arguments: Any = {"city": "Köln", "days": 3}
+    given = json.dumps(arguments) if as_text else arguments
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": given}}
+    history: list[Any] = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    history.append({"role": "tool", "tool_call_id": "c", "content": "grey"})
+    with saying_engine(tmp_path, template=CALLED + body + DONE) as engine, client_of(engine) as client:
+        found = client.post("/apply-template", json={"messages": history})
+        assert found.status_code == 200, found.text
+        assert found.json()["prompt"] == f"<user>hi<assistant>{shown}<tool>grey"
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "5", [], 5])
+def test_arguments_that_are_no_object_are_refused(tmp_path: Path, arguments: Any) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with saying_engine(tmp_path, template=NATIVE) as engine, client_of(engine) as client:
+        refused = client.post("/v1/chat/completions", json={"messages": history})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
+
+
 def test_thinking_is_switched_off_in_both_ways(tmp_path: Path) -> None:
     assert "(no thoughts)" not in rendered(tmp_path)
     assert "(no thoughts)" in rendered(tmp_path, chat_template_kwargs={"enable_thinking": False})

@@ -59,7 +59,7 @@ def _find(what: str, name: str, bench: Workbench) -> Path:
     """A model's folder, whose tokenizer is checked. Raises: RecipeError, SourceError."""
     import transformers
 
-    from ..source.loading import find_source
+    from ..source.finding import find_source
 
     folder = find_source(name, None)
     try:

@@ -23,7 +23,7 @@ def is_first() -> bool:
 def require_one() -> None:
     """Raises: RecipeError in one of several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("edgelm export is no work for several processes: compress with them, then export in one")
+        raise RecipeError("edgelm export does not run in several processes: compress with them, then export in one")
 
 
 def wait_for_all() -> None:

@@ -76,7 +76,9 @@ def _step(table: dict[str, Any], where: str) -> Step:
     if use not in step_names():
         near = difflib.get_close_matches(str(use), step_names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(step_names())}"
-        raise RecipeError(f"{where}: use = {use!r} is no step: {hint}" if use else f"{where}: the key use is missing")
+        raise RecipeError(
+            f"{where}: use = {use!r} is not a step: {hint}" if use else f"{where}: the key use is missing"
+        )
     kind = step_class(use)
     hints = typing.get_type_hints(kind)
     keys = [item.name for item in dataclasses.fields(kind)]

@@ -13,8 +13,9 @@ from ...targets import Profile
 from ..config import ExportConfig
 from ..errors import RecipeError
 from ..output import place
-from ..source.loading import SourceModel, describe_source, find_source, load_module
-from ..stages import Progress, run_stages
+from ..source.finding import find_source
+from ..source.loading import SourceModel, describe_source, load_module
+from ..stages import Progress, Stages
 from .folder import RECORD_NAME, Record, read_record, write_compressed
 from .measure import Meter
 from .processes import is_first, wait_for_all
@@ -67,11 +68,14 @@ def compress_folder(
     SourceError, RecipeError, TraceError, OSError, StageError.
     """
     context = _Context(task, out, checkpoints, say)
-    stages: list[tuple[str, Callable[[_Context], None]]] = [("load", _load)]
+    stages = Stages(f"{task.model} with recipe {task.recipe.name}", progress)
+    with stages.stage("load"):
+        _load(context)
     for index, step in enumerate(task.recipe.steps):
-        stages.append((f"{index + 1}: {step_name(step)}", _applying(index, step)))
-    stages.append(("write", _write))
-    run_stages(context, stages, f"{task.model} with recipe {task.recipe.name}", progress)
+        with stages.stage(f"{index + 1}: {step_name(step)}"):
+            _apply(context, index, step)
+    with stages.stage("write"):
+        _write(context)
     return _record(context)
 
 
@@ -90,26 +94,23 @@ def _load(context: _Context) -> None:
     context.figures = _measure(context)
 
 
-def _applying(index: int, step: Step) -> Callable[[_Context], None]:
-    def apply(context: _Context) -> None:
-        bench = dataclasses.replace(
-            context.bench,
-            checkpoints=context.checkpoints / f"{index + 1}-{step_name(step)}",
-            before=tuple(step_settings(earlier) for earlier in context.task.recipe.steps[:index]),
-        )
-        applied = step.apply(context.module, bench)
-        context.module = applied.module
-        before, context.figures = context.figures, _measure(context)
-        context.done.append(
-            {
-                **step_settings(step),
-                "details": applied.details,
-                "before": before,
-                "after": context.figures,
-            }
-        )
-
-    return apply
+def _apply(context: _Context, index: int, step: Step) -> None:
+    bench = dataclasses.replace(
+        context.bench,
+        checkpoints=context.checkpoints / f"{index + 1}-{step_name(step)}",
+        before=tuple(step_settings(earlier) for earlier in context.task.recipe.steps[:index]),
+    )
+    applied = step.apply(context.module, bench)
+    context.module = applied.module
+    before, context.figures = context.figures, _measure(context)
+    context.done.append(
+        {
+            **step_settings(step),
+            "details": applied.details,
+            "before": before,
+            "after": context.figures,
+        }
+    )
 
 
 def _measure(context: _Context) -> dict[str, Any]:

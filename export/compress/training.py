@@ -69,7 +69,7 @@ def train(
 
     student: `module`, or what stands around it; others: folders of further models that the loss needs. Afterwards it is
     on the CPU and in evaluation mode. Weights that were pruned to zero stay zero. Raises: RecipeError for a text, a
-    checkpoint or processes that do not fit, and for a loss that is no finite number.
+    checkpoint or processes that do not fit, and for a loss that is not a finite number.
     """
     token_ids = step.read_tokens(bench)
     length = step.row_length(bench.context_length)

@@ -187,7 +187,7 @@ def _hold(passage: Passage, session: Session) -> _Held:
     expected = np.load(passage.path, mmap_mode="r")
     kl, losses, choices = [], [], []
     done = 0
-    # What a quantized graph makes of a damaged scale is no number, and no warning either: `faults` says it.
+    # What a quantized graph makes of a damaged scale is not a number, and no warning either: `faults` says it.
     with np.errstate(invalid="ignore", over="ignore"):
         for logits in logits_in_blocks(session, passage.token_ids, passage.begin):
             rows = slice(done, done + len(logits))

@@ -2,7 +2,7 @@
 
 The attempts of a scheme come first, in their order. Where the scheme may be mended with float32, a graph that misses
 the target's limits then gets its worst matrices back, the fewest first, in the order of what quantization costs each of
-them alone. Half of the matrices is the limit: what needs more is no quantized model, and the export fails with the
+them alone. Half of the matrices is the limit: what needs more is not a quantized model, and the export fails with the
 figures. So it does where the INT8 cache alone misses the limits, which no matrix can mend. `int8-rowwise` is not mended
 so: a float32 matrix costs four times its bytes on every token, and the guarantee of equal bits.
 """
@@ -36,10 +36,11 @@ Repair = Callable[[Collection[str]], QuantizedAgreement]
 @dataclass(frozen=True)
 class Attempt:
     """One way to quantize. name: in words, for errors ("with 16-bit activations in all matrices"); write: writes the
-    graph, in the place of the one before."""
+    graph, in the place of the one before; probe: opens the fp32 graph with some matrices quantized in this way."""
 
     name: str
     write: Callable[[], None]
+    probe: Probe
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Candidate:
     attempts: Sequence[Attempt]
     leave_out: Callable[[Collection[str]], None] | None
     remedy: str
-    probe: Probe
     matrices: Sequence[str]
 
 
@@ -92,7 +92,7 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         attempt.write()
         tried.append((attempt, compare()))
         if not faults(tried[-1][1], gate):
-            return Verdict(tried[-1][1], reference, attempt.name, _for_the_report(candidate, judging), ())
+            return Verdict(tried[-1][1], reference, attempt.name, _for_the_report(candidate, attempt, judging), ())
     if candidate.leave_out is None:
         raise _none_holds(tried, gate, candidate.remedy)
 
@@ -101,23 +101,25 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         candidate.leave_out(excluded)
         return compare()
 
-    ranked = _sensitivities(candidate, judging, by_matrix)
+    ranked = _sensitivities(candidate, tried[-1][0], judging, by_matrix)
     agreement, exclusions = repair(tried[-1][1], ranked, leave_out, gate)
     return Verdict(agreement, reference, tried[-1][0].name, ranked, exclusions)
 
 
-def _for_the_report(candidate: Candidate, judging: Judging) -> tuple[Sensitivity, ...]:
+def _for_the_report(candidate: Candidate, attempt: Attempt, judging: Judging) -> tuple[Sensitivity, ...]:
     """As fine as time allows."""
     if len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES:
-        return _sensitivities(candidate, judging, by_matrix)
+        return _sensitivities(candidate, attempt, judging, by_matrix)
     if LAYER_RUNS * candidate.reference_bytes <= _CHEAP_LAYERS_BYTES:
-        return _sensitivities(candidate, judging, by_layers)
+        return _sensitivities(candidate, attempt, judging, by_layers)
     return ()
 
 
-def _sensitivities(candidate: Candidate, judging: Judging, measure: Measure) -> tuple[Sensitivity, ...]:
+def _sensitivities(
+    candidate: Candidate, attempt: Attempt, judging: Judging, measure: Measure
+) -> tuple[Sensitivity, ...]:
     with candidate.reference() as session:
-        return tuple(measure(session, candidate.probe, candidate.matrices, judging.texts[0][1]))
+        return tuple(measure(session, attempt.probe, candidate.matrices, judging.texts[0][1]))
 
 
 def _none_holds(tried: Sequence[tuple[Attempt, QuantizedAgreement]], gate: Gate, remedy: str) -> VerificationError:

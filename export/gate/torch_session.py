@@ -69,7 +69,8 @@ def open_model(model: str, threads: int | None = None) -> Iterator[tuple[int, To
     import torch
 
     from ..output.package import write_tokenizer
-    from ..source.loading import describe_source, find_source, load_module
+    from ..source.finding import find_source
+    from ..source.loading import describe_source, load_module
 
     quiet_libraries()
     folder = find_source(model, None)

@@ -1,19 +1,11 @@
-"""Attention becomes a call of the function `edgelm::GroupQueryAttention`, which a kernel may compute.
-
-A node that has an attribute or an input that the function does not stays com.microsoft's. Runs where what attention
-reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
-compute in floats keep onnxruntime's attention. Of the last attention `KeepRows` left a part of the rows: it becomes a
-call of `edgelm::KeptGroupQueryAttention`, which computes no others.
-
-Where all attention became calls, the graph leaves open how long the rows of an INT8 cache are: a head's values, or with
-a scale of their own behind them, as kernels keep them (`kernels/src/attention.h`).
-"""
+"""Attention becomes a call of the function `edgelm::GroupQueryAttention`, which a kernel may compute."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from .functions import ATTENTION_ATTRIBUTES, make_call
+from .attention_functions import ATTENTION_ATTRIBUTES
+from .functions import make_call
 from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, GraphPass, nodes_of, only_user, replace_value
 from .keep_rows import keeps_last
 
@@ -23,7 +15,16 @@ _CACHE_PREFIXES = ("past_key_values.", "present.")
 
 
 class CallAttention(GraphPass):
-    """See the module."""
+    """Attention becomes a call of the function `edgelm::GroupQueryAttention`, which a kernel may compute.
+
+    A node that has an attribute or an input that the function does not stays com.microsoft's. Runs where what attention
+    reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
+    compute in floats keep onnxruntime's attention. Of the last attention `KeepRows` left a part of the rows: it becomes
+    a call of `edgelm::KeptGroupQueryAttention`, which computes no others.
+
+    Where all attention became calls, the graph leaves open how long the rows of an INT8 cache are: a head's values, or
+    with a scale of their own behind them, as kernels keep them (`kernels/src/attention.h`).
+    """
 
     def apply(self, model: ir.Model) -> bool:
         callable_nodes = [node for node in nodes_of(model, ATTENTION) if _is_callable(node)]

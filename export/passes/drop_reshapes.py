@@ -1,7 +1,4 @@
-"""Reshapes that only undo each other go: heads split and joined again on the way into and out of attention.
-
-Case: a Reshape whose result has the very shape of a value further up a chain of Reshapes is that value.
-"""
+"""Reshapes that only undo each other go: heads split and joined again on the way into and out of attention."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from .graph import GraphPass, nodes_of, producer, replace_value, same_shape
 
 
 class DropReshapes(GraphPass):
-    """See the module."""
+    """Case: a Reshape whose result has the very shape of a value further up a chain of Reshapes is that value."""
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

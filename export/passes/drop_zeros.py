@@ -1,8 +1,4 @@
-"""Sublayers that were left out add zeros: such additions go.
-
-Cases: 1. Add of a value and zeros, whose sum has the value's very shape, is that value; 2. the zeros may stand behind
-Expand or ConstantOfShape, as torch traces them.
-"""
+"""Sublayers that were left out add zeros: such additions go."""
 
 from __future__ import annotations
 
@@ -15,7 +11,9 @@ _MOST_ELEMENTS = 1 << 17
 
 
 class DropZeros(GraphPass):
-    """See the module."""
+    """Cases: 1. Add of a value and zeros, whose sum has the value's very shape, is that value; 2. the zeros may stand
+    behind Expand or ConstantOfShape, as torch traces them.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

@@ -1,14 +1,4 @@
-"""Simplify what tracing leaves behind: inline functions, fold small constants, drop duplicates.
-
-Cases: 1. functions of the exporter are inlined; 2. nodes over constants are computed, up to the size of a vector, so
-that no weight matrix is copied (`Transpose` of a weight stays a node, which later passes read through); 3. operators
-that do nothing, and chains that are one operator, are replaced by onnxscript's rules for them; 4. common subexpressions
-are shared; 5. unused nodes go.
-
-onnxscript's own list of rules is not used as a whole. Its rule for two `Slice`s that are one `Split` looks through the
-whole graph at each node: with 30 layers it took more than half of all passes' time together. Those for convolutions,
-batch norms and clipping are tried at each node too, and match nothing in a language model.
-"""
+"""Simplify what tracing leaves behind: inline functions, fold small constants, drop duplicates."""
 
 from __future__ import annotations
 
@@ -72,7 +62,15 @@ _RULES = (
 
 
 class FoldConstants(ir.passes.InPlacePass):
-    """See the module."""
+    """Cases: 1. functions of the exporter are inlined; 2. nodes over constants are computed, up to the size of a
+    vector, so that no weight matrix is copied (`Transpose` of a weight stays a node, which later passes read through);
+    3. operators that do nothing, and chains that are one operator, are replaced by onnxscript's rules for them; 4.
+    common subexpressions are shared; 5. unused nodes go.
+
+    onnxscript's own list of rules is not used as a whole. Its rule for two `Slice`s that are one `Split` looks through
+    the whole graph at each node: with 30 layers it took more than half of all passes' time together. Those for
+    convolutions, batch norms and clipping are tried at each node too, and match nothing in a language model.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         before = (len(model.graph), len(model.functions))

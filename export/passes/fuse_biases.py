@@ -1,9 +1,4 @@
-"""A bias that is added to a row-wise product goes into its call, where a kernel adds it as it scales the sums.
-
-Case: Add of a product's result, which nothing else reads, and a constant vector, one value for each column -> the
-product's function with the prefix `Biased` (see `functions`). Behind a product for logits too. Runs after
-`FuseIntoProducts`, whose cases look for products without a bias.
-"""
+"""A bias that is added to a row-wise product goes into its call, where a kernel adds it as it scales the sums."""
 
 from __future__ import annotations
 
@@ -14,11 +9,14 @@ from .graph import Builder, GraphPass, is_weight, only_user, replace_value
 
 
 class FuseBiases(GraphPass):
-    """See the module."""
+    """Case: Add of a product's result, which nothing else reads, and a constant vector, one value for each column ->
+    the product's function with the prefix `Biased` (see `functions`). Behind a product for logits too. Runs after
+    `FuseIntoProducts`, whose cases look for products without a bias.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False
-        for node in list(model.graph):
+        for node in list(model.graph.all_nodes()):
             if node.domain == EDGELM and node.op_type in PRODUCTS and not node.op_type.startswith(BIASED):
                 modified |= _fuse(model, node)
         return modified

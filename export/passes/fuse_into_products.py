@@ -1,15 +1,5 @@
-"""What stands in front of a row-wise product goes into its call, where a kernel computes both in one pass over a row.
-
-Cases, for a call of `edgelm::RowwiseMatMul`, of 8 or 16 bits, that alone reads what it multiplies:
-1. SkipSimplifiedLayerNormalization(x, skip, w), a residual sum and its norm -> NormedRowwiseMatMul, which gives the sum
-   too
-2. the same where SimplifiedLayerNormalization(y, v), a norm behind a layer that nothing else reads, is x or skip, with
-   the same epsilon -> PostNormedRowwiseMatMul
-3. gate * Sigmoid(gate) * up, over the halves gate and up of a value, in this order -> GatedRowwiseMatMul
-4. Gelu(gate) * up, exact or by tanh, over the same -> GeluGatedRowwiseMatMul
-Runs after `QuantizeEmbedding`, which looks for the product of the head. Everything else in front of a product stays, as
-do gates with other activations.
-"""
+"""What stands in front of a row-wise product goes into its call, where a kernel computes both in one pass over a
+row."""
 
 from __future__ import annotations
 
@@ -31,7 +21,16 @@ from .graph import MICROSOFT, Builder, GraphPass, nodes_of, only_user, producer,
 
 
 class FuseIntoProducts(GraphPass):
-    """See the module."""
+    """Cases, for a call of `edgelm::RowwiseMatMul`, of 8 or 16 bits, that alone reads what it multiplies:
+    1. SkipSimplifiedLayerNormalization(x, skip, w), a residual sum and its norm -> NormedRowwiseMatMul, which gives the
+       sum too
+    2. the same where SimplifiedLayerNormalization(y, v), a norm behind a layer that nothing else reads, is x or skip,
+       with the same epsilon -> PostNormedRowwiseMatMul
+    3. gate * Sigmoid(gate) * up, over the halves gate and up of a value, in this order -> GatedRowwiseMatMul
+    4. Gelu(gate) * up, exact or by tanh, over the same -> GeluGatedRowwiseMatMul
+    Runs after `QuantizeEmbedding`, which looks for the product of the head. Everything else in front of a product
+    stays, as do gates with other activations.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

@@ -1,11 +1,4 @@
-"""Root mean square norms: six nodes become one `SimplifiedLayerNormalization`.
-
-Cases, with x of any rank, w a vector and e a number:
-1. w * (x * (1 / sqrt(mean(x ^ 2, -1) + e)))   (Llama and most others)
-2. the same with x * x for the square
-3. the same with x / sqrt(...)
-The arithmetic is matched, not the class name: a norm that multiplies by 1 + weight has that sum as its w.
-"""
+"""Root mean square norms: six nodes become one `SimplifiedLayerNormalization`."""
 
 from __future__ import annotations
 
@@ -15,7 +8,12 @@ from .graph import Builder, GraphPass, constant, nodes_of, only_user, producer, 
 
 
 class FuseRMSNorm(GraphPass):
-    """See the module."""
+    """Cases, with x of any rank, w a vector and e a number:
+    1. w * (x * (1 / sqrt(mean(x ^ 2, -1) + e)))   (Llama and most others)
+    2. the same with x * x for the square
+    3. the same with x / sqrt(...)
+    The arithmetic is matched, not the class name: a norm that multiplies by 1 + weight has that sum as its w.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

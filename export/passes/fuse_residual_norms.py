@@ -1,10 +1,4 @@
-"""A residual sum and the norm behind it become one node, which gives both.
-
-Cases, where a and b have the same shape (batch, new, hidden) and the norm is over the last axis:
-1. SimplifiedLayerNormalization(a + b, w)       -> SkipSimplifiedLayerNormalization
-2. LayerNormalization(a + b, w, bias)           -> SkipLayerNormalization
-A sum that feeds several norms is fused with the first of them. Sums that broadcast are left alone.
-"""
+"""A residual sum and the norm behind it become one node, which gives both."""
 
 from __future__ import annotations
 
@@ -19,7 +13,11 @@ _FUSED = {
 
 
 class FuseResidualNorms(GraphPass):
-    """See the module."""
+    """Cases, where a and b have the same shape (batch, new, hidden) and the norm is over the last axis:
+    1. SimplifiedLayerNormalization(a + b, w)       -> SkipSimplifiedLayerNormalization
+    2. LayerNormalization(a + b, w, bias)           -> SkipLayerNormalization
+    A sum that feeds several norms is fused with the first of them. Sums that broadcast are left alone.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

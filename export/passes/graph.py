@@ -1,6 +1,8 @@
 """What graph passes share: the contract, and small questions and edits on onnx_ir values.
 
-A pass is a `GraphPass`: one rule a file, its cases numbered in the docstring. `requires` and `ensures` raise when the
+A pass is a `GraphPass`: one rule a file, its cases in the docstring of the class. Bodies of `If`, `Loop` and `Scan` are
+visited too, since a matrix in one of them is read as often as any other; initializers that a pass adds stand in the
+main graph, which is visible everywhere. `requires` and `ensures` raise when the
 graph is not what the pass needs or promises; `call` answers whether it changed anything (onnx_ir's own pass contract,
 whose manager names the passes that ran before a failure).
 """
@@ -41,8 +43,9 @@ def remove_unused(model: ir.Model) -> None:
 
 
 def nodes_of(model: ir.Model, op_type: str, domain: str | None = None) -> Iterator[ir.Node]:
-    """The nodes of one operator, in order. Safe to edit the graph while iterating."""
-    for node in list(model.graph):
+    """The nodes of one operator, in order, those in bodies of other nodes behind them. Safe to edit the graph while
+    iterating."""
+    for node in list(model.graph.all_nodes()):
         if node.op_type == op_type and (domain is None or node.domain == domain) and node.graph is not None:
             yield node
 
@@ -117,7 +120,7 @@ class Builder:
     """Makes nodes and puts them in front of an anchor node, with types and shapes where they are given."""
 
     def __init__(self, model: ir.Model, anchor: ir.Node, prefix: str) -> None:
-        self._graph = model.graph
+        self._graph = anchor.graph or model.graph
         self._anchor = anchor
         self._prefix = prefix
         self._count = 0

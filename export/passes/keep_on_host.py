@@ -1,10 +1,4 @@
-"""The number of rows to keep is computed on the CPU, where `Slice` wants it.
-
-onnxruntime places an operator on the CPU if it reads what another gives there, such as a `Shape`, and nothing else but
-inputs of the graph and small constants. `Neg(logits_to_keep)` reads no such thing: it ran on the GPU, and each step
-waited for a copy of its result, which no CUDA graph can hold. So the 0 that it is subtracted from is made of a shape.
-Case: Neg(logits_to_keep).
-"""
+"""The number of rows to keep is computed on the CPU, where `Slice` wants it."""
 
 from __future__ import annotations
 
@@ -15,7 +9,13 @@ from .keep_last_logits import INPUT_NAME
 
 
 class KeepOnHost(GraphPass):
-    """See the module."""
+    """The number of rows to keep is computed on the CPU, where `Slice` wants it.
+
+    onnxruntime places an operator on the CPU if it reads what another gives there, such as a `Shape`, and nothing else
+    but inputs of the graph and small constants. `Neg(logits_to_keep)` reads no such thing: it ran on the GPU, and each
+    step waited for a copy of its result, which no CUDA graph can hold. So the 0 that it is subtracted from is made of a
+    shape. Case: Neg(logits_to_keep).
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

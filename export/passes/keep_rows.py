@@ -1,10 +1,5 @@
-"""The rows that `keep_last_logits` cuts off are cut off earlier: in front of all that the last layer computes by rows.
-
-Case: the Slice of `logits_to_keep`, behind products (`edgelm::RowwiseMatMul` and its like) and norms whose results only
-it needs, up to what others need whole: the last attention's result and the residual sum beside it. Products of integers
-and norms give a row the same bits whatever rows are computed with it; float products do not, and are left. Runs after
-`FuseIntoProducts`, which leaves little else between them.
-"""
+"""The rows that `keep_last_logits` cuts off are cut off earlier: in front of all that the last layer computes by
+rows."""
 
 from __future__ import annotations
 
@@ -18,7 +13,11 @@ _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 class KeepRows(GraphPass):
-    """See the module."""
+    """Case: the Slice of `logits_to_keep`, behind products (`edgelm::RowwiseMatMul` and its like) and norms whose
+    results only it needs, up to what others need whole: the last attention's result and the residual sum beside it.
+    Products of integers and norms give a row the same bits whatever rows are computed with it; float products do not,
+    and are left. Runs after `FuseIntoProducts`, which leaves little else between them.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         cut = next((node for node in model.graph if keeps_last(node)), None)

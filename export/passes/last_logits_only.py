@@ -1,8 +1,4 @@
-"""Compute logits for the last token of each row and no other: for runtimes that know no input `logits_to_keep`.
-
-The input becomes the constant 1, and the output `logits` gets the fixed shape (batch, 1, vocabulary). Undoes nothing of
-`keep_last_logits`, which must have run: the operators stay, so that both graphs compute the same.
-"""
+"""Compute logits for the last token of each row and no other: for runtimes that know no input `logits_to_keep`."""
 
 from __future__ import annotations
 
@@ -14,7 +10,11 @@ from .keep_last_logits import INPUT_NAME
 
 
 class LastLogitsOnly(GraphPass):
-    """See the module."""
+    """Compute logits for the last token of each row and no other: for runtimes that know no input `logits_to_keep`.
+
+    The input becomes the constant 1, and the output `logits` gets the fixed shape (batch, 1, vocabulary). Undoes
+    nothing of `keep_last_logits`, which must have run: the operators stay, so that both graphs compute the same.
+    """
 
     def requires(self, model: ir.Model) -> None:
         if INPUT_NAME not in [value.name for value in model.graph.inputs]:

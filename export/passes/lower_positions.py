@@ -1,11 +1,4 @@
-"""`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators.
-
-Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask has
-ones for all tokens of the row, cached and new; rows are filled from the left. A padding row may stand behind the last
-token of a full context: it gets the last position there is, since a table of learned positions has no row for it.
-The numbers -(new tokens) to -1 are made by `Range`, which takes counts from the CPU and gives numbers on a GPU; any
-other operator there would wait for a copy of the count.
-"""
+"""`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators."""
 
 from __future__ import annotations
 
@@ -19,7 +12,14 @@ POSITIONS_DOMAIN = "edgelm"
 
 
 class LowerPositions(GraphPass):
-    """See the module."""
+    """`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators.
+
+    Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask
+    has ones for all tokens of the row, cached and new; rows are filled from the left. A padding row may stand behind
+    the last token of a full context: it gets the last position there is, since a table of learned positions has no row
+    for it. The numbers -(new tokens) to -1 are made by `Range`, which takes counts from the CPU and gives numbers on a
+    GPU; any other operator there would wait for a copy of the count.
+    """
 
     def __init__(self, context_length: int) -> None:
         self._last = context_length - 1

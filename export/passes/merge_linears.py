@@ -1,11 +1,8 @@
-"""Linear layers that read the same value become one MatMul and a Split: gate and up of an MLP, and their like.
-
-Case: two or more MatMuls over the same input, with weights that nobody else uses, unless these uses merge alike: layers
-that share their matrices share the merged one. One large product is faster than two small ones, and the input is
-quantized once. The outputs' order is the order in the graph.
-"""
+"""Linear layers that read the same value become one MatMul and a Split: gate and up of an MLP, and their like."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,18 +12,22 @@ from .linear import Linear, Weight, linear_of, merge, weight_of
 
 
 class MergeLinears(GraphPass):
-    """See the module."""
+    """Case: two or more MatMuls over the same input, with weights that nobody else uses, unless these uses merge alike:
+    layers that share their matrices share the merged one. One large product is faster than two small ones, and the
+    input is quantized once. The outputs' order is the order in the graph.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         uses: dict[ir.Value, list[ir.Node]] = {}
-        groups: dict[ir.Value, list[Linear]] = {}
+        groups: dict[tuple[ir.Value, ir.Graph | None], list[Linear]] = {}
         for matmul in nodes_of(model, "MatMul"):
             weight, linear = weight_of(matmul), _linear_at(matmul)
             if weight is not None:
                 uses.setdefault(weight.value, []).append(matmul)
             if linear is not None:
-                groups.setdefault(linear.input, []).append(linear)
-        merged = [linears for linears in _owned(groups, uses, model) if len(linears) > 1]
+                # A body of an `If` cannot read what the other one computes.
+                groups.setdefault((linear.input, matmul.graph), []).append(linear)
+        merged = [linears for linears in _owned(list(groups.values()), uses) if len(linears) > 1]
         for linears in merged:
             _merge_and_split(model, linears)
         return bool(merged)
@@ -41,17 +42,15 @@ def _linear_at(matmul: ir.Node) -> Linear | None:
     return None if linear is None or linear.output.is_graph_output() else linear
 
 
-def _owned(
-    groups: dict[ir.Value, list[Linear]], uses: dict[ir.Value, list[ir.Node]], model: ir.Model
-) -> list[list[Linear]]:
+def _owned(groups: Sequence[list[Linear]], uses: dict[ir.Value, list[ir.Node]]) -> list[list[Linear]]:
     """The groups, without the linear layers whose weight somebody reads beside groups of the very same weights: a
     shared matrix must stay one matrix."""
     counts: dict[tuple[Weight, ...], int] = {}
-    for linears in groups.values():
+    for linears in groups:
         key = tuple(linear.weight for linear in linears)
         counts[key] = counts.get(key, 0) + 1
     owned = []
-    for linears in groups.values():
+    for linears in groups:
         alike = counts[tuple(linear.weight for linear in linears)]
         readers = [_readers(linear.weight, uses) for linear in linears]
         owned.append([linear for linear, count in zip(linears, readers, strict=True) if count in (1, alike)])

@@ -1,21 +1,21 @@
-"""Norms of queries and keys go into the call of attention, where a kernel norms a head before it rotates it.
-
-Case: a call of `edgelm::GroupQueryAttention`, or the one that keeps rows, whose query and key are, by heads, root mean
-square norms (weights of one head, the same epsilon for both) of the first two of the three parts of a Split, and whose
-value is the third -> NormedGroupQueryAttention of what is split, queries, keys and values side by side. Heads may be
-moved in front of the positions and back around a norm, as models write it. Norms over all heads together stay.
-"""
+"""Norms of queries and keys go into the call of attention, where a kernel norms a head before it rotates it."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from .functions import EDGELM, NORMED, make_call
+from .attention_functions import NORMED
+from .functions import EDGELM, make_call
 from .graph import GraphPass, nodes_of, only_user, producer
 
 
 class NormInAttention(GraphPass):
-    """See the module."""
+    """Case: a call of `edgelm::GroupQueryAttention`, or the one that keeps rows, whose query and key are, by heads,
+    root mean square norms (weights of one head, the same epsilon for both) of the first two of the three parts of a
+    Split, and whose value is the third -> NormedGroupQueryAttention of what is split, queries, keys and values side by
+    side. Heads may be moved in front of the positions and back around a norm, as models write it. Norms over all heads
+    together stay.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

@@ -1,10 +1,4 @@
-"""Linear layers that were traced as `Gemm` become MatMul and Add, the one spelling that later passes know.
-
-Cases, for Gemm(x, W, bias) with alpha = beta = 1, x not transposed, W and bias weights:
-1. x is a (batch, new, inputs) value reshaped to two axes, and the result is reshaped back: both Reshapes go too
-2. otherwise MatMul and Add on two axes
-W may be transposed, and stays so behind a Transpose that no pass computes.
-"""
+"""Linear layers that were traced as `Gemm` become MatMul and Add, the one spelling that later passes know."""
 
 from __future__ import annotations
 
@@ -14,7 +8,11 @@ from .graph import Builder, GraphPass, is_weight, nodes_of, only_user, producer,
 
 
 class NormalizeLinears(GraphPass):
-    """See the module."""
+    """Cases, for Gemm(x, W, bias) with alpha = beta = 1, x not transposed, W and bias weights:
+    1. x is a (batch, new, inputs) value reshaped to two axes, and the result is reshaped back: both Reshapes go too
+    2. otherwise MatMul and Add on two axes
+    W may be transposed, and stays so behind a Transpose that no pass computes.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

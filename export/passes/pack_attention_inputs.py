@@ -1,10 +1,4 @@
-"""Queries, keys and values of a layer come from one MatMul, whose output goes into the attention operator as it is.
-
-Cases:
-1. the three inputs of GroupQueryAttention are linear layers over the same value: they become one, biases side by side
-2. the three inputs are the three parts of one Split, in order: the Split goes
-Layers that norm queries or keys in between, or rotate outside of the operator, keep three inputs.
-"""
+"""Queries, keys and values of a layer come from one MatMul, whose output goes into the attention operator as it is."""
 
 from __future__ import annotations
 
@@ -15,7 +9,12 @@ from .linear import linear_of, merge
 
 
 class PackAttentionInputs(GraphPass):
-    """See the module."""
+    """Cases:
+    1. the three inputs of GroupQueryAttention are linear layers over the same value: they become one, biases side by
+       side
+    2. the three inputs are the three parts of one Split, in order: the Split goes
+    Layers that norm queries or keys in between, or rotate outside of the operator, keep three inputs.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

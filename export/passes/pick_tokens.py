@@ -1,13 +1,5 @@
 """A second output, `next_tokens` int64 (batch, kept): for each row of logits the most likely token, the lowest id among
-equals. Greedy decoding on a GPU then copies one number back for a token, and not a row of the vocabulary.
-
-`ArgMax` leaves open on GPUs which of equal values it takes, and `ReduceMax` of this operator set has no kernel there.
-So: the largest value by `TopK`, the ids of all that are not smaller, and the smallest of these by `TopK` again. Where
-no logit is a number, the result is an id nevertheless.
-
-`TopK` over a whole vocabulary keeps one processor of a GPU busy, so each is made in two steps: of pieces of a row, then
-of their results.
-"""
+equals. Greedy decoding on a GPU then copies one number back for a token, and not a row of the vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +12,16 @@ OUTPUT_NAME = "next_tokens"
 
 
 class PickTokens(GraphPass):
-    """See the module."""
+    """A second output, `next_tokens` int64 (batch, kept): for each row of logits the most likely token, the lowest id
+    among equals. Greedy decoding on a GPU then copies one number back for a token, and not a row of the vocabulary.
+
+    `ArgMax` leaves open on GPUs which of equal values it takes, and `ReduceMax` of this operator set has no kernel
+    there. So: the largest value by `TopK`, the ids of all that are not smaller, and the smallest of these by `TopK`
+    again. Where no logit is a number, the result is an id nevertheless.
+
+    `TopK` over a whole vocabulary keeps one processor of a GPU busy, so each is made in two steps: of pieces of a row,
+    then of their results.
+    """
 
     def requires(self, model: ir.Model) -> None:
         logits = model.graph.outputs[0]

@@ -1,11 +1,5 @@
 """MatMuls with a weight become `MatMulNBits`, and the embedding `GatherBlockQuantized`: weights of 4 or 8 bits in
-blocks, activations as they are.
-
-Cases: 1. MatMul(x, w); 2. Gather(table, input_ids), with a table (vocabulary, hidden). A table that the head reads too
-is stored once: the head's blocks (vocabulary, blocks, bytes) are what `GatherBlockQuantized` reads along the last axis.
-Zero points would have another layout there, so such matrices, and all tables, are symmetric.
-Not quantized: matrices that `excluded` names, and products whose second factor is computed.
-"""
+blocks, activations as they are."""
 
 from __future__ import annotations
 
@@ -24,7 +18,11 @@ _SUFFIX = "blocks"
 
 
 class QuantizeBlocks(GraphPass):
-    """See the module."""
+    """Cases: 1. MatMul(x, w); 2. Gather(table, input_ids), with a table (vocabulary, hidden). A table that the head
+    reads too is stored once: the head's blocks (vocabulary, blocks, bytes) are what `GatherBlockQuantized` reads along
+    the last axis. Zero points would have another layout there, so such matrices, and all tables, are symmetric. Not
+    quantized: matrices that `excluded` names, and products whose second factor is computed.
+    """
 
     def __init__(self, quantizer: BlockQuantizer, excluded: Collection[str] = ()) -> None:
         self._quantizer = quantizer

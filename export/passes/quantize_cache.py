@@ -1,9 +1,4 @@
-"""Keys and values are cached as int8: a quarter of the memory, and less to read for every token.
-
-Every GroupQueryAttention gets one scale per channel (kv head and position in the head), from the largest magnitudes
-seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. Kernels that keep a
-scale with each row divide by these first, and clip nothing. The types of past_key_values.* and present.* become int8.
-"""
+"""Keys and values are cached as int8: a quarter of the memory, and less to read for every token."""
 
 from __future__ import annotations
 
@@ -24,7 +19,13 @@ _CACHE_INPUTS = {"key": 3, "value": 4}
 
 
 class QuantizeCache(GraphPass):
-    """See the module."""
+    """Keys and values are cached as int8: a quarter of the memory, and less to read for every token.
+
+    Every GroupQueryAttention gets one scale per channel (kv head and position in the head), from the largest magnitudes
+    seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. Kernels that keep
+    a scale with each row divide by these first, and clip nothing. The types of past_key_values.* and present.* become
+    int8.
+    """
 
     def __init__(self, largest: Mapping[str, NDArray[np.float32]]) -> None:
         """largest: for "N.key" and "N.value" of each layer N, magnitudes (kv_heads, size)."""

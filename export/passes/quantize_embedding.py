@@ -1,19 +1,8 @@
-"""The embedding table becomes int8, and one matrix with the head where the source ties the two.
-
-Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale per
-token:
-1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
-   `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it once,
-   at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows are ever
-   read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the matrix would
-   be in memory twice.)
-2. otherwise nothing else reads it.
-A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks for.
-"""
+"""The embedding table becomes int8, and one matrix with the head where the source ties the two."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +15,17 @@ from .quantize_linears import column_scales, int8_matrix
 
 
 class QuantizeEmbedding(GraphPass):
-    """See the module."""
+    """Cases, for Gather(table, input_ids) with a float table (vocabulary, hidden), which is quantized by row, one scale
+    per token:
+    1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
+       `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it
+       once, at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows
+       are ever read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the
+       matrix would be in memory twice.)
+    2. otherwise nothing else reads it.
+    A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks
+    for.
+    """
 
     def __init__(
         self, weight_limit: int, excluded: Collection[str] = (), rounded: Mapping[str, Path] | None = None
@@ -38,17 +37,13 @@ class QuantizeEmbedding(GraphPass):
 
     def apply(self, model: ir.Model) -> bool:
         modified = False
-        for gather in nodes_of(model, "Gather"):
-            table = gather.inputs[0]
-            if table is None or not is_weight(table, 2) or table.dtype != ir.DataType.FLOAT:
-                continue
-            if table.name not in self._excluded and _reads_tokens(gather):
-                self._quantize(model, gather, table)
+        for gather, weight in _embeddings(model):
+            if weight.name not in self._excluded:
+                self._quantize(model, gather, weight)
                 modified = True
         return modified
 
-    def _quantize(self, model: ir.Model, gather: ir.Node, table: ir.Value) -> None:
-        weight = Weight(table, transposed=True)
+    def _quantize(self, model: ir.Model, gather: ir.Node, weight: Weight) -> None:
         head = model.graph.initializers.get(f"{weight.name}.int8")
         op = Builder(model, gather, f"{gather.name}.int8")
         ids = gather.inputs[1]
@@ -66,6 +61,18 @@ class QuantizeEmbedding(GraphPass):
         scale = op("Unsqueeze", op("Gather", scales, ids, axis=0), last)
         values = op("Cast", rows, to=ir.DataType.FLOAT.value)
         replace_value(gather.outputs[0], op("Mul", values, scale, like=gather.outputs[0]))
+
+
+def tables_of(model: ir.Model) -> list[Weight]:
+    """The embedding tables that this pass quantizes, as (hidden, vocabulary)."""
+    return [weight for _, weight in _embeddings(model)]
+
+
+def _embeddings(model: ir.Model) -> Iterator[tuple[ir.Node, Weight]]:
+    for gather in nodes_of(model, "Gather"):
+        table = gather.inputs[0]
+        if table is not None and is_weight(table, 2) and table.dtype == ir.DataType.FLOAT and _reads_tokens(gather):
+            yield gather, Weight(table, transposed=True)
 
 
 def _reads_tokens(gather: ir.Node) -> bool:

@@ -1,20 +1,4 @@
-"""MatMuls with a weight become integer products: int8 weights, activations quantized while the model runs.
-
-Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7. Each is
-rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
-Activations, by scheme:
-
-`int8-rowwise`  each row x (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is
-                multiplied by r afterwards. A token's result depends on no other token, so a text may be cut anywhere.
-                A call of the function `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change
-                to one that quantizes to 16 bits.
-`int8-tensor`   ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step together,
-                with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
-
-An activation that feeds several MatMuls is quantized once: by onnxruntime, where it computes the functions' bodies, and
-here otherwise.
-Not quantized: matrices that `excluded` names, and products whose second factor is computed.
-"""
+"""MatMuls with a weight become integer products: int8 weights, activations quantized while the model runs."""
 
 from __future__ import annotations
 
@@ -29,7 +13,7 @@ from .functions import ROWWISE_MATMUL, call
 from .graph import MICROSOFT, Builder, GraphPass, add_weight, lazy_weight, nodes_of, replace_value, use_domain
 from .linear import Weight, weight_of
 
-ROWWISE = "int8-rowwise"
+ROWWISE_SCHEMES = ("int8-rowwise", "int4-rowwise")
 TENSOR = "int8-tensor"
 
 # From a MatMul, the int8 matrix and its scales to the product.
@@ -37,7 +21,20 @@ _Product = Callable[[ir.Model, ir.Node, ir.Value, ir.Value], ir.Value]
 
 
 class QuantizeLinears(GraphPass):
-    """See the module."""
+    """Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7.
+    Each is rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
+    Activations, by scheme:
+
+    - `int8-rowwise`, and `int4-rowwise`, of whose matrices `narrow_weights` then writes some in 4 bits: each row x (one
+      token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is multiplied by r afterwards. A
+      token's result depends on no other token, so a text may be cut anywhere. A call of the function
+      `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to one that quantizes to 16 bits.
+    - `int8-tensor`: ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step
+      together, with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
+
+    An activation that feeds several MatMuls is quantized once: by onnxruntime, where it computes the functions' bodies,
+    and here otherwise. Not quantized: matrices that `excluded` names, and products whose second factor is computed.
+    """
 
     def __init__(
         self,
@@ -48,7 +45,10 @@ class QuantizeLinears(GraphPass):
     ) -> None:
         """weight_limit: largest magnitude of a weight, 127 or 63; excluded: names of matrices to leave as they are;
         rounded: as of `int8_matrix`."""
-        products: dict[str, Callable[[], _Product]] = {ROWWISE: lambda: _by_row, TENSOR: _ByTensor}
+        products: dict[str, Callable[[], _Product]] = {
+            **dict.fromkeys(ROWWISE_SCHEMES, lambda: _by_row),
+            TENSOR: _ByTensor,
+        }
         self._products = products[scheme]
         self._limit = weight_limit
         self._excluded = frozenset(excluded)
@@ -110,14 +110,15 @@ class _ByTensor:
     """Remembers what it quantized."""
 
     def __init__(self) -> None:
-        self._activations: dict[ir.Value | None, list[ir.Value]] = {}
+        self._activations: dict[tuple[ir.Value | None, ir.Graph | None], list[ir.Value]] = {}
 
     def __call__(self, model: ir.Model, matmul: ir.Node, matrix: ir.Value, scales: ir.Value) -> ir.Value:
         source, output = matmul.inputs[0], matmul.outputs[0]
-        if source not in self._activations:
+        key = source, matmul.graph  # bodies of an `If` cannot read each other's values
+        if key not in self._activations:
             op = Builder(model, matmul, f"{matmul.name}.input")
-            self._activations[source] = op.node("DynamicQuantizeLinear", [source], outputs=3)
-        values, scale, zero_point = self._activations[source]
+            self._activations[key] = op.node("DynamicQuantizeLinear", [source], outputs=3)
+        values, scale, zero_point = self._activations[key]
         op = Builder(model, matmul, f"{matmul.name}.int8")
         inputs = (values, matrix, scale, scales, zero_point)
         return op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=output)

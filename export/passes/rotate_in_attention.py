@@ -1,10 +1,4 @@
-"""Rotary position embedding moves into the attention operator, which reads cosines and sines from two tables.
-
-Case: query and key of a GroupQueryAttention are both x * cos + rotate_half(x) * sin over the whole head, cos and sin
-depend on nothing but the positions, and the head size is a multiple of 16 (the operator's condition).
-The tables are the model's own cos and sin, computed by running that part of the graph for every position of the
-context, so any scaling of rope that is a function of the position alone is exact.
-"""
+"""Rotary position embedding moves into the attention operator, which reads cosines and sines from two tables."""
 
 from __future__ import annotations
 
@@ -32,7 +26,11 @@ class _Rotation:
 
 
 class RotateInAttention(GraphPass):
-    """See the module."""
+    """Case: query and key of a GroupQueryAttention are both x * cos + rotate_half(x) * sin over the whole head, cos and
+    sin depend on nothing but the positions, and the head size is a multiple of 16 (the operator's condition). The
+    tables are the model's own cos and sin, computed by running that part of the graph for every position of the
+    context, so any scaling of rope that is a function of the position alone is exact.
+    """
 
     def __init__(self, context_length: int) -> None:
         # A padding row may stand behind the last token. It gets the last position there is: some rotations are others

@@ -1,12 +1,4 @@
-"""Activations become float16, and with them the weights that are not quantized and the KV cache.
-
-What depends on the text, that is on the embedding of `input_ids` or on the cache, is computed in float16; what depends
-on positions alone stays float32, since a position above 2,048 is no float16, and is cast where the two meet. So do
-operators that square or sum over many elements, whose results leave float16's range. The logits are cast back: the
-output stays float32.
-
-The norms and the attention operator compute in float32 inside. Scales of an INT8 cache stay float32.
-"""
+"""Activations become float16, and with them the weights that are not quantized and the KV cache."""
 
 from __future__ import annotations
 
@@ -29,7 +21,15 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 class ToFloat16(GraphPass):
-    """See the module."""
+    """Activations become float16, and with them the weights that are not quantized and the KV cache.
+
+    What depends on the text, that is on the embedding of `input_ids` or on the cache, is computed in float16; what
+    depends on positions alone stays float32, since a position above 2,048 is not a float16, and is cast where the two
+    meet. So do operators that square or sum over many elements, whose results leave float16's range. The logits are
+    cast back: the output stays float32.
+
+    The norms and the attention operator compute in float32 inside. Scales of an INT8 cache stay float32.
+    """
 
     def apply(self, model: ir.Model) -> bool:
         half = _half_values(model)

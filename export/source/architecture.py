@@ -56,7 +56,7 @@ def _all_causal_names(own: list[str]) -> set[str]:
 
 
 def _other_kind(kind: str, config: dict[str, Any], senses: list[str]) -> str:
-    """What a model is that is no decoder of text, and what to do about it."""
+    """What a model is that is not a decoder of text, and what to do about it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     only = "edgelm exports causal models only"

@@ -234,7 +234,7 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
 
 
 def _is_spare(name: str, config: PreTrainedConfig, layers: int) -> bool:
-    """Whether a tensor is no weight of its own: a head that is the embedding, layers that guess further tokens, or the
+    """Whether a tensor is not a weight by itself: a head that is the embedding, layers that draft tokens, or the
     frequencies that the configuration holds."""
     parts = name.split(".")
     beyond = parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= layers

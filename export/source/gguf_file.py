@@ -86,7 +86,7 @@ class _Reader:
 
     def header(self) -> Header:
         if self._file.read(len(_MAGIC)) != _MAGIC:
-            raise SourceError(f"{self._path} is no GGUF file (it does not begin with GGUF): download it again")
+            raise SourceError(f"{self._path} is not a GGUF file (it does not begin with GGUF): download it again")
         version = self._number("I")
         if version not in _VERSIONS:
             raise SourceError(
@@ -112,7 +112,9 @@ class _Reader:
         if count * least_bytes > self._size - self._file.tell():
             raise self._cut_short(f"its header speaks of {count:,} {what}, more than it has room for")
         if count > most:
-            raise SourceError(f"{self._path} has {count:,} {what}, and edgelm reads {most:,} at most: this is no model")
+            raise SourceError(
+                f"{self._path} has {count:,} {what}, and edgelm reads {most:,} at most: this is not a model"
+            )
         return count
 
     def _entry(self) -> tuple[str, Entry]:
@@ -170,7 +172,7 @@ class _Reader:
         try:
             return self._bytes(self._number("Q")).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self._damaged("a text of its header is no UTF-8") from error
+            raise self._damaged("a text of its header is not UTF-8") from error
 
     def _number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self._bytes(struct.calcsize(form)))[0]

@@ -93,7 +93,7 @@ def _check_blocks(folder: Path, block: tuple[int, int]) -> None:
             continue
         if weight[-2:] != [scales[-2] * block[0], scales[-1] * block[1]]:
             raise SourceError(
-                f"{folder}: {name.removesuffix(_SCALE)} of {weight[-2]} x {weight[-1]} is no whole number of FP8 "
+                f"{folder}: {name.removesuffix(_SCALE)} of {weight[-2]} x {weight[-1]} is not a whole number of FP8 "
                 f"blocks of {block[0]} x {block[1]} ({scales[-2]} x {scales[-1]} scales), which transformers does not "
                 f"widen: {_ADVICE}"
             )

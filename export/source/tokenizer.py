@@ -110,7 +110,7 @@ def special_tokens(
 
 
 def _own_end(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """The id of the tokenizer's end token; None where it has none, or one that is no token of the model: tokenizers
+    """The id of the tokenizer's end token; None where it has none, or one that is not a token of the model: tokenizers
     give the id of the unknown token for a name that their vocabulary does not hold."""
     found: Any = tokenizer.eos_token_id
     if found is None or found >= vocab_size or tokenizer.convert_ids_to_tokens(found) != tokenizer.eos_token:

@@ -9,9 +9,7 @@ positions are one symbolic node (`edgelm::Positions`), which the pass `lower_pos
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from ...runtime.bundle.manifest import CacheLayout, LayerCache, StateTensor
 from ..errors import TraceError, reason_of
 from .decompositions import light_decompositions
 from .experts import traceable_experts
+from .exporter import name_weights, quiet_exporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -279,29 +278,3 @@ def _activated(state: _Trace | _Probe) -> Iterator[None]:
         yield
     finally:
         _active = before
-
-
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep what torch says beside its result from the user's screen: warnings, and its whole graph where a trace fails.
-    It is logged at DEBUG."""
-    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "torch.fx"))}
-    said = io.StringIO()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-        if said.getvalue().strip():
-            log.debug("torch's exporter: %s", said.getvalue().strip())
-
-
-def name_weights(graph: ir.Model) -> None:
-    """Give weights their names in the source model, which reports and exclusions show."""
-    for value in list(graph.graph.initializers.values()):
-        if value.name is not None and value.name.startswith("model."):
-            value.name = value.name.removeprefix("model.")

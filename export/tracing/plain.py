@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...runtime.bundle.manifest import LayerCache, StateTensor
 from ..errors import TraceError, reason_of
 from ..source.loading import cache_argument
-from .attention import TracedModel, name_weights, quiet_exporter
+from .attention import TracedModel
 from .experts import traceable_experts
+from .exporter import name_weights, quiet_exporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar, Union
+from typing import Any, Literal, NoReturn
 
 from ..errors import BundleCorruptError, BundleVersionError
+from .typed_json import OPTIONAL, StrictReader
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -22,15 +21,12 @@ CACHE_TYPES = ("int8", "float32", "float16")
 GRANULARITIES = ("channel", "token")
 # The scale of its own, a float32, that a key or value of an INT8 cache "by token" ends with.
 _SCALE_BYTES = 4
-EXACT_SCHEME = "int8-rowwise"
+EXACT_SCHEMES = ("int8-rowwise", "int4-rowwise")
+_READER = StrictReader(MANIFEST_NAME)
 
-# Metadata of fields that manifests of the same schema version may lack, because they were added later.
-_OPTIONAL = "optional"
-ACTIVATION_BITS = (8, 16)
+ACTIVATION_BITS, WEIGHT_BITS = (8, 16), (4, 8)
 
 CacheLayout = Literal["in_place", "concatenated"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,11 +58,13 @@ class Exclusion:
 @dataclass(frozen=True)
 class Quantization:
     """The scheme of the weights and activations. activations: {matrix: 8 or 16}, the bits that its activations are
-    quantized to in int8-rowwise; empty for other schemes, and in bundles from before there were 16."""
+    quantized to in the row-wise schemes; empty for other schemes, and in bundles from before there were 16. weights:
+    {matrix: 4 or 8}, the bits of its weights in int4-rowwise; empty for other schemes."""
 
     scheme: str
     excluded: tuple[Exclusion, ...]
-    activations: dict[str, int] = field(default_factory=dict, metadata={_OPTIONAL: True})
+    activations: dict[str, int] = field(default_factory=dict, metadata={OPTIONAL: True})
+    weights: dict[str, int] = field(default_factory=dict, metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Manifest:
     quality: dict[str, Any]
     files: dict[str, FileEntry]
     versions: dict[str, str]
-    notes: tuple[str, ...] = field(default=(), metadata={_OPTIONAL: True})
+    notes: tuple[str, ...] = field(default=(), metadata={OPTIONAL: True})
 
     @property
     def digest(self) -> str:
@@ -181,7 +179,7 @@ class Manifest:
         It takes activations that are quantized row by row in every matrix product (float32 products of one row take
         another kernel than those of several), ONNX Runtime's fused attention, and no state that is handed on.
         """
-        exact = self.quantization.scheme == EXACT_SCHEME and not self.quantization.excluded
+        exact = self.quantization.scheme in EXACT_SCHEMES and not self.quantization.excluded
         return exact and self.model.cache_layout == "in_place" and not self.model.states
 
     def to_json(self) -> str:
@@ -209,7 +207,7 @@ def parse_manifest(text: str) -> Manifest:
             "use a matching edgelm, or export the bundle again"
         )
     _refuse_unprintable(data, "")
-    manifest = _build(Manifest, data, "")
+    manifest = _READER.build(Manifest, data, "")
     _check_values(manifest)
     return manifest
 
@@ -229,7 +227,7 @@ def _refuse_unprintable(value: Any, where: str) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     """Python reads NaN and Infinity, which JSON does not have and no other reader of a manifest takes."""
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _check_values(manifest: Manifest) -> None:
@@ -242,67 +240,21 @@ def _check_values(manifest: Manifest) -> None:
             counts.update({f"model.layers[{index}].{key}": size for key, size in sizes.items()})
     for where, value in counts.items():
         if value < 1:
-            raise _mismatch(where, "1 or more", value)
+            raise _READER.mismatch(where, "1 or more", value)
     for name, entry in manifest.files.items():
         if entry.bytes < 0:
-            raise _mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
-    for name, bits in manifest.quantization.activations.items():
-        if bits not in ACTIVATION_BITS:
-            raise _mismatch(f"quantization.activations.{name}", " or ".join(map(str, ACTIVATION_BITS)), bits)
+            raise _READER.mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
+    quantization = manifest.quantization
+    for key, found, known in (
+        ("activations", quantization.activations, ACTIVATION_BITS),
+        ("weights", quantization.weights, WEIGHT_BITS),
+    ):
+        for name, bits in found.items():
+            if bits not in known:
+                raise _READER.mismatch(f"quantization.{key}.{name}", " or ".join(map(str, known)), bits)
     if model.kv.type not in CACHE_TYPES:
-        raise _mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
+        raise _READER.mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
     if model.kv.granularity not in (None, *GRANULARITIES) or (model.kv.scale_bytes and model.kv.type != "int8"):
-        raise _mismatch(
+        raise _READER.mismatch(
             f"model.kv.granularity of {model.kv.type}", f"{' or '.join(GRANULARITIES)}", model.kv.granularity
         )
-
-
-def _build(cls: type[T], data: Any, where: str) -> T:
-    """Make the dataclass `cls` of a JSON object, strictly. `where` is the dotted path for messages."""
-    if not isinstance(data, dict):
-        raise _mismatch(where or "the whole", "an object", data)
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise BundleCorruptError(f"{MANIFEST_NAME}: unknown key {_join(where, key)}")
-    fields = dataclasses.fields(typing.cast("type[Any]", cls))
-    for key in (item.name for item in fields if _OPTIONAL not in item.metadata):
-        if key not in data:
-            raise BundleCorruptError(f"{MANIFEST_NAME}: key {_join(where, key)} is missing")
-    return cls(**{key: _convert(hint, data[key], _join(where, key)) for key, hint in hints.items() if key in data})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one return for each kind of hint
-    """Check one JSON value against a type hint of the dataclasses above, and turn lists into tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(item for item in arguments if item is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _mismatch(where, "a list", value)
-        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _mismatch(where, "an object", value)
-        return {key: _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
-    if hint is Any:
-        return value
-    if origin is Literal:
-        if value not in arguments:
-            raise _mismatch(where, " or ".join(map(repr, arguments)), value)
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, where)
-    if not isinstance(value, hint) or isinstance(value, bool):
-        raise _mismatch(where, hint.__name__, value)
-    return value
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _mismatch(where: str, expected: str, value: Any) -> BundleCorruptError:
-    return BundleCorruptError(f"{MANIFEST_NAME}: {where} must be {expected}, found {value!r:.80}")

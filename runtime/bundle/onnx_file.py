@@ -70,12 +70,16 @@ def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_F
         with open_regular(graph, _MOST_BYTES) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(find(data))
     except UnfitFileError as error:
-        raise BundleCorruptError(f"{graph} is no ONNX file ({error.strerror}): download or export it again") from error
+        raise BundleCorruptError(
+            f"{graph} is not an ONNX file ({error.strerror}): download or export it again"
+        ) from error
     except OSError as error:
         raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
     # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
     except (ValueError, IndexError, RecursionError) as error:
-        raise BundleCorruptError(f"{graph} is no ONNX file, or a truncated one: download or export it again") from error
+        raise BundleCorruptError(
+            f"{graph} is not an ONNX file, or a truncated one: download or export it again"
+        ) from error
 
 
 def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:

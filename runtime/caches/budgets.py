@@ -106,13 +106,13 @@ def write_budgets(folder: Path, budgets: Budgets) -> None:
         with replacing(path) as file:
             file.write((json.dumps(data, indent=1) + "\n").encode())
     except OSError as error:
-        raise CacheError(f"{path} cannot be written ({error.strerror}): look after its folder and disk") from error
+        raise CacheError(f"{path} cannot be written ({error.strerror}): check its folder and disk") from error
 
 
 def _settings(cls: type[S], data: Mapping[str, Any], part: str, path: Path) -> S:
     values = data.get(part, {})
     if not isinstance(values, dict):
-        raise _damaged(path, f"{part} is no object")
+        raise _damaged(path, f"{part} is not an object")
     for key in values.keys() - set(_KEYS[part]):
         raise _damaged(path, f"unknown key {part}.{key}")
     try:
@@ -122,4 +122,4 @@ def _settings(cls: type[S], data: Mapping[str, Any], part: str, path: Path) -> S
 
 
 def _damaged(path: Path, what: str) -> CacheCorruptError:
-    return CacheCorruptError(f"{path} is no file of budgets ({what}): correct it, or delete it for the defaults")
+    return CacheCorruptError(f"{path} is not a file of budgets ({what}): correct it, or delete it for the defaults")

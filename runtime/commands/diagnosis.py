@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,11 @@ def _free_bytes(folder: Path | None) -> int | None:
 
 
 def _extras() -> dict[str, bool]:
-    """The extras of the installed distribution and whether each one's packages are there."""
+    """The extras of the installed distribution and whether each one's packages are there; none in a frozen program, to
+    which nothing can be added."""
     found: dict[str, bool] = {}
+    if getattr(sys, "frozen", False):
+        return found
     for requirement in importlib.metadata.requires("edgelm") or []:
         match = re.match(r"([\w.-]+)[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
         if match is not None and match.group(1) != "edgelm" and "python_version" not in requirement:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look, measure where bundles are given, and print. Advice is no failure; what stops every model is."""
+    """Look, measure where bundles are given, and print. Advice is not a failure; what stops every model is."""
     found = diagnose()
     faults = [*filter(None, [found.onnxruntime_fault, found.kernels_fault])]
     status = 1 if faults else 0
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _lines(found: Diagnosis) -> list[tuple[str, str]]:
     free = "" if found.home_free_bytes is None else f", {found.home_free_bytes / _GB:,.1f} GB free"
     extras = ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in found.extras.items())
+    extras = extras or "none can be added to a frozen program"
     without = "onnxruntime's own" if found.kernels_fault is None else "installed, but cannot be used"
     largest = largest_parameters(found)
     board = [] if found.board is None else [("board", f"{found.board}, pages of {found.page_bytes // _KIB} KiB")]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.folder import TOKENIZER_NAME
+from ..bundle.foreign_graphs import is_foreign
 from ..bundle.manifest import MANIFEST_NAME
 from ..errors import BundleMissingError, SettingsError
 from ..evaluation.quality import last_words, read_passages, text_against, text_perplexity
-from ..sessions.foreign import is_foreign
 from ..sessions.loading import open_folder
 from ..sessions.protocol import Session
 from ..text.tokenizer import Tokenizer
@@ -122,8 +122,11 @@ def _opened(model: str, threads: int | None, graph: str | None = None) -> Iterat
         finally:
             session.close()
         return
-    found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")
+    try:
+        found = [entry.load() for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")]
+    except ImportError:  # a frozen program without it
+        found = []
     if not found:
-        raise BundleMissingError(f'{model} is no bundle, and models need the exporter: pip install "edgelm[export]"')
-    with next(iter(found)).load()(model, threads) as opened:
+        raise BundleMissingError(f'{model} is not a bundle, and models need the exporter: pip install "edgelm[export]"')
+    with found[0](model, threads) as opened:
         yield opened

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> Bundle:
-    from ..sessions.foreign import is_foreign
+    from ..bundle.foreign_graphs import is_foreign
     from ..sessions.loading import open_folder
 
     if arguments.graph is None and not is_foreign(Path(arguments.bundle)):

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, load
+from ..engine import Engine
 from ..errors import PromptError, SettingsError
+from ..opening import load
 from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
 from ..serving.batches import MAX_ROWS, Prompt
@@ -158,7 +159,7 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
     for chunk in engine.stream(**request):
         print(chunk.text, end="", flush=True)
         stats = chunk.stats
-    print()
+    print(flush=True)  # before what goes to standard error
     return stats
 
 
@@ -187,10 +188,12 @@ def summary(stats: Stats | None) -> str:
         return ""
     if stats.response_cache_hit:
         return f"{stats.prompt_tokens} prompt tokens, {stats.generated_tokens} from the response cache"
-    guesses = f"{stats.accepted_tokens} of {stats.guessed_tokens} guesses came, " if stats.guessed_tokens else ""
+    drafts = (
+        f"{stats.accepted_tokens} of {stats.guessed_tokens} draft tokens accepted, " if stats.guessed_tokens else ""
+    )
     reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
     return (
         f"{stats.prompt_tokens} prompt tokens{reused}, first token after {stats.time_to_first_token_s * 1000:.0f} ms, "
         f"{stats.generated_tokens} generated at {stats.decode_tokens_per_s:.1f} tokens/s, "
-        f"{guesses}{stats.resident_bytes / 1e6:.0f} MB resident"
+        f"{drafts}{stats.resident_bytes / 1e6:.0f} MB resident"
     )

@@ -73,7 +73,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         dest="lookup",
         action="store_false",
         default=argparse.SUPPRESS,
-        help="do not guess tokens where the text repeats itself (the answer is the same, only slower)",
+        help="try no draft tokens where the text repeats itself (the answer is the same, only slower)",
     )
 
 

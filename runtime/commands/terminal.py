@@ -121,7 +121,7 @@ class Terminal:
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Say something that is no part of an answer."""
+    """Say something that is not part of an answer."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 

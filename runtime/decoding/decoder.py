@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 
 from ..errors import EdgelmError, MemoryShortageError
 from ..sessions.protocol import OneRow, Session
+from .pieces import Pieces
 from .row import Row
-
-# A prompt whose row others overtook so often is the next one, however long it is.
-_MOST_OVERTAKINGS = 4
-# The least that is fed at once where a deadline is near, and what is fed first where it is not known how long it takes.
-_LEAST_PIECE, _FIRST_PIECE = 16, 64
-
-# What is fed between two steps of other rows, whose readers wait meanwhile.
-_PIECE_BESIDE_ROWS = 256
-# What it costs to feed a prompt beside its tokens, in tokens: each run reads all weights.
-_COST_OF_A_RUN = 32
 
 Event = tuple[Row, int | EdgelmError | None]
 
@@ -68,14 +59,12 @@ class Decoder:
         # It picks for its own text alone, so not where several rows run.
         self._picks = capabilities.picks if self.max_rows == 1 else None
         self._free_drafts = capabilities.least_rows - 1
-        self._piece_tokens = piece_tokens or capabilities.piece_tokens
-        self._bounded = bounded_pieces
+        self._pieces = Pieces(piece_tokens or capabilities.piece_tokens, bounded_pieces)
         self._context = context_length
         self._prefixes = prefixes
         self._rows: list[Row] = []
         self._fed = 0
         self._idle: list[int] = []
-        self._speed: float | None = None
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -125,18 +114,21 @@ class Decoder:
         """One step: a token for each row whose prompt is fed, and a piece of one other prompt, or several short ones.
 
         Yields: a row with its next token; with None where it ended; with what was raised for it. Set `ended` before the
-        next event to end a row. Raises: whatever is no EdgelmError; call `abandon` then.
+        next event to end a row. Raises: whatever is not an EdgelmError; call `abandon` then.
         """
         for row in [row for row in self._rows if row.interrupted()]:
             self.drop(row)
             yield row, None
         if self._fed:
             yield from self._step()
-        budget = min(self._piece_tokens, _PIECE_BESIDE_ROWS) if self._fed else self._piece_tokens
+        budget = self._pieces.budget(beside_rows=self._fed > 0)
         while budget > 0 and self._fed < len(self._rows):
-            index = self._next_unfed()
-            size = self._piece(self._rows[index], budget)
-            budget -= max(size, _COST_OF_A_RUN)
+            index = self._pieces.choose(self._rows, self._fed)
+            row = self._rows[index]
+            if row.fed == row.reused and not row.chosen:
+                self._share(row)
+            size = self._pieces.size(row, budget)
+            budget -= self._pieces.cost(size)
             yield from self._feed_piece(index, size)
 
     def drop(self, row: Row) -> None:
@@ -220,7 +212,7 @@ class Decoder:
         drafts: list[int] = []
         if row.lookup is not None and len(self._rows) == 1:
             # The last token that is chosen needs no place, so that drafts stay within the context as answers do.
-            drafts = row.lookup.guess(self._left(row) - 1)
+            drafts = row.lookup.draft(self._left(row) - 1)
         try:
             results = self._run(0, [row.known[-1], *drafts], 1 + len(drafts))
         except EdgelmError as error:
@@ -246,34 +238,12 @@ class Decoder:
         except EdgelmError as error:
             yield self._failed(row, error)
             return
-        if len(piece) >= _LEAST_PIECE:
-            self._speed = len(piece) / max(1e-9, time.perf_counter() - started)
+        self._pieces.fed(len(piece), started)
         row.fed += len(piece)
         if last:
             self._swap(index, self._fed)
             self._fed += 1
             yield from self._take(self._fed - 1, results)
-
-    def _next_unfed(self) -> int:
-        """The row whose prompt is fed next: the one with the shortest rest, or one that was overtaken too often."""
-        unfed = range(self._fed, len(self._rows))
-        rest = {index: len(self._rows[index].known) - self._rows[index].fed for index in unfed}
-        chosen = min(unfed, key=lambda index: (self._rows[index].passed_over < _MOST_OVERTAKINGS, rest[index]))
-        for index in unfed:
-            if index != chosen and rest[index] > rest[chosen]:
-                self._rows[index].passed_over += 1
-        return chosen
-
-    def _piece(self, row: Row, budget: int) -> int:
-        """How many tokens of a row to feed at once."""
-        if row.fed == row.reused and not row.chosen:
-            self._share(row)
-        most = min(budget, len(row.known) - row.fed)
-        left = row.seconds_left() if self._bounded else None
-        if left is None:
-            return most
-        size = _FIRST_PIECE if self._speed is None else int(left * self._speed)
-        return min(most, max(_LEAST_PIECE, size))
 
     def _run(self, index: int, token_ids: Sequence[int], keep: int) -> NDArray[Any]:
         """Rows of logits, or ids that the session chose."""

@@ -1,37 +1,38 @@
-"""Guessed tokens (prompt lookup decoding): what followed the same few tokens before is guessed to follow them again.
+"""Prompt-lookup decoding: what followed the same few tokens before is proposed as draft tokens.
 
-Owns what is guessed and when. Knows no session and no logits: `Sequencer.generate` checks guesses in the step that it
-runs anyway and keeps those that it would have chosen itself, so an answer never depends on them, only its speed does.
+Owns which draft tokens are tried, and when. Knows no session and no logits: `Decoder` checks draft tokens in the step
+that it runs anyway and accepts those that it would have chosen itself, so an answer never depends on them, only its
+speed does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..sessions.protocol import MOST_GUESSES
+from ..sessions.protocol import MOST_DRAFTS
 
-# Where guesses keep failing, one wrong guess in so many steps is what looking for repetition costs.
+# Where draft tokens keep being rejected, one in so many steps is what looking for repetition costs.
 _LONGEST_PAUSE = 63
 # Lengths of n-grams, the surer ones first.
 _SIZES = (3, 2)
 
 
 class Lookup:
-    """The guesses of one answer: `begin` with its prompt, `add` each token, `guess` before a step.
+    """The draft tokens of one answer: `begin` with its prompt, `add` each token, `draft` before a step.
 
-    guessed: tokens that were guessed; accepted: those of them that came. Not safe between threads.
+    drafted: tokens that were tried; accepted: those of them that were chosen. Not safe between threads.
     """
 
     def __init__(self) -> None:
-        self.guessed = self.accepted = 0
+        self.drafted = self.accepted = 0
         self._text = Text(())
         self._pace = Pace()
         self._open: list[int] = []
         self._hits = 0
 
     def begin(self, token_ids: Sequence[int], free: int = 0) -> None:
-        """The text that guesses are taken from, also where it changes within an answer. How well guesses do is not
-        forgotten. free: so many guesses cost nothing, because a step computes rows for them anyway."""
+        """The text that draft tokens are taken from, also where it changes within an answer. How many were accepted is
+        not forgotten. free: so many cost nothing, because a step computes rows for them anyway."""
         self._text = Text(token_ids)
         self._pace.free = free
         self._open = []
@@ -43,15 +44,15 @@ class Lookup:
             self._hits += 1
             self.accepted += 1
 
-    def guess(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next, often none. The last guesses are decided: they failed where they
-        did not come."""
+    def draft(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next, often none. Those of the step before are decided: what was not added
+        since was rejected."""
         if self._open:
             self._pace.learn(len(self._open), self._hits)
         count = min(most, self._pace.wanted())
         self._open = self._text.following(count) if count > 0 else []
         self._hits = 0
-        self.guessed += len(self._open)
+        self.drafted += len(self._open)
         return self._open
 
 
@@ -108,31 +109,31 @@ class Text:
 
 
 class Pace:
-    """How many tokens are worth guessing: twice as many where all came, as many as came where some did, and none for a
-    while, longer each time, where none came.
+    """How many draft tokens are worth trying: twice as many where all were accepted, as many as were where some were,
+    and none for a while, longer each time, where none was.
 
-    A guess that comes saves a step, one that fails costs 6 % of one on a short context and 30 % on a long one. On text
+    An accepted token saves a step, a rejected one costs 6 % of one on a short context and 30 % on a long one. On text
     without repetition the pauses keep that below 3 %; a single success ends them.
     """
 
     def __init__(self, free: int = 0) -> None:
-        """free: guesses that cost nothing and are wanted always."""
+        """free: draft tokens that cost nothing and are tried always."""
         self.free = free
         self._length = 1
         self._pause = self._wait = 0
 
     def wanted(self) -> int:
-        """How many to guess for the step that is next. Asked once for each step."""
+        """How many to try in the next step. Asked once for each step."""
         if self._wait:
             self._wait -= 1
             return self.free
         return self._length
 
-    def learn(self, guessed: int, accepted: int) -> None:
-        """What became of the guesses of a step, of which there was one at least."""
+    def learn(self, drafted: int, accepted: int) -> None:
+        """What became of the draft tokens of a step, of which there was one at least."""
         if accepted:
-            self._length = min(2 * guessed, MOST_GUESSES) if accepted == guessed else accepted
+            self._length = min(2 * drafted, MOST_DRAFTS) if accepted == drafted else accepted
             self._pause = self._wait = 0
-        elif guessed > self.free:
+        elif drafted > self.free:
             self._length = 1
             self._pause = self._wait = min(2 * self._pause + 1, _LONGEST_PAUSE)

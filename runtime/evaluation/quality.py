@@ -164,7 +164,7 @@ def read_passages(path: Path) -> list[str]:
         try:
             found.append(str(json.loads(line)["text"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise PromptError(f"{path}, line {number} is no JSON object with the key text") from error
+            raise PromptError(f"{path}, line {number} is not a JSON object with the key text") from error
     return found
 
 

@@ -56,7 +56,9 @@ def own_folder(folder: Path) -> Path:
     except FileNotFoundError:
         return folder
     except OSError as error:
-        raise CacheError(f"{folder} cannot be used ({error.strerror}): look after it, or set {VARIABLE}") from error
+        raise CacheError(
+            f"{folder} cannot be used ({error.strerror}): check its permissions and the disk, or set {VARIABLE}"
+        ) from error
     if hasattr(os, "geteuid") and owner != os.geteuid():
         raise CacheError(f"{folder} belongs to another user: delete it, or set {VARIABLE} to a folder of your own")
     return folder

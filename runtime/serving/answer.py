@@ -59,7 +59,7 @@ class Answer:
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids, settings.special_tokens), settings)
-        # Guesses are exact for any chooser, since each row of logits is that of a plain run.
+        # Draft tokens are exact for any chooser, since each row of logits is that of a plain run.
         self._lookup = Lookup() if settings.lookup else None
         self._reported = self._chosen = self._generated = 0
         self._first = 0.0
@@ -109,7 +109,7 @@ class Answer:
             decode_tokens_per_s=(self._chosen - 1) / (now - self._first) if self._chosen > 1 else 0.0,
             resident_bytes=machine.resident_bytes(),
             response_cache_hit=False,
-            guessed_tokens=self._lookup.guessed if self._lookup is not None else 0,
+            guessed_tokens=self._lookup.drafted if self._lookup is not None else 0,
             accepted_tokens=self._lookup.accepted if self._lookup is not None else 0,
         )
         reason = self._reason(self._ended or self._writer.stopped)

@@ -14,25 +14,23 @@ from ..bundle.manifest import Manifest
 from ..caches.responses.cache import ResponseCache
 from ..decoding.decoder import Decoder
 from ..decoding.row import Row
-from ..errors import EdgelmError, EngineBusyError, EngineClosedError, EngineError
+from ..errors import EdgelmError, EngineClosedError, EngineError
 from ..host.forks import watch_forks
 from ..results import Chunk
 from ..text.tokenizer import Tokenizer
-from .answer import Request, replay, unanswered
+from .answer import Request, replay
 from .computation import Computation
-from .listener import Listener, nobody
+from .driver import Driver
+from .listener import Listener, first_ready, nobody
+from .queue import Queue
 from .worker import Worker
-
-# A request that others overtook so often is admitted next, however long its prompt is.
-_MOST_OVERTAKINGS = 4
 
 
 class Scheduler:
     """The requests of one engine. Safe between threads; a forked child has none of its parent's requests.
 
-    As many requests run at once as `decoder` has rows; the others wait, short prompts first, but a request is overtaken
-    four times at most. Nothing ever waits for a reader: a stream that is not read on keeps its row, which goes on when
-    another caller runs a step.
+    As many requests run at once as `decoder` has rows; the others wait in a `Queue`. Nothing ever waits for a reader: a
+    stream that is not read on keeps its row, which goes on when another caller runs a step.
     """
 
     def __init__(
@@ -58,12 +56,13 @@ class Scheduler:
         Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; where there is a `wake`, the
         worker computes. Raises: SettingsError, EngineClosedError.
         """
-        self._refuse_closed("the engine is closed: load the bundle again")
+        if self._closed:
+            raise EngineClosedError("the engine is closed: load the bundle again")
         listener = Listener(request, whole=whole, wake=wake)
         shared = self._responses is not None and request.settings.cacheable
         fresh = Computation(request, self._key_of(request) if shared else None, self._manifest, self._tokenizer)
         with self._changed:
-            begun = self._join(listener, fresh)
+            begun = self._queue.join(listener, fresh)
             if wake is not nobody:
                 self._worker.serve(listener)
             self._changed.notify_all()
@@ -89,10 +88,11 @@ class Scheduler:
             if self._closed:
                 self._fail([fresh], EngineClosedError("the engine was closed while this request was made"))
             elif known is None:
-                self._waiting.append(fresh)
+                self._queue.append(fresh)
             else:
-                self._forget(fresh)
+                self._queue.forget(fresh)
                 for listener in fresh.listeners:
+                    listener.progress = (len(listener.request.token_ids),) * 2
                     listener.hear(list(replay(listener.request, known)))
             self._changed.notify_all()
 
@@ -103,12 +103,12 @@ class Scheduler:
         """
         while True:
             with self._changed:
-                found = self._ready(listeners)
+                found = first_ready(listeners)
                 if found is not None:
                     return found
                 if all(listener.ended for listener in listeners):
                     return None
-                if not self._has_work() or not self._take_the_wheel():
+                if not self._has_work() or not self._driver.take():
                     self._changed.wait()
                     continue
             self._drive()
@@ -116,7 +116,7 @@ class Scheduler:
     def ready(self, listener: Listener) -> Chunk | None:
         """The next chunk, if it is there; else see `listener.ended`. Raises: what it ended with."""
         with self._changed:
-            found = self._ready([listener])
+            found = first_ready([listener])
             self._changed.notify_all()  # the worker may compute on
             return None if found is None else found[1]
 
@@ -126,14 +126,15 @@ class Scheduler:
             for listener in listeners:
                 if not listener.ended:
                     listener.cancel()
-            if not self._forsaken() or not self._take_the_wheel(refuse=False):
+            everything = [*self._running.values(), *self._queue]
+            if not any(computation.is_unwanted for computation in everything) or not self._driver.take():
                 return
         self._let_go()
 
     def counts(self) -> tuple[int, int]:
         """Requests that are computed now, and those that wait."""
         with self._changed:
-            return len(self._running), len(self._waiting)
+            return len(self._running), len(self._queue)
 
     @property
     def closed(self) -> bool:
@@ -146,13 +147,13 @@ class Scheduler:
         Raises: EngineBusyError from within a step.
         """
         with self._changed:
-            self._refuse_within_a_step()
+            self._driver.refuse_own()
             self._closed = True
-            self._fail(self._waiting, EngineClosedError("the engine was closed while this request waited"))
+            self._fail(list(self._queue), EngineClosedError("the engine was closed while this request waited"))
             while any(item.whole and not item.ended for each in self._running.values() for item in each.listeners):
                 self._changed.notify_all()
                 self._changed.wait()
-            while not self._take_the_wheel():
+            while not self._driver.take():
                 self._changed.wait()
             rest = list(self._running.values())
         for computation in rest:
@@ -165,7 +166,7 @@ class Scheduler:
 
     def after_fork(self) -> None:
         """The threads that computed are not in the child, nor is what they held."""
-        waiting = [*self._running.values(), *self._waiting]
+        waiting = [*self._running.values(), *self._queue]
         for computation in self._running.values():
             self._decoder.drop(computation.row)
         self._running.clear()
@@ -175,99 +176,32 @@ class Scheduler:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: list[Computation] = []
-        self._by_key: dict[str, Computation] = {}
-        self._driver: int | None = None
-        self._worker = Worker(self._changed, lambda: self._has_work() and self._take_the_wheel(), self._drive)
+        self._queue = Queue()
+        self._driver = Driver()
+        self._worker = Worker(self._changed, lambda: self._has_work() and self._driver.take(), self._drive)
 
     # ---- with the lock
 
-    def _refuse_closed(self, message: str) -> None:
-        if self._closed:
-            raise EngineClosedError(message)
-
-    def _refuse_within_a_step(self) -> None:
-        if self._driver == threading.get_ident():
-            raise EngineBusyError("a step of this engine runs in this thread: wait until it has ended")
-
-    def _take_the_wheel(self, refuse: bool = True) -> bool:
-        """Become the thread that runs steps, if there is none. Raises: EngineBusyError."""
-        if refuse:
-            self._refuse_within_a_step()
-        if self._driver is not None:
-            return False
-        self._driver = threading.get_ident()
-        return True
-
     def _has_work(self) -> bool:
         """Whether there is a step to run. Where there is none, a caller's request is being looked up."""
-        self._refuse_within_a_step()
-        return bool(self._running or self._waiting)
+        self._driver.refuse_own()
+        return bool(self._running or self._queue)
 
     def _stop_driving(self) -> None:
-        self._driver = None
+        self._driver.give_up()
         self._changed.notify_all()
-
-    def _ready(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
-        for listener in listeners:
-            if listener.chunks:
-                return listener, listener.chunks.popleft()
-            if listener.error is not None:
-                raise listener.error
-        return None
-
-    def _join(self, listener: Listener, fresh: Computation) -> bool:
-        """Share the computation of the same request, or a fresh one, which is to be begun then. Returns: whether."""
-        running = None if fresh.key is None else self._by_key.get(fresh.key)
-        if running is None and fresh.key is not None:
-            self._by_key[fresh.key] = fresh
-        (running or fresh).join(listener)
-        return running is None
-
-    def _forget(self, computation: Computation) -> None:
-        if computation.key is not None and self._by_key.get(computation.key) is computation:
-            del self._by_key[computation.key]
 
     def _fail(self, computations: Sequence[Computation], error: EdgelmError) -> None:
         for computation in list(computations):
-            self._forget(computation)
+            self._queue.forget(computation)
             computation.fail(error)
-            if computation in self._waiting:
-                self._waiting.remove(computation)
+            self._queue.remove(computation)
 
     def _sweep(self) -> None:
         """Let go of listeners that wait no longer, and of requests that nobody waits for before they began."""
-        for computation in [*self._running.values(), *self._waiting]:
+        for computation in self._running.values():
             computation.sweep()
-        for computation in list(self._waiting):
-            listeners = computation.listeners
-            if all(listener.request.interrupted() for listener in listeners):
-                self._waiting.remove(computation)
-                self._forget(computation)
-                for listener in listeners:
-                    listener.hear([unanswered(listener.request)])
-
-    def _forsaken(self) -> bool:
-        return any(
-            all(listener.ended for listener in computation.listeners)
-            for computation in [*self._running.values(), *self._waiting]
-        )
-
-    def _next_waiting(self) -> Computation | None:
-        """The one with the shortest prompt, or one that was overtaken too often, if there is a place for it."""
-        if not self._waiting:
-            return None
-
-        def order(computation: Computation) -> tuple[bool, int]:
-            return computation.passed_over < _MOST_OVERTAKINGS, len(computation.row.known)
-
-        chosen = min(self._waiting, key=order)
-        if not self._decoder.has_place(len(chosen.row.known)):
-            return None
-        for earlier in self._waiting[: self._waiting.index(chosen)]:
-            earlier.passed_over += 1
-        self._waiting.remove(chosen)
-        return chosen
+        self._queue.sweep()
 
     # ---- by the thread that drives, without the lock
 
@@ -296,17 +230,17 @@ class Scheduler:
                     return
                 for computation in unwanted:
                     del self._running[computation.row]
-                    self._forget(computation)
+                    self._queue.forget(computation)
             for computation in unwanted:
                 self._decoder.drop(computation.row)
 
     def _admit(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting:
+                if not self._queue:
                     return
                 self._sweep()
-                computation = self._next_waiting()
+                computation = self._queue.take(self._decoder.has_place)
                 if computation is None:
                     return
                 self._running[computation.row] = computation
@@ -327,18 +261,19 @@ class Scheduler:
             return
         with self._changed:
             del self._running[row]
+            computation.tell_progress()
             answer = None
             if event is None:
                 answer = computation.finish()
             else:
                 computation.fail(event)
             if answer is None:
-                self._forget(computation)
+                self._queue.forget(computation)
         # Stored before it is forgotten, so that an equal request finds one or the other.
         if answer is not None and computation.key is not None and self._responses is not None:
             self._responses.put(computation.key, answer)
         with self._changed:
-            self._forget(computation)
+            self._queue.forget(computation)
             self._again(computation)
             self._changed.notify_all()
 
@@ -346,9 +281,9 @@ class Scheduler:
         """Listeners who joined while the row was being interrupted want the rest: it is computed anew."""
         if computation.listeners:
             fresh = Computation(computation.request, computation.key, self._manifest, self._tokenizer)
-            begun = [self._join(listener, fresh) for listener in computation.listeners]
+            begun = [self._queue.join(listener, fresh) for listener in computation.listeners]
             if any(begun):
-                self._waiting.append(fresh)
+                self._queue.append(fresh)
 
     def _break(self, error: BaseException) -> None:
         """A step ended in the middle, by an interrupt or by a fault: no row can go on."""

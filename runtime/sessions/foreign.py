@@ -11,7 +11,6 @@ import json
 import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..bundle.folder import (
     Bundle,
     file_digest,
 )
+from ..bundle.foreign_graphs import WITH_PAST, Graphs, find_graphs
 from ..bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -37,7 +37,7 @@ from ..bundle.manifest import (
     Tokens,
 )
 from ..bundle.onnx_file import weight_files
-from ..errors import BundleCorruptError, BundleMissingError, BundleUnsupportedError, SettingsError
+from ..errors import BundleCorruptError, BundleMissingError, BundleUnsupportedError
 from ..host.files import MODEL_TEXT_BYTES, UnfitFileError, read_text, require_regular
 from .concatenated import ConcatSession, known_input
 from .graph import load_graph, require_memory
@@ -49,28 +49,9 @@ UNKNOWN = "unknown"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 UNLIMITED_CONTEXT = 1 << 20
 
-_FIRST, _WITH_PAST, _MERGED = "decoder_model", "decoder_with_past_model", "decoder_model_merged"
 _CACHE_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _PAST, _KEY, _VALUE = "past_key_values.", ".key", ".value"
 _TEXTS = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, CHAT_TEMPLATE_NAME)
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The ONNX files of one model: `main` takes the past; `first` is for the first step, where that is another file."""
-
-    main: Path
-    first: Path | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        """`main`, and `first` where there is one."""
-        return [path for path in (self.main, self.first) if path is not None]
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder has no manifest, but ONNX files."""
-    return not (folder / MANIFEST_NAME).exists() and bool(_onnx_files(folder))
 
 
 def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle, ConcatSession]:
@@ -102,51 +83,6 @@ def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle,
         model = _model(graphs, main, config)
         bundle = Bundle(folder, _manifest(folder, config, model, files.result()), has_manifest=False)
     return bundle, ConcatSession(main, model, first[0] if first else None)
-
-
-def find_graphs(folder: Path, graph: str | None = None) -> Graphs:
-    """Which ONNX files of a folder belong together: those that `graph` names, else those that are plain.
-
-    Plain is a single file, or the files of one decoder under their usual names. Raises: SettingsError, which lists
-    the files.
-    """
-    found = _onnx_files(folder)
-    if graph is not None:
-        named = folder / graph
-        inside = not Path(graph).is_absolute() and ".." not in Path(graph).parts
-        if not inside or named.suffix != ".onnx" or not named.is_file():
-            raise SettingsError(f"{folder} holds no {graph}: name one of {_listed(folder, found)}")
-        return _with_partner(named)
-    by_stem = {path.stem: path for path in found}
-    if len(by_stem) == len(found) and by_stem.keys() <= {_FIRST, _WITH_PAST, _MERGED}:
-        return _with_partner(by_stem.get(_MERGED) or by_stem.get(_FIRST) or found[0])
-    if len(found) > 1:
-        example = found[0].relative_to(folder).as_posix()
-        raise SettingsError(
-            f"{folder} holds several models: {_listed(folder, found)}; name the one to take, as in  "
-            f'--graph {example}  or  load(..., graph="{example}")'
-        )
-    return Graphs(found[0])
-
-
-def _with_partner(path: Path) -> Graphs:
-    """decoder_model*.onnx and decoder_with_past_model*.onnx, whichever was named, are one model."""
-    if path.stem.startswith(_MERGED):
-        return Graphs(path)
-    for first in (path, path.with_name(path.name.replace(_WITH_PAST, _FIRST, 1))):
-        later = first.with_name(first.name.replace(_FIRST, _WITH_PAST, 1))
-        if first.name.startswith(_FIRST) and first.is_file() and later.is_file():
-            return Graphs(later, first)
-    return Graphs(path)
-
-
-def _onnx_files(folder: Path) -> list[Path]:
-    """In the folder itself or one below it; transformers.js has them in  onnx/ ."""
-    return sorted(path for pattern in ("*.onnx", "*/*.onnx") for path in folder.glob(pattern))
-
-
-def _listed(folder: Path, paths: Sequence[Path]) -> str:
-    return ", ".join(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _model(graphs: Graphs, inference: Any, config: dict[str, Any]) -> Model:
@@ -181,7 +117,7 @@ def _model(graphs: Graphs, inference: Any, config: dict[str, Any]) -> Model:
         kv=CacheType(_CACHE_TYPES[types.pop()], None),
         cache_layout="concatenated",
         # Where the graphs are two, this one was traced with one token and may lack what several need.
-        step_tokens=tokens if isinstance(tokens, int) else 1 if graphs.main.stem.startswith(_WITH_PAST) else None,
+        step_tokens=tokens if isinstance(tokens, int) else 1 if graphs.main.stem.startswith(WITH_PAST) else None,
     )
 
 

@@ -154,13 +154,14 @@ def find_folder(
     path: str | Path, threads: int | None, graph: str | None, prepare: bool | None, provider: str | None
 ) -> tuple[Bundle, Callable[[], Session]]:
     """`open_folder` in two parts: a bundle whose small files are found right, and what loads its model then."""
-    from . import foreign
+    from ..bundle.foreign_graphs import is_foreign
+    from .foreign import open_foreign
 
     folder = Path(path)
-    if foreign.is_foreign(folder):
+    if is_foreign(folder):
         if provider not in (None, "cpu"):
             raise SettingsError(f"{folder} is of another exporter, which edgelm runs on the CPU: leave out  {provider}")
-        found, session = foreign.open_foreign(folder, graph, _thread_count(threads))  # the graph describes the model
+        found, session = open_foreign(folder, graph, _thread_count(threads))  # the graph describes the model
         return found, lambda: session
     bundle = Bundle.open(folder)
     if graph is not None:

@@ -69,7 +69,7 @@ class DeviceSession:
         return np.asarray(tokens[0, :keep])
 
     def expect(self, positions: int) -> None:
-        """Nothing: memory of a device is taken whole, and one without room for a guess may have room for the text."""
+        """Nothing: a device's memory is taken whole, and one without room for drafts may have room for the text."""
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self._length

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 # keys, values and weights once a piece instead: with 384 it takes 4 % less, and with more no less (docs/notes/).
 PIECE_TOKENS, KERNELS_PIECE_TOKENS = 256, 384
 # Draft tokens that a step checks at most, behind the token that is known.
-MOST_GUESSES = 16
+MOST_DRAFTS = 16
 
 
 class Session(Protocol):

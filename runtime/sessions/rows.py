@@ -18,12 +18,12 @@ from ..host.ort import onnxruntime_errors
 from .binding import Binding
 from .graph import REPAIR
 from .kv_cache import KVCache
-from .protocol import MOST_GUESSES, Capabilities
+from .protocol import MOST_DRAFTS, Capabilities
 from .providers import mapped_step_error
 
 # Rows of logits that a step may keep without a new buffer: those of a token and the draft tokens behind it. The system
 # gives memory only to rows that are written.
-_SHARED_ROWS = 1 + MOST_GUESSES
+_SHARED_ROWS = 1 + MOST_DRAFTS
 # The graph slices `[-logits_to_keep:]`, so 0 keeps every row; this keeps none.
 _NO_ROWS = -np.iinfo(np.int64).max
 # More than any machine gains by; the callers want far fewer.

@@ -107,7 +107,7 @@ class Conversation:
         except OSError as error:
             raise PromptError(f"{path} cannot be read ({error.strerror}): give another name") from error
         except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path} is no saved conversation ({error}): give another name") from error
+            raise PromptError(f"{path} is not a saved conversation ({error}): give another name") from error
         messages = _checked(found, path)
         first = messages[:1] if messages and messages[0]["role"] == "system" else []
         self.system = first[0]["content"] if first else None
@@ -121,7 +121,7 @@ def _private(name: str, flags: int) -> int:
 
 def _checked(found: Any, path: Path) -> list[dict[str, str]]:
     if not isinstance(found, list) or not all(_is_message(message) for message in found):
-        raise PromptError(f"{path} is no saved conversation: it must hold a list of messages with role and content")
+        raise PromptError(f"{path} is not a saved conversation: it must hold a list of messages with role and content")
     return [{"role": message["role"], "content": message["content"]} for message in found]
 
 

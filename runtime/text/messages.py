@@ -19,7 +19,7 @@ def plain_messages(messages: object) -> list[dict[str, Any]]:
     first: OpenAI's clients send `content: None` beside tool calls, and a template would print it.
 
     messages: mappings, or objects that have a form of plain data, such as those that OpenAI's clients return.
-    Raises: PromptError for what is no list of such.
+    Raises: PromptError for anything else.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(

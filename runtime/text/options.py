@@ -84,7 +84,7 @@ def _variables(value: Any) -> dict[str, Any]:
         raise PromptError(f"template_variables must map names to values, found {shown(value)}")
     for name in value:
         if name in OWN_VARIABLES:
-            raise PromptError(f"{name!r} is no template variable, but an argument of its own: give it there")
+            raise PromptError(f"{name!r} is not a template variable, but an argument of its own: give it there")
     return {name: plain(item) for name, item in value.items()}
 
 

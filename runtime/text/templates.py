@@ -66,6 +66,6 @@ def _text(source: Any) -> str:
 
 
 def _content(value: Any) -> str | None:
-    """The text of a special token, written plain or as an object; None for what is no token."""
+    """The text of a special token, written plain or as an object; None for what is not a token."""
     content = value.get("content") if isinstance(value, Mapping) else value
     return content if isinstance(content, str) else None

@@ -46,7 +46,7 @@ class Tokenizer:
         try:
             self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception, nothing narrower
-            raise BundleCorruptError(f"{path} is no tokenizer ({error}): export the bundle again") from error
+            raise BundleCorruptError(f"{path} is not a tokenizer ({error}): export the bundle again") from error
         # A file may ask to cut or fill every text to one length, which suits batches of training texts only.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -42,7 +42,7 @@ class Loaded:
         self._session: Session | None = None
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        # No guesses: what repeats itself behind a made-up prompt says nothing about real texts.
+        # No draft tokens: what repeats itself behind a made-up prompt says nothing about real texts.
         for chunk in self._engine.stream(token_ids=ids, max_tokens=count, min_tokens=count, lookup=False):
             yield from chunk.token_ids
 

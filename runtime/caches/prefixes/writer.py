@@ -1,6 +1,6 @@
 """Writing blocks behind the answers' back: a thread that lives while there is something to write.
 
-It is no daemon, so that a process that ends writes what waits; it ends with its work, so that nobody need stop it.
+It is not a daemon, so that a process that ends writes what waits; it ends with its work, so that nobody need stop it.
 """
 
 from __future__ import annotations

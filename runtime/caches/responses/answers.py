@@ -96,7 +96,7 @@ def _checksum(key: str, payload: bytes) -> bytes:
 
 
 def _is_answer(answer: CachedAnswer) -> bool:
-    """Whether the types are right: a checksum is no signature, and a server may hold what others wrote."""
+    """Whether the types are right: a checksum is not a signature, and a server may hold what others wrote."""
     return (
         isinstance(answer.created, (int, float))
         and math.isfinite(answer.created)

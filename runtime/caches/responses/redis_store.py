@@ -118,7 +118,9 @@ class RedisStore:
         try:
             yield
         except self._failures as error:
-            raise CacheError(f"the Redis server at {self._place} failed ({error}): look after it") from error
+            raise CacheError(
+                f"the Redis server at {self._place} failed ({error}): check that it is running and reachable"
+            ) from error
 
     def _batches(self) -> Iterator[list[bytes]]:
         names: set[bytes] = set()  # SCAN may name a key twice

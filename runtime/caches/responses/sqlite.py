@@ -19,6 +19,7 @@ from ...host.forks import watch_forks
 from .answers import CachedAnswer, decode_answer, encode_answer
 from .database import FILE_NAME, Database, DiskBudget, delete_database, mapped_errors
 from .store import Policy, StoreStats
+from .tables import budget_state, check_tables, cut_file, next_use, stats_of, write_budget
 
 if TYPE_CHECKING:
     import sqlite3
@@ -28,8 +29,6 @@ _WAITING_USES = 256
 _MARGIN_PAGES = 8
 # An answer that takes more than this part of the budget would push out too many others.
 _LARGEST_PART = 4
-# Counters beyond this come from damage; below it, nothing that is added to them overflows SQLite's integers.
-_LARGEST_NUMBER = 2**60
 
 _VICTIMS: dict[Policy, str] = {"lru": "used", "lfu": "uses, used"}
 
@@ -103,7 +102,7 @@ class SqliteStore:
 
     def stats(self) -> StoreStats:
         """Entries, bytes of the file, budgets. Cost: O(1)."""
-        return self._run(_stats)
+        return self._run(stats_of)
 
     def check(self) -> None:
         """Raises: CacheCorruptError, if SQLite finds damage, an entry is not what was written, the counters are wrong
@@ -111,7 +110,7 @@ class SqliteStore:
         with self._lock, mapped_errors(self._folder / FILE_NAME):
             database = self._current(rebuild=False)
             with database.transaction() as connection:
-                _check(database, connection)
+                check_tables(database, connection)
 
     def close(self) -> None:
         """Write the uses that wait, and close the file. A later call opens it again."""
@@ -164,11 +163,11 @@ class SqliteStore:
         if self._budget is None:
             return
         wanted = (self._budget.max_entries, self._budget.max_bytes)
-        while (budget := _state(database)[1:]) != wanted:
-            now = _stats(database)
+        while (budget := budget_state(database)[1:]) != wanted:
+            now = stats_of(database)
             step = (max(wanted[0], now.entries * 9 // 10), max(wanted[1], now.bytes * 9 // 10))
             # The file may be unable to shrink: a dozen pages are the least.
-            self._write(database, functools.partial(_write_budget, step=wanted if step == budget else step))
+            self._write(database, functools.partial(write_budget, step=wanted if step == budget else step))
 
     # ---- what the methods do
 
@@ -201,7 +200,7 @@ class SqliteStore:
 
         def insert(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM answers WHERE key = ?", (key,))
-            _, max_entries, max_bytes = _state(database)
+            _, max_entries, max_bytes = budget_state(database)
             *_, page = database.pages()
             large = len(value) * _LARGEST_PART > max_bytes
             if large or max_entries < 1 or answer.expired(self._ttl_s, self._clock.wall()):
@@ -209,7 +208,7 @@ class SqliteStore:
             self._evict(database, 1, len(value) // page + _MARGIN_PAGES)
             connection.execute(
                 "INSERT INTO answers (key, created, used, uses, value) VALUES (?, ?, ?, 1, ?)",
-                (key, answer.created, _next_use(connection), value),
+                (key, answer.created, next_use(connection), value),
             )
 
         self._write(database, insert)
@@ -217,7 +216,7 @@ class SqliteStore:
     def _write(self, database: Database, change: Callable[[sqlite3.Connection], object]) -> None:
         """A transaction: uses that wait, expired answers, the change, and then the byte budget holds."""
         with database.transaction() as connection:
-            used = _next_use(connection)
+            used = next_use(connection)
             connection.executemany(
                 "UPDATE answers SET used = ?, uses = uses + ? WHERE key = ?",
                 [(used + index, uses, key) for index, (key, uses) in enumerate(self._waiting.items())],
@@ -229,13 +228,13 @@ class SqliteStore:
                 )
             change(connection)
             self._evict(database, 0, 0)
-            _cut_file(database)
+            cut_file(database)
         self._waiting.clear()
 
     def _evict(self, database: Database, more_entries: int, more_pages: int) -> None:
         """Delete victims until so many entries and pages more fit into the budgets, or nothing is left."""
         while True:
-            entries, max_entries, max_bytes = _state(database)
+            entries, max_entries, max_bytes = budget_state(database)
             count, free, page = database.pages()
             excess = entries + more_entries - max_entries
             pages = count - free + more_pages - max_bytes // page
@@ -250,52 +249,3 @@ class SqliteStore:
             )
             if deleted.rowcount < 1:
                 raise CacheCorruptError(f"{database.path} counts {entries} answers, and there is none")
-
-
-def _state(database: Database) -> tuple[int, int, int]:
-    """Entries, most entries, most bytes. Raises: CacheCorruptError for what cannot be true."""
-    row = database.connection.execute("SELECT entries, max_entries, max_bytes FROM state").fetchone()
-    # Budgets may be as large as SQLite's integers: nothing is added to them.
-    if row is None or not all(type(value) is int and value >= 0 for value in row) or row[0] >= _LARGEST_NUMBER:
-        raise CacheCorruptError(f"the counters of {database.path} are damaged")
-    return row[0], row[1], row[2]
-
-
-def _write_budget(connection: sqlite3.Connection, step: tuple[int, int]) -> None:
-    connection.execute("UPDATE state SET max_entries = ?, max_bytes = ?", step)
-
-
-def _next_use(connection: sqlite3.Connection) -> int:
-    last = connection.execute("SELECT max(used) FROM answers").fetchone()[0]
-    if last is None:
-        return 0
-    if type(last) is not int or not 0 <= last < _LARGEST_NUMBER:
-        raise CacheCorruptError("the order of the uses is damaged")
-    return last + 1
-
-
-def _cut_file(database: Database) -> None:
-    """Give free pages back where the file is larger than its budget. Moves pages, so it is not done without need."""
-    count, _, page = database.pages()
-    database.free_pages(count - _state(database)[2] // page)
-
-
-def _stats(database: Database) -> StoreStats:
-    entries, max_entries, max_bytes = _state(database)
-    count, _, page = database.pages()
-    return StoreStats(entries, count * page, max_entries, max_bytes)
-
-
-def _check(database: Database, connection: sqlite3.Connection) -> None:
-    problems = [text for (text,) in connection.execute("PRAGMA integrity_check(1)") if text != "ok"]
-    if problems:
-        raise CacheCorruptError(f"SQLite finds {database.path} damaged: {problems[0]}")
-    stats = _stats(database)
-    (counted,) = connection.execute("SELECT count(*) FROM answers").fetchone()
-    if counted != stats.entries:
-        raise CacheCorruptError(f"{database.path} holds {counted} answers, its counter says {stats.entries}")
-    if counted > (stats.max_entries or 0) or stats.bytes > (stats.max_bytes or 0):
-        raise CacheCorruptError(f"{database.path} is beyond its budgets: {stats}")
-    for key, created, value in connection.execute("SELECT key, created, value FROM answers"):
-        if decode_answer(key, value).created != created:
-            raise CacheCorruptError(f"the time of the entry {key} is wrong")

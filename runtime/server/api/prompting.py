@@ -14,6 +14,7 @@ from ..tools.declared import Tools
 from ..tools.formats import CallFormat, find_format
 from ..tools.grammar import Thinking, call_grammar
 from ..tools.parser import AnswerParser
+from .call_arguments import as_template_takes_them
 from .messages import without_template_calls
 
 _THINK = "<think>"
@@ -71,8 +72,10 @@ def render(lease: Lease, prompt: ChatPrompt) -> tuple[list[int], Reading]:
     messages, options = prompt.messages, _with_effort(prompt, lease.template)
     if not form.in_template:
         messages = without_template_calls(messages, tools, form)
-    elif tools is not None:
-        options["tools"] = [tool.definition for tool in tools.declared]
+    else:
+        messages = as_template_takes_them(lease, messages)
+        if tools is not None:
+            options["tools"] = [tool.definition for tool in tools.declared]
     ids = lease.engine.encode(messages=messages, **options)
     thinks, begun = _THINK in lease.template, opens_thought(lease.engine.tokenizer, ids)
     special = lease.engine.tokenizer.special_id

@@ -17,7 +17,7 @@ class Fields:
     """An object and where it stands in the body ("" for the body itself)."""
 
     def __init__(self, value: object, path: str = "") -> None:
-        """Raises: ApiError for what is no object."""
+        """Raises: ApiError for what is not an object."""
         if not isinstance(value, Mapping):
             raise invalid(f"{path or 'the body'} must be a JSON object, found {shown(value)}", path or None)
         self.values: Mapping[str, Any] = value
@@ -112,4 +112,4 @@ def parse_json(data: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ApiError(400, f"the body is not JSON: {name} is no number")
+    raise ApiError(400, f"the body is not JSON: {name} is not a number")

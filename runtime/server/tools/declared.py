@@ -114,7 +114,7 @@ def _tool(item: Fields, flat: bool) -> Tool:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema of arguments in which what is not declared is no argument, unless it says so itself or is composed."""
+    """A schema of arguments in which only what is declared is an argument, unless it says so itself or is composed."""
     if "properties" not in schema or not schema.keys().isdisjoint(_OPEN):
         return schema
     return {**schema, "additionalProperties": False}

@@ -19,7 +19,7 @@ from .formats import CallFormat
 Thinking = Literal["no", "may", "begun"]
 SpecialId = Callable[[str], int | None]
 _TERMINALS = ("TEXT: /(.|\\n)*/", "GAP: /[ \\n]{0,2}/")
-# A whole answer that is no call, for formats whose calls need no marker.
+# A whole answer that is not a call, for formats whose calls need no marker.
 _PLAIN = 'PLAIN: /([^{]|\\{[^"]|\\{"[^n])(.|\\n)*/'
 _DEFINITIONS = ("$defs", "definitions")
 

@@ -147,7 +147,7 @@ class AnswerParser:
 
 
 def read_calls(text: str, form: CallFormat, last: bool) -> tuple[list[tuple[str, str]], int] | None:
-    """Names and arguments of the calls with which a text begins, none for what is no call, and the length of what was
+    """Names and arguments of the calls a text begins with, none where it has none, and the length of what was
     read; None where more has to come. last: nothing more comes."""
     place = _skip(text, 0)
     place = _skip(text, place + len(form.begin)) if text.startswith(form.begin, place) else place

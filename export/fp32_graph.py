@@ -1,0 +1,167 @@
+"""From a model to a proven fp32 graph: load, then trace, fuse and compare with torch.
+
+The fp32 graph is written to a scratch folder, because it is what torch is compared with, what calibrates the cache,
+what the quantized graphs are made of, and what they are judged by.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..runtime.bundle import folder as names
+from ..runtime.bundle.manifest import CacheType, Model
+from ..runtime.errors import SessionError, VerificationError
+from ..runtime.sessions import providers
+from ..runtime.text.tokenizer import Tokenizer
+from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
+from .compress.weights_int4 import noted_weights, require_agreement
+from .errors import RecipeError, TraceError
+from .gate import verify
+from .gate.cache_prompts import UnusualTokens, unusual_tokens
+from .gate.judging import make_judging
+from .output import package
+from .passes import fusing_passes
+from .passes.call_attention import calls_all_attention
+from .records import Fp32Graph, Job, Loaded, open_session, save_graph
+from .source.loading import SourceModel, describe_source, load_module, token_embedding
+from .source.tokenizer_check import check_tokenizer
+from .stages import Stages
+from .texts import calibrating_texts
+from .tracing.attention import TracedModel
+from .tracing.ways import PATHS, TracePath, refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(job: Job, scheme: str) -> tuple[Loaded, PreTrainedModel]:
+    """The model and its tokenizer, and the texts in tokens. scheme: what was asked for. Raises: SourceError,
+    RecipeError."""
+    config = job.config
+    module = load_module(job.folder)
+    source = describe_source(config.model, job.folder, module)
+    blocks = noted_weights(module)
+    if blocks is not None:
+        require_agreement(config.scheme, f"{config.model} was compressed with weights-int4, which")
+        scheme = WEIGHTS_SCHEME
+    for folder in (job.bundle, job.fp32, job.answers):
+        folder.mkdir()
+    package.write_tokenizer(source.tokenizer, module, job.bundle)
+    texts = config.read_texts()
+    tokenizer = Tokenizer(job.bundle / names.TOKENIZER_NAME)
+    check_tokenizer(source.tokenizer, tokenizer, texts.calibrating)
+    text_ids = tokenizer.encode(texts.calibrating)
+    loaded = Loaded(
+        source,
+        scheme,
+        blocks,
+        text_ids,
+        calibrating_ids=[text_ids, *(tokenizer.encode(text) for text in calibrating_texts())],
+        judging=make_judging(texts, tokenizer, job.bundle, source.context_length, source.tokens),
+        unusual=_unusual_tokens(job, source, module),
+    )
+    return loaded, module
+
+
+def _unusual_tokens(job: Job, source: SourceModel, module: PreTrainedModel) -> UnusualTokens:
+    """Rows behind the tokenizer's last token are padding, and in nobody's text."""
+    rows = token_embedding(module).weight.detach()[: min(source.vocab_size, len(source.tokenizer))]
+    return unusual_tokens(source.tokenizer, source.tokens.bos, rows, job.bundle)
+
+
+def make_fp32_graph(job: Job, loaded: Loaded, module: PreTrainedModel, stages: Stages) -> Fp32Graph:
+    """The graph of the first path whose answers are torch's. A path that cannot be gone, or whose graph answers
+    otherwise, is given up for the next one.
+
+    module: its weights are let go when torch has answered. Raises: TraceError, with the reason of each path.
+    """
+    refusals: list[str] = []
+    last: Exception | None = None
+    for path in PATHS:
+        with stages.stage("trace"):
+            if _has_no_weights(module):
+                module = load_module(job.folder)
+            traced = _trace(path, module, refusals)
+        if isinstance(traced, TraceError):
+            last = traced
+            continue
+        shape = _shape(loaded.source, traced)
+        kv = _cache_type(job, loaded, shape)
+        with stages.stage("fuse"):
+            granularity = _fuse(job, loaded, traced)
+        del traced  # it holds on to torch's weights
+        with stages.stage("compare with torch"):
+            agreement = _compare_with_torch(job, loaded, module, shape)
+        if not isinstance(agreement, Exception):
+            return Fp32Graph(job, path[0], tuple(refusals), shape, kv, granularity, agreement)
+        refusals.append(f"{path[0]}: {agreement}")
+    raise refused(f"{job.config.model} cannot be exported", refusals) from last
+
+
+def _has_no_weights(module: PreTrainedModel) -> bool:
+    return next(module.parameters()).numel() == 0
+
+
+def _trace(path: TracePath, module: PreTrainedModel, refusals: list[str]) -> TracedModel | TraceError:
+    name, take = path
+    try:
+        return take(module)
+    except TraceError as error:
+        refusals.append(f"{name}: {error}")
+        return error
+
+
+def _shape(source: SourceModel, traced: TracedModel) -> Model:
+    return Model(
+        vocab_size=source.vocab_size,
+        context_length=source.context_length,
+        parameters=source.parameters,
+        layers=traced.layers,
+        kv=CacheType("float32", None),
+        cache_layout=traced.layout,
+        states=traced.states,
+        step_tokens=traced.step_tokens,
+    )
+
+
+def _cache_type(job: Job, loaded: Loaded, shape: Model) -> str:
+    """What was asked for, else the scheme's default; but only a fused operator can read an INT8 cache."""
+    wanted = job.config.kv or job.profile.kv[loaded.scheme]
+    if shape.cache_layout == "in_place" or wanted == "float32":
+        return wanted
+    if job.profile.activations == "float16":
+        raise TraceError(
+            f"{job.config.model}'s attention is not fused, which float16 activations need: export it for a CPU"
+        )
+    if job.config.kv is not None:
+        raise RecipeError("this model's attention is not fused, so its cache cannot be int8: leave --kv out")
+    return "float32"
+
+
+def _fuse(job: Job, loaded: Loaded, traced: TracedModel) -> str:
+    """The graph passes up to the fp32 graph that runs, which is written to the scratch folder; the granularity of an
+    INT8 cache's scales."""
+    ir.passes.PassManager(fusing_passes(loaded.source.context_length))(traced.graph)
+    save_graph(traced.graph, job.fp32)
+    # Kernels give each key and value a scale of its own, where they compute all attention.
+    return "token" if calls_all_attention(traced.graph) else "channel"
+
+
+def _compare_with_torch(
+    job: Job, loaded: Loaded, module: PreTrainedModel, shape: Model
+) -> verify.SourceAgreement | VerificationError | SessionError:
+    """Whether the graph answers as torch does, or what is wrong with it.
+
+    torch's weights are let go before onnxruntime loads the same ones, so that they are not in memory twice.
+    """
+    answers = verify.ask_source(module, loaded.text_ids, shape, job.answers)
+    # By themselves they would stay: onnxscript's rules for rewriting remember the last graph that they saw.
+    for weight in module.parameters():
+        weight.data = weight.new_empty(0)
+    try:
+        with open_session(job.fp32 / names.GRAPH_NAME, shape, providers.CPU) as session:
+            return verify.compare_with_source(answers, session, job.profile.gate)
+    except (VerificationError, SessionError) as error:
+        return error

@@ -1,0 +1,57 @@
+"""Which prompt is fed next, and how many of its tokens at once (chunked prefill)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from .row import Row
+
+# A prompt whose row others overtook so often is the next one, however long it is.
+_MOST_OVERTAKINGS = 4
+# The least that is fed at once where a deadline is near, and what is fed first where it is not known how long it takes.
+_LEAST_PIECE, _FIRST_PIECE = 16, 64
+# What is fed between two steps of other rows, whose readers wait meanwhile.
+_PIECE_BESIDE_ROWS = 256
+# What it costs to feed a prompt beside its tokens, in tokens: each run reads all weights.
+_COST_OF_A_RUN = 32
+
+
+class Pieces:
+    """Remembers how fast prompts are fed, to end before a row's deadline."""
+
+    def __init__(self, most: int, bounded: bool) -> None:
+        """most: tokens at once; bounded: shorten pieces where a row's deadline is near."""
+        self._most, self._bounded = most, bounded
+        self._tokens_per_s: float | None = None
+
+    def budget(self, beside_rows: bool) -> int:
+        """Tokens that may be fed in one step."""
+        return min(self._most, _PIECE_BESIDE_ROWS) if beside_rows else self._most
+
+    def cost(self, tokens: int) -> int:
+        """What a piece takes of the budget, in tokens."""
+        return max(tokens, _COST_OF_A_RUN)
+
+    def choose(self, rows: Sequence[Row], begin: int) -> int:
+        """Of the rows from `begin` on the one with the shortest rest, or one that was overtaken too often."""
+        rest = {index: len(rows[index].known) - rows[index].fed for index in range(begin, len(rows))}
+        chosen = min(rest, key=lambda index: (rows[index].passed_over < _MOST_OVERTAKINGS, rest[index]))
+        for index, left in rest.items():
+            if index != chosen and left > rest[chosen]:
+                rows[index].passed_over += 1
+        return chosen
+
+    def size(self, row: Row, budget: int) -> int:
+        """How many tokens of a row to feed at once."""
+        most = min(budget, len(row.known) - row.fed)
+        left = row.seconds_left() if self._bounded else None
+        if left is None:
+            return most
+        size = _FIRST_PIECE if self._tokens_per_s is None else int(left * self._tokens_per_s)
+        return min(most, max(_LEAST_PIECE, size))
+
+    def fed(self, tokens: int, started: float) -> None:
+        """A piece was fed. started: when, by `time.perf_counter`."""
+        if tokens >= _LEAST_PIECE:
+            self._tokens_per_s = tokens / max(1e-9, time.perf_counter() - started)
