@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.host.files import NoTextError, read_text
 from ..targets import Profile, TargetError, load_target, native_target
-from ..targets.abilities import KV_TYPES, SCHEMES, kv_types_with, schemes_with
+from ..targets.abilities import KV_TYPES, MIXED_SCHEME, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
 from .texts import Texts, built_in_texts, cut_text
 
@@ -20,7 +21,9 @@ class ExportConfig:
     path of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or
     branch of a hub id; text: UTF-8 file of which one half calibrates and the other judges (None: those of edgelm); out:
     folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there; compress:
-    name of a recipe or path of a TOML file (None: the model as it is).
+    name of a recipe or path of a TOML file (None: the model as it is); size: bytes that the bundle may take, bits: the
+    same as bits for each parameter of the model (both of int4-rowwise, which then chooses 4 or 8 for each matrix);
+    max_kl: nats a token that the quantized model may be from fp32 (None: the target's limit).
     """
 
     model: str
@@ -32,11 +35,29 @@ class ExportConfig:
     out: Path | None = None
     force: bool = False
     compress: str | None = None
+    size: int | None = None
+    bits: float | None = None
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises: RecipeError, for a scheme or KV type that does not exist."""
+        """Raises: RecipeError, for a scheme or KV type that does not exist, and for a size that none can be."""
         _check("scheme", self.scheme, SCHEMES)
         _check("kv", self.kv, KV_TYPES)
+        if self.size is not None and self.bits is not None:
+            raise RecipeError("a size and bits say the same in two ways: give one of them")
+        for name, value in (("a size", self.size), ("bits", self.bits), ("a limit of the loss", self.max_kl)):
+            if value is not None and not 0 < value < math.inf:
+                raise RecipeError(f"{name} must be more than 0, found {value:g}")
+        if self.has_budget and self.scheme not in (None, MIXED_SCHEME):
+            raise RecipeError(
+                f"a size or bits choose between 4 and 8 bits in {MIXED_SCHEME}, which {self.scheme} cannot: leave the "
+                "scheme out, or the budget"
+            )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the bits of each matrix are chosen by what the bundle may take."""
+        return self.size is not None or self.bits is not None
 
     def profile(self) -> Profile:
         """The target's profile. Raises: RecipeError."""
@@ -51,7 +72,7 @@ class ExportConfig:
     def quantization(self, profile: Profile) -> str:
         """The scheme: the one that was asked for, or the target's. Raises: RecipeError, for a scheme or a type of cache
         that the target cannot have."""
-        scheme = self.scheme or profile.scheme
+        scheme = self.scheme or (MIXED_SCHEME if self.has_budget else profile.scheme)
         which = f"{profile.name} computes in {profile.activations}"
         if scheme not in schemes_with(profile.activations):
             known = ", ".join(schemes_with(profile.activations))

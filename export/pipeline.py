@@ -57,7 +57,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     libraries.redirect()
     profile = config.profile()
     folder = find_source(config.model, config.revision)
-    out = config.out or _default_output(config.model, folder, profile.name)
+    out = config.out or default_output(config.model, folder, profile.name)
     place.check_output(out, config.force)
     config.read_texts()
     scheme = config.quantization(profile)
@@ -69,7 +69,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
         if recipe is not None:
             task = Task(config.model, folder, recipe, profile, config.read_text())
             folder = _compress(task, work, out, progress)
-        job = Job(config, profile, folder, work, _provider(profile))
+        job = Job(config, profile, folder, work, provider_of(profile))
         with stages.stage("load"):
             loaded, module = load(job, scheme)
         fp32 = make_fp32_graph(job, loaded, module, stages)
@@ -81,13 +81,13 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     return ExportResult(out, names.Bundle.open(out).manifest, report)
 
 
-def _default_output(model: str, folder: Path, target: str) -> Path:
+def default_output(model: str, folder: Path, target: str) -> Path:
     """In the working folder, or beside the model where that is the model's own folder, which is to hold no bundle."""
     name = f"{short_name(model)}-{target}"
     return folder.resolve().parent / name if folder.resolve() == Path.cwd().resolve() else Path(name)
 
 
-def _provider(profile: Profile) -> str:
+def provider_of(profile: Profile) -> str:
     """The target's provider; for a GPU that is not here the CPU's, which can judge such a graph all the same.
 
     Raises: SessionError, for any other that is missing.
@@ -123,6 +123,7 @@ def _write(loaded: Loaded, fp32: Fp32Graph, quantized: QuantizedGraph, report: d
             loaded.scheme,
             () if quantized.verdict is None else quantized.verdict.excluded,
             {} if quantized.arithmetic is None else quantized.arithmetic.activations,
+            {} if quantized.weights is None else quantized.weights.bits,
         ),
         model=fp32.model(fp32.kv),
         tokens=source.tokens,
@@ -156,6 +157,7 @@ def _report(
             against_fp32=None if verdict is None else verdict.agreement,
             examples=quantized.examples,
             arithmetic=None if quantized.arithmetic is None else quantized.arithmetic.measured(),
+            weights=None if quantized.weights is None else quantized.weights.measured(),
             cache=quantized.cache,
             stages=records,
             path=fp32.path,

@@ -15,13 +15,15 @@ from ..runtime.evaluation.speed import Speed, measure_speed
 from ..runtime.sessions import providers
 from ..runtime.sessions.protocol import Session
 from ..runtime.text.tokenizer import Tokenizer
+from ..targets.abilities import MIXED_SCHEME
 from .gate.arithmetic import WINDOW_TOKENS, Arithmetic, choose_activations, wide_everywhere
 from .gate.cache_judge import CacheAgreement, calibrate_cache
 from .gate.cache_prompts import cache_prompts
 from .gate.reference import write_answers
 from .gate.repair import Attempt, Candidate, Verdict, judge
+from .gate.weight_bits import WeightBits
 from .output.genai import write_genai_files
-from .passes.quantize_linears import ROWWISE
+from .passes.quantize_linears import ROWWISE_SCHEMES
 from .passes.widen_activations import WidenActivations, matrices_of
 from .quantization.calibration import Ranges
 from .quantization.hessians import make_block_quantizer
@@ -29,7 +31,7 @@ from .quantization.rounding import round_matrices
 from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, QuantizedGraph, save_graph
 from .stages import Stages
-from .tracing.ways import FUSED
+from .weight_choice import choose_weights
 
 _MEASURED_PROMPT = 128
 # Decode steps on top of each run of the prompt. `edgelm bench` measures longer; these figures are for the report.
@@ -41,10 +43,14 @@ _EXAMPLES = 8
 def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> QuantizedGraph:
     """The bundle's graph and weights, and what they measured. Raises: VerificationError."""
     with stages.stage("calibrate"):
-        ranges, cache = _calibrate(loaded, fp32)
+        ranges, cache = calibrate(loaded, fp32)
     with stages.stage("quantize"):
-        quantizer = _quantizer(loaded, fp32, ranges)
+        quantizer = make_quantizer(loaded, fp32, ranges)
         save_graph(quantizer.quantized(), fp32.job.bundle)
+    weights: WeightBits | None = None
+    if loaded.scheme == MIXED_SCHEME:
+        with stages.stage("choose weights"):
+            weights, quantizer = choose_weights(loaded, fp32, quantizer)
     with stages.stage("choose arithmetic"):
         chosen = _choose_arithmetic(loaded, fp32)
     with stages.stage("judge"):
@@ -54,10 +60,10 @@ def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> Qua
         speeds = _measure(loaded, fp32)
     with stages.stage("other runtimes"):
         without_genai = _write_for_other_runtimes(loaded, fp32)
-    return QuantizedGraph(cache, arithmetic, verdict, examples, speeds, without_genai)
+    return QuantizedGraph(cache, weights, arithmetic, verdict, examples, speeds, without_genai)
 
 
-def _calibrate(loaded: Loaded, fp32: Fp32Graph) -> tuple[Ranges, CacheAgreement | None]:
+def calibrate(loaded: Loaded, fp32: Fp32Graph) -> tuple[Ranges, CacheAgreement | None]:
     """The ranges of an INT8 cache, judged on what did not calibrate them. Raises: VerificationError."""
     if fp32.kv != "int8":
         return {}, None
@@ -75,11 +81,12 @@ def _cache_probe(fp32: Fp32Graph, ranges: Ranges) -> Iterator[Session]:
         yield session
 
 
-def _quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
+def make_quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
     profile, length = fp32.job.profile, loaded.source.context_length
     rounded: Mapping[str, Path] = {}
-    # The other ways to trace give graphs with inputs of their own: their matrices are rounded to the nearest.
-    if loaded.scheme == ROWWISE and fp32.path == FUSED and not fp32.shape.states:
+    # Where all of them become 4 bits, it does not matter how they are rounded before.
+    kept = loaded.scheme != MIXED_SCHEME or fp32.job.config.has_budget
+    if loaded.scheme in ROWWISE_SCHEMES and kept and fp32.can_calibrate:
         limit = (1 << (profile.weight_bits - 1)) - 1
         rounded = round_matrices(fp32.graph, loaded.calibrating_ids, length, limit, fp32.job.answers)
     # A model that was compressed with `weights-int4` names what its method needs.
@@ -90,7 +97,7 @@ def _quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
 def _choose_arithmetic(loaded: Loaded, fp32: Fp32Graph) -> Arithmetic | None:
     """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
     everywhere: there is no long step in which 8 would save time."""
-    if loaded.scheme != ROWWISE:
+    if loaded.scheme not in ROWWISE_SCHEMES:
         return None
     matrices = matrices_of(ir.load(fp32.job.bundle / names.GRAPH_NAME))
     if fp32.shape.step_tokens is not None:
@@ -139,6 +146,8 @@ def _judge(
         matrices=quantizer.matrices,
     )
     gate = job.profile.gate_of(loaded.scheme)
+    if job.config.max_kl is not None:
+        gate = gate.allowing(job.config.max_kl)
     verdict = judge(candidate, loaded.judging, loaded.source.context_length, gate, job.answers)
     return verdict, ways[verdict.attempt]
 

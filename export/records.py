@@ -28,8 +28,10 @@ from .gate.cache_prompts import UnusualTokens
 from .gate.judging import Judging
 from .gate.repair import Verdict
 from .gate.verify import SourceAgreement
+from .gate.weight_bits import WeightBits
 from .quantization.blocks import BlockSettings
 from .source.loading import SourceModel
+from .tracing.ways import FUSED
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class Fp32Graph:
         """The graph's file."""
         return self.job.fp32 / names.GRAPH_NAME
 
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether the inputs of matrices can be computed: other ways to trace give graphs with inputs of their own."""
+        return self.path == FUSED and not self.shape.states
+
     def model(self, kv: str) -> Model:
         """The manifest's description of the model with a cache of this type."""
         return replace(self.shape, kv=CacheType(kv, self.granularity if kv == "int8" else None))
@@ -129,12 +136,13 @@ class Fp32Graph:
 class QuantizedGraph:
     """The graph in the bundle's folder, which holds the target's limits.
 
-    cache: None for a float32 cache; arithmetic: None for a scheme without a choice; verdict: None where the graph is
-    the fp32 one; examples: prompts with both answers; speeds: of "before" and "after"; without_genai: why
+    cache: None for a float32 cache; weights, arithmetic: None for a scheme without such a choice; verdict: None where
+    the graph is the fp32 one; examples: prompts with both answers; speeds: of "before" and "after"; without_genai: why
     onnxruntime-genai's files are not there.
     """
 
     cache: CacheAgreement | None
+    weights: WeightBits | None
     arithmetic: Arithmetic | None
     verdict: Verdict | None
     examples: list[dict[str, Any]]

@@ -9,15 +9,17 @@ from __future__ import annotations
 CUDA = "CUDAExecutionProvider"
 
 _SCHEMES = {
-    "float32": ("int8-rowwise", "int8-tensor", "int8-weight", "int4-weight", "fp32"),
+    "float32": ("int8-rowwise", "int4-rowwise", "int8-tensor", "int8-weight", "int4-weight", "fp32"),
     "float16": ("int8-weight", "int4-weight", "fp16"),
 }
 _KV_TYPES = {"float32": ("int8", "float32"), "float16": ("float16",)}
 SCHEMES = tuple(dict.fromkeys(scheme for schemes in _SCHEMES.values() for scheme in schemes))
 KV_TYPES = tuple(dict.fromkeys(kind for kinds in _KV_TYPES.values() for kind in kinds))
 ACTIVATIONS = tuple(_SCHEMES)
+# Each of whose matrices has 4 or 8 bits.
+MIXED_SCHEME = "int4-rowwise"
 # One scale for all rows of an activation, and weights of 4 bits: who asks for these knows that they cost quality.
-COARSE_SCHEMES = ("int8-tensor", "int4-weight")
+COARSE_SCHEMES = ("int8-tensor", "int4-weight", "int4-rowwise")
 
 
 def schemes_with(activations: str) -> tuple[str, ...]:

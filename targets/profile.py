@@ -65,6 +65,16 @@ class Gate(Limits):
     cache_kl: float
     cache_kl_limit: float
 
+    def allowing(self, mean_kl: float) -> Gate:
+        """The same with another limit of the mean, and with those that follow from it: a token in 100 may be ten times
+        as far, and perplexity rises by what the distance is."""
+        return dataclasses.replace(
+            self,
+            mean_kl=mean_kl,
+            p99_kl=max(self.p99_kl, 10 * mean_kl),
+            perplexity_increase_percent=max(self.perplexity_increase_percent, 100 * math.expm1(mean_kl)),
+        )
+
 
 @dataclass(frozen=True)
 class Profile:

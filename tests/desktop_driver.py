@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import tkinter as tk
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgelm.runtime import GenerationSettings
 from edgelm.runtime.sessions.rows import OrtRows
 
 PATIENCE_S = 60.0
-STEP_S = 0.01
+STEP_S, TOKEN_S = 0.01, 0.0005
 
 
 class User:
@@ -60,6 +60,10 @@ class User:
         self.window._input.event_generate("<Return>")
         self.root.update()
 
+    def kept(self) -> list[Path]:
+        """The files of the conversations."""
+        return list(self.window._store._folder.glob("*.json"))
+
     def is_done(self) -> bool:
         return self.window._answers is None
 
@@ -89,7 +93,7 @@ class User:
             "memory": str(window._memory["text"]),
             "button": str(window._button["text"]),
             "can_continue": str(window._continue["state"]) == "normal",
-            "titles": [item.strip() for item in window._list.get(0, "end")],
+            "titles": [window._list.item(item, "text") for item in window._list.get_children()],
         }
 
 
@@ -119,8 +123,10 @@ def stop(user: User) -> dict[str, Any]:
 
 
 def killed(user: User) -> dict[str, Any]:
-    user.write("Once upon a time, in a land far away, there was a king who had a dog. " * 4)
-    user.wait(lambda: any(path.read_text().count("assistant") for path in user.window._store._folder.glob("*.json")))
+    user.write("Once upon a time, in a land far away, there was a king who had a dog.")
+    user.wait(user.is_done)
+    user.write("And then?")
+    user.wait(lambda: any(path.read_text().count("assistant") > 1 for path in user.kept()))
     print(json.dumps(user.said()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
@@ -134,23 +140,23 @@ def again(user: User) -> dict[str, Any]:
 
 
 def long_prompt(user: User) -> dict[str, Any]:
-    user.write("A long text of many words. " * 60)
+    user.write("A long text of many words. " * 16)
     user.wait(lambda: len(user.bars) > 0 and user.bars[-1] >= 1.0)
     user.window._button.invoke()
     user.wait(user.is_done)
     return {"bars": user.bars, **user.said()}
 
 
-SCENARIOS = {"talk": (talk, 24), "stop": (stop, 10_000), "killed": (killed, 10_000), "again": (again, 24)}
+SCENARIOS = {"talk": (talk, 24), "stop": (stop, 10_000), "killed": (killed, 80), "again": (again, 24)}
 
 
 def slow_down() -> None:
     """Let each step of the tiny model take as long as one of a real model."""
     feed = OrtRows.feed
 
-    def slowly(self: OrtRows, *arguments: Any) -> Any:
-        time.sleep(STEP_S)
-        return feed(self, *arguments)
+    def slowly(self: OrtRows, row: int, token_ids: Sequence[int], *more: Any) -> Any:
+        time.sleep(STEP_S + TOKEN_S * len(token_ids))
+        return feed(self, row, token_ids, *more)
 
     OrtRows.feed = slowly  # type: ignore[method-assign]
 

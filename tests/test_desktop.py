@@ -46,6 +46,11 @@ def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def shown(text: str) -> str:
+    """A model of random weights writes every character."""
+    return text.replace("\0", "\ufffd")
+
+
 class Desk:
     """Runs scenarios of `desktop_driver.py` with the same conversations and caches."""
 
@@ -77,8 +82,8 @@ def test_messages_are_answered_and_conversations_kept(desk: Desk) -> None:
     first, second = desk.conversations()
     assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
     assert first["messages"][0]["content"] == "Once upon a time\nthere was" and first["messages"][1]["content"]
-    assert first["messages"][1]["content"] in found["first"]["text"]
-    assert second["messages"][1]["content"] in found["second"]["text"]
+    assert shown(first["messages"][1]["content"]) in found["first"]["text"]
+    assert shown(second["messages"][1]["content"]) in found["second"]["text"]
     assert found["second"]["titles"] == ["Another one", "Once upon a time there was"]
     assert "tokens read" in found["first"]["status"] and "MB of memory" in found["first"]["memory"]
     assert found["first"]["button"] == "Send"
@@ -92,20 +97,20 @@ def test_an_answer_is_stopped_and_continued(desk: Desk) -> None:
     assert "stopped" in found["stopped"]["text"]
     (kept,) = desk.conversations()
     assert len(kept["messages"]) == 2, "what was continued is the same answer"
-    assert kept["unfinished"] and kept["messages"][1]["content"] in found["continued"]["text"]
+    assert kept["unfinished"] and shown(kept["messages"][1]["content"]) in found["continued"]["text"]
 
 
 def test_a_killed_program_goes_on_where_it_was(desk: Desk) -> None:
     desk.run("killed", killed=True)
     (before,) = desk.conversations()
-    assert before["unfinished"] and before["messages"][1]["content"]
+    assert before["unfinished"] and before["messages"][3]["content"]
     found = desk.run("again")
-    assert before["messages"][1]["content"] in found["restarted"]["text"]
+    assert shown(before["messages"][3]["content"]) in found["restarted"]["text"]
     assert "interrupted" in found["restarted"]["text"] and found["restarted"]["can_continue"]
     (after,) = desk.conversations()
-    assert after["messages"][1]["content"].startswith(before["messages"][1]["content"])
-    assert len(after["messages"][1]["content"]) > len(before["messages"][1]["content"])
-    # What the killed program had computed was on the disk.
+    assert after["messages"][3]["content"].startswith(before["messages"][3]["content"])
+    assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"])
+    # What was computed for the turn before the kill is on the disk.
     assert "known)" in found["continued"]["status"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from edgelm.export.errors import SourceError
-from edgelm.export.pipeline import _default_output
+from edgelm.export.pipeline import default_output
 from edgelm.export.source.finding import find_source, short_name
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
@@ -82,11 +82,14 @@ def change_config(model: Path, **changes: Any) -> None:
 
 
 def test_a_missing_folder(refused: Refused) -> None:
-    refused("./no-such-folder", words=("no-such-folder", "is not a folder", "give a model folder"))
+    refused("./no-such-folder", words=("no-such-folder", "neither a folder nor a GGUF", "give a model"))
 
 
 def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
-    refused(model / "model.safetensors", words=("model.safetensors", "is not a folder", "give a model folder"))
+    refused(
+        model / "model.safetensors",
+        words=("model.safetensors", "neither a folder nor a GGUF file", "give a model folder"),
+    )
 
 
 def test_an_unknown_builtin(refused: Refused) -> None:
@@ -835,6 +838,6 @@ def test_a_folder_is_called_by_its_own_name_and_a_snapshot_by_the_hubs(
 def test_a_bundle_is_not_written_into_its_model_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert _default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
+    assert default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
     monkeypatch.chdir(tmp_path)
-    assert _default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")
+    assert default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")

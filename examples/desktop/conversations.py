@@ -59,7 +59,7 @@ class Store:
         """Write a conversation. A file that is there stays as it is until the new one is complete."""
         file = self._folder / f"{conversation.name}.json"
         scratch = file.with_suffix(".tmp")
-        with scratch.open("w", encoding="utf-8", opener=_private) as stream:
+        with open(scratch, "w", encoding="utf-8", opener=_private) as stream:
             json.dump(asdict(conversation), stream, ensure_ascii=False, indent=1)
         scratch.replace(file)
 

@@ -81,9 +81,13 @@ def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
     )
     found.map("TCombobox", fieldbackground=[("readonly", colours.ground)], foreground=[("readonly", colours.text)])
     found.configure(
-        "TProgressbar", background=colours.accent, troughcolor=colours.line, borderwidth=0, thickness=4,
-        lightcolor=colours.accent, darkcolor=colours.accent,
-    )  # fmt: skip
+        "Horizontal.TProgressbar",  # invisible while nothing is read
+        background=colours.accent,
+        troughcolor=colours.side,
+        bordercolor=colours.side,
+        lightcolor=colours.accent,
+        darkcolor=colours.accent,
+    )
     for option, value in (
         ("background", colours.ground),
         ("foreground", colours.text),
@@ -92,8 +96,31 @@ def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
         ("font", fonts.text),
     ):
         window.option_add(f"*TCombobox*Listbox.{option}", value)
+    # A scroll bar without arrows, and a list whose rows have air between them.
+    found.layout(
+        "Vertical.TScrollbar",
+        [("Vertical.Scrollbar.trough", {"sticky": "ns", "children": [("Vertical.Scrollbar.thumb", {"expand": "1"})]})],
+    )
     found.configure(
-        "Vertical.TScrollbar", background=colours.line, troughcolor=colours.ground, borderwidth=0, arrowsize=12,
-        arrowcolor=colours.weak, lightcolor=colours.line, darkcolor=colours.line, bordercolor=colours.ground,
-    )  # fmt: skip
+        "Vertical.TScrollbar",
+        background=colours.line,
+        troughcolor=colours.ground,
+        bordercolor=colours.ground,
+        lightcolor=colours.line,
+        darkcolor=colours.line,
+        gripcount=0,
+        arrowsize=10,
+    )
     found.map("Vertical.TScrollbar", background=[("disabled", colours.ground), ("active", colours.weak)])
+    found.layout("Treeview", [("Treeview.treearea", {"sticky": "nswe"})])
+    found.configure(
+        "Treeview",
+        background=colours.side,
+        fieldbackground=colours.side,
+        foreground=colours.text,
+        rowheight=34,
+        indent=0,
+    )
+    found.map("Treeview", background=[("selected", colours.chosen)], foreground=[("selected", colours.text)])
+    found.layout("Treeview.Item", [("Treeitem.padding", {"sticky": "nswe", "children": [("Treeitem.text", {})]})])
+    found.configure("Treeview.Item", padding=(10, 0))

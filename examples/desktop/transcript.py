@@ -34,16 +34,16 @@ class Transcript(ttk.Frame):
             selectbackground=colours.accent,
             selectforeground=colours.on_accent,
         )
-        grounds = {"user": colours.mine, "assistant": colours.ground, "system": colours.side, "hint": colours.ground}
-        for role, ground in grounds.items():
+        for role, ground in {"user": colours.mine, "assistant": colours.ground, "system": colours.side}.items():
             around = {"lmargin1": _SIDE, "lmargin2": _SIDE, "rmargin": _SIDE, "background": ground}
-            self._text.tag_configure(role, lmargincolor=ground, rmargincolor=ground, **around)
+            around |= {"lmargincolor": ground, "rmargincolor": ground}
+            name = colours.accent if role == "assistant" else colours.weak
+            self._text.tag_configure(role, **around)
             self._text.tag_configure(
-                f"{role} name", lmargincolor=ground, rmargincolor=ground, font=self._fonts.bold, spacing1=_GAP,
-                spacing3=4, foreground=colours.accent if role == "assistant" else colours.weak, **around,
-            )  # fmt: skip
-            self._text.tag_configure(f"{role} end", font=(self._fonts.text.cget("family"), _GAP // 3), **around)
-            self._text.tag_configure(f"{role} end", lmargincolor=ground, rmargincolor=ground)
+                _name_of(role), font=self._fonts.bold, foreground=name, spacing1=_GAP, spacing3=_GAP // 3, **around
+            )
+            self._text.tag_configure(_end_of(role), font=self._fonts.small, spacing1=0, spacing3=0, **around)
+        self._text.tag_configure("hint", lmargin1=_SIDE, lmargin2=_SIDE, rmargin=_SIDE)
         self._text.tag_configure("hint", foreground=colours.weak, font=self._fonts.small, spacing1=_GAP)
         self._text.tag_raise("sel")
 
@@ -64,8 +64,8 @@ class Transcript(ttk.Frame):
         if self._text.index("end-1c") != "1.0":
             last = "assistant" if role == "user" else "user"
             self._change("end", None, "\n", last)
-            self._change("end", None, "\n", f"{last} end")
-        self._change("end", None, f"{_NAMES.get(role, role)}\n", f"{role} name")
+            self._change("end", None, "\n", _end_of(last))
+        self._change("end", None, f"{_NAMES.get(role, role)}\n", _name_of(role))
 
     def add(self, role: str, text: str) -> None:
         """Add to the message that was begun last."""
@@ -84,5 +84,14 @@ class Transcript(ttk.Frame):
         if end is not None:
             self._text.delete(begin, end)
         if text:
-            self._text.insert("end", text, tag)
+            self._text.insert("end", text.replace("\0", "\ufffd"), tag)  # Tk ends a text there
         self._text.configure(state="disabled")
+
+
+# Names of tags hold no blank: Tk would take two.
+def _name_of(role: str) -> str:
+    return f"{role}-name"
+
+
+def _end_of(role: str) -> str:
+    return f"{role}-end"

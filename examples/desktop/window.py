@@ -18,8 +18,9 @@ from transcript import Transcript
 from worker import Done, Event, Failed, Loaded, Loading, Piece, Worker
 
 _TICK_MS = 40
-_SAVE_S = 1.0  # an answer is saved so often while it comes
+_SAVE_S = 0.5  # an answer is saved so often while it comes
 _MB = 1e6
+_TITLE_LETTERS = 29
 _HINT = "Choose a model above, write below, and press Enter. Shift+Enter begins a new line."
 _REASONS = {"length": "the answer has its most tokens", "context_full": "the context is full", None: "stopped"}
 
@@ -69,10 +70,10 @@ class Window:
     def _build_side(self, side: ttk.Frame) -> None:
         side.rowconfigure(1, weight=1)
         ttk.Button(side, text="+  New conversation", style="Main.TButton", command=self.new).grid(sticky="ew")
-        self._list = tk.Listbox(side, width=25, bd=0, highlightthickness=0, activestyle="none", exportselection=False)
-        self._list.configure(font=self._fonts.text)
+        self._list = ttk.Treeview(side, show="tree", selectmode="browse")
+        self._list.column("#0", width=230)
         self._list.grid(row=1, sticky="nsew", pady=12)
-        self._list.bind("<<ListboxSelect>>", lambda _: self._choose_conversation())
+        self._list.bind("<<TreeviewSelect>>", lambda _: self._choose_conversation())
         self._list.bind("<Delete>", lambda _: self.delete())
         row = ttk.Frame(side)
         row.grid(row=2, sticky="ew")
@@ -85,7 +86,8 @@ class Window:
         head.grid(row=0, sticky="ew")
         head.columnconfigure(3, weight=1)
         ttk.Label(head, text="Model", style="Bold.TLabel").grid(row=0, column=0, padx=(0, 10))
-        self._chooser = ttk.Combobox(head, state="readonly", width=28, values=list(self._models.by_name))
+        self._chooser = ttk.Combobox(head, state="readonly", width=24, font=self._fonts.text)
+        self._chooser.configure(values=list(self._models.by_name))
         self._chooser.grid(row=0, column=1)
         self._chooser.bind("<<ComboboxSelected>>", lambda _: self.open_model(self._chooser.get()))
         ttk.Button(head, text="Open folder ...", command=self._open_folder).grid(row=0, column=2, padx=8)
@@ -114,8 +116,6 @@ class Window:
         self.root.configure(background=colours.side)
         style(self.root, colours, self._fonts)
         self._transcript.paint(colours)
-        chosen = {"selectbackground": colours.chosen, "selectforeground": colours.text}
-        self._list.configure(background=colours.side, foreground=colours.text, **chosen)
         self._input.configure(
             background=colours.ground,
             foreground=colours.text,
@@ -213,9 +213,10 @@ class Window:
                 self._say(f"{name} holds no model that is not listed: export one with  edgelm export MODEL")
 
     def _choose_conversation(self) -> None:
-        chosen = self._list.curselection()  # type: ignore[no-untyped-call]
-        if chosen:
-            self._show(self._conversations[chosen[0]])
+        names = {conversation.name: conversation for conversation in self._conversations}
+        chosen = [names[name] for name in self._list.selection()]
+        if chosen and chosen[0] is not self._open:
+            self._show(chosen[0])
 
     # ---- what the worker tells
 
@@ -296,15 +297,13 @@ class Window:
         self._update_buttons()
 
     def _list_conversations(self) -> None:
-        self._list.delete(0, "end")
+        self._list.delete(*self._list.get_children())
         for conversation in self._conversations:
-            self._list.insert("end", f" {conversation.title}")
+            self._list.insert("", "end", conversation.name, text=_short(conversation.title))
         self._mark()
 
     def _mark(self) -> None:
-        self._list.selection_clear(0, "end")
-        if self._open in self._conversations:
-            self._list.selection_set(self._conversations.index(self._open))
+        self._list.selection_set([self._open.name] if self._open in self._conversations else [])
 
     def _update_buttons(self) -> None:
         answers = self._answers is not None
@@ -330,3 +329,7 @@ class Window:
     def _save(self, conversation: Conversation) -> None:
         self._store.save(conversation)
         self._saved = time.monotonic()
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= _TITLE_LETTERS else f"{title[: _TITLE_LETTERS - 1].rstrip()}\u2026"

@@ -155,6 +155,6 @@ class Worker:
             ids = engine.encode("".join(message["content"] for message in messages))
             return {"token_ids": ids[-room:], "settings": self._settings}
         options = {"continue_final_message": True} if goes_on else {}
-        while len(messages) > 1 and len(engine.encode(messages=messages, **options)) > room:
-            messages = messages[2:] or messages[-1:]
+        while len(messages) > 2 and len(engine.encode(messages=messages, **options)) > room:
+            messages = messages[2:]
         return {"messages": messages, "settings": self._settings, **options}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +15,15 @@ from ...runtime.bundle.folder import CHAT_TEMPLATE_NAME
 from ...targets.abilities import KV_TYPES, SCHEMES
 from ..config import ExportConfig
 from .progress import RichProgress, quiet_libraries, require_extra
+from .sizes import print_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..pipeline import ExportResult
 
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?b|)", re.IGNORECASE)
 SUMMARY = "turn a Hugging Face model into a bundle"
 
 
@@ -29,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
     parser.add_argument("--compress", metavar="RECIPE", help="make the model smaller first, as  edgelm compress  does")
+    parser.add_argument(
+        "--size", type=_size, metavar="BYTES", help="what the bundle may take, as 90MB, in 4 and 8 bits"
+    )
+    parser.add_argument("--bits", type=float, help="the same as bits for each parameter of the model, 4.4 to 8.2 or so")
+    parser.add_argument("--sizes", action="store_true", help="show what several sizes would lose, and write nothing")
+    parser.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="distance from fp32 that is allowed (the target's)"
+    )
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)"
@@ -38,14 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def _size(text: str) -> int:
+    """Bytes, as a number or with a unit."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with kB, MB, GB, MiB or GiB")
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Export and print the report."""
     require_extra("edgelm export")
-    names = ("model", "target", "scheme", "kv", "revision", "text", "out", "force", "compress")
+    names = (
+        "model",
+        "target",
+        "scheme",
+        "kv",
+        "revision",
+        "text",
+        "out",
+        "force",
+        "compress",
+        "size",
+        "bits",
+        "max_kl",
+    )
     config = ExportConfig(**{name: getattr(arguments, name) for name in names})
     from rich.console import Console
 
     progress = RichProgress(Console(file=sys.stderr, highlight=False))
+    if arguments.sizes:
+        return _show_sizes(config, progress, arguments.json)
     from ..pipeline import export_model
 
     quiet_libraries()
@@ -57,6 +93,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"bundle": str(result.path), "digest": result.manifest.digest, **result.report}))
     else:
         _print_table(Console(highlight=False), result)
+    return 0
+
+
+def _show_sizes(config: ExportConfig, progress: RichProgress, as_json: bool) -> int:
+    from rich.console import Console
+
+    from ..sizes import measure_sizes
+
+    quiet_libraries()
+    try:
+        points = measure_sizes(config, progress)
+    finally:
+        progress.stop()
+    if as_json:
+        print(json.dumps({"model": config.model, "sizes": [dataclasses.asdict(point) for point in points]}))
+    else:
+        print_sizes(Console(highlight=False), config.model, points)
     return 0
 
 

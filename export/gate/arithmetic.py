@@ -95,6 +95,23 @@ def choose_activations(
     window_tokens: so many of a text are run at once, which the context holds.
     Cost: a probe for each group, 24 at most, and some to confirm: each loads the weights and runs 512 tokens.
     """
+    loss = loss_against(probe, texts, window_tokens)
+    groups = [
+        Group(names[0], names, sum(matrices[name] for name in names), loss(names), 16)
+        for names in groups_of([name for name, cost in matrices.items() if cost > 0], _PARTS, _MOST_GROUPS)
+    ]
+    chosen = _within(groups, budget)
+    kl = loss(_names(chosen)) if chosen else 0.0
+    while chosen and not kl <= budget:
+        chosen.pop()
+        kl = loss(_names(chosen)) if chosen else 0.0
+    return _arithmetic(matrices, groups, chosen, kl)
+
+
+def loss_against(
+    probe: Probe, texts: Sequence[Sequence[int]], window_tokens: int
+) -> Callable[[Collection[str]], float]:
+    """What measures the KL divergence of a probe of some matrices from the probe of none, in nats a token."""
     windows = _windows(texts, window_tokens)
     with probe(()) as session:
         expected = [_answers(session, window) for window in windows]
@@ -103,16 +120,7 @@ def choose_activations(
         with probe(names) as session:
             return _divergence(expected, (_answers(session, window) for window in windows))
 
-    groups = [
-        Group(names[0], names, sum(matrices[name] for name in names), loss(names), 16)
-        for names in _groups([name for name, cost in matrices.items() if cost > 0])
-    ]
-    chosen = _within(groups, budget)
-    kl = loss(_names(chosen)) if chosen else 0.0
-    while chosen and not kl <= budget:
-        chosen.pop()
-        kl = loss(_names(chosen)) if chosen else 0.0
-    return _arithmetic(matrices, groups, chosen, kl)
+    return loss
 
 
 def _within(groups: Sequence[Group], budget: float) -> list[Group]:
@@ -140,14 +148,14 @@ def _names(groups: Sequence[Group]) -> set[str]:
     return {name for group in groups for name in group.matrices}
 
 
-def _groups(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Matrices of one kind in one third of the layers; of one kind in all layers where there are many kinds."""
+def groups_of(names: Sequence[str], most_parts: int, most_groups: int) -> list[tuple[str, ...]]:
+    """Matrices of one kind in one of `most_parts` parts of the layers; in all layers where there are many kinds."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(_LAYER.sub("#", name), []).append(name)
-    parts = _PARTS if len(kinds) * _PARTS <= _MOST_GROUPS else 1
+    parts = most_parts if len(kinds) * most_parts <= most_groups else 1
     found = [tuple(part) for kind in kinds.values() for part in np.array_split(kind, min(parts, len(kind)))]
-    return [tuple(str(name) for name in part) for part in found[:_MOST_GROUPS]]
+    return [tuple(str(name) for name in part) for part in found[:most_groups]]
 
 
 def _windows(texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

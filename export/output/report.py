@@ -47,9 +47,10 @@ class Measurements:
     "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
     refused_paths: how the model was traced, and why not otherwise; examples: prompts with both graphs' answers;
     arithmetic: which activations have 8 and which 16 bits and what that cost and bought, None for a scheme without that
-    choice; cache: None for a float32 cache; without_genai: why onnxruntime-genai cannot open the bundle, or None where
-    it can; compression: the steps that the model went through, with their figures; not_run: in words, what could not be
-    tried on the machine of the export; notes: what the bundle does otherwise than the source's files say.
+    choice; weights: the same of weights of 4 and 8 bits; cache: None for a float32 cache; without_genai: why
+    onnxruntime-genai cannot open the bundle, or None where it can; compression: the steps that the model went through,
+    with their figures; not_run: in words, what could not be tried on the machine of the export; notes: what the bundle
+    does otherwise than the source's files say.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Measurements:
     sensitivity: Sequence[Sensitivity] = ()
     examples: Sequence[dict[str, Any]] = ()
     arithmetic: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
     cache: CacheAgreement | None = None
     without_genai: str | None = None
     compression: Sequence[dict[str, Any]] = ()
@@ -101,6 +103,7 @@ def build_report(found: Measurements) -> dict[str, Any]:
         "against_fp32": None if found.against_fp32 is None else found.against_fp32.measured(),
         "examples": list(found.examples),
         "arithmetic": found.arithmetic,
+        "weights": found.weights,
         "cache": None if found.cache is None else found.cache.measured(),
         "path": found.path,
         "refused_paths": list(found.refused_paths),

@@ -22,6 +22,7 @@ from .keep_on_host import KeepOnHost
 from .keep_rows import KeepRows
 from .lower_positions import LowerPositions
 from .merge_linears import MergeLinears
+from .narrow_weights import NarrowWeights
 from .norm_in_attention import NormInAttention
 from .normalize_linears import NormalizeLinears
 from .pack_attention_inputs import PackAttentionInputs
@@ -29,7 +30,7 @@ from .pick_tokens import PickTokens
 from .quantize_blocks import QuantizeBlocks
 from .quantize_cache import QuantizeCache
 from .quantize_embedding import QuantizeEmbedding
-from .quantize_linears import ROWWISE, QuantizeLinears
+from .quantize_linears import ROWWISE_SCHEMES, QuantizeLinears
 from .rotate_in_attention import RotateInAttention
 from .to_float16 import ToFloat16
 from .widen_activations import WidenActivations
@@ -65,10 +66,12 @@ def quantizing_passes(
     *,
     rounded: Mapping[str, Path] | None = None,
     wide: Collection[str] = (),
+    narrow: Mapping[str, Path] | None = None,
 ) -> list[ir.passes.PassBase]:
     """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache; excluded: names of matrices
     that stay float32; blocks: for the schemes that store weights in blocks; rounded: files of int8 matrices that are
-    not rounded to the nearest; wide: names of matrices whose activations have 16 bits (int8-rowwise)."""
+    not rounded to the nearest; wide: names of matrices whose activations have 16 bits; narrow: files of
+    matrices that are written in 4 bits (row-wise schemes)."""
     limit = (1 << (weight_bits - 1)) - 1
     passes: list[ir.passes.PassBase] = []
     if blocks is not None:
@@ -78,8 +81,10 @@ def quantizing_passes(
         passes += [FuseIntoProducts(), FuseBiases(), KeepRows()]
     if cache_ranges:
         passes.append(QuantizeCache(cache_ranges))
-    if cache_ranges or scheme == ROWWISE:
+    if cache_ranges or scheme in ROWWISE_SCHEMES:
         passes += [CallAttention(), NormInAttention()]
+    if narrow:
+        passes.append(NarrowWeights(narrow))
     if wide:
         passes.append(WidenActivations(wide))
     return passes

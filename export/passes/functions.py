@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import onnx.parser
 import onnx_ir as ir
 
-from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, Builder, use_domain
+from .attention_functions import ATTENTION_TEXTS, NORMED
+from .graph import MICROSOFT, Builder, use_domain
 
 EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
@@ -22,22 +23,14 @@ NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
 POST_NORMED_ROWWISE_MATMUL = "PostNormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
 GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
-NORMED = {ATTENTION: f"Normed{ATTENTION}", KEPT_ATTENTION: f"KeptNormed{ATTENTION}"}
 # Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
 WIDE = "16"
+# In front of the name of a product whose int8 matrix is written in 4 bits: two inputs, the groups of its columns and
+# the factors of their blocks, in place of the matrix, and the attribute `depth`, the matrix's inputs.
+INT4 = "Int4"
+INT4_EMBEDDING = "Int4Embedding"
 # In front of the name of a product with a bias for each column, one input more, which is added at the end.
 BIASED = "Biased"
-ATTENTION_ATTRIBUTES = (
-    "num_heads",
-    "kv_num_heads",
-    "scale",
-    "do_rotary",
-    "local_window_size",
-    "k_quant_type",
-    "v_quant_type",
-    "kv_cache_bit_width",
-)
-
 # x float32 (..., K), weight int8 (K, N), scales float32 (N), y float32 (..., N).
 # The zero point is cast because onnxruntime makes one of equal constants that are int32, and not of those that are
 # uint8: calls that share their x would quantize it once each.
@@ -86,39 +79,87 @@ _GUARDED = """
     factor = Add(largest, nothing)
     y = Mul(product, factor)
 """
-_ATTENTION_INPUTS = (
-    "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
-    "attention_bias, head_sink, k_scale, v_scale"
-)
-_ATTENTION_STATES = "present_key, present_value"
-_TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
-_ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
-_PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
-# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). What is computed of constants
-# alone is constant to onnxruntime.
-_HEAD_NORMS = """
-    size = Shape(query_norm)
-    query_heads = Constant<value_int: int = @num_heads>()
-    key_heads = Constant<value_int: int = @kv_num_heads>()
-    query_width = Mul(query_heads, size)
-    key_width = Mul(key_heads, size)
-    widths = Concat<axis = 0>(query_width, key_width, key_width)
-    side_by_side = Constant<value_ints = [0, 0, -1]>()
-    by_head = Concat<axis = 0>(side_by_side, size)
-    plain_queries, plain_keys, values = Split<axis = 2>(query, widths)
-    queries_by_head = Reshape(plain_queries, by_head)
-    keys_by_head = Reshape(plain_keys, by_head)
-    normed_queries = SimplifiedLayerNormalization
-        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (queries_by_head, query_norm)
-    normed_keys = SimplifiedLayerNormalization
-        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (keys_by_head, key_norm)
-    queries = Reshape(normed_queries, side_by_side)
-    keys = Reshape(normed_keys, side_by_side)
+# groups uint8 (ceil(N / 16), 4 * blocks, 64), factors uint8 (ceil(N / 16), blocks, 16), where a block is 32 inputs of a
+# column: byte 4 c + i of line j of a group are the inputs 8 j + i, in its lower half, and 8 j + 4 + i of column c; a
+# weight is (its 4 bits - z) * s, with s + 16 z the column's factor. All of it is constant, and computed once, at load.
+_HALVES = f"""
+    low_bits = Constant<value_int = 15>()
+    shift = Constant<value_int = 4>()
+    fifteen = Cast<to = {ir.DataType.UINT8.value}>(low_bits)
+    four = Cast<to = {ir.DataType.UINT8.value}>(shift)
 """
-_KEPT_ROWS = f"""
-    end = Constant<value_ints = [{2**63 - 1}]>()
-    axis = Constant<value_ints = [1]>()
-    kept = Slice(output, start, end, axis)
+_MATRIX_OF_NIBBLES = f"""
+    {_HALVES}
+    lower = BitwiseAnd(groups, fifteen)
+    upper = BitShift<direction = "RIGHT">(groups, four)
+    quads = Constant<value_ints = [0, 0, 16, 4]>()
+    low_quads = Reshape(lower, quads)
+    high_quads = Reshape(upper, quads)
+    lines = Concat<axis = 3>(low_quads, high_quads)
+    by_column = Transpose<perm = [0, 2, 1, 3]>(lines)
+    by_block = Constant<value_ints = [0, 16, -1, 32]>()
+    levels = Reshape(by_column, by_block)
+    block_steps = BitwiseAnd(factors, fifteen)
+    block_zeros = BitShift<direction = "RIGHT">(factors, four)
+    last = Constant<value_ints = [3]>()
+    steps_by_column = Transpose<perm = [0, 2, 1]>(block_steps)
+    zeros_by_column = Transpose<perm = [0, 2, 1]>(block_zeros)
+    step_of_each = Unsqueeze(steps_by_column, last)
+    zero_of_each = Unsqueeze(zeros_by_column, last)
+    signed_levels = Cast<to = {ir.DataType.INT8.value}>(levels)
+    signed_steps = Cast<to = {ir.DataType.INT8.value}>(step_of_each)
+    signed_zeros = Cast<to = {ir.DataType.INT8.value}>(zero_of_each)
+    moved = Sub(signed_levels, signed_zeros)
+    weights = Mul(moved, signed_steps)
+    padded = Flatten<axis = 2>(weights)
+    origin = Constant<value_ints = [0, 0]>()
+    width = Shape(scales)
+    depth = Constant<value_int: int = @depth>()
+    first = Constant<value_ints = [0]>()
+    depths = Unsqueeze(depth, first)
+    sizes = Concat<axis = 0>(width, depths)
+    rows = Slice(padded, origin, sizes)
+"""
+# ids int64 (batch, new), y float32 (batch, new, K): a token's inputs times its scale.
+_EMBEDDING_OF_NIBBLES = f"""
+    {_HALVES}
+    size = Constant<value_int = 16>()
+    group = Div(ids, size)
+    place = Mod(ids, size)
+    last = Constant<value_ints = [-1]>()
+    column = Unsqueeze(place, last)
+    own_groups = Gather<axis = 0>(groups, group)
+    quads = Constant<value_ints = [0, 0, 0, 16, 4]>()
+    lines = Reshape(own_groups, quads)
+    by_column = Transpose<perm = [0, 1, 3, 2, 4]>(lines)
+    both = GatherND<batch_dims = 2>(by_column, column)
+    low = BitwiseAnd(both, fifteen)
+    high = BitShift<direction = "RIGHT">(both, four)
+    line = Concat<axis = 3>(low, high)
+    by_block = Constant<value_ints = [0, 0, -1, 32]>()
+    levels = Reshape(line, by_block)
+    own_factors = Gather<axis = 0>(factors, group)
+    factors_by_column = Transpose<perm = [0, 1, 3, 2]>(own_factors)
+    factor = GatherND<batch_dims = 2>(factors_by_column, column)
+    step = BitwiseAnd(factor, fifteen)
+    zero = BitShift<direction = "RIGHT">(factor, four)
+    step_of_each = Unsqueeze(step, last)
+    zero_of_each = Unsqueeze(zero, last)
+    signed_levels = Cast<to = {ir.DataType.INT8.value}>(levels)
+    signed_steps = Cast<to = {ir.DataType.INT8.value}>(step_of_each)
+    signed_zeros = Cast<to = {ir.DataType.INT8.value}>(zero_of_each)
+    moved = Sub(signed_levels, signed_zeros)
+    weights = Mul(moved, signed_steps)
+    flat = Constant<value_ints = [0, 0, -1]>()
+    padded = Reshape(weights, flat)
+    begin = Constant<value_ints = [0]>()
+    depth = Constant<value_int: int = @depth>()
+    end = Unsqueeze(depth, begin)
+    row = Slice(padded, begin, end, last)
+    values = Cast<to = {ir.DataType.FLOAT.value}>(row)
+    own_scales = Gather<axis = 0>(scales, ids)
+    scale = Unsqueeze(own_scales, last)
+    y = Mul(values, scale)
 """
 
 
@@ -177,57 +218,42 @@ _FRONTS = {
 }
 
 _NORMS = {NORMED_ROWWISE_MATMUL: (2,), POST_NORMED_ROWWISE_MATMUL: (2, 3)}
-# Of all row-wise products.
-_FORMS = tuple(itertools.product(("", BIASED), ("", WIDE)))
-PRODUCTS = frozenset(biased + name + bits for name in _FRONTS for biased, bits in _FORMS)
+# The products of all forms, by what is around the name: biases, weights of 8 or 4 bits, rows of 8 or 16.
+_FORMS = tuple(
+    (biased, weights, name, bits)
+    for biased, weights, name, bits in itertools.product(("", BIASED), ("", INT4), _FRONTS, ("", WIDE))
+    if not (weights and name == ROWWISE_MATMUL_TRANSPOSED)  # there is one order of 4 bits for both
+)
+PRODUCTS = frozenset("".join(form) for form in _FORMS)
 # Inputs of functions that are weights of norms.
 NORM_INPUTS = frozenset(
-    [(biased + name + bits, index) for name, indices in _NORMS.items() for biased, bits in _FORMS for index in indices]
+    [("".join(form), index) for form in _FORMS for index in _NORMS.get(form[2], ())]
     + [(name, index) for name in NORMED.values() for index in (1, 2)]
 )
 
 
-def _product(name: str, front: _Front, biased: str, bits: str) -> str:
+def _product(biased: str, weights: str, name: str, bits: str) -> str:
+    front = _FRONTS[name]
     body = (_WIDE_PRODUCT if bits else _PRODUCT) + front.scaled
     signature = front.signature
+    if weights:
+        signature = _with_attribute(signature.replace("weight, scales)", "groups, factors, scales)"), "depth")
+        body = f"{_MATRIX_OF_NIBBLES} weight = Transpose<perm = [1, 0]>(rows) {body}"
     if biased:
         signature = signature.replace("scales)", "scales, bias)")
         body = body.replace("y = Mul(", "scaled = Mul(") + " y = Add(scaled, bias)"
     multiplied = body % {"x": front.x, "weight": front.weight}
-    return f"{biased}{name}{bits} {signature} {{ {front.statements} {multiplied} }}"
+    return f"{biased}{weights}{name}{bits} {signature} {{ {front.statements} {multiplied} }}"
 
 
-def _attention_name(kept: bool, normed: bool) -> str:
-    return f"{'Kept' if kept else ''}{'Normed' if normed else ''}{ATTENTION}"
-
-
-def _attention(kept: bool, normed: bool) -> str:
-    """com.microsoft's operator, on an INT8 cache with a scale per channel, or between INT8 activations. Attributes that
-    few models need (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay
-    com.microsoft's.
-
-    kept: with the rows from `start` on alone (int64 (1), from the end where it is negative); normed: each head of
-    queries and keys, which come side by side with the values, is normed first.
-    """
-    inputs, attributes, attended = _ATTENTION_INPUTS, _ATTRIBUTES, _ATTENTION_INPUTS
-    if normed:
-        attended = inputs.replace("query, key, value", "queries, keys, values", 1)
-        inputs, attributes = inputs.replace("key, value", "query_norm, key_norm", 1), f"{attributes}, epsilon"
-    given = f"{inputs}, start" if kept else inputs
-    return f"""{_attention_name(kept, normed)} <{attributes}> ({given}) => (
-            {"kept" if kept else "output"}, {_ATTENTION_STATES}) {{
-        {_HEAD_NORMS if normed else ""}
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({attended})
-        {_KEPT_ROWS if kept else ""} }}"""
+def _with_attribute(signature: str, name: str) -> str:
+    return signature.replace("<", f"<{name}, ", 1) if "<" in signature else f"<{name}> {signature}"
 
 
 _TEXTS = {
-    **{
-        biased + name + bits: _product(name, front, biased, bits)
-        for name, front in _FRONTS.items()
-        for biased, bits in _FORMS
-    },
-    **{_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)},
+    **{"".join(form): _product(*form) for form in _FORMS},
+    INT4_EMBEDDING: f"{INT4_EMBEDDING} <depth> (ids, groups, factors, scales) => (y) {{ {_EMBEDDING_OF_NIBBLES} }}",
+    **ATTENTION_TEXTS,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +37,13 @@ class QuantizeEmbedding(GraphPass):
 
     def apply(self, model: ir.Model) -> bool:
         modified = False
-        for gather in nodes_of(model, "Gather"):
-            table = gather.inputs[0]
-            if table is None or not is_weight(table, 2) or table.dtype != ir.DataType.FLOAT:
-                continue
-            if table.name not in self._excluded and _reads_tokens(gather):
-                self._quantize(model, gather, table)
+        for gather, weight in _embeddings(model):
+            if weight.name not in self._excluded:
+                self._quantize(model, gather, weight)
                 modified = True
         return modified
 
-    def _quantize(self, model: ir.Model, gather: ir.Node, table: ir.Value) -> None:
-        weight = Weight(table, transposed=True)
+    def _quantize(self, model: ir.Model, gather: ir.Node, weight: Weight) -> None:
         head = model.graph.initializers.get(f"{weight.name}.int8")
         op = Builder(model, gather, f"{gather.name}.int8")
         ids = gather.inputs[1]
@@ -65,6 +61,18 @@ class QuantizeEmbedding(GraphPass):
         scale = op("Unsqueeze", op("Gather", scales, ids, axis=0), last)
         values = op("Cast", rows, to=ir.DataType.FLOAT.value)
         replace_value(gather.outputs[0], op("Mul", values, scale, like=gather.outputs[0]))
+
+
+def tables_of(model: ir.Model) -> list[Weight]:
+    """The embedding tables that this pass quantizes, as (hidden, vocabulary)."""
+    return [weight for _, weight in _embeddings(model)]
+
+
+def _embeddings(model: ir.Model) -> Iterator[tuple[ir.Node, Weight]]:
+    for gather in nodes_of(model, "Gather"):
+        table = gather.inputs[0]
+        if table is not None and is_weight(table, 2) and table.dtype == ir.DataType.FLOAT and _reads_tokens(gather):
+            yield gather, Weight(table, transposed=True)
 
 
 def _reads_tokens(gather: ir.Node) -> bool:

@@ -13,7 +13,7 @@ from .functions import ROWWISE_MATMUL, call
 from .graph import MICROSOFT, Builder, GraphPass, add_weight, lazy_weight, nodes_of, replace_value, use_domain
 from .linear import Weight, weight_of
 
-ROWWISE = "int8-rowwise"
+ROWWISE_SCHEMES = ("int8-rowwise", "int4-rowwise")
 TENSOR = "int8-tensor"
 
 # From a MatMul, the int8 matrix and its scales to the product.
@@ -25,10 +25,10 @@ class QuantizeLinears(GraphPass):
     Each is rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
     Activations, by scheme:
 
-    - `int8-rowwise`: each row x (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product
-      is multiplied by r afterwards. A token's result depends on no other token, so a text may be cut anywhere. A call
-      of the function `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to one that
-      quantizes to 16 bits.
+    - `int8-rowwise`, and `int4-rowwise`, of whose matrices `narrow_weights` then writes some in 4 bits: each row x (one
+      token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is multiplied by r afterwards. A
+      token's result depends on no other token, so a text may be cut anywhere. A call of the function
+      `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to one that quantizes to 16 bits.
     - `int8-tensor`: ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step
       together, with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
 
@@ -45,7 +45,10 @@ class QuantizeLinears(GraphPass):
     ) -> None:
         """weight_limit: largest magnitude of a weight, 127 or 63; excluded: names of matrices to leave as they are;
         rounded: as of `int8_matrix`."""
-        products: dict[str, Callable[[], _Product]] = {ROWWISE: lambda: _by_row, TENSOR: _ByTensor}
+        products: dict[str, Callable[[], _Product]] = {
+            **dict.fromkeys(ROWWISE_SCHEMES, lambda: _by_row),
+            TENSOR: _ByTensor,
+        }
         self._products = products[scheme]
         self._limit = weight_limit
         self._excluded = frozenset(excluded)

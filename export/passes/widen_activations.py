@@ -10,13 +10,15 @@ import onnx_ir as ir
 from .functions import EDGELM, PRODUCTS, WIDE, make_call
 from .graph import GraphPass
 
-_SUFFIXES = (".rows.int8", ".int8")
+_SUFFIXES = (".rows.int8", ".int8", ".int4")
+_MATRICES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 class WidenActivations(GraphPass):
-    """Case: a call of one of the row-wise product functions whose int8 matrix is one of those named becomes a call of
-    the function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
-    `NAME.int8`, or `NAME.rows.int8` where it is an embedding's table too. Runs last: other passes know 8 bits only.
+    """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the
+    function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
+    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last: other passes know
+    rows of 8 bits only.
 
     `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
     between.
@@ -38,8 +40,8 @@ def matrices_of(model: ir.Model) -> dict[str, int]:
     prompt costs in each: 0 for the one that computes logits, of which a prompt needs one row."""
     found: dict[str, int] = {}
     for node, name in _products(model):
-        size = 0 if any(value.is_graph_output() for value in node.outputs) else math.prod(_shape(_matrix(node)))
-        found[name] = found.get(name, 0) + size
+        logits = any(value.is_graph_output() for value in node.outputs)
+        found[name] = found.get(name, 0) + (0 if logits else math.prod(_shape_of_matrix(node)))
     return found
 
 
@@ -52,9 +54,14 @@ def _products(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
 
 
 def _matrix(node: ir.Node) -> ir.Value:
-    return next(value for value in node.inputs if value is not None and value.dtype == ir.DataType.INT8)
+    return next(value for value in node.inputs if value is not None and value.dtype in _MATRICES)
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None, "matrices are initializers"
-    return tuple(value.const_value.shape.numpy()) if isinstance(value.const_value.shape, ir.Shape) else ()
+def _shape_of_matrix(node: ir.Node) -> tuple[int, ...]:
+    """Inputs and outputs, in either order."""
+    matrix = _matrix(node)
+    assert matrix.const_value is not None, "matrices are initializers"
+    shape = tuple(int(size) for size in matrix.const_value.shape)  # type: ignore[arg-type]
+    if matrix.dtype == ir.DataType.INT8:
+        return shape
+    return node.attributes.get_int("depth", 0), 16 * shape[0]

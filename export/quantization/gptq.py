@@ -35,7 +35,7 @@ def gptq(
     """
     inputs, limit = len(matrix), 2**bits - 1
     weights = matrix.astype(np.float32, copy=True)
-    factor = _factor(hessian)
+    factor = inverse_factor(hessian)
     levels = np.zeros(matrix.shape, np.uint8)
     scales, zeros = [], []
     for begin in range(0, inputs, block):
@@ -48,7 +48,7 @@ def gptq(
             level = np.clip(np.rint(row / scale) + zero, 0, limit)
             return level, (level - zero) * scale
 
-        levels[begin:end] = _round_chunk(weights, factor, begin, end, rounder)
+        levels[begin:end] = round_chunk(weights, factor, begin, end, rounder)
         scales.append(scale)
         zeros.append(zero)
     return levels, np.stack(scales), np.stack(zeros).astype(np.uint8)
@@ -63,7 +63,7 @@ def gptq_columns(
     for them. Cost: inputs² * outputs multiplications.
     """
     order = np.argsort(-np.diagonal(hessian), kind="stable")
-    factor = _factor(hessian[np.ix_(order, order)])
+    factor = inverse_factor(hessian[np.ix_(order, order)])
     levels = np.empty(matrix.shape, np.int8)
     for begin in range(0, matrix.shape[1], _SLAB):
         columns = slice(begin, begin + _SLAB)
@@ -83,11 +83,11 @@ def _round_columns(
 
     for begin in range(0, len(matrix), _CHUNK):
         end = min(begin + _CHUNK, len(matrix))
-        levels[begin:end] = _round_chunk(weights, factor, begin, end, rounder)
+        levels[begin:end] = round_chunk(weights, factor, begin, end, rounder)
     return levels
 
 
-def _round_chunk(
+def round_chunk(
     weights: NDArray[np.float32], factor: NDArray[np.float32], begin: int, end: int, rounder: _Rounder
 ) -> NDArray[np.float32]:
     """Levels of the rows from begin to end - 1. Their errors are handed on to all later rows of `weights`, in place."""
@@ -102,7 +102,7 @@ def _round_chunk(
     return levels
 
 
-def _factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
+def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
     """The upper triangular U with Uᵀ U the inverse of the damped Hessian.
 
     With both axes turned round, Cholesky's lower factor of the Hessian is an upper R with R Rᵀ = H, and U is R's

@@ -1,11 +1,11 @@
-"""int8 matrices for `int8-rowwise` whose rounding errors later inputs make up for (GPTQ), computed once for an export.
+"""Matrices for the row-wise schemes whose rounding errors later inputs make up for (GPTQ), computed once for an export.
 
-They are kept as .npy files in the export's scratch folder, since the graph is written several times while it is judged.
+They are kept as files in the export's scratch folder, since the graph is written several times while it is judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from ...runtime.host import machine
 from ..passes.graph import nodes_of
 from ..passes.linear import Weight, weight_of
+from ..passes.quantize_embedding import tables_of
 from ..passes.quantize_linears import column_scales
 from .gptq import gptq_columns
 from .hessians import each_group_of_hessians
+from .nibbles import round_nibbles, save_nibbles
 
 # Matrices that are rounded at the same time, at most: each needs its Hessian four times in float32's size.
 _MOST_AT_ONCE = 4
@@ -40,13 +42,46 @@ def round_matrices(
         array = np.ascontiguousarray(weights[name].array(), np.float32)
         np.save(files[name], gptq_columns(array, hessian, column_scales(array, limit), limit))
 
+    _round_each(round_one, weights, graph, texts, context)
+    return files
+
+
+def round_to_nibbles(
+    graph: Path, texts: Sequence[Sequence[int]], context: int, limit: int, folder: Path
+) -> Mapping[str, Path]:
+    """The same in 4 bits: files of `save_nibbles`. An embedding that no product reads is rounded to the nearest, and so
+    is every matrix where there are no texts. Cost: as of `round_nibbles`."""
+    model = ir.load(graph)
+    weights = _weights(model)
+    multiplied = list(weights)
+    weights |= {weight.name: weight for weight in tables_of(model) if weight.name not in weights}
+    files = {name: folder / f"nibbles-{index}.npz" for index, name in enumerate(weights)}
+
+    def round_one(name: str, hessian: NDArray[np.float32] | None = None) -> None:
+        array = np.ascontiguousarray(weights[name].array(), np.float32)
+        save_nibbles(round_nibbles(array, hessian, limit), files[name])
+
+    if texts:
+        _round_each(round_one, weights, graph, texts, context)
+    for name in weights:
+        if not texts or name not in multiplied:
+            round_one(name)
+    return files
+
+
+def _round_each(
+    round_one: Callable[[str, NDArray[np.float32]], None],
+    weights: Mapping[str, Weight],
+    graph: Path,
+    texts: Sequence[Sequence[int]],
+    context: int,
+) -> None:
     # Half of the work is numpy's on single rows, which takes one core: so several matrices at once.
     with ThreadPoolExecutor(min(machine.default_threads(), _MOST_AT_ONCE)) as pool:
         for group in each_group_of_hessians(graph, texts, context):
             # The costliest first, that none is left alone at the end.
             names = sorted(group, key=lambda name: -(len(group[name]) ** 2) * weights[name].shape[1])
             list(pool.map(round_one, names, [group[name] for name in names]))
-    return files
 
 
 def _weights(model: ir.Model) -> dict[str, Weight]:

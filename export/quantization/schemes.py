@@ -23,7 +23,8 @@ from .blocks import BLOCK_SCHEMES, BlockQuantizer
 class Quantizer:
     """graph: path of the fp32 graph; ranges: magnitudes for the scales of an INT8 cache, empty for others; activations:
     float32 or float16; blocks: for the schemes that store weights in blocks, how (None: as the scheme says); rounded:
-    files of int8 matrices that are not rounded to the nearest, by name."""
+    files of int8 matrices that are not rounded to the nearest, by name; narrow: files of those that are written in 4
+    bits (`nibbles`)."""
 
     graph: Path
     scheme: str
@@ -32,6 +33,7 @@ class Quantizer:
     activations: str = "float32"
     blocks: BlockQuantizer | None = None
     rounded: Mapping[str, Path] = field(default_factory=dict)
+    narrow: Mapping[str, Path] = field(default_factory=dict)
 
     def quantized(self, excluded: Collection[str] = (), wide: Collection[str] = ()) -> ir.Model:
         """The graph that ships. excluded: names of matrices that are left in the type of the activations; wide: names
@@ -59,7 +61,14 @@ class Quantizer:
     ) -> ir.Model:
         graph = ir.load(self.graph)
         passes = quantizing_passes(
-            self.scheme, self.weight_bits, ranges, excluded, self._blocks, rounded=self.rounded, wide=wide
+            self.scheme,
+            self.weight_bits,
+            ranges,
+            excluded,
+            self._blocks,
+            rounded=self.rounded,
+            wide=wide,
+            narrow=self.narrow,
         )
         if passes:
             ir.passes.PassManager(passes)(graph)

@@ -46,6 +46,18 @@ struct Result {
   }
 };
 
+// Weights of 4 bits: columns of a group, inputs of a block, bytes of the values of 16 weights, and lines of 64 bytes
+// that hold a group's weights in a block.
+constexpr int kGroup = 16, kNibbleBlock = 32, kQuad = 16, kBlockLines = 4;
+
+// A group of columns, with as many blocks as its depth has. values: `blocks` times kBlockLines lines; byte 4 c + i of
+// line j: of column c the inputs 8 j + i, in the lower half, and 8 j + 4 + i. factors: for each block and column s + 16
+// z; a weight is (its 4 bits - z) * s. Groups lie one behind the other.
+struct NibbleGroup {
+  const uint8_t *values, *factors;
+  int blocks;
+};
+
 // What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is
 // multiplied by, the sum of the weights, and the largest score, by rows. kLanes may be read behind the largest ones.
 struct AttentionPart {
@@ -184,6 +196,15 @@ struct Arithmetic {
                        size_t stride_weights, const int16_t* columns, int stride, int depth, int width);
   // y[i] = a[i] / divisor * factors[i].
   void (*divide)(const float* a, float divisor, const float* factors, int size, float* y);
+
+  // sums[row][column] = sum over k of x[row][k] * w[k][column], for the columns of a group. Asks for the memory of
+  // `next`, as much as the group's values have, which is read next; null: nothing is.
+  // x: rows of `stride_x` bytes, of which blocks * kNibbleBlock are read; sums: rows of `stride_sums`, at least kGroup.
+  void (*nibbles)(const uint8_t* x, int rows, size_t stride_x, const NibbleGroup& w, const uint8_t* next, int32_t* sums,
+                  size_t stride_sums);
+  // Arrange `groups` <= kBlock / kGroup groups as a panel of blocks * kNibbleBlock * kBlock bytes. What is missing is
+  // 0.
+  void (*pack_nibbles)(const NibbleGroup& w, int groups, int8_t* panel);
 };
 
 // The fastest implementation for this processor, or null if there is none.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_impl.h"
+#include "nibbles_impl.h"
 #include "products_impl.h"
 
 namespace edgelm {
@@ -14,7 +15,7 @@ constexpr Arithmetic implementation(const char* name) {
           scale,        scale_parts, rotate,       to_int8,         to_scaled_int8,
           to_int16,     key_pairs,   value_pairs,  float_key_pairs, float_value_pairs,
           pairs,        scores,      weights,      scaled_weights,  merge,
-          merge_values, divide};
+          merge_values, divide,      nibbles,      pack_nibbles};
 }
 
 }  // namespace

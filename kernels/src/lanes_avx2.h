@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "arithmetic.h"
 
 namespace edgelm {
@@ -142,6 +144,37 @@ inline void in_order(Ints sums[4]) {
   const __m256i d = _mm256_permute2x128_si256(sums[2], sums[3], 0x31);
   sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
 }
+
+inline Ints widened(const uint8_t* x) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+}
+inline __m256i low_halves(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline __m256i high_halves(__m256i x) { return low_halves(_mm256_srli_epi16(x, 4)); }
+inline Bytes in_each_byte(Ints x) { return _mm256_mullo_epi32(x, _mm256_set1_epi32(0x01010101)); }
+inline Bytes sub_bytes(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+inline __m256i in_pairs(Ints x) { return _mm256_or_si256(x, _mm256_slli_epi32(x, 16)); }
+inline Bytes times_bytes(Bytes x, Ints factors) {
+  const __m256i pairs = in_pairs(factors), low = _mm256_set1_epi16(255);
+  const __m256i even = _mm256_mullo_epi16(x, pairs), odd = _mm256_mullo_epi16(_mm256_srli_epi16(x, 8), pairs);
+  return _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+}
+using BlockSum = __m256i;
+inline BlockSum no_sum() { return zero_ints(); }
+#if defined(__AVXVNNI__)
+inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) { return dot(sum, w, x); }
+inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
+  return _mm256_add_epi32(total, _mm256_mullo_epi32(sum, factors));
+}
+#else
+// A block's sums stay in 16 bits, two for each column: at most 16 products of 15 and 128 in magnitude.
+inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)));
+}
+inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
+  return _mm256_add_epi32(total, _mm256_madd_epi16(sum, in_pairs(factors)));
+}
+#endif
+inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
 
 inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "arithmetic.h"
 
 namespace edgelm {
@@ -101,6 +103,28 @@ inline void in_order(Ints sums[4]) {
   sums[0] = _mm512_shuffle_i32x4(a, c, 0x88), sums[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
   sums[2] = _mm512_shuffle_i32x4(b, d, 0x88), sums[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
+
+// What `nibbles` needs. Values of columns, a byte each, as integers; the lower and the upper 4 bits of each byte.
+inline Ints widened(const uint8_t* x) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline __m512i low_halves(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline __m512i high_halves(__m512i x) { return low_halves(_mm512_srli_epi16(x, 4)); }
+inline Bytes in_each_byte(Ints x) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(0x01010101)); }
+inline Bytes sub_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+// The products of the four bytes of each integer with it, of which the lower 8 bits stay.
+inline Bytes times_bytes(Bytes x, Ints factors) {
+  const __m512i pairs = _mm512_or_si512(factors, _mm512_slli_epi32(factors, 16));
+  const __m512i even = _mm512_mullo_epi16(x, pairs), odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), pairs);
+  return _mm512_mask_mov_epi8(even, 0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(odd, 8));
+}
+using BlockSum = Ints;
+inline BlockSum no_sum() { return zero_ints(); }
+inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) { return dot(sum, w, x); }
+inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
+  return _mm512_add_epi32(total, _mm512_mullo_epi32(sum, factors));
+}
+inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
 
 // a[i] and b[i] side by side, as int16, for 16 of them.
 inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {

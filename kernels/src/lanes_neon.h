@@ -3,6 +3,8 @@
 
 #include <arm_neon.h>
 
+#include <cstring>
+
 #include "arithmetic.h"
 
 namespace edgelm {
@@ -160,6 +162,45 @@ inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes qua
 }
 
 inline void in_order(Ints*) {}
+
+inline Ints widened(const uint8_t* x) {
+  uint32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
+}
+inline Bytes low_halves(Bytes x) { return vandq_s8(x, vdupq_n_s8(15)); }
+inline Bytes high_halves(Bytes x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
+inline Ints low_halves(Ints x) { return vreinterpretq_s32_s8(low_halves(vreinterpretq_s8_s32(x))); }
+inline Ints high_halves(Ints x) { return vreinterpretq_s32_s8(high_halves(vreinterpretq_s8_s32(x))); }
+inline Bytes in_each_byte(Ints x) { return vreinterpretq_s8_s32(vmulq_n_s32(x, 0x01010101)); }
+inline Bytes sub_bytes(Bytes a, Bytes b) { return vsubq_s8(a, b); }
+inline Bytes times_bytes(Bytes x, Ints factors) { return vmulq_s8(x, in_each_byte(factors)); }
+#if defined(__ARM_FEATURE_DOTPROD)
+using BlockSum = Ints;
+inline BlockSum no_sum() { return zero_ints(); }
+inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) { return dot(sum, w, x); }
+inline Ints add_times(Ints total, BlockSum sum, Ints factors) { return vmlaq_s32(total, sum, factors); }
+inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
+#else
+// A block's sums stay in 16 bits, four for each column: at most 8 products of 15 and 128 in magnitude, so that two of
+// these fit too.
+struct BlockSum {
+  int16x8_t low, high;
+};
+inline BlockSum no_sum() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) {
+  return {vmlal_s8(sum.low, vget_low_s8(w), vget_low_s8(x)), vmlal_high_s8(sum.high, w, x)};
+}
+inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
+  return vmlaq_s32(total, vpaddlq_s16(vpaddq_s16(sum.low, sum.high)), factors);
+}
+// In the order of `dot`.
+inline void store_quad(int8_t* y, const int8_t* x) {
+  const int16x8_t pairs = vreinterpretq_s16_s8(vld1q_s8(x));
+  vst1q_s16(reinterpret_cast<int16_t*>(y), vuzp1q_s16(pairs, vdupq_n_s16(0)));
+  vst1_s16(reinterpret_cast<int16_t*>(y) + 4, vget_low_s16(vuzp2q_s16(pairs, pairs)));
+}
+#endif
 
 inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   const int8x16_t first = vld1q_s8(a), second = vld1q_s8(b);

@@ -110,6 +110,7 @@ void add_operators(OrtSessionOptions* options) {
   constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
   constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  constexpr auto kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   const int threads = threads_of(options);
   const bool own = option(options, kOwnThreadsKey) != 0;
   // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
@@ -119,19 +120,29 @@ void add_operators(OrtSessionOptions* options) {
       post_normed{kFloat, kFloat, kFloat, kFloat, kInt8, kFloat};
   const auto add = [&](OrtCustomOp* op) { check(api->CustomOpDomain_Add(domain, op)); };
   // In four forms: rows of 8 and of 16 bits, without biases and with.
-  const auto add_product = [&]<typename Product>(const std::string& name, Types inputs, Types outputs) {
-    add(define<Formed<Product, 1, false>>(name, inputs, outputs, inputs.size(), threads, own));
-    add(define<Formed<Product, 2, false>>(name + "16", inputs, outputs, inputs.size(), threads, own));
+  const auto add_forms = [&]<typename Product, bool OfNibbles>(const std::string& name, Types inputs, Types outputs) {
+    add(define<Formed<Product, 1, false, OfNibbles>>(name, inputs, outputs, inputs.size(), threads, own));
+    add(define<Formed<Product, 2, false, OfNibbles>>(name + "16", inputs, outputs, inputs.size(), threads, own));
     inputs.push_back(kFloat);
-    add(define<Formed<Product, 1, true>>("Biased" + name, inputs, outputs, inputs.size(), threads, own));
-    add(define<Formed<Product, 2, true>>("Biased" + name + "16", inputs, outputs, inputs.size(), threads, own));
+    add(define<Formed<Product, 1, true, OfNibbles>>("Biased" + name, inputs, outputs, inputs.size(), threads, own));
+    add(define<Formed<Product, 2, true, OfNibbles>>("Biased" + name + "16", inputs, outputs, inputs.size(), threads,
+                                                    own));
+  };
+  // And with weights of 8 and of 4 bits: these are two inputs, in front of the scales, the last one.
+  const auto add_product = [&]<typename Product>(const std::string& name, Types inputs, Types outputs) {
+    add_forms.operator()<Product, false>(name, inputs, outputs);
+    inputs[inputs.size() - 2] = kUint8;
+    inputs.insert(inputs.end() - 1, kUint8);
+    add_forms.operator()<Product, true>("Int4" + name, inputs, outputs);
   };
   add_product.operator()<RowwiseMatMul>("RowwiseMatMul", product, {kFloat});
-  add_product.operator()<RowwiseMatMulTransposed>("RowwiseMatMulTransposed", product, {kFloat});
+  add_forms.operator()<RowwiseMatMulTransposed, false>("RowwiseMatMulTransposed", product, {kFloat});
   add_product.operator()<NormedRowwiseMatMul>("NormedRowwiseMatMul", normed, {kFloat, kFloat});
   add_product.operator()<PostNormedRowwiseMatMul>("PostNormedRowwiseMatMul", post_normed, {kFloat, kFloat});
   add_product.operator()<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat});
   add_product.operator()<GeluGatedRowwiseMatMul>("GeluGatedRowwiseMatMul", product, {kFloat});
+  add(define<Int4Embedding>("Int4Embedding", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, kUint8, kUint8, kFloat}, {kFloat}, 4,
+                            threads, own));
   const auto add_attention = [&]<typename Cached>(ONNXTensorElementDataType cached) {
     Types inputs{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};

@@ -36,27 +36,58 @@ int32_t* integers(float* memory) { return reinterpret_cast<int32_t*>(memory); }
 
 RowwiseMatMul::RowwiseMatMul(const Info& info, int threads, Form form, size_t weights, bool transposed)
     : arithmetic_(*arithmetic()), transposed_(transposed), threads_(threads), planes_(form.planes) {
-  const Tensor matrix = info.constant(weights), scales = info.constant(weights + 1);
-  require(matrix.shape.size() == 2, "the weights of a product are a matrix");
-  depth_ = within(matrix.shape[transposed ? 1 : 0], 1, kMostDepth, "the depth of a product");
-  columns_ = within(matrix.shape[transposed ? 0 : 1], 1, kMostColumns, "the columns of a product");
+  if (!form.nibbles) read_matrix(info, weights);
+  const size_t behind = weights + (form.nibbles ? 2 : 1);
+  const Tensor scales = info.constant(behind);
+  if (form.nibbles) {
+    require(scales.shape.size() == 1, "a matrix has a scale for each column");
+    depth_ = within(info.integer("depth", 0), 1, kMostDepth, "the depth of a product");
+    columns_ = within(scales.shape[0], 1, kMostColumns, "the columns of a product");
+    nibbles_ = Nibbles(info, weights, depth_, columns_);
+  }
   require(scales.shape == std::vector<int64_t>{columns_}, "a matrix has a scale for each column");
-  weights_ = matrix.values<int8_t>();
   scales_.assign(scales.values<float>(), scales.values<float>() + columns_);
   scales_.resize(padded(columns_, kBlock));
   // As MatMulIntegerToFloat scales: (1 / 127) * scale of the column, in float.
   for (float& scale : scales_) scale *= kStep;
   if (!form.biased) return;
-  const Tensor biases = info.constant(weights + 2);
+  const Tensor biases = info.constant(behind + 1);
   require(biases.shape == std::vector<int64_t>{columns_}, "a matrix has a bias for each column");
   biases_.assign(biases.values<float>(), biases.values<float>() + columns_);
   biases_.resize(scales_.size());
 }
 
+void RowwiseMatMul::read_matrix(const Info& info, size_t weights) {
+  const Tensor matrix = info.constant(weights);
+  require(matrix.shape.size() == 2, "the weights of a product are a matrix");
+  depth_ = within(matrix.shape[transposed_ ? 1 : 0], 1, kMostDepth, "the depth of a product");
+  columns_ = within(matrix.shape[transposed_ ? 0 : 1], 1, kMostColumns, "the columns of a product");
+  weights_ = matrix.values<int8_t>();
+}
+
+Nibbles::Nibbles(const Info& info, size_t input, int depth, int columns) : blocks_(pieces(depth, kNibbleBlock)) {
+  const Tensor values = info.constant(input), factors = info.constant(input + 1);
+  const int64_t groups = pieces(columns, kGroup);
+  require(values.shape == std::vector<int64_t>{groups, lines(), kCacheLine},
+          "weights of 4 bits are groups of 16 columns, in lines of 64 bytes");
+  require(factors.shape == std::vector<int64_t>{groups, blocks_, kGroup},
+          "weights of 4 bits have a factor for each block and column");
+  values_ = values.values<uint8_t>(), factors_ = factors.values<uint8_t>();
+}
+
+// A row of ones times the matrix.
+void RowwiseMatMul::correct_nibbles() const {
+  std::vector<uint8_t> ones(nibbles_.depth());
+  std::fill_n(ones.begin(), depth_, uint8_t{1});
+  for (int group = 0; group * kGroup < columns_; group++)
+    arithmetic_.nibbles(ones.data(), 1, ones.size(), nibbles_.group(group), nullptr, &corrections_[group * kGroup], 0);
+}
+
 void RowwiseMatMul::correct() const {
   corrections_.assign(scales_.size(), 0);
   if (arithmetic_.offset == 0) return;
-  for (int row = 0; row < (transposed_ ? columns_ : depth_); row++) {
+  if (nibbles_) correct_nibbles();
+  for (int row = 0; row < (transposed_ ? columns_ : depth_) && !nibbles_; row++) {
     const int8_t* const values = weights_ + static_cast<size_t>(row) * (transposed_ ? depth_ : columns_);
     if (transposed_)
       corrections_[row] = std::accumulate(values, values + depth_, 0);
@@ -91,6 +122,7 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
     factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
   };
   const bool direct = rows.count <= (transposed_ ? kMostDirectTransposed : kMostDirect);
+  if (direct && nibbles_) return by_groups(call, rows, make_row, result);
   if (direct && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {
     const int end = std::min((task + 1) * kTaskRows, count);
@@ -194,6 +226,27 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const 
   call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
 
+// Who comes first makes the rows; then each thread reads groups of columns, one behind the other.
+template <typename MakeRow>
+void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
+  const int groups = pieces(columns_, kGroup), workers = std::min(threads_, groups), rows = x.count / planes_;
+  std::atomic<int> next_row{0}, made{0};
+  Runs runs(groups, workers);
+  const auto work = [&](int worker) {
+    for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, worker), made++;
+    while (made < rows) relax();
+    int32_t sums[kMostDirect * kGroup];
+    for (int group = runs.take(worker); group >= 0; group = runs.take(worker)) {
+      const auto* next = reinterpret_cast<const uint8_t*>(successor_->begin(worker));
+      if (group < runs.last(worker)) next = nibbles_.group(group + 1).values;
+      arithmetic_.nibbles(x.values, x.count, x.stride, nibbles_.group(group), next, sums, kGroup);
+      const int column = group * kGroup;
+      arithmetic_.scale(sums, kGroup, x.count, std::min(kGroup, columns_ - column), y.from(0, column));
+    }
+  };
+  call.parallel(workers, work, {nibbles_.group(0).values, groups / workers * nibbles_.group_size()}, successor_);
+}
+
 void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const {
   const int tasks = pieces(columns_, kTaskColumns), workers = std::min(threads_, tasks);
   const size_t task_size = static_cast<size_t>(kTaskColumns) * depth_;
@@ -214,35 +267,75 @@ void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const
   call.parallel(workers, work, {weights_, tasks / workers * task_size}, successor_);
 }
 
+RowwiseMatMul::Lines RowwiseMatMul::lines_of_blocks() const {
+  if (nibbles_)
+    return {nibbles_.group(0).values, kBlock / kGroup * nibbles_.group_size(), 64, kBlock / kGroup * nibbles_.lines()};
+  const auto* const begin = reinterpret_cast<const uint8_t*>(weights_);
+  if (transposed_) return {begin, static_cast<size_t>(kBlock) * depth_, kBlock, depth_};
+  return {begin, kBlock, static_cast<size_t>(columns_), depth_};
+}
+
+void RowwiseMatMul::pack(int begin, int end, int8_t* panel) const {
+  if (nibbles_)
+    arithmetic_.pack_nibbles(nibbles_.group(begin / kGroup), pieces(end - begin, kGroup), panel);
+  else if (transposed_)
+    arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_, end - begin, panel);
+  else
+    arithmetic_.pack_columns(weights_, depth_, columns_, begin, panel);
+}
+
 // A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
 // for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
 void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const {
   const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
   const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
   const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
-  const size_t own = static_cast<size_t>(padded(depth_, 4)) * kBlock;
-  // A block begins `width` bytes after the one before it, and is read as so many lines as the matrix is deep.
-  const size_t width = transposed_ ? static_cast<size_t>(kBlock) * depth_ : kBlock;
-  const size_t stride = transposed_ ? kBlock : columns_;
+  const int depth = nibbles_ ? nibbles_.depth() : padded(depth_, 4);
+  const size_t own = static_cast<size_t>(depth) * kBlock;
+  const Lines lines = lines_of_blocks();
   auto* const panels = Memory::laid_out(1, [&](Memory& memory) { return memory.take<int8_t>(threads_ * own); });
   call.share(whole + left * parts, threads_, [&](int task, int worker) {
     const int block = task < whole ? task : whole + (task - whole) / parts;
     const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
     const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
     int8_t* const panel = panels + worker * own;
-    if (transposed_)
-      arithmetic_.pack_rows(weights_ + block * width, depth_, end - begin, panel);
-    else
-      arithmetic_.pack_columns(weights_, depth_, columns_, begin, panel);
+    pack(begin, end, panel);
     for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
       if (next < blocks)
-        for (int line = depth_ * group / groups; line < depth_ * (group + 1) / groups; line++)
-          __builtin_prefetch(weights_ + next * width + line * stride);
+        for (int line = lines.count * group / groups; line < lines.count * (group + 1) / groups; line++)
+          __builtin_prefetch(lines.begin + next * lines.block + line * lines.stride);
       const int row = group * at_once, count = std::min(at_once, x.count - row);
-      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, padded(depth_, 4), end - begin,
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, depth, end - begin,
                         y.from(row / planes_, begin));
     }
   });
+}
+
+Int4Embedding::Int4Embedding(const Info& info, int)
+    : depth_(within(info.integer("depth", 0), 1, kMostDepth, "the depth of an embedding")) {
+  const Tensor scales = info.constant(3);
+  require(scales.shape.size() == 1, "an embedding has a scale for each token");
+  columns_ = within(scales.shape[0], 1, kMostColumns, "the tokens of an embedding");
+  nibbles_ = Nibbles(info, 1, depth_, columns_);
+  scales_ = scales.values<float>();
+}
+
+void Int4Embedding::compute(Call& call) const {
+  const Tensor ids = call.input(0);
+  std::vector<int64_t> shape = ids.shape;
+  const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies());
+  shape.push_back(depth_);
+  float* y = call.output<float>(0, shape);
+  for (int64_t i = 0; i < count; i++, y += depth_) {
+    const int token = within(ids.values<int64_t>()[i], 0, columns_ - 1, "a token of an embedding");
+    const NibbleGroup group = nibbles_.group(token / kGroup);
+    for (int k = 0; k < depth_; k++) {
+      const uint8_t both = group.values[k / 8 * 64 + token % kGroup * 4 + k % 4];
+      const int q = k % 8 < 4 ? both & 15 : both >> 4,
+                factor = group.factors[k / kNibbleBlock * kGroup + token % kGroup];
+      y[k] = static_cast<float>((q - (factor >> 4)) * (factor & 15)) * scales_[token];
+    }
+  }
 }
 
 }  // namespace edgelm

@@ -1,6 +1,6 @@
 // edgelm::RowwiseMatMul and those with something in front of the product: a row of activations is computed, quantized
-// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix (docs/bundle.md). Quantization
-// and product are bit for bit what the functions' bodies compute.
+// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix, or with one whose int8 values
+// are written in 4 bits (docs/bundle.md). Quantization and product are bit for bit what the functions' bodies compute.
 #pragma once
 
 #include <mutex>
@@ -10,10 +10,33 @@
 
 namespace edgelm {
 
-// planes: of 8 bits each, of a quantized row. biased: the last input is a bias for each column.
+// planes: of 8 bits each, of a quantized row. biased: the last input is a bias for each column. nibbles: weights have 4
+// bits, and are two inputs, groups and the factors of their blocks.
 struct Form {
   int planes = 1;
-  bool biased = false;
+  bool biased = false, nibbles = false;
+};
+
+// A matrix (depth, columns) of 4-bit weights, as two constant inputs: groups of columns (groups, lines, 64), and what
+// their blocks have (groups, blocks, kGroup).
+class Nibbles {
+ public:
+  Nibbles() = default;
+  Nibbles(const Info& info, size_t input, int depth, int columns);
+
+  explicit operator bool() const { return values_ != nullptr; }
+  NibbleGroup group(int index) const {
+    return {values_ + index * group_size(), factors_ + static_cast<size_t>(index) * blocks_ * kGroup, blocks_};
+  }
+  // Bytes of a group's values.
+  size_t group_size() const { return static_cast<size_t>(blocks_) * kBlockLines * kCacheLine; }
+  int lines() const { return blocks_ * kBlockLines; }
+  int depth() const { return blocks_ * kNibbleBlock; }
+
+ private:
+  static constexpr int kCacheLine = 64;
+  const uint8_t *values_ = nullptr, *factors_ = nullptr;
+  int blocks_ = 0;
 };
 
 class RowwiseMatMul {
@@ -44,15 +67,31 @@ class RowwiseMatMul {
     size_t stride;
   };
 
+  // Reads the matrix, or the nibbles, and what stands behind it.
+  void read_matrix(const Info& info, size_t weights);
   void correct() const;
+  void correct_nibbles() const;
   template <typename MakeRow>
   void by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const;
+  template <typename MakeRow>
+  void by_groups(Call& call, const Rows& x, MakeRow make_row, const Result& y) const;
   void by_columns(Call& call, const Rows& x, const Result& y) const;
   void by_panels(Call& call, const Rows& x, const Result& y) const;
 
+  // The lines of memory that are read for a block of columns, `block` bytes behind those of the one before it.
+  struct Lines {
+    const uint8_t* begin;
+    size_t block, stride;
+    int count;
+  };
+  Lines lines_of_blocks() const;
+  // Arranges columns from begin to end - 1.
+  void pack(int begin, int end, int8_t* panel) const;
+
   bool transposed_;
   int threads_, planes_;
-  const int8_t* weights_;
+  const int8_t* weights_ = nullptr;
+  Nibbles nibbles_;  // in place of weights_
   // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
@@ -123,10 +162,23 @@ class GeluGatedRowwiseMatMul : public GatedRowwiseMatMul {
 };
 
 // One of the above in a form of its own.
-template <typename Product, int Planes, bool Biased>
+template <typename Product, int Planes, bool Biased, bool OfNibbles>
 class Formed : public Product {
  public:
-  Formed(const Info& info, int threads) : Product(info, threads, {Planes, Biased}) {}
+  Formed(const Info& info, int threads) : Product(info, threads, {Planes, Biased, OfNibbles}) {}
+};
+
+// Rows of a matrix of nibbles that belong to tokens: (inputs of a column) * its scale.
+class Int4Embedding {
+ public:
+  Int4Embedding(const Info& info, int threads);
+
+  void compute(Call& call) const;
+
+ private:
+  int depth_, columns_;
+  Nibbles nibbles_;
+  const float* scales_;
 };
 
 }  // namespace edgelm

@@ -21,10 +21,10 @@ CACHE_TYPES = ("int8", "float32", "float16")
 GRANULARITIES = ("channel", "token")
 # The scale of its own, a float32, that a key or value of an INT8 cache "by token" ends with.
 _SCALE_BYTES = 4
-EXACT_SCHEME = "int8-rowwise"
+EXACT_SCHEMES = ("int8-rowwise", "int4-rowwise")
 _READER = StrictReader(MANIFEST_NAME)
 
-ACTIVATION_BITS = (8, 16)
+ACTIVATION_BITS, WEIGHT_BITS = (8, 16), (4, 8)
 
 CacheLayout = Literal["in_place", "concatenated"]
 
@@ -58,11 +58,13 @@ class Exclusion:
 @dataclass(frozen=True)
 class Quantization:
     """The scheme of the weights and activations. activations: {matrix: 8 or 16}, the bits that its activations are
-    quantized to in int8-rowwise; empty for other schemes, and in bundles from before there were 16."""
+    quantized to in the row-wise schemes; empty for other schemes, and in bundles from before there were 16. weights:
+    {matrix: 4 or 8}, the bits of its weights in int4-rowwise; empty for other schemes."""
 
     scheme: str
     excluded: tuple[Exclusion, ...]
     activations: dict[str, int] = field(default_factory=dict, metadata={OPTIONAL: True})
+    weights: dict[str, int] = field(default_factory=dict, metadata={OPTIONAL: True})
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Manifest:
         It takes activations that are quantized row by row in every matrix product (float32 products of one row take
         another kernel than those of several), ONNX Runtime's fused attention, and no state that is handed on.
         """
-        exact = self.quantization.scheme == EXACT_SCHEME and not self.quantization.excluded
+        exact = self.quantization.scheme in EXACT_SCHEMES and not self.quantization.excluded
         return exact and self.model.cache_layout == "in_place" and not self.model.states
 
     def to_json(self) -> str:
@@ -242,9 +244,14 @@ def _check_values(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if entry.bytes < 0:
             raise _READER.mismatch(f"files.{name}.bytes", "0 or more", entry.bytes)
-    for name, bits in manifest.quantization.activations.items():
-        if bits not in ACTIVATION_BITS:
-            raise _READER.mismatch(f"quantization.activations.{name}", " or ".join(map(str, ACTIVATION_BITS)), bits)
+    quantization = manifest.quantization
+    for key, found, known in (
+        ("activations", quantization.activations, ACTIVATION_BITS),
+        ("weights", quantization.weights, WEIGHT_BITS),
+    ):
+        for name, bits in found.items():
+            if bits not in known:
+                raise _READER.mismatch(f"quantization.{key}.{name}", " or ".join(map(str, known)), bits)
     if model.kv.type not in CACHE_TYPES:
         raise _READER.mismatch("model.kv.type", " or ".join(CACHE_TYPES), model.kv.type)
     if model.kv.granularity not in (None, *GRANULARITIES) or (model.kv.scale_bytes and model.kv.type != "int8"):

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MANIFEST_NAME
 from ..caches.responses.settings import ResponseCacheSettings
-from ..engine import Engine, load
+from ..engine import Engine
 from ..errors import BundleMissingError, MissingExtraError, SettingsError
 from ..host.files import read_text
+from ..opening import load
 from .folder import add_provider
 
 if TYPE_CHECKING:

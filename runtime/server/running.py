@@ -8,7 +8,6 @@ import logging
 import signal
 import socket
 import stat
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ _BACKLOG = 128
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.05
 # On Windows, Ctrl-Break and a console that is closed end a program by a signal of their own.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGBREAK,) if sys.platform == "win32" else ()))
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 
 @dataclass(frozen=True)

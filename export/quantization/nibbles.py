@@ -1,0 +1,214 @@
+"""int8 matrices that are written in 4 bits a weight, for `int4-rowwise`.
+
+Each column of a matrix is cut into blocks of 32 inputs. A block has a step s from 1 to 15 and a zero z from 0 to 15, a
+weight 4 bits q: it is the int8 value (q - z) * s, at most 127 in magnitude, times the column's float32 scale. 4.25 bits
+a weight, and every sum of products is an integer, as with 8 bits: the same functions, guarantees and kernels.
+
+`round_nibbles` looks for the steps and zeros that fit best, weighed by what the inputs are on a text, and lets later
+inputs make up for the errors of earlier ones (GPTQ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .gptq import inverse_factor, round_chunk
+
+BLOCK, _GROUP = 32, 16
+_MOST = 15  # of a level, a step and a zero
+# Steps that are tried for a block, beside the one by which its range just fits: smaller ones cut off single weights.
+_STEPS = (1, 0, -1, -2, -3, -4)
+# Columns that are rounded at once, so that their weights stay in the processor's cache.
+_SLAB = 1024
+
+
+@dataclass(frozen=True)
+class Nibbles:
+    """levels: uint8 (inputs, outputs), up to 15; steps, zeros: uint8 (blocks, outputs); scales: float32 (outputs);
+    error: mean square of the products' errors, in units of the products' mean square."""
+
+    levels: NDArray[np.uint8]
+    steps: NDArray[np.uint8]
+    zeros: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    error: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(inputs, outputs)"""
+        inputs, outputs = self.levels.shape
+        return inputs, outputs
+
+    def values(self) -> NDArray[np.int8]:
+        """The int8 matrix (inputs, outputs), which times the scales is what the levels stand for."""
+        zeros, steps = (
+            np.repeat(of, BLOCK, axis=0)[: len(self.levels)].astype(np.int8) for of in (self.zeros, self.steps)
+        )
+        return np.asarray((self.levels.astype(np.int8) - zeros) * steps, np.int8)
+
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Those of `groups` and `factors`."""
+        blocks, outputs = self.steps.shape
+        count = -(-outputs // _GROUP)
+        return (count, blocks * BLOCK // 8, 4 * _GROUP), (count, blocks, _GROUP)
+
+    def groups(self) -> NDArray[np.uint8]:
+        """The levels as functions read them (`edgelm.export.passes.functions`). What fills up a block is its zero, a
+        weight of 0."""
+        (count, lines, _), _ = self.shapes()
+        filled = np.repeat(self.zeros, BLOCK, axis=0)
+        filled[: len(self.levels)] = self.levels
+        by_column = _filled_up(filled.T, count * _GROUP).reshape(count, _GROUP, lines, 8).transpose(0, 2, 1, 3)
+        return np.ascontiguousarray(by_column[..., :4] | by_column[..., 4:] << 4).reshape(count, lines, 4 * _GROUP)
+
+    def factors(self) -> NDArray[np.uint8]:
+        """Steps and zeros as functions read them."""
+        _, (count, blocks, _) = self.shapes()
+        both = np.asarray(self.steps | self.zeros << 4, np.uint8)
+        by_column = _filled_up(both.T, count * _GROUP)
+        return np.ascontiguousarray(by_column.reshape(count, _GROUP, blocks).transpose(0, 2, 1))
+
+
+def nibble_bytes(inputs: int, outputs: int) -> int:
+    """What a matrix takes in a file, its scales included."""
+    groups, blocks = -(-outputs // _GROUP), -(-inputs // BLOCK)
+    return groups * blocks * _GROUP * (BLOCK // 2 + 1) + 4 * outputs
+
+
+def save_nibbles(nibbles: Nibbles, path: Path) -> None:
+    """Write a matrix to a .npz file."""
+    np.savez(path, **{field.name: getattr(nibbles, field.name) for field in fields(nibbles)})
+
+
+def load_nibbles(path: Path) -> Nibbles:
+    """Read what `save_nibbles` wrote."""
+    with np.load(path) as file:
+        return Nibbles(file["levels"], file["steps"], file["zeros"], file["scales"], float(file["error"]))
+
+
+def round_nibbles(matrix: NDArray[np.float32], hessian: NDArray[np.float32] | None = None, limit: int = 127) -> Nibbles:
+    """Round a matrix (inputs, outputs).
+
+    hessian: (inputs, inputs), the mean of x xᵀ over the rows that it is multiplied with, or None: then each weight
+    goes to the nearest value; limit: largest magnitude of an int8 value. Cost: inputs² * outputs multiplications with a
+    hessian, some 100 * inputs * outputs operations without.
+
+    With a hessian, blocks with the largest inputs are rounded first, and in a block the largest inputs, while all
+    others can still make up for them. That leaves a tenth less error than the order of the matrix. Squared errors are
+    weighed by what is left of them when the inputs behind have made up for what they can.
+    """
+    blocks = [np.arange(begin, min(begin + BLOCK, len(matrix))) for begin in range(0, len(matrix), BLOCK)]
+    order = _Order(blocks, np.ones(len(matrix), np.float32), None)
+    if hessian is not None:
+        order = _order(blocks, hessian)
+    parts = [
+        _round_columns(np.asarray(matrix[:, begin : begin + _SLAB], np.float32), order, limit)
+        for begin in range(0, matrix.shape[1], _SLAB)
+    ]
+    levels, steps, zeros = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("levels", "steps", "zeros")
+    )
+    rounded = Nibbles(levels, steps, zeros, np.concatenate([part.scales for part in parts]))
+    return replace(rounded, error=_relative_error(rounded, matrix, hessian))
+
+
+def _relative_error(rounded: Nibbles, matrix: NDArray[np.float32], hessian: NDArray[np.float32] | None) -> float:
+    def size(values: NDArray[np.float32]) -> float:
+        return float(np.vdot(values if hessian is None else hessian @ values, values))
+
+    whole = size(matrix)
+    return size(rounded.values() * rounded.scales - matrix) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How inputs are rounded. blocks: those of each block, in the order of rounding; weights: of the squared errors of
+    each input, in that order; factor: of GPTQ, in that order, or None."""
+
+    blocks: list[NDArray[np.intp]]
+    weights: NDArray[np.float32]
+    factor: NDArray[np.float32] | None
+
+
+def _order(blocks: list[NDArray[np.intp]], hessian: NDArray[np.float32]) -> _Order:
+    sizes = np.diagonal(hessian)
+    ordered = [block[np.argsort(-sizes[block], kind="stable")] for block in blocks]
+    ordered.sort(key=lambda block: -float(sizes[block].sum()))
+    inputs = np.concatenate(ordered)
+    factor = inverse_factor(hessian[np.ix_(inputs, inputs)])
+    return _Order(ordered, np.asarray(1 / np.diagonal(factor) ** 2, np.float32), factor)
+
+
+def _round_columns(matrix: NDArray[np.float32], order: _Order, limit: int) -> Nibbles:
+    scales = _scales(matrix, limit)
+    weights = matrix[np.concatenate(order.blocks)]  # a copy, in which errors are handed on
+    levels = np.empty(matrix.shape, np.uint8)
+    steps, zeros = (np.empty((len(order.blocks), matrix.shape[1]), np.uint8) for _ in range(2))
+    begin = 0
+    for inputs in order.blocks:
+        end, index = begin + len(inputs), inputs.min() // BLOCK
+        step, zero = _fit(weights[begin:end], order.weights[begin:end], scales, limit)
+
+        def rounder(
+            row: NDArray[np.float32], size: NDArray[np.float32] = step * scales, zero: NDArray[np.float32] = zero
+        ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            level = np.clip(np.rint(row / size) + zero, 0, _MOST)
+            return level, (level - zero) * size
+
+        if order.factor is None:
+            levels[inputs] = rounder(weights[begin:end])[0]
+        else:
+            levels[inputs] = round_chunk(weights, order.factor, begin, end, rounder)
+        steps[index], zeros[index] = step, zero
+        begin = end
+    return Nibbles(levels, steps, zeros, scales)
+
+
+def _scales(matrix: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
+    """The finest scale for each column with which the ranges of all its blocks can be had; 1 for a column of zeros."""
+    largest = np.zeros(matrix.shape[1], np.float32)
+    for begin in range(0, len(matrix), BLOCK):
+        low, high = _range(matrix[begin : begin + BLOCK])
+        size = (high - low) / _MOST
+        zero = np.rint(np.divide(-low, size, out=np.zeros_like(size), where=size > 0))
+        most = np.minimum(_MOST, limit // np.maximum(zero, _MOST - zero))
+        largest = np.maximum(largest, size / most)
+    return np.where(largest > 0, largest, 1).astype(np.float32)
+
+
+def _fit(
+    block: NDArray[np.float32], weights: NDArray[np.float32], scales: NDArray[np.float32], limit: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Step and zero of each column of a block with the least weighed error."""
+    low, high = _range(block)
+    fitting = np.rint((high - low) / (_MOST * scales))
+    best = np.full(block.shape[1], np.inf, np.float32)
+    steps, zeros = np.ones_like(best), np.zeros_like(best)
+    for change in _STEPS:
+        step = np.clip(fitting + change, 1, _MOST)
+        size = step * scales
+        shares = block / size
+        middle = _MOST / 2 - (low + high) / (2 * size)
+        for wanted in (np.floor(middle), np.ceil(middle), np.rint(-low / size)):
+            zero = np.clip(wanted, 0, _MOST)
+            error = np.clip(np.rint(shares), -zero, _MOST - zero) - shares
+            loss = weights @ np.square(error) * size**2
+            loss[step * np.maximum(zero, _MOST - zero) > limit] = np.inf
+            better = loss < best
+            best[better], steps[better], zeros[better] = loss[better], step[better], zero[better]
+    return steps, zeros
+
+
+def _range(block: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Smallest and largest weight of each column, and zero in between."""
+    return np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
+
+
+def _filled_up(rows: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    filled = np.zeros((count, rows.shape[1]), np.uint8)
+    filled[: len(rows)] = rows
+    return filled
