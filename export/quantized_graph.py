@@ -21,7 +21,7 @@ from .gate.cache_judge import CacheAgreement, calibrate_cache
 from .gate.cache_prompts import cache_prompts
 from .gate.reference import write_answers
 from .gate.repair import Attempt, Candidate, Verdict, judge
-from .narrowing import narrow
+from .gate.weight_bits import WeightBits
 from .output.genai import write_genai_files
 from .passes.quantize_linears import ROWWISE_SCHEMES
 from .passes.widen_activations import WidenActivations, matrices_of
@@ -31,6 +31,7 @@ from .quantization.rounding import round_matrices
 from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, QuantizedGraph, save_graph
 from .stages import Stages
+from .weight_choice import choose_weights
 
 _MEASURED_PROMPT = 128
 # Decode steps on top of each run of the prompt. `edgelm bench` measures longer; these figures are for the report.
@@ -44,13 +45,12 @@ def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> Qua
     with stages.stage("calibrate"):
         ranges, cache = calibrate(loaded, fp32)
     with stages.stage("quantize"):
-        quantizer = quantize(loaded, fp32, ranges)
-        narrowing = narrow(loaded, fp32) if loaded.scheme == MIXED_SCHEME else None
-    weights = None
-    if narrowing is not None:
+        quantizer = make_quantizer(loaded, fp32, ranges)
+        save_graph(quantizer.quantized(), fp32.job.bundle)
+    weights: WeightBits | None = None
+    if loaded.scheme == MIXED_SCHEME:
         with stages.stage("choose weights"):
-            weights = narrowing.choose()
-            quantizer = narrowing.write(quantizer, weights)
+            weights, quantizer = choose_weights(loaded, fp32, quantizer)
     with stages.stage("choose arithmetic"):
         chosen = _choose_arithmetic(loaded, fp32)
     with stages.stage("judge"):
@@ -81,25 +81,22 @@ def _cache_probe(fp32: Fp32Graph, ranges: Ranges) -> Iterator[Session]:
         yield session
 
 
-def quantize(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
-    """Write the bundle's graph and weights, all matrices quantized. Returns: what did so."""
+def make_quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
     profile, length = fp32.job.profile, loaded.source.context_length
     rounded: Mapping[str, Path] = {}
-    # Where no matrix is kept in 8 bits, nearest values serve until all are replaced.
+    # Where all of them become 4 bits, it does not matter how they are rounded before.
     kept = loaded.scheme != MIXED_SCHEME or fp32.job.config.has_budget
     if loaded.scheme in ROWWISE_SCHEMES and kept and fp32.can_calibrate:
         limit = (1 << (profile.weight_bits - 1)) - 1
         rounded = round_matrices(fp32.graph, loaded.calibrating_ids, length, limit, fp32.job.answers)
     # A model that was compressed with `weights-int4` names what its method needs.
     blocks = None if loaded.blocks is None else make_block_quantizer(loaded.blocks, fp32.graph, loaded.text_ids, length)
-    made = Quantizer(fp32.graph, loaded.scheme, profile.weight_bits, ranges, profile.activations, blocks, rounded)
-    save_graph(made.quantized(), fp32.job.bundle)
-    return made
+    return Quantizer(fp32.graph, loaded.scheme, profile.weight_bits, ranges, profile.activations, blocks, rounded)
 
 
 def _choose_arithmetic(loaded: Loaded, fp32: Fp32Graph) -> Arithmetic | None:
-    """8 or 16 bits for the activations of each matrix, in the row-wise schemes. A model that is fed token by token has
-    16 everywhere: there is no long step in which 8 would save time."""
+    """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
+    everywhere: there is no long step in which 8 would save time."""
     if loaded.scheme not in ROWWISE_SCHEMES:
         return None
     matrices = matrices_of(ir.load(fp32.job.bundle / names.GRAPH_NAME))
@@ -170,14 +167,12 @@ def _attempt(name: str, way: Arithmetic | None, fp32: Fp32Graph, quantizer: Quan
     """Its graph is the one that is written already, but for the activations; the weights stay as they are."""
     if way is None:
         return Attempt(name, lambda: None, partial(_probe, fp32, quantizer, ()))
-    wide = way.wide()
-    return Attempt(name, partial(use_arithmetic, fp32, way), partial(_probe, fp32, quantizer, wide))
+    wide, bundle = way.wide(), fp32.job.bundle
 
+    def write() -> None:
+        ir.save(_with_wide(bundle, wide), bundle / names.GRAPH_NAME)
 
-def use_arithmetic(fp32: Fp32Graph, arithmetic: Arithmetic) -> None:
-    """Let the bundle's graph compute so. The weights stay as they are."""
-    bundle = fp32.job.bundle
-    ir.save(_with_wide(bundle, arithmetic.wide()), bundle / names.GRAPH_NAME)
+    return Attempt(name, write, partial(_probe, fp32, quantizer, wide))
 
 
 @contextmanager

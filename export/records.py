@@ -115,8 +115,7 @@ class Fp32Graph:
 
     @property
     def can_calibrate(self) -> bool:
-        """Whether the inputs of matrices can be computed: the other ways to trace give graphs with inputs of their
-        own."""
+        """Whether the inputs of matrices can be computed: other ways to trace give graphs with inputs of their own."""
         return self.path == FUSED and not self.shape.states
 
     def model(self, kv: str) -> Model:
@@ -137,9 +136,9 @@ class Fp32Graph:
 class QuantizedGraph:
     """The graph in the bundle's folder, which holds the target's limits.
 
-    cache: None for a float32 cache; weights: the bits of each matrix, arithmetic: those of its activations, None for a
-    scheme without such a choice; verdict: None where the graph is the fp32 one; examples: prompts with both answers;
-    speeds: of "before" and "after"; without_genai: why onnxruntime-genai's files are not there.
+    cache: None for a float32 cache; weights, arithmetic: None for a scheme without such a choice; verdict: None where
+    the graph is the fp32 one; examples: prompts with both answers; speeds: of "before" and "after"; without_genai: why
+    onnxruntime-genai's files are not there.
     """
 
     cache: CacheAgreement | None

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from .bundle.manifest import Manifest
     from .caches.prefixes.cache import PrefixCacheSettings
     from .caches.responses.cache import ResponseCacheSettings
-    from .engine import Engine, load
+    from .engine import Engine
     from .errors import EdgelmError
     from .estimate import MemoryEstimate, estimate_memory
+    from .opening import load
     from .results import Chunk, Completion, Stats, TokenLogprob
     from .serving.streams import Stream
     from .settings import GenerationSettings
@@ -39,7 +40,7 @@ _HOME = {
     "Stream": "serving.streams",
     "TokenLogprob": "results",
     "estimate_memory": "estimate",
-    "load": "engine",
+    "load": "opening",
 }
 
 __all__ = [

@@ -49,7 +49,8 @@ TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--all", action="store_true", help="also run the files whose tests take long together")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes each")
     parser.addoption("--bundles", type=Path, help="folder of exported bundles, for machines that cannot export")
 
 
@@ -66,6 +67,12 @@ def edgelm_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files that are named on the command line are meant.
+    named = any(argument.partition("::")[0].endswith(".py") for argument in config.args)
+    if not config.getoption("--all") and not named:
+        left_out = [item for item in items if "long" in item.keywords]
+        items[:] = [item for item in items if "long" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

@@ -90,6 +90,7 @@ LAYERS = (
     {"caches"},
     {"evaluation", "serving"},
     {"engine", "estimate", "fake"},
+    {"opening"},
     {"server"},
     {"cli"},
     {"commands"},

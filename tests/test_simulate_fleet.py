@@ -128,6 +128,14 @@ def test_the_fit_finds_what_made_the_points(script: ModuleType) -> None:
     assert fit_prompt(points) == pytest.approx((0.003, 0.0005, 1e-7), rel=1e-6)
 
 
+def test_what_falls_by_noise_is_made_to_rise(script: ModuleType) -> None:
+    from fleet.times import rising
+
+    assert rising([1, 2, 3]) == (1, 2, 3)
+    assert rising([1, 4, 2, 5]) == (1, 3, 3, 5)
+    assert rising([3, 2, 1]) == (2, 2, 2)
+
+
 def test_times_are_written_and_read(script: ModuleType, times: Any, tmp_path: Path) -> None:
     times.write(tmp_path / "times.json")
     assert script.StepTimes.read(tmp_path / "times.json") == times

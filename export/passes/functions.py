@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import onnx.parser
 import onnx_ir as ir
 
-from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, Builder, use_domain
+from .attention_functions import ATTENTION_TEXTS, NORMED
+from .graph import MICROSOFT, Builder, use_domain
 
 EDGELM = "edgelm"
 ROWWISE_MATMUL = "RowwiseMatMul"
@@ -22,7 +23,6 @@ NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
 POST_NORMED_ROWWISE_MATMUL = "PostNormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
 GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
-NORMED = {ATTENTION: f"Normed{ATTENTION}", KEPT_ATTENTION: f"KeptNormed{ATTENTION}"}
 # Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
 WIDE = "16"
 # In front of the name of a product whose int8 matrix is written in 4 bits: two inputs, the groups of its columns and
@@ -31,17 +31,6 @@ INT4 = "Int4"
 INT4_EMBEDDING = "Int4Embedding"
 # In front of the name of a product with a bias for each column, one input more, which is added at the end.
 BIASED = "Biased"
-ATTENTION_ATTRIBUTES = (
-    "num_heads",
-    "kv_num_heads",
-    "scale",
-    "do_rotary",
-    "local_window_size",
-    "k_quant_type",
-    "v_quant_type",
-    "kv_cache_bit_width",
-)
-
 # x float32 (..., K), weight int8 (K, N), scales float32 (N), y float32 (..., N).
 # The zero point is cast because onnxruntime makes one of equal constants that are int32, and not of those that are
 # uint8: calls that share their x would quantize it once each.
@@ -172,40 +161,6 @@ _EMBEDDING_OF_NIBBLES = f"""
     scale = Unsqueeze(own_scales, last)
     y = Mul(values, scale)
 """
-_ATTENTION_INPUTS = (
-    "query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids, "
-    "attention_bias, head_sink, k_scale, v_scale"
-)
-_ATTENTION_STATES = "present_key, present_value"
-_TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
-_ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
-_PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
-# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). What is computed of constants
-# alone is constant to onnxruntime.
-_HEAD_NORMS = """
-    size = Shape(query_norm)
-    query_heads = Constant<value_int: int = @num_heads>()
-    key_heads = Constant<value_int: int = @kv_num_heads>()
-    query_width = Mul(query_heads, size)
-    key_width = Mul(key_heads, size)
-    widths = Concat<axis = 0>(query_width, key_width, key_width)
-    side_by_side = Constant<value_ints = [0, 0, -1]>()
-    by_head = Concat<axis = 0>(side_by_side, size)
-    plain_queries, plain_keys, values = Split<axis = 2>(query, widths)
-    queries_by_head = Reshape(plain_queries, by_head)
-    keys_by_head = Reshape(plain_keys, by_head)
-    normed_queries = SimplifiedLayerNormalization
-        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (queries_by_head, query_norm)
-    normed_keys = SimplifiedLayerNormalization
-        <axis = -1, epsilon: float = @epsilon, stash_type = 1> (keys_by_head, key_norm)
-    queries = Reshape(normed_queries, side_by_side)
-    keys = Reshape(normed_keys, side_by_side)
-"""
-_KEPT_ROWS = f"""
-    end = Constant<value_ints = [{2**63 - 1}]>()
-    axis = Constant<value_ints = [1]>()
-    kept = Slice(output, start, end, axis)
-"""
 
 
 class _Front(NamedTuple):
@@ -295,34 +250,10 @@ def _with_attribute(signature: str, name: str) -> str:
     return signature.replace("<", f"<{name}, ", 1) if "<" in signature else f"<{name}> {signature}"
 
 
-def _attention_name(kept: bool, normed: bool) -> str:
-    return f"{'Kept' if kept else ''}{'Normed' if normed else ''}{ATTENTION}"
-
-
-def _attention(kept: bool, normed: bool) -> str:
-    """com.microsoft's operator, on an INT8 cache with a scale per channel, or between INT8 activations. Attributes that
-    few models need (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay
-    com.microsoft's.
-
-    kept: with the rows from `start` on alone (int64 (1), from the end where it is negative); normed: each head of
-    queries and keys, which come side by side with the values, is normed first.
-    """
-    inputs, attributes, attended = _ATTENTION_INPUTS, _ATTRIBUTES, _ATTENTION_INPUTS
-    if normed:
-        attended = inputs.replace("query, key, value", "queries, keys, values", 1)
-        inputs, attributes = inputs.replace("key, value", "query_norm, key_norm", 1), f"{attributes}, epsilon"
-    given = f"{inputs}, start" if kept else inputs
-    return f"""{_attention_name(kept, normed)} <{attributes}> ({given}) => (
-            {"kept" if kept else "output"}, {_ATTENTION_STATES}) {{
-        {_HEAD_NORMS if normed else ""}
-        output, {_ATTENTION_STATES} = {MICROSOFT}.{ATTENTION} <{_PASSED_ON}> ({attended})
-        {_KEPT_ROWS if kept else ""} }}"""
-
-
 _TEXTS = {
     **{"".join(form): _product(*form) for form in _FORMS},
     INT4_EMBEDDING: f"{INT4_EMBEDDING} <depth> (ids, groups, factors, scales) => (y) {{ {_EMBEDDING_OF_NIBBLES} }}",
-    **{_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)},
+    **ATTENTION_TEXTS,
 }
 
 

@@ -1,12 +1,4 @@
-"""Matrices of int8 that can be written in 4 bits are: another function of the domain `edgelm`, or another embedding.
-
-`edgelm.export.quantization.nibbles` has the arithmetic: such a matrix is an int8 matrix whose values are small steps
-of its blocks. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` where it is an
-embedding's table too:
-1. a call of a row-wise product function that reads it -> the function with `Int4` in front of the product's name
-2. the embedding of tokens by its rows (`QuantizeEmbedding`) -> a call of `Int4Embedding`
-Runs behind all passes that know int8 matrices only, and in front of `WidenActivations`, which knows both.
-"""
+"""int8 matrices that can be written in 4 bits are: another function of the domain `edgelm`, or another embedding."""
 
 from __future__ import annotations
 
@@ -23,7 +15,15 @@ _SUFFIXES = (".rows.int8", ".int8")
 
 
 class NarrowWeights(GraphPass):
-    """See the module."""
+    """`edgelm.export.quantization.nibbles` has the arithmetic: such a matrix is an int8 matrix whose values are small
+    steps of its blocks. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` where it is
+    an embedding's table too:
+
+    1. a call of a row-wise product function that reads it -> the function with `Int4` in front of the product's name
+    2. the embedding of tokens by its rows (`QuantizeEmbedding`) -> a call of `Int4Embedding`
+
+    Runs behind all passes that know int8 matrices only, and in front of `WidenActivations`, which knows both.
+    """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         """files: of `save_nibbles`, for names of matrices as in the source model."""

@@ -25,9 +25,9 @@ class QuantizeLinears(GraphPass):
     Each is rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
     Activations, by scheme:
 
-    - `int8-rowwise` and `int4-rowwise`, which differ in what `narrow_weights` then makes of the matrices: each row x
-      (one token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is multiplied by r
-      afterwards. A token's result depends on no other token, so a text may be cut anywhere. A call of the function
+    - `int8-rowwise`, and `int4-rowwise`, of whose matrices `narrow_weights` then writes some in 4 bits: each row x (one
+      token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is multiplied by r afterwards. A
+      token's result depends on no other token, so a text may be cut anywhere. A call of the function
       `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to one that quantizes to 16 bits.
     - `int8-tensor`: ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step
       together, with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.

@@ -15,10 +15,10 @@ _MATRICES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 class WidenActivations(GraphPass):
-    """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of
-    the function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
-    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last:
-    other passes know 8 bits only.
+    """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the
+    function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
+    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last: other passes know
+    rows of 8 bits only.
 
     `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
     between.
@@ -41,7 +41,7 @@ def matrices_of(model: ir.Model) -> dict[str, int]:
     found: dict[str, int] = {}
     for node, name in _products(model):
         logits = any(value.is_graph_output() for value in node.outputs)
-        found[name] = found.get(name, 0) + (0 if logits else math.prod(shape_of_matrix(node)))
+        found[name] = found.get(name, 0) + (0 if logits else math.prod(_shape_of_matrix(node)))
     return found
 
 
@@ -57,8 +57,8 @@ def _matrix(node: ir.Node) -> ir.Value:
     return next(value for value in node.inputs if value is not None and value.dtype in _MATRICES)
 
 
-def shape_of_matrix(node: ir.Node) -> tuple[int, ...]:
-    """Inputs and outputs of the matrix of a row-wise product, in either order."""
+def _shape_of_matrix(node: ir.Node) -> tuple[int, ...]:
+    """Inputs and outputs, in either order."""
     matrix = _matrix(node)
     assert matrix.const_value is not None, "matrices are initializers"
     shape = tuple(int(size) for size in matrix.const_value.shape)  # type: ignore[arg-type]

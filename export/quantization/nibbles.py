@@ -21,7 +21,7 @@ from .gptq import inverse_factor, round_chunk
 BLOCK, _GROUP = 32, 16
 _MOST = 15  # of a level, a step and a zero
 # Steps that are tried for a block, beside the one by which its range just fits: smaller ones cut off single weights.
-_STEPS = (1, 0, -1, -2, -3)
+_STEPS = (1, 0, -1, -2, -3, -4)
 # Columns that are rounded at once, so that their weights stay in the processor's cache.
 _SLAB = 1024
 
@@ -96,19 +96,23 @@ def round_nibbles(matrix: NDArray[np.float32], hessian: NDArray[np.float32] | No
     hessian: (inputs, inputs), the mean of x xᵀ over the rows that it is multiplied with, or None: then each weight
     goes to the nearest value; limit: largest magnitude of an int8 value. Cost: inputs² * outputs multiplications with a
     hessian, some 100 * inputs * outputs operations without.
+
+    With a hessian, blocks with the largest inputs are rounded first, and in a block the largest inputs, while all
+    others can still make up for them. That leaves a tenth less error than the order of the matrix. Squared errors are
+    weighed by what is left of them when the inputs behind have made up for what they can.
     """
-    factor = None if hessian is None else inverse_factor(hessian)
-    weights = np.ones(len(matrix), np.float32) if hessian is None else np.diagonal(hessian).astype(np.float32)
+    blocks = [np.arange(begin, min(begin + BLOCK, len(matrix))) for begin in range(0, len(matrix), BLOCK)]
+    order = _Order(blocks, np.ones(len(matrix), np.float32), None)
+    if hessian is not None:
+        order = _order(blocks, hessian)
     parts = [
-        _round_columns(np.array(matrix[:, begin : begin + _SLAB], np.float32), weights, factor, limit)
+        _round_columns(np.asarray(matrix[:, begin : begin + _SLAB], np.float32), order, limit)
         for begin in range(0, matrix.shape[1], _SLAB)
     ]
-    rounded = Nibbles(
-        np.concatenate([part.levels for part in parts], axis=1),
-        np.concatenate([part.steps for part in parts], axis=1),
-        np.concatenate([part.zeros for part in parts], axis=1),
-        np.concatenate([part.scales for part in parts]),
+    levels, steps, zeros = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("levels", "steps", "zeros")
     )
+    rounded = Nibbles(levels, steps, zeros, np.concatenate([part.scales for part in parts]))
     return replace(rounded, error=_relative_error(rounded, matrix, hessian))
 
 
@@ -120,16 +124,34 @@ def _relative_error(rounded: Nibbles, matrix: NDArray[np.float32], hessian: NDAr
     return size(rounded.values() * rounded.scales - matrix) / whole if whole > 0 else 0.0
 
 
-def _round_columns(
-    matrix: NDArray[np.float32], weights: NDArray[np.float32], factor: NDArray[np.float32] | None, limit: int
-) -> Nibbles:
-    """matrix is overwritten. weights: of the squared errors of each input's weights."""
+@dataclass(frozen=True)
+class _Order:
+    """How inputs are rounded. blocks: those of each block, in the order of rounding; weights: of the squared errors of
+    each input, in that order; factor: of GPTQ, in that order, or None."""
+
+    blocks: list[NDArray[np.intp]]
+    weights: NDArray[np.float32]
+    factor: NDArray[np.float32] | None
+
+
+def _order(blocks: list[NDArray[np.intp]], hessian: NDArray[np.float32]) -> _Order:
+    sizes = np.diagonal(hessian)
+    ordered = [block[np.argsort(-sizes[block], kind="stable")] for block in blocks]
+    ordered.sort(key=lambda block: -float(sizes[block].sum()))
+    inputs = np.concatenate(ordered)
+    factor = inverse_factor(hessian[np.ix_(inputs, inputs)])
+    return _Order(ordered, np.asarray(1 / np.diagonal(factor) ** 2, np.float32), factor)
+
+
+def _round_columns(matrix: NDArray[np.float32], order: _Order, limit: int) -> Nibbles:
     scales = _scales(matrix, limit)
+    weights = matrix[np.concatenate(order.blocks)]  # a copy, in which errors are handed on
     levels = np.empty(matrix.shape, np.uint8)
-    steps, zeros = [], []
-    for begin in range(0, len(matrix), BLOCK):
-        end = min(begin + BLOCK, len(matrix))
-        step, zero = _fit(matrix[begin:end], weights[begin:end], scales, limit)
+    steps, zeros = (np.empty((len(order.blocks), matrix.shape[1]), np.uint8) for _ in range(2))
+    begin = 0
+    for inputs in order.blocks:
+        end, index = begin + len(inputs), inputs.min() // BLOCK
+        step, zero = _fit(weights[begin:end], order.weights[begin:end], scales, limit)
 
         def rounder(
             row: NDArray[np.float32], size: NDArray[np.float32] = step * scales, zero: NDArray[np.float32] = zero
@@ -137,13 +159,13 @@ def _round_columns(
             level = np.clip(np.rint(row / size) + zero, 0, _MOST)
             return level, (level - zero) * size
 
-        if factor is None:
-            levels[begin:end] = rounder(matrix[begin:end])[0]
+        if order.factor is None:
+            levels[inputs] = rounder(weights[begin:end])[0]
         else:
-            levels[begin:end] = round_chunk(matrix, factor, begin, end, rounder)
-        steps.append(step)
-        zeros.append(zero)
-    return Nibbles(levels, np.stack(steps).astype(np.uint8), np.stack(zeros).astype(np.uint8), scales)
+            levels[inputs] = round_chunk(weights, order.factor, begin, end, rounder)
+        steps[index], zeros[index] = step, zero
+        begin = end
+    return Nibbles(levels, steps, zeros, scales)
 
 
 def _scales(matrix: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
