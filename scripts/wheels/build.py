@@ -28,8 +28,9 @@ _PACKAGES = (
     "lief==1.0.0",
 )
 CHECK = Path(__file__).with_name("binaries.py")
-# Strip, since zig's own copy of libc++ has symbols; a fixed time makes wheels of one copy alike.
-_FLAGS = "-g0"
+# One level for CMake's questions to the compiler, too: zig builds its C++ library anew for each.
+_FLAGS = "-O3 -g0"
+# A fixed time: wheels of one copy are alike.
 _EPOCH = "1577836800"
 
 
@@ -94,8 +95,9 @@ def settings(platform: Platform) -> dict[str, str]:
         "CMAKE_SYSTEM_NAME": platform.system,
         "CMAKE_SYSTEM_PROCESSOR": platform.processor,
         "CMAKE_CXX_FLAGS": f"-target {platform.target} {_FLAGS}",
-        # zig links libc++ statically where nothing else is asked for.
+        # zig links its C++ library statically; its symbols are stripped.
         "CMAKE_MODULE_LINKER_FLAGS": "-s",
+        "CMAKE_SHARED_LINKER_FLAGS": "-s",
         "EDGELM_NEON": "-mcpu=generic",
         "EDGELM_NEON_DOT": "-mcpu=generic+dotprod",
         # CMake wants one for Windows; nothing is compiled with it.
