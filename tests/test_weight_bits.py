@@ -15,7 +15,7 @@ from edgelm.export import ExportConfig, export_model
 from edgelm.export.commands.export import _size
 from edgelm.export.commands.sizes import picture
 from edgelm.export.errors import RecipeError
-from edgelm.export.gate.weight_bits import Candidate, Cost, all_in, choose_bits, costs_of
+from edgelm.export.gate.weight_bits import Candidate, Step, all_in, choose_bits, steps_of
 from edgelm.export.sizes import SizePoint, measure_sizes
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
@@ -26,7 +26,12 @@ from .conftest import WIDE_TARGET
 
 # Of each kind one for each of 12 layers.
 NAMES = [f"layers.{layer}.{kind}.weight" for layer in range(12) for kind in ("up", "down")] + ["head.weight"]
-MATRICES = [Candidate(name, 1000, 1900, 0.02 if ".3." in name else 0.01) for name in NAMES]
+SIZES = {4: 1000, 5: 1250, 6: 1500, 8: 1900}
+MATRICES = [
+    Candidate(name, SIZES, {bits: scale * error for bits, error in {4: 0.01, 5: 0.003, 6: 0.001}.items()})
+    for name in NAMES
+    for scale in (2.0 if ".3." in name else 1.0,)
+]
 
 
 class Noisy:
@@ -48,32 +53,39 @@ def probe(narrow: Collection[str]) -> Iterator[Session]:
     yield cast("Session", Noisy(narrow))
 
 
-def measured() -> list[Cost]:
-    return costs_of(MATRICES, probe, [list(range(40)), list(range(40))], 32)
+def measured() -> list[Step]:
+    return steps_of(MATRICES, probe, [list(range(40)), list(range(40))], 32)
 
 
-def test_every_matrix_has_a_cost_the_worst_first() -> None:
-    costs = measured()
-    assert {cost.name for cost in costs} == set(NAMES)
-    assert costs[0].name == "head.weight"
-    kinds = [cost.name.split(".")[-2] for cost in costs[1:]]
-    assert kinds == ["down"] * 12 + ["up"] * 12
+def test_every_matrix_has_its_steps_those_that_save_most_first() -> None:
+    steps = measured()
+    assert {(step.name, step.bits) for step in steps} == {(name, bits) for name in NAMES for bits in (5, 6, 8)}
+    assert (steps[0].name, steps[0].bits) == ("head.weight", 5)
+    worth = [step.kl / step.bytes for step in steps]
+    assert worth == sorted(worth, reverse=True)
     # Of a group of two layers, the matrix with twice the error bears two thirds.
-    by_name = {cost.name: cost.kl for cost in costs}
-    assert by_name["layers.3.up.weight"] == pytest.approx(2 * by_name["layers.2.up.weight"])
+    first = {step.name: step.kl for step in steps if step.bits == 5}
+    assert first["layers.3.up.weight"] == pytest.approx(2 * first["layers.2.up.weight"])
 
 
-def test_more_bytes_are_never_worse_and_are_never_exceeded() -> None:
-    costs = measured()
+def test_a_width_that_does_not_pay_is_left_out() -> None:
+    matrix = Candidate("a.weight", SIZES, {4: 0.01, 5: 0.0099, 6: 0.001})
+    steps = steps_of([matrix], lambda names: probe(["a.up.weight" for _ in names]), [list(range(40))], 32)
+    assert [step.bits for step in steps] == [6, 8]
+
+
+def test_more_bytes_are_not_worse_and_are_never_exceeded() -> None:
+    steps = measured()
     least, most = (all_in(MATRICES, bits).weights_bytes for bits in (4, 8))
-    before = choose_bits(MATRICES, costs, 0)
+    before = choose_bits(MATRICES, steps, 0)
     assert set(before.bits.values()) == {4} and before.weights_bytes == least
+    assert before.kl == pytest.approx(sum(step.kl for step in steps))
     for budget in range(least, most + 1000, 700):
-        choice = choose_bits(MATRICES, costs, budget)
-        assert choice.weights_bytes <= budget
-        assert choice.kl <= before.kl and set(choice.narrow()) <= set(before.narrow())
+        choice = choose_bits(MATRICES, steps, budget)
+        assert choice.weights_bytes == sum(SIZES[bits] for bits in choice.bits.values()) <= budget
+        assert choice.kl <= before.kl
         before = choice
-    assert not before.narrow() and before.kl == 0
+    assert not before.narrow() and before.kl == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,7 @@ def test_a_stated_loss_widens_what_follows_from_it() -> None:
 def test_a_bundle_of_a_size_fits_it_and_says_what_it_chose(export_tiny: Callable[..., Path]) -> None:
     bundle = Bundle.open(export_tiny(bits=10.0, max_kl=5.0))
     weights = bundle.manifest.quantization.weights
-    assert set(weights.values()) == {4, 8}
+    assert set(weights.values()) <= {4, 5, 6, 8} and len(set(weights.values())) > 1
     assert set(weights) == set(bundle.manifest.quantization.activations)
     size = (bundle.path / "model.onnx.data").stat().st_size
     assert size <= 10.0 * bundle.manifest.model.parameters / 8
@@ -139,7 +151,7 @@ def test_a_whole_bundle_is_within_its_size(tiny_model: Path, tmp_path: Path) -> 
     size = 345_000
     done = export_model(ExportConfig(str(tiny_model), target=WIDE_TARGET, out=tmp_path / "out", size=size, max_kl=5.0))
     assert sum(path.stat().st_size for path in done.path.iterdir()) <= size
-    assert set(done.manifest.quantization.weights.values()) <= {4, 8}
+    assert set(done.manifest.quantization.weights.values()) <= {4, 5, 6, 8}
     assert done.report["weights"]["bits"] == done.manifest.quantization.weights
 
 
