@@ -22,7 +22,7 @@ class ExportConfig:
     branch of a hub id; text: UTF-8 file of which one half calibrates and the other judges (None: those of edgelm); out:
     folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there; compress:
     name of a recipe or path of a TOML file (None: the model as it is); size: bytes that the bundle may take, bits: the
-    same as bits for each parameter of the model (both of int4-rowwise, which then chooses 4 or 8 for each matrix);
+    same as bits for each parameter of the model (both of int4-rowwise, which then chooses 4 to 8 for each matrix);
     max_kl: nats a token that the quantized model may be from fp32 (None: the target's limit).
     """
 

@@ -87,7 +87,7 @@ def _choices(choosing: Choosing) -> list[WeightBits]:
     """From 4 bits everywhere to 8, in equal steps of bytes."""
     least, most = (all_in(choosing.matrices, bits).weights_bytes for bits in (4, 8))
     budgets = [least + (most - least) * step // (POINTS - 1) for step in range(POINTS)]
-    return [choose_bits(choosing.matrices, choosing.costs, budget) for budget in budgets]
+    return [choose_bits(choosing.matrices, choosing.steps, budget) for budget in budgets]
 
 
 def _point(choosing: Choosing, quantizer: Quantizer, reference: Reference, choice: WeightBits) -> SizePoint:

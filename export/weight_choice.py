@@ -1,4 +1,4 @@
-"""The choice of `int4-rowwise`: 4 or 8 bits for each matrix, by what a bundle may take, and what 4 bits cost."""
+"""The choice of `int4-rowwise`: 4, 5, 6 or 8 bits for each matrix, by what a bundle may take, and what 4 bits cost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..runtime.bundle import folder as names
 from ..runtime.sessions.protocol import Session
 from .errors import RecipeError
 from .gate.arithmetic import WINDOW_TOKENS
-from .gate.weight_bits import Candidate, Cost, WeightBits, all_in, choose_bits, costs_of
+from .gate.weight_bits import LEAST, MOST, Candidate, Step, WeightBits, all_in, choose_bits, steps_of
 from .passes.narrow_weights import NarrowWeights, bytes_of_matrices
 from .passes.widen_activations import WidenActivations, matrices_of
-from .quantization.nibbles import load_nibbles, nibble_bytes
+from .quantization.nibbles import WIDTHS, load_nibbles, nibble_bytes
 from .quantization.rounding import round_to_nibbles
 from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, save_graph
@@ -31,22 +31,22 @@ _REPORTS_BYTES = 192 << 10
 class Choosing:
     """What choices are made from. The bundle's folder holds the graph with 8 bits everywhere until one is written.
 
-    files: every matrix in 4 bits; matrices: what they take; other_bytes, other_weights_bytes: what the bundle, and its
-    weights, take beside them.
+    files: every matrix with each number of bits; matrices: what they take; other_bytes, other_weights_bytes: what the
+    bundle, and its weights, take beside them.
     """
 
     loaded: Loaded
     fp32: Fp32Graph
-    files: Mapping[str, Path]
+    files: Mapping[int, Mapping[str, Path]]
     matrices: tuple[Candidate, ...]
     other_bytes: int
     other_weights_bytes: int
 
     @cached_property
-    def costs(self) -> list[Cost]:
-        """What 4 bits cost each matrix, with activations of 16 bits. Must be asked for before a choice is written."""
+    def steps(self) -> list[Step]:
+        """From 4 bits to 8, with activations of 16 bits. Must be asked for before a choice is written."""
         tokens = min(WINDOW_TOKENS, self.loaded.source.context_length)
-        return costs_of(self.matrices, self._probe, self.loaded.calibrating_ids, tokens)
+        return steps_of(self.matrices, self._probe, self.loaded.calibrating_ids, tokens)
 
     def size(self, choice: WeightBits) -> int:
         """Bytes of the whole bundle."""
@@ -67,7 +67,7 @@ class Choosing:
 
     def write(self, choice: WeightBits, quantizer: Quantizer) -> Quantizer:
         """The bundle's graph and weights with this choice; what makes them."""
-        narrowed = replace(quantizer, narrow={name: self.files[name] for name in choice.narrow()})
+        narrowed = replace(quantizer, narrow={name: self.files[bits][name] for name, bits in choice.narrow().items()})
         save_graph(narrowed.quantized(), self.fp32.job.bundle)
         return narrowed
 
@@ -77,7 +77,7 @@ class Choosing:
         folder = self.fp32.job.bundle
         graph = ir.load(folder / names.GRAPH_NAME)
         wide = list(matrices_of(graph))
-        passes = [NarrowWeights({name: self.files[name] for name in narrow}), WidenActivations(wide)]
+        passes = [NarrowWeights({name: self.files[LEAST][name] for name in narrow}), WidenActivations(wide)]
         ir.passes.PassManager(passes)(graph)
         ir.save(graph, folder / _PROBE_NAME)
         try:
@@ -88,16 +88,18 @@ class Choosing:
 
 
 def make_choosing(loaded: Loaded, fp32: Fp32Graph) -> Choosing:
-    """Every matrix in 4 bits, and what all parts of a bundle take. Cost: as of `round_to_nibbles`."""
+    """Every matrix in fewer bits, and what all parts of a bundle take. Cost: as of `round_to_nibbles`."""
     job = fp32.job
     limit = (1 << (job.profile.weight_bits - 1)) - 1
     texts = loaded.calibrating_ids if fp32.can_calibrate else []
-    files = round_to_nibbles(fp32.graph, texts, loaded.source.context_length, limit, job.answers)
+    widths = WIDTHS if job.config.has_budget else (LEAST,)
+    files = round_to_nibbles(fp32.graph, texts, loaded.source.context_length, limit, job.answers, widths=widths)
     matrices = []
     for name, wide in bytes_of_matrices(ir.load(job.bundle / names.GRAPH_NAME)).items():
-        nibbles = load_nibbles(files[name])
-        matrices.append(Candidate(name, nibble_bytes(*nibbles.shape), wide, nibbles.error))
-    written = sum(matrix.wide_bytes for matrix in matrices)
+        rounded = {bits: load_nibbles(files[bits][name]) for bits in widths}
+        sizes = {bits: nibble_bytes(*found.shape, bits) for bits, found in rounded.items()}
+        matrices.append(Candidate(name, {**sizes, MOST: wide}, {bits: found.error for bits, found in rounded.items()}))
+    written = sum(matrix.bytes[MOST] for matrix in matrices)
     graph, weights = ((job.bundle / name).stat().st_size for name in (names.GRAPH_NAME, names.WEIGHTS_NAME))
     # The graph is there twice in the end: once for onnxruntime-genai.
     found = sum(path.stat().st_size for path in job.bundle.iterdir()) + graph + _REPORTS_BYTES
@@ -105,27 +107,27 @@ def make_choosing(loaded: Loaded, fp32: Fp32Graph) -> Choosing:
 
 
 def choose_weights(loaded: Loaded, fp32: Fp32Graph, quantizer: Quantizer) -> tuple[WeightBits, Quantizer]:
-    """Rewrite the bundle's graph, of 8-bit matrices, with 4 bits for those that are chosen: all where no size was asked
-    for. Raises: RecipeError, where nothing fits."""
+    """Rewrite the bundle's graph, of 8-bit matrices, with fewer bits for those that are chosen: 4 for all where no size
+    was asked for. Raises: RecipeError, where nothing fits."""
     choosing = make_choosing(loaded, fp32)
     choice = _choice(choosing)
     return choice, choosing.write(choice, quantizer)
 
 
 def _choice(choosing: Choosing) -> WeightBits:
-    budget, least, most = choosing.budget(), all_in(choosing.matrices, 4), all_in(choosing.matrices, 8)
+    budget, least, most = choosing.budget(), all_in(choosing.matrices, LEAST), all_in(choosing.matrices, MOST)
     if budget is None:
         return least
     if budget < least.weights_bytes:
         raise _too_small(choosing, least.weights_bytes - budget)
-    return most if budget >= most.weights_bytes else choose_bits(choosing.matrices, choosing.costs, budget)
+    return most if budget >= most.weights_bytes else choose_bits(choosing.matrices, choosing.steps, budget)
 
 
 def _too_small(choosing: Choosing, missing: int) -> RecipeError:
-    least = choose_bits(choosing.matrices, choosing.costs, 0)
-    largest = max(choosing.matrices, key=lambda matrix: matrix.narrow_bytes)
+    least = choose_bits(choosing.matrices, choosing.steps, 0)
+    largest = max(choosing.matrices, key=lambda matrix: matrix.bytes[LEAST])
     return RecipeError(
         f"the smallest bundle of this model takes {choosing.size(least) / 1e6:.2f} MB, {choosing.bits(least):.2f} bits "
-        f"a parameter, of which {largest.name} alone takes {largest.narrow_bytes / 1e6:.2f} MB, and loses about "
+        f"a parameter, of which {largest.name} alone takes {largest.bytes[LEAST] / 1e6:.2f} MB, and loses about "
         f"{least.kl:.2g} nats a token: {missing / 1e6:.2f} MB more than was asked for are needed"
     )

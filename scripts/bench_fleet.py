@@ -33,9 +33,10 @@ _REQUESTS = 60
 def main() -> int:
     """Measure and print."""
     arguments = parse()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = {"processes": processes(arguments, Path(folder)), "proxies": proxies(arguments, Path(folder))}
-    print(json.dumps(figures, indent=None if arguments.json else 1))
+    for part in (processes, proxies):
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {part.__name__: part(arguments, Path(folder))}
+        print(json.dumps(figures, indent=None if arguments.json else 1), flush=True)
     return 0
 
 

@@ -16,7 +16,7 @@ _KV_TYPES = {"float32": ("int8", "float32"), "float16": ("float16",)}
 SCHEMES = tuple(dict.fromkeys(scheme for schemes in _SCHEMES.values() for scheme in schemes))
 KV_TYPES = tuple(dict.fromkeys(kind for kinds in _KV_TYPES.values() for kind in kinds))
 ACTIVATIONS = tuple(_SCHEMES)
-# Each of whose matrices has 4 or 8 bits.
+# Each of whose matrices has 4, 5, 6 or 8 bits.
 MIXED_SCHEME = "int4-rowwise"
 # One scale for all rows of an activation, and weights of 4 bits: who asks for these knows that they cost quality.
 COARSE_SCHEMES = ("int8-tensor", "int4-weight", "int4-rowwise")

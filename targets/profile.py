@@ -66,13 +66,16 @@ class Gate(Limits):
     cache_kl_limit: float
 
     def allowing(self, mean_kl: float) -> Gate:
-        """The same with another limit of the mean, and with those that follow from it: a token in 100 may be ten times
-        as far, and perplexity rises by what the distance is."""
+        """The same with another limit of the mean, and with what follows from it where that is wider: one token in 100
+        may be ten times as far, perplexity rises by the distance, and as many choices may be others."""
+        percent = 100 * math.expm1(min(mean_kl, 1))
         return dataclasses.replace(
             self,
             mean_kl=mean_kl,
             p99_kl=max(self.p99_kl, 10 * mean_kl),
-            perplexity_increase_percent=max(self.perplexity_increase_percent, 100 * math.expm1(mean_kl)),
+            perplexity_increase_percent=max(self.perplexity_increase_percent, percent),
+            agreement_percent=max(0.0, self.agreement_percent - percent),
+            answers_percent=max(0.0, self.answers_percent - percent),
         )
 
 

@@ -109,7 +109,8 @@ def test_a_killed_program_goes_on_where_it_was(desk: Desk) -> None:
     assert "interrupted" in found["restarted"]["text"] and found["restarted"]["can_continue"]
     (after,) = desk.conversations()
     assert after["messages"][3]["content"].startswith(before["messages"][3]["content"])
-    assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"])
+    # Or the very next token ended the answer.
+    assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"]) or not after["unfinished"]
     # What was computed for the turn before the kill is on the disk.
     assert "known)" in found["continued"]["status"]
 
@@ -163,6 +164,6 @@ def test_models_that_were_opened_are_remembered(tiny_bundle: Path, tmp_path: Pat
     models = Models([], data)
     assert models.by_name == {} and models.add(tmp_path) == []
     assert models.add(inner) == ["one"] and models.add(inner / "one") == []
-    assert Models([], data).by_name == {"one": (inner / "one").resolve()}
+    assert Models([], data).by_name == {"one": inner / "one"}
     (data / "chosen.json").write_text("[1")
-    assert Models([inner / "one"], data).by_name == {"one": (inner / "one").resolve()}
+    assert Models([inner / "one"], data).by_name == {"one": inner / "one"}

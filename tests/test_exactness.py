@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelm.runtime import Engine, load
 from edgelm.runtime.bundle.folder import GRAPH_NAME, Bundle
+from edgelm.runtime.bundle.manifest import EXACT_SCHEMES
 from edgelm.runtime.decoding.sequence import Sequencer
 from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.text.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from edgelm.runtime.text.tokenizer import Tokenizer
 from .conftest import TEXT
 
 TOKENS = 320  # more than the 256 positions that the cache starts with
-BUNDLES = ["int8 cache", "float32 cache", "stories260k"]
+BUNDLES = ["int8 cache", "float32 cache", "stories260k", "4 bits"]
 
 
 class Exact:
@@ -29,7 +30,7 @@ class Exact:
 
     def __init__(self, folder: Path) -> None:
         self.bundle = Bundle.open(folder)
-        assert self.bundle.manifest.quantization.scheme == "int8-rowwise"
+        assert self.bundle.manifest.quantization.scheme in EXACT_SCHEMES
         self.ids = Tokenizer(folder / "tokenizer.json").encode(TEXT)[:TOKENS]
         assert len(self.ids) == TOKENS
         self.session = self.fresh(1)
@@ -59,6 +60,7 @@ def exact_of(
                 "int8 cache": export_tiny,
                 "float32 cache": lambda: export_tiny(kv="float32"),
                 "stories260k": lambda: stories_bundle("int8-rowwise"),
+                "4 bits": lambda: export_tiny(scheme="int4-rowwise", max_kl=5.0),
             }
             opened[name] = Exact(folders[name]())
         return opened[name]

@@ -98,11 +98,14 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def frozen(wheel: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Frozen:
-    """Freeze both programs, move them, and put the environment that froze them out of reach."""
+    """Freeze the programs, move them, and put the environment that froze them out of reach."""
     place = tmp_path_factory.mktemp("frozen")
     python = _environment(place / "venv", wheel)
     for name, text in (("cli", CLI), ("app", APP)):
         (place / f"{name}.py").write_text(text)
+    for path in (ROOT / "examples" / "desktop").glob("*.py"):
+        shutil.copy(path, place)
+    for name in ("cli", "app", "desktop"):
         command = [str(python), "-m", "PyInstaller", "--noconfirm", "--log-level", "ERROR", f"{name}.py"]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -195,6 +198,13 @@ def test_an_app_takes_as_much_memory_as_before_and_little_room(frozen: Frozen, b
     packed = {path.name for path in (frozen.folder / "app" / "_internal").iterdir()}
     assert not packed & {"torch", "transformers", "onnx", "huggingface_hub", "yaml", "httpx"}
     assert not [name for name in packed if "readline" in name]
+
+
+@pytest.mark.slow
+def test_the_example_with_a_window_finds_its_parts(frozen: Frozen) -> None:
+    """Without a screen it can only say how it is called, for which all of it is imported."""
+    done = frozen.run("desktop", "--help")
+    assert done.returncode == 0 and "a window to talk to a model" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import io
+import os
 import struct
 import sys
 import unicodedata
@@ -22,7 +23,7 @@ from edgelm.runtime.caches.responses.answers import CachedAnswer
 from edgelm.runtime.caches.responses.cache import ResponseCache, ResponseCacheSettings, open_response_cache
 from edgelm.runtime.caches.responses.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheError
-from edgelm.runtime.host import asked, machine, memory, volumes
+from edgelm.runtime.host import asked, file_lock, machine, memory, volumes
 from edgelm.runtime.host.home import home
 from edgelm.runtime.sessions.prepared import FOLDER_NAME, Prepared
 
@@ -114,6 +115,42 @@ def test_answers_are_kept_in_memory_where_the_home_is_on_a_network_drive(
     assert not any(edgelm_home.iterdir())
     with pytest.raises(CacheError, match="set EDGELM_HOME"):
         database.Database(edgelm_home / "responses")
+
+
+# ---- locks
+
+
+class FakeMsvcrt:
+    """Windows' locks of bytes: one descriptor of a file holds them, and closing frees them only some time later."""
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+
+    def locking(self, descriptor: int, mode: int, count: int) -> None:
+        file = os.fstat(descriptor).st_ino
+        free = self.holders.get(file) is None if mode == self.LK_NBLCK else self.holders.get(file) == descriptor
+        if not free:
+            raise PermissionError(13, "Permission denied")
+        self.holders.pop(file, None)
+        if mode == self.LK_NBLCK:
+            self.holders[file] = descriptor
+
+
+def test_a_lock_of_windows_is_held_once_and_freed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeMsvcrt()
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with file_lock.locked(tmp_path / "lock", 1.0):
+        with file_lock.lock_if_free(tmp_path / "lock") as free:
+            assert not free
+        with pytest.raises(TimeoutError), file_lock.locked(tmp_path / "lock", 0.03):
+            pass
+        assert len(fake.holders) == 1, "who did not get it frees nothing"
+    assert not fake.holders
+    with file_lock.lock_if_free(tmp_path / "lock") as free:
+        assert free
 
 
 # ---- consoles and processes

@@ -38,6 +38,7 @@ weight_bits = 8
 opset = 20
 [kv]
 int8-rowwise = "int8"
+int4-rowwise = "int8"
 int8-weight = "int8"
 int4-weight = "float32"
 int8-tensor = "float32"
@@ -101,6 +102,7 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
         weight_bits=8,
         kv={
             "int8-rowwise": "int8",
+            "int4-rowwise": "int8",
             "int8-weight": "int8",
             "int4-weight": "float32",
             "int8-tensor": "float32",
@@ -214,7 +216,7 @@ def test_a_value_in_place_of_a_table_is_named(tmp_path: Path, table: str) -> Non
 def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
     message = refusal(tmp_path, VALID.replace('scheme = "int8-rowwise"', 'scheme = "int4"'))
     assert "'int4'" in message
-    assert "int8-rowwise, int8-tensor, int8-weight, int4-weight, fp32" in message
+    assert "int8-rowwise, int4-rowwise, int8-tensor, int8-weight, int4-weight, fp32" in message
 
 
 @pytest.mark.parametrize("bits", [0, 4, 6, 9, 16])

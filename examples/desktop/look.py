@@ -6,6 +6,7 @@ import sys
 import tkinter as tk
 from dataclasses import dataclass
 from tkinter import font, ttk
+from typing import Any
 
 _FAMILIES = ("Inter", "Segoe UI", "SF Pro Text", "Cantarell", "Noto Sans", "DejaVu Sans")
 
@@ -97,10 +98,8 @@ def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
     ):
         window.option_add(f"*TCombobox*Listbox.{option}", value)
     # A scroll bar without arrows, and a list whose rows have air between them.
-    found.layout(
-        "Vertical.TScrollbar",
-        [("Vertical.Scrollbar.trough", {"sticky": "ns", "children": [("Vertical.Scrollbar.thumb", {"expand": "1"})]})],
-    )
+    thumb: list[Any] = [("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})]
+    found.layout("Vertical.TScrollbar", [("Vertical.Scrollbar.trough", {"sticky": "ns", "children": thumb})])
     found.configure(
         "Vertical.TScrollbar",
         background=colours.line,

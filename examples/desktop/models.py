@@ -34,7 +34,7 @@ class Models:
     def _find(self, folder: Path) -> None:
         own = folder / "manifest.json"
         for manifest in [own] if own.is_file() else sorted(folder.glob("*/manifest.json")):
-            path = manifest.parent.resolve()
+            path = manifest.parent.absolute()
             if path not in self.by_name.values():
                 name = path.name if path.name not in self.by_name else str(path)
                 self.by_name[name] = path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tkinter as tk
 from tkinter import ttk
+from typing import Any
 
 from conversations import Conversation
 from look import Colours, Fonts
@@ -35,7 +36,7 @@ class Transcript(ttk.Frame):
             selectforeground=colours.on_accent,
         )
         for role, ground in {"user": colours.mine, "assistant": colours.ground, "system": colours.side}.items():
-            around = {"lmargin1": _SIDE, "lmargin2": _SIDE, "rmargin": _SIDE, "background": ground}
+            around: dict[str, Any] = {"lmargin1": _SIDE, "lmargin2": _SIDE, "rmargin": _SIDE, "background": ground}
             around |= {"lmargincolor": ground, "rmargincolor": ground}
             name = colours.accent if role == "assistant" else colours.weak
             self._text.tag_configure(role, **around)

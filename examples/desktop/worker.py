@@ -154,7 +154,7 @@ class Worker:
         if not engine.takes_messages:  # a model that goes on with a text
             ids = engine.encode("".join(message["content"] for message in messages))
             return {"token_ids": ids[-room:], "settings": self._settings}
-        options = {"continue_final_message": True} if goes_on else {}
+        options: dict[str, Any] = {"continue_final_message": True} if goes_on else {}
         while len(messages) > 2 and len(engine.encode(messages=messages, **options)) > room:
             messages = messages[2:]
         return {"messages": messages, "settings": self._settings, **options}

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
     parser.add_argument("--compress", metavar="RECIPE", help="make the model smaller first, as  edgelm compress  does")
-    parser.add_argument(
-        "--size", type=_size, metavar="BYTES", help="what the bundle may take, as 90MB, in 4 and 8 bits"
-    )
+    parser.add_argument("--size", type=_size, metavar="BYTES", help="what the bundle may take, as 90MB, in 4 to 8 bits")
     parser.add_argument("--bits", type=float, help="the same as bits for each parameter of the model, 4.4 to 8.2 or so")
     parser.add_argument("--sizes", action="store_true", help="show what several sizes would lose, and write nothing")
     parser.add_argument(

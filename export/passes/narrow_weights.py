@@ -1,4 +1,4 @@
-"""int8 matrices that can be written in 4 bits are: another function of the domain `edgelm`, or another embedding."""
+"""int8 matrices that can be written in 4 to 6 bits are: other functions of the domain `edgelm`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..quantization.nibbles import Nibbles, load_nibbles
-from .functions import BIASED, EDGELM, INT4, INT4_EMBEDDING, PRODUCTS, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
+from .functions import (
+    BIASED,
+    EDGELM,
+    EMBEDDING,
+    NARROW,
+    PRODUCTS,
+    ROWWISE_MATMUL,
+    ROWWISE_MATMUL_TRANSPOSED,
+    define,
+)
 from .graph import Builder, GraphPass, add_weight, lazy_weight, producer, replace_value
 
 _SUFFIXES = (".rows.int8", ".int8")
@@ -19,8 +28,9 @@ class NarrowWeights(GraphPass):
     steps of its blocks. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` where it is
     an embedding's table too:
 
-    1. a call of a row-wise product function that reads it -> the function with `Int4` in front of the product's name
-    2. the embedding of tokens by its rows (`QuantizeEmbedding`) -> a call of `Int4Embedding`
+    1. a call of a row-wise product function that reads it -> the function with `Int4`, `Int5` or `Int6` in front of the
+       product's name
+    2. the embedding of tokens by its rows (`QuantizeEmbedding`) -> a call of `Int4Embedding` or its like
 
     Runs behind all passes that know int8 matrices only, and in front of `WidenActivations`, which knows both.
     """
@@ -61,9 +71,9 @@ def _narrow(model: ir.Model, name: str, matrix: ir.Value, path: Path) -> None:
     nibbles = load_nibbles(path)
     groups, factors = nibbles.shapes()
     inputs = [
-        lazy_weight(model, f"{name}.int4", lambda: load_nibbles(path).groups(), ir.DataType.UINT8, groups),
+        lazy_weight(model, f"{name}.int{nibbles.bits}", lambda: load_nibbles(path).groups(), ir.DataType.UINT8, groups),
         lazy_weight(model, f"{name}.factors", lambda: load_nibbles(path).factors(), ir.DataType.UINT8, factors),
-        add_weight(model, f"{name}.int4.scale", nibbles.scales),
+        add_weight(model, f"{name}.int{nibbles.bits}.scale", nibbles.scales),
     ]
     for use in list(matrix.uses()):
         if use.node.domain == EDGELM and use.node.op_type in PRODUCTS:
@@ -76,10 +86,10 @@ def _narrow_product(model: ir.Model, node: ir.Node, index: int, inputs: list[ir.
     biased, product = (
         (BIASED, node.op_type.removeprefix(BIASED)) if node.op_type.startswith(BIASED) else ("", node.op_type)
     )
-    name = biased + INT4 + product.replace(ROWWISE_MATMUL_TRANSPOSED, ROWWISE_MATMUL)
+    name = biased + NARROW[nibbles.bits] + product.replace(ROWWISE_MATMUL_TRANSPOSED, ROWWISE_MATMUL)
     define(model, name)
     attributes = {key: attribute.value for key, attribute in node.attributes.items()}
-    made = Builder(model, node, f"{node.name}.int4").node(
+    made = Builder(model, node, f"{node.name}.narrow").node(
         name,
         [*node.inputs[:index], *inputs, *node.inputs[index + 2 :]],
         {**attributes, "depth": nibbles.shape[0]},
@@ -97,7 +107,8 @@ def _narrow_embedding(model: ir.Model, gather: ir.Node, inputs: list[ir.Value], 
     (scaled,) = (use.node for use in cast.outputs[0].uses())
     if gather.op_type != "Gather" or producer(scaled.inputs[0]) is not cast:
         raise ValueError(f"{gather.name} is no embedding")
-    define(model, INT4_EMBEDDING)
-    op = Builder(model, gather, f"{gather.name}.int4")
-    y = op(INT4_EMBEDDING, gather.inputs[1], *inputs, domain=EDGELM, like=scaled.outputs[0], depth=nibbles.shape[0])
+    name = NARROW[nibbles.bits] + EMBEDDING
+    define(model, name)
+    op = Builder(model, gather, f"{gather.name}.narrow")
+    y = op(name, gather.inputs[1], *inputs, domain=EDGELM, like=scaled.outputs[0], depth=nibbles.shape[0])
     replace_value(scaled.outputs[0], y)

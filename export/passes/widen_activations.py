@@ -10,15 +10,15 @@ import onnx_ir as ir
 from .functions import EDGELM, PRODUCTS, WIDE, make_call
 from .graph import GraphPass
 
-_SUFFIXES = (".rows.int8", ".int8", ".int4")
+_SUFFIXES = (".rows.int8", ".int8", ".int4", ".int5", ".int6")
 _MATRICES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 class WidenActivations(GraphPass):
     """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the
     function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
-    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4`. Runs last: other passes know
-    rows of 8 bits only.
+    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4` and its like. Runs last: other
+    passes know rows of 8 bits only.
 
     `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
     between.

@@ -1,8 +1,9 @@
-"""int8 matrices that are written in 4 bits a weight, for `int4-rowwise`.
+"""int8 matrices that are written in 4, 5 or 6 bits a weight, for `int4-rowwise`.
 
-Each column of a matrix is cut into blocks of 32 inputs. A block has a step s from 1 to 15 and a zero z from 0 to 15, a
-weight 4 bits q: it is the int8 value (q - z) * s, at most 127 in magnitude, times the column's float32 scale. 4.25 bits
-a weight, and every sum of products is an integer, as with 8 bits: the same functions, guarantees and kernels.
+Each column of a matrix is cut into blocks of 32 inputs. A block has a step s and a zero z, a weight so many bits q: it
+is the int8 value (q - z) * s, at most 127 in magnitude, times the column's float32 scale. z has as many bits as q, and
+s the rest of a byte, up to 15, 7 or 3: 0.25 bits more a weight. Every sum of products is an integer, as with 8 bits:
+the same functions, guarantees and kernels.
 
 `round_nibbles` looks for the steps and zeros that fit best, weighed by what the inputs are on a text, and lets later
 inputs make up for the errors of earlier ones (GPTQ).
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from .gptq import inverse_factor, round_chunk
 
 BLOCK, _GROUP = 32, 16
-_MOST = 15  # of a level, a step and a zero
+WIDTHS = (4, 5, 6)
 # Steps that are tried for a block, beside the one by which its range just fits: smaller ones cut off single weights.
 _STEPS = (1, 0, -1, -2, -3, -4)
 # Columns that are rounded at once, so that their weights stay in the processor's cache.
@@ -28,14 +29,15 @@ _SLAB = 1024
 
 @dataclass(frozen=True)
 class Nibbles:
-    """levels: uint8 (inputs, outputs), up to 15; steps, zeros: uint8 (blocks, outputs); scales: float32 (outputs);
-    error: mean square of the products' errors, in units of the products' mean square."""
+    """levels: uint8 (inputs, outputs), of `bits` bits; steps, zeros: uint8 (blocks, outputs); scales: float32
+    (outputs);    error: mean square of the products' errors, in units of the products' mean square."""
 
     levels: NDArray[np.uint8]
     steps: NDArray[np.uint8]
     zeros: NDArray[np.uint8]
     scales: NDArray[np.float32]
     error: float = 0.0
+    bits: int = 4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,29 +56,35 @@ class Nibbles:
         """Those of `groups` and `factors`."""
         blocks, outputs = self.steps.shape
         count = -(-outputs // _GROUP)
-        return (count, blocks * BLOCK // 8, 4 * _GROUP), (count, blocks, _GROUP)
+        return (count, blocks * self.bits, 4 * _GROUP), (count, blocks, _GROUP)
 
     def groups(self) -> NDArray[np.uint8]:
         """The levels as functions read them (`edgelm.export.passes.functions`). What fills up a block is its zero, a
         weight of 0."""
-        (count, lines, _), _ = self.shapes()
         filled = np.repeat(self.zeros, BLOCK, axis=0)
         filled[: len(self.levels)] = self.levels
-        by_column = _filled_up(filled.T, count * _GROUP).reshape(count, _GROUP, lines, 8).transpose(0, 2, 1, 3)
-        return np.ascontiguousarray(by_column[..., :4] | by_column[..., 4:] << 4).reshape(count, lines, 4 * _GROUP)
+        blocks, count = len(self.steps), self.shapes()[0][0]
+        # (groups, blocks, quads of a block, columns, values of a quad)
+        quads = _filled_up(filled.T, count * _GROUP).reshape(count, _GROUP, blocks, 8, 4).transpose(0, 2, 3, 1, 4)
+        lines = [(quads[:, :, 0::2] & 15) | (quads[:, :, 1::2] & 15) << 4]
+        places = np.arange(8, dtype=np.uint8)[:, None, None]
+        lines += [
+            ((quads >> bit & 1) << places).sum(axis=2, keepdims=True, dtype=np.uint8) for bit in range(4, self.bits)
+        ]
+        return np.ascontiguousarray(np.concatenate(lines, axis=2)).reshape(self.shapes()[0])
 
     def factors(self) -> NDArray[np.uint8]:
         """Steps and zeros as functions read them."""
         _, (count, blocks, _) = self.shapes()
-        both = np.asarray(self.steps | self.zeros << 4, np.uint8)
+        both = np.asarray(self.steps | self.zeros << (8 - self.bits), np.uint8)
         by_column = _filled_up(both.T, count * _GROUP)
         return np.ascontiguousarray(by_column.reshape(count, _GROUP, blocks).transpose(0, 2, 1))
 
 
-def nibble_bytes(inputs: int, outputs: int) -> int:
+def nibble_bytes(inputs: int, outputs: int, bits: int) -> int:
     """What a matrix takes in a file, its scales included."""
     groups, blocks = -(-outputs // _GROUP), -(-inputs // BLOCK)
-    return groups * blocks * _GROUP * (BLOCK // 2 + 1) + 4 * outputs
+    return groups * blocks * _GROUP * (BLOCK * bits // 8 + 1) + 4 * outputs
 
 
 def save_nibbles(nibbles: Nibbles, path: Path) -> None:
@@ -87,10 +95,14 @@ def save_nibbles(nibbles: Nibbles, path: Path) -> None:
 def load_nibbles(path: Path) -> Nibbles:
     """Read what `save_nibbles` wrote."""
     with np.load(path) as file:
-        return Nibbles(file["levels"], file["steps"], file["zeros"], file["scales"], float(file["error"]))
+        return Nibbles(
+            file["levels"], file["steps"], file["zeros"], file["scales"], float(file["error"]), int(file["bits"])
+        )
 
 
-def round_nibbles(matrix: NDArray[np.float32], hessian: NDArray[np.float32] | None = None, limit: int = 127) -> Nibbles:
+def round_nibbles(
+    matrix: NDArray[np.float32], hessian: NDArray[np.float32] | None = None, limit: int = 127, bits: int = 4
+) -> Nibbles:
     """Round a matrix (inputs, outputs).
 
     hessian: (inputs, inputs), the mean of x xᵀ over the rows that it is multiplied with, or None: then each weight
@@ -106,13 +118,13 @@ def round_nibbles(matrix: NDArray[np.float32], hessian: NDArray[np.float32] | No
     if hessian is not None:
         order = _order(blocks, hessian)
     parts = [
-        _round_columns(np.asarray(matrix[:, begin : begin + _SLAB], np.float32), order, limit)
+        _round_columns(np.asarray(matrix[:, begin : begin + _SLAB], np.float32), order, _Grid(bits, limit))
         for begin in range(0, matrix.shape[1], _SLAB)
     ]
     levels, steps, zeros = (
         np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("levels", "steps", "zeros")
     )
-    rounded = Nibbles(levels, steps, zeros, np.concatenate([part.scales for part in parts]))
+    rounded = Nibbles(levels, steps, zeros, np.concatenate([part.scales for part in parts]), bits=bits)
     return replace(rounded, error=_relative_error(rounded, matrix, hessian))
 
 
@@ -122,6 +134,27 @@ def _relative_error(rounded: Nibbles, matrix: NDArray[np.float32], hessian: NDAr
 
     whole = size(matrix)
     return size(rounded.values() * rounded.scales - matrix) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """bits: of a level; limit: largest magnitude of an int8 value."""
+
+    bits: int
+    limit: int
+
+    @property
+    def most(self) -> int:
+        """The largest level, and zero."""
+        return (1 << self.bits) - 1
+
+    @property
+    def most_step(self) -> int:
+        return (1 << (8 - self.bits)) - 1
+
+    def steps_with(self, zero: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest steps with which no value is beyond the limit."""
+        return np.asarray(np.minimum(self.most_step, self.limit // np.maximum(zero, self.most - zero)), np.float32)
 
 
 @dataclass(frozen=True)
@@ -143,20 +176,20 @@ def _order(blocks: list[NDArray[np.intp]], hessian: NDArray[np.float32]) -> _Ord
     return _Order(ordered, np.asarray(1 / np.diagonal(factor) ** 2, np.float32), factor)
 
 
-def _round_columns(matrix: NDArray[np.float32], order: _Order, limit: int) -> Nibbles:
-    scales = _scales(matrix, limit)
+def _round_columns(matrix: NDArray[np.float32], order: _Order, grid: _Grid) -> Nibbles:
+    scales = _scales(matrix, grid)
     weights = matrix[np.concatenate(order.blocks)]  # a copy, in which errors are handed on
     levels = np.empty(matrix.shape, np.uint8)
     steps, zeros = (np.empty((len(order.blocks), matrix.shape[1]), np.uint8) for _ in range(2))
     begin = 0
     for inputs in order.blocks:
         end, index = begin + len(inputs), inputs.min() // BLOCK
-        step, zero = _fit(weights[begin:end], order.weights[begin:end], scales, limit)
+        step, zero = _fit(weights[begin:end], order.weights[begin:end], scales, grid)
 
         def rounder(
             row: NDArray[np.float32], size: NDArray[np.float32] = step * scales, zero: NDArray[np.float32] = zero
         ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            level = np.clip(np.rint(row / size) + zero, 0, _MOST)
+            level = np.clip(np.rint(row / size) + zero, 0, grid.most)
             return level, (level - zero) * size
 
         if order.factor is None:
@@ -168,36 +201,35 @@ def _round_columns(matrix: NDArray[np.float32], order: _Order, limit: int) -> Ni
     return Nibbles(levels, steps, zeros, scales)
 
 
-def _scales(matrix: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
+def _scales(matrix: NDArray[np.float32], grid: _Grid) -> NDArray[np.float32]:
     """The finest scale for each column with which the ranges of all its blocks can be had; 1 for a column of zeros."""
     largest = np.zeros(matrix.shape[1], np.float32)
     for begin in range(0, len(matrix), BLOCK):
         low, high = _range(matrix[begin : begin + BLOCK])
-        size = (high - low) / _MOST
+        size = (high - low) / grid.most
         zero = np.rint(np.divide(-low, size, out=np.zeros_like(size), where=size > 0))
-        most = np.minimum(_MOST, limit // np.maximum(zero, _MOST - zero))
-        largest = np.maximum(largest, size / most)
+        largest = np.maximum(largest, size / grid.steps_with(zero))
     return np.where(largest > 0, largest, 1).astype(np.float32)
 
 
 def _fit(
-    block: NDArray[np.float32], weights: NDArray[np.float32], scales: NDArray[np.float32], limit: int
+    block: NDArray[np.float32], weights: NDArray[np.float32], scales: NDArray[np.float32], grid: _Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Step and zero of each column of a block with the least weighed error."""
     low, high = _range(block)
-    fitting = np.rint((high - low) / (_MOST * scales))
+    fitting = np.rint((high - low) / (grid.most * scales))
     best = np.full(block.shape[1], np.inf, np.float32)
     steps, zeros = np.ones_like(best), np.zeros_like(best)
     for change in _STEPS:
-        step = np.clip(fitting + change, 1, _MOST)
+        step = np.clip(fitting + change, 1, grid.most_step)
         size = step * scales
         shares = block / size
-        middle = _MOST / 2 - (low + high) / (2 * size)
+        middle = grid.most / 2 - (low + high) / (2 * size)
         for wanted in (np.floor(middle), np.ceil(middle), np.rint(-low / size)):
-            zero = np.clip(wanted, 0, _MOST)
-            error = np.clip(np.rint(shares), -zero, _MOST - zero) - shares
+            zero = np.clip(wanted, 0, grid.most)
+            error = np.clip(np.rint(shares), -zero, grid.most - zero) - shares
             loss = weights @ np.square(error) * size**2
-            loss[step * np.maximum(zero, _MOST - zero) > limit] = np.inf
+            loss[step > grid.steps_with(zero)] = np.inf
             better = loss < best
             best[better], steps[better], zeros[better] = loss[better], step[better], zero[better]
     return steps, zeros

@@ -47,19 +47,22 @@ def round_matrices(
 
 
 def round_to_nibbles(
-    graph: Path, texts: Sequence[Sequence[int]], context: int, limit: int, folder: Path
-) -> Mapping[str, Path]:
-    """The same in 4 bits: files of `save_nibbles`. An embedding that no product reads is rounded to the nearest, and so
-    is every matrix where there are no texts. Cost: as of `round_nibbles`."""
+    graph: Path, texts: Sequence[Sequence[int]], context: int, limit: int, folder: Path, *, widths: Sequence[int]
+) -> Mapping[int, Mapping[str, Path]]:
+    """The same in so many bits, for each of the widths: files of `save_nibbles`. An embedding that no product reads is
+    rounded to the nearest, and so is every matrix where there are no texts. Cost: as of `round_nibbles`, each."""
     model = ir.load(graph)
     weights = _weights(model)
     multiplied = list(weights)
     weights |= {weight.name: weight for weight in tables_of(model) if weight.name not in weights}
-    files = {name: folder / f"nibbles-{index}.npz" for index, name in enumerate(weights)}
+    files = {
+        bits: {name: folder / f"nibbles-{bits}-{index}.npz" for index, name in enumerate(weights)} for bits in widths
+    }
 
     def round_one(name: str, hessian: NDArray[np.float32] | None = None) -> None:
         array = np.ascontiguousarray(weights[name].array(), np.float32)
-        save_nibbles(round_nibbles(array, hessian, limit), files[name])
+        for bits in widths:
+            save_nibbles(round_nibbles(array, hessian, limit, bits), files[bits][name])
 
     if texts:
         _round_each(round_one, weights, graph, texts, context)

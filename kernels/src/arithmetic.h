@@ -50,12 +50,13 @@ struct Result {
 // that hold a group's weights in a block.
 constexpr int kGroup = 16, kNibbleBlock = 32, kQuad = 16, kBlockLines = 4;
 
-// A group of columns, with as many blocks as its depth has. values: `blocks` times kBlockLines lines; byte 4 c + i of
-// line j: of column c the inputs 8 j + i, in the lower half, and 8 j + 4 + i. factors: for each block and column s + 16
-// z; a weight is (its 4 bits - z) * s. Groups lie one behind the other.
+// A group of columns, with as many blocks as its depth has. values: for each block kBlockLines lines of nibbles, and
+// `planes` lines, up to 2, of one bit more each; byte 4 c + i of line j of nibbles: of column c the inputs 8 j + i, in
+// the lower half, and 8 j + 4 + i; bit b of byte 4 c + i of a plane: of the input 4 b + i. factors: for each block and
+// column s + z * 2^(4 - planes); a weight is (its 4 + planes bits - z) * s. Groups lie one behind the other.
 struct NibbleGroup {
   const uint8_t *values, *factors;
-  int blocks;
+  int blocks, planes;
 };
 
 // What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is

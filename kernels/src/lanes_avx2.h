@@ -150,6 +150,20 @@ inline Ints widened(const uint8_t* x) {
 }
 inline __m256i low_halves(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline __m256i high_halves(__m256i x) { return low_halves(_mm256_srli_epi16(x, 4)); }
+template <int Bits>
+inline Ints lower_bits(Ints x) {
+  return _mm256_and_si256(x, _mm256_set1_epi32((1 << Bits) - 1));
+}
+template <int Bits>
+inline Ints upper_bits(Ints x) {
+  return _mm256_srli_epi32(x, Bits);
+}
+inline Bytes or_bytes(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+inline Bytes where_bits(Bytes x, int bit, int value) {
+  const __m256i bits = _mm256_set1_epi8(static_cast<char>(bit));
+  const __m256i there = _mm256_cmpeq_epi8(_mm256_and_si256(x, bits), bits);
+  return _mm256_and_si256(there, _mm256_set1_epi8(static_cast<char>(value)));
+}
 inline Bytes in_each_byte(Ints x) { return _mm256_mullo_epi32(x, _mm256_set1_epi32(0x01010101)); }
 inline Bytes sub_bytes(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
 inline __m256i in_pairs(Ints x) { return _mm256_or_si256(x, _mm256_slli_epi32(x, 16)); }
@@ -166,7 +180,7 @@ inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
   return _mm256_add_epi32(total, _mm256_mullo_epi32(sum, factors));
 }
 #else
-// A block's sums stay in 16 bits, two for each column: at most 16 products of 15 and 128 in magnitude.
+// Sums stay in 16 bits, two for each column: at most 16 products of 15 and 128 in magnitude, or 4 of 63 and 128.
 inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)));
 }

@@ -110,6 +110,20 @@ inline Ints widened(const uint8_t* x) {
 }
 inline __m512i low_halves(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline __m512i high_halves(__m512i x) { return low_halves(_mm512_srli_epi16(x, 4)); }
+template <int Bits>
+inline Ints lower_bits(Ints x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32((1 << Bits) - 1));
+}
+template <int Bits>
+inline Ints upper_bits(Ints x) {
+  return _mm512_srli_epi32(x, Bits);
+}
+inline Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+// `value` in the bytes of x that have this bit.
+inline Bytes where_bits(Bytes x, int bit, int value) {
+  const __mmask64 there = _mm512_test_epi8_mask(x, _mm512_set1_epi8(static_cast<char>(bit)));
+  return _mm512_maskz_mov_epi8(there, _mm512_set1_epi8(static_cast<char>(value)));
+}
 inline Bytes in_each_byte(Ints x) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(0x01010101)); }
 inline Bytes sub_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 // The products of the four bytes of each integer with it, of which the lower 8 bits stay.

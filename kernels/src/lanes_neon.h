@@ -170,8 +170,19 @@ inline Ints widened(const uint8_t* x) {
 }
 inline Bytes low_halves(Bytes x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline Bytes high_halves(Bytes x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
-inline Ints low_halves(Ints x) { return vreinterpretq_s32_s8(low_halves(vreinterpretq_s8_s32(x))); }
-inline Ints high_halves(Ints x) { return vreinterpretq_s32_s8(high_halves(vreinterpretq_s8_s32(x))); }
+template <int Bits>
+inline Ints lower_bits(Ints x) {
+  return vandq_s32(x, vdupq_n_s32((1 << Bits) - 1));
+}
+template <int Bits>
+inline Ints upper_bits(Ints x) {
+  return vshrq_n_s32(x, Bits);
+}
+inline Bytes or_bytes(Bytes a, Bytes b) { return vorrq_s8(a, b); }
+inline Bytes where_bits(Bytes x, int bit, int value) {
+  const uint8x16_t there = vtstq_s8(x, vdupq_n_s8(static_cast<int8_t>(bit)));
+  return vandq_s8(vreinterpretq_s8_u8(there), vdupq_n_s8(static_cast<int8_t>(value)));
+}
 inline Bytes in_each_byte(Ints x) { return vreinterpretq_s8_s32(vmulq_n_s32(x, 0x01010101)); }
 inline Bytes sub_bytes(Bytes a, Bytes b) { return vsubq_s8(a, b); }
 inline Bytes times_bytes(Bytes x, Ints factors) { return vmulq_s8(x, in_each_byte(factors)); }
@@ -182,8 +193,8 @@ inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) { return dot(sum, w
 inline Ints add_times(Ints total, BlockSum sum, Ints factors) { return vmlaq_s32(total, sum, factors); }
 inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
 #else
-// A block's sums stay in 16 bits, four for each column: at most 8 products of 15 and 128 in magnitude, so that two of
-// these fit too.
+// Sums stay in 16 bits, four for each column: at most 8 products of 15 and 128 in magnitude, or 2 of 63 and 128, so
+// that two of these fit too.
 struct BlockSum {
   int16x8_t low, high;
 };

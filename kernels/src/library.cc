@@ -128,12 +128,12 @@ void add_operators(OrtSessionOptions* options) {
     add(define<Formed<Product, 2, true, OfNibbles>>("Biased" + name + "16", inputs, outputs, inputs.size(), threads,
                                                     own));
   };
-  // And with weights of 8 and of 4 bits: these are two inputs, in front of the scales, the last one.
+  // And with weights of 8 bits and of 4 to 6: these are two inputs, in front of the scales, the last one.
   const auto add_product = [&]<typename Product>(const std::string& name, Types inputs, Types outputs) {
     add_forms.operator()<Product, false>(name, inputs, outputs);
     inputs[inputs.size() - 2] = kUint8;
     inputs.insert(inputs.end() - 1, kUint8);
-    add_forms.operator()<Product, true>("Int4" + name, inputs, outputs);
+    for (const char* bits : {"Int4", "Int5", "Int6"}) add_forms.operator()<Product, true>(bits + name, inputs, outputs);
   };
   add_product.operator()<RowwiseMatMul>("RowwiseMatMul", product, {kFloat});
   add_forms.operator()<RowwiseMatMulTransposed, false>("RowwiseMatMulTransposed", product, {kFloat});
@@ -141,8 +141,9 @@ void add_operators(OrtSessionOptions* options) {
   add_product.operator()<PostNormedRowwiseMatMul>("PostNormedRowwiseMatMul", post_normed, {kFloat, kFloat});
   add_product.operator()<GatedRowwiseMatMul>("GatedRowwiseMatMul", product, {kFloat});
   add_product.operator()<GeluGatedRowwiseMatMul>("GeluGatedRowwiseMatMul", product, {kFloat});
-  add(define<Int4Embedding>("Int4Embedding", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, kUint8, kUint8, kFloat}, {kFloat}, 4,
-                            threads, own));
+  for (const char* name : {"Int4Embedding", "Int5Embedding", "Int6Embedding"})
+    add(define<NibbleEmbedding>(name, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, kUint8, kUint8, kFloat}, {kFloat}, 4,
+                                threads, own));
   const auto add_attention = [&]<typename Cached>(ONNXTensorElementDataType cached) {
     Types inputs{kFloat, kFloat, kFloat, cached, cached, kInt32, kInt32,
                  kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};

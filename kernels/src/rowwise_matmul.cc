@@ -68,11 +68,22 @@ void RowwiseMatMul::read_matrix(const Info& info, size_t weights) {
 Nibbles::Nibbles(const Info& info, size_t input, int depth, int columns) : blocks_(pieces(depth, kNibbleBlock)) {
   const Tensor values = info.constant(input), factors = info.constant(input + 1);
   const int64_t groups = pieces(columns, kGroup);
+  while (planes_ < kMostPlanes && values.shape != std::vector<int64_t>{groups, lines(), kCacheLine}) planes_++;
   require(values.shape == std::vector<int64_t>{groups, lines(), kCacheLine},
-          "weights of 4 bits are groups of 16 columns, in lines of 64 bytes");
+          "weights of 4 to 6 bits are groups of 16 columns, in lines of 64 bytes");
   require(factors.shape == std::vector<int64_t>{groups, blocks_, kGroup},
-          "weights of 4 bits have a factor for each block and column");
+          "weights of 4 to 6 bits have a factor for each block and column");
   values_ = values.values<uint8_t>(), factors_ = factors.values<uint8_t>();
+}
+
+int Nibbles::value(int row, int column) const {
+  const NibbleGroup of = group(column / kGroup);
+  const int block = row / kNibbleBlock, inside = row % kNibbleBlock, byte = column % kGroup * 4 + row % 4;
+  const uint8_t* const lines = of.values + static_cast<size_t>(block) * (kBlockLines + planes_) * kCacheLine + byte;
+  int q = lines[inside / 8 * kCacheLine] >> (inside % 8 < 4 ? 0 : 4) & 15;
+  for (int i = 0; i < planes_; i++) q |= (lines[(kBlockLines + i) * kCacheLine] >> inside / 4 & 1) << (4 + i);
+  const int factor = of.factors[block * kGroup + column % kGroup], bits = 4 - planes_;
+  return (q - (factor >> bits)) * (factor & ((1 << bits) - 1));
 }
 
 // A row of ones times the matrix.
@@ -311,7 +322,7 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const 
   });
 }
 
-Int4Embedding::Int4Embedding(const Info& info, int)
+NibbleEmbedding::NibbleEmbedding(const Info& info, int)
     : depth_(within(info.integer("depth", 0), 1, kMostDepth, "the depth of an embedding")) {
   const Tensor scales = info.constant(3);
   require(scales.shape.size() == 1, "an embedding has a scale for each token");
@@ -320,7 +331,7 @@ Int4Embedding::Int4Embedding(const Info& info, int)
   scales_ = scales.values<float>();
 }
 
-void Int4Embedding::compute(Call& call) const {
+void NibbleEmbedding::compute(Call& call) const {
   const Tensor ids = call.input(0);
   std::vector<int64_t> shape = ids.shape;
   const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies());
@@ -328,13 +339,7 @@ void Int4Embedding::compute(Call& call) const {
   float* y = call.output<float>(0, shape);
   for (int64_t i = 0; i < count; i++, y += depth_) {
     const int token = within(ids.values<int64_t>()[i], 0, columns_ - 1, "a token of an embedding");
-    const NibbleGroup group = nibbles_.group(token / kGroup);
-    for (int k = 0; k < depth_; k++) {
-      const uint8_t both = group.values[k / 8 * 64 + token % kGroup * 4 + k % 4];
-      const int q = k % 8 < 4 ? both & 15 : both >> 4,
-                factor = group.factors[k / kNibbleBlock * kGroup + token % kGroup];
-      y[k] = static_cast<float>((q - (factor >> 4)) * (factor & 15)) * scales_[token];
-    }
+    for (int k = 0; k < depth_; k++) y[k] = static_cast<float>(nibbles_.value(k, token)) * scales_[token];
   }
 }
 

@@ -11,14 +11,14 @@
 namespace edgelm {
 
 // planes: of 8 bits each, of a quantized row. biased: the last input is a bias for each column. nibbles: weights have 4
-// bits, and are two inputs, groups and the factors of their blocks.
+// to 6 bits, and are two inputs, groups and the factors of their blocks.
 struct Form {
   int planes = 1;
   bool biased = false, nibbles = false;
 };
 
-// A matrix (depth, columns) of 4-bit weights, as two constant inputs: groups of columns (groups, lines, 64), and what
-// their blocks have (groups, blocks, kGroup).
+// A matrix (depth, columns) of weights of 4 to 6 bits, as two constant inputs: groups of columns (groups, lines, 64),
+// whose lines say how many bits there are, and what their blocks have (groups, blocks, kGroup).
 class Nibbles {
  public:
   Nibbles() = default;
@@ -26,17 +26,19 @@ class Nibbles {
 
   explicit operator bool() const { return values_ != nullptr; }
   NibbleGroup group(int index) const {
-    return {values_ + index * group_size(), factors_ + static_cast<size_t>(index) * blocks_ * kGroup, blocks_};
+    return {values_ + index * group_size(), factors_ + static_cast<size_t>(index) * blocks_ * kGroup, blocks_, planes_};
   }
-  // Bytes of a group's values.
-  size_t group_size() const { return static_cast<size_t>(blocks_) * kBlockLines * kCacheLine; }
-  int lines() const { return blocks_ * kBlockLines; }
+  // Bytes of a group's values, and the lines of 64 that they are.
+  size_t group_size() const { return static_cast<size_t>(lines()) * kCacheLine; }
+  int lines() const { return blocks_ * (kBlockLines + planes_); }
   int depth() const { return blocks_ * kNibbleBlock; }
+  // A weight, as int8.
+  int value(int row, int column) const;
 
  private:
-  static constexpr int kCacheLine = 64;
+  static constexpr int kCacheLine = 64, kMostPlanes = 2;
   const uint8_t *values_ = nullptr, *factors_ = nullptr;
-  int blocks_ = 0;
+  int blocks_ = 0, planes_ = 0;
 };
 
 class RowwiseMatMul {
@@ -169,9 +171,9 @@ class Formed : public Product {
 };
 
 // Rows of a matrix of nibbles that belong to tokens: (inputs of a column) * its scale.
-class Int4Embedding {
+class NibbleEmbedding {
  public:
-  Int4Embedding(const Info& info, int threads);
+  NibbleEmbedding(const Info& info, int threads);
 
   void compute(Call& call) const;
 

@@ -24,7 +24,7 @@ _SCALE_BYTES = 4
 EXACT_SCHEMES = ("int8-rowwise", "int4-rowwise")
 _READER = StrictReader(MANIFEST_NAME)
 
-ACTIVATION_BITS, WEIGHT_BITS = (8, 16), (4, 8)
+ACTIVATION_BITS, WEIGHT_BITS = (8, 16), (4, 5, 6, 8)
 
 CacheLayout = Literal["in_place", "concatenated"]
 
@@ -59,7 +59,7 @@ class Exclusion:
 class Quantization:
     """The scheme of the weights and activations. activations: {matrix: 8 or 16}, the bits that its activations are
     quantized to in the row-wise schemes; empty for other schemes, and in bundles from before there were 16. weights:
-    {matrix: 4 or 8}, the bits of its weights in int4-rowwise; empty for other schemes."""
+    {matrix: 4, 5, 6 or 8}, the bits of its weights in int4-rowwise; empty for other schemes."""
 
     scheme: str
     excluded: tuple[Exclusion, ...]

@@ -23,7 +23,6 @@ _SHORT, _LONG = 96, 1500
 _ANSWER = 48
 _ROUNDS = 2
 _PROMPTS = (16, 64, 160, 256, 512, 1024, 1800)
-_IDS = range(1000, 9000)  # plain words of most vocabularies
 
 
 @dataclass
@@ -45,10 +44,14 @@ class Client:
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.AsyncClient(base_url=address, timeout=_TIMEOUT_S, limits=limits)
         self._random = Random(seed)  # noqa: S311, to repeat a run
-        self._vocabulary = _IDS
+        self._vocabulary = range(0)
+        self.context = 0
 
     async def __aenter__(self) -> Client:
         await self._client.__aenter__()
+        model = (await self._client.get("/v1/models")).json()["data"][0]
+        size, self.context = model["meta"]["n_vocab"], model["context_length"]
+        self._vocabulary = range(size // 8, size // 2)  # no special tokens, in most vocabularies
         await self.ask(self.words(8), 2)
         return self
 
@@ -94,9 +97,10 @@ async def measure(address: str, rows: int, piece: int) -> StepTimes:
                 answers = await asyncio.gather(*(client.ask(client.words(_SHORT), _ANSWER) for _ in range(count)))
                 rounds[-1].append(_together(answers))
         steps = rising([statistics.mean(item) for item in zip(*rounds, strict=True)])
-        long = statistics.mean((await client.ask(client.words(_LONG), _ANSWER)).gaps)
+        longest = min(_LONG, client.context - _ANSWER)
+        long = statistics.mean((await client.ask(client.words(longest), _ANSWER)).gaps)
         points = []
-        for length in _PROMPTS:
+        for length in (item for item in _PROMPTS if item < client.context):
             tries = [await client.ask(client.words(length), 1) for _ in range(3)]
             points.append(
                 (-(-length // piece), length, statistics.median(item.times[0] - item.asked for item in tries))
@@ -104,7 +108,7 @@ async def measure(address: str, rows: int, piece: int) -> StepTimes:
         request = await client.request_s()
     prompt = fit_prompt([(pieces, length, seconds - request) for pieces, length, seconds in points])
     tokens = _SHORT + _ANSWER // 2
-    slope = max(0.0, (long - steps[0]) / (_LONG - _SHORT))
+    slope = max(0.0, (long - steps[0]) / (longest - _SHORT))
     return StepTimes(steps, tokens, slope, prompt, request, piece)
 
 

@@ -83,5 +83,6 @@ def rising(values: Sequence[float]) -> tuple[float, ...]:
     for value in values:
         pools.append([value])
         while len(pools) > 1 and sum(pools[-2]) / len(pools[-2]) > sum(pools[-1]) / len(pools[-1]):
-            pools[-2] += pools.pop()
+            last = pools.pop()
+            pools[-1] += last
     return tuple(sum(pool) / len(pool) for pool in pools for _ in pool)
