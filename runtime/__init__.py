@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from .bundle.manifest import Manifest
     from .caches.prefixes.cache import PrefixCacheSettings
     from .caches.responses.cache import ResponseCacheSettings
-    from .engine import Engine, load
+    from .engine import Engine
     from .errors import EdgelmError
+    from .estimate import MemoryEstimate, estimate_memory
+    from .opening import load
     from .results import Chunk, Completion, Stats, TokenLogprob
+    from .serving.streams import Stream
     from .settings import GenerationSettings
 
 _HOME = {
@@ -30,11 +33,14 @@ _HOME = {
     "Engine": "engine",
     "GenerationSettings": "settings",
     "Manifest": "bundle.manifest",
+    "MemoryEstimate": "estimate",
     "PrefixCacheSettings": "caches.prefixes.cache",
     "ResponseCacheSettings": "caches.responses.cache",
     "Stats": "results",
+    "Stream": "serving.streams",
     "TokenLogprob": "results",
-    "load": "engine",
+    "estimate_memory": "estimate",
+    "load": "opening",
 }
 
 __all__ = [
@@ -45,10 +51,13 @@ __all__ = [
     "Engine",
     "GenerationSettings",
     "Manifest",
+    "MemoryEstimate",
     "PrefixCacheSettings",
     "ResponseCacheSettings",
     "Stats",
+    "Stream",
     "TokenLogprob",
+    "estimate_memory",
     "load",
 ]
 

@@ -22,7 +22,7 @@ from .errors import EdgelmError, SettingsError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-_ENTRY_POINTS = "edgelm.commands"
+COMMANDS_GROUP = "edgelm.commands"
 _OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval", "serve")
 # What prints nothing that somebody waits for.
 _SILENT = ("serve",)
@@ -34,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # we are the program, not called by one
         signal.signal(signal.SIGTERM, _end)
+        if sys.platform == "win32":  # Ctrl-Break, and a console that is closed
+            signal.signal(signal.SIGBREAK, _end)
     name = next((word for word in words if not word.startswith("-")), None)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # An output whose encoding lacks a character gets an escape in its place.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # An output whose encoding lacks a character gets an escape in its place. In files and pipes, Windows' code page
+        # would lack most, and no reader of JSON would guess it.
+        is_file = sys.platform == "win32" and not sys.stdout.isatty()
+        sys.stdout.reconfigure(errors="backslashreplace", encoding="utf-8" if is_file else None)
     return one_line_errors(lambda: _dispatch(name, words), "--debug" in words)
 
 
@@ -142,7 +146,18 @@ def _summary(name: str) -> str:
 def _foreign_commands() -> Collection[EntryPoint]:
     from importlib.metadata import entry_points  # 4 MB, which `edgelm run` can do without
 
-    return entry_points(group=_ENTRY_POINTS)
+    found = entry_points(group=COMMANDS_GROUP)
+    # A frozen program has the metadata of edgelm as a whole, and not what needs torch.
+    return [entry for entry in found if _is_packed(entry.module)] if getattr(sys, "frozen", False) else found
+
+
+def _is_packed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _fail(message: str, error: BaseException, debug: bool) -> int:

@@ -10,15 +10,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .bundle import folder as bundle_files
-from .bundle.cuts import accepts_roundings, may_cut, what_is_off
+from .bundle.cuts import accepts_roundings, may_cut
 from .bundle.folder import Bundle
-from .caches.prefixes.cache import PrefixCache, PrefixCacheSettings, open_prefix_cache, prefix_settings
-from .caches.responses.cache import ResponseCache, ResponseCacheSettings, open_response_cache
+from .caches.prefixes.cache import PrefixCache
+from .caches.responses.cache import ResponseCache
 from .decoding.decoder import Decoder
 from .errors import EngineClosedError
 from .host.memory import give_back
@@ -29,7 +27,6 @@ from .serving.requests import RequestMaker
 from .serving.scheduler import Scheduler
 from .serving.streams import Stream
 from .sessions import numerics
-from .sessions.loading import find_folder
 from .sessions.protocol import Session
 from .sessions.rows import rows_are_exact
 from .settings import GenerationSettings
@@ -46,57 +43,7 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger(__name__)
-# A program that embeds edgelm finds its users' conversations on the disk only if it asks.
-IN_MEMORY = ResponseCacheSettings(disk=False)
-PREFIXES_IN_MEMORY = PrefixCacheSettings(disk=False)
-
-
-def load(
-    path: str | Path,
-    *,
-    graph: str | None = None,
-    threads: int | None = None,
-    response_cache: bool | ResponseCacheSettings = IN_MEMORY,
-    prefix_cache: bool | PrefixCacheSettings = PREFIXES_IN_MEMORY,
-    prepare: bool | None = None,
-    provider: str | None = None,
-    exact: bool = True,
-) -> Engine:
-    """Open a bundle, or a folder of optimum's or transformers.js's, and make it ready to generate.
-
-    graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
-    threads: cores to compute with (None: physical cores that this process may use). provider: "cpu" or "cuda" (None:
-    what the bundle was made for; one for a GPU runs on the CPU only when it is told to).
-    exact: False allows batches, kept prefixes and draft tokens also where they change roundings (`bundle.cuts`), as
-    with the schemes of float32 matrices.
-
-    Nothing is written to the disk unless one of these asks for it:
-    response_cache: keep finished answers and give them again for the same request: in memory (16 MiB) by default, False
-    not at all, True also in a database below EDGELM_HOME (256 MiB, readable by this user alone, shared by the
-    processes), or as settings say. prefix_cache: keep what was computed for prompts, for later ones that start alike:
-    in memory (64 MiB) by default, False not at all, True also in files below EDGELM_HOME (512 MiB, as above), or as
-    settings say. `edgelm cache budget` changes what True means for both.
-    prepare: True keeps the weights as onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's
-    size, in all at most 8 GiB), which later loads map, unless they say False: faster, in less memory of their own,
-    shared by the processes.
-    Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
-    digests, a prepared form against its own checksums.
-    Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
-    MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used
-    gives a warning, not an error.
-    """
-    responses, settings = open_response_cache(response_cache), prefix_settings(prefix_cache)
-    bundle, load_model = find_folder(path, threads, graph, prepare, provider)
-    bundle = dataclasses.replace(bundle, exact=exact)
-    off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
-    if off is not None:
-        _logger.warning("%s: %s", bundle.path, off)
-    # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
-    tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
-    give_back()
-    session = load_model()
-    give_back()
-    return Engine(bundle, session, tokenizer, responses, open_prefix_cache(settings, bundle, session))
+_ONE_TOKEN = GenerationSettings(max_tokens=1, logprobs=0)
 
 
 class Engine:
@@ -257,9 +204,38 @@ class Engine:
         token_ids: Sequence[int] | None = None,
         **options: Unpack[ChatKeywords],
     ) -> list[int]:
-        """The token ids that `generate` would feed for these arguments. options: those of `ChatOptions`. Raises: as
-        `generate`."""
+        """The token ids that `generate` would feed for these arguments; their number is the prompt's length in tokens.
+        options: those of `ChatOptions`. Nothing is computed. Raises: as `generate`."""
         return self._requests.encode(prompt, messages, token_ids, options)
+
+    def render(self, messages: Sequence[Message], **options: Unpack[ChatKeywords]) -> str:
+        """The text that the chat template makes of messages. options: those of `ChatOptions`. Nothing is computed.
+        Raises: PromptError, TemplateError, SettingsError."""
+        return self._requests.render(messages, options)
+
+    def warm_up(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[ChatKeywords],
+    ) -> None:
+        """Run the model once, so that the first answer comes as soon as later ones.
+
+        Without arguments one token is fed, which reads all weights. With those of `generate`, such as the messages that
+        every conversation begins with, that prompt is read and the prefix cache keeps it. Cost: that of reading the
+        prompt. Raises: as `generate`.
+        """
+        if prompt is None and messages is None and token_ids is None:
+            token_ids = [0]
+        # An answer with log-probabilities is never kept, nor taken from the response cache.
+        self.generate(prompt, messages=messages, token_ids=token_ids, settings=_ONE_TOKEN, **options)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a prompt and its answer have together."""
+        return self.bundle.manifest.model.context_length
 
     @property
     def takes_messages(self) -> bool:
@@ -285,6 +261,12 @@ class Engine:
         self._session.close()
         if self._responses is not None:
             self._responses.close()
+        give_back()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._scheduler.closed
 
     def __enter__(self) -> Engine:
         return self

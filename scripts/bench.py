@@ -14,11 +14,9 @@ a real model's export chooses. `--model` measures a model that there is, as scri
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import statistics
-import string
 import subprocess
 import sys
 import time
@@ -28,13 +26,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from reference_model import SHAPES, export, prepare
+
 CONTEXTS = (128, 1024, 1900)
 DECODE_TOKENS = 64
 # In which decoding and reading memory are compared.
 TURNS, PASSES = 15, 16
-_CONFIGS = Path(__file__).parent / "reference"
-REFERENCE = _CONFIGS / "config.json"
-SHAPES = {"llama": REFERENCE, "gemma3": _CONFIGS / "gemma3.json", "qwen3": _CONFIGS / "qwen3.json"}
 
 
 def main() -> None:
@@ -76,73 +73,6 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def prepare(model: Path, bundle: Path, kv: str, config: Path = REFERENCE) -> None:
-    """Build a model of a configuration and export it, unless an earlier run did."""
-    if not (model / "tokenizer.json").is_file():
-        build_model(model, config, "float32")
-    export(model, bundle, kv, str(random_target(bundle.parent)))
-
-
-def export(model: Path, bundle: Path, kv: str, target: str | None = None) -> None:
-    """Export a model, unless an earlier run did."""
-    if not (bundle / "manifest.json").is_file():
-        from edgelm.export import ExportConfig, export_model
-
-        started = time.perf_counter()
-        export_model(ExportConfig(str(model), target=target, kv=kv, out=bundle))
-        print(f"exported in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-
-
-def random_target(folder: Path) -> Path:
-    """This machine's target for random weights: they have no quality that limits could hold, and nothing that a choice
-    of arithmetic could go by, so that activations have 16 bits everywhere."""
-    from edgelm.targets import native_target
-
-    base = native_target()
-    limits = "mean_kl = 10.0\np99_kl = 100.0\nperplexity_increase_percent = 1000.0\nagreement_percent = 0.0\n"
-    text = f'extends = "{base}"\nname = "{base}"\n[gate]\n{limits}answers_percent = 0.0\nactivations_kl = 1e-12\n'
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "random.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def build_model(folder: Path, config_file: Path, dtype: str) -> None:
-    """A model folder with random weights, stored in this type, and a tokenizer of the full vocabulary."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(config_file)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(getattr(torch, dtype)).save_pretrained(folder)
-    _build_tokenizer(folder, config.vocab_size)
-
-
-def _build_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer whose tokens are all strings of two letters, of three, and some of four: as large as a
-    real one of this vocabulary, and as much work to load and to run."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    end = "<|endoftext|>"
-    vocab = {end: 0} | {item: i for i, item in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)}
-    merges: list[tuple[str, str]] = []
-    for length in itertools.count(2):
-        for letters in itertools.product(string.ascii_lowercase, repeat=length):
-            if len(vocab) == vocab_size:
-                tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                tokenizer.decoder = decoders.ByteLevel()
-                tokenizer.add_special_tokens([AddedToken(end, special=True)])
-                PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(
-                    folder
-                )
-                return
-            word = "".join(letters)
-            vocab[word] = len(vocab)
-            merges.append((word[:-1], word[-1]))
 
 
 def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import prepare
+from reference_model import prepare
 
 from edgelm.runtime import Completion, Engine, load
 from edgelm.runtime.sessions.rows import OrtRows

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import build_model, random_target
+from reference_model import build_model, random_target
 
 _CONFIG = Path(__file__).parent / "reference" / "tinyllama.json"
 # What an export may take at most, in units of the fp32 weights and of the source's files; the larger one counts.

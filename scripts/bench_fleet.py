@@ -3,8 +3,9 @@
     python scripts/bench_fleet.py BUNDLE [--rounds 5] [--clients 8] [--tokens 64] [--threads 2] [--json]
 
 One server with all threads beside three with a thread each behind HAProxy, as docs/fleet.md has it: tokens per second
-of all clients. Then one request of an answer that the server knows, straight and through HAProxy and LiteLLM's proxy:
-the time that it takes, and what the proxy computes for it. What is not installed is left out, and said.
+of all clients, and tokens per second of CPU time, which other programs on the machine disturb less. Then one request
+of an answer that the server knows, straight and through HAProxy and LiteLLM's proxy: the time that it takes, and what
+the proxy computes for it. What is not installed is left out, and said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import httpx
 import psutil
 from bench_server import WITHOUT_CACHES, ask, served
-from fleet.proxies import HAPROXY, LITELLM, Proxy, find, running
+from fleet.proxies import HAPROXY, LITELLM, MASTER_KEY, Proxy, find, running
 
 _KNOWN = {"model": "model", "messages": [{"role": "user", "content": "What is a lake?"}], "max_tokens": 16}
 _REQUESTS = 60
@@ -32,9 +33,10 @@ _REQUESTS = 60
 def main() -> int:
     """Measure and print."""
     arguments = parse()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = {"processes": processes(arguments, Path(folder)), "proxies": proxies(arguments, Path(folder))}
-    print(json.dumps(figures, indent=None if arguments.json else 1))
+    for part in (processes, proxies):
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {part.__name__: part(arguments, Path(folder))}
+        print(json.dumps(figures, indent=None if arguments.json else 1), flush=True)
     return 0
 
 
@@ -59,32 +61,44 @@ def three(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def processes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Tokens per second of one process and of three, by turns, and the median of the rounds' ratios."""
+    """What all clients get from one process and from three, by turns, and the medians of the rounds' ratios."""
     if find(HAPROXY) is None:
         return {"not measured": "haproxy is not installed"}
-    one: list[float] = []
-    several: list[float] = []
-    with served(arguments.bundle, arguments.threads, WITHOUT_CACHES) as (alone, _), three(arguments, folder) as shared:
-        for address in (alone, shared):
-            asyncio.run(rate(address, arguments))
-        for _ in range(arguments.rounds):
-            one.append(asyncio.run(rate(alone, arguments)))
-            several.append(asyncio.run(rate(shared, arguments)))
-    ratios = [after / before for before, after in zip(one, several, strict=True)]
+    rounds: dict[str, list[dict[str, float]]] = {"one": [], "three": []}
+    with served(arguments.bundle, arguments.threads, WITHOUT_CACHES) as (alone, _):
+        one = servers(())
+        with three(arguments, folder) as shared:
+            places = {"one": (alone, one), "three": (shared, servers(one))}
+            for number in range(arguments.rounds + 1):
+                for name, (address, computing) in places.items():
+                    rounds[name].append(asyncio.run(rates(address, computing, arguments, number)))
+    pairs = list(zip(rounds["one"], rounds["three"], strict=True))[1:]
+    names = pairs[0][0]
     return {
-        "one_tokens_per_s": round(statistics.median(one), 1),
-        "three_tokens_per_s": round(statistics.median(several), 1),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
+        "one": {name: round(statistics.median(one[name] for one, _ in pairs), 1) for name in names},
+        "three": {name: round(statistics.median(several[name] for _, several in pairs), 1) for name in names},
+        "ratio": {
+            name: round(statistics.median(several[name] / one[name] for one, several in pairs), 2) for name in names
+        },
     }
 
 
-async def rate(address: str, arguments: argparse.Namespace) -> float:
-    """Tokens per second of all clients at once, each a conversation of its own."""
-    begun = time.perf_counter()
-    prompts = [f"Tell me about the number {number}." for number in range(arguments.clients)]
+def servers(known: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes of edgelm that this one started, but for some."""
+    found = psutil.Process().children()
+    return [process for process in found if "edgelm.runtime.cli" in process.cmdline() and process not in known]
+
+
+async def rates(
+    address: str, computing: Sequence[psutil.Process], arguments: argparse.Namespace, number: int
+) -> dict[str, float]:
+    """Tokens per second, and per second of the servers' CPU time, of all clients at once, each a conversation."""
+    prompts = [f"Tell me about the number {1000 * number + client}." for client in range(arguments.clients)]
+    wall, cpu = time.perf_counter(), sum(cpu_s(process.pid) for process in computing)
     answers = await asyncio.gather(*(ask(address, prompt, arguments.tokens, prompt) for prompt in prompts))
-    return sum(answer.tokens for answer in answers) / (time.perf_counter() - begun)
+    taken = {"per_s": time.perf_counter() - wall, "per_cpu_s": sum(cpu_s(process.pid) for process in computing) - cpu}
+    count = sum(answer.tokens for answer in answers)
+    return {f"tokens_{name}": count / seconds for name, seconds in taken.items()}
 
 
 def proxies(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def asked(address: str, process: int) -> tuple[float, float]:
     """Milliseconds of a request: its median time, and the mean of what the proxy computed for it."""
     before = cpu_s(process)
     taken = []
-    with httpx.Client(base_url=address, timeout=60) as client:
+    with httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {MASTER_KEY}"}) as client:
         for _ in range(_REQUESTS):
             begun = time.perf_counter()
             client.post("/v1/chat/completions", json=_KNOWN).raise_for_status()

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import CONTEXTS, DECODE_TOKENS, prepare
+from bench import CONTEXTS, DECODE_TOKENS
+from reference_model import prepare
 
 from edgelm.runtime import Bundle, load
 from edgelm.runtime.evaluation.scoring import perplexity

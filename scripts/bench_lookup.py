@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import prepare
 from copying_model import build_copying_model
+from reference_model import prepare
 
 from edgelm.runtime import Bundle, GenerationSettings
 from edgelm.runtime.decoding.prompt_lookup import Lookup

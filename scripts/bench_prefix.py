@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import prepare
+from reference_model import prepare
 
 _REST = 8  # tokens of a prompt behind what it shares
 _VOCABULARY = 40_000

@@ -1,9 +1,14 @@
 """What a server gives one client and several: tokens per second, time between tokens, silence beside a long prompt.
 
     python scripts/bench_server.py BUNDLE [--clients 8] [--tokens 96] [--threads N] [--json]
+    python scripts/bench_server.py BUNDLE --beside PYTHON FILE.gguf [--rounds 3]
 
 Starts `edgelm serve` without the response cache, measures from the start of the process to the first token, then one
 client, several at once, and several while a long prompt comes in between. Texts are compared with those of `generate`.
+
+--beside compares, by turns, with llama.cpp that decodes as many texts at once (llama_cpp_rows.py in the environment of
+llama-cpp-python whose Python is given, as scripts/compare_peers.py makes it): tokens per second, and per second of CPU
+time, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -19,9 +25,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from edgelm.runtime import load
 
@@ -47,6 +55,9 @@ class Stream:
 def main() -> int:
     """Measure and print."""
     arguments = parse()
+    if arguments.beside:
+        print(json.dumps(beside_llama_cpp(arguments), indent=None if arguments.json else 1))
+        return 0
     with served(arguments.bundle, arguments.threads) as (address, begun):
         first = asyncio.run(ask(address, "Once", 1)).times[0] - begun
         figures = {"start_to_first_token_s": round(first, 3), **asyncio.run(measure(address, arguments))}
@@ -64,7 +75,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1900, help="of the long prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
     return parser.parse_args()
+
+
+def beside_llama_cpp(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of all clients, ours with HTTP and llama.cpp's without, and the medians of the ratios."""
+    python, gguf = arguments.beside
+    numbers = {"threads": arguments.threads, "rows": arguments.clients, "tokens": arguments.tokens}
+    command = [python, str(Path(__file__).parent / "peers" / "llama_cpp_rows.py"), gguf]
+    command += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    ours, theirs = [], []
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with served(arguments.bundle, arguments.threads) as (address, _):
+        (server,) = psutil.Process().children()
+        asyncio.run(ask(address, "warm up", 8))
+        for number in range(arguments.rounds):
+            ours.append(asyncio.run(rates(address, server, arguments, number)))
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            theirs.append(json.loads(done.stdout))
+    ratios = {
+        name: round(statistics.median(mine[name] / other[name] for mine, other in zip(ours, theirs, strict=True)), 2)
+        for name in ours[0]
+    }
+    return {"edgelm": ours, "llama.cpp": theirs, "ratio": ratios}
+
+
+async def rates(address: str, server: psutil.Process, arguments: argparse.Namespace, number: int) -> dict[str, float]:
+    """What all clients at once get, by time and by what the server computed."""
+    prompts = [f"Tell me about the number {100 * number + client} and others." for client in range(arguments.clients)]
+    wall, cpu = time.perf_counter(), sum(server.cpu_times()[:2])
+    answers = await asyncio.gather(*(ask(address, prompt, arguments.tokens) for prompt in prompts))
+    count = sum(answer.tokens for answer in answers)
+    taken = {"per_s": time.perf_counter() - wall, "per_cpu_s": sum(server.cpu_times()[:2]) - cpu}
+    return {f"tokens_{name}": round(count / seconds, 1) for name, seconds in taken.items()}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import prepare, random_target
+from reference_model import prepare, random_target
 
 CONTEXTS = (128, 1900)
 CACHES = ("int8", "float32")

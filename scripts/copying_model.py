@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bench import build_model
+from reference_model import build_model
 
 # The hidden state's parts: a token's code, short codes of the three tokens in front of it, and a one.
 _CODE, _NOTE = 192, 64

@@ -12,7 +12,6 @@ another replica holds: docs/fleet.md compares that with a proxy that hashes conv
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,17 @@ def deployment(
     from ray import serve
 
     folders = {name: str(path.resolve()) for name, path in bundles.items()}
-    ingress = serve.ingress(functools.partial(build, folders, settings, cpus, redis_url))
 
+    def application() -> Any:  # Ray takes a function for what makes an application, and nothing else that can be called
+        return build(folders, settings, cpus, redis_url)
+
+    @serve.ingress(application)
     class Edgelm:
         """One replica; the application answers."""
 
     deployed = serve.deployment(
         num_replicas=replicas, ray_actor_options={"num_cpus": cpus}, max_ongoing_requests=MAX_ONGOING
-    )(ingress(Edgelm))
+    )(Edgelm)
     return deployed.bind()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -49,7 +50,8 @@ TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--all", action="store_true", help="also run the files whose tests take long together")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes each")
     parser.addoption("--bundles", type=Path, help="folder of exported bundles, for machines that cannot export")
 
 
@@ -66,6 +68,12 @@ def edgelm_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files that are named on the command line are meant.
+    named = any(argument.partition("::")[0].endswith(".py") for argument in config.args)
+    if not config.getoption("--all") and not named:
+        left_out = [item for item in items if "long" in item.keywords]
+        items[:] = [item for item in items if "long" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -83,7 +91,6 @@ def shared(path: str) -> Path:
 def byte_tokenizer(folder: Path, vocab_size: int = 257) -> None:
     """Write a tokenizer of single bytes (ids 0 to 255) and an end token (256) in transformers' format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert vocab_size >= len(alphabet) + 1
@@ -91,7 +98,12 @@ def byte_tokenizer(folder: Path, vocab_size: int = 257) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # As transformers writes it, which is not on every machine that runs tests.
+    named = {"backend": "tokenizers", "bos_token": "<end>", "eos_token": "<end>"}
+    settings = {**named, "model_max_length": 10**30, "tokenizer_class": "TokenizersBackend"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def tiny_llama(**changes: Any) -> Any:

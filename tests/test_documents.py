@@ -48,8 +48,17 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 # Notes tell of what was tried, some of which is no more.
 CURRENT = [path for path in DOCUMENTS if path.parent.name != "notes" and path.name != "CHANGELOG.md"]
-# Options of pip, pytest and accelerate, which documents name too; accelerate's others have underscores.
-FOREIGN = {"--no-deps", "--slow", "--extra-index-url", "--config-settings", "--upgrade", "--cpu"}
+# Options of pip, pytest, PyInstaller and accelerate, which documents name too; accelerate's others have underscores.
+FOREIGN = {
+    "--no-deps",
+    "--slow",
+    "--extra-index-url",
+    "--config-settings",
+    "--upgrade",
+    "--cpu",
+    "--onefile",
+    "--hidden-import",
+}
 
 
 def command_lines(path: Path) -> Iterator[list[str]]:

@@ -82,11 +82,14 @@ def change_config(model: Path, **changes: Any) -> None:
 
 
 def test_a_missing_folder(refused: Refused) -> None:
-    refused("./no-such-folder", words=("no-such-folder", "is not a folder", "give a model folder"))
+    refused("./no-such-folder", words=("no-such-folder", "neither a folder nor a GGUF", "give a model"))
 
 
 def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
-    refused(model / "model.safetensors", words=("model.safetensors", "is not a folder", "give a model folder"))
+    refused(
+        model / "model.safetensors",
+        words=("model.safetensors", "neither a folder nor a GGUF file", "give a model folder"),
+    )
 
 
 def test_an_unknown_builtin(refused: Refused) -> None:

@@ -35,8 +35,8 @@ HEAVY = (
 
 PUBLIC = {
     "edgelm.runtime": [
-        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest",
-        "PrefixCacheSettings", "ResponseCacheSettings", "Stats", "TokenLogprob", "load",
+        "Bundle", "Chunk", "Completion", "EdgelmError", "Engine", "GenerationSettings", "Manifest", "MemoryEstimate",
+        "PrefixCacheSettings", "ResponseCacheSettings", "Stats", "Stream", "TokenLogprob", "estimate_memory", "load",
     ],
     "edgelm.export": ["ExportConfig", "ExportResult", "compress_model", "export_model"],
     "edgelm.targets": [
@@ -89,10 +89,12 @@ LAYERS = (
     {"decoding", "text"},
     {"caches"},
     {"evaluation", "serving"},
-    {"engine", "fake"},
+    {"engine", "estimate", "fake"},
+    {"opening"},
     {"server"},
     {"cli"},
     {"commands"},
+    {"frozen"},
 )
 
 

@@ -39,6 +39,7 @@ from edgelm.export.passes.functions import (
 )
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION, MICROSOFT
 from edgelm.export.tracing.attention import trace_model
+from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.errors import SessionError
 from edgelm.runtime.host import machine
@@ -802,6 +803,14 @@ def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it
     assert opened.capabilities.least_rows == (2 if settings.get("kv") == "float32" and not by_kernels else 1)
     assert opened.capabilities.piece_tokens == (KERNELS_PIECE_TOKENS if by_kernels else PIECE_TOKENS)
     opened.close()
+
+
+def test_one_engine_may_do_without_kernels_beside_another_with_them(tiny_bundle: Path) -> None:
+    with load(tiny_bundle) as served, load(tiny_bundle, kernels=False) as plain:
+        found = [engine._session.capabilities.piece_tokens for engine in (served, plain)]
+        assert found == [KERNELS_PIECE_TOKENS, PIECE_TOKENS]
+        assert served._requests._numerics != plain._requests._numerics
+    assert kernels.identity() is not None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt2", "olmoe"])

@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from edgelm.export.passes import fusing_passes, quantizing_passes
+from edgelm.export.passes.attention_functions import NORMED
 from edgelm.export.passes.call_attention import CallAttention
-from edgelm.export.passes.functions import BIASED, EDGELM, NORMED
+from edgelm.export.passes.functions import BIASED, EDGELM
 from edgelm.export.passes.graph import ATTENTION, KEPT_ATTENTION
 from edgelm.export.passes.norm_in_attention import NormInAttention
 from edgelm.export.quantization.calibration import cache_ranges

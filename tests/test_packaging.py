@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT
+from .served import with_template
 
 PACKAGES = ("export", "runtime", "targets")
 MAX_BASE_MB = 200
@@ -91,6 +93,23 @@ def test_a_base_install_is_small_has_no_torch_and_runs(wheel: Path, tiny_bundle:
     )
     assert refused.returncode == 1
     assert refused.stderr.strip().endswith('pip install "edgelm[export]"') and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_small_install_by_name_answers_a_chat(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """docs/desktop.md names what a device needs, without what pip would bring besides."""
+    text = (ROOT / "docs" / "desktop.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^pip install --no-deps edgelm (.*)$", text, re.MULTILINE)
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    install = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), str(wheel), *line.split()], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    assert not {"huggingface_hub", "hf_xet", "yaml", "google"} & {path.name for path in packages.iterdir()}
+    bundle = with_template(tiny_bundle, tmp_path / "tiny")
+    for words in (["run", str(bundle), "Once", "--chat", "--max-tokens", "4"], ["doctor"], ["inspect", str(bundle)]):
+        done = subprocess.run([str(venv / "bin" / "edgelm"), *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_servers_packages_are_small() -> None:

@@ -1,4 +1,4 @@
-"""The README and the document of generation settings say what is so: their commands and Python blocks run."""
+"""What the README, docs/generation.md and docs/desktop.md say is so: their commands and Python blocks run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GENERATION = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+DESKTOP = (ROOT / "docs" / "desktop.md").read_text(encoding="utf-8")
 
 
 def _blocks(language: str, document: str = README) -> list[str]:
@@ -22,7 +23,7 @@ def _blocks(language: str, document: str = README) -> list[str]:
     return [text for kind, text in blocks if kind == language]
 
 
-PYTHON = [*_blocks("python"), *_blocks("python", GENERATION)]
+PYTHON = [*_blocks("python"), *_blocks("python", GENERATION), *_blocks("python", DESKTOP)]
 
 
 @pytest.fixture(scope="module")

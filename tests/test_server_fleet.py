@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_a_conversation_stays_on_its_server_and_answers_are_shared(proxy: str, s
 
 def ask_chat(address: str, content: str, **changes: Any) -> httpx.Response:
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 20, **changes}
-    return httpx.post(f"{address}/v1/chat/completions", json=body, headers={"X-Session": content}, timeout=60)
+    headers = {"X-Session": content, "Authorization": f"Bearer {proxies.MASTER_KEY}"}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
 
 def text_of(answer: httpx.Response) -> str:
@@ -146,8 +148,8 @@ def test_litellms_proxy_goes_on_without_a_server(litellm_proxy: str, servers: li
     assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1]) == whole
     refused = ask_chat(litellm_proxy, "x" * 5000)
     assert refused.status_code == 400 and "context" in json.dumps(refused.json())
-    for number in range(12):
-        ask_chat(litellm_proxy, f"number {number}")
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda number: ask_chat(litellm_proxy, f"number {number}"), range(24)))
     assert all(answers_of(server) > 0 for server in servers), "requests are spread"
     kill_one(litellm_proxy, servers)
 

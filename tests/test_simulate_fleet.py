@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 import sys
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from .conftest import ROOT
+from .served import serving
 
 # A step takes 10 ms for each row, whatever the context; a prompt 1 ms a token and 5 ms a piece.
 STEPS = tuple(0.01 * rows for rows in range(1, 5))
@@ -128,29 +129,47 @@ def test_the_fit_finds_what_made_the_points(script: ModuleType) -> None:
     assert fit_prompt(points) == pytest.approx((0.003, 0.0005, 1e-7), rel=1e-6)
 
 
+def test_what_falls_by_noise_is_made_to_rise(script: ModuleType) -> None:
+    from fleet.times import rising
+
+    assert rising([1, 2, 3]) == (1, 2, 3)
+    assert rising([1, 4, 2, 5]) == (1, 3, 3, 5)
+    assert rising([3, 2, 1]) == (2, 2, 2)
+
+
 def test_times_are_written_and_read(script: ModuleType, times: Any, tmp_path: Path) -> None:
     times.write(tmp_path / "times.json")
     assert script.StepTimes.read(tmp_path / "times.json") == times
 
 
+# `edgelm serve` whose steps take a known time, which does not depend on what else the machine does.
+SLOW = """
+import sys, time
+from edgelm.runtime.cli import main
+from edgelm.runtime.sessions.rows import OrtRows
+step, feed = OrtRows.step, OrtRows.feed
+def slow_step(self, token_ids):
+    time.sleep(0.06 + 0.01 * len(token_ids))
+    return step(self, token_ids)
+def slow_feed(self, row, token_ids, keep=1):
+    time.sleep(0.07 if len(token_ids) == 1 else 0.06 + 0.002 * len(token_ids))
+    return feed(self, row, token_ids, keep)
+OrtRows.step, OrtRows.feed = slow_step, slow_feed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_the_real_server_agrees(
-    script: ModuleType,
-    stories_bundle: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A tiny model, whose requests cost as much as its steps: the bound is wide."""
-    bundle, file = str(stories_bundle("int8-rowwise")), str(tmp_path / "times.json")
-    common = ["--times", file, bundle, "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["simulate_fleet", "measure", *common, "--piece", "256"])
-    assert script.main() == 0
-    capsys.readouterr()
-    monkeypatch.setattr(
-        sys, "argv", ["simulate_fleet", "check", *common, "--seconds", "20", "--most-error-percent", "60"]
-    )
-    status = script.main()
-    printed = capsys.readouterr().out
-    assert status == 0, printed
-    assert json.loads(printed)["real"]["requests"] > 20
+def test_the_real_server_agrees(script: ModuleType, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Users who talk with the real server for a minute see what the model of it says."""
+    load = script.Load(6, prompt=40, answer=30, think_s=1.5, turns=3, preamble=60, context=400, answers_return=False)
+    with serving(f"model={tiny_bundle}", "--no-response-cache", program=SLOW) as server:
+        times = asyncio.run(script.measure(server.address, load.users, 256))
+        real = asyncio.run(script.talk(server.address, load, 60)).figures()
+    simulated = script.Fleet([times], load).run(60).figures()
+    errors = {name: simulated[name] / real[name] - 1 for name in real}
+    with capsys.disabled():
+        print(f"\nreal {real}\nsimulated {simulated}\nerrors {errors}")
+    assert real["requests"] > 30
+    assert abs(errors["tokens_per_s"]) < 0.15 and abs(errors["gap_mean_ms"]) < 0.15, errors
+    assert abs(errors["answer_p50_s"]) < 0.25 and abs(errors["first_token_p50_s"]) < 0.35, errors

@@ -451,7 +451,7 @@ def test_the_benchmarks_target_for_random_weights_can_be_read(tmp_path: Path, mo
     if native_target() is None:
         pytest.skip("no target fits this machine")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
+    import reference_model
 
-    gate = load_target(str(bench.random_target(tmp_path))).gate
+    gate = load_target(str(reference_model.random_target(tmp_path))).gate
     assert gate.mean_kl == 10 and 0 < gate.activations_kl < 1e-9

@@ -16,6 +16,7 @@ from pathlib import Path
 from ...runtime.bundle import folder as names
 from ...runtime.bundle.manifest import Tokens
 from ...runtime.errors import TemplateError
+from ...runtime.host.files import read_text
 from ...runtime.text.chat import ChatTemplate
 from ...runtime.text.templates import find_templates
 from ...runtime.text.tokenizer import Tokenizer
@@ -105,8 +106,8 @@ def chat_template(folder: Path) -> ChatTemplate | None:
     template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
     try:
         found = find_templates(
-            template.read_text(encoding="utf-8") if template.is_file() else None,
-            json.loads(config.read_text(encoding="utf-8")),
+            read_text(template) if template.is_file() else None,
+            json.loads(read_text(config)),
         )
         return None if found is None else found.default
     except TemplateError:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ...runtime.bundle.manifest import MANIFEST_NAME
 from ...runtime.host.file_lock import lock_if_free
+from ...runtime.host.files import InUseError, rename
 from ..errors import OutputError
 
 _PARTIAL = ".partial-"
@@ -73,14 +74,14 @@ def put_in_place(folder: Path, out: Path) -> None:
     for path in [*folder.iterdir(), folder]:
         _flush(path)
     if out.is_symlink() or not out.exists():
-        folder.rename(out)
+        rename(folder, out)
     elif not _exchange(folder, out):
         aside = folder.parent / _REPLACED_NAME
-        out.rename(aside)
+        rename(out, aside)
         try:
-            folder.rename(out)
+            rename(folder, out)
         except OSError:
-            aside.rename(out)
+            rename(aside, out)
             raise
     _flush(out.parent)
 
@@ -104,7 +105,7 @@ def _remove_abandoned(out: Path) -> None:
         if not name.fullmatch(path.name) or not _is_abandoned(path):
             continue
         if (path / _REPLACED_NAME).exists() and not out.exists():
-            (path / _REPLACED_NAME).rename(out)
+            rename(path / _REPLACED_NAME, out)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -130,6 +131,10 @@ def _flush(path: Path) -> None:
 
 
 def _output_error(out: Path, error: OSError) -> OutputError:
+    if isinstance(error, InUseError):
+        return OutputError(
+            f"{out} cannot be replaced while a program has it open: close that, or choose another place with --out"
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"no room to write {out} ({error.strerror}): free some space or choose another place with --out"

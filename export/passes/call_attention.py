@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .functions import ATTENTION_ATTRIBUTES, make_call
+from .attention_functions import ATTENTION_ATTRIBUTES
+from .functions import make_call
 from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, GraphPass, nodes_of, only_user, replace_value
 from .keep_rows import keeps_last
 

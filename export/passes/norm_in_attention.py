@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .functions import EDGELM, NORMED, make_call
+from .attention_functions import NORMED
+from .functions import EDGELM, make_call
 from .graph import GraphPass, nodes_of, only_user, producer
 
 

@@ -76,7 +76,8 @@ class Nibbles:
     def factors(self) -> NDArray[np.uint8]:
         """Steps and zeros as functions read them."""
         _, (count, blocks, _) = self.shapes()
-        by_column = _filled_up((self.steps | self.zeros << (8 - self.bits)).T, count * _GROUP)
+        both = np.asarray(self.steps | self.zeros << (8 - self.bits), np.uint8)
+        by_column = _filled_up(both.T, count * _GROUP)
         return np.ascontiguousarray(by_column.reshape(count, _GROUP, blocks).transpose(0, 2, 1))
 
 

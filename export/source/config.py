@@ -19,7 +19,7 @@ def refuse_adapter(folder: Path) -> None:
     if not path.is_file() or (folder / CONFIG_NAME).is_file():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path, MODEL_TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
         found = None
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None

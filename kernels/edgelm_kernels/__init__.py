@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import sys
 from pathlib import Path
 
 # Which functions the library computes, and how: edgelm uses the kernels that have the number it knows. It changes with
 # them.
 INTERFACE = 7
 
-_LIBRARY = Path(__file__).parent / "kernels.so"
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+_LIBRARY = (Path(__file__).parent / "kernels").with_suffix(_SUFFIX)
 
 
 def library() -> Path:

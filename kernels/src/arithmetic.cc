@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -20,18 +21,42 @@ namespace {
 // To test, on one processor, what others compute: the name of an implementation that it has too.
 constexpr const char* kChoice = "EDGELM_KERNELS_ARITHMETIC";
 
+#if defined(__x86_64__)
+// What the processor says of itself; zeros in leaves that it does not have. Asked here, since a compiler's own
+// __builtin_cpu_supports needs a library, which not every one of them brings.
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+Leaf cpuid(unsigned leaf, unsigned subleaf) {
+  Leaf found;
+  __get_cpuid_count(leaf, subleaf, &found.a, &found.b, &found.c, &found.d);
+  return found;
+}
+
+// XCR0: a bit for each kind of register that the system saves when it changes threads.
+unsigned saved_registers() {
+  unsigned low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+bool all(unsigned word, std::initializer_list<int> bits) {
+  for (int bit : bits)
+    if ((word >> bit & 1) == 0) return false;
+  return true;
+}
+#endif
+
 // The implementations that run here, the fastest first.
 std::vector<const Arithmetic*> here() {
   std::vector<const Arithmetic*> found;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool avx_vnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
-  if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(&kAvx512);
-  if (avx_vnni) found.push_back(&kAvxVnni);
+  const Leaf basic = cpuid(1, 0), more = cpuid(7, 0);
+  const unsigned saved = all(basic.c, {27}) ? saved_registers() : 0;
+  const bool avx2 = all(saved, {1, 2}) && all(basic.c, {12}) && all(more.b, {5});  // with FMA
+  if (avx2 && all(saved, {5, 6, 7}) && all(more.b, {16, 17, 30, 31}) && all(more.c, {11})) found.push_back(&kAvx512);
+  if (avx2 && all(cpuid(7, 1).a, {4})) found.push_back(&kAvxVnni);
   if (avx2) found.push_back(&kAvx2);
 #elif defined(__aarch64__)
 #if defined(__linux__)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -65,7 +66,7 @@ Attention<Cached>::Attention(const Info& info, int threads) : arithmetic_(*arith
   if (epsilon_ >= 0) query_norm_ = head_norm(info, 1), key_norm_ = head_norm(info, 2);
   window_ = static_cast<int>(std::clamp<int64_t>(info.integer("local_window_size", -1), 0, kMostPositions));
   // As many bits for keys as for queries.
-  key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::ceil(std::log2(size_)))) / 2;
+  key_limit_ = kRounded ? 128 : 1 << (31 - static_cast<int>(std::bit_width(size_ - 1u))) / 2;
   query_limit_ =
       std::min<int>(std::numeric_limits<int16_t>::max(), std::numeric_limits<int32_t>::max() / (key_limit_ * size_));
   float scale = info.number("scale", 0);
@@ -107,95 +108,6 @@ void Attention<Cached>::read_scales(const Info& info) {
     const float key = keys.values<float>()[i], value = values.values<float>()[i];
     query_scales_[i] = key * query_scales_[i], value_scales_[i] = value;
     key_factors_.push_back(1 / key), value_factors_.push_back(1 / value);
-  }
-}
-
-template <typename Cached>
-Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
-  const Tensor query = call.input(0);
-  require(query.shape.size() == 3, "queries have three axes: batch, positions, values");
-  Step step{};
-  step.batch = within(query.shape[0], 0, kMostPositions, "the batch");
-  step.rows = within(query.shape[1], 0, kMostPositions, "the positions of a step");
-  within(query.shape[0] * query.shape[1] * heads_, 0, kMostRows, "the heads of all rows");
-  step.kept = kept(step.rows, call.input(kStart, true));
-  for (const size_t unknown : kUnknown)
-    require(!call.has(unknown), "attention with positions, a bias or a sink belongs to com.microsoft");
-  read_heads(call, query, step);
-  read_places(call, step);
-  step.output = call.output<float>(0, {step.batch, step.kept, heads_ * size_});
-  return step;
-}
-
-// Queries, keys and values: side by side where the last two are not there, or are the weights of norms.
-template <typename Cached>
-void Attention<Cached>::read_heads(Call& call, const Tensor& query, Step& step) const {
-  const int queries = heads_ * size_, others = groups_ * size_;
-  const Tensor key = query_norm_ != nullptr ? Tensor{} : call.input(1, true);
-  const Tensor value = query_norm_ != nullptr ? Tensor{} : call.input(2, true);
-  const bool packed = key.shape.empty();
-  step.stride_query = packed ? queries + 2 * others : queries;
-  step.stride_key = packed ? step.stride_query : others;
-  require(query.shape[2] == static_cast<int64_t>(step.stride_query), "the query has another size than its heads");
-  const std::vector<int64_t> shape =
-      packed ? std::vector<int64_t>{} : std::vector{query.shape[0], query.shape[1], int64_t{others}};
-  require(key.shape == shape && value.shape == shape,
-          "keys and values have another shape than the query and their heads");
-  step.query = query.values<float>();
-  if (step.query == nullptr) return;  // a batch of no rows
-  step.key = packed ? step.query + queries : key.values<float>();
-  step.value = packed ? step.key + others : value.values<float>();
-}
-
-// Where in the cache the step's rows stand, and their angles.
-template <typename Cached>
-void Attention<Cached>::read_places(Call& call, Step& step) const {
-  const Tensor lengths = call.input(5), total = call.input(6);
-  require(lengths.shape == std::vector<int64_t>{step.batch}, "each sequence of a batch has a length");
-  require(total.shape.empty() || total.shape == std::vector<int64_t>{1}, "the number of positions is one number");
-  step.lengths = lengths.values<int32_t>();
-  const int positions = within(*total.values<int32_t>(), 0, kMostPositions, "the number of positions");
-  step.first = positions == step.rows;
-  if (rotary_) {
-    const Tensor cosines = call.input(7), sines = call.input(8);
-    require(cosines.shape.size() == 2 && sines.shape == cosines.shape && 2 * cosines.shape[1] <= size_,
-            "cosines and sines are tables by positions, of at most half a head's values");
-    step.cosines = cosines.values<float>(), step.sines = sines.values<float>();
-    step.angles = static_cast<int>(std::min<int64_t>(cosines.shape[0], kMostPositions));
-    step.half = static_cast<int>(cosines.shape[1]);
-  }
-  read_cache(call, positions, step);
-  for (int i = 0; i < step.batch; i++) {
-    const int64_t past = step.first ? 0 : int64_t{step.lengths[i]} + 1 - step.rows, end = past + step.rows;
-    if (past < 0 || end > step.capacity || (rotary_ && end > step.angles))
-      throw std::runtime_error("positions " + std::to_string(past) + " to " + std::to_string(end) +
-                               " of a sequence in a cache of " + std::to_string(step.capacity) +
-                               " are not there, or have no angles");
-  }
-}
-
-// The cache, with what it held before.
-template <typename Cached>
-void Attention<Cached>::read_cache(Call& call, int positions, Step& step) const {
-  const Tensor keys = call.input(3), values = call.input(4);
-  require(keys.shape.size() == 4 && keys.shape[0] == step.batch && keys.shape[1] == groups_,
-          "a cache has four axes: batch, groups, positions, values");
-  require(values.shape == keys.shape, "the caches of keys and values have one shape");
-  const int past = within(keys.shape[2], 0, kMostPositions, "the positions of a cache");
-  step.capacity = std::max(past, positions);
-  step.stride_cache = static_cast<int>(std::min<int64_t>(keys.shape[3], 2 * kMostSize));
-  step.scaled = kRounded && step.stride_cache == size_ + kScaleBytes;
-  require(step.scaled || step.stride_cache == size_,
-          "a row of the cache has another length than a head, with or without a scale");
-  const std::vector<int64_t> cache{step.batch, groups_, step.capacity, step.stride_cache};
-  step.keys = call.output<Cached>(1, cache), step.values = call.output<Cached>(2, cache);
-  const size_t row = static_cast<size_t>(past) * step.stride_cache;
-  const size_t place = static_cast<size_t>(step.capacity) * step.stride_cache;
-  for (auto [from, to] :
-       {std::pair(keys.values<Cached>(), step.keys), std::pair(values.values<Cached>(), step.values)}) {
-    if (from == nullptr || from == to) continue;  // nothing, or in place
-    for (size_t i = 0; i < static_cast<size_t>(step.batch) * groups_; i++)
-      std::copy_n(from + i * row, row, to + i * place);
   }
 }
 
@@ -311,210 +223,13 @@ Attention<Cached>::State Attention<Cached>::from(const State& state, size_t row)
   return {state.values + row * width_, state.sums + row, state.largest + row};
 }
 
-// The queries of a tile, at their places, times the scale of scores and those of the keys' channels, as integers.
-template <typename Cached>
-void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
-  const float* const scales = query_scales_.data() + tile.group * size_;
-  std::vector<float> query(width_);
-  for (int row = 0; row < rows_of(tile); row++) {
-    const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
-    const size_t place = (static_cast<size_t>(tile.sequence) * step.rows + index) * step.stride_query + head * size_;
-    std::copy_n(step.query + place, size_, query.data());
-    place_head(step, step.past(tile.sequence) + index, query_norm_, query.data());
-    for (int i = 0; i < size_; i++) query[i] *= scales[i];
-    queries.factors[row] = arithmetic_.to_int16(query.data(), size_, query_limit_, queries.values + row * width_);
-    require(std::isfinite(queries.factors[row]), kNoNumbers);
-  }
-}
+}  // namespace edgelm
 
-template <typename Cached>
-int Attention<Cached>::first_chunk(const Step& step, const Tile& tile) const {
-  const int position = step.past(tile.sequence) + tile.begin;
-  return window_ == 0 ? 0 : std::max(0, position - window_ + 1) / kChunk;
-}
+// They use the constants and functions above.
+#include "attention_call.h"
+#include "attention_tiles.h"
 
-template <typename Cached>
-int Attention<Cached>::last_chunk(const Step& step, const Tile& tile) const {
-  return (step.past(tile.sequence) + tile.begin + tile.positions - 1) / kChunk;
-}
-
-// Where a chunk begins in the cache.
-template <typename Cached>
-size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) const {
-  const size_t row = (static_cast<size_t>(tile.sequence) * groups_ + tile.group) * step.capacity;
-  return (row + static_cast<size_t>(index) * kChunk) * step.stride_cache;
-}
-
-// Arrange a chunk up to the last position that a tile sees. next: where the chunk begins that follows.
-template <typename Cached>
-Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Tile& tile, int index, size_t next,
-                                                     Chunk chunk) const {
-  const size_t from = place(step, tile, index);
-  chunk.count = std::min(kChunk, step.past(tile.sequence) + tile.begin + tile.positions - index * kChunk);
-  if constexpr (kRounded) {
-    const int stride = step.stride_cache;
-    arithmetic_.key_pairs(step.keys + from, chunk.count, size_, stride, step.keys + next, chunk.keys);
-    arithmetic_.value_pairs(step.values + from, chunk.count, size_, stride, step.values + next, chunk.values);
-    if (step.scaled) {
-      read_row_scales(step, step.keys + from, chunk.count, chunk.key_scales);
-      read_row_scales(step, step.values + from, chunk.count, chunk.value_scales);
-    } else {
-      chunk.key_scales = chunk.value_scales = nullptr;
-    }
-  } else {
-    arithmetic_.float_key_pairs(step.keys + from, chunk.count, size_, key_limit_, step.keys + next, chunk.keys,
-                                chunk.key_scales);
-    arithmetic_.float_value_pairs(step.values + from, chunk.count, size_, kValueLimit, step.values + next, chunk.values,
-                                  chunk.value_scales);
-  }
-  return chunk;
-}
-
-// How a tile's rows weigh the positions of a chunk.
-template <typename Cached>
-void Attention<Cached>::weigh(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
-                              const Scores& scores, const Part& part) const {
-  const int rows = rows_of(tile), begin = index * kChunk, first = step.past(tile.sequence) + tile.begin;
-  const int count = std::min(kChunk, first + tile.positions - begin), depth = padded(size_, 2) / 2;
-  arithmetic_.scores(queries.values, rows, width_, chunk.keys, depth, padded(count, kLanes), chunk.key_scales,
-                     scores.values, kChunk, scores.largest);
-  for (int i = 0; i < tile.positions; i++) {
-    const int end = std::min(count, first + i + 1 - begin);
-    const int start = window_ == 0 ? 0 : std::max(0, first + i + 1 - window_ - begin);
-    std::fill_n(scores.begin + i * per_group_, per_group_, start < end ? start : 0);
-    std::fill_n(scores.end + i * per_group_, per_group_, start < end ? end : 0);
-  }
-  const AttentionScores all{scores.values, scores.largest, scores.weights, kChunk,
-                            scores.begin,  scores.end,     queries.factors};
-  if (chunk.value_scales == nullptr)
-    arithmetic_.weights(all, rows, count, part);
-  else
-    arithmetic_.scaled_weights(all, rows, count, chunk.value_scales, kRounded ? kByteWeightLimit : kWeightLimit, part);
-}
-
-// Pairs of a chunk's positions that some row of a tile sees.
-template <typename Cached>
-int Attention<Cached>::seen_pairs(const Step& step, const Tile& tile, int index) const {
-  const int end = step.past(tile.sequence) + tile.begin + tile.positions;
-  return padded(std::min(kChunk, end - index * kChunk), 2) / 2;
-}
-
-template <typename Cached>
-void Attention<Cached>::clear(int rows, const State& state) const {
-  std::fill_n(state.values, static_cast<size_t>(rows) * width_, 0.0f);
-  std::fill_n(state.sums, rows, 0.0f);
-  std::fill_n(state.largest, rows, -std::numeric_limits<float>::infinity());
-}
-
-template <typename Cached>
-void Attention<Cached>::write(const Step& step, const Tile& tile, const State& state) const {
-  const float* const scales = value_scales_.data() + tile.group * size_;
-  for (int row = 0; row < rows_of(tile); row++) {
-    const int index = tile.begin + row / per_group_, head = tile.group * per_group_ + row % per_group_;
-    const size_t place = static_cast<size_t>(tile.sequence) * step.kept + index - step.left_out();
-    float* const y = step.output + (place * heads_ + head) * size_;
-    arithmetic_.divide(state.values + row * width_, state.sums[row], scales, size_, y);
-  }
-}
-
-// Parts into which a sequence's rows are cut, for each group of heads.
-template <typename Cached>
-int Attention<Cached>::parts_of(const Step& step) const {
-  const auto parts = [&](int rows) { return (step.kept * per_group_ + rows - 1) / rows; };
-  const int groups = step.batch * groups_, enough = (kTasksPerThread * threads_ + groups - 1) / groups;
-  return std::clamp(enough, parts(kMostTaskRows), parts(kTaskRows));
-}
-
-// Which of a sequence's rows the parts in front of this one end with: each part costs as much, a row what it sees.
-template <typename Cached>
-int Attention<Cached>::cut(const Step& step, int sequence, int nth, int parts) const {
-  if (nth == parts) return step.rows;
-  const double share = static_cast<double>(nth) / parts, first = step.past(sequence) + step.left_out();
-  // Behind a window's length all rows see as much.
-  const double row = window_ > 0 && first >= window_
-                         ? share * step.kept
-                         : std::sqrt(first * first + share * step.kept * (2 * first + step.kept)) - first;
-  const int tile = std::max(1, kTileRows / per_group_);
-  return step.left_out() + static_cast<int>(row) / tile * tile;
-}
-
-template <typename Cached>
-void Attention<Cached>::by_rows(Call& call, const Step& step) const {
-  const int parts = parts_of(step), groups = step.batch * groups_;
-  const int tile_positions = std::max(1, kTileRows / per_group_), tile_rows = tile_positions * per_group_;
-  call.share(groups * parts, threads_, [&](int task, int) {
-    const int sequence = task % step.batch, group = task / step.batch % groups_, nth = parts - 1 - task / groups;
-    const int begin = cut(step, sequence, nth, parts), end = cut(step, sequence, nth + 1, parts);
-    if (begin == end) return;
-    const Tile whole{sequence, group, begin, end - begin};
-    const int rows = rows_of(whole);
-    const auto [own, state_so_far, memory, work, next] = Memory::laid_out(0, [&](Memory& memory) {
-      return std::tuple(queries(memory, rows), state(memory, rows), chunk(memory), scores(memory, tile_rows),
-                        part(memory, tile_rows));
-    });
-    prepare(step, whole, own);
-    clear(rows, state_so_far);
-    for (int index = first_chunk(step, whole); index <= last_chunk(step, whole); index++) {
-      const Chunk chunk = arranged(step, whole, index, place(step, whole, index + 1), memory);
-      for (int done = 0; done < whole.positions; done += tile_positions) {
-        Tile tile = whole;
-        tile.begin += done, tile.positions = std::min(tile_positions, whole.positions - done);
-        if (index < first_chunk(step, tile) || index > last_chunk(step, tile)) continue;
-        const size_t row = static_cast<size_t>(done) * per_group_;
-        weigh(step, tile, index, from(own, row), chunk, work, next);
-        arithmetic_.merge_values(from(state_so_far, row), next, work.weights, rows_of(tile), kChunk, chunk.values,
-                                 padded(chunk.count, 2) / 2, seen_pairs(step, tile, index), width_);
-      }
-    }
-    write(step, whole, state_so_far);
-  });
-}
-
-template <typename Cached>
-void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
-  const int rows = step.kept * per_group_, tiles = step.batch * groups_;
-  const auto tile_of = [&](int index) { return Tile{index / groups_, index % groups_, step.left_out(), step.kept}; };
-  int most = 0;
-  for (int i = 0; i < tiles; i++) most = std::max(most, last_chunk(step, tile_of(i)) + 1);
-  const auto [all, parts] = Memory::laid_out(
-      1, [&](Memory& memory) { return std::tuple(queries(memory, tiles * rows), part(memory, tiles * most * rows)); });
-  for (int i = 0; i < tiles; i++) prepare(step, tile_of(i), from(all, static_cast<size_t>(i) * rows));
-  const int tasks = tiles * most, workers = std::min(threads_, tasks);
-  Runs runs(tasks, workers);
-  std::vector<std::atomic<int>> left(tiles);  // chunks of each tile
-  for (auto& chunks : left) chunks.store(most, std::memory_order_relaxed);
-  const auto place_of = [&](int task) { return place(step, tile_of(task / most), task % most); };
-  const auto work = [&](int worker) {
-    const auto [memory, weighed, result] =
-        Memory::laid_out(0, [&](Memory& own) { return std::tuple(chunk(own), scores(own, rows), state(own, rows)); });
-    for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
-      const int index = task % most, i = task / most;
-      const Tile tile = tile_of(i);
-      // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
-      if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile)) {
-        const Chunk chunk = arranged(step, tile, index, place_of(std::min(task + 1, tasks - 1)), memory);
-        const Part part = from(parts, static_cast<size_t>(task) * rows);
-        weigh(step, tile, index, from(all, static_cast<size_t>(i) * rows), chunk, weighed, part);
-        const int pairs = seen_pairs(step, tile, index);
-        arithmetic_.pairs(weighed.weights, rows, kChunk, chunk.values, padded(chunk.count, 2) / 2, pairs, width_,
-                          part.values, width_);
-      }
-      if (--left[i] == 0) gather(step, tile, from(parts, static_cast<size_t>(i) * most * rows), result);
-    }
-  };
-  const size_t apart = (place_of(tasks / workers) - place_of(0)) * sizeof(Cached);
-  call.parallel(workers, work, {step.keys + place_of(0), apart}, successor_);
-}
-
-// The output of a tile from the parts of its chunks.
-template <typename Cached>
-void Attention<Cached>::gather(const Step& step, const Tile& tile, const Part& parts, const State& result) const {
-  const int rows = rows_of(tile);
-  clear(rows, result);
-  for (int index = first_chunk(step, tile); index <= last_chunk(step, tile); index++)
-    arithmetic_.merge(result, from(parts, static_cast<size_t>(index) * rows), rows, width_);
-  write(step, tile, result);
-}
+namespace edgelm {
 
 template class Attention<int8_t>;
 template class Attention<float>;

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "operator.h"
 #include "rowwise_matmul.h"
+#include "system.h"
 
 namespace edgelm {
 namespace {
@@ -161,20 +162,29 @@ void add_operators(OrtSessionOptions* options) {
 }  // namespace
 }  // namespace edgelm
 
+#if defined(_WIN32)
+#define EDGELM_EXPORTED __declspec(dllexport)
+#else
+#define EDGELM_EXPORTED __attribute__((visibility("default")))
+#endif
+
 extern "C" {
 
 // The instruction sets that the operators use on this processor, or null if they have no implementation for it.
-__attribute__((visibility("default"))) const char* edgelm_kernels_arithmetic() {
+EDGELM_EXPORTED const char* edgelm_kernels_arithmetic() {
   const edgelm::Arithmetic* found = edgelm::arithmetic();
   return found == nullptr ? nullptr : found->name;
 }
 
-__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                    const OrtApiBase* base) {
+EDGELM_EXPORTED OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   edgelm::api = base->GetApi(edgelm::kApiVersion);
   if (edgelm::api == nullptr) return nullptr;  // older than any onnxruntime that edgelm runs on
   if (edgelm::arithmetic() == nullptr)
     return edgelm::api->CreateStatus(ORT_FAIL, "edgelm-kernels has no implementation for this processor");
-  return edgelm::guarded([&] { edgelm::add_operators(options); });
+  return edgelm::guarded([&] {
+    edgelm::add_operators(options);
+    // Threads outlive sessions: onnxruntime, which closes the library with the last of them, must not unmap it.
+    edgelm::stay_loaded();
+  });
 }
 }

@@ -8,6 +8,11 @@
 #include <string>
 #include <vector>
 
+// An annotation that onnxruntime's header takes for given on Windows, and only Microsoft's compiler has.
+#if defined(_WIN32) && !defined(_Return_type_success_)
+#define _Return_type_success_(success)
+#endif
+
 #include "onnxruntime_c_api.h"
 #include "team.h"
 

@@ -221,19 +221,22 @@ template <int M>
 struct Sums {
   Ints values[M][4];
 
+  // Loops over rows are unrolled: an index that is computed would put the sums into memory.
   void clear() {
+#pragma GCC unroll 8
     for (auto& row : values)
       for (auto& part : row) part = zero_ints();
   }
   void load(const int32_t* place, size_t stride) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
       for (int i = 0; i < 4; i++) values[m][i] = load_ints(place + m * stride + i * kSumsPerInts);
   }
   void store(int32_t* place, size_t stride) const {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
       for (int i = 0; i < 4; i++) store_ints(place + m * stride + i * kSumsPerInts, values[m][i]);
   }
-  // Unrolled: an index that is computed would put the sums into memory.
   template <int Planes>
   void store(const Result& result) const {
 #pragma GCC unroll 4
@@ -247,12 +250,14 @@ struct Sums {
     }
   }
   void add(const Bytes quads[4], const uint8_t* x, size_t stride_x) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const Bytes factor = broadcast(four(x + m * stride_x));
       for (int i = 0; i < 4; i++) values[m][i] = dot(values[m][i], quads[i], factor);
     }
   }
   void add(const int32_t* place, size_t stride) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
       for (int i = 0; i < 4; i++)
         values[m][i] = add_ints(values[m][i], load_ints(place + m * stride + i * kSumsPerInts));
@@ -260,6 +265,7 @@ struct Sums {
   // Put in order and scaled; of less than kBytes columns so many.
   template <int Planes>
   void finish(int columns, const Result& result) {
+#pragma GCC unroll 8
     for (auto& row : values) in_order(row);
     if (columns >= kBytes) return store<Planes>(result);
     int32_t sums[M * kBytes];

@@ -1,7 +1,5 @@
 #include "team.h"
 
-#include <sched.h>
-
 #include <chrono>
 #include <cstdint>
 #include <mutex>
@@ -10,6 +8,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "system.h"
 
 namespace edgelm {
 
@@ -82,7 +82,7 @@ void Team::wait_for_jobs(int index) {
     const auto asleep = std::chrono::steady_clock::now() + kAwake;
     for (int look = 1; jobs_.load(std::memory_order_acquire) == seen; look++) {
       ahead.look();
-      if (look % kLooks == 0 && std::chrono::steady_clock::now() > asleep) jobs_.wait(seen);
+      if (look % kLooks == 0 && std::chrono::steady_clock::now() > asleep) sleep_while(jobs_, seen);
     }
     if ((door_.fetch_add(1) & kClosed) == 0 && index < job_.count) ahead = take_part(index);
     door_.fetch_sub(1);
@@ -105,12 +105,12 @@ void Team::run(Job job, const Reads& reads) {
   taken_.store(0);
   door_.fetch_and(~kClosed);
   jobs_.fetch_add(1);
-  jobs_.notify_all();
+  wake_all(jobs_);
   LookAhead ahead = take_part(0);
   door_.fetch_or(kClosed);
   for (int look = 1; door_.load(std::memory_order_acquire) != kClosed; look++) {
     ahead.look();
-    if (look % kLooks == 0) sched_yield();
+    if (look % kLooks == 0) std::this_thread::yield();
   }
 }
 

@@ -27,6 +27,9 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2
 _GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
+_TENSOR, _NAME, _RAW, _ENTRY, _INPUT, _OPERATOR = 5, 8, 9, 13, 1, 4
+# They take some rows of a table.
+_GATHERS = {"Gather", "GatherBlockQuantized"}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
 # Messages of protobuf have no more.
@@ -48,6 +51,18 @@ def operators(graph: Path) -> Counter[tuple[str, str]]:
     """How often the graph's own nodes call each operator and function, by domain and name. Cost and errors as
     `weight_files`."""
     return Counter(_read(graph, _calls))
+
+
+def streamed_bytes(graph: Path) -> int:
+    """How many bytes of weights a step of one token reads: all, but of a table from which rows are gathered, an
+    embedding that is not the head too, next to none. Cost and errors as `weight_files`."""
+    sizes: Counter[str] = Counter()
+    readers: dict[str, set[str]] = {}
+    for name, operator, size in _read(graph, _uses):
+        sizes[name] += size
+        if operator:
+            readers.setdefault(name, set()).add(operator)
+    return sum(size for name, size in sizes.items() if not readers.get(name, {""}) <= _GATHERS)
 
 
 def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_Found]:
@@ -75,6 +90,36 @@ def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:
                     node = {part: data[first:last] for part, first, last in _fields(data, start, stop) if part in _CALL}
                     domain, name = (node.get(part, b"").decode("utf-8") for part in _CALL)
                     yield domain, name
+
+
+def _uses(data: mmap.mmap) -> Iterator[tuple[str, str, int]]:
+    """Weights of the graph, as name, nothing and bytes, and inputs of its nodes, as name, operator and 0."""
+    for number, begin, end in _fields(data, 0, len(data)):
+        for inner, start, stop in _fields(data, begin, end) if number == _GRAPH else ():
+            if inner == _TENSOR:
+                yield _weight(data, start, stop)
+            elif inner == _NODE:
+                parts = [
+                    (part, data[first:last].decode("utf-8"))
+                    for part, first, last in _fields(data, start, stop)
+                    if part in (_INPUT, _OPERATOR)
+                ]
+                operator = dict(parts).get(_OPERATOR, "")
+                yield from ((name, operator, 0) for part, name in parts if part == _INPUT)
+
+
+def _weight(data: mmap.mmap, begin: int, end: int) -> tuple[str, str, int]:
+    name, size = "", 0
+    for number, start, stop in _fields(data, begin, end):
+        if number == _NAME:
+            name = data[start:stop].decode("utf-8")
+        elif number == _RAW:
+            size = stop - start
+        elif number == _ENTRY:
+            entry = {part: data[first:last] for part, first, last in _fields(data, start, stop)}
+            if entry.get(_KEY) == b"length":
+                size = int(entry[_VALUE])
+    return name, "", size
 
 
 def _locations(data: mmap.mmap, begin: int, end: int, kind: str) -> Iterator[str]:

@@ -87,12 +87,15 @@ class PreparedKind:
         return StoreStats(len(folders), size, None, prepared.DEFAULT_BUDGET_BYTES)
 
     def clear(self) -> None:
-        """Delete all; processes that have one mapped keep it."""
+        """Delete all; processes that have one mapped keep it. Raises: CacheError, where the system does not delete what
+        is mapped (Windows)."""
         try:
             if self.path.exists():
                 shutil.rmtree(self.path)
         except OSError as error:
-            raise CacheError(f"{self.path} cannot be deleted ({error.strerror})") from error
+            raise CacheError(
+                f"{self.path} cannot be deleted ({error.strerror}): close the programs that have a model of it loaded"
+            ) from error
 
     def check(self) -> None:
         """Compare every file with its checksum. Cost: reads them all."""

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..engine import load
 from ..errors import PromptError, TemplateError
+from ..opening import load
 from ..text.conversation import Conversation
 from .conversing import Chat
 from .folder import add_loading, add_provider, loading_of

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import mmap
 import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import psutil
 
 from ..errors import CacheError, SessionError
-from ..host import machine
+from ..host import board, machine
 from ..host.home import home, nearest_existing
 from ..host.memory import available_bytes
 from ..host.ort import load_onnxruntime
@@ -31,13 +33,16 @@ _TELLING_SETS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 class Diagnosis:
     """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
 
-    target: the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are,
-    in words; kernels: the compiled ones that are used, None without; kernels_fault: why those that are installed cannot
-    be used, which stops every model; extras: name to whether all its packages are installed; home: where caches lie,
-    None without a home.
+    board: as its device tree names it, None where there is none; page_bytes: of the system's pages of memory; target:
+    the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are, in
+    words; kernels: the compiled ones that are used, None without; kernels_fault, onnxruntime_fault: why those that are
+    installed, or onnxruntime, cannot be used, which stops every model; extras: name to whether all its packages are
+    installed; home: where caches lie, None without a home.
     """
 
     system: str
+    board: str | None
+    page_bytes: int
     processor: str
     threads: int
     instruction_sets: tuple[str, ...]
@@ -47,6 +52,7 @@ class Diagnosis:
     int8: str
     kernels: str | None
     kernels_fault: str | None
+    onnxruntime_fault: str | None
     versions: dict[str, str]
     providers: tuple[str, ...]
     extras: dict[str, bool]
@@ -56,9 +62,9 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine and the installation. Cost: the import of onnxruntime. Raises: MissingExtraError."""
-    onnxruntime = load_onnxruntime()
-    providers = tuple(onnxruntime.get_available_providers())
+    """Look at the machine and the installation. Cost: the import of onnxruntime."""
+    onnxruntime, onnxruntime_fault = _onnxruntime()
+    providers = () if onnxruntime is None else tuple(onnxruntime.get_available_providers())
     sets = tuple(name for name in _TELLING_SETS if name in machine.instruction_sets())
     folder, problem = _home()
     used, fault = _kernels()
@@ -67,6 +73,8 @@ def diagnose() -> Diagnosis:
     free = _free_bytes(folder)
     return Diagnosis(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        board=board.name(),
+        page_bytes=mmap.PAGESIZE,
         processor=machine.processor_name(),
         threads=machine.default_threads(),
         instruction_sets=sets,
@@ -76,17 +84,26 @@ def diagnose() -> Diagnosis:
         int8=_int8_speed(sets),
         kernels=used,
         kernels_fault=fault,
+        onnxruntime_fault=onnxruntime_fault,
         versions={
             "python": platform.python_version(),
             "edgelm": importlib.metadata.version("edgelm"),
-            "onnxruntime": str(onnxruntime.__version__),
+            "onnxruntime": "none" if onnxruntime is None else str(onnxruntime.__version__),
         },
         providers=providers,
         extras=extras,
         home=None if folder is None else str(folder),
         home_free_bytes=free,
-        advice=tuple(_advice(target, sets, problem, extras)),
+        advice=(*board.slowed(), *_advice(target, problem, extras)),
     )
+
+
+def _onnxruntime() -> tuple[Any, str | None]:
+    """The module, None where it cannot be loaded, and why."""
+    try:
+        return load_onnxruntime(), None
+    except SessionError as error:
+        return None, str(error)
 
 
 def _target(providers: tuple[str, ...]) -> str | None:
@@ -146,8 +163,11 @@ def _free_bytes(folder: Path | None) -> int | None:
 
 
 def _extras() -> dict[str, bool]:
-    """The extras of the installed distribution and whether each one's packages are there."""
+    """The extras of the installed distribution and whether each one's packages are there; none in a frozen program, to
+    which nothing can be added."""
     found: dict[str, bool] = {}
+    if getattr(sys, "frozen", False):
+        return found
     for requirement in importlib.metadata.requires("edgelm") or []:
         match = re.match(r"([\w.-]+)[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
         if match is not None and match.group(1) != "edgelm" and "python_version" not in requirement:
@@ -163,12 +183,17 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _advice(target: str | None, sets: tuple[str, ...], home_problem: str | None, extras: dict[str, Any]) -> list[str]:
+def _advice(target: str | None, home_problem: str | None, extras: dict[str, Any]) -> list[str]:
     found = []
     if target is None:
         found.append(f"no target is made for {platform.machine()}: a bundle for x86-cpu may run, slowly")
     if target != "cuda" and _has_gpu():
         found.append("there is an NVIDIA driver: onnxruntime-gpu in place of onnxruntime would use the GPU")
+    if target is not None and not kernels.are_installed():
+        found.append(
+            "there are no compiled kernels, with which INT8 models are faster: install the wheel of edgelm-kernels for "
+            "this system, or, from a copy of the repository and with a C++ compiler,  pip install ./kernels"
+        )
     if home_problem is not None:
         found.append(home_problem)
     if not extras.get("export", True):

@@ -122,8 +122,11 @@ def _opened(model: str, threads: int | None, graph: str | None = None) -> Iterat
         finally:
             session.close()
         return
-    found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")
+    try:
+        found = [entry.load() for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS, name="torch")]
+    except ImportError:  # a frozen program without it
+        found = []
     if not found:
         raise BundleMissingError(f'{model} is not a bundle, and models need the exporter: pip install "edgelm[export]"')
-    with next(iter(found)).load()(model, threads) as opened:
+    with found[0](model, threads) as opened:
         yield opened

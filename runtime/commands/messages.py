@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
+from ..host.files import read_text
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def _variable(text: str) -> tuple[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
         raise SettingsError(f"{path} cannot be read ({error.strerror}): give another file") from error
     except (ValueError, RecursionError) as error:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, load
+from ..engine import Engine
 from ..errors import PromptError, SettingsError
+from ..opening import load
 from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
 from ..serving.batches import MAX_ROWS, Prompt

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import json
 import logging
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.manifest import MANIFEST_NAME
 from ..caches.responses.settings import ResponseCacheSettings
-from ..engine import load
+from ..engine import Engine
 from ..errors import BundleMissingError, MissingExtraError, SettingsError
+from ..host.files import read_text
+from ..opening import load
 from .folder import add_provider
 
 if TYPE_CHECKING:
@@ -46,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
     where.add_argument("--port", type=_port, default=8080, metavar="N", help="port, 0 for any free one (8080)")
     where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a unix socket instead")
+    where.add_argument(
+        "--ready-json",
+        action="store_true",
+        help="for a program that starts the server: say where it listens as one line of JSON, and end when the pipe of "
+        "standard input is closed",
+    )
     who = parser.add_argument_group("who may call")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; only its owner may read it")
     who.add_argument("--no-key", action="store_true", help="serve other machines without a key")
@@ -75,21 +86,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Listen, load, serve until a signal ends it."""
-    try:
-        from ..server.application import app
-        from ..server.running import Listening, address_of, bind
-        from ..server.running import run as serve
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
-            raise
-        raise MissingExtraError("the server", "serve") from error
+    for name in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError("the server", "serve")
     verbose = arguments.verbose or arguments.log_prompts
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.INFO if verbose else logging.WARNING
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings, bundles = settings_of(arguments), find_bundles(arguments.bundles)
-    where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain)
     open_engine = functools.partial(
         load,
         threads=arguments.threads,
@@ -97,11 +102,48 @@ def run(arguments: argparse.Namespace) -> int:
         response_cache=_response_cache(arguments),
         prefix_cache=not arguments.no_prefix_cache,
     )
-    application = app(bundles, settings, open_engine=open_engine)
-    listener = bind(where)
-    address = address_of(listener, where)
-    serve(application, listener, where, lambda: print(_ready(address, where, settings, list(bundles)), flush=True))
+    with FirstLoad(open_engine, next(iter(bundles.values()))) as opening:
+        # The server's own modules take a fifth of a start: they are imported while the first model is loaded.
+        from ..server.application import app
+        from ..server.running import Listening, address_of, bind
+        from ..server.running import run as serve
+
+        where = Listening(arguments.host, arguments.port, arguments.unix, arguments.drain, arguments.ready_json)
+        application = app(bundles, settings, open_engine=opening)
+        listener = bind(where)
+        address = address_of(listener, where)
+        names = list(bundles)
+        ready = _ready_json(address, names) if arguments.ready_json else _ready(address, where, settings, names)
+        serve(application, listener, where, lambda: print(ready, flush=True))
     return 0
+
+
+class FirstLoad:
+    """Opens bundles, one at a time; the first one is being loaded from the beginning of the block on."""
+
+    def __init__(self, open_engine: Callable[[Path], Engine], path: Path) -> None:
+        self._open = open_engine
+        self._path = path
+        self._pool = ThreadPoolExecutor(1)
+        self._first: Future[Engine] | None = None
+
+    def __enter__(self) -> FirstLoad:
+        self._first = self._pool.submit(self._open, self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what was loaded for nobody."""
+        first, self._first = self._first, None
+        self._pool.shutdown()
+        if first is not None and first.exception() is None:
+            first.result().close()
+
+    def __call__(self, path: Path) -> Engine:
+        """Raises: as `load`."""
+        if path != self._path or self._first is None:
+            return self._open(path)
+        first, self._first = self._first, None
+        return first.result()
 
 
 def settings_of(arguments: argparse.Namespace) -> ServerSettings:
@@ -141,8 +183,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one a line. Raises: SettingsError, also where other users may read it."""
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except OSError as error:
         raise SettingsError(f"the key file {path} cannot be read ({error}): give another") from error
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SettingsError(f"other users may read the key file {path}: run  chmod 600 {path}")
@@ -190,3 +232,7 @@ def _ready(address: str, where: Listening, settings: ServerSettings, names: Sequ
         body = f'{{"model": "{names[0]}", "prompt": "Once upon a time", "max_tokens": 40}}'
         lines.append(f"try  curl {address}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'")
     return "\n".join([*lines, "Ctrl-C ends the server"])
+
+
+def _ready_json(address: str, names: Sequence[str]) -> str:
+    return json.dumps({"address": address, "models": names, "pid": os.getpid()})

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..bundle.folder import TOKENIZER_NAME, Bundle
 from ..errors import MissingExtraError, SettingsError
+from ..host.files import MODEL_TEXT_BYTES, read_text
 from ..host.forks import watch_forks
 from ..settings import GenerationSettings
 
@@ -75,7 +76,7 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 # The file's text, not its path: llguidance would look for a name that is not a file on the network.
-                text = self._path.read_text(encoding="utf-8")
+                text = read_text(self._path, MODEL_TEXT_BYTES)
                 try:
                     # Sized by the tokenizer: the model may have more rows, or lack one for an added token.
                     self._vocabulary = guidance.LLTokenizer(text, None, list(self._end_ids) or None)

@@ -42,9 +42,15 @@ def lock_if_free(path: Path) -> Iterator[bool]:
 
 
 def _free(descriptor: int) -> None:
-    """Free a lock. Closing alone would leave it to a child that was forked meanwhile and has the descriptor, too."""
+    """Free a lock. Closing alone would leave it to a child that was forked meanwhile and has the descriptor, too; and
+    Windows frees it some time later."""
     try:
-        if sys.platform != "win32":
+        if sys.platform == "win32":
+            import msvcrt
+
+            with contextlib.suppress(PermissionError):  # it was not held
+                msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_UN)

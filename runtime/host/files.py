@@ -1,4 +1,4 @@
-"""Files: reading what should be a regular file of plausible size, text, and writing by one rename.
+"""Files: reading what should be a regular file of plausible size, text, writing by one rename, renaming on Windows.
 
 A name below a cache folder may lead to anything: a FIFO, which would wait for ever, a device or a sparse file of many
 gigabytes, which would fill the memory. So the file is looked at before a byte is read.
@@ -11,7 +11,8 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,11 @@ MODEL_TEXT_BYTES = 1 << 28
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
+# Windows' words for a file that a program has open, or a folder with one in it: access denied, sharing violation, lock
+# violation, mapped. Virus scanners and indexers open what is new for a moment, so it is tried again before it counts.
+_IN_USE = (5, 32, 33, 1224)
+_PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2)
+
 
 class UnfitFileError(OSError):
     """A file that is there and is not what it should be: no regular file, too large, or no text. Its `strerror` says
@@ -29,6 +35,11 @@ class UnfitFileError(OSError):
 
 class NoTextError(UnfitFileError):
     """A file that holds no UTF-8 text."""
+
+
+class InUseError(PermissionError):
+    """Windows did not let a file or a folder be renamed, replaced or deleted: a program has it open, or it is not this
+    user's."""
 
 
 @contextlib.contextmanager
@@ -103,14 +114,45 @@ def create(path: Path) -> BinaryIO:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file of mode 0600 that takes the place of `path` by one rename, when the block ends without an error.
 
-    Its name until then begins with a dot and ends with TEMPORARY; a kill leaves it there. Raises: OSError.
+    Its name until then begins with a dot and ends with TEMPORARY; a kill leaves it there. Raises: OSError; InUseError,
+    where a program has the old file open, which then stays.
     """
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with create(temporary) as file:
             yield file
-        temporary.replace(path)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file over another one. Raises: OSError; InUseError, after half a second of trying."""
+    _try_again(lambda: source.replace(target), target)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder to a name that is free. Raises: OSError; InUseError, after half a second of trying."""
+    _try_again(lambda: source.rename(target), source)
+
+
+def remove(path: Path) -> None:
+    """Delete a file; nothing, if there is none. Raises: OSError; InUseError, after half a second of trying."""
+    _try_again(lambda: path.unlink(missing_ok=True), path)
+
+
+def _try_again(act: Callable[[], object], path: Path) -> None:
+    for pause in (*_PAUSES_S, None):
+        try:
+            act()
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE:
+                raise
+            if pause is None:
+                reason = "a program has it open, or it belongs to another user"
+                raise InUseError(errno.EACCES, reason, str(path)) from error
+            time.sleep(pause)
+        else:
+            return

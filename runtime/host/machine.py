@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from . import cpuid
+from . import asked, cpuid
 from .memory import control_groups
 
 _CPU_MAX = "cpu.max"
@@ -32,6 +32,9 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
         limits += [len(allowed), len(_large_cores(allowed))]
+    large = asked.large_cores()
+    if large is not None:
+        limits.append(large)
     quota = _cgroup_cpus()
     if quota is not None:
         limits.append(quota)
@@ -88,7 +91,7 @@ def instruction_sets() -> frozenset[str]:
     try:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:
-        return frozenset()
+        return asked.instruction_sets()
     found = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(found.split())
 
@@ -100,7 +103,8 @@ def processor_name() -> str:
     except OSError:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return next((name for name in named if name), "") or platform.processor() or platform.machine()
+    told = next((name for name in named if name), "") or asked.processor_name()
+    return told or platform.processor() or platform.machine()
 
 
 def resident_bytes() -> int:

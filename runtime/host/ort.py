@@ -38,7 +38,9 @@ def load_onnxruntime() -> ModuleType:
     except ImportError as error:
         # It has no wheel for 32 bits, so pip would find none.
         remedy = (
-            "run  pip install onnxruntime" if sys.maxsize > _BITS_32 else "install the 64-bit system, which it needs"
+            "run  pip install onnxruntime"
+            if sys.maxsize > _BITS_32
+            else "this Python has 32 bits; install the 64-bit system, which it needs (Raspberry Pi OS has both)"
         )
         raise SessionError(f"onnxruntime cannot be loaded ({error}): {remedy}") from error
 

@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..engine import Engine, load
+from ..engine import Engine
 from ..errors import EdgelmError, SettingsError
+from ..opening import load
 from .api.chat import chat_completions
 from .api.completions import completions
 from .api.models import health, list_models, metrics, one_model

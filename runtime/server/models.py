@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ class Models:
         self, bundles: Mapping[str, Path | Engine], open_engine: Callable[[Path], Engine], settings: ServerSettings
     ) -> None:
         """bundles: folders, or engines that are loaded and stay so; the first one answers requests that name none."""
-        self._models = {name: _model(name, source) for name, source in bundles.items()}
+        self._models = {_same(name): _model(_same(name), source) for name, source in bundles.items()}
         self._open = open_engine
         self._settings = settings
         self._clock = itertools.count(1)
@@ -97,7 +98,7 @@ class Models:
 
     def find(self, name: str | None) -> Model:
         """The model of a request. Raises: ApiError (404), naming those that there are."""
-        model = self._models.get(self._first if name is None else name)
+        model = self._models.get(self._first if name is None else _same(name))
         if model is None:
             raise ApiError(
                 404,
@@ -193,6 +194,11 @@ class Models:
         if engine is not None:
             await asyncio.to_thread(engine.close)
             _log.info("unloaded %s", model.name)
+
+
+def _same(name: str) -> str:
+    """A name as clients write it: folders on macOS may hold letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _model(name: str, source: Path | Engine) -> Model:

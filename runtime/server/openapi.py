@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
@@ -173,6 +172,8 @@ async def openapi(_: Request) -> Response:
 
 def description() -> dict[str, Any]:
     """OpenAPI 3.1 of all endpoints."""
+    from importlib.metadata import version  # late, as it costs a start 30 ms
+
     reads = {path: {"get": _operation(summary, path)} for path, summary in _READS.items()}
     writes = {
         path: {"post": _operation(summary, path, (needed, fields))}

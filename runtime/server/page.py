@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import importlib.resources
 import re
 
 from starlette.requests import Request
@@ -23,6 +22,8 @@ async def page(_: Request) -> Response:
 @functools.cache
 def _page() -> tuple[str, str]:
     """The page and its policy: its own script and styles by their digests, and requests to this server alone."""
+    import importlib.resources  # late, as it costs a start 20 ms
+
     text = importlib.resources.files(__package__).joinpath(_FILE).read_text(encoding="utf-8")
     sources = {
         kind: " ".join(_digest(found) for found in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL))

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import EdgelmError, SettingsError
 from .models import Models
+from .parent import when_the_pipe_closes
 
 _log = logging.getLogger("edgelm.server")
 # A connection that has not sent a whole head by then is closed.
@@ -28,18 +29,21 @@ _MAX_CONNECTIONS = 256
 _BACKLOG = 128
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.05
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# On Windows, Ctrl-Break and a console that is closed end a program by a signal of their own.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 
 @dataclass(frozen=True)
 class Listening:
     """Where to listen and how to end. unix: a socket's path in place of host and port; port 0: any free one;
-    drain_s: how long answers under way may take after the signal to end."""
+    drain_s: how long answers under way may take after the signal to end; with_parent: end, too, when the program that
+    started this one closes the pipe of standard input, or dies."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     unix: Path | None = None
     drain_s: float = 30.0
+    with_parent: bool = False
 
 
 class ServerStartError(EdgelmError):
@@ -93,14 +97,14 @@ def make_server(application: Starlette, drain_s: float) -> uvicorn.Server:
 
 
 def run(application: Starlette, listener: socket.socket, where: Listening, started: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM. started: called once the first model is loaded.
+    """Serve until SIGINT or SIGTERM, or until the parent is gone. started: called once the first model is loaded.
 
     Raises: EdgelmError, if the first model cannot be loaded.
     """
     server = make_server(application, where.drain_s)
     models: Models = application.state.edgelm.models
     try:
-        asyncio.run(_serve(server, listener, models, started))
+        asyncio.run(_serve(server, listener, where, models, started))
     finally:
         listener.close()
         if where.unix is not None:
@@ -109,7 +113,12 @@ def run(application: Starlette, listener: socket.socket, where: Listening, start
         raise models.failure
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket, models: Models, started: Callable[[], None]) -> None:
+async def _serve(
+    server: uvicorn.Server, listener: socket.socket, where: Listening, models: Models, started: Callable[[], None]
+) -> None:
+    if where.with_parent:
+        loop = asyncio.get_running_loop()
+        when_the_pipe_closes(lambda: loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None))
     watcher = asyncio.create_task(_watch(server, models, started))
     await server.serve(sockets=[listener])
     watcher.cancel()

@@ -35,6 +35,7 @@ class Computation:
         """Give a listener what was said so far, and what follows."""
         listener.shared = bool(self.listeners)
         self.listeners.append(listener)
+        self.tell_progress()
         listener.hear(self._chunks)
 
     def add(self, token: int) -> Chunk | None:
@@ -51,7 +52,8 @@ class Computation:
 
     def tell_progress(self) -> None:
         """Let all listeners know how much of the prompt is done."""
-        done, total = min(self.row.fed, len(self.request.token_ids)), len(self.request.token_ids)
+        total = len(self.request.token_ids)
+        done = total if self.row.chosen else min(self.row.fed, total)
         for listener in self.listeners:
             listener.reused, listener.progress = self.row.reused, (done, total)
 

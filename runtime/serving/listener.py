@@ -82,3 +82,13 @@ class Listener:
             resident_bytes=machine.resident_bytes(),
             response_cache_hit=self.shared,
         )
+
+
+def first_ready(listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
+    """The next chunk of the first that has one. Raises: what the first one before it ended with."""
+    for listener in listeners:
+        if listener.chunks:
+            return listener, listener.chunks.popleft()
+        if listener.error is not None:
+            raise listener.error
+    return None

@@ -95,10 +95,11 @@ class RequestMaker:
         keywords: Mapping[str, Any],
     ) -> list[int]:
         """The token ids of a prompt. Raises: PromptError, TemplateError, SettingsError for unknown keywords."""
-        options, others = ChatOptions.split(keywords)
-        for name in others:
-            raise SettingsError(f"encode takes no {shown(name)}: leave it out")
-        return self.prompts.encode(prompt, messages, token_ids, options)
+        return self.prompts.encode(prompt, messages, token_ids, _chat_options(keywords, "encode"))
+
+    def render(self, messages: Sequence[Message], keywords: Mapping[str, Any]) -> str:
+        """The text of messages. Raises: PromptError, TemplateError, SettingsError for unknown keywords."""
+        return self.prompts.render(messages, _chat_options(keywords, "render"))
 
     def _with_stop_ids(self, settings: GenerationSettings) -> GenerationSettings:
         """A stop text that is exactly one special token is that token's id too, since such a token may have no text.
@@ -126,3 +127,10 @@ class RequestMaker:
             "numerics": self._numerics,
         }
         return response_key(self._digest, request.token_ids, settings)
+
+
+def _chat_options(keywords: Mapping[str, Any], method: str) -> ChatOptions:
+    options, others = ChatOptions.split(keywords)
+    for name in others:
+        raise SettingsError(f"{method} takes no {shown(name)}: leave it out")
+    return options

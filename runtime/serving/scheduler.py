@@ -21,7 +21,7 @@ from ..text.tokenizer import Tokenizer
 from .answer import Request, replay
 from .computation import Computation
 from .driver import Driver
-from .listener import Listener, nobody
+from .listener import Listener, first_ready, nobody
 from .queue import Queue
 from .worker import Worker
 
@@ -92,6 +92,7 @@ class Scheduler:
             else:
                 self._queue.forget(fresh)
                 for listener in fresh.listeners:
+                    listener.progress = (len(listener.request.token_ids),) * 2
                     listener.hear(list(replay(listener.request, known)))
             self._changed.notify_all()
 
@@ -102,7 +103,7 @@ class Scheduler:
         """
         while True:
             with self._changed:
-                found = self._ready(listeners)
+                found = first_ready(listeners)
                 if found is not None:
                     return found
                 if all(listener.ended for listener in listeners):
@@ -115,7 +116,7 @@ class Scheduler:
     def ready(self, listener: Listener) -> Chunk | None:
         """The next chunk, if it is there; else see `listener.ended`. Raises: what it ended with."""
         with self._changed:
-            found = self._ready([listener])
+            found = first_ready([listener])
             self._changed.notify_all()  # the worker may compute on
             return None if found is None else found[1]
 
@@ -190,14 +191,6 @@ class Scheduler:
         self._driver.give_up()
         self._changed.notify_all()
 
-    def _ready(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
-        for listener in listeners:
-            if listener.chunks:
-                return listener, listener.chunks.popleft()
-            if listener.error is not None:
-                raise listener.error
-        return None
-
     def _fail(self, computations: Sequence[Computation], error: EdgelmError) -> None:
         for computation in list(computations):
             self._queue.forget(computation)
@@ -268,6 +261,7 @@ class Scheduler:
             return
         with self._changed:
             del self._running[row]
+            computation.tell_progress()
             answer = None
             if event is None:
                 answer = computation.finish()

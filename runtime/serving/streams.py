@@ -29,6 +29,8 @@ class Stream(Iterator[Chunk]):
             raise StopIteration
         if self._listener is None:
             self._listener = self._scheduler.ask(self._request)
+            if self._closed:  # by another thread, which did not find the listener yet
+                self._scheduler.cancel([self._listener])
         try:
             found = self._scheduler.next([self._listener])
         except BaseException:

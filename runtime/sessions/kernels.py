@@ -8,10 +8,13 @@ attention, and norms and gates in front of products, have not, so that what is c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,28 @@ _THREADS_KEY, _OWN_THREADS_KEY = "edgelm.threads", "edgelm.own_threads"
 # more, they are in the layers, and take onnxruntime's threads for long prompts.
 _AROUND_LAYERS = 24
 
+# Whether what is loaded now is to have kernels; asked while a model is loaded, and never afterwards.
+_wanted = ContextVar("wanted", default=True)
+
+
+@contextlib.contextmanager
+def wanted(are_wanted: bool) -> Iterator[None]:
+    """What this thread loads in the block computes without kernels if they are not wanted."""
+    token = _wanted.set(are_wanted and _wanted.get())
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def are_installed() -> bool:
+    """Whether the package is there, whether or not its kernels are used."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
 
 @functools.cache
 def _arithmetic() -> str | None:
-    if importlib.util.find_spec(_PACKAGE) is None:
+    if not are_installed():
         return None
     import edgelm_kernels
 
@@ -66,10 +87,11 @@ def identity() -> str | None:
     """Which kernels, by a digest of their library, and with which instruction sets: what decides the last bits of
     logits; None if none are used.
 
-    They are left out where the package is not installed, has no code for this processor, or is switched off.
+    They are left out where the package is not installed, has no code for this processor, is switched off, or is not
+    `wanted`.
     Raises: SessionError, if they cannot be loaded, or belong to another version of edgelm.
     """
-    if os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
+    if not _wanted.get() or os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
         return None
     return f"edgelm-kernels {_library_digest()} {_arithmetic()}"
 

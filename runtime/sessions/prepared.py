@@ -6,7 +6,8 @@ processes share and that the system may drop, and a faster start (docs/caching.m
 `EDGELM_HOME/prepared/KEY/` holds the optimized graph, its weights and `checks.json` with their sizes and CRC-32. KEY is
 a digest of the bundle's digest and of whatever decides what onnxruntime makes: its version, the processor, this format.
 A folder is made under a temporary name and renamed, so it is whole or not there; a damaged one is dropped and made
-anew. Several processes may make, use and drop the same folder at once: files that are mapped outlive their names.
+anew. Several processes may make, use and drop the same folder at once: files that are mapped outlive their names. On
+Windows, which deletes no file that is mapped, what remains of a dropped folder goes when one is made the next time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 FOLDER_NAME = "prepared"
 DEFAULT_BUDGET_BYTES = 8 << 30
 _FORMAT = "edgelm-prepared-1"
+_MAKING = "making-"
 _CHECKS_NAME = "checks.json"
 _CHECKS_BYTES = 1 << 16
 _FILES = (GRAPH_NAME, WEIGHTS_NAME)
@@ -78,7 +80,7 @@ class Prepared:
 
     def drop(self) -> None:
         """Forget it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _drop(self.folder)
 
     def is_worth_it(self, weights_bytes: int) -> bool:
         """Whether so many bytes of weights gain by a prepared form, and the budget and the disk have room for it."""
@@ -95,7 +97,7 @@ class Prepared:
         """A temporary folder to have the two files written to; they are put into place when the block ends without an
         error. Raises: OSError, where the folder cannot be made or filled."""
         make_private_folder(self._root)
-        with tempfile.TemporaryDirectory(prefix="making-", dir=self._root, ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=self._root, ignore_cleanup_errors=True) as name:
             scratch = Path(name) / "files"
             scratch.mkdir(mode=0o700)
             yield scratch
@@ -103,21 +105,22 @@ class Prepared:
             (scratch / _CHECKS_NAME).write_text(json.dumps(noted), encoding="utf-8")
             self.drop()  # what is there is damaged
             with contextlib.suppress(OSError):  # another process was faster, and made the same
-                scratch.rename(self.folder)
+                files.rename(scratch, self.folder)
         self._prune()
 
     def _prune(self) -> None:
-        """Drop the least recently used ones until the budget holds, this one was used last, and what a process that
-        ended did not finish."""
-        for scratch in self._root.glob("making-*"):
-            if time.time() - scratch.stat().st_mtime > _STALE_S:
-                shutil.rmtree(scratch, ignore_errors=True)
+        """Drop the least recently used ones until the budget holds, this one was used last, what a process that ended
+        did not finish, and what could not be dropped before because it was mapped."""
+        for folder in self._root.iterdir():
+            made = (folder / _CHECKS_NAME).is_file()
+            if not made and not (folder.name.startswith(_MAKING) and _is_recent(folder)):
+                shutil.rmtree(folder, ignore_errors=True)
         found = sorted(folders(self._root), key=lambda folder: folder.stat().st_mtime, reverse=True)
         total = 0
         for folder in found:
             total += folder_bytes(folder)
             if total > self._budget and folder != self.folder:
-                shutil.rmtree(folder, ignore_errors=True)
+                _drop(folder)
 
 
 def prepared_for(bundle_digest: str, asked: bool = True) -> Prepared | None:
@@ -136,6 +139,20 @@ def prepared_for(bundle_digest: str, asked: bool = True) -> Prepared | None:
 def folders(root: Path) -> list[Path]:
     """The folders of all prepared bundles, in no order; those in the making are none yet."""
     return [folder for folder in root.glob("*") if (folder / _CHECKS_NAME).is_file()]
+
+
+def _drop(folder: Path) -> None:
+    """Delete a prepared bundle. The notes go first: what has none is not used, whatever else remains."""
+    with contextlib.suppress(OSError):
+        (folder / _CHECKS_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_recent(folder: Path) -> bool:
+    try:
+        return time.time() - folder.stat().st_mtime <= _STALE_S
+    except OSError:  # it was renamed or removed meanwhile
+        return True
 
 
 def folder_bytes(folder: Path) -> int:

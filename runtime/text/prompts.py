@@ -112,9 +112,7 @@ class PromptEncoder:
     def _of_messages(self, messages: Sequence[dict[str, Any]], options: ChatOptions, fitting: bool) -> list[int]:
         if not messages:
             return []
-        if self.templates is None:
-            raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
-        template = self.templates.of(options)
+        template = self._template(options)
         if options.tokens_in_messages:
             text = self._checked(template.prompt(messages, options), fitting)
             return self._tokenizer.encode(text, special=False)
@@ -122,6 +120,15 @@ class PromptEncoder:
         messages, options, marks = control.mark(messages, options)
         text = self._checked(template.prompt(messages, options), fitting)
         return self._tokenizer.encode(text, special=False) if marks is None else control.encode(text, marks)
+
+    def render(self, messages: Sequence[Message], options: ChatOptions = NO_OPTIONS) -> str:
+        """The text that the chat template makes of messages. Raises: PromptError, TemplateError."""
+        return self._template(options).prompt(plain_messages(messages), options)
+
+    def _template(self, options: ChatOptions) -> ChatTemplate:
+        if self.templates is None:
+            raise TemplateError("the bundle has no chat template, so it takes no messages: give a prompt instead")
+        return self.templates.of(options)
 
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
         """Made when the first messages come, since others need none."""

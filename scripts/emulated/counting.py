@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .. import bench
+from .. import reference_model
 from . import machines
 
 # With the cache that arm-cpu has for them, and the default with the other one.
@@ -62,11 +62,11 @@ def model() -> Path:
     """The folder of a part of the reference model: of its layers and its vocabulary, with random weights."""
     folder = machines.FOLDER / "reference-part"
     if not (folder / "tokenizer.json").is_file():
-        config = json.loads(bench.REFERENCE.read_text(encoding="utf-8"))
+        config = json.loads(reference_model.REFERENCE.read_text(encoding="utf-8"))
         config |= {name: config[name] // PART for name in ("num_hidden_layers", "vocab_size")}
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        bench.build_model(folder, folder / "config.json", "float32")
+        reference_model.build_model(folder, folder / "config.json", "float32")
     return folder
 
 

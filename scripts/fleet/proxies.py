@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# LiteLLM's proxy does not start without one; a key of this process alone.
+MASTER_KEY = f"sk-{secrets.token_hex(16)}"
 _ROOT = Path(__file__).resolve().parents[2]
-_START_S = 120.0
+_START_S = 240.0  # LiteLLM takes its time on a busy machine
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def running(proxy: Proxy, addresses: Sequence[str], model: str, folder: Path) ->
     if proxy is LITELLM:
         words = ["--config", str(path), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
     # LiteLLM fetches prices of models otherwise.
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "KEY": "none"}
+    settings = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": MASTER_KEY, "KEY": "none"}
+    environment = {**os.environ, **settings}
     environment.pop("PYTHONPATH", None)
     log = folder / f"{proxy.program}.log"
     with log.open("wb") as file:

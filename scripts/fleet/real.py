@@ -16,13 +16,13 @@ import httpx
 from .board import Request
 from .load import Load, User
 from .outcome import FILLING, Outcome
-from .times import StepTimes, fit_prompt
+from .times import StepTimes, fit_prompt, rising
 
 _TIMEOUT_S = 300.0
 _SHORT, _LONG = 96, 1500
 _ANSWER = 48
+_ROUNDS = 2
 _PROMPTS = (16, 64, 160, 256, 512, 1024, 1800)
-_IDS = range(1000, 9000)  # plain words of most vocabularies
 
 
 @dataclass
@@ -44,10 +44,14 @@ class Client:
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.AsyncClient(base_url=address, timeout=_TIMEOUT_S, limits=limits)
         self._random = Random(seed)  # noqa: S311, to repeat a run
-        self._vocabulary = _IDS
+        self._vocabulary = range(0)
+        self.context = 0
 
     async def __aenter__(self) -> Client:
         await self._client.__aenter__()
+        model = (await self._client.get("/v1/models")).json()["data"][0]
+        size, self.context = model["meta"]["n_vocab"], model["context_length"]
+        self._vocabulary = range(size // 8, size // 2)  # no special tokens, in most vocabularies
         await self.ask(self.words(8), 2)
         return self
 
@@ -86,13 +90,17 @@ class Client:
 async def measure(address: str, rows: int, piece: int) -> StepTimes:
     """The figures of a server without caches. rows: that it runs at once; piece: tokens of a prompt that it feeds."""
     async with Client(address) as client:
-        steps = []
-        for count in range(1, rows + 1):
-            answers = await asyncio.gather(*(client.ask(client.words(_SHORT), _ANSWER) for _ in range(count)))
-            steps.append(_together(answers))
-        long = statistics.median((await client.ask(client.words(_LONG), _ANSWER)).gaps)
+        rounds: list[list[float]] = []
+        for _ in range(_ROUNDS):
+            rounds.append([])
+            for count in range(1, rows + 1):
+                answers = await asyncio.gather(*(client.ask(client.words(_SHORT), _ANSWER) for _ in range(count)))
+                rounds[-1].append(_together(answers))
+        steps = rising([statistics.mean(item) for item in zip(*rounds, strict=True)])
+        longest = min(_LONG, client.context - _ANSWER)
+        long = statistics.mean((await client.ask(client.words(longest), _ANSWER)).gaps)
         points = []
-        for length in _PROMPTS:
+        for length in (item for item in _PROMPTS if item < client.context):
             tries = [await client.ask(client.words(length), 1) for _ in range(3)]
             points.append(
                 (-(-length // piece), length, statistics.median(item.times[0] - item.asked for item in tries))
@@ -100,14 +108,12 @@ async def measure(address: str, rows: int, piece: int) -> StepTimes:
         request = await client.request_s()
     prompt = fit_prompt([(pieces, length, seconds - request) for pieces, length, seconds in points])
     tokens = _SHORT + _ANSWER // 2
-    slope = max(0.0, (long - steps[0]) / (_LONG - _SHORT))
-    # More rows take longer, whatever the noise of a measurement says.
-    rising = tuple(max(steps[: index + 1]) for index in range(rows))
-    return StepTimes(rising, tokens, slope, prompt, request, piece)
+    slope = max(0.0, (long - steps[0]) / (longest - _SHORT))
+    return StepTimes(steps, tokens, slope, prompt, request, piece)
 
 
 def _together(answers: Sequence[Answer]) -> float:
-    """The time between tokens while all of these answers come."""
+    """The mean time between tokens while all of these answers come: with what else the machine does, as it is."""
     begin, end = max(item.times[0] for item in answers), min(item.times[-1] for item in answers)
     gaps = [
         after - before
@@ -115,7 +121,7 @@ def _together(answers: Sequence[Answer]) -> float:
         for before, after in zip(item.times, item.times[1:], strict=False)
         if begin <= before and after <= end
     ]
-    return statistics.median(gaps)
+    return statistics.mean(gaps)
 
 
 async def talk(address: str, load: Load, seconds: float, seed: int = 1) -> Outcome:

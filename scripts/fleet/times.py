@@ -74,3 +74,15 @@ def fit_prompt(points: Sequence[tuple[int, int, float]]) -> tuple[float, float, 
     seconds = np.array([item for _, _, item in points])
     found, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones(len(points)), rcond=None)
     return float(max(found[0], 0.0)), float(max(found[1], 0.0)), float(max(found[2], 0.0))
+
+
+def rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The rising numbers that are nearest to some, by squares: more rows take longer, whatever noise says. Neighbours
+    that fall get their mean (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and sum(pools[-2]) / len(pools[-2]) > sum(pools[-1]) / len(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return tuple(sum(pool) / len(pool) for pool in pools for _ in pool)

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import onnx_ir as ir
-from bench import _build_tokenizer
 from numpy.typing import NDArray
+from reference_model import build_tokenizer
 
 from edgelm.export.passes import fusing_passes, narrowing_passes, quantizing_passes
 from edgelm.export.quantization.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
@@ -70,7 +70,7 @@ def main() -> None:
         out = folder / scheme
         out.mkdir(parents=True, exist_ok=True)
         write_skeleton(module, traced.layers, traced.graph.clone(), scheme, out)
-        _build_tokenizer(out, module.config.vocab_size)
+        build_tokenizer(out, module.config.vocab_size)
         print(out, sum(file.stat().st_size for file in out.iterdir()), flush=True)
 
 

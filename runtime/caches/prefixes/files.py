@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...errors import CacheCorruptError, CacheVersionError
 from ...host.clock import CLOCK_SLACK_S, Clock
-from ...host.files import TEMPORARY, UnfitFileError, open_regular, read_bytes, replacing
+from ...host.files import TEMPORARY, InUseError, UnfitFileError, open_regular, read_bytes, remove, replacing
 from ...host.home import make_private_folder
 from ..amounts import LARGEST_AMOUNT
 from .block_file import HEADER_BYTES, check_header, decode, encode
@@ -117,9 +117,15 @@ class BlockFiles:
         if not self._make_room(size):
             return
         make_private_folder(path.parent)
-        with replacing(path) as file:
-            file.write(header)
-            file.write(block.data)
+        try:
+            with replacing(path) as file:
+                file.write(header)
+                file.write(block.data)
+        except InUseError:
+            if not path.exists():
+                raise
+            # Somebody reads it right now: another process wrote it, the same bytes, since the key is the same.
+            return
         self._used(path, used)
         self._unseen += size
 
@@ -199,11 +205,11 @@ def delete_all(folder: Path) -> None:
     """
     for entry in _entries(folder):
         if entry.name.endswith(TEMPORARY):
-            Path(entry.path).unlink(missing_ok=True)
+            remove(Path(entry.path))
     newer = [file.path for file in found_files(folder) if _is_newer(file.path)]
     for file in found_files(folder):
         if file.path not in newer:
-            file.path.unlink(missing_ok=True)
+            remove(file.path)
     if newer:
         raise CacheVersionError(
             f"{len(newer)} blocks in {folder} are of a newer edgelm and were left: use that one, or delete them"

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import CacheCorruptError, CacheError, CacheVersionError
 from ...host.file_lock import locked
-from ...host.files import open_regular
+from ...host.files import open_regular, remove, replace
 from ...host.home import make_private_folder
+from ...host.volumes import remote_volume
 
 if TYPE_CHECKING:
     import sqlite3
@@ -74,6 +75,12 @@ class Database:
         Raises: CacheVersionError, the file untouched; CacheCorruptError; CacheError, if the system refuses.
         """
         self.path = folder / FILE_NAME
+        volume = remote_volume(folder)
+        if volume is not None:
+            raise CacheError(
+                f"{folder} is on {volume}, where SQLite can neither lock nor share its files: set EDGELM_HOME to a "
+                "folder on a disk of this machine"
+            )
         with mapped_errors(self.path):
             make_private_folder(folder)
             with self._alone():
@@ -177,7 +184,7 @@ class Database:
         for name in _PARTS:
             part = self.path.with_name(name)
             if part.exists():
-                part.replace(kept.with_name(name.replace(FILE_NAME, kept.name)))
+                replace(part, kept.with_name(name.replace(FILE_NAME, kept.name)))
         log.warning("the response cache was damaged (%s): it is now %s, and a new one is used", reason, kept)
 
 
@@ -193,13 +200,13 @@ def delete_database(folder: Path) -> None:
         if path.exists():
             _refuse_newer(path)
         for name in _PARTS:
-            path.with_name(name).unlink(missing_ok=True)
+            remove(path.with_name(name))
         _delete_set_aside(folder)
 
 
 def _delete_set_aside(folder: Path) -> None:
     for old in folder.glob(f"{FILE_NAME}{_ASIDE}*"):
-        old.unlink(missing_ok=True)
+        remove(old)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def _takes_texts(lease: Lease) -> bool:
 def _shown(lease: Lease, arguments: Any) -> str | None:
     """The prompt of a conversation with a call, or None where the template refuses it."""
     call = {"id": "edgelm001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "edgelm001", "name": "probe", "content": "b"},

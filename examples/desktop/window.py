@@ -1,0 +1,335 @@
+"""The window: conversations on the left, the one that is open on the right, and what the model is doing below."""
+
+from __future__ import annotations
+
+import queue
+import time
+import tkinter as tk
+from collections.abc import Callable
+from pathlib import Path
+from tkinter import filedialog, ttk
+from typing import Any
+
+import psutil
+from conversations import Conversation, Store
+from look import DARK, LIGHT, Fonts, style
+from models import Models
+from transcript import Transcript
+from worker import Done, Event, Failed, Loaded, Loading, Piece, Worker
+
+_TICK_MS = 40
+_SAVE_S = 0.5  # an answer is saved so often while it comes
+_MB = 1e6
+_TITLE_LETTERS = 29
+_HINT = "Choose a model above, write below, and press Enter. Shift+Enter begins a new line."
+_REASONS = {"length": "the answer has its most tokens", "context_full": "the context is full", None: "stopped"}
+
+
+class Window:
+    """Everything that the user sees. All of it runs in one thread, which never computes and never waits."""
+
+    def __init__(self, root: tk.Tk, worker: Worker, store: Store, models: Models, dark: bool) -> None:
+        self.root, self._worker, self._store, self._models = root, worker, store, models
+        self._dark = dark
+        self._fonts = Fonts(root)
+        self._conversations = store.all()
+        self._open = store.new()
+        self._answers: Conversation | None = None  # the one that the answer belongs to
+        self._ready = False
+        self._saved = 0.0
+        root.title("edgelm desktop")
+        root.geometry("1000x680")
+        root.minsize(640, 420)
+        root.protocol("WM_DELETE_WINDOW", self.close)
+        self._build()
+        self._paint()
+        self._list_conversations()
+        self._show(self._conversations[0] if self._conversations else self._open)
+        self._tick()
+
+    # ---- what there is to see
+
+    def _build(self) -> None:
+        self.root.columnconfigure(2, weight=1)
+        self.root.rowconfigure(0, weight=1)
+        side = ttk.Frame(self.root, padding=12, width=240)
+        side.grid(row=0, column=0, sticky="ns")
+        ttk.Frame(self.root, style="Line.TFrame", width=1).grid(row=0, column=1, sticky="ns")
+        self._build_side(side)
+        main = ttk.Frame(self.root)
+        main.grid(row=0, column=2, sticky="nsew")
+        main.columnconfigure(0, weight=1)
+        main.rowconfigure(2, weight=1)
+        self._build_head(main)
+        ttk.Frame(main, style="Line.TFrame", height=1).grid(row=1, sticky="ew")
+        self._transcript = Transcript(main, self._fonts)
+        self._transcript.grid(row=2, sticky="nsew")
+        ttk.Frame(main, style="Line.TFrame", height=1).grid(row=3, sticky="ew")
+        self._build_foot(main)
+
+    def _build_side(self, side: ttk.Frame) -> None:
+        side.rowconfigure(1, weight=1)
+        ttk.Button(side, text="+  New conversation", style="Main.TButton", command=self.new).grid(sticky="ew")
+        self._list = ttk.Treeview(side, show="tree", selectmode="browse")
+        self._list.column("#0", width=230)
+        self._list.grid(row=1, sticky="nsew", pady=12)
+        self._list.bind("<<TreeviewSelect>>", lambda _: self._choose_conversation())
+        self._list.bind("<Delete>", lambda _: self.delete())
+        row = ttk.Frame(side)
+        row.grid(row=2, sticky="ew")
+        row.columnconfigure(0, weight=1)
+        ttk.Button(row, text="Delete", command=self.delete).grid(row=0, column=0, sticky="w")
+        ttk.Button(row, text="Light / dark", command=self.turn_light).grid(row=0, column=1, sticky="e")
+
+    def _build_head(self, main: ttk.Frame) -> None:
+        head = ttk.Frame(main, padding=(16, 12))
+        head.grid(row=0, sticky="ew")
+        head.columnconfigure(3, weight=1)
+        ttk.Label(head, text="Model", style="Bold.TLabel").grid(row=0, column=0, padx=(0, 10))
+        self._chooser = ttk.Combobox(head, state="readonly", width=24, font=self._fonts.text)
+        self._chooser.configure(values=list(self._models.by_name))
+        self._chooser.grid(row=0, column=1)
+        self._chooser.bind("<<ComboboxSelected>>", lambda _: self.open_model(self._chooser.get()))
+        ttk.Button(head, text="Open folder ...", command=self._open_folder).grid(row=0, column=2, padx=8)
+        self._memory = ttk.Label(head, style="Small.TLabel", anchor="e")
+        self._memory.grid(row=0, column=3, sticky="e")
+
+    def _build_foot(self, main: ttk.Frame) -> None:
+        foot = ttk.Frame(main, padding=(16, 12))
+        foot.grid(row=4, sticky="ew")
+        foot.columnconfigure(0, weight=1)
+        self._input = tk.Text(foot, height=3, wrap="word", bd=0, padx=12, pady=9, highlightthickness=1, undo=True)
+        self._input.configure(font=self._fonts.text)
+        self._input.grid(row=0, column=0, rowspan=2, sticky="ew")
+        self._input.bind("<Return>", self._return)
+        self._button = ttk.Button(foot, text="Send", style="Main.TButton", width=10, command=self.send)
+        self._button.grid(row=0, column=1, padx=(12, 0), sticky="ew")
+        self._continue = ttk.Button(foot, text="Continue", width=10, command=self.go_on)
+        self._continue.grid(row=1, column=1, padx=(12, 0), pady=(6, 0), sticky="ew")
+        self._bar = ttk.Progressbar(foot, mode="determinate", maximum=1.0)
+        self._bar.grid(row=2, column=0, columnspan=2, sticky="ew", pady=(10, 4))
+        self._status = ttk.Label(foot, style="Small.TLabel")
+        self._status.grid(row=3, column=0, columnspan=2, sticky="ew")
+
+    def _paint(self) -> None:
+        colours = DARK if self._dark else LIGHT
+        self.root.configure(background=colours.side)
+        style(self.root, colours, self._fonts)
+        self._transcript.paint(colours)
+        self._input.configure(
+            background=colours.ground,
+            foreground=colours.text,
+            insertbackground=colours.text,
+            highlightbackground=colours.line,
+            highlightcolor=colours.accent,
+        )
+
+    # ---- what the user does
+
+    def open_model(self, name: str) -> None:
+        """Load a model by its name in the chooser."""
+        self._worker.stop()
+        self._chooser.set(name)
+        self._ready = False
+        self._worker.open(self._models.by_name[name])
+        self._update_buttons()
+
+    def send(self) -> None:
+        """Ask what stands in the input; or stop, while an answer comes."""
+        if self._answers is not None:
+            self._worker.stop()
+            return
+        text = self._input.get("1.0", "end-1c").strip()
+        if not text or not self._ready:
+            return
+        self._input.delete("1.0", "end")
+        self._open.ask(text)
+        self._transcript.begin("user")
+        self._transcript.add("user", text)
+        self._transcript.begin("assistant")
+        self._ask(goes_on=False)
+
+    def go_on(self) -> None:
+        """Continue an answer that was stopped."""
+        if self._ready and self._answers is None and self._open.unfinished:
+            answered = self._open.messages[-1]["role"] == "assistant"
+            if answered:
+                self._transcript.show(self._open, _HINT)
+            else:
+                self._transcript.begin("assistant")
+            self._ask(goes_on=answered)
+
+    def new(self) -> None:
+        """Begin a conversation."""
+        self._show(self._store.new())
+        self._input.focus_set()
+
+    def delete(self) -> None:
+        """Delete the conversation that is open."""
+        if self._answers is self._open:
+            self._worker.stop()
+            return
+        self._store.delete(self._open)
+        self._conversations = [item for item in self._conversations if item is not self._open]
+        self._list_conversations()
+        self.new()
+
+    def turn_light(self) -> None:
+        """Change between the light and the dark colours."""
+        self._dark = not self._dark
+        self._paint()
+
+    def close(self) -> None:
+        """Keep what came of an answer, and leave."""
+        if self._answers is not None:
+            self._store.save(self._answers)
+        self._worker.close()
+        self.root.destroy()
+
+    def _ask(self, goes_on: bool) -> None:
+        self._answers = self._open
+        if self._open not in self._conversations:
+            self._conversations.insert(0, self._open)
+        self._save(self._open)
+        self._list_conversations()
+        self._worker.answer([dict(message) for message in self._open.messages], goes_on)
+        self._update_buttons()
+
+    def _return(self, event: tk.Event[Any]) -> str | None:
+        if int(event.state) & 1:  # Shift
+            return None
+        if self._answers is None:
+            self.send()
+        return "break"
+
+    def _open_folder(self) -> None:
+        name = filedialog.askdirectory(parent=self.root, title="The folder of a model, or a folder of models")
+        if name:
+            new = self._models.add(Path(name))
+            self._chooser.configure(values=list(self._models.by_name))
+            if new:
+                self.open_model(new[0])
+            else:
+                self._say(f"{name} holds no model that is not listed: export one with  edgelm export MODEL")
+
+    def _choose_conversation(self) -> None:
+        names = {conversation.name: conversation for conversation in self._conversations}
+        chosen = [names[name] for name in self._list.selection()]
+        if chosen and chosen[0] is not self._open:
+            self._show(chosen[0])
+
+    # ---- what the worker tells
+
+    def _tick(self) -> None:
+        """Read the worker's events, then look at its progress."""
+        while True:
+            try:
+                event = self._worker.events.get_nowait()
+            except queue.Empty:
+                break
+            self._hear(event)
+        self._show_progress()
+        self.root.after(_TICK_MS, self._tick)
+
+    def _hear(self, event: Event) -> None:
+        hearers: dict[type, Callable[[Any], None]] = {
+            Loading: self._hear_loading,
+            Loaded: self._hear_loaded,
+            Piece: self._hear_piece,
+            Done: self._hear_done,
+            Failed: self._hear_failure,
+        }
+        hearers[type(event)](event)
+
+    def _hear_loading(self, event: Loading) -> None:
+        self._say(f"Loading {event.path.name}: needs about {event.memory.total_bytes / _MB:,.0f} MB ...")
+
+    def _hear_loaded(self, event: Loaded) -> None:
+        self._ready = True
+        self._say(f"{event.name} is ready, with room for {event.context_length:,} tokens.")
+        self._show_memory()
+        self._update_buttons()
+
+    def _hear_piece(self, event: Piece) -> None:
+        if self._answers is None:
+            return
+        self._answers.hear(event.text)
+        if self._answers is self._open:
+            self._transcript.add("assistant", event.text)
+        if time.monotonic() - self._saved > _SAVE_S:
+            self._save(self._answers)
+            self._show_memory()
+
+    def _hear_done(self, event: Done) -> None:
+        conversation, self._answers = self._answers, None
+        if conversation is None:
+            return
+        conversation.unfinished = event.reason != "stop"
+        self._save(conversation)
+        if conversation is self._open and conversation.unfinished:
+            self._transcript.note(f"({_REASONS.get(event.reason, event.reason)}: Continue goes on)")
+        if event.stats is not None:
+            known = f" ({event.stats.reused_tokens:,} known)" if event.stats.reused_tokens else ""
+            self._say(
+                f"{event.stats.prompt_tokens:,} tokens read{known}, first word after "
+                f"{event.stats.time_to_first_token_s:.2f} s, {event.stats.generated_tokens:,} tokens written at "
+                f"{event.stats.decode_tokens_per_s:.0f} a second"
+            )
+        self._show_memory()
+        self._update_buttons()
+
+    def _hear_failure(self, event: Failed) -> None:
+        if self._answers is not None:
+            self._save(self._answers)
+            self._answers = None
+        self._transcript.note(event.text)
+        self._say("")
+        self._update_buttons()
+
+    # ---- what changes on the window
+
+    def _show(self, conversation: Conversation) -> None:
+        self._open = conversation
+        self._transcript.show(conversation, _HINT)
+        if conversation.unfinished and conversation is not self._answers and conversation.messages:
+            self._transcript.note("(interrupted: Continue goes on)")
+        self._mark()
+        self._update_buttons()
+
+    def _list_conversations(self) -> None:
+        self._list.delete(*self._list.get_children())
+        for conversation in self._conversations:
+            self._list.insert("", "end", conversation.name, text=_short(conversation.title))
+        self._mark()
+
+    def _mark(self) -> None:
+        self._list.selection_set([self._open.name] if self._open in self._conversations else [])
+
+    def _update_buttons(self) -> None:
+        answers = self._answers is not None
+        self._button.configure(text="Stop" if answers else "Send", state="normal" if self._ready else "disabled")
+        can = self._ready and not answers and self._open.unfinished and bool(self._open.messages)
+        self._continue.configure(state="normal" if can else "disabled")
+
+    def _show_progress(self) -> None:
+        progress = self._worker.progress()
+        if progress is None or not progress[1]:
+            self._bar.configure(value=0.0)
+            return
+        done, total = progress
+        self._bar.configure(value=done / total)
+        self._say(f"Reading {done:,} of {total:,} tokens ..." if done < total else "Writing ...")
+
+    def _show_memory(self) -> None:
+        self._memory.configure(text=f"{psutil.Process().memory_info().rss / _MB:,.0f} MB of memory in use")
+
+    def _say(self, text: str) -> None:
+        self._status.configure(text=text)
+
+    def _save(self, conversation: Conversation) -> None:
+        self._store.save(conversation)
+        self._saved = time.monotonic()
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= _TITLE_LETTERS else f"{title[: _TITLE_LETTERS - 1].rstrip()}\u2026"

@@ -1,0 +1,71 @@
+"""The runtime's own tests on other versions of Python, over bundles that were exported here; skipped where an
+interpreter is not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+VERSIONS = ("3.12", "3.13")
+# Of decoding, text, caches and commands. They need no exporter.
+QUICK = ("kv", "decode", "stops", "sampling", "prefix_files", "sqlite_store", "chat", "settings")
+ALL = (*QUICK, "exactness", "batch", "cached_engine", "generation", "prefix_cache", "response_cache", "structured")
+ALL += ("scheduler", "cache_budgets", "machine", "memory", "cpuid", "errors", "control_tokens", "special_files")
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version: by its name, or among those of pyenv."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [shutil.which(f"python{version}"), *map(str, root.glob(f"versions/{version}.*/bin/python"))]
+    return next((path for path in candidates if path is not None and works(path)), None)
+
+
+def works(path: str) -> bool:
+    """Not so a shim of pyenv's for a version that is not chosen."""
+    return subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the option --bundles wants it."""
+    folder = tmp_path_factory.mktemp("ready")
+    (folder / "tiny").symlink_to(export_tiny())
+    (folder / "tiny-kv-float32").symlink_to(export_tiny(kv="float32"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def python(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with edgelm and what its tests need, in the tested versions, from the package index."""
+    found = interpreter(request.param)
+    if found is None:
+        pytest.skip(f"there is no Python {request.param} here")
+    venv = tmp_path_factory.mktemp("python") / request.param
+    subprocess.run([found, "-m", "venv", str(venv)], check=True)
+    options = ["--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
+    words = ["-m", "pip", "install", *options, str(wheel), "pytest", "hypothesis", "llguidance"]
+    subprocess.run([str(venv / "bin" / "python"), *words], check=True)
+    return venv / "bin" / "python"
+
+
+def run(python: Path, bundles: Path, names: tuple[str, ...]) -> str:
+    """The last line of pytest."""
+    files = [f"tests/test_{name}.py" for name in names]
+    words = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "--bundles", str(bundles), *files]
+    home = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(bundles)}
+    done = subprocess.run(words, cwd=ROOT, env=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_the_runtimes_own_tests_pass(python: Path, bundles: Path, names: tuple[str, ...]) -> None:
+    last = run(python, bundles, names)
+    assert "passed" in last and "failed" not in last

@@ -1,0 +1,123 @@
+"""The wheels that scripts/build_kernel_wheels.py made: right for their platforms, the same bits as the kernels that
+were compiled here, and enough where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from edgelm.runtime.sessions import kernels
+from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS
+
+from .conftest import ROOT, missing
+from .test_kernels import RUNNER, cases, digests, edgelm_kernels, variants
+
+building = pytest.importorskip("scripts.wheels.build", reason="scripts/ is not here")
+platforms = pytest.importorskip("scripts.wheels.platforms")
+
+__all__ = ["cases"]  # a fixture
+DIST = building.FOLDER / "dist"
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "make")
+
+
+def wheel(platform: str) -> Path:
+    """The kernels' wheel for a platform, unless it is `missing`."""
+    found = list(DIST.glob(f"edgelm_kernels-*-{platforms.PLATFORMS[platform].tag}.whl"))
+    if not found:
+        missing("the wheels are not here: python scripts/build_kernel_wheels.py builds them")
+    return found[0]
+
+
+def unpacked(platform: str, folder: Path) -> Path:
+    """The library of a wheel."""
+    with zipfile.ZipFile(wheel(platform)) as archive:
+        archive.extractall(folder)
+    return folder / "edgelm_kernels" / platforms.PLATFORMS[platform].library
+
+
+def check(*wheels: Path) -> subprocess.CompletedProcess[str]:
+    """What `binaries.py` says of wheels."""
+    words = [str(building.tools()), str(building.CHECK), *map(str, wheels)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_every_platform_has_a_wheel_that_is_right_for_it() -> None:
+    done = check(*(wheel(platform) for platform in platforms.PLATFORMS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": checked") == len(platforms.PLATFORMS)
+
+
+def test_a_wheel_that_is_wrong_is_found(tmp_path: Path) -> None:
+    """The library that GCC made here needs its own C++ library; and it is none for another machine."""
+    here = edgelm_kernels.library()
+    for platform, words in (("linux-x86_64", "libstdc++"), ("linux-aarch64", "compiled for elf x86_64")):
+        made = tmp_path / wheel(platform).name
+        with zipfile.ZipFile(wheel(platform)) as right, zipfile.ZipFile(made, "w") as wrong:
+            for name in right.namelist():
+                library = name == f"edgelm_kernels/{platforms.PLATFORMS[platform].library}"
+                wrong.writestr(name, here.read_bytes() if library else right.read(name))
+        done = check(made)
+        assert done.returncode == 1
+        assert words in done.stdout and "digest" in done.stdout
+
+
+@pytest.mark.parametrize("name", variants())
+def test_the_wheel_for_this_machine_has_the_bits_of_what_was_compiled_here(
+    name: str, cases: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(RUNNER)]
+    library = unpacked("linux-x86_64", tmp_path)
+    assert digests(command, cases, library, name) == digests(command, cases, edgelm_kernels.library(), name)
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+def test_a_raspberry_pi_gets_the_same_bits_from_its_wheel(cpu: str, cases: Path, tmp_path: Path) -> None:
+    machines = pytest.importorskip("scripts.emulated.machines")
+    if not machines.is_ready():
+        missing("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
+    emulated = digests(machines.command(cpu, str(RUNNER)), cases, unpacked("linux-aarch64", tmp_path))
+    assert emulated == digests([sys.executable, str(RUNNER)], cases, edgelm_kernels.library())
+
+
+def test_where_there_is_no_compiler_an_installed_edgelm_computes_with_kernels(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """From the folder of wheels, and the package index for the rest, in the tested versions."""
+    wheel("linux-x86_64")
+    (edgelm,) = DIST.glob("edgelm-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    bin_folder = tmp_path / "venv" / "bin"
+    environment = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX", kernels.SWITCH)}
+    environment["PATH"] = str(bin_folder)
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [str(bin_folder / words[0]), *words[1:]], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert not any((Path(folder) / name).exists() for name in COMPILERS for folder in environment["PATH"].split(":"))
+    options = ("--quiet", "--only-binary", ":all:", "-c", str(ROOT / "constraints.txt"), "--find-links", str(DIST))
+    run("python", "-m", "pip", "install", *options, str(edgelm))
+    assert "edgelm-kernels" in run("edgelm", "doctor")
+    run("edgelm", "run", str(tiny_bundle), "Once", "--max-tokens", "4")
+    code = "import sys; from edgelm.runtime import load; print(load(sys.argv[1])._session.capabilities.piece_tokens)"
+    assert int(run("python", "-c", code, str(tiny_bundle))) == KERNELS_PIECE_TOKENS
+
+
+def test_edgelms_wheel_asks_for_the_kernels_of_its_copy_where_there_are_some() -> None:
+    packaging = pytest.importorskip("packaging.requirements")
+    asked = packaging.Requirement(building.requirement())
+    version = (ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{str(asked.specifier).removeprefix("==")}"' in version
+    for platform in platforms.PLATFORMS.values():
+        system, machine = platform.python
+        assert asked.marker.evaluate({"sys_platform": system, "platform_machine": machine})
+    for system, machine in (("linux", "armv7l"), ("linux", "riscv64"), ("win32", "ARM64"), ("darwin", "ppc")):
+        assert not asked.marker.evaluate({"sys_platform": system, "platform_machine": machine})
