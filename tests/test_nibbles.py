@@ -18,13 +18,12 @@ from edgelm.export.passes import quantizing_passes
 from edgelm.export.passes.functions import (
     BIASED,
     EDGELM,
-    EMBEDDING,
-    NARROW,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
     WIDE,
 )
 from edgelm.export.passes.graph import nodes_of
+from edgelm.export.passes.narrow_functions import EMBEDDING, NARROW
 from edgelm.export.passes.narrow_weights import NarrowWeights
 from edgelm.export.quantization.nibbles import (
     Nibbles,

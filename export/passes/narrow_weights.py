@@ -11,14 +11,13 @@ from ..quantization.nibbles import Nibbles, load_nibbles
 from .functions import (
     BIASED,
     EDGELM,
-    EMBEDDING,
-    NARROW,
     PRODUCTS,
     ROWWISE_MATMUL,
     ROWWISE_MATMUL_TRANSPOSED,
     define,
 )
 from .graph import Builder, GraphPass, add_weight, lazy_weight, producer, replace_value
+from .narrow_functions import EMBEDDING, NARROW
 
 _SUFFIXES = (".rows.int8", ".int8")
 
