@@ -109,7 +109,8 @@ def test_a_killed_program_goes_on_where_it_was(desk: Desk) -> None:
     assert "interrupted" in found["restarted"]["text"] and found["restarted"]["can_continue"]
     (after,) = desk.conversations()
     assert after["messages"][3]["content"].startswith(before["messages"][3]["content"])
-    assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"])
+    # Or the very next token ended the answer.
+    assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"]) or not after["unfinished"]
     # What was computed for the turn before the kill is on the disk.
     assert "known)" in found["continued"]["status"]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def test_where_there_is_no_compiler_an_installed_edgelm_computes_with_kernels(
 def test_edgelms_wheel_asks_for_the_kernels_of_its_copy_where_there_are_some() -> None:
     packaging = pytest.importorskip("packaging.requirements")
     asked = packaging.Requirement(building.requirement())
-    version = (ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'version = "{str(asked.specifier).removeprefix("==")}"' in version
+    projects = [ROOT / "kernels" / "pyproject.toml", ROOT / "pyproject.toml"]
+    versions = {tomllib.loads(path.read_text(encoding="utf-8"))["project"]["version"] for path in projects}
+    assert versions == {str(asked.specifier).removeprefix("==")}, "kernels of another version would not be replaced"
     for platform in platforms.PLATFORMS.values():
         system, machine = platform.python
         assert asked.marker.evaluate({"sys_platform": system, "platform_machine": machine})

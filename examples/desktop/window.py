@@ -7,14 +7,13 @@ import time
 import tkinter as tk
 from collections.abc import Callable
 from pathlib import Path
-from tkinter import filedialog, ttk
+from tkinter import filedialog
 from typing import Any
 
 import psutil
 from conversations import Conversation, Store
-from look import DARK, LIGHT, Fonts, style
+from layout import Layout
 from models import Models
-from transcript import Transcript
 from worker import Done, Event, Failed, Loaded, Loading, Piece, Worker
 
 _TICK_MS = 40
@@ -25,104 +24,20 @@ _HINT = "Choose a model above, write below, and press Enter. Shift+Enter begins 
 _REASONS = {"length": "the answer has its most tokens", "context_full": "the context is full", None: "stopped"}
 
 
-class Window:
+class Window(Layout):
     """Everything that the user sees. All of it runs in one thread, which never computes and never waits."""
 
     def __init__(self, root: tk.Tk, worker: Worker, store: Store, models: Models, dark: bool) -> None:
-        self.root, self._worker, self._store, self._models = root, worker, store, models
-        self._dark = dark
-        self._fonts = Fonts(root)
+        self._worker, self._store, self._models = worker, store, models
         self._conversations = store.all()
         self._open = store.new()
         self._answers: Conversation | None = None  # the one that the answer belongs to
         self._ready = False
         self._saved = 0.0
-        root.title("edgelm desktop")
-        root.geometry("1000x680")
-        root.minsize(640, 420)
-        root.protocol("WM_DELETE_WINDOW", self.close)
-        self._build()
-        self._paint()
+        super().__init__(root, list(models.by_name), dark)
         self._list_conversations()
         self._show(self._conversations[0] if self._conversations else self._open)
         self._tick()
-
-    # ---- what there is to see
-
-    def _build(self) -> None:
-        self.root.columnconfigure(2, weight=1)
-        self.root.rowconfigure(0, weight=1)
-        side = ttk.Frame(self.root, padding=12, width=240)
-        side.grid(row=0, column=0, sticky="ns")
-        ttk.Frame(self.root, style="Line.TFrame", width=1).grid(row=0, column=1, sticky="ns")
-        self._build_side(side)
-        main = ttk.Frame(self.root)
-        main.grid(row=0, column=2, sticky="nsew")
-        main.columnconfigure(0, weight=1)
-        main.rowconfigure(2, weight=1)
-        self._build_head(main)
-        ttk.Frame(main, style="Line.TFrame", height=1).grid(row=1, sticky="ew")
-        self._transcript = Transcript(main, self._fonts)
-        self._transcript.grid(row=2, sticky="nsew")
-        ttk.Frame(main, style="Line.TFrame", height=1).grid(row=3, sticky="ew")
-        self._build_foot(main)
-
-    def _build_side(self, side: ttk.Frame) -> None:
-        side.rowconfigure(1, weight=1)
-        ttk.Button(side, text="+  New conversation", style="Main.TButton", command=self.new).grid(sticky="ew")
-        self._list = ttk.Treeview(side, show="tree", selectmode="browse")
-        self._list.column("#0", width=230)
-        self._list.grid(row=1, sticky="nsew", pady=12)
-        self._list.bind("<<TreeviewSelect>>", lambda _: self._choose_conversation())
-        self._list.bind("<Delete>", lambda _: self.delete())
-        row = ttk.Frame(side)
-        row.grid(row=2, sticky="ew")
-        row.columnconfigure(0, weight=1)
-        ttk.Button(row, text="Delete", command=self.delete).grid(row=0, column=0, sticky="w")
-        ttk.Button(row, text="Light / dark", command=self.turn_light).grid(row=0, column=1, sticky="e")
-
-    def _build_head(self, main: ttk.Frame) -> None:
-        head = ttk.Frame(main, padding=(16, 12))
-        head.grid(row=0, sticky="ew")
-        head.columnconfigure(3, weight=1)
-        ttk.Label(head, text="Model", style="Bold.TLabel").grid(row=0, column=0, padx=(0, 10))
-        self._chooser = ttk.Combobox(head, state="readonly", width=24, font=self._fonts.text)
-        self._chooser.configure(values=list(self._models.by_name))
-        self._chooser.grid(row=0, column=1)
-        self._chooser.bind("<<ComboboxSelected>>", lambda _: self.open_model(self._chooser.get()))
-        ttk.Button(head, text="Open folder ...", command=self._open_folder).grid(row=0, column=2, padx=8)
-        self._memory = ttk.Label(head, style="Small.TLabel", anchor="e")
-        self._memory.grid(row=0, column=3, sticky="e")
-
-    def _build_foot(self, main: ttk.Frame) -> None:
-        foot = ttk.Frame(main, padding=(16, 12))
-        foot.grid(row=4, sticky="ew")
-        foot.columnconfigure(0, weight=1)
-        self._input = tk.Text(foot, height=3, wrap="word", bd=0, padx=12, pady=9, highlightthickness=1, undo=True)
-        self._input.configure(font=self._fonts.text)
-        self._input.grid(row=0, column=0, rowspan=2, sticky="ew")
-        self._input.bind("<Return>", self._return)
-        self._button = ttk.Button(foot, text="Send", style="Main.TButton", width=10, command=self.send)
-        self._button.grid(row=0, column=1, padx=(12, 0), sticky="ew")
-        self._continue = ttk.Button(foot, text="Continue", width=10, command=self.go_on)
-        self._continue.grid(row=1, column=1, padx=(12, 0), pady=(6, 0), sticky="ew")
-        self._bar = ttk.Progressbar(foot, mode="determinate", maximum=1.0)
-        self._bar.grid(row=2, column=0, columnspan=2, sticky="ew", pady=(10, 4))
-        self._status = ttk.Label(foot, style="Small.TLabel")
-        self._status.grid(row=3, column=0, columnspan=2, sticky="ew")
-
-    def _paint(self) -> None:
-        colours = DARK if self._dark else LIGHT
-        self.root.configure(background=colours.side)
-        style(self.root, colours, self._fonts)
-        self._transcript.paint(colours)
-        self._input.configure(
-            background=colours.ground,
-            foreground=colours.text,
-            insertbackground=colours.text,
-            highlightbackground=colours.line,
-            highlightcolor=colours.accent,
-        )
 
     # ---- what the user does
 

@@ -49,7 +49,7 @@ def build_all(names: Iterable[str], out: Path) -> list[Path]:
     for old in out.glob("*.whl"):
         old.unlink()
     wheels = [build(PLATFORMS[name], python, out) for name in names]
-    run([python, CHECK, *wheels])
+    print(run([python, CHECK, *wheels]), end="", file=sys.stderr)
     return [*wheels, edgelm(python, out)]
 
 
@@ -98,6 +98,7 @@ def settings(platform: Platform) -> dict[str, str]:
         # zig links its C++ library statically; its symbols are stripped.
         "CMAKE_MODULE_LINKER_FLAGS": "-s",
         "CMAKE_SHARED_LINKER_FLAGS": "-s",
+        "CMAKE_CXX_STANDARD_LIBRARIES": "",  # CMake would add a dozen of Windows'
         "EDGELM_NEON": "-mcpu=generic",
         "EDGELM_NEON_DOT": "-mcpu=generic+dotprod",
         # CMake wants one for Windows; nothing is compiled with it.
@@ -152,10 +153,10 @@ def requirement() -> str:
     return f"{project['name']}=={project['version']}; {marker()}"
 
 
-def run(command: list[object], environment: dict[str, str] | None = None) -> None:
-    """Run a command. Raises: BuildError with its last words."""
+def run(command: list[object], environment: dict[str, str] | None = None) -> str:
+    """What a command prints. Raises: BuildError with its last words."""
     words = list(map(str, command))
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(words[1:4])} failed: {(done.stdout + done.stderr).strip()[-3000:]}")
-    print(done.stdout, end="", file=sys.stderr)
+    return done.stdout

@@ -28,7 +28,6 @@ class Platform:
 
 # No libstdc++, libgcc_s or libc++: those are linked statically.
 _GLIBC = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "ld-linux-*.so.*")
-_MUSL = ("libc.so",)
 # All of them are part of Windows 10; no runtime has to be installed.
 _WINDOWS = ("KERNEL32.dll", "ntdll.dll", "api-ms-win-crt-*.dll", "api-ms-win-core-synch-*.dll")
 _MACOS = ("/usr/lib/libSystem.B.dylib",)
@@ -53,26 +52,6 @@ PLATFORMS = {
         ("linux", "aarch64"),
         "elf aarch64",
         _GLIBC,
-        _ARM_PAGE,
-    ),
-    "musl-x86_64": Platform(
-        "x86_64-linux-musl",
-        "musllinux_1_2_x86_64",
-        "Linux",
-        "x86_64",
-        ("linux", "x86_64"),
-        "elf x86_64",
-        _MUSL,
-        _X86_PAGE,
-    ),
-    "musl-aarch64": Platform(
-        "aarch64-linux-musl",
-        "musllinux_1_2_aarch64",
-        "Linux",
-        "aarch64",
-        ("linux", "aarch64"),
-        "elf aarch64",
-        _MUSL,
         _ARM_PAGE,
     ),
     "windows-x86_64": Platform(
