@@ -1,0 +1,127 @@
+// The ways to multiply rows with a matrix: by its depth, groups, columns or panels. Part of rowwise_matmul.cc.
+#pragma once
+
+#include "rowwise_matmul.h"
+
+namespace edgelm {
+
+// Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
+// comes first makes the rows. The last one that is done scales the sums.
+template <typename MakeRow>
+void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
+  const int strips = pieces(depth_, kStripDepth), parts = std::min(threads_, pieces(depth_, kLeastDepth));
+  const size_t stride = padded(columns_, kBlock), own = stride * x.count;
+  int32_t* const sums = integers(scratch(1, own * parts));
+  const int32_t* used[kMostWorkers];
+  const int rows = x.count / planes_;
+  std::atomic<int> next_row{0}, made{0}, done{0};
+  Runs runs(strips, parts);
+  const auto begin = [&](int strip) { return weights_ + static_cast<size_t>(strip) * kStripDepth * columns_; };
+  const auto add = [&](int part) {
+    used[part] = nullptr;
+    for (int strip = runs.take(part); strip >= 0; strip = runs.take(part)) {
+      const int from = strip * kStripDepth, last = runs.last(part);
+      const int8_t* next = strip < last ? begin(strip + 1) : nullptr;
+      if (strip == last) next = reinterpret_cast<const int8_t*>(successor_->begin(part));
+      arithmetic_.columns(x.values + from, x.count, x.stride, begin(strip), std::min(kStripDepth, depth_ - from),
+                          columns_, used[part] == nullptr, next, sums + part * own, stride);
+      used[part] = sums + part * own;
+    }
+  };
+  const auto work = [&](int part) {
+    for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, part), made++;
+    while (made < rows) relax();
+    add(part);
+    if (++done < parts) return;
+    const int count = static_cast<int>(std::remove(used, used + parts, nullptr) - used);
+    arithmetic_.scale_parts(used, count, stride, x.count, columns_, y);
+  };
+  call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
+}
+
+// Who comes first makes the rows; then each thread reads groups of columns, one behind the other.
+template <typename MakeRow>
+void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
+  const int groups = pieces(columns_, kGroup), workers = std::min(threads_, groups), rows = x.count / planes_;
+  std::atomic<int> next_row{0}, made{0};
+  Runs runs(groups, workers);
+  const auto work = [&](int worker) {
+    for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, worker), made++;
+    while (made < rows) relax();
+    int32_t sums[kMostDirect * kGroup];
+    for (int group = runs.take(worker); group >= 0; group = runs.take(worker)) {
+      const auto* next = reinterpret_cast<const uint8_t*>(successor_->begin(worker));
+      if (group < runs.last(worker)) next = nibbles_.group(group + 1).values;
+      arithmetic_.nibbles(x.values, x.count, x.stride, nibbles_.group(group), next, sums, kGroup);
+      const int column = group * kGroup;
+      arithmetic_.scale(sums, kGroup, x.count, std::min(kGroup, columns_ - column), y.from(0, column));
+    }
+  };
+  call.parallel(workers, work, {nibbles_.group(0).values, groups / workers * nibbles_.group_size()}, successor_);
+}
+
+void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const {
+  const int tasks = pieces(columns_, kTaskColumns), workers = std::min(threads_, tasks);
+  const size_t task_size = static_cast<size_t>(kTaskColumns) * depth_;
+  int32_t* const sums = integers(scratch(1, static_cast<size_t>(workers) * kTaskColumns * kFewRows));
+  Runs runs(tasks, workers);
+  const auto work = [&](int worker) {
+    int32_t* const own = sums + static_cast<size_t>(worker) * kTaskColumns * kFewRows;
+    for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
+      const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
+      for (int row = 0; row < x.count; row += kFewRows) {
+        const int count = std::min(kFewRows, x.count - row);
+        arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + task * task_size, depth_, end - begin,
+                         own, kTaskColumns);
+        arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row / planes_, begin));
+      }
+    }
+  };
+  call.parallel(workers, work, {weights_, tasks / workers * task_size}, successor_);
+}
+
+RowwiseMatMul::Lines RowwiseMatMul::lines_of_blocks() const {
+  if (nibbles_)
+    return {nibbles_.group(0).values, kBlock / kGroup * nibbles_.group_size(), 64, kBlock / kGroup * nibbles_.lines()};
+  const auto* const begin = reinterpret_cast<const uint8_t*>(weights_);
+  if (transposed_) return {begin, static_cast<size_t>(kBlock) * depth_, kBlock, depth_};
+  return {begin, kBlock, static_cast<size_t>(columns_), depth_};
+}
+
+void RowwiseMatMul::pack(int begin, int end, int8_t* panel) const {
+  if (nibbles_)
+    arithmetic_.pack_nibbles(nibbles_.group(begin / kGroup), pieces(end - begin, kGroup), panel);
+  else if (transposed_)
+    arithmetic_.pack_rows(weights_ + static_cast<size_t>(begin) * depth_, depth_, end - begin, panel);
+  else
+    arithmetic_.pack_columns(weights_, depth_, columns_, begin, panel);
+}
+
+// A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
+// for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
+void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const {
+  const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
+  const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);
+  const int left = blocks % threads_, whole = blocks - left, parts = left == 0 ? 1 : threads_ / left;
+  const int depth = nibbles_ ? nibbles_.depth() : padded(depth_, 4);
+  const size_t own = static_cast<size_t>(depth) * kBlock;
+  const Lines lines = lines_of_blocks();
+  auto* const panels = Memory::laid_out(1, [&](Memory& memory) { return memory.take<int8_t>(threads_ * own); });
+  call.share(whole + left * parts, threads_, [&](int task, int worker) {
+    const int block = task < whole ? task : whole + (task - whole) / parts;
+    const int part = task < whole ? 0 : (task - whole) % parts, of = task < whole ? 1 : parts;
+    const int begin = block * kBlock, end = std::min(begin + kBlock, columns_), next = block + threads_;
+    int8_t* const panel = panels + worker * own;
+    pack(begin, end, panel);
+    for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
+      if (next < blocks)
+        for (int line = lines.count * group / groups; line < lines.count * (group + 1) / groups; line++)
+          __builtin_prefetch(lines.begin + next * lines.block + line * lines.stride);
+      const int row = group * at_once, count = std::min(at_once, x.count - row);
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, depth, end - begin,
+                        y.from(row / planes_, begin));
+    }
+  });
+}
+
+}  // namespace edgelm
