@@ -3,6 +3,7 @@
 
 #include "attention_impl.h"
 #include "nibbles_impl.h"
+#include "panels_impl.h"
 #include "products_impl.h"
 
 namespace edgelm {

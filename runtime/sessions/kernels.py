@@ -27,7 +27,7 @@ SWITCH = "EDGELM_KERNELS"
 _PACKAGE = "edgelm_kernels"
 # That of the package. With others, functions that they lack would run as their bodies, slower, and where a single row
 # relies on a kernel, with other bits.
-_INTERFACE = 7
+_INTERFACE = 8
 _DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
 # How the library learns with how many threads to compute, onnxruntime does not tell operators, and whether its own.
 _THREADS_KEY, _OWN_THREADS_KEY = "edgelm.threads", "edgelm.own_threads"
