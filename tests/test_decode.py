@@ -573,7 +573,7 @@ def test_closing_ends_streams_and_requests_that_wait(new_engine: NewEngine) -> N
     engine = new_engine(fake())
     streams = [engine.stream(token_ids=[1, index], max_tokens=60) for index in range(2)]
     next(streams[0])
-    waiting = engine._scheduler.ask(streams[1]._request)
+    waiting = engine._scheduler.submit(streams[1]._request)
     assert engine._scheduler.counts() == (1, 1)
     engine.close()
     with pytest.raises(EngineClosedError, match="while this answer was computed"):

@@ -89,7 +89,7 @@ class ChunkStream(AsyncIterator[Chunk]):
                 loop.call_soon_threadsafe(self._news.set)
 
         def ask() -> Listener:
-            listener = self._scheduler.ask(self._make(), whole=self._whole, wake=wake)
+            listener = self._scheduler.submit(self._make(), whole=self._whole, wake=wake)
             if self._left:  # the task was cancelled meanwhile
                 self._scheduler.cancel([listener])
             return listener

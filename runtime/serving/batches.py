@@ -88,7 +88,7 @@ def stream_batch(scheduler: Scheduler, requests: Sequence[Request], max_rows: in
         while waiting or asked:
             while waiting and len(asked) < max_rows:
                 index, request = waiting.popleft()
-                asked[scheduler.ask(request, whole=True)] = index
+                asked[scheduler.submit(request, whole=True)] = index
             found = scheduler.next(list(asked))
             assert found is not None, "the last chunk of each is handed on before it counts as ended"
             listener, chunk = found

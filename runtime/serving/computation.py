@@ -35,8 +35,8 @@ class Computation:
         """Give a listener what was said so far, and what follows."""
         listener.shared = bool(self.listeners)
         self.listeners.append(listener)
-        self.tell_progress()
-        listener.hear(self._chunks)
+        self.publish_progress()
+        listener.receive(self._chunks)
 
     def add(self, token: int) -> Chunk | None:
         """Take the row's next token; the chunk that it completes. Sets `row.ended`."""
@@ -44,13 +44,13 @@ class Computation:
         self.row.ended = self._answer.ended
         return chunk
 
-    def say(self, chunk: Chunk) -> None:
-        """Let all listeners hear a chunk."""
+    def publish(self, chunk: Chunk) -> None:
+        """Give a chunk to all listeners."""
         self._chunks.append(chunk)
         for listener in self.listeners:
-            listener.hear(self._chunks)
+            listener.receive(self._chunks)
 
-    def tell_progress(self) -> None:
+    def publish_progress(self) -> None:
         """Let all listeners know how much of the prompt is done."""
         total = len(self.request.token_ids)
         done = total if self.row.chosen else min(self.row.fed, total)
@@ -58,7 +58,7 @@ class Computation:
             listener.reused, listener.progress = self.row.reused, (done, total)
 
     def finish(self) -> CachedAnswer | None:
-        """The row ended: say the last chunk. Returns: the answer, if it is complete.
+        """The row ended: publish the last chunk. Returns: the answer, if it is complete.
 
         Listeners who joined while it was being interrupted are left in `listeners`: they want the rest.
         """
@@ -66,7 +66,7 @@ class Computation:
         late = last.finish_reason == "deadline"
         left = [item for item in self.listeners if late and not item.request.interrupted()]
         self.listeners = [item for item in self.listeners if item not in left]
-        self.say(last)
+        self.publish(last)
         self.listeners = left
         if last.finish_reason is None or last.finish_reason == "deadline":
             return None
@@ -78,8 +78,8 @@ class Computation:
             listener.end(error)
         self.listeners = []
 
-    def sweep(self) -> None:
-        """Let go of those who wait no longer. The last one is told by the row's end."""
+    def drop_interrupted(self) -> None:
+        """Remove listeners that wait no longer. The last one stays until the row ends."""
         for listener in [item for item in self.listeners if item.request.interrupted()]:
             if listener.request.cancelled.is_set():
                 self.listeners.remove(listener)

@@ -37,8 +37,8 @@ class Listener:
         self._generated = 0
         self._first = 0.0
 
-    def hear(self, chunks: Sequence[Chunk]) -> None:
-        """Take what is new of an answer's chunks; the last one ends it. Who was cancelled hears nothing."""
+    def receive(self, chunks: Sequence[Chunk]) -> None:
+        """Take what is new of an answer's chunks; the last one ends it. A cancelled listener gets nothing."""
         if self.ended:
             return
         for chunk in chunks[self._seen :]:

@@ -68,12 +68,12 @@ class Queue:
         self._waiting.remove(chosen)
         return chosen
 
-    def sweep(self) -> None:
+    def drop_interrupted(self) -> None:
         """Answer those that were interrupted before they began, with nothing."""
         for computation in self:
-            computation.sweep()
+            computation.drop_interrupted()
             if all(listener.request.interrupted() for listener in computation.listeners):
                 self.remove(computation)
                 self.forget(computation)
                 for listener in computation.listeners:
-                    listener.hear([unanswered(listener.request)])
+                    listener.receive([unanswered(listener.request)])

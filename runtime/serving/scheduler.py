@@ -50,7 +50,7 @@ class Scheduler:
         self._reset()
         watch_forks(self)
 
-    def ask(self, request: Request, *, whole: bool = False, wake: Callable[[], None] = nobody) -> Listener:
+    def submit(self, request: Request, *, whole: bool = False, wake: Callable[[], None] = nobody) -> Listener:
         """Begin to answer a request: from the response cache, as another caller's share, or as a row of its own.
 
         Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; where there is a `wake`, the
@@ -93,7 +93,7 @@ class Scheduler:
                 self._queue.forget(fresh)
                 for listener in fresh.listeners:
                     listener.progress = (len(listener.request.token_ids),) * 2
-                    listener.hear(list(replay(listener.request, known)))
+                    listener.receive(list(replay(listener.request, known)))
             self._changed.notify_all()
 
     def next(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
@@ -111,7 +111,7 @@ class Scheduler:
                 if not self._has_work() or not self._driver.take():
                     self._changed.wait()
                     continue
-            self._drive()
+            self._run_step()
 
     def ready(self, listener: Listener) -> Chunk | None:
         """The next chunk, if it is there; else see `listener.ended`. Raises: what it ended with."""
@@ -129,7 +129,7 @@ class Scheduler:
             everything = [*self._running.values(), *self._queue]
             if not any(computation.is_unwanted for computation in everything) or not self._driver.take():
                 return
-        self._let_go()
+        self._release_rows()
 
     def counts(self) -> tuple[int, int]:
         """Requests that are computed now, and those that wait."""
@@ -178,7 +178,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._queue = Queue()
         self._driver = Driver()
-        self._worker = Worker(self._changed, lambda: self._has_work() and self._driver.take(), self._drive)
+        self._worker = Worker(self._changed, lambda: self._has_work() and self._driver.take(), self._run_step)
 
     # ---- with the lock
 
@@ -197,35 +197,35 @@ class Scheduler:
             computation.fail(error)
             self._queue.remove(computation)
 
-    def _sweep(self) -> None:
+    def _drop_interrupted(self) -> None:
         """Let go of listeners that wait no longer, and of requests that nobody waits for before they began."""
         for computation in self._running.values():
-            computation.sweep()
-        self._queue.sweep()
+            computation.drop_interrupted()
+        self._queue.drop_interrupted()
 
     # ---- by the thread that drives, without the lock
 
-    def _drive(self) -> None:
+    def _run_step(self) -> None:
         """Run one step for all, and stop driving."""
         try:
             self._admit()
             for row, event in self._decoder.advance():
-                self._tell(row, event)
-            self._let_go()
+                self._publish(row, event)
+            self._release_rows()
         except BaseException as error:  # whatever it was, the rows may be in the middle of a step
             self._break(error)
             raise
 
-    def _let_go(self) -> None:
+    def _release_rows(self) -> None:
         """Free the rows that nobody wants, and stop driving."""
         while True:
             with self._changed:
-                self._sweep()
+                self._drop_interrupted()
                 unwanted = [item for item in self._running.values() if not item.listeners]
                 if not unwanted:
                     for computation in self._running.values():
                         if computation.row.chosen <= 1:
-                            computation.tell_progress()
+                            computation.publish_progress()
                     self._stop_driving()
                     return
                 for computation in unwanted:
@@ -239,7 +239,7 @@ class Scheduler:
             with self._changed:
                 if not self._queue:
                     return
-                self._sweep()
+                self._drop_interrupted()
                 computation = self._queue.take(self._decoder.has_place)
                 if computation is None:
                     return
@@ -247,21 +247,21 @@ class Scheduler:
             try:
                 self._decoder.admit(computation.row)
             except EdgelmError as error:
-                self._tell(computation.row, error)
+                self._publish(computation.row, error)
 
-    def _tell(self, row: Row, event: int | EdgelmError | None) -> None:
-        """Let the listeners of a row hear what happened to it."""
+    def _publish(self, row: Row, event: int | EdgelmError | None) -> None:
+        """Give the listeners of a row what happened to it."""
         computation = self._running[row]
         if isinstance(event, int):
             chunk = computation.add(event)
             if chunk is not None:
                 with self._changed:
-                    computation.say(chunk)
+                    computation.publish(chunk)
                     self._changed.notify_all()
             return
         with self._changed:
             del self._running[row]
-            computation.tell_progress()
+            computation.publish_progress()
             answer = None
             if event is None:
                 answer = computation.finish()
@@ -290,8 +290,8 @@ class Scheduler:
         self._decoder.abandon()
         broken = list(self._running.values())
         with self._changed:
-            told = EngineError(f"a step was broken off ({type(error).__name__}: {error}): ask again")
-            told.__cause__ = error
-            self._fail(broken, told)
+            failure = EngineError(f"a step was broken off ({type(error).__name__}: {error}): ask again")
+            failure.__cause__ = error
+            self._fail(broken, failure)
             self._running.clear()
             self._stop_driving()

@@ -28,7 +28,7 @@ class Stream(Iterator[Chunk]):
         if self._closed:
             raise StopIteration
         if self._listener is None:
-            self._listener = self._scheduler.ask(self._request)
+            self._listener = self._scheduler.submit(self._request)
             if self._closed:  # by another thread, which did not find the listener yet
                 self._scheduler.cancel([self._listener])
         try:
