@@ -72,7 +72,7 @@ def test_a_stream_that_is_closed_while_it_is_asked_for_computes_nothing(
     session = slow()
     engine = new_engine(session)
     stream = engine.stream(token_ids=[1, 2], max_tokens=60)
-    ask = engine._scheduler.ask
+    ask = engine._scheduler.submit
 
     def ask_and_close(request: Any, **keywords: Any) -> Any:
         listener = ask(request, **keywords)
@@ -81,7 +81,7 @@ def test_a_stream_that_is_closed_while_it_is_asked_for_computes_nothing(
         closing.join()
         return listener
 
-    monkeypatch.setattr(engine._scheduler, "ask", ask_and_close)
+    monkeypatch.setattr(engine._scheduler, "submit", ask_and_close)
     assert list(stream) == []
     assert session.steps == [] and is_soon(engine, (0, 0))
 
