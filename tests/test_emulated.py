@@ -136,7 +136,7 @@ def test_what_is_counted_has_the_proportions_of_the_reference_model(
 ) -> None:
     monkeypatch.setattr(machines, "FOLDER", tmp_path)
     part = json.loads((counting.model() / "config.json").read_text(encoding="utf-8"))
-    whole = json.loads(counting.bench.REFERENCE.read_text(encoding="utf-8"))
+    whole = json.loads(counting.reference_model.REFERENCE.read_text(encoding="utf-8"))
     assert part["num_hidden_layers"] * counting.PART == whole["num_hidden_layers"]
     assert part["vocab_size"] == whole["vocab_size"] // counting.PART
     assert part["hidden_size"] == whole["hidden_size"]
