@@ -45,6 +45,25 @@ Path(WIDE_TARGET).write_text(
 REAL_MODEL, REQUIRE = "EDGELM_REAL_MODEL", "EDGELM_REQUIRE"
 _EXPORT_S = 1800
 
+# Files that take more than half a minute each, together three quarters of all time: --all runs them, or their names do.
+LONG = {
+    "test_blocks",
+    "test_compress",
+    "test_compress_bundles",
+    "test_cuda",
+    "test_decompositions",
+    "test_export_input",
+    "test_genai",
+    "test_kernels",
+    "test_models",
+    "test_plain",
+    "test_pythons",
+    "test_real_bundle",
+    "test_stories",
+    "test_training",
+    "test_weight_bits",
+}
+
 # Two paragraphs of simple English: long enough to calibrate and judge tiny models on.
 TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
@@ -71,9 +90,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Files that are named on the command line are meant.
     named = any(argument.partition("::")[0].endswith(".py") for argument in config.args)
     if not config.getoption("--all") and not named:
-        left_out = [item for item in items if "long" in item.keywords]
-        items[:] = [item for item in items if "long" not in item.keywords]
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=[item for item in items if item.path.stem in LONG])
+        items[:] = [item for item in items if item.path.stem not in LONG]
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

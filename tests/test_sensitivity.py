@@ -21,7 +21,7 @@ from edgelm.export.gate.quality import QuantizedAgreement
 from edgelm.export.gate.repair import repair
 from edgelm.export.gate.sensitivity import LAYER_RUNS, MOST_PROBES, Sensitivity, by_layers, by_matrix
 from edgelm.export.passes import functions, fusing_passes
-from edgelm.export.passes.quantize_linears import ROWWISE
+from edgelm.export.passes.quantize_linears import ROWWISE_SCHEMES
 from edgelm.export.quantization.schemes import Quantizer
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime import load
@@ -206,7 +206,7 @@ def test_a_probe_computes_with_the_activations_that_were_chosen(tmp_path: Path) 
     traced = trace_model(tiny_llama())
     ir.passes.PassManager(fusing_passes(512))(traced.graph)
     ir.save(traced.graph, tmp_path / "model.onnx", external_data="model.onnx.data")
-    quantizer = Quantizer(tmp_path / "model.onnx", ROWWISE, 8, {})
+    quantizer = Quantizer(tmp_path / "model.onnx", ROWWISE_SCHEMES[0], 8, {})
     probe = quantizer.alone(quantizer.matrices[:3], wide=quantizer.matrices[:1])
     products = [node.op_type for node in probe.graph if node.op_type in functions.PRODUCTS]
     assert len(products) == 3
