@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_two_models_of_one_name_are_refused(exports: list[str], tmp_path: Path) 
 def test_without_ray_it_says_what_to_install(
     exports: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"edgelm\[cluster\].*--in-turn"):
         many.main(["one", "--target", "x86-cpu", "--out", str(tmp_path)])
 
