@@ -14,7 +14,6 @@ from . import kernels
 from .graph import load_graph
 from .kv_cache import KVCache
 from .protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, Capabilities
-from .providers import CPU
 from .rows import OrtRows
 
 # One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
@@ -34,13 +33,16 @@ class OrtSession:
         threads: int,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         preparing: Path | None = None,
+        *,
+        use: kernels.Use | None = None,
     ) -> None:
-        """graph: path of the ONNX file, whose weights lie beside it; preparing: as `load_graph`.
+        """graph: path of the ONNX file, whose weights lie beside it; preparing: as `load_graph`; use: what kernels
+        compute of the graph, None to look.
 
         Raises: SessionError.
         """
         self._model = model
-        use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+        use = use or kernels.use_in(graph, providers[0])
         self._inference = load_graph(graph, threads, providers, preparing, use=use)
         # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
         self._least_kept = 0 if use.compute_layers else 1

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..bundle.onnx_file import operators
 from ..errors import SessionError
+from .providers import CPU
 
 # Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
 SWITCH = "EDGELM_KERNELS"
@@ -109,12 +110,13 @@ class Use:
 UNUSED = Use()
 
 
-def use_in(graph: Path) -> Use:
-    """What kernels would compute of a graph on the CPU, by the operators that it calls.
+def use_in(graph: Path, provider: str = CPU) -> Use:
+    """What kernels compute of a graph on a provider of onnxruntime, by the operators that the graph calls.
 
-    Cost: the file's structure is read once. Raises: as `identity` and `operators`.
+    Kernels run on the CPU only. Cost: one read of the file's structure, so ask once a load. Raises: as `identity` and
+    `operators`.
     """
-    if identity() is None:
+    if provider != CPU or identity() is None:
         return UNUSED
     calls = operators(graph)
     own = sum(count for (domain, _), count in calls.items() if domain == _DOMAIN)

@@ -32,19 +32,21 @@ def make_session(
     threads: int,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     preparing: Path | None = None,
+    *,
+    use: kernels.Use | None = None,
 ) -> Session:
     """The session that fits the graph's way of caching, and the memory that the first provider computes in. preparing:
-    as `load_graph`. Raises: SessionError."""
+    as `load_graph`; use: as `OrtSession`. Raises: SessionError."""
     device = device_of(providers[0])
     if device is not None:
         from .on_device import DeviceSession
 
         return DeviceSession(*_load_on_device(graph, threads, providers), model, device)
     if model.cache_layout == "in_place":
-        return OrtSession(graph, model, threads, providers, preparing)
+        return OrtSession(graph, model, threads, providers, preparing, use=use)
     from .concatenated import ConcatSession
 
-    use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+    use = use or kernels.use_in(graph, providers[0])
     return ConcatSession(load_graph(graph, threads, providers, preparing, use=use), model)
 
 
@@ -85,7 +87,7 @@ def _checked(bundle: Bundle, threads: int | None, prepare: bool | None, provider
 
 
 def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool | None, provider: str) -> Session:
-    use = kernels.use_in(bundle.path / GRAPH_NAME) if provider == CPU else kernels.UNUSED
+    use = kernels.use_in(bundle.path / GRAPH_NAME, provider)
     # Kernels read the weights as they are in the bundle: there is nothing to prepare.
     wanted = prepare is not False and provider == CPU and not use.serve
     prepared = prepared_for(bundle.manifest.digest, asked=bool(prepare)) if wanted else None
@@ -101,7 +103,7 @@ def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare:
         if prepare and prepared is not None and prepared.is_worth_it(size):
             session = _open_and_prepare(bundle, prepared, threads, weights_checked)
         else:
-            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider])
+            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider], use=use)
         weights_checked.result()
     return session
 
