@@ -144,8 +144,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field. notes: where the bundle
-    deviates from the source's files, in sentences.
+    """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field.
+
+    notes: where the bundle deviates from the source's files, in sentences.
     """
 
     schema_version: int

@@ -20,8 +20,10 @@ _LEAST_MAPPED_BYTES = 64 * 2**10
 
 
 def new_block(size: int) -> Block:
-    """An uninitialized block of so many bytes. Large blocks are mapped and unmapped one by one: in the heap, among
-    short-lived arrays of the steps, they would leave holes (measured over 20,000 tokens: 20 MB on a budget of 23 MB).
+    """An uninitialized block of so many bytes.
+
+    Large blocks are mapped and unmapped one by one: in the heap, among short-lived arrays of the steps, they would
+    leave holes (measured over 20,000 tokens: 20 MB on a budget of 23 MB).
     """
     if size < _LEAST_MAPPED_BYTES or sys.platform == "win32":
         return np.empty(size, np.uint8)

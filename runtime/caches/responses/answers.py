@@ -33,8 +33,9 @@ _HEAD_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """A finished answer as it was streamed: (text, token ids) of each chunk, and why it ended. created: seconds since
-    1970 by the clock of the machine that computed it; not compared by `==`.
+    """A finished answer as it was streamed: (text, token ids) of each chunk, and why it ended.
+
+    created: seconds since 1970 by the clock of the machine that computed it; not compared by `==`.
     """
 
     chunks: tuple[tuple[str, tuple[int, ...]], ...]
@@ -51,8 +52,9 @@ class CachedAnswer:
         return _ENTRY_BYTES + sum(_CHUNK_BYTES + 4 * len(text) + _ID_BYTES * len(ids) for text, ids in self.chunks)
 
     def expired(self, ttl_s: float | None, now: float) -> bool:
-        """Whether it is older than ttl_s at the wall time `now`, or more than a minute in the future. The latter
-        happens after a clock was set back: the true age is unknown, so it counts as expired.
+        """Whether it is older than ttl_s at the wall time `now`, or more than a minute in the future.
+
+        The latter happens after a clock was set back: the true age is unknown, so it counts as expired.
         """
         return ttl_s is not None and not -CLOCK_SLACK_S <= now - self.created < ttl_s
 

@@ -81,8 +81,10 @@ class SqliteStore:
         self._run(lambda database: self._note(database, key))
 
     def put(self, key: str, answer: CachedAnswer) -> None:
-        """Store an answer, and evict expired and old ones in the same transaction. An answer larger than a quarter of
-        the byte budget is not stored. Cost: one write, and one for each evicted answer.
+        """Store an answer, and evict expired and old ones in the same transaction.
+
+        An answer larger than a quarter of the byte budget is not stored. Cost: one write, and one for each evicted
+        answer.
         """
         self._run(lambda database: self._put(database, key, answer))
 
