@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="runs of each length; the median is shown (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     group = parser.add_argument_group("budget", "sizes such as 256MiB or 1GB, times such as 3600 or 7d")
     for part in ("responses", "prefixes"):
-        group.add_argument(f"--{part}-memory", type=_size, metavar="SIZE", help=f"memory for {part}, in each process")
+        group.add_argument(f"--{part}-memory", type=_size, metavar="SIZE", help=f"memory for {part}, for each process")
         group.add_argument(f"--{part}-disk", type=_disk, metavar="SIZE", help=f"disk for {part}, or off")
     group.add_argument("--responses-ttl", type=_time, metavar="TIME", help="how long an answer lives, or off")
     group.add_argument("--responses-policy", choices=("lru", "lfu"), help="which answers are evicted first")

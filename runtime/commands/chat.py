@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load", type=Path, metavar="FILE", help="continue a conversation that /save wrote")
     add_provider(parser)
     add_loading(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--no-prefix-cache", action="store_true", help="do not use or fill the prefix cache")
     add_chat_options(parser)
     add_settings(parser)

@@ -50,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON lines with the key text, whose last words are to be predicted",
     )
-    parser.add_argument("--graph", metavar="FILE", help="the ONNX file to take, in a folder of another exporter")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument(
+        "--graph", metavar="FILE", help="the ONNX file to use, if a folder of another exporter has several"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--begin", metavar="TEXT", help="the beginning of the answer, which is not printed (implies --chat)"
     )
     add_loading(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--no-response-cache", action="store_true", help="do not use or fill the response cache")
     parser.add_argument("--no-prefix-cache", action="store_true", help="do not use or fill the prefix cache")
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sse-ping", type=float, default=10.0, metavar="S", help="comment on a stream after so much silence (10)"
     )
     more = parser.add_argument_group("more")
-    more.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    more.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     add_provider(parser)
     more.add_argument("--redis", metavar="URL", help="share answers with other machines through a Redis server")
     more.add_argument("--no-response-cache", action="store_true", help="do not keep answers")

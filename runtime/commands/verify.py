@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     add_provider(parser)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on, too")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
