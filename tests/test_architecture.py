@@ -14,12 +14,14 @@ PACKAGES = {"A prompt's way": "runtime", "A model's way": "export"}
 
 
 def names_of(path: str) -> set[str]:
-    """Functions, classes, and methods as Class.method."""
+    """Functions, classes, methods as Class.method, and constants."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     found = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
     return found
@@ -40,8 +42,17 @@ def test_each_step_of_a_tour_is_where_it_says(title: str) -> None:
     assert named <= everything | {"Request"}, named - everything
 
 
+def test_names_in_brackets_are_in_the_file_in_front_of_them() -> None:
+    found = re.findall(r"`([a-z_/]+\.py)` \(((?:`[\w.]+`(?:, )?)+)\)", section("Where to change what"))
+    assert len(found) >= 20
+    for path, names in found:
+        assert set(re.findall(r"[\w.]+", names)) <= names_of(path), path
+
+
 def test_every_path_of_the_document_is_there() -> None:
-    for path in set(re.findall(r"`((?:runtime|export|targets|tests)/[a-z_/]+\.(?:py|toml))`", DOCUMENT)):
+    paths = set(re.findall(r"`((?:runtime|export|targets|tests|scripts|docs)/[a-z0-9_/-]+\.(?:py|toml|md))`", DOCUMENT))
+    assert len(paths) > 30
+    for path in paths:
         assert (ROOT / path).is_file(), path
     for title, package in (("The runtime's folders", "runtime"), ("The exporter's folders", "export")):
         folders = set(re.findall(r"^\| `([a-z]+)/`", section(title), re.MULTILINE))
