@@ -38,11 +38,11 @@ def _of_firmware(told: int) -> Iterator[str]:
     if now & _UNDER_VOLTAGE:
         yield "its supply voltage is too low, and it is slowed down: use the power supply that is made for it"
     elif before & _UNDER_VOLTAGE:
-        yield "its supply voltage was too low at some time since it started: use the power supply that is made for it"
+        yield "its supply voltage was too low since it started: use the power supply that is made for it"
     if now & _HOT:
         yield f"it is hot{_temperature()}, and slowed down: cool it"
     elif before & _HOT:
-        yield "it was hot at some time since it started, and was slowed down: cool it"
+        yield "it was slowed down since it started, because it was hot: cool it"
 
 
 def _told() -> int | None:
