@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled kernels, where they are installed, change the last bits: tests ask for them (EDGELM_KERNELS=on for all).
-os.environ.setdefault("EDGELM_KERNELS", "off")
-
 # No test reads or fills the user's own caches; this one serves fixtures that outlive a test.
 os.environ["EDGELM_HOME"] = tempfile.mkdtemp(prefix="edgelm-home-")
 
@@ -178,6 +175,14 @@ def require_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setenv(kernels.SWITCH, "on")
     if kernels.identity() is None:
         missing("edgelm-kernels has no code for this processor")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what onnxruntime alone computes: tests use the compiled kernels where they are installed."""
+    from edgelm.runtime.sessions import kernels
+
+    monkeypatch.setenv(kernels.SWITCH, "off")
 
 
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:

@@ -21,7 +21,7 @@ from edgelm.export.passes.graph import ATTENTION
 from edgelm.export.quantization.calibration import cache_ranges
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.errors import VerificationError
+from edgelm.runtime.errors import SessionError, VerificationError
 from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, Capabilities, Session
 from edgelm.targets import load_target
@@ -552,7 +552,12 @@ def test_a_wrong_int8_graph_is_caught(
 ) -> None:
     graph = quantized(exported)
     fault(graph)
-    assert faults(compare(graph), GATE)
+    try:
+        found = compare(graph)
+    except SessionError:  # kernels refuse values that are not finite
+        assert fault is a_scale_that_is_no_number
+        return
+    assert faults(found, GATE)
 
 
 def test_the_tolerances_decide(exported: Exported) -> None:

@@ -21,6 +21,9 @@ from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import TEXT
 
+# Kernels read the weights as they are in the bundle, so nothing is prepared for them.
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 @pytest.fixture(autouse=True)
 def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:

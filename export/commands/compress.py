@@ -1,4 +1,4 @@
-"""`edgelm compress`: a recipe makes a model smaller, step by step before the user's eyes."""
+"""`edgelm compress`: make a model smaller by a recipe, and show the progress of its steps."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder, GGUF file, hub id such as owner/name, or builtin:tales")
     parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a TOML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--target", help="machine that the figures are measured for (this machine)")
+    parser.add_argument("--target", help="target whose scheme the figures are measured with (this machine's)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to choose by and to measure on")
-    parser.add_argument("--force", action="store_true", help="replace a compressed model that stands there")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and measure on")
+    parser.add_argument("--force", action="store_true", help="replace an existing compressed model")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress and print what each step cost and bought."""
+    """Compress, and print the figures before and after each step."""
     require_extra("edgelm compress")
     names = ("model", "target", "revision", "text", "out", "force")
     config = ExportConfig(**{name: getattr(arguments, name) for name in names}, compress=arguments.recipe)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.stop()
     if not is_first():
-        return 0  # of several processes that train together, the first one writes and speaks
+        return 0  # of several processes that train together, only the first one prints
     if arguments.json:
         print(json.dumps({"folder": str(arguments.out), **dataclasses.asdict(record)}))
     else:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_steps(console: Console, record: Record) -> None:
-    """A row for the source and one for each step, and what the steps have to say."""
+    """Print a table with a row for the source and one for each step, and the steps' notes."""
     from rich.markup import escape
     from rich.table import Table
 

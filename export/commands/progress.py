@@ -1,4 +1,4 @@
-"""What the exporter's commands show while they work, and what they need to be installed."""
+"""Progress output of the exporter's commands, and the check that the extra is installed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib"
 
 
 def require_extra(command: str) -> None:
-    """Raises: MissingExtraError, unless the packages of the extra `export` are there."""
+    """Raises: MissingExtraError, unless the packages of the extra `export` are installed."""
     if any(importlib.util.find_spec(name) is None for name in _NEEDS):
         raise MissingExtraError(command, "export")
 
 
 class RichProgress:
-    """One line a stage: a spinner while it runs, its time and peak memory when it is done."""
+    """One line for each stage: a spinner while it runs, then its time and peak memory."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -37,7 +37,7 @@ class RichProgress:
             self._status.start()
 
     def say(self, line: str) -> None:
-        """How far a stage is: beside the spinner on a terminal, a line of its own elsewhere."""
+        """Show the progress within a stage: beside the spinner on a terminal, as a line of its own elsewhere."""
         if self._status is None:
             self._console.print(f"{self._name}: {line}")
         else:
@@ -51,14 +51,14 @@ class RichProgress:
         )
 
     def stop(self) -> None:
-        """Take the spinner off the screen."""
+        """Remove the spinner."""
         if self._status is not None:
             self._status.stop()
             self._status = None
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
+    """Silence transformers' progress bars and advice: the stages show the progress."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

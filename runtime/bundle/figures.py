@@ -21,8 +21,8 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report. before: what the fp32 graph had, or None where the export changed nothing; verdict: what
-    became of it, in words, or ""; better: True or False where the change is one for the better or the worse."""
+    """One line of the report. before: the fp32 graph's value, None where there is nothing to compare; verdict: how the
+    value changed, in words, or ""; better: True for an improvement, False for a loss, None for neither."""
 
     title: str
     before: str | None
@@ -95,7 +95,8 @@ def change_text(before: float, after: float, more: str, less: str) -> str:
 
 
 def _compared(report: dict[str, Any]) -> Iterator[Figure]:
-    """What has a number before and after: title, where the two are, how they are written, what more and less mean."""
+    """Figures with a number before and after. The table: title, keys, format, words for more and less, more is
+    better."""
     rows = (
         ("Weights", ("memory", "weights_bytes"), bytes_text, ("larger", "smaller"), False),
         ("Writing an answer", ("speed", "decode_tokens_per_s"), speed_text, ("faster", "slower"), True),
@@ -148,7 +149,8 @@ def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
 
 
 def _cache(report: dict[str, Any]) -> Iterator[Figure]:
-    """What prompts that did not calibrate the INT8 cache found beyond its range, and its answers to them."""
+    """The INT8 cache on prompts that did not calibrate it: how many values were out of range, and how answers
+    changed."""
     clipped, excess, widened = (
         _number(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
     )
