@@ -1,6 +1,6 @@
 """The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails.
 
-`int8-rowwise` is not repaired so. The tests take `int8-tensor`, which is."""
+The tests use `int8-tensor`; `int8-rowwise` is not repaired in this way."""
 
 from __future__ import annotations
 
