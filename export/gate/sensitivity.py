@@ -29,7 +29,7 @@ from ...runtime.sessions.protocol import Session
 MOST_PROBES = 48
 LAYER_RUNS = 4
 _TOKENS = 256
-_PIECE_TOKENS = 64
+_PIECE_TOKENS = 128
 _LAYER = re.compile(r"(.*?\.(\d+))\.")
 
 # Opens a session on the graph in which only the named matrices are quantized.

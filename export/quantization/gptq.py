@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # Damping, added to the Hessian's diagonal in units of its mean: correlated inputs would make it singular.
 _DAMPING = 0.01
 # Inputs whose errors are passed on together, as one matrix product.
-_CHUNK = 64
+_CHUNK = 256
 # Columns that are rounded at once. They are independent; their weights stay in the processor's cache.
 _SLAB = 2048
 
@@ -93,12 +93,24 @@ def round_chunk(
     """Levels of the rows from begin to end - 1. Their errors are passed on to all later rows of `weights`, in place."""
     levels = np.empty((end - begin, weights.shape[1]), np.float32)
     errors = np.empty_like(levels)
-    for index in range(begin, end):
-        level, value = rounder(weights[index])
-        levels[index - begin] = level
-        errors[index - begin] = (weights[index] - value) / factor[index, index]
-        weights[index + 1 : end] -= factor[index, index + 1 : end, None] * errors[index - begin]
-    weights[end:] -= factor[begin:end, end:].T @ errors
+
+    def pass_on(first: int, middle: int, last: int) -> None:
+        """The errors of the rows from first to middle - 1, to those from middle to last - 1."""
+        weights[middle:last] -= factor[first:middle, middle:last].T @ errors[first - begin : middle - begin]
+
+    def round_rows(first: int, last: int) -> None:
+        # By halves: most errors are then passed on by matrix products, and few row by row.
+        if last - first == 1:
+            levels[first - begin], value = rounder(weights[first])
+            errors[first - begin] = (weights[first] - value) / factor[first, first]
+        else:
+            middle = (first + last) // 2
+            round_rows(first, middle)
+            pass_on(first, middle, last)
+            round_rows(middle, last)
+
+    round_rows(begin, end)
+    pass_on(begin, end, len(weights))
     return levels
 
 

@@ -24,7 +24,7 @@ from .blocks import BlockQuantizer, BlockSettings
 
 _PROBE = "hessians.onnx"
 _WINDOW = 512
-_MOST_WINDOWS = 24
+_MOST_WINDOWS = 16
 _BATCH = 4  # windows that run together
 _GROUP_BYTES = 1 << 30
 
@@ -41,7 +41,7 @@ def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context:
     groups of up to 1 GiB.
 
     graph: path of the fp32 graph; a temporary probe is written beside it. A matrix that several products share gets the
-    mean over all their rows. Cost: one run of up to 12,288 tokens with the fp32 graph for each group. Raises:
+    mean over all their rows. Cost: one run of up to 8,192 tokens with the fp32 graph for each group. Raises:
     RecipeError, where attention is not fused; VerificationError, where x is not finite; SessionError.
     """
     pieces = _pieces(texts, min(_WINDOW, context))

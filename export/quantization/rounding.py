@@ -79,12 +79,16 @@ def _round_each(
     texts: Sequence[Sequence[int]],
     context: int,
 ) -> None:
-    # Several matrices at once: half of the work is numpy on single rows, which uses one core.
+    from threadpoolctl import threadpool_limits
+
+    # Several matrices at once: half of the work is numpy on single rows, which uses one core. Each with one thread: their
+    # products are small, and threads that wait for each other take 1.6 times as long.
     with ThreadPoolExecutor(min(machine.default_threads(), _MOST_AT_ONCE)) as pool:
         for group in each_group_of_hessians(graph, texts, context):
             # The costliest first, so that no long one runs alone at the end.
             names = sorted(group, key=lambda name: -(len(group[name]) ** 2) * weights[name].shape[1])
-            list(pool.map(round_one, names, [group[name] for name in names]))
+            with threadpool_limits(1, user_api="blas"):
+                list(pool.map(round_one, names, [group[name] for name in names]))
 
 
 def _weights(model: ir.Model) -> dict[str, Weight]:
