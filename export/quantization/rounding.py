@@ -81,8 +81,8 @@ def _round_each(
 ) -> None:
     from threadpoolctl import threadpool_limits
 
-    # Several matrices at once: half of the work is numpy on single rows, which uses one core. Each with one thread: their
-    # products are small, and threads that wait for each other take 1.6 times as long.
+    # Several matrices at once: half of the work is numpy on single rows, which uses one core. Each matrix has one
+    # thread: its products are small, and threads that wait for each other take 1.6 times as long.
     with ThreadPoolExecutor(min(machine.default_threads(), _MOST_AT_ONCE)) as pool:
         for group in each_group_of_hessians(graph, texts, context):
             # The costliest first, so that no long one runs alone at the end.
