@@ -154,6 +154,24 @@ def test_an_interrupt_is_status_130(
     assert capsys.readouterr().err == "edgelm: interrupted\n"
 
 
+@pytest.mark.parametrize("module", ["edgelm.runtime.cli", "argparse", "edgelm.runtime.commands.run"])
+def test_an_interrupt_while_modules_are_imported_is_status_130_too(module: str) -> None:
+    program = f"""
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+sys.modules.pop({module!r}, None)
+sys.argv = ["edgelm", "run", "bundle", "hello"]
+from edgelm.runtime.program import main
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "edgelm: interrupted\n")
+
+
 # ---- run
 
 
