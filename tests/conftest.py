@@ -186,7 +186,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:
-    """Where the bundle of a shared model lies in a folder that `--bundles` names; skips the test if it is not there."""
+    """The bundle of a shared model in the folder that `--bundles` names; skips the test if it is not there."""
     found = folder / "-".join([name, *(f"{key}-{value}" for key, value in sorted(settings.items()))])
     if not found.exists():
         pytest.skip(f"no bundle {found.name} was exported beforehand")
@@ -303,7 +303,7 @@ def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def engine_of(
     export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], Engine]]:
-    """An engine by name, opened once for all tests of a file, which knows nothing but its last text. Those with kernels
+    """An engine by name, opened once for all tests of a file, which keeps nothing but its last text. Those with kernels
     have them whatever `EDGELM_KERNELS` says; without, their tests are skipped."""
     from edgelm.runtime import load
 

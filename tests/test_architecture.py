@@ -1,4 +1,4 @@
-"""docs/architecture.md names files, classes and functions that there are."""
+"""The files, classes and functions that docs/architecture.md names exist."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured
     assert data["finish_reason"] in ("stop", "length")
 
 
-def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
+def test_run_tells_of_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
     assert call(*command, "--stats") == 0
@@ -203,7 +203,7 @@ def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, c
     assert re.search(r"\b[1-9]\d* of \d+ draft tokens accepted", err)
     assert call(*command, "--stats", "--no-lookup") == 0
     plain, err = capsys.readouterr()
-    assert plain == out and "guesses" not in err
+    assert plain == out and "draft tokens" not in err
     assert call(*command, "--json", "--no-lookup") == 0
     assert json.loads(capsys.readouterr().out)["stats"]["guessed_tokens"] == 0
 

@@ -1,4 +1,4 @@
-"""Documents have one title each, what they link to is there, and the commands and options that they name exist.
+"""Documents have one title each; the files that they link to and the commands and options that they name exist.
 
 `test_readme` runs those of the README.
 """

@@ -1,4 +1,4 @@
-"""The exception tree, and that onnxruntime's exceptions become ours without a gap."""
+"""The exception tree; every exception of onnxruntime becomes one of edgelm's."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Exported:
         return OrtSession(folder / "model.onnx", self.described(kv), 2)
 
     def compare(self, session: Session) -> verify.SourceAgreement:
-        """Hold a session on the fp32 graph, or what was made of it, against the model."""
+        """Compare a session on the fp32 graph, or on a graph made from it, with the model."""
         return verify.compare_with_source(answers_of(self.model, self.described(), self.folder), session, GATE)
 
     def graph(self) -> ir.Model:
@@ -561,7 +561,7 @@ def test_a_wrong_int8_graph_is_caught(
 
 
 def test_the_tolerances_decide(exported: Exported) -> None:
-    """The same two graphs, held to what they measured and to a little less."""
+    """The same two graphs, judged by limits at what they measured and a little below."""
     before = exported.session(exported.folder)
 
     def spoil(logits: NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""Memory is asked for before it is taken: what is left is read right, and too little is an error with figures."""
+"""Free memory is checked before an allocation: it is read correctly, and too little is an error with figures."""
 
 from __future__ import annotations
 

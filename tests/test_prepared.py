@@ -1,4 +1,4 @@
-"""Weights prepared for this machine: the same bits, made once, dropped when damaged, never in the way."""
+"""Weights prepared for this machine: the same bits, written once, removed when damaged; failures never stop a load."""
 
 from __future__ import annotations
 
