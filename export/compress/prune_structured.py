@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from .outlook import Outlook
     from .units import Block
 
 # Channels go by so many, and as many stay: integer kernels pack columns by 16.
@@ -40,6 +41,14 @@ class PruneStructured:
         """Raises: RecipeError."""
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
+        heads and channels in the model as it came."""
+        from .units import find_blocks
+
+        if outlook.steps:
+            find_blocks(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
