@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import RecipeError
 from .schedule import Keep, Schedule
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .outlook import Outlook
 
 
 @dataclass(frozen=True)

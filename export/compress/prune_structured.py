@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .outlook import Outlook
     from .units import Block
 
 # Channels go by so many, and as many stay: integer kernels pack columns by 16.
