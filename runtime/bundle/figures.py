@@ -47,7 +47,7 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
 
 def plan_table(steps: Any) -> list[tuple[str, ...]]:
     """Titles, and a row for each step that a rehearsal made: what it removes, and what it leaves."""
-    table = [("step", "removes", "parameters", "size", "takes")]
+    table: list[tuple[str, ...]] = [("step", "removes", "parameters", "size", "takes")]
     for step in tables_of(steps):
         if (seconds := number_of(step, "seconds")) is not None:
             counts = [number_of(step, side, "parameters") or 0 for side in ("before", "after")]
