@@ -105,7 +105,7 @@ def _compress(task: Task, work: Path, out: Path, progress: Progress | None) -> P
     folder = work / "compressed"
     folder.mkdir()
     checkpoints = checkpoint_folder(out)
-    compress_folder(task, folder, checkpoints, progress)
+    compress_folder(task, folder, checkpoints, progress, progress.say if progress is not None else lambda _: None)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return folder
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import RecipeError
-from .schedule import Schedule
-from .steps import Applied, Workbench
+from .schedule import Keep, Schedule
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,8 @@ class Distil(Schedule):
     """See `Schedule`. teacher: folder of the model that is learned from (None: the source, uncompressed); student:
     folder of the model that learns, in place of the one so far; temperature: T, by which both models' logits are
     divided; alpha: share of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
+
+    KEEPS: ClassVar[Keep] = "kl"
 
     teacher: str | None = None
     student: str | None = None
@@ -33,6 +35,15 @@ class Distil(Schedule):
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be 0 to 1, found {self.alpha}")
 
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`: also that teacher and student are there and read the same tokens."""
+        super().check(outlook)
+        self._folders(outlook.bench)
+
+    def _folders(self, bench: Workbench) -> dict[str, Path]:
+        named = (("teacher", self.teacher), ("student", self.student))
+        return {what: _find(what, name, bench) for what, name in named if name is not None}
+
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
         import copy
@@ -40,11 +51,7 @@ class Distil(Schedule):
         from ..source.loading import load_module
         from .training import distillation, next_token, train
 
-        folders = {
-            what: _find(what, name, bench)
-            for what, name in (("teacher", self.teacher), ("student", self.student))
-            if name is not None
-        }
+        folders = self._folders(bench)
         student = load_module(folders["student"]) if "student" in folders else copy.deepcopy(module)
         _check_fit(student, module, "student", bench)
         if self.alpha == 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .selection import Selection
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DropLayers(Selection):
     """See `Selection`. The influence of a layer is block influence."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`."""
+        from .edits import present_layers
+
+        self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Layers keep their indexes."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,14 @@ class PruneStructured:
         """Raises: RecipeError."""
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
+        heads and channels in the model as it came."""
+        from .units import find_blocks
+
+        if outlook.steps:
+            find_blocks(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""

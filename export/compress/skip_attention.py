@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .selection import Selection
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SkipAttention(Selection):
     """See `Selection`. The influence of a sublayer is how far it turns the stream that it is added to."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. Attention goes with the layers that steps before this one leave out."""
+        from .edits import present_layers
+        from .structure import attention_sublayers
+
+        layers = outlook.parts("layer", present_layers)
+        attention = outlook.parts("attention sublayer", attention_sublayers)
+        attention.bound(layers)
+        self.check_parts(attention, "attention sublayer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
