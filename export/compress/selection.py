@@ -11,7 +11,8 @@ from ..errors import RecipeError
 @dataclass(frozen=True)
 class Selection:
     """The keys of a step that chooses. last: so many last ones; layers: these; least_useful: so many that
-    the answers miss least. One of the three. How many is a whole number, or a share between 0 and 1 of those there are."""
+    the answers miss least. One of the three. How many is a whole number, or a share between 0 and 1 of those there are.
+    """
 
     last: float | None = None
     layers: tuple[int, ...] | None = None
