@@ -90,7 +90,7 @@ def _against(figures: Figures, name: str, text: str) -> str:
 
 
 def _perplexity(figures: Figures, name: str, text: str) -> Any:
-    return figures.get(f"{name}/perplexity/{text}", {}).get("perplexity", {}).get("perplexity")
+    return figures.get(f"{name}/perplexity/{text}", {}).get("perplexity", {}).get("value")
 
 
 def _last_words(figures: Figures, name: str) -> Any:

@@ -14,10 +14,18 @@ from .steps import Applied, Workbench
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .outlook import Outlook
+
 
 @dataclass(frozen=True)
 class DropLayers(Selection):
     """See `Selection`."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`."""
+        from .edits import present_layers
+
+        self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Layers keep their indexes."""

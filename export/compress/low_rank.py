@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from .outlook import Outlook
+
 # Added to the second moment's diagonal, in units of its mean: a text has fewer directions than the inputs.
 _DAMPING = 1e-4
 
@@ -42,6 +44,10 @@ class LowRank:
         for key, value in given.items():
             if not 0 < value < 1:
                 raise RecipeError(f"{key} must be between 0 and 1, found {value:g}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. No step renames a matrix that stays whole."""
+        self._chosen(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text; memory for

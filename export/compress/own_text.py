@@ -7,10 +7,12 @@ drawn as the model predicts them: to such text its own predictions are what a sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .progress import tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,26 +27,22 @@ def write_own_text(
     starts: Sequence[int],
     tokens: int,
     length: int,
-    say: Callable[[str], None],
-) -> str:
-    """About so many tokens in passages of `length`, special tokens written out, a blank line after each.
+) -> list[int]:
+    """So many tokens or more, in passages of `length` one after the other.
 
-    module: in evaluation mode; starts: tokens that passages begin with; say: takes a line after each few passages. The
-    same arguments give the same text on the same machine. Cost: a pass for each token, of 32 passages at a time.
+    module: in evaluation mode; starts: tokens that passages begin with. The same arguments give the same text on the
+    same machine. Cost: a pass for each token, of 32 passages at a time.
     """
     opening = chat_opening(tokenizer)
-    passages: list[str] = []
+    written: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        while len(passages) * length < tokens:
-            chats = opening is not None and len(passages) // _ROWS % 2 == 0
-            prompts = (
-                [opening] * _ROWS if chats else [[starts[i]] for i in torch.randint(len(starts), (_ROWS,)).tolist()]
-            )
-            rows = _write(module, torch.tensor(prompts), length)
-            passages += tokenizer.batch_decode(rows.tolist())
-            say(f"{len(passages) * length:,} of {tokens:,} tokens written")
-    return "\n\n".join(passages)
+        for turn in tracked(range(-(-tokens // (_ROWS * length))), "times 32 passages written"):
+            prompts = [[starts[index]] for index in torch.randint(len(starts), (_ROWS,)).tolist()]
+            if opening is not None and turn % 2 == 0:
+                prompts = [opening] * _ROWS
+            written += _write(module, torch.tensor(prompts), length).flatten().tolist()
+    return written
 
 
 def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

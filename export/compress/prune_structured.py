@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .curvature import Portion
+    from .outlook import Outlook
     from .units import Block
 
 # Multiples of so many channels stay: integer kernels pack columns by 16.
@@ -44,6 +45,14 @@ class PruneStructured:
         """Raises: RecipeError."""
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
+        heads and channels in the model as it came."""
+        from .units import find_blocks
+
+        if outlook.steps:
+            find_blocks(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: the text forward and back, and for each layer the inverse of a matrix of its channels."""

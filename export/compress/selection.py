@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from .outlook import Parts
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Selection:
         given = self.last if self.last is not None else self.least_useful
         assert given is not None, "one of the three is given"
         return int(given) if given >= 1 else max(1, round(given * there))
+
+    def check_parts(self, parts: Parts, what: str) -> None:
+        """Look ahead, with nobody knowing yet which are least useful. Raises: as `choose`."""
+
+        def choose(there: Collection[int]) -> list[int]:
+            return self.choose(there, what, lambda count: dict.fromkeys(sorted(there)[:count], 0.0))[0]
+
+        parts.drop(choose, named=self.layers is not None)
 
     def choose(
         self, there: Collection[int], what: str, least: Callable[[int], dict[int, float]]

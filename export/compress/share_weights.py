@@ -15,6 +15,8 @@ from .steps import Applied, Workbench
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .outlook import Outlook
+
 
 @dataclass(frozen=True)
 class ShareWeights:
@@ -40,6 +42,13 @@ class ShareWeights:
             raise RecipeError("each of groups takes two layers or more")
         if len(set(named)) < len(named):
             raise RecipeError(f"groups name a layer twice: {sorted(named)}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`."""
+        from .edits import present_layers
+
+        self._require(outlook.parts("layer", present_layers).left)
+        self._require_head(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
@@ -67,9 +76,7 @@ class ShareWeights:
         from .edits import present_layers
 
         order = list(present_layers(module))
-        missing = sorted({index for group in self.groups or () for index in group} - set(order))
-        if missing:
-            raise RecipeError(f"there is no layer {missing[0]}: there are {', '.join(map(str, order))}")
+        self._require(order)
         if self.every is None:
             return [list(group) for group in self.groups or ()]
         groups = [order[begin : begin + self.every] for begin in range(0, len(order), self.every)]
@@ -77,6 +84,11 @@ class ShareWeights:
         if not groups:
             raise RecipeError(f"every = {self.every} finds no two layers to share: there are {len(order)}")
         return groups
+
+    def _require(self, order: list[int]) -> None:
+        missing = sorted({index for group in self.groups or () for index in group} - set(order))
+        if missing:
+            raise RecipeError(f"there is no layer {missing[0]}: there are {', '.join(map(str, order))}")
 
     def _require_head(self, module: PreTrainedModel) -> None:
         if not self.embedding:

@@ -14,10 +14,22 @@ from .steps import Applied, Workbench
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .outlook import Outlook
+
 
 @dataclass(frozen=True)
 class SkipAttention(Selection):
     """See `Selection`."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. Attention goes with the layers that steps before this one leave out."""
+        from .edits import present_layers
+        from .structure import attention_sublayers
+
+        layers = outlook.parts("layer", present_layers)
+        attention = outlook.parts("attention sublayer", attention_sublayers)
+        attention.bound(layers)
+        self.check_parts(attention, "attention sublayer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""

@@ -11,10 +11,13 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .last_words import Passages
+    from .outlook import Outlook
 
 # Name in recipes -> class. The file is named as the step is, with underscores.
 _STEPS = {
@@ -38,7 +41,9 @@ class Workbench:
     token_ids: of the text that decides what matters (calibration); tokenizer: the source's; source: folder of the
     uncompressed model, for a step that needs a teacher; checkpoints: the step's own folder, which outlives an
     interrupted run, made by whoever writes into it; say: takes one line about how far a long step is; before: settings
-    of the recipe's steps before this one.
+    of the steps that the model went through, those of the recipe before this one last; passages: of LAMBADA, which
+    steps that train read now and then; rehearsal: whether a step that trains only finds out how long it would take, and
+    changes no weights.
     """
 
     token_ids: Sequence[int]
@@ -48,6 +53,8 @@ class Workbench:
     context_length: int
     say: Callable[[str], None]
     before: tuple[dict[str, Any], ...] = ()
+    passages: Passages | None = None
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,15 @@ class Step(Protocol):
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """Take a module in evaluation mode, float32, and return one. Raises: RecipeError where it cannot be done, in
         which case the module is as it was."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A step that can be refused before any step runs."""
+
+    def check(self, outlook: Outlook) -> None:
+        """Note what the step does to the model that is looked ahead to. Raises: RecipeError, SourceError where it
+        cannot be done whatever the steps before it choose."""
 
 
 def step_names() -> list[str]:
