@@ -158,6 +158,9 @@ def _apply(context: _Context, index: int, step: Step) -> None:
         done["training"] = training
     if context.rehearsal:
         done["seconds"] = seconds
+    recipe = context.task.recipe
+    if recipe.max_kl is not None and step is recipe.steps[-1]:
+        done["promise"] = {"recipe": recipe.name, "max_kl": recipe.max_kl}
     context.done.append(done)
 
 
