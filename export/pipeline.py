@@ -67,7 +67,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     stages = Stages(f"{config.model} for {profile.name}", progress)
     with place.partial_folder(out) as work:
         if recipe is not None:
-            task = Task(config.model, folder, recipe, profile, config.read_text())
+            task = Task(config.model, folder, recipe, profile, config.compression_texts())
             folder = _compress(task, work, out, progress)
         job = Job(config, profile, folder, work, provider_of(profile))
         with stages.stage("load"):

@@ -1,4 +1,4 @@
-"""`drop-layers`: leave whole layers out, by index or those that change least of what passes through them.
+"""`drop-layers`: leave whole layers out, by index or those that the model's answers miss least.
 
 Layers keep their indexes: the manifest counts those of the source.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DropLayers(Selection):
-    """See `Selection`. The influence of a layer is block influence."""
+    """See `Selection`."""
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`."""
@@ -29,9 +29,12 @@ class DropLayers(Selection):
         """See `Step`. Layers keep their indexes."""
         from .edits import edit, present_layers
         from .influence import layer_influence
+        from .leaving_out import least_missed_layers
 
-        chosen, influence = self.choose(
-            present_layers(module), "layer", lambda: layer_influence(module, bench.token_ids, bench.context_length)
-        )
+        def least(count: int) -> dict[int, float]:
+            influence = layer_influence(module, bench.token_ids, bench.context_length)
+            return least_missed_layers(module, count, bench.token_ids, bench.context_length, influence)
+
+        chosen, missed = self.choose(present_layers(module), "layer", least)
         edit(module, "drop_layers", layers=chosen)
-        return Applied(module, {"layers": chosen, "influence": {str(i): round(v, 6) for i, v in influence.items()}})
+        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})

@@ -51,7 +51,7 @@ def without_figures(step: dict[str, Any]) -> dict[str, Any]:
 
 def settings_of(step: dict[str, Any]) -> dict[str, Any]:
     """A recorded step's settings alone."""
-    return {key: value for key, value in without_figures(step).items() if key != "details"}
+    return {key: value for key, value in without_figures(step).items() if key not in ("details", "promise")}
 
 
 def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, folder: Path) -> None:

@@ -17,7 +17,7 @@ from .weights_int4 import noted_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MOST_TOKENS = 2049  # of which the first is not predicted
+MOST_TOKENS = 2049  # of which the first is not predicted
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Meter:
     ) -> None:
         """passages: of LAMBADA, if they are to be read; reads: whether anything is, or parameters and bytes are all."""
         self._profile, self._context = profile, context_length
-        self._reader = Reader(token_ids[:_MOST_TOKENS], context_length) if reads else None
+        self._reader = Reader(token_ids[:MOST_TOKENS], context_length) if reads else None
         self._passages = passages
 
     def measure(self, module: PreTrainedModel) -> Figures:

@@ -23,9 +23,10 @@ from ..output.report_html import compressed_page
 from ..source.finding import find_source
 from ..source.loading import SourceModel, describe_source, load_module
 from ..stages import Progress, Stages
+from ..texts import Texts
 from .folder import RECORD_NAME, Record, read_record, settings_of, write_compressed
 from .last_words import load_passages, read_texts
-from .measure import EVERYTHING, Measuring, Meter
+from .measure import EVERYTHING, MOST_TOKENS, Measuring, Meter
 from .outlook import look_ahead, step_benches
 from .processes import is_first, wait_for_all
 from .progress import telling
@@ -39,13 +40,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """What is compressed. model: as the user named it; folder: where it is; profile: of the target that the figures are
-    measured for; text: to measure on, and to decide what matters; measuring: what is measured."""
+    measured for; texts: those that calibrate decide what matters, the others are measured on; measuring: what is
+    measured."""
 
     model: str
     folder: Path
     recipe: Recipe
     profile: Profile
-    text: str
+    texts: Texts
     measuring: Measuring = EVERYTHING
 
 
@@ -108,9 +110,17 @@ def _load(context: _Context) -> None:
     context.module = load_module(task.folder)
     context.source = source = describe_source(task.model, task.folder, context.module)
     # Without special tokens, as the runtime's tokenizer gives them to the gate of an export.
-    ids = source.tokenizer(task.text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < 2:
-        raise RecipeError(f"the text has {len(ids)} tokens, too few to compress by: give a longer one with --text")
+    ids, *judging = (
+        list(source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for text in (task.texts.calibrating, *(text for _, text in task.texts.judging))
+    )
+    judged = [token for part in judging for token in part[: MOST_TOKENS // len(judging)]]
+    for what, found in (("chooses", ids), ("judges", judged)):
+        if len(found) < 2:
+            raise RecipeError(
+                f"the part of {task.texts.origin} that {what} has {len(found)} tokens, too few to compress by: give a "
+                "longer text with --text"
+            )
     measuring, passages = task.measuring, None
     if measuring.passages is not None:
         passages = load_passages(
@@ -130,7 +140,7 @@ def _load(context: _Context) -> None:
     context.benches = step_benches(task.recipe.steps, bench)
     look_ahead(task.recipe.steps, context.module, context.benches)
     reads = measuring.reads and not context.rehearsal
-    context.meter = Meter(task.profile, ids, source.context_length, passages, reads=reads)
+    context.meter = Meter(task.profile, judged, source.context_length, passages, reads=reads)
 
 
 def _apply(context: _Context, index: int, step: Step) -> None:
@@ -148,6 +158,9 @@ def _apply(context: _Context, index: int, step: Step) -> None:
         done["training"] = training
     if context.rehearsal:
         done["seconds"] = seconds
+    recipe = context.task.recipe
+    if recipe.max_kl is not None and step is recipe.steps[-1]:
+        done["promise"] = {"recipe": recipe.name, "max_kl": recipe.max_kl}
     context.done.append(done)
 
 
@@ -220,7 +233,7 @@ def _task(config: ExportConfig, measuring: Measuring) -> tuple[Task, Path]:
     place.check_output(out, config.force, RECORD_NAME)
     if measuring.passages is not None:
         read_texts(measuring.passages, measuring.count)
-    return Task(config.model, folder, recipe, profile, config.read_text(), measuring), out
+    return Task(config.model, folder, recipe, profile, config.compression_texts(), measuring), out
 
 
 def checkpoint_folder(out: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -64,14 +64,16 @@ def train(
     bench: Workbench,
     *others: Path,
     within: AbstractContextManager[Any] | None = None,
+    more: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Train the parameters of a student that ask for gradients, in place. Returns figures for the step's details, with
     the curve and samples under `training`.
 
     student: `module`, or what stands around it; others: folders of further models that the loss needs; within: what the
-    student computes in when the held-out text is read. Afterwards it is on the CPU and in evaluation mode. Weights that
-    `prune-magnitude` set to zero stay zero. Raises: RecipeError for a text, a checkpoint or processes that do not fit,
-    and for a loss that is not a finite number; OutputError for a checkpoint that cannot be written.
+    student computes in when the held-out text is read; more: tokens to train on behind the text. Afterwards it is on
+    the CPU and in evaluation mode. Weights that `prune-magnitude` set to zero stay zero. Raises: RecipeError for a
+    text, a checkpoint or processes that do not fit, and for a loss that is not a finite number; OutputError for one
+    that cannot be written.
     """
     texts, length = step.read_texts(bench), step.row_length(bench.context_length)
     sizes = {
@@ -85,7 +87,7 @@ def train(
     accelerator = make_accelerator(step)
     with torch.random.fork_rng(), telling(lambda _: None):  # the loop has lines of its own
         place = Place(checkpoint, accelerator, bench.say, lambda: _held_out(step, texts, bench, within, accelerator))
-        state = Loop(step, student, loss, place, zeros).run(torch.tensor(texts.training), length)
+        state = Loop(step, student, loss, place, zeros).run(torch.tensor([*texts.training, *more]), length)
     return {
         **sizes,
         "first-loss": mean_of(state.losses[:_SHOWN]),

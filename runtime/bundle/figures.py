@@ -60,7 +60,18 @@ def plan_table(steps: Any) -> list[tuple[str, ...]]:
 def compression_notes(steps: Any) -> list[str]:
     """What steps have to say beside their figures, a sentence each."""
     notes = ((step.get("use"), step.get("details")) for step in tables_of(steps))
-    return [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
+    found = [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
+    return [*found, *(note for step in tables_of(steps) for note in _broken_promise(step))]
+
+
+def _broken_promise(step: dict[str, Any]) -> Iterator[str]:
+    """What the last step of a recipe says where the model lost more than the recipe promises."""
+    most, lost = number_of(step, "promise", "max_kl"), number_of(step, "after", "kl")
+    if most is not None and lost is not None and lost > most:
+        yield (
+            f"WARNING: this model is not what the recipe {step['promise'].get('recipe')} promises: it is {lost:.3f} "
+            f"nats a token from its source, and the recipe's limit is {most:g}: take a milder one, or train afterwards"
+        )
 
 
 def bytes_text(count: float) -> str:
