@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .curvature import Portion
-    from .outlook import Outlook
+    from .steps import Outlook
     from .units import Block
 
 # Multiples of so many channels stay: integer kernels pack columns by 16.
