@@ -93,6 +93,7 @@ LAYERS = (
     {"opening"},
     {"server"},
     {"cli"},
+    {"program"},
     {"commands"},
     {"frozen"},
 )
