@@ -94,6 +94,7 @@ LAYERS = (
     {"server"},
     {"cli"},
     {"commands"},
+    {"program"},
     {"frozen"},
 )
 
