@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..runtime.host.files import NoTextError, read_text
 from ..targets import Profile, TargetError, load_target, native_target
 from ..targets.abilities import KV_TYPES, MIXED_SCHEME, SCHEMES, kv_types_with, schemes_with
 from .errors import RecipeError
-from .texts import Texts, built_in_texts, cut_text
+from .texts import Texts, built_in_texts, calibrating_texts, cut_text
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ class ExportConfig:
         """The texts that calibrate and those that judge: edgelm's own, or the two halves of the user's. Raises:
         RecipeError."""
         return built_in_texts() if self.text is None else cut_text(self.read_text(), str(self.text))
+
+    def compression_texts(self) -> Texts:
+        """As `read_texts`, but of those that come with edgelm all that calibrate. Raises: RecipeError."""
+        texts = self.read_texts()
+        if self.text is not None:
+            return texts
+        return dataclasses.replace(texts, calibrating="\n\n".join([*calibrating_texts(), texts.calibrating]))
 
     def read_text(self) -> str:
         """The user's whole text, or edgelm's own calibrating text. Raises: RecipeError."""

@@ -67,7 +67,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     stages = Stages(f"{config.model} for {profile.name}", progress)
     with place.partial_folder(out) as work:
         if recipe is not None:
-            task = Task(config.model, folder, recipe, profile, config.read_text())
+            task = Task(config.model, folder, recipe, profile, config.compression_texts())
             folder = _compress(task, work, out, progress)
         job = Job(config, profile, folder, work, provider_of(profile))
         with stages.stage("load"):
@@ -105,7 +105,7 @@ def _compress(task: Task, work: Path, out: Path, progress: Progress | None) -> P
     folder = work / "compressed"
     folder.mkdir()
     checkpoints = checkpoint_folder(out)
-    compress_folder(task, folder, checkpoints, progress)
+    compress_folder(task, folder, checkpoints, progress, progress.say if progress is not None else lambda _: None)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return folder
 

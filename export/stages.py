@@ -31,6 +31,9 @@ class Progress(Protocol):
     def started(self, name: str) -> None:
         """A stage begins."""
 
+    def say(self, line: str) -> None:
+        """How far the stage is, in words."""
+
     def finished(self, record: StageRecord) -> None:
         """A stage has finished."""
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from edgelm.export.compress.edits import edits_of, replay
+from edgelm.export.compress.edits import edit, edits_of, present_layers, replay
 from edgelm.export.compress.folder import Record, load_compressed, write_compressed
+from edgelm.export.compress.influence import MOST_TOKENS, all_windows, layer_influence, windows
+from edgelm.export.compress.leaving_out import least_missed_attention, least_missed_layers
 from edgelm.export.compress.recipe import available_recipes, load_recipe
 from edgelm.export.compress.steps import Applied, Workbench, step_class, step_name
+from edgelm.export.compress.structure import attention_sublayers
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.quantization.schemes import Quantizer
@@ -329,3 +332,92 @@ def test_two_factors_are_two_int8_matrices(tmp_path: Path) -> None:
     assert sum(stored.values()) == sum(matrix.numel() for matrix in matrices)
     # Of each layer: q, k, v; q's second factor; o; gate and up; up's second factor; down. And the embedding.
     assert len(stored) == 2 * 6 + 1
+
+
+# ---- what goes by measuring
+
+
+def test_a_layer_that_turns_the_stream_where_no_answer_depends_on_it_goes_first() -> None:
+    """Block influence sees how far a layer turns the stream, the measured KL whether that reaches the answers."""
+    module = tiny_llama(num_hidden_layers=4, tie_word_embeddings=False)
+    deaf = slice(48, 64)  # of the stream: the head does not read it, and only layer 3 writes it much
+    module.lm_head.weight.data[:, deaf] = 0
+    for linear in (module.model.layers[3].self_attn.o_proj, module.model.layers[3].mlp.down_proj):
+        linear.weight.data[:48] = 0
+        linear.weight.data[48:] *= 3
+    influence = layer_influence(module, IDS, 320)
+    assert min(influence, key=lambda index: influence[index]) != 3
+    details = apply(module, "drop-layers", least_useful=1).details
+    assert details["layers"] == [3]
+
+
+def test_what_is_left_is_measured_again() -> None:
+    """Each figure is that of the model without the layer and those before it."""
+    module = tiny_llama(num_hidden_layers=4)
+    found = least_missed_layers(module, 3, IDS, 320, layer_influence(module, IDS, 320))
+    values = list(found.values())
+    whole = logits(module)
+    for count in (1, 2, 3):
+        smaller = copy.deepcopy(module)
+        edit(smaller, "drop_layers", layers=list(found)[:count])
+        assert values[count - 1] == pytest.approx(kl(module, smaller), rel=1e-3)
+    assert torch.equal(logits(module), whole), "the module is whole again"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "phi3"])
+def test_measuring_from_the_middle_is_measuring_all(kind: str) -> None:
+    module = zoo_model(kind).eval()
+    before = logits(module)
+    for names, least in ((present_layers, least_missed_layers), (attention_sublayers, least_missed_attention)):
+        found = least(module, 1, IDS, 320, dict.fromkeys(names(module), 0.0))
+        edited = copy.deepcopy(module)
+        edit(edited, "drop_layers" if least is least_missed_layers else "skip_attention", layers=list(found))
+        assert next(iter(found.values())) == pytest.approx(kl(module, edited), rel=1e-3, abs=1e-6)
+    assert torch.equal(logits(module), before)
+
+
+# ---- what is fitted anew
+
+
+def kl(module: Any, other: Any) -> float:
+    """Of the second from the first, nats a token of the text."""
+    with torch.no_grad():
+        first, second = (
+            torch.log_softmax(torch.cat([each(ids).logits[0] for ids in windows(IDS, 320)]), -1)
+            for each in (module, other)
+        )
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+def test_fitting_anew_brings_the_answers_nearer() -> None:
+    module = tiny_llama(num_hidden_layers=3, intermediate_size=192)
+    # Channels that repeat each other, as those of a trained model do: what one computes, others can.
+    for layer in module.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data[96:] = linear.weight.data[:96] + 0.01 * torch.randn(96, 64)
+    lost = {}
+    for refit in (True, False):
+        smaller = copy.deepcopy(module)
+        apply(smaller, "prune-structured", ratio=0.2, refit=refit)
+        lost[refit] = kl(module, smaller)
+    assert lost[True] < 0.5 * lost[False]
+
+
+def test_curvature_loses_less_than_taylor_where_channels_repeat_each_other() -> None:
+    module = tiny_llama(num_hidden_layers=3, intermediate_size=192)
+    for layer in module.model.layers[:2]:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data[96:] = linear.weight.data[:96]
+    lost = {}
+    for importance in ("curvature", "taylor"):
+        smaller = copy.deepcopy(module)
+        apply(smaller, "prune-structured", ratio=0.15, importance=importance)
+        lost[importance] = kl(module, smaller)
+    assert lost["curvature"] < 0.5 * lost["taylor"]
+
+
+def test_calibration_reads_all_of_a_text() -> None:
+    assert sum(ids.numel() for ids in all_windows(range(2000), 100)) == 2000
+    many = sum(ids.numel() for ids in all_windows(range(100_000), 1024))
+    assert 0.5 * MOST_TOKENS < many <= MOST_TOKENS
+    assert apply(tiny_llama(), "prune-structured", ratio=0.1).details["tokens"] == 512  # of 600, in windows of 256

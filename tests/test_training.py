@@ -23,13 +23,14 @@ from edgelm.export import ExportConfig, compress_model, export_model
 from edgelm.export.compress.checkpoint import Checkpoint
 from edgelm.export.compress.distil import Distil
 from edgelm.export.compress.edits import edit, edits_of
+from edgelm.export.compress.loop import make_accelerator, pace, rows_of
 from edgelm.export.compress.quantization_aware import QuantizationAware
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.recover import Recover
 from edgelm.export.compress.schedule import Schedule
 from edgelm.export.compress.simulate import Int8
 from edgelm.export.compress.steps import Workbench
-from edgelm.export.compress.training import distillation, next_token, pace, rows_of
+from edgelm.export.compress.training import distillation, next_token
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.source.loading import load_module
@@ -41,7 +42,8 @@ from edgelm.runtime.sessions.loading import make_session
 from .conftest import TEXT, byte_tokenizer, tiny_llama
 from .test_compress import write_recipe
 
-QUICK: dict[str, Any] = {"steps": 6, "batch": 2, "length": 32, "learning_rate": 3e-3}
+QUICK: dict[str, Any] = {"steps": 6, "batch": 2, "length": 32, "learning_rate": 3e-3, "keep": "last"}
+PRUNED: Any = ({"use": "prune-magnitude", "ratio": 0.5},)
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_text_that_cannot_be_trained_on(bench: Workbench, tmp_path: Path) -> Non
 
 def test_text_is_read_with_the_models_tokenizer(bench: Workbench, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("ab<end>c" * 20, encoding="utf-8")
-    ids = Recover(text=str(tmp_path / "t.txt"), **QUICK).read_tokens(bench)
+    ids = Recover(text=str(tmp_path / "t.txt"), **QUICK).read_texts(bench).training
     assert ids[:5] == [64, 65, 256, 66, 64]  # the ids of this tokenizer are in the order of its alphabet
 
 
@@ -235,8 +237,25 @@ def test_lora_is_refused_where_its_change_could_not_be_added(bench: Workbench) -
         Recover(lora_rank=2, **QUICK).apply(shared, bench)
     pruned = tiny_llama()
     pruned.model.layers[0].mlp.up_proj.weight.data[::2] = 0
-    with pytest.raises(RecipeError, match="was pruned to zeros"):
-        Recover(lora_rank=2, **QUICK).apply(pruned, bench)
+    with pytest.raises(RecipeError, match="prune-magnitude set weights to zero"):
+        Recover(lora_rank=2, **QUICK).apply(pruned, replace(bench, before=PRUNED))
+    with pytest.raises(RecipeError, match=r"lora_rank is 33, more than .*k_proj can have, whose smaller side is 32"):
+        Recover(lora_rank=33, **QUICK).apply(tiny_llama(), bench)
+
+
+def test_zeros_of_the_models_own_are_weights_like_others(bench: Workbench, tmp_path: Path) -> None:
+    """A real model's embedding has thousands of them. The steps that a model went through tell pruned zeros."""
+    module = tiny_llama()
+    module.model.embed_tokens.weight.data[::8, :8] = 0
+    module.model.layers[0].mlp.up_proj.weight.data[::2] = 0
+    adapted: Any = Recover(lora_rank=2, **QUICK).apply(module, bench).module
+    assert bool((adapted.model.layers[0].mlp.up_proj.weight[::2] != 0).any())
+    trained: Any = Recover(**QUICK).apply(module, replace(bench, checkpoints=tmp_path / "all")).module
+    assert bool((trained.model.layers[0].mlp.up_proj.weight[::2] != 0).all())
+    again = replace(bench, checkpoints=tmp_path / "pruned", before=PRUNED)
+    pruned: Any = Recover(**QUICK).apply(module, again).module
+    assert bool((pruned.model.layers[0].mlp.up_proj.weight[::2] == 0).all())
+    assert bool((pruned.model.embed_tokens.weight[::8, :8] != 0).any())  # which prune-magnitude does not prune
 
 
 def test_pruned_weights_stay_zero_and_shared_ones_stay_shared(bench: Workbench) -> None:
@@ -245,7 +264,7 @@ def test_pruned_weights_stay_zero_and_shared_ones_stay_shared(bench: Workbench) 
     matrix = module.model.layers[0].mlp.up_proj.weight
     where = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     matrix.data[where] = 0
-    trained: Any = Recover(**QUICK).apply(module, bench).module
+    trained: Any = Recover(**QUICK).apply(module, replace(bench, before=PRUNED)).module
     first, second = (trained.model.layers[index].mlp.up_proj.weight for index in (0, 1))
     assert first is second
     assert torch.equal(first == 0, where)
@@ -261,8 +280,10 @@ def test_alpha_0_asks_no_teacher(bench: Workbench) -> None:
 def test_progress_says_how_long_it_takes(bench: Workbench) -> None:
     lines: list[str] = []
     Recover(**QUICK).apply(tiny_llama(), replace(bench, say=lines.append))
-    assert lines[0].startswith("step 1 of 6, loss ")
-    assert "left" in lines[0]
+    assert lines[0].startswith("the source reads the ")
+    assert lines[1].startswith("step 0 of 6, held out ")
+    assert lines[2].startswith("step 1 of 6, loss ")
+    assert all("left" in line for line in lines[1:])
     assert lines[-1].startswith("step 6 of 6, loss ")
 
 
@@ -289,7 +310,7 @@ def test_teacher_of_another_folder_is_learned_from(bench: Workbench, tmp_path: P
     other.lm_head.weight.data[:] = other.lm_head.weight.data.flip(0)
     folder = save_model(other, tmp_path / "teacher")
     source = Distil(**QUICK).apply(tiny_llama(), bench)
-    with pytest.raises(RecipeError, match="another step, recipe, text or model"):
+    with pytest.raises(RecipeError, match="differs in settings of the step, the model, and is left alone"):
         Distil(teacher=str(folder), **QUICK).apply(tiny_llama(), bench)
     taught = Distil(teacher=str(folder), **QUICK).apply(
         tiny_llama(), replace(bench, checkpoints=bench.checkpoints / "other")
@@ -359,7 +380,7 @@ def test_checkpoint_of_something_else_is_refused_and_kept(
         (Recover(**QUICK), tiny_llama(), replace(bench, source=source)),
     ]
     for step, module, place in cases:
-        with pytest.raises(RecipeError, match="another step, recipe, text or model, and is left alone"):
+        with pytest.raises(RecipeError, match=r"was kept by a run that differs in .* and is left alone"):
             step.apply(module, place)
     assert kept.read_bytes() == before
     Recover(**QUICK, checkpoint_every=3).apply(tiny_llama(), bench)  # this key decides nothing
@@ -372,12 +393,14 @@ def test_loss_that_is_no_number_keeps_the_last_good_checkpoint(bench: Workbench)
     """A rate far too high makes the weights overflow."""
     module = tiny_llama()
     before = weights_of(module)
-    with pytest.raises(RecipeError, match=r"no longer a finite number at step \d of 6, and nothing was kept"):
+    with pytest.raises(RecipeError, match=r"no longer a finite number after step \d of 6, and nothing was kept"):
         Recover(**{**QUICK, "learning_rate": 1e37}).apply(module, bench)
     with pytest.raises(
-        RecipeError, match=r"no longer a finite number at step \d of 6, and the last good weights are in"
+        RecipeError, match=r"no longer a finite number after step \d of 6, and the last good weights are in"
     ):
-        Recover(**{**QUICK, "learning_rate": 1e12}, warmup=1.0, checkpoint_every=1).apply(module, bench)
+        Recover(**{**QUICK, "learning_rate": 1e12}, warmup=1.0, checkpoint_every=1, evaluate_every=6).apply(
+            module, bench
+        )
     kept = load_file(bench.checkpoints / "training.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(module).items())
@@ -404,7 +427,7 @@ def test_killed_compression_goes_on_when_it_is_run_again(tiny_model: Path, tmp_p
     running.wait()
     assert not out.exists()
     with safe_open(kept, framework="pt") as file:
-        done = len(json.loads(file.metadata()["edgelm"])["losses"])
+        done = len(json.loads(file.metadata()["edgelm"])["state"]["losses"])
     assert 5 <= done < 60
     lines: list[str] = []
     again = compress_model(ExportConfig(str(tiny_model), out=out, compress=recipe), say=lines.append)
@@ -446,11 +469,9 @@ def test_two_processes_train_as_one_does(tiny_model: Path, tmp_path: Path) -> No
 def test_batch_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate
 
-    from edgelm.export.compress import training
-
     monkeypatch.setattr(accelerate.Accelerator, "num_processes", 3)
     with pytest.raises(RecipeError, match="batch is 8, which 3 processes cannot share"):
-        training._accelerator(8)
+        make_accelerator(Recover())
 
 
 def test_one_of_several_processes_writes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`edgelm compress`: make a model smaller by a recipe, and show the progress of its steps."""
+"""`edgelm compress`: a recipe makes a model smaller, step by step before the user's eyes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...runtime.bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows
+from ...runtime.bundle.figures import compression_notes, compression_table, plan_table
 from ..config import ExportConfig
-from .progress import RichProgress, quiet_libraries, require_extra
+from .progress import LogFile, RichProgress, quiet_libraries, require_extra
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from ..compress.folder import Record
@@ -26,49 +29,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder, GGUF file, hub id such as owner/name, or builtin:tales")
     parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a TOML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--target", help="target whose scheme the figures are measured with (this machine's)")
+    parser.add_argument("--target", help="machine that sizes are stated for (this machine)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and measure on")
-    parser.add_argument("--force", action="store_true", help="replace an existing compressed model")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to choose by and to measure on")
+    parser.add_argument(
+        "--lambada", type=Path, metavar="FILE", help="JSON lines with passages, whose last words to measure"
+    )
+    parser.add_argument("--passages", type=int, default=100, metavar="N", help="how many of them (100)")
+    parser.add_argument("--no-measure", action="store_true", help="measure nothing: sizes only")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what each step would do and take, and write nothing"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="file to which progress is appended as well")
+    parser.add_argument("--force", action="store_true", help="replace a compressed model that stands there")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress, and print the figures before and after each step."""
+    """Compress and print what each step cost and bought."""
     require_extra("edgelm compress")
     names = ("model", "target", "revision", "text", "out", "force")
     config = ExportConfig(**{name: getattr(arguments, name) for name in names}, compress=arguments.recipe)
     from rich.console import Console
 
+    from ..compress.measure import Measuring
     from ..compress.processes import is_first
-    from ..compress.run import compress_model
+    from ..compress.run import compress_model, rehearse
 
-    progress = RichProgress(Console(file=sys.stderr, highlight=False, quiet=not is_first()))
+    measuring = Measuring(not arguments.no_measure, arguments.lambada, arguments.passages)
+    work = rehearse if arguments.dry_run else compress_model
     quiet_libraries()
-    try:
-        record = compress_model(config, progress, progress.say)
-    finally:
-        progress.stop()
+    with LogFile(arguments.log) if arguments.log and is_first() else nullcontext() as log:
+        progress = RichProgress(Console(file=sys.stderr, highlight=False, quiet=not is_first()), log)
+        try:
+            record = work(config, progress, progress.say, measuring)
+        finally:
+            progress.stop()
     if not is_first():
-        return 0  # of several processes that train together, only the first one prints
+        return 0  # of several processes that train together, the first one writes and speaks
     if arguments.json:
-        print(json.dumps({"folder": str(arguments.out), **dataclasses.asdict(record)}))
+        print(json.dumps({"folder": None if arguments.dry_run else str(arguments.out), **dataclasses.asdict(record)}))
+    elif arguments.dry_run:
+        print_table(Console(highlight=False), record, plan_table(record.steps))
+        print("Nothing was written.")
     else:
-        print_steps(Console(highlight=False), record)
+        print_table(Console(highlight=False), record, compression_table(record.steps))
         print(f"Wrote {arguments.out}. Try:  edgelm export {arguments.out}")
     return 0
 
 
-def print_steps(console: Console, record: Record) -> None:
-    """Print a table with a row for the source and one for each step, and the steps' notes."""
+def print_table(console: Console, record: Record, table: Sequence[Sequence[str]]) -> None:
+    """Titles and rows, and what the steps have to say."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"{record.name}, recipe {record.recipe}"), box=None, title_justify="left")
-    for number, title in enumerate(COMPRESSION_COLUMNS):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
-    for row in compression_rows(record.steps):
-        table.add_row(*map(escape, row))
-    console.print(table)
+    shown = Table(title=escape(f"{record.name}, recipe {record.recipe}"), box=None, title_justify="left")
+    titles, *rows = table
+    for number, title in enumerate(titles):
+        shown.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
     for note in compression_notes(record.steps):
         console.print(escape(note))

@@ -1,11 +1,16 @@
-"""Progress output of the exporter's commands, and the check that the extra is installed."""
+"""What the exporter's commands show while they work, and what they need to be installed."""
 
 from __future__ import annotations
 
 import importlib.util
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import MissingExtraError
+from ..errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,52 +18,113 @@ if TYPE_CHECKING:
     from ..stages import StageRecord
 
 _NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich", "accelerate", "peft", "gguf")
+_QUIET_S = 10.0
 
 
 def require_extra(command: str) -> None:
-    """Raises: MissingExtraError, unless the packages of the extra `export` are installed."""
+    """Raises: MissingExtraError, unless the packages of the extra `export` are there."""
     if any(importlib.util.find_spec(name) is None for name in _NEEDS):
         raise MissingExtraError(command, "export")
 
 
-class RichProgress:
-    """One line for each stage: a spinner while it runs, then its time and peak memory."""
+class LogFile:
+    """A file of lines with the time in front, each of which is in the file at once. Safe between threads."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, path: Path) -> None:
+        """Append to a file. Raises: OutputError."""
+        try:
+            self._file, self._lock = path.open("a", encoding="utf-8", buffering=1), threading.Lock()
+        except OSError as error:
+            raise OutputError(f"--log {path} cannot be written ({error.strerror}): name another file") from error
+
+    def __enter__(self) -> LogFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        with self._lock:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+class RichProgress:
+    """One line a stage: a spinner while it runs, its time and peak memory when it is done. Where there is no terminal,
+    a line when a stage begins, and one every ten seconds in which it says nothing by itself."""
+
+    def __init__(self, console: Console, log: LogFile | None = None) -> None:
+        """log: gets all lines as well."""
+        self._console, self._log = console, log
         self._status: Any = None
-        self._name = ""
+        self._name, self._started, self._told = "", 0.0, 0.0
+        self._pulse: _Pulse | None = None
 
     def started(self, name: str) -> None:
         """A stage begins."""
-        self._name = name
+        self._name, self._started = name, time.monotonic()
         if self._console.is_terminal:
             self._status = self._console.status(name)
             self._status.start()
+        self._tell(f"{name}: begins")
+        self._pulse = _Pulse(self._beat)
 
     def say(self, line: str) -> None:
-        """Show the progress within a stage: beside the spinner on a terminal, as a line of its own elsewhere."""
-        if self._status is None:
-            self._console.print(f"{self._name}: {line}")
-        else:
-            self._status.update(f"{self._name}: {line}")
+        """How far a stage is: beside the spinner on a terminal, a line of its own elsewhere and in the log."""
+        self._tell(f"{self._name}: {line}")
 
     def finished(self, record: StageRecord) -> None:
         """A stage is done."""
         self.stop()
-        self._console.print(
-            f"[green]done[/] {record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
-        )
+        line = f"{record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
+        self._console.print(f"[green]done[/] {line}")
+        if self._log is not None:
+            self._log.write(f"done {line}")
 
     def stop(self) -> None:
-        """Remove the spinner."""
+        """Take the spinner off the screen."""
+        if self._pulse is not None:
+            self._pulse.stop()
+            self._pulse = None
         if self._status is not None:
             self._status.stop()
             self._status = None
 
+    def _tell(self, line: str) -> None:
+        self._told = time.monotonic()
+        if self._status is None:
+            self._console.print(line)
+        else:
+            self._status.update(line)
+        if self._log is not None:
+            self._log.write(line)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= _QUIET_S:
+            self._tell(f"{self._name}: {now - self._started:.0f} s so far")
+
+
+class _Pulse:
+    """Calls a function every second, in a thread, until it is stopped."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat, self._done = beat, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when no call is running and none will come."""
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(1.0):
+            self._beat()
+
 
 def quiet_libraries() -> None:
-    """Silence transformers' progress bars and advice: the stages show the progress."""
+    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

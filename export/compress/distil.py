@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from ...runtime.host.files import read_text, replacing
 from ..errors import RecipeError
-from .schedule import Schedule
-from .steps import Applied, Workbench
+from .schedule import Keep, Schedule
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_OWN_TEXT = "own_text.json"  # tokens
 
 
 @dataclass(frozen=True)
 class Distil(Schedule):
     """See `Schedule`. teacher: folder of the model that is learned from (None: the source, uncompressed); student:
     folder of the model that learns, in place of the one so far; temperature: T, by which both models' logits are
-    divided; alpha: share of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
+    divided; alpha: share of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy; own_text: tokens
+    that the teacher writes itself, to be trained on as well as the text is."""
+
+    KEEPS: ClassVar[Keep] = "kl"
 
     teacher: str | None = None
     student: str | None = None
     temperature: float = 2.0
     alpha: float = 0.9
+    own_text: int = 0
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
@@ -32,6 +41,17 @@ class Distil(Schedule):
             raise RecipeError(f"temperature must be above 0, found {self.temperature}")
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be 0 to 1, found {self.alpha}")
+        if self.own_text < 0:
+            raise RecipeError(f"own_text must be 0 or more, found {self.own_text}")
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`: also that teacher and student are there and read the same tokens."""
+        super().check(outlook)
+        self._folders(outlook.bench)
+
+    def _folders(self, bench: Workbench) -> dict[str, Path]:
+        named = (("teacher", self.teacher), ("student", self.student))
+        return {what: _find(what, name, bench) for what, name in named if name is not None}
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
@@ -40,11 +60,7 @@ class Distil(Schedule):
         from ..source.loading import load_module
         from .training import distillation, next_token, train
 
-        folders = {
-            what: _find(what, name, bench)
-            for what, name in (("teacher", self.teacher), ("student", self.student))
-            if name is not None
-        }
+        folders = self._folders(bench)
         student = load_module(folders["student"]) if "student" in folders else copy.deepcopy(module)
         _check_fit(student, module, "student", bench)
         if self.alpha == 0:
@@ -52,7 +68,24 @@ class Distil(Schedule):
         teacher = load_module(folders.get("teacher", bench.source)).requires_grad_(False)
         _check_fit(teacher, module, "teacher", bench)
         loss = distillation(teacher, self.temperature, self.alpha)
-        return Applied(student, train(self, student, student, loss, bench, *folders.values()))
+        own = self._own_text(teacher, bench)
+        return Applied(student, train(self, student, student, loss, bench, *folders.values(), more=own))
+
+    def _own_text(self, teacher: PreTrainedModel, bench: Workbench) -> list[int]:
+        """What the teacher writes; of an interrupted run, what it wrote then."""
+        from .own_text import write_own_text
+
+        if not self.own_text or bench.rehearsal:
+            return []
+        kept = bench.checkpoints / _OWN_TEXT
+        if kept.is_file():
+            return list(json.loads(read_text(kept)))
+        length = self.row_length(bench.context_length) + 1
+        written = write_own_text(teacher, bench.tokenizer, bench.token_ids, self.own_text, length)
+        bench.checkpoints.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as file:
+            file.write(json.dumps(written).encode())
+        return written
 
 
 def _find(what: str, name: str, bench: Workbench) -> Path:

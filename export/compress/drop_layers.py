@@ -1,4 +1,4 @@
-"""`drop-layers`: leave whole layers out, by index or those that change least of what passes through them.
+"""`drop-layers`: leave whole layers out, by index or those that the model's answers miss least.
 
 Layers keep their indexes: the manifest counts those of the source.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .selection import Selection
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,15 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DropLayers(Selection):
-    """See `Selection`. The influence of a layer is block influence."""
+    """See `Selection`."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`."""
+        from .edits import present_layers
+
+        self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Layers keep their indexes."""
         from .edits import edit, present_layers
         from .influence import layer_influence
+        from .leaving_out import least_missed_layers
 
-        chosen, influence = self.choose(
-            present_layers(module), "layer", lambda: layer_influence(module, bench.token_ids, bench.context_length)
-        )
+        def least(count: int) -> dict[int, float]:
+            influence = layer_influence(module, bench.token_ids, bench.context_length)
+            return least_missed_layers(module, count, bench.token_ids, bench.context_length, influence)
+
+        chosen, missed = self.choose(present_layers(module), "layer", least)
         edit(module, "drop_layers", layers=chosen)
-        return Applied(module, {"layers": chosen, "influence": {str(i): round(v, 6) for i, v in influence.items()}})
+        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 RECORD_NAME = "compression.json"
 _WEIGHTS_NAME = "model.safetensors"
 _VERSION = 1
+# Keys of a recorded step that hold what was measured.
+_MEASURED = ("before", "after", "training")
 
 
 @dataclass(frozen=True)
 class Record:
     """compression.json. source, name: of the model that was compressed; recipe: its name; steps: each step's settings
-    with its `details`, and figures before and after it."""
+    with its `details`, figures before and after it, and for one that trained its curve under `training`."""
 
     source: Source
     name: str
@@ -44,7 +46,12 @@ class Record:
 
 def without_figures(step: dict[str, Any]) -> dict[str, Any]:
     """A step's settings and choices, without what was measured: the part that is the same each time."""
-    return {key: value for key, value in step.items() if key not in ("before", "after")}
+    return {key: value for key, value in step.items() if key not in _MEASURED}
+
+
+def settings_of(step: dict[str, Any]) -> dict[str, Any]:
+    """A recorded step's settings alone."""
+    return {key: value for key, value in without_figures(step).items() if key not in ("details", "promise")}
 
 
 def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, folder: Path) -> None:

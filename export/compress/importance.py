@@ -9,11 +9,11 @@ the two kinds of matrices are not of one scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .influence import windows
+from .curvature import without_weight_gradients
 from .linears import matrix_of, own
 from .units import Block, outer_inputs
 
@@ -34,10 +34,8 @@ def magnitudes(module: PreTrainedModel, blocks: list[Block]) -> list[torch.Tenso
     return scores
 
 
-def taylor(
-    module: PreTrainedModel, blocks: list[Block], token_ids: Sequence[int], context_length: int
-) -> list[torch.Tensor]:
-    """Importance of the units of each block, (count) float32. Cost: eight windows of 256 tokens, forward and back;
+def taylor(module: PreTrainedModel, blocks: list[Block], texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Importance of the units of each block, (count) float32. texts: windows (1, tokens). Cost: each forward and back;
     gradients of activations only, none of weights."""
     scores = [torch.zeros(block.count) for block in blocks]
     seen: dict[int, torch.Tensor] = {}
@@ -46,24 +44,14 @@ def taylor(
         values.retain_grad()
         seen[number] = values
 
-    needed = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    for parameter, _ in needed:
-        parameter.requires_grad_(False)
-    embedding: Any = module.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-    try:
-        with outer_inputs(module, blocks, keep):
-            for ids in windows(token_ids, context_length):
-                module(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                for number, values in seen.items():
-                    assert values.grad is not None, "retained above"
-                    effect = (values.detach() * values.grad).reshape(-1, blocks[number].count, blocks[number].width)
-                    scores[number] += effect.sum(-1).abs().sum(0)
-                seen.clear()
-    finally:
-        handle.remove()
-        for parameter, need in needed:
-            parameter.requires_grad_(need)
+    with without_weight_gradients(module), outer_inputs(module, blocks, keep):
+        for ids in texts:
+            module(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            for number, values in seen.items():
+                assert values.grad is not None, "retained above"
+                effect = (values.detach() * values.grad).reshape(-1, blocks[number].count, blocks[number].width)
+                scores[number] += effect.sum(-1).abs().sum(0)
+            seen.clear()
     return scores
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WINDOW, _WINDOWS = 256, 8
+# Of a text that second moments are taken of: more change little, and each costs a pass.
+MOST_TOKENS = 1 << 14
 
 
 def windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]:
@@ -26,6 +28,14 @@ def windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]
     count = min(_WINDOWS, 1 + room // size)
     starts = [round(index * room / max(1, count - 1)) for index in range(count)]
     return [torch.tensor([list(token_ids[start : start + size])]) for start in starts]
+
+
+def all_windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]:
+    """All of a text, or up to 16,384 tokens from all over it, as windows (1, up to 256) int64."""
+    size = min(_WINDOW, context_length, len(token_ids))
+    starts = range(0, len(token_ids) - size + 1, size)
+    step = -(-len(starts) * size // MOST_TOKENS)
+    return [torch.tensor([list(token_ids[start : start + size])]) for start in starts[::step]]
 
 
 def layer_influence(module: PreTrainedModel, token_ids: Sequence[int], context_length: int) -> dict[int, float]:

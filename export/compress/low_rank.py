@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
 
 # Added to the second moment's diagonal, in units of its mean: a text has fewer directions than the inputs.
 _DAMPING = 1e-4
@@ -43,19 +44,25 @@ class LowRank:
             if not 0 < value < 1:
                 raise RecipeError(f"{key} must be between 0 and 1, found {value:g}")
 
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. No step renames a matrix that stays whole."""
+        self._chosen(outlook.module)
+
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text; memory for
         the second moments of one layer's inputs at a time."""
         from .edits import edit
+        from .influence import windows
         from .linears import own, require_unshared
 
+        texts = windows(bench.token_ids, bench.context_length)
         layers = self._chosen(module)
         require_unshared(module, list(layers), "low-rank")
         factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         left = []
         for index in sorted(set(layers.values())):
             names = [name for name, layer in layers.items() if layer == index]
-            moments = input_moments(module, names, bench.token_ids, bench.context_length) if self.weighted else {}
+            moments = input_moments(module, names, texts) if self.weighted else {}
             for name in names:
                 found = self._factors(own(module, name), moments.get(name))
                 if found is None:
@@ -112,16 +119,15 @@ class LowRank:
 
 
 def input_moments(
-    module: PreTrainedModel, names: Sequence[str], token_ids: Sequence[int], context_length: int
+    module: PreTrainedModel, names: Sequence[str], texts: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The second moment (inputs, inputs) of what each of these linear layers reads on a text: the mean of x x^T."""
+    """The second moment (inputs, inputs) of what each of these linear layers reads: the mean of x x^T. texts: windows
+    (1, tokens)."""
     import torch
 
-    from .influence import windows
     from .linears import own
 
     sums: dict[str, torch.Tensor] = {}
-    texts = windows(token_ids, context_length)
 
     def add(name: str) -> Any:
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:

@@ -1,126 +1,83 @@
-"""What a step bought and what it cost, measured on the quantized graph in the runtime that ships."""
+"""What a step cost and what it bought: one pass over a text in torch, and the size that its bundle will have."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
-
-from ...runtime.bundle import folder as names
-from ...runtime.bundle.manifest import CacheType, Model
-from ...runtime.evaluation.scoring import negative_log_likelihood, score
-from ...runtime.evaluation.speed import measure_speed
-from ...runtime.host import machine
-from ...runtime.sessions.loading import make_session
-from ...runtime.sessions.protocol import Session
-from ...runtime.sessions.providers import CPU
 from ...targets import Profile
-from ..errors import TraceError
-from ..passes import fusing_passes
-from ..quantization.hessians import make_block_quantizer
-from ..quantization.schemes import Quantizer
-from ..tracing.attention import TracedModel
-from ..tracing.ways import PATHS, refused
-from .weights_int4 import SCHEME, noted_weights
+from ..errors import RecipeError
+from .last_words import Passages
+from .reading import Reader
+from .size import weight_bytes
+from .weights_int4 import noted_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MOST_TOKENS = 2048
-_WINDOW = 512
-_SPEED_PROMPT = 128
+MOST_TOKENS = 2049  # of which the first is not predicted
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What a compression measures. reads: the text, before and after each step, or nothing; passages: file of LAMBADA's
+    passages, of which the first `count` are read as well (None: none)."""
+
+    reads: bool = True
+    passages: Path | None = None
+    count: int = 100
+
+    def __post_init__(self) -> None:
+        """Raises: RecipeError."""
+        if self.count < 1:
+            raise RecipeError(f"the number of passages must be 1 or more, found {self.count}")
+        if self.passages is not None and not self.reads:
+            raise RecipeError("passages cannot be read where nothing is measured: leave one of the two out")
+
+
+EVERYTHING = Measuring()
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A model after INT8, or whichever scheme is the target's, with a float32 cache.
+    """A model before it is rounded to INT8, beside the source.
 
-    bytes: graph and weights; perplexity: of up to 2,048 tokens of the text in windows of 512; agreement_percent: its
-    positions where the most likely token is the source's; decode_tokens_per_s: on 128 tokens of context.
+    parameters: each shared one once; bytes: of the weights in the bundle; perplexity, kl, agreement_percent: of up to
+    2,048 tokens of the text in windows of 512: the perplexity, the divergence from the source in nats a token, and the
+    share of positions where the most likely token is the source's; last_words_percent: accuracy on LAMBADA's passages.
+    None is what was not measured.
     """
 
     parameters: int
     bytes: int
-    perplexity: float
-    agreement_percent: float
-    decode_tokens_per_s: float
+    perplexity: float | None = None
+    kl: float | None = None
+    agreement_percent: float | None = None
+    last_words_percent: float | None = None
 
 
 class Meter:
     """Measures one module after another against the first one.
 
-    Cost, each time: a trace, and two passes over the text; disk for the float32 and the quantized weights, in `folder`.
+    Cost, each time: a pass over the text, and over the passages; memory for what the first module said to the text.
     """
 
-    def __init__(self, profile: Profile, token_ids: Sequence[int], context_length: int, folder: Path) -> None:
-        self._profile, self._folder = profile, folder
-        self._ids, self._context = list(token_ids[:_MOST_TOKENS]), context_length
-        self._first: NDArray[np.int64] | None = None
+    def __init__(
+        self, profile: Profile, token_ids: Sequence[int], context_length: int, passages: Passages | None, *, reads: bool
+    ) -> None:
+        """passages: of LAMBADA, if they are to be read; reads: whether anything is, or parameters and bytes are all."""
+        self._profile, self._context = profile, context_length
+        self._reader = Reader(token_ids[:MOST_TOKENS], context_length) if reads else None
+        self._passages = passages
 
     def measure(self, module: PreTrainedModel) -> Figures:
-        """Raises: TraceError where the module cannot be traced."""
-        self._folder.mkdir()
-        try:
-            model = self._write(module)
-            size = sum((self._folder / name).stat().st_size for name in (names.GRAPH_NAME, names.WEIGHTS_NAME))
-            session = make_session(self._folder / names.GRAPH_NAME, model, machine.default_threads(), [CPU])
-            try:
-                perplexity, agreement = self._judge(session)
-                room = max(1, min(_SPEED_PROMPT, self._context - 1, len(self._ids)))
-                speed = measure_speed(session, self._ids[:room]).decode_tokens_per_s
-            finally:
-                session.close()
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        return Figures(module.num_parameters(), size, perplexity, agreement, speed)
-
-    def _write(self, module: PreTrainedModel) -> Model:
-        traced = _trace(module)
-        ir.passes.PassManager(fusing_passes(self._context))(traced.graph)
-        plain = self._folder / "fp32.onnx"
-        ir.save(traced.graph, plain, external_data="fp32.onnx.data")
-        # Without float16, which changes neither what a step costs nor what it buys.
-        noted = noted_weights(module)
-        blocks = make_block_quantizer(noted, plain, self._ids, self._context) if noted is not None else None
-        scheme = self._profile.scheme if noted is None else SCHEME
-        quantizer = Quantizer(plain, scheme, self._profile.weight_bits, {}, blocks=blocks)
-        ir.save(quantizer.quantized(()), self._folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)
-        return Model(
-            vocab_size=int(module.config.get_text_config().vocab_size),
-            context_length=self._context,
-            parameters=module.num_parameters(),
-            layers=traced.layers,
-            kv=CacheType("float32", None),
-            cache_layout=traced.layout,
-            states=traced.states,
-            step_tokens=traced.step_tokens,
-        )
-
-    def _judge(self, session: Session) -> tuple[float, float]:
-        window = max(2, min(_WINDOW, self._context, len(self._ids)))
-        loss, count, likely = 0.0, 0, []
-        for targets, logits in score(session, self._ids, window, window // 2):
-            loss, count = loss + float(negative_log_likelihood(logits, targets).sum()), count + len(targets)
-            likely.append(logits.argmax(axis=1))
-        chosen = np.concatenate(likely)
-        self._first = chosen if self._first is None else self._first
-        return float(np.exp(loss / count)), float(100 * (chosen == self._first).mean())
-
-
-def _trace(module: PreTrainedModel) -> TracedModel:
-    """By the first path that the model can go. Whether it answers as torch does is the export's to prove."""
-    refusals: list[str] = []
-    last: TraceError | None = None
-    for name, trace in PATHS:
-        try:
-            return trace(module)
-        except TraceError as error:
-            refusals.append(f"{name}: {error}")
-            last = error
-    raise refused(f"{type(module).__name__} cannot be traced", refusals) from last
+        """Of a module in evaluation mode. Weights that will have 4 bits are not what the module holds: it is not
+        read."""
+        parameters, size = module.num_parameters(), weight_bytes(module, self._profile, self._context)
+        if self._reader is None or noted_weights(module) is not None:
+            return Figures(parameters, size)
+        reading = self._reader.read(module)
+        words = None if self._passages is None else 100 * self._passages.accuracy(module)
+        return Figures(parameters, size, reading.perplexity, reading.kl, 100 * reading.same, words)

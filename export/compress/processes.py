@@ -20,9 +20,14 @@ def is_first() -> bool:
     return rank == "0"
 
 
+def count_processes() -> int:
+    """How many processes a launcher started for this work."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def require_one() -> None:
     """Raises: RecipeError in one of several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_processes() > 1:
         raise RecipeError("edgelm export does not run in several processes: compress with them, then export in one")
 
 

@@ -3,25 +3,29 @@ every kernel runs faster.
 
 All heads and channels of the model are ranked together, by importance for each weight that they cost, and the least
 important go until the budget is met. So layers end up unlike each other; in each, one KV group and some channels stay.
+The matrix that reads those that stay is fitted to what it computed before, by least squares: no training.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from .curvature import Portion
+    from .steps import Outlook
     from .units import Block
 
-# Channels go by so many, and as many stay: integer kernels pack columns by 16.
+# Multiples of so many channels stay: integer kernels pack columns by 16.
 _CHANNELS = 16
+_PORTIONS = 48  # of the channels of a wide MLP
 # Attributes in which attention modules keep their sizes, where they do.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -30,54 +34,91 @@ _WIDTHS = ("split_size", "embed_dim", "hidden_size")
 
 @dataclass(frozen=True)
 class PruneStructured:
-    """ratio: share of the whole model's parameters that goes; importance: "taylor", of the calibration text, or
-    "magnitude" of the weights."""
+    """ratio: share of the whole model's parameters that goes; importance: "curvature" or "taylor", both of the
+    calibration text, or "magnitude" of the weights; refit: whether matrices are fitted anew on that text."""
 
     ratio: float
-    importance: Literal["taylor", "magnitude"] = "taylor"
+    importance: Literal["curvature", "taylor", "magnitude"] = "curvature"
+    refit: bool = True
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
 
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
+        heads and channels in the model as it came."""
+        from .units import find_blocks
+
+        if outlook.steps:
+            find_blocks(outlook.module)
+
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`."""
-        from .importance import magnitudes, taylor
+        """See `Step`. Cost: the text forward and back, and for each layer the inverse of a matrix of its channels."""
+        from .influence import all_windows
+        from .linears import matrix_of, own
         from .units import find_blocks
 
         blocks = find_blocks(module)
-        if self.importance == "taylor":
-            scores = taylor(module, blocks, bench.token_ids, bench.context_length)
-        else:
-            scores = magnitudes(module, blocks)
+        texts = all_windows(bench.token_ids, bench.context_length)
+        portions, inputs = self._measured(module, blocks, texts)
         costs = [block.parameters(module) for block in blocks]
         before = module.num_parameters()
-        kept = choose_units(blocks, scores, costs, self.ratio * before)
+        kept = choose_units(blocks, portions, costs, self.ratio * before)
+        fitted = _fitted(module, blocks, kept, inputs) if self.refit else {}
         _prune(module, blocks, kept)
+        for name, matrix in fitted.items():
+            matrix_of(own(module, name)).copy_(matrix)
         removed = 100 * (1 - module.num_parameters() / before)
-        return Applied(module, {"removed_percent": round(removed, 2), "layers": _sizes(blocks, kept)})
+        details = {"removed_percent": round(removed, 2), "layers": _sizes(blocks, kept)}
+        tokens = {"tokens": sum(ids.numel() for ids in texts)} if self.refit or self.importance != "magnitude" else {}
+        return Applied(module, {**details, **tokens})
+
+    def _measured(
+        self, module: PreTrainedModel, blocks: list[Block], texts: list[torch.Tensor]
+    ) -> tuple[list[list[Portion]], list[torch.Tensor]]:
+        """Of each block: what may go, in order, and the second moment of what is read, where it is refitted."""
+        from .curvature import find_moments, portions_by_curvature
+        from .importance import magnitudes, taylor
+        from .low_rank import input_moments
+
+        if self.importance == "curvature":
+            found = find_moments(module, blocks, texts)
+            portions = [
+                portions_by_curvature(module, block, moments, _portion_sizes(block))
+                for block, moments in zip(blocks, found, strict=True)
+            ]
+            return portions, [moments.inputs for moments in found]
+        scores = magnitudes(module, blocks) if self.importance == "magnitude" else taylor(module, blocks, texts)
+        moments = input_moments(module, [block.outer for block in blocks], texts) if self.refit else {}
+        portions = [portions_by_score(block, score) for block, score in zip(blocks, scores, strict=True)]
+        return portions, [moments[block.outer] for block in blocks] if self.refit else []
+
+
+def portions_by_score(block: Block, score: torch.Tensor) -> list[Portion]:
+    """What may go of a block, in the order of the units' scores, which add up to the harm."""
+    from .curvature import Portion
+
+    order, portions, end = score.argsort(), [], 0
+    for size in _portion_sizes(block):
+        units = order[end : end + size]
+        portions.append(Portion(float(score[units].sum()), units.tolist()))
+        end += size
+    return portions
 
 
 def choose_units(
-    blocks: list[Block], scores: list[torch.Tensor], costs: list[int], budget: float
+    blocks: list[Block], portions: list[list[Portion]], costs: list[int], budget: float
 ) -> list[torch.Tensor]:
     """The units of each block that stay, in ascending order.
 
-    scores: of each unit; costs: parameters of each unit; budget: parameters that shall go. Raises: RecipeError where
-    they cannot without emptying a layer.
+    portions: of each block, in the order in which they go; costs: parameters of each unit; budget: parameters that
+    shall go. Raises: RecipeError where they cannot without emptying a layer.
     """
-    portions: list[tuple[float, int, int, list[int]]] = []
-    for number, (block, score) in enumerate(zip(blocks, scores, strict=True)):
-        order = [int(unit) for unit in score.argsort()]
-        sizes = [1] * (block.count - 1) if block.kind == "attention" else _portions(block.count)
-        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
-            units = order[end - size : end]
-            # An earlier portion of a block has a lower value, so sorting never takes a later one first.
-            portions.append((float(score[units].mean()) / costs[number], number, end, units))
     gone: list[list[int]] = [[] for _ in blocks]
     removed = 0.0
-    for _, number, _, units in sorted(portions):
+    for _, number, units in sorted(_ranked(portions, costs)):
         if removed >= budget:
             break
         gone[number] += units
@@ -91,11 +132,25 @@ def choose_units(
     return [_without(block.count, units) for block, units in zip(blocks, gone, strict=True)]
 
 
-def _portions(channels: int) -> list[int]:
-    """Sizes in which channels go: after each, a multiple of 16 is left, and 16 at the end."""
-    first = channels % _CHANNELS
-    rest = max(0, channels // _CHANNELS - 1)
-    return ([first] if first and rest else []) + [_CHANNELS] * rest
+def _ranked(portions: list[list[Portion]], costs: list[int]) -> Iterator[tuple[float, int, list[int]]]:
+    """Each portion: harm for each weight, number of the block, units. Within a block the harm never falls, so sorting
+    never takes a later portion first."""
+    for number, (cost, found) in enumerate(zip(costs, portions, strict=True)):
+        most = 0.0
+        for portion in found:
+            most = max(most, portion.harm / (cost * len(portion.units)))
+            yield most, number, portion.units
+
+
+def _portion_sizes(block: Block) -> list[int]:
+    """How many units go at a time: after each, a multiple of 16 channels is left, and at the end 16 to 31; or a KV
+    group."""
+    if block.kind == "attention":
+        return [1] * (block.count - 1)
+    size = max(1, block.count // (_CHANNELS * _PORTIONS)) * _CHANNELS
+    first = block.count % _CHANNELS
+    rest = max(0, (block.count - first - _CHANNELS) // size)
+    return ([first] if first and rest else []) + [size] * rest
 
 
 def _without(count: int, gone: list[int]) -> torch.Tensor:
@@ -104,6 +159,20 @@ def _without(count: int, gone: list[int]) -> torch.Tensor:
     left = torch.ones(count, dtype=torch.bool)
     left[gone] = False
     return left.nonzero().flatten()
+
+
+def _fitted(
+    module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor], inputs: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The matrices that read what stays of a block, by name, of blocks that lose something."""
+    from .curvature import refitted
+    from .linears import matrix_of, own
+
+    return {
+        block.outer: refitted(matrix_of(own(module, block.outer)), moment, block.columns(units))
+        for block, units, moment in zip(blocks, kept, inputs, strict=True)
+        if len(units) < block.count
+    }
 
 
 def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]) -> None:

@@ -8,10 +8,10 @@ texts than rounding does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import RecipeError
-from .schedule import Schedule
+from .schedule import Keep, Schedule
 from .steps import Applied, Workbench
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class QuantizationAware(Schedule):
     """See `Schedule`; the scheme is int8-rowwise. learning_rate: lower than elsewhere, the model is good already;
     weight_bits: as the target's profile says, 8 or 7; activation_bits: 16, as most matrices of a bundle have, or 8."""
+
+    KEEPS: ClassVar[Keep] = "kl"
 
     learning_rate: float = 1e-5
     weight_bits: int = 8
@@ -53,6 +55,6 @@ class QuantizationAware(Schedule):
                 return divergence(model, rows)
 
         try:
-            return Applied(student, train(self, student, student, loss, bench))
+            return Applied(student, train(self, student, student, loss, bench, within=int8))
         finally:
             module.cpu()  # a teacher goes where the student is trained

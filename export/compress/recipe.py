@@ -24,10 +24,12 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in the order in which they run."""
+    """Steps in the order in which they run. max_kl: how far the result may be from the source, in nats a token, to be
+    what the recipe is named for (None: it promises nothing)."""
 
     name: str
     steps: tuple[Step, ...]
+    max_kl: float | None = None
 
     def settings(self) -> list[dict[str, Any]]:
         """Every step with every setting, defaults included, as plain data for a manifest."""
@@ -62,13 +64,16 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], name: str, where: str) -> Recipe:
     """A recipe of plain data. where: named in messages. Raises: RecipeError."""
-    unknown = sorted(set(data) - {"step"})
+    unknown = sorted(set(data) - {"step", "max_kl"})
     if unknown:
-        raise RecipeError(f"{where}: unknown key {unknown[0]}: a recipe is a list of tables [[step]]")
+        raise RecipeError(f"{where}: unknown key {unknown[0]}: a recipe is max_kl and a list of tables [[step]]")
+    most = _value(float | None, data["max_kl"], f"{where}: max_kl") if "max_kl" in data else None
+    if most is not None and most <= 0:
+        raise RecipeError(f"{where}: max_kl must be above 0, found {most:g}")
     tables = data.get("step")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise RecipeError(f"{where}: no [[step]] is there: a recipe needs one or more")
-    return Recipe(name, tuple(_step(table, f"{where}, step {index}") for index, table in enumerate(tables, 1)))
+    return Recipe(name, tuple(_step(table, f"{where}, step {index}") for index, table in enumerate(tables, 1)), most)
 
 
 def _step(table: dict[str, Any], where: str) -> Step:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
 from .schedule import Schedule
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,12 @@ class Recover(Schedule):
         if self.lora_rank is not None and self.lora_rank < 1:
             raise RecipeError(f"lora_rank must be 1 or more, found {self.lora_rank}")
 
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`: also that the model can have changes of this rank."""
+        super().check(outlook)
+        if self.lora_rank is not None:
+            _require_plain(outlook.module, self.lora_rank, outlook.bench)
+
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
         import copy
@@ -35,6 +41,7 @@ class Recover(Schedule):
         student = copy.deepcopy(module)
         if self.lora_rank is None:
             return Applied(student, train(self, student, student, next_token, bench))
+        _require_plain(student, self.lora_rank, bench)
         adapted = _adapted(student, self.lora_rank, self.seed)
         details = train(self, adapted, student, next_token, bench)
         merged: PreTrainedModel = adapted.merge_and_unload().requires_grad_(True)
@@ -45,7 +52,6 @@ def _adapted(module: PreTrainedModel, rank: int, seed: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    _require_plain(module)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # The scale 2 (alpha / rank) is the custom; adapters start as no change.
@@ -53,20 +59,35 @@ def _adapted(module: PreTrainedModel, rank: int, seed: int) -> Any:
         return get_peft_model(module, settings)
 
 
-def _require_plain(module: PreTrainedModel) -> None:
-    """At the end a change is added to each matrix: twice to one that two layers share, and into its zeros."""
+def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None:
+    """At the end a change is added to each matrix: twice to one that two layers share, and into zeros that a step made.
+    Raises: RecipeError."""
+    from .linears import shape_of
+    from .zeros import was_pruned
+
+    if was_pruned(bench.before):
+        raise RecipeError("prune-magnitude set weights to zero, which lora_rank would fill: leave one of the two out")
+    seen: dict[int, str] = {}
+    for name, layer in _adapted_layers(module):
+        other = seen.setdefault(id(layer.weight), name)
+        if other != name:
+            raise RecipeError(f"{name} and {other} share their weights, which lora_rank cannot train: leave it out")
+        side = min(shape_of(layer))
+        if rank > side:
+            raise RecipeError(
+                f"lora_rank is {rank}, more than {name} can have, whose smaller side is {side}: a change of full rank "
+                f"is cheaper without lora_rank. Take less than {side}, or leave it out"
+            )
+
+
+def _adapted_layers(module: PreTrainedModel) -> list[tuple[str, Any]]:
+    """All linear layers but the head, under each of their names."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from .training import zeros_of
-
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    seen: dict[int, str] = {}
-    for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head:
-            other = seen.setdefault(id(layer.weight), name)
-            if other != name:
-                raise RecipeError(f"{name} and {other} share their weights, which lora_rank cannot train: leave it out")
-    pruned = zeros_of(dict(module.named_parameters()))
-    if pruned:
-        raise RecipeError(f"{min(pruned)} was pruned to zeros, which lora_rank would fill: leave it out")
+    return [
+        (name, layer)
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
+    ]

@@ -1,24 +1,35 @@
-"""A model and a recipe to a compressed folder: the steps one after another, each measured before and after."""
+"""A model and a recipe to a compressed folder: the steps one after another, each measured before and after.
+
+All that can be known to be wrong is refused before the first step. A rehearsal does the same and writes nothing: steps
+that train only find out how long they would take.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.bundle.folder import REPORT_PAGE_NAME
 from ...targets import Profile
 from ..config import ExportConfig
 from ..errors import RecipeError
 from ..output import place
+from ..output.report_html import compressed_page
 from ..source.finding import find_source
 from ..source.loading import SourceModel, describe_source, load_module
 from ..stages import Progress, Stages
-from .folder import RECORD_NAME, Record, read_record, write_compressed
-from .measure import Meter
+from ..texts import Texts
+from .folder import RECORD_NAME, Record, read_record, settings_of, write_compressed
+from .last_words import load_passages, read_texts
+from .measure import EVERYTHING, MOST_TOKENS, Measuring, Meter
+from .outlook import look_ahead, step_benches
 from .processes import is_first, wait_for_all
+from .progress import telling
 from .recipe import Recipe, load_recipe, step_settings
 from .steps import Step, Workbench, step_name
 
@@ -29,13 +40,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """What is compressed. model: as the user named it; folder: where it is; profile: of the target that the figures are
-    measured for; text: to measure on, and to decide what matters."""
+    measured for; texts: those that calibrate decide what matters, the others are measured on; measuring: what is
+    measured."""
 
     model: str
     folder: Path
     recipe: Recipe
     profile: Profile
-    text: str
+    texts: Texts
+    measuring: Measuring = EVERYTHING
 
 
 @dataclass
@@ -43,12 +56,12 @@ class _Context:
     """What the stages hand on."""
 
     task: Task
-    out: Path
     checkpoints: Path
     say: Callable[[str], None]
+    rehearsal: bool
     module: PreTrainedModel = field(init=False)  # load
     source: SourceModel = field(init=False)  # load
-    bench: Workbench = field(init=False)  # load
+    benches: list[Workbench] = field(init=False)  # load
     meter: Meter = field(init=False)  # load
     figures: dict[str, Any] = field(init=False)  # load, then each step
     done: list[dict[str, Any]] = field(default_factory=list)  # each step
@@ -65,18 +78,31 @@ def compress_folder(
 
     checkpoints: folder for what long steps keep, which may outlive the run; say: takes lines about how far a long step
     is. Of several processes the first one alone measures and writes; the others' records have no figures. Raises:
-    SourceError, RecipeError, TraceError, OSError, StageError.
+    SourceError, RecipeError, OSError, StageError.
     """
-    context = _Context(task, out, checkpoints, say)
-    stages = Stages(f"{task.model} with recipe {task.recipe.name}", progress)
-    with stages.stage("load"):
-        _load(context)
-    for index, step in enumerate(task.recipe.steps):
-        with stages.stage(f"{index + 1}: {step_name(step)}"):
-            _apply(context, index, step)
+    context = _Context(task, checkpoints, say, rehearsal=False)
+    stages = _apply_all(context, progress)
     with stages.stage("write"):
-        _write(context)
+        if is_first():
+            record = _record(context)
+            write_compressed(context.module, context.source.tokenizer, record, out)
+            page = compressed_page(record.name, record.recipe, record.steps)
+            (out / REPORT_PAGE_NAME).write_text(page, encoding="utf-8")
     return _record(context)
+
+
+def _apply_all(context: _Context, progress: Progress | None) -> Stages:
+    task = context.task
+    stages = Stages(f"{task.model} with recipe {task.recipe.name}", progress)
+    with telling(context.say):
+        with stages.stage("load"):
+            _load(context)
+        with stages.stage("measure the source"):
+            context.figures = _measure(context)
+        for index, step in enumerate(task.recipe.steps):
+            with stages.stage(f"{index + 1}: {step_name(step)}"):
+                _apply(context, index, step)
+    return stages
 
 
 def _load(context: _Context) -> None:
@@ -84,43 +110,63 @@ def _load(context: _Context) -> None:
     context.module = load_module(task.folder)
     context.source = source = describe_source(task.model, task.folder, context.module)
     # Without special tokens, as the runtime's tokenizer gives them to the gate of an export.
-    ids = source.tokenizer(task.text, add_special_tokens=False)["input_ids"]
-    if len(ids) < 2:
-        raise RecipeError(f"the text has {len(ids)} tokens, too few to compress by: give a longer one with --text")
-    context.bench = Workbench(
-        ids, source.tokenizer, task.folder, context.checkpoints, source.context_length, context.say
+    ids, *judging = (
+        list(source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for text in (task.texts.calibrating, *(text for _, text in task.texts.judging))
     )
-    context.meter = Meter(task.profile, ids, source.context_length, context.out / "measured")
-    context.figures = _measure(context)
+    judged = [token for part in judging for token in part[: MOST_TOKENS // len(judging)]]
+    for what, found in (("chooses", ids), ("judges", judged)):
+        if len(found) < 2:
+            raise RecipeError(
+                f"the part of {task.texts.origin} that {what} has {len(found)} tokens, too few to compress by: give a "
+                "longer text with --text"
+            )
+    measuring, passages = task.measuring, None
+    if measuring.passages is not None:
+        passages = load_passages(
+            measuring.passages, measuring.count, source.tokenizer, context.module, source.context_length
+        )
+    bench = Workbench(
+        ids,
+        source.tokenizer,
+        task.folder,
+        context.checkpoints,
+        source.context_length,
+        context.say,
+        before=tuple(settings_of(step) for step in source.compression),
+        passages=passages,
+        rehearsal=context.rehearsal,
+    )
+    context.benches = step_benches(task.recipe.steps, bench)
+    look_ahead(task.recipe.steps, context.module, context.benches)
+    reads = measuring.reads and not context.rehearsal
+    context.meter = Meter(task.profile, judged, source.context_length, passages, reads=reads)
 
 
 def _apply(context: _Context, index: int, step: Step) -> None:
-    bench = dataclasses.replace(
-        context.bench,
-        checkpoints=context.checkpoints / f"{index + 1}-{step_name(step)}",
-        before=tuple(step_settings(earlier) for earlier in context.task.recipe.steps[:index]),
-    )
-    applied = step.apply(context.module, bench)
+    started = time.monotonic()
+    applied = step.apply(context.module, context.benches[index])
+    seconds = time.monotonic() - started
     context.module = applied.module
+    details = dict(applied.details)
+    training = details.pop("training", None)
+    if training is not None:
+        seconds = training.pop("seconds", seconds)
     before, context.figures = context.figures, _measure(context)
-    context.done.append(
-        {
-            **step_settings(step),
-            "details": applied.details,
-            "before": before,
-            "after": context.figures,
-        }
-    )
+    done = {**step_settings(step), "details": details, "before": before, "after": context.figures}
+    if training is not None:
+        done["training"] = training
+    if context.rehearsal:
+        done["seconds"] = seconds
+    recipe = context.task.recipe
+    if recipe.max_kl is not None and step is recipe.steps[-1]:
+        done["promise"] = {"recipe": recipe.name, "max_kl": recipe.max_kl}
+    context.done.append(done)
 
 
 def _measure(context: _Context) -> dict[str, Any]:
     """Figures of the module as it is; none in a process that another one measures for."""
     return dataclasses.asdict(context.meter.measure(context.module)) if is_first() else {}
-
-
-def _write(context: _Context) -> None:
-    if is_first():
-        write_compressed(context.module, context.source.tokenizer, _record(context), context.out)
 
 
 def _record(context: _Context) -> Record:
@@ -132,20 +178,18 @@ def _record(context: _Context) -> Record:
 
 
 def compress_model(
-    config: ExportConfig, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+    config: ExportConfig,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    measuring: Measuring = EVERYTHING,
 ) -> Record:
     """Compress a model to a folder. Either the whole folder is in place afterwards, or nothing is.
 
-    config: with `compress` and `out`; its target's scheme is what the figures are measured with. What long steps keep,
+    config: with `compress` and `out`; its target's scheme is what sizes are stated for. What long steps keep,
     to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Of several
     processes the first one writes. Raises: as `compress_folder`; OutputError.
     """
-    if config.compress is None or config.out is None:
-        raise RecipeError("a compression needs a recipe and a place: ExportConfig(model, compress=RECIPE, out=FOLDER)")
-    recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
-    folder = find_source(config.model, config.revision)
-    place.check_output(out, config.force, RECORD_NAME)
-    task = Task(config.model, folder, recipe, profile, config.read_text())
+    task, out = _task(config, measuring)
     checkpoints = checkpoint_folder(out)
     if not is_first():
         record = compress_folder(task, out, checkpoints, progress, say)
@@ -159,6 +203,37 @@ def compress_model(
     wait_for_all()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record
+
+
+def rehearse(
+    config: ExportConfig,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    measuring: Measuring = EVERYTHING,
+) -> Record:
+    """What `compress_model` would do, without writing anything: the record of its steps, each with the parameters and
+    bytes that it leaves and the `seconds` that it takes, without what measuring and writing take.
+
+    Steps choose and cut as they would; those that train compute one row, and say what all would take. So what a step
+    after a training chooses may differ. Raises: as `compress_model`.
+    """
+    task, out = _task(config, measuring)
+    context = _Context(task, checkpoint_folder(out), say, rehearsal=True)
+    _apply_all(context, progress)
+    return _record(context)
+
+
+def _task(config: ExportConfig, measuring: Measuring) -> tuple[Task, Path]:
+    """What a configuration asks for, and where to. What reading it shows to be wrong is refused here, before the model
+    is loaded."""
+    if config.compress is None or config.out is None:
+        raise RecipeError("a compression needs a recipe and a place: ExportConfig(model, compress=RECIPE, out=FOLDER)")
+    recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
+    folder = find_source(config.model, config.revision)
+    place.check_output(out, config.force, RECORD_NAME)
+    if measuring.passages is not None:
+        read_texts(measuring.passages, measuring.count)
+    return Task(config.model, folder, recipe, profile, config.compression_texts(), measuring), out
 
 
 def checkpoint_folder(out: Path) -> Path:

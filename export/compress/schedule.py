@@ -1,20 +1,28 @@
-"""The keys that every step that trains has, and the text that it trains on."""
+"""The keys that every step that trains has, and its texts: the one that it trains on, and the one that is held out."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...runtime.host.files import read_text
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .processes import count_processes
+from .steps import Applied, Outlook, Workbench
+from .training_texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+Keep = Literal["loss", "kl", "last"]
+
 _LENGTH = 256
+_HELD_OUT_TOKENS = 2049  # of which the first is not predicted
+_TENTH = 10
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,15 @@ class Schedule(ABC):
     optimizer; batch: rows a step, over all processes; length: tokens a row (None: 256, or the model's context where
     that is shorter); learning_rate: AdamW's highest; warmup: share of the steps in which it rises from 0, before it
     falls along a cosine; seed: of the rows and of what is random in the model; checkpoint_every: steps.
+
+    held_out: UTF-8 file to read now and then (None: the last tenth of the text, which is then not trained on, where
+    that is a row or more); evaluate_every: steps between two readings (None: a tenth of them); keep: which weights
+    stay, those of the least held-out "loss", of the least divergence from the source ("kl"), or the "last" (None: as
+    the step is meant); patience: readings in a row that are no better before the training ends early (None: it goes
+    on); samples: beginnings of held-out passages that source and model go on from, for the report.
     """
+
+    KEEPS: ClassVar[Keep] = "loss"
 
     text: str | None = None
     steps: int = 200
@@ -35,12 +51,17 @@ class Schedule(ABC):
     warmup: float = 0.05
     seed: int = 0
     checkpoint_every: int = 50
+    held_out: str | None = None
+    evaluate_every: int | None = None
+    keep: Keep | None = None
+    patience: int | None = None
+    samples: int = 3
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
-        counts = {"steps": self.steps, "batch": self.batch, "checkpoint_every": self.checkpoint_every}
-        for name, value in counts.items():
-            if value < 1:
+        for name in ("steps", "batch", "checkpoint_every", "evaluate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise RecipeError(f"{name} must be 1 or more, found {value}")
         if self.length is not None and self.length < 2:
             raise RecipeError(f"length must be 2 or more, found {self.length}")
@@ -50,6 +71,10 @@ class Schedule(ABC):
             raise RecipeError(f"warmup is a share of the steps, 0 to 1, found {self.warmup}")
         if not 0 <= self.seed < 1 << 32:
             raise RecipeError(f"seed must be 0 to 4294967295, found {self.seed}")
+        if self.samples < 0:
+            raise RecipeError(f"samples must be 0 or more, found {self.samples}")
+        if self.keep == "last" and self.patience is not None:
+            raise RecipeError('patience waits for better weights, and keep = "last" has no use for them: leave one out')
 
     @abstractmethod
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
@@ -61,27 +86,67 @@ class Schedule(ABC):
             raise RecipeError(f"length is {self.length}, but the model's context has {context_length} tokens")
         return self.length or min(_LENGTH, context_length)
 
-    def read_tokens(self, bench: Workbench) -> list[int]:
-        """The text as token ids; of special tokens there are those that the text writes out.
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`: the texts, and whether a checkpoint that is there is this step's."""
+        from .checkpoint import check_ahead
 
-        Raises: RecipeError where it cannot be read or is too short for one row and the token after it.
-        """
-        ids = list(bench.token_ids) if self.text is None else bench.tokenizer(_read(self.text), **_PLAIN)["input_ids"]
-        needed = self.row_length(bench.context_length) + 1
-        if len(ids) < needed:
+        self.require_shares(count_processes())
+        check_ahead(self, self.read_texts(outlook.bench), outlook.bench)
+
+    def require_shares(self, processes: int) -> None:
+        """Raise RecipeError where so many processes cannot share a batch."""
+        if self.batch % processes:
             raise RecipeError(
-                f"{self.text or 'the text of the compression'} has {len(ids)} tokens, too few to train on: a row needs "
-                f"{needed}. Name a longer file with text, or set a smaller length"
+                f"batch is {self.batch}, which {processes} processes cannot share: take a multiple of {processes}"
             )
-        return ids
+
+    def read_texts(self, bench: Workbench) -> TrainingTexts:
+        """The text and the one that is held out as token ids; of special tokens there are those that they write out.
+
+        Raises: RecipeError where one cannot be read or is too short for one row and the token after it.
+        """
+        needed = self.row_length(bench.context_length) + 1
+        ids = list(bench.token_ids) if self.text is None else _ids(self.text, "text", bench)
+        _require(ids, needed, self.text or "the text of the compression", "train on", "text")
+        if self.held_out is not None:
+            held = _ids(self.held_out, "held_out", bench)[:_HELD_OUT_TOKENS]
+            _require(held, needed, self.held_out, "judge by", "held_out")
+            return TrainingTexts(ids, held, self.held_out)
+        tail = min(len(ids) // _TENTH, _HELD_OUT_TOKENS)
+        if tail < needed:
+            return TrainingTexts(ids, [], "")
+        return TrainingTexts(ids[:-tail], ids[-tail:], f"the end of {self.text or 'the text of the compression'}")
+
+    def due(self, done: int) -> bool:
+        """Whether the held-out text is read after so many steps."""
+        every = self.evaluate_every or math.ceil(self.steps / _TENTH)
+        return done % every == 0 or done == self.steps
+
+    @property
+    def kept(self) -> Keep:
+        """Which weights stay."""
+        return self.keep or self.KEEPS
+
+
+def _ids(path: str, key: str, bench: Workbench) -> list[int]:
+    ids: list[int] = bench.tokenizer(_read(path, key), **_PLAIN)["input_ids"]
+    return ids
+
+
+def _require(ids: list[int], needed: int, what: str, aim: str, key: str) -> None:
+    if len(ids) < needed:
+        raise RecipeError(
+            f"{what} has {len(ids)} tokens, too few to {aim}: a row needs {needed}. Name a longer file with {key}, or "
+            "set a smaller length"
+        )
 
 
 # As in the rest of a compression; and transformers need not warn of a text longer than the context.
 _PLAIN = {"add_special_tokens": False, "verbose": False}
 
 
-def _read(text: str) -> str:
+def _read(text: str, key: str) -> str:
     try:
         return read_text(Path(text))
     except OSError as error:
-        raise RecipeError(f"text = {text!r} cannot be read ({error.strerror}) from {Path.cwd()}") from error
+        raise RecipeError(f"{key} = {text!r} cannot be read ({error.strerror}) from {Path.cwd()}") from error

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from .steps import Parts
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The keys of a step that chooses. last: so many last ones; layers: these; least_useful: so many of least
-    influence. One of the three. How many is a whole number, or a share between 0 and 1 of those there are."""
+    """The keys of a step that chooses. last: so many last ones; layers: these; least_useful: so many that
+    the answers miss least. One of the three. How many is a whole number, or a share between 0 and 1 of those there are.
+    """
 
     last: float | None = None
     layers: tuple[int, ...] | None = None
@@ -43,13 +48,21 @@ class Selection:
         assert given is not None, "one of the three is given"
         return int(given) if given >= 1 else max(1, round(given * there))
 
-    def choose(
-        self, there: Collection[int], what: str, influence: Callable[[], dict[int, float]]
-    ) -> tuple[list[int], dict[int, float]]:
-        """The chosen indexes, sorted, and the influences, where these were asked.
+    def check_parts(self, parts: Parts, what: str) -> None:
+        """Look ahead, with nobody knowing yet which are least useful. Raises: as `choose`."""
 
-        there: indexes that can be chosen; what: they are, for messages. Raises: RecipeError where an index is not there
-        or nothing would be left.
+        def choose(there: Collection[int]) -> list[int]:
+            return self.choose(there, what, lambda count: dict.fromkeys(sorted(there)[:count], 0.0))[0]
+
+        parts.drop(choose, named=self.layers is not None)
+
+    def choose(
+        self, there: Collection[int], what: str, least: Callable[[int], dict[int, float]]
+    ) -> tuple[list[int], dict[int, float]]:
+        """The chosen indexes, sorted, and what `least` measured, where it was asked.
+
+        there: indexes that can be chosen; what: they are, for messages; least: so many least useful ones, each with
+        what it measured. Raises: RecipeError where an index is not there or nothing would be left.
         """
         order = sorted(there)
         missing = sorted(set(self.layers or ()) - set(order))
@@ -62,5 +75,5 @@ class Selection:
             return sorted(self.layers), {}
         if self.last is not None:
             return order[-count:], {}
-        found = influence()
-        return sorted(sorted(order, key=lambda index: found[index])[:count]), found
+        found = least(count)
+        return sorted(found), found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +41,13 @@ class ShareWeights:
         if len(set(named)) < len(named):
             raise RecipeError(f"groups name a layer twice: {sorted(named)}")
 
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`."""
+        from .edits import present_layers
+
+        self._require(outlook.parts("layer", present_layers).left)
+        self._require_head(outlook.module)
+
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
         from .edits import edit
@@ -67,9 +74,7 @@ class ShareWeights:
         from .edits import present_layers
 
         order = list(present_layers(module))
-        missing = sorted({index for group in self.groups or () for index in group} - set(order))
-        if missing:
-            raise RecipeError(f"there is no layer {missing[0]}: there are {', '.join(map(str, order))}")
+        self._require(order)
         if self.every is None:
             return [list(group) for group in self.groups or ()]
         groups = [order[begin : begin + self.every] for begin in range(0, len(order), self.every)]
@@ -77,6 +82,11 @@ class ShareWeights:
         if not groups:
             raise RecipeError(f"every = {self.every} finds no two layers to share: there are {len(order)}")
         return groups
+
+    def _require(self, order: list[int]) -> None:
+        missing = sorted({index for group in self.groups or () for index in group} - set(order))
+        if missing:
+            raise RecipeError(f"there is no layer {missing[0]}: there are {', '.join(map(str, order))}")
 
     def _require_head(self, module: PreTrainedModel) -> None:
         if not self.embedding:

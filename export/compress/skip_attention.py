@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .selection import Selection
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,18 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SkipAttention(Selection):
-    """See `Selection`. The influence of a sublayer is how far it turns the stream that it is added to."""
+    """See `Selection`."""
+
+    def check(self, outlook: Outlook) -> None:
+        """See `Checked`. Attention goes with the layers that steps before this one leave out."""
+        from .edits import present_layers
+        from .structure import attention_sublayers
+
+        layers = outlook.parts("layer", present_layers)
+        attention = outlook.parts("attention sublayer", attention_sublayers)
+        attention.bound(layers)
+        self.check_parts(attention, "attention sublayer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
         from .edits import edit
         from .influence import attention_influence
+        from .leaving_out import least_missed_attention
         from .structure import attention_sublayers
 
-        chosen, influence = self.choose(
-            attention_sublayers(module),
-            "attention sublayer",
-            lambda: attention_influence(module, bench.token_ids, bench.context_length),
-        )
+        def least(count: int) -> dict[int, float]:
+            influence = attention_influence(module, bench.token_ids, bench.context_length)
+            return least_missed_attention(module, count, bench.token_ids, bench.context_length, influence)
+
+        chosen, missed = self.choose(attention_sublayers(module), "attention sublayer", least)
         edit(module, "skip_attention", layers=chosen)
-        return Applied(module, {"layers": chosen, "influence": {str(i): round(v, 6) for i, v in influence.items()}})
+        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})

@@ -20,13 +20,13 @@ from ...runtime.sessions.protocol import Capabilities
 from ...runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
 
 class TorchSession:
     """A module in evaluation mode as a `runtime.session.Session`."""
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._ids: list[int] = []
         self.capabilities = Capabilities()
@@ -40,9 +40,10 @@ class TorchSession:
 
         self._ids += token_ids
         with torch.no_grad():
-            logits = self._module(input_ids=torch.tensor([self._ids]), use_cache=False).logits
+            ids = torch.tensor([self._ids], device=next(self._module.parameters()).device)
+            logits = self._module(input_ids=ids, use_cache=False).logits
         # Index from the front: `[-0:]` would be the whole text.
-        return np.asarray(logits[0, len(self._ids) - keep :].numpy(), np.float32)
+        return np.asarray(logits[0, len(self._ids) - keep :].cpu().numpy(), np.float32)
 
     def expect(self, positions: int) -> None:
         """Do nothing: there is no cache."""

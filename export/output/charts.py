@@ -124,6 +124,32 @@ def lines(name: str, description: str, stop: int, series: Sequence[tuple[str, fl
         return _svg(figure, name, description)
 
 
+def curves(
+    name: str, description: str, stop: int, series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]
+) -> str:
+    """Values over the steps of a training, 0 to `stop`, the description above them. series: label, colour, and places
+    (step, value), two or more."""
+    values = [value for _, _, places in series for _, value in places]
+    low, high = min(values), max(values)
+    room = (high - low) or abs(high) or 1.0
+    with _style(name):
+        figure, axes = _canvas(2.4, (0.0, 0.14, 1.0, 0.62))
+        axes.set_xlim(0, stop)
+        axes.set_ylim(low - 0.1 * room, high + 0.1 * room)
+        for height in (low, high):
+            axes.axhline(height, color=COLORS["track"], linewidth=0.8, zorder=0)
+        for _, color, places in series:
+            axes.plot(*zip(*places, strict=True), color=COLORS[color], linewidth=2.2, marker="o", markersize=3.5)
+        _label(axes, description, (0, 1), (0, 30), alignment=("left", "bottom"), color="ink", size=_TEXT)
+        for index, (label, color, places) in enumerate(series):
+            words = f"{label}: {places[0][1]:.4g} to {places[-1][1]:.4g}"
+            side = ("left", "right")[index % 2]
+            _label(axes, words, (float(index % 2), 1), (0, 12), alignment=(side, "bottom"), color=color, size=_SMALL)
+        for share, words, side in ((0, "step 0", "left"), (1, f"step {stop:,}", "right")):
+            _label(axes, words, (share, 0), (0, -6), alignment=(side, "top"), color="muted", size=_SMALL)
+        return _svg(figure, name, description)
+
+
 def _label(
     axes: Axes,
     words: str,

@@ -5,39 +5,39 @@ Fills `templates/report.html` with the data of `report`, texts of `runtime.bundl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle.figures import (
     AGREEMENT,
-    COMPRESSION_COLUMNS,
     PERPLEXITY,
     Figure,
     bytes_text,
     compression_notes,
-    compression_rows,
+    compression_table,
     count_text,
     main_figures,
     speed_text,
     was_changed,
 )
 from ...runtime.bundle.side_by_side import examples
+from ...runtime.bundle.training import training_curves
 from . import charts
 from .charts import Row
 
-_TEMPLATE = "templates/report.html"
+if TYPE_CHECKING:
+    import jinja2
+
+_REPORT, _COMPRESSED = "report.html", "compressed.html"
 _SHOWN_LAYERS = 20
 _TILES = ("Weights", "Writing an answer", "Cache, full context", AGREEMENT)
 
 
 def page(report: dict[str, Any]) -> str:
     """The page of a report, as text. Well-formed XML; the same report gives the same text."""
-    import jinja2
-
-    source = (resources.files("edgelm.export") / _TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     figures = main_figures(report)
-    return environment.from_string(source).render(
+    return _template(_REPORT).render(
         report=report,
         changed=was_changed(report),
         figures=figures,
@@ -45,14 +45,47 @@ def page(report: dict[str, Any]) -> str:
         perplexity=next((figure for figure in figures if figure.title == PERPLEXITY), None),
         parts=_parts(report),
         examples=examples(report),
-        steps=[COMPRESSION_COLUMNS, *compression_rows(report.get("compression"))],
-        step_notes=compression_notes(report.get("compression")),
+        **_compression(report.get("compression")),
         charts=_charts(report),
         seconds=sum(stage["seconds"] for stage in report["stages"]),
         peak=max((stage["peak_bytes"] for stage in report["stages"]), default=0),
         bytes_text=bytes_text,
         count_text=count_text,
     )
+
+
+def compressed_page(name: str, recipe: str, steps: Sequence[dict[str, Any]]) -> str:
+    """The page of a compression, as `page`. name: of the model; steps: as a record holds them."""
+    return _template(_COMPRESSED).render(name=name, recipe=recipe, **_compression(steps))
+
+
+def _template(name: str) -> jinja2.Template:
+    import jinja2
+
+    def read(name: str) -> str:
+        return (resources.files("edgelm.export") / "templates" / name).read_text(encoding="utf-8")
+
+    loader = jinja2.FunctionLoader(read)
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    ).get_template(name)
+
+
+def _compression(steps: Any) -> dict[str, Any]:
+    """What the template of a compression shows: rows, notes, and the curves and samples of each training."""
+    trainings = [
+        {
+            "use": curve.use,
+            "words": curve.words,
+            "samples": curve.samples,
+            "charts": [
+                charts.curves(f"training{number}-{index}", title, curve.steps, series)
+                for index, (title, series) in enumerate(curve.charts())
+            ],
+        }
+        for number, curve in enumerate(training_curves(steps))
+    ]
+    return {"steps": compression_table(steps), "step_notes": compression_notes(steps), "trainings": trainings}
 
 
 def _tiles(figures: list[Figure]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ A report may come from another version of edgelm: a figure whose numbers are not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +45,33 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
     return [*figures, *_quality(report), *_arithmetic(report), *_cache(report), *_against_source(report)]
 
 
-COMPRESSION_COLUMNS = ("after", "parameters", "size", "perplexity", "same token", "tokens/s")
-
-
-def compression_rows(steps: Any) -> list[tuple[str, ...]]:
-    """A row for the source and one for each step of a compression, as `COMPRESSION_COLUMNS` says. steps: report.json's
-    `compression`; what it does not hold is a dash."""
-    found = _steps(steps)
-    first = [("source", *_cells(found[0].get("before")))] if found else []
-    return [*first, *((str(step.get("use")), *_cells(step.get("after"))) for step in found)]
+def plan_table(steps: Any) -> list[tuple[str, ...]]:
+    """Titles, and a row for each step that a rehearsal made: what it removes, and what it leaves."""
+    table: list[tuple[str, ...]] = [("step", "removes", "parameters", "size", "takes")]
+    for step in tables_of(steps):
+        if (seconds := number_of(step, "seconds")) is not None:
+            counts = [number_of(step, side, "parameters") or 0 for side in ("before", "after")]
+            gone = f"{counts[0] - counts[1]:,.0f} ({100 * (1 - counts[1] / max(1, counts[0])):.1f} %)"
+            size = bytes_text(number_of(step, "after", "bytes") or 0)
+            table.append((str(step.get("use")), gone, f"{counts[1]:,.0f}", size, duration_text(seconds)))
+    return table
 
 
 def compression_notes(steps: Any) -> list[str]:
     """What steps have to say beside their figures, a sentence each."""
-    notes = ((step.get("use"), step.get("details")) for step in _steps(steps))
-    return [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
+    notes = ((step.get("use"), step.get("details")) for step in tables_of(steps))
+    found = [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
+    return [*found, *(note for step in tables_of(steps) for note in _broken_promise(step))]
+
+
+def _broken_promise(step: dict[str, Any]) -> Iterator[str]:
+    """What the last step of a recipe says where the model lost more than the recipe promises."""
+    most, lost = number_of(step, "promise", "max_kl"), number_of(step, "after", "kl")
+    if most is not None and lost is not None and lost > most:
+        yield (
+            f"WARNING: this model is not what the recipe {step['promise'].get('recipe')} promises: it is {lost:.3f} "
+            f"nats a token from its source, and the recipe's limit is {most:g}: take a milder one, or train afterwards"
+        )
 
 
 def bytes_text(count: float) -> str:
@@ -68,6 +80,42 @@ def bytes_text(count: float) -> str:
         if count >= size:
             return f"{count / size:,.{digits}f} {unit}"
     return f"{count:,.0f} bytes"
+
+
+# Of a step's figures: key, title, and how the number is written.
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("parameters", "parameters", "{:,.0f}".format),
+    ("bytes", "size", bytes_text),
+    ("perplexity", "perplexity", "{:,.3f}".format),
+    ("kl", "KL", "{:.4f}".format),
+    ("agreement_percent", "same token", "{:.1f} %".format),
+    ("last_words_percent", "last words", "{:.1f} %".format),
+    ("decode_tokens_per_s", "tokens/s", "{:,.0f}".format),  # older records have it
+)
+
+
+def compression_table(steps: Any) -> list[tuple[str, ...]]:
+    """Titles, a row for the source and one for each step of a compression. steps: report.json's `compression`. A figure
+    that a row does not have is a dash, one that no row has gets no column."""
+    found = tables_of(steps)
+    rows = (
+        [("source", found[0].get("before")), *((str(step.get("use")), step.get("after")) for step in found)]
+        if found
+        else []
+    )
+    columns = [item for item in _COLUMNS if any(number_of(figures, item[0]) is not None for _, figures in rows)]
+    table = [("after", *(title for _, title, _ in columns))]
+    for name, figures in rows:
+        numbers = [(number_of(figures, key), text) for key, _, text in columns]
+        table.append((name, *("-" if number is None else text(number) for number, text in numbers)))
+    return table
+
+
+def duration_text(seconds: float) -> str:
+    """A time in the unit that suits it: "12 s", "3 min", "1.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def speed_text(tokens_per_s: float) -> str:
@@ -105,7 +153,7 @@ def _compared(report: dict[str, Any]) -> Iterator[Figure]:
         ("Cache, full context", ("memory", "kv_bytes_full_context"), bytes_text, ("larger", "smaller"), False),
     )
     for title, (section, key), text, words, more_is_better in rows:
-        before, after = (_number(report, section, side, key) for side in ("before", "after"))
+        before, after = (number_of(report, section, side, key) for side in ("before", "after"))
         if before is None or after is None:
             continue
         verdict = change_text(before, after, *words)
@@ -115,23 +163,23 @@ def _compared(report: dict[str, Any]) -> Iterator[Figure]:
 
 def _quality(report: dict[str, Any]) -> Iterator[Figure]:
     before, after, percent = (
-        _number(report, "against_fp32", f"perplexity_{key}") for key in ("before", "after", "increase_percent")
+        number_of(report, "against_fp32", f"perplexity_{key}") for key in ("before", "after", "increase_percent")
     )
     if before is not None and after is not None and percent is not None:
         same = abs(percent) < _SAME_PERPLEXITY_PERCENT
         verdict = "the same" if same else f"{abs(percent):.2f} % {'worse' if percent > 0 else 'better'}"
         better = None if same or percent > 0 else True  # a small rise is what INT8 costs, and inside the tolerance
         yield Figure(PERPLEXITY, f"{before:.3f}", f"{after:.3f}", verdict, better)
-    mean, worst = (_number(report, "against_fp32", key) for key in ("mean_kl", "p99_kl"))
+    mean, worst = (number_of(report, "against_fp32", key) for key in ("mean_kl", "p99_kl"))
     if mean is not None and worst is not None:
         yield Figure(DISTANCE, None, f"{mean:.2g} nats a token", f"{worst:.2g} at the worst of 100")
-    agreement = _number(report, "against_fp32", "agreement_percent")
+    agreement = number_of(report, "against_fp32", "agreement_percent")
     if agreement is not None:
         yield Figure(AGREEMENT, None, f"{agreement:.1f} % of tokens")
-    decided, positions = (_number(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
+    decided, positions = (number_of(report, "against_fp32", key) for key in ("decided_percent", "decided_positions"))
     if decided is not None and positions:
         yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
-    equal, prompts, first = (_number(report, "against_fp32", "answers", key) for key in _ANSWERS)
+    equal, prompts, first = (number_of(report, "against_fp32", "answers", key) for key in _ANSWERS)
     if equal is not None and prompts and first is not None:
         verdict = f"the first word is another in {first:,.0f}" if first else "the first word is the same in all"
         yield Figure(ANSWERS, None, f"{equal:,.0f} of {prompts:,.0f} from beginning to end", verdict)
@@ -141,8 +189,8 @@ def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
     """Which activations have 16 bits, and what those in 8 bits save."""
     found = report.get("arithmetic")
     matrices = found.get("matrices") if isinstance(found, dict) else None
-    bits = [_number(matrix, "activations") for matrix in matrices] if isinstance(matrices, (list, tuple)) else []
-    saved = _number(report, "arithmetic", "multiply_adds_saved_percent")
+    bits = [number_of(matrix, "activations") for matrix in matrices] if isinstance(matrices, (list, tuple)) else []
+    saved = number_of(report, "arithmetic", "multiply_adds_saved_percent")
     if bits and saved is not None:
         words = f"{bits.count(16)} of {len(bits)} matrices"
         yield Figure("Activations of 16 bits", None, words, f"{saved:.0f} % of the multiply-adds saved")
@@ -152,7 +200,7 @@ def _cache(report: dict[str, Any]) -> Iterator[Figure]:
     """The INT8 cache on prompts that did not calibrate it: how many values were out of range, and how answers
     changed."""
     clipped, excess, widened = (
-        _number(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
+        number_of(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
     )
     if clipped is not None and excess is not None and widened is not None:
         verdict = f"{widened:,.0f} channels widened" if widened else ""
@@ -160,38 +208,27 @@ def _cache(report: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("Cache values beyond range", None, words, verdict)
     cache = report.get("cache")
     kinds = cache.get("kinds") if isinstance(cache, dict) else None
-    known = [_number(kind, "kl") for kind in kinds] if isinstance(kinds, (list, tuple)) else []
+    known = [number_of(kind, "kl") for kind in kinds] if isinstance(kinds, (list, tuple)) else []
     worst = max((kl for kl in known if kl is not None), default=None)
     if worst is not None:
         yield Figure("Answers, INT8 cache", None, f"{worst:.1e} nats from a float32 cache's, at worst")
 
 
 def _against_source(report: dict[str, Any]) -> Iterator[Figure]:
-    equal, steps = (_number(report, "against_source", key) for key in ("equal_steps", "steps"))
+    equal, steps = (number_of(report, "against_source", key) for key in ("equal_steps", "steps"))
     if equal is not None and steps is not None:
         yield Figure("fp32 graph writes as PyTorch", None, f"{equal:,.0f} of {steps:,.0f} tokens")
-    difference = _number(report, "against_source", "logit_difference")
+    difference = number_of(report, "against_source", "logit_difference")
     if difference is not None:
         yield Figure("fp32 logits against PyTorch", None, f"{difference:.1e} of the largest apart")
 
 
-def _steps(steps: Any) -> list[dict[str, Any]]:
+def tables_of(steps: Any) -> list[dict[str, Any]]:
+    """The objects of what should be a list of them."""
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, (list, tuple)) else []
 
 
-def _cells(figures: Any) -> tuple[str, ...]:
-    formats = {
-        "parameters": "{:,.0f}".format,
-        "bytes": bytes_text,
-        "perplexity": "{:,.3f}".format,
-        "agreement_percent": "{:.1f} %".format,
-        "decode_tokens_per_s": "{:,.0f}".format,
-    }
-    numbers = {key: _number(figures, key) for key in formats}
-    return tuple("-" if number is None else formats[key](number) for key, number in numbers.items())
-
-
-def _number(report: Any, *keys: str) -> float | None:
+def number_of(report: Any, *keys: str) -> float | None:
     """The number under a path of keys, or None."""
     for key in keys:
         report = report.get(key) if isinstance(report, dict) else None

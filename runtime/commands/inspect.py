@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.cuts import what_is_off
-from ..bundle.figures import COMPRESSION_COLUMNS, compression_notes, compression_rows, main_figures
+from ..bundle.figures import compression_notes, compression_table, main_figures
 from ..bundle.folder import REPORT_NAME, REPORT_PAGE_NAME, Bundle
 from ..bundle.manifest import LayerCache, Manifest
 from ..bundle.side_by_side import Cut, examples, printable
@@ -115,12 +115,12 @@ def _line(text: str) -> str:
 
 
 def _show_compression(steps: Any) -> None:
-    """Print what each step of a recipe changed before this export, measured in INT8."""
-    rows = compression_rows(steps)
+    """Print what each step of a recipe changed before this export."""
+    titles, *rows = compression_table(steps)
     if not rows:
         return
     _print("Compressed before, step by step:")
-    for name, *cells in (COMPRESSION_COLUMNS, *rows):
+    for name, *cells in (titles, *rows):
         _print(f"  {name:18} " + "".join(f"{cell:>13} " for cell in cells).rstrip())
     for note in compression_notes(steps):
         _print(f"  {note}")

@@ -1,0 +1,93 @@
+"""The text that is held out of a training: read now and then, and what the readings say of the weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .reading import Reader
+from .schedule import Keep
+from .steps import Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROMPT, _ANSWER = 16, 32  # tokens of a sample
+
+
+class HeldOut:
+    """Reads a student in evaluation mode, and puts it back into training.
+
+    Cost: a pass of the source over the text, once; a pass of the student each time, and one over each passage of
+    LAMBADA, if there are some. Memory: see `Reader`.
+    """
+
+    def __init__(
+        self,
+        token_ids: list[int],
+        source: PreTrainedModel,
+        bench: Workbench,
+        *,
+        within: AbstractContextManager[Any] | None,
+        samples: int,
+    ) -> None:
+        """source: whose predictions divergence is from, which is not kept; within: what a student computes in, such as
+        a simulation of INT8."""
+        self._reader = Reader(token_ids, bench.context_length)
+        self._passages, self._within = bench.passages, within or nullcontext()
+        self._reader.expect(source)
+        self._prompts = _prompts(token_ids, samples)
+        self._said = _continued(source, self._prompts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted in a reading."""
+        return self._reader.tokens
+
+    def read(self, student: torch.nn.Module) -> dict[str, float]:
+        """held_out_loss, kl, and where passages are read last_words_percent."""
+        student.eval()
+        with self._within:
+            reading = self._reader.read(student)
+            found = {"held_out_loss": round(reading.loss, 5), "kl": round(reading.kl, 6)}
+            if self._passages is not None:
+                found["last_words_percent"] = round(100 * self._passages.accuracy(student), 2)
+        student.train()
+        return found
+
+    def samples(self, student: torch.nn.Module) -> list[dict[str, list[int]]]:
+        """Beginnings of passages (`prompt`), and what `source` and student (`after`) say next, as token ids."""
+        student.eval()
+        with self._within:
+            said = _continued(student, self._prompts)
+        names = ("prompt", "source", "after")
+        each = zip(self._prompts.tolist(), self._said, said, strict=True)
+        return [dict(zip(names, ids, strict=True)) for ids in each]
+
+
+def better(point: dict[str, Any], best: dict[str, Any] | None, keep: Keep) -> bool:
+    """Whether a reading is better than the best so far."""
+    key = "kl" if keep == "kl" else "held_out_loss"
+    return best is None or bool(point[key] < best[key])
+
+
+def _prompts(token_ids: list[int], count: int) -> torch.Tensor:
+    """Beginnings of passages spread over a text, (up to count, 16) int64."""
+    size = min(_PROMPT, len(token_ids))
+    room = len(token_ids) - size
+    starts = sorted({index * room // max(1, count) for index in range(count)})
+    return torch.tensor([token_ids[start : start + size] for start in starts], dtype=torch.int64)
+
+
+def _continued(module: Any, prompts: torch.Tensor) -> list[list[int]]:
+    """The most likely tokens after each prompt, chosen one after another. All tokens are read again for each: not every
+    model that steps made has a cache."""
+    ids = prompts.to(next(module.parameters()).device)
+    with torch.no_grad():
+        for _ in range(_ANSWER if len(prompts) else 0):
+            last = module(input_ids=ids, use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
+    said: list[list[int]] = ids[:, prompts.shape[-1] :].tolist() if len(prompts) else []
+    return said

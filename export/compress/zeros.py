@@ -1,0 +1,39 @@
+"""Which zeros of a model are there because a step pruned weights: those shall stay.
+
+A model may have zeros of its own, thousands of them in an embedding of a real one. They are weights like others. So the
+steps that a model went through decide, not a count of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .folder import read_record, settings_of
+
+if TYPE_CHECKING:
+    import torch
+
+_PRUNES = "prune-magnitude"
+
+
+def was_pruned(steps: Iterable[Mapping[str, Any]], folders: Iterable[Path] = ()) -> bool:
+    """Whether `prune-magnitude` is among these steps, or among those that a model of the folders went through."""
+    records = [read_record(folder) for folder in folders if folder.is_dir()]
+    earlier = [settings_of(step) for record in records if record is not None for step in record.steps]
+    return any(step.get("use") == _PRUNES for step in (*steps, *earlier))
+
+
+def pruned_zeros(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Where the matrices of a pruned model's linear layers are zero, by the names of the parameters. A head that is the
+    embedding was not pruned."""
+    import torch
+
+    from .linears import is_linear
+
+    parts: list[Any] = list(module.modules())
+    matrices = {id(part.weight) for part in parts if is_linear(part)}
+    matrices -= {id(part.weight) for part in parts if isinstance(part, torch.nn.Embedding)}
+    found = {name: weight == 0 for name, weight in module.named_parameters() if id(weight) in matrices}
+    return {name: where for name, where in found.items() if bool(where.any())}

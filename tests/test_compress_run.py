@@ -1,0 +1,419 @@
+"""A compression as a whole: refused before work where that can be known, measured in one pass, rehearsed, told."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgelm.export import ExportConfig, compress_model, export_model
+from edgelm.export.compress.folder import load_compressed
+from edgelm.export.compress.measure import Measuring
+from edgelm.export.compress.reading import Reader
+from edgelm.export.compress.run import rehearse
+from edgelm.export.compress.size import weight_bytes
+from edgelm.export.errors import ExportError, OutputError, RecipeError
+from edgelm.export.source.loading import load_module
+from edgelm.runtime.cli import main
+
+from .conftest import TEXT, byte_tokenizer, tiny_llama
+from .test_compress import write_recipe
+
+TRAINING: dict[str, Any] = {"use": "recover", "steps": 4, "batch": 2, "length": 32, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Four layers, with norms that are not alike: equal weights are in a bundle once."""
+    module = tiny_llama(num_hidden_layers=4)
+    for number, (name, weight) in enumerate(module.named_parameters()):
+        if "norm" in name:
+            weight.data += torch.rand(weight.shape, generator=torch.Generator().manual_seed(number)) / 10
+    module.save_pretrained(tmp_path / "m")
+    byte_tokenizer(tmp_path / "m")
+    return tmp_path / "m"
+
+
+class Listener:
+    """Progress that remembers which stages began, and what was said."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.lines: list[str] = []
+
+    def started(self, name: str) -> None:
+        self.stages.append(name)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def finished(self, record: Any) -> None:
+        """Nothing."""
+
+
+def compress(model: Path, out: Path, *steps: dict[str, Any], **options: Any) -> tuple[Any, Listener]:
+    listener = Listener()
+    recipe = write_recipe(out.with_suffix(".toml"), *steps)
+    measuring = options.pop("measuring", Measuring())
+    work = options.pop("work", compress_model)
+    config = ExportConfig(str(model), out=out, compress=recipe, **options)
+    return work(config, listener, listener.say, measuring), listener
+
+
+def refused(
+    model: Path, out: Path, *steps: dict[str, Any], error: type[Exception] = ExportError, **options: Any
+) -> str:
+    """The words of a refusal, which came while the model was loaded or before."""
+    listener = Listener()
+    recipe = write_recipe(out.with_suffix(".toml"), *steps)
+    measuring = options.pop("measuring", Measuring())
+    config = ExportConfig(str(model), out=out, compress=recipe, **options)
+    with pytest.raises(error) as caught:
+        compress_model(config, listener, listener.say, measuring)
+    assert listener.stages in ([], ["load"])
+    assert not out.exists()
+    return str(caught.value)
+
+
+# --- refused before the first step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([TRAINING, {"use": "drop-layers", "last": 4}], "step 2, drop-layers: of 4 layers at most 3 can go, not 4"),
+        (
+            [{"use": "drop-layers", "least_useful": 2}, {"use": "drop-layers", "last": 2}],
+            "step 2, drop-layers: of 2 layers at most 1 can go, not 2",
+        ),
+        (
+            [{"use": "drop-layers", "least_useful": 2}, {"use": "skip-attention", "least_useful": 2}],
+            "step 2, skip-attention: of 2 attention sublayers at most 1",
+        ),
+        (
+            [{"use": "drop-layers", "layers": [1]}, {"use": "skip-attention", "layers": [1]}],
+            "step 2, skip-attention: there is no attention sublayer 1: there are 0, 2, 3",
+        ),
+        ([TRAINING, {"use": "skip-attention", "layers": [17]}], "step 2, skip-attention: there is no attention"),
+        (
+            [TRAINING, {"use": "low-rank", "ratio": 0.2, "matrices": ["*c_fc"]}],
+            "step 2, low-rank: no plain linear layer",
+        ),
+        ([TRAINING, {"use": "share-weights", "groups": [[0, 9]]}], "step 2, share-weights: there is no layer 9"),
+        ([TRAINING, {"use": "share-weights", "embedding": True}], "step 2, share-weights: LlamaForCausalLM shares"),
+        (
+            [{"use": "drop-layers", "last": 1}, {**TRAINING, "lora_rank": 33}],
+            "step 2, recover: lora_rank is 33, more than model.layers.0.self_attn.k_proj can have, whose smaller side",
+        ),
+        (
+            [{"use": "prune-magnitude", "ratio": 0.5}, {**TRAINING, "lora_rank": 2}],
+            "step 2, recover: prune-magnitude set weights to zero",
+        ),
+        (
+            [{"use": "drop-layers", "last": 1}, {**TRAINING, "text": "no.txt"}],
+            "step 2, recover: text = 'no.txt' cannot",
+        ),
+        (
+            [{"use": "drop-layers", "last": 1}, {**TRAINING, "held_out": "no.txt"}],
+            "step 2, recover: held_out = 'no.txt' cannot be read",
+        ),
+        ([{"use": "drop-layers", "last": 1}, {**TRAINING, "length": 9000}], "step 2, recover: length is 9000"),
+        (
+            [{"use": "drop-layers", "last": 1}, {**TRAINING, "use": "distil", "teacher": "/none"}],
+            "step 2, distil: ",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_before_the_first_one(
+    model: Path, tmp_path: Path, steps: list[dict[str, Any]], words: str
+) -> None:
+    assert words in refused(model, tmp_path / "out", *steps)
+
+
+def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    (tmp_path / "one.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 3, encoding="utf-8")
+    first = {"use": "drop-layers", "last": 1}
+    short = str(tmp_path / "short.txt")
+    out = tmp_path / "out"
+    assert "has 5 tokens, too few to train on: a row needs 33" in refused(
+        model, out, first, {**TRAINING, "text": short}
+    )
+    assert "has 5 tokens, too few to judge by" in refused(model, out, first, {**TRAINING, "held_out": short})
+    assert "the text has 1 tokens, too few" in refused(model, out, first, text=tmp_path / "one.txt")
+    measuring = Measuring(passages=tmp_path / "p.jsonl", count=4)
+    assert "has 3 passages, fewer than the 4 asked for" in refused(model, out, first, measuring=measuring)
+    measuring = Measuring(passages=tmp_path / "none.jsonl")
+    assert "none.jsonl cannot be read" in refused(model, out, first, measuring=measuring)
+
+
+def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from edgelm.export.compress.checkpoint import Checkpoint
+
+    text, out = tmp_path / "t.txt", tmp_path / "out"
+    text.write_text(TEXT, encoding="utf-8")
+    steps = ({"use": "drop-layers", "last": 1}, {**TRAINING, "text": str(text), "checkpoint_every": 2})
+    save = Checkpoint.save
+
+    def interrupted(self: Checkpoint, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", interrupted)
+        compress(model, out, *steps)
+    kept = tmp_path / "out.checkpoints" / "2-recover" / "training.safetensors"
+    before = kept.read_bytes()
+    text.write_text(TEXT[100:] + TEXT[:100], encoding="utf-8")
+    words = refused(model, out, *steps)
+    assert "step 2, recover: " in words, words
+    assert "differs in the text to train on, the text that is held out, and is left alone" in words
+    assert kept.read_bytes() == before
+    text.write_text(TEXT, encoding="utf-8")
+    _, listener = compress(model, out, *steps)
+    assert any(line.startswith("goes on after step 2 of 4") for line in listener.lines)
+
+
+# --- faults in the middle ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(model: Path, tmp_path: Path) -> None:
+    import resource
+
+    step = {**TRAINING, "checkpoint_every": 1}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(
+            OutputError, match=r"the checkpoint after step 1 cannot be written .* nothing was kept before"
+        ):
+            compress(model, tmp_path / "out", step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "out.checkpoints" / "1-recover").iterdir())
+    record, _ = compress(model, tmp_path / "out", step)
+    assert record.steps[0]["training"]["kept_step"] > 0
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_noticed_before_the_first_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    listener = Listener()
+    recipe = write_recipe(tmp_path / "r.toml", TRAINING)
+    with pytest.raises(OutputError, match=r"a checkpoint of the training takes [1-9]"):
+        compress_model(ExportConfig(str(model), out=tmp_path / "out", compress=recipe), listener, listener.say)
+    assert not any(line.startswith("step ") for line in listener.lines)
+
+
+def test_a_loss_that_is_no_number_in_the_first_step_blames_what_was_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelm.export.compress import training
+
+    monkeypatch.setattr(training, "next_token", lambda student, rows: student(rows).logits.sum() * float("nan"))
+    with pytest.raises(RecipeError, match="not a finite number in the first step, before any weight was changed"):
+        compress(model, tmp_path / "out", {**TRAINING, "length": 400})
+    assert not (tmp_path / "out.checkpoints").exists()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_module(model: Path, tmp_path: Path) -> None:
+    """By hand: the loss of each token but the first, and KL, in windows of 512."""
+    record, _ = compress(model, tmp_path / "out", {"use": "drop-layers", "layers": [2]})
+    before, after = (record.steps[0][side] for side in ("before", "after"))
+    ids = torch.tensor(list(load_ids(model)))[:2049]
+    source, small = load_module(model), load_compressed(tmp_path / "out")
+    losses, divergences = [], []
+    for start in range(0, len(ids) - 1, 512):
+        window = ids[start : start + 513]
+        with torch.no_grad():
+            p, q = (torch.log_softmax(item(window[None, :-1]).logits[0], -1) for item in (source, small))
+        losses.append(-q.gather(1, window[1:, None]).sum())
+        divergences.append((p.exp() * (p - q)).sum())
+    count = len(ids) - 1
+    assert after["perplexity"] == pytest.approx(float(torch.stack(losses).sum().div(count).exp()), rel=1e-4)
+    assert after["kl"] == pytest.approx(float(torch.stack(divergences).sum() / count), rel=1e-2)
+    assert before["kl"] == 0
+    assert before["agreement_percent"] == 100 > after["agreement_percent"]
+
+
+def load_ids(model: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids: list[int] = AutoTokenizer.from_pretrained(model)(TEXT, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_a_reader_needs_no_reference_to_read() -> None:
+    module = tiny_llama()
+    reader = Reader(list(TEXT.encode())[:700], 512)
+    first = reader.read(module)
+    assert (first.kl, first.same) == (0.0, 1.0)
+    again = reader.read(module)
+    assert again.loss == pytest.approx(first.loss, abs=1e-6)
+    assert again.kl == pytest.approx(0, abs=1e-5)
+    assert again.same == 1.0
+
+
+def test_the_size_is_that_which_the_bundle_states(tmp_path: Path) -> None:
+    """Of a model of real stories: one of random weights would not pass the gate."""
+    steps = (
+        {"use": "skip-attention", "layers": [4]},
+        {"use": "prune-structured", "ratio": 0.05},
+        {"use": "low-rank", "matrices": ["*down_proj"], "ratio": 0.1},
+    )
+    model = Path("builtin:tales")
+    record, _ = compress(model, tmp_path / "small", *steps, target="x86-cpu")
+    report = export_model(ExportConfig(str(tmp_path / "small"), target="x86-cpu", out=tmp_path / "b")).report
+    assert record.steps[-1]["after"]["bytes"] == pytest.approx(report["memory"]["after"]["weights_bytes"], rel=1e-3)
+
+
+def test_nothing_is_measured_where_that_is_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("the text was read"))
+    recipe = write_recipe(tmp_path / "r.toml", {"use": "drop-layers", "last": 1})
+    words = ["compress", str(model), "--recipe", recipe, "--out", str(tmp_path / "out"), "--no-measure"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity" not in shown
+    assert re.search(r"drop-layers +[\d,]+ +[\d.]+ kB", shown)
+    with pytest.raises(RecipeError, match="passages cannot be read where nothing is measured"):
+        Measuring(reads=False, passages=tmp_path / "p.jsonl")
+
+
+def test_last_words_are_measured_where_passages_are_given(model: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"the cat sat on the {word}"}) for word in ("mat", "hat", "rug")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    measuring = Measuring(passages=tmp_path / "p.jsonl", count=2)
+    record, _ = compress(model, tmp_path / "out", TRAINING, measuring=measuring)
+    assert record.steps[0]["after"]["last_words_percent"] in (0.0, 50.0, 100.0)
+    assert all("last_words_percent" in point for point in record.steps[0]["training"]["curve"])
+
+
+# --- held-out text ----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_kept_and_a_training_in_vain_ends_early(model: Path, tmp_path: Path) -> None:
+    """Towards the source's own predictions, whose divergence from themselves is 0 before the first step."""
+    step = {**TRAINING, "keep": "kl", "steps": 40, "evaluate_every": 1, "patience": 3}
+    record, listener = compress(model, tmp_path / "out", step)
+    training = record.steps[0]["training"]
+    assert training["kept_step"] == 0
+    assert training["stopped_after"] == 3
+    assert [point["step"] for point in training["curve"]] == [0, 1, 2, 3]
+    assert record.steps[0]["after"]["perplexity"] == record.steps[0]["before"]["perplexity"]
+    assert any("stopped: no better since step 0" in line for line in listener.lines)
+    assert "training" not in json.dumps(manifest_of(model, tmp_path, step))
+
+
+def manifest_of(model: Path, tmp_path: Path, step: dict[str, Any]) -> Any:
+    from edgelm.export.compress.folder import without_figures
+
+    return without_figures({**step, "training": {}, "before": {}, "after": {}})
+
+
+def test_the_best_weights_survive_an_interruption(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The best reading is before the checkpoint that the training goes on from, which holds other weights."""
+    from edgelm.export.compress.checkpoint import Checkpoint
+
+    step = {**TRAINING, "keep": "kl", "evaluate_every": 1, "checkpoint_every": 2}
+    whole, _ = compress(model, tmp_path / "whole", step)
+    save = Checkpoint.save
+
+    def interrupted(self: Checkpoint, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", interrupted)
+        compress(model, tmp_path / "out", step)
+    again, _ = compress(model, tmp_path / "out", step)
+    assert again.steps == whole.steps
+    assert whole.steps[0]["training"]["kept_step"] == 0
+
+
+def test_the_end_of_the_text_is_held_out_and_not_trained_on(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from edgelm.export.compress.recover import Recover
+    from edgelm.export.compress.steps import Workbench
+
+    bench = Workbench(range(5000), AutoTokenizer.from_pretrained(model), model, tmp_path / "c", 512, print)
+    texts = Recover(length=64).read_texts(bench)
+    assert (texts.training, texts.held_out) == (list(range(4500)), list(range(4500, 5000)))
+    texts = Recover(length=64).read_texts(replace(bench, token_ids=range(400)))
+    assert (texts.training, texts.held_out) == (list(range(400)), [])
+
+
+# --- told -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_says_what_each_step_would_do_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ({"use": "drop-layers", "last": 1}, {**TRAINING, "steps": 5000})
+    record, _ = compress(model, tmp_path / "out", *steps, work=rehearse)
+    done, _ = compress(model, tmp_path / "done", steps[0])
+    assert record.steps[0]["after"]["parameters"] == done.steps[0]["after"]["parameters"]
+    assert record.steps[0]["after"]["bytes"] == done.steps[0]["after"]["bytes"]
+    assert record.steps[1]["seconds"] > 2  # 10,000 rows are not learned in less, and the test takes less than that
+    recipe = write_recipe(tmp_path / "r.toml", *steps)
+    words = ["compress", str(model), "--recipe", recipe, "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"drop-layers +[\d,]+ \(\d+\.\d %\) +[\d,]+ +[\d.]+ kB +0 s", shown)
+    assert "Nothing was written." in shown
+    assert not list(tmp_path.glob("out*/")) and not list(tmp_path.glob(".out*"))
+
+
+def test_progress_is_told_from_the_beginning_and_in_a_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", {"use": "skip-attention", "least_useful": 1}, TRAINING)
+    log = tmp_path / "log.txt"
+    words = ["compress", str(model), "--recipe", recipe, "--out", str(tmp_path / "out"), "--log", str(log)]
+    assert main(words) == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "load: begins"
+    lines = [line.partition(" ")[2].partition(" ")[2] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines == [line for line in shown if line]
+    for stage in ("measure the source", "1: skip-attention", "2: recover"):
+        assert any(line.startswith(f"{stage}: ") and re.search(r"about \d+ s left", line) for line in lines), stage
+    assert main([*words[:-1], str(tmp_path / "no" / "log.txt"), "--force"]) == 1
+    assert "--log" in capsys.readouterr().err
+
+
+def test_curves_and_samples_are_in_the_page(model: Path, tmp_path: Path) -> None:
+    record, _ = compress(model, tmp_path / "out", TRAINING)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg ") == 2
+    assert "held out: " in page and "the source goes on" in page
+    assert len(record.steps[0]["training"]["samples"]) == 3
+    report = export_model(ExportConfig(str(tmp_path / "out"), out=tmp_path / "b", scheme="fp32")).report
+    assert report["compression"][0]["training"] == record.steps[0]["training"]
+    assert "the source goes on" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+
+
+def test_weight_bytes_of_a_model_without_compression() -> None:
+    """By hand: int8 matrices, a scale for each output, norms, tables of 512 positions, scales of the cache."""
+    from edgelm.targets import load_target
+
+    module = tiny_llama()
+    matrices = 257 * (64 + 4)  # head and embedding are one
+    matrices += 2 * (2 * 64 * (64 + 4) + 2 * 32 * (64 + 4) + 2 * 96 * (64 + 4) + 64 * (96 + 4))
+    rest = 4 * (5 * 64) + 4 * 2 * 513 * 8 + 4 * 2 * (32 + 32)
+    assert weight_bytes(module, load_target("x86-cpu"), 512) == matrices + rest
