@@ -38,7 +38,7 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Where it is written what became of it."""
+        """The file with the outcome."""
         return Path(f"{self.out}.json")
 
 

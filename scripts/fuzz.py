@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these kinds alone")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="what is tried upon")
-    parser.add_argument("--trial", metavar="NAME:NUMBER", help="do one trial, and show what comes of it")
+    parser.add_argument("--trial", metavar="NAME:NUMBER", help="run one trial and show its result")
     parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trial is not None or arguments.worker is not None:

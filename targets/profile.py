@@ -85,7 +85,7 @@ class Profile:
 
     provider: onnxruntime's execution provider; activations: their type, float32 or float16; scheme: the default of
     --scheme; weight_bits: 8, or 7 where integer products saturate; kv: {scheme: type of the KV cache}, the default of
-    --kv, for each scheme that there is with these activations; opset: ONNX operator set of the graph; coarse_gate: the
+    --kv, for each scheme that goes with these activations; opset: ONNX operator set of the graph; coarse_gate: the
     gate's limits for the schemes of `abilities.COARSE_SCHEMES`.
     """
 

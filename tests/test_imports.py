@@ -95,6 +95,7 @@ LAYERS = (
     {"cli"},
     {"program"},
     {"commands"},
+    {"program"},
     {"frozen"},
 )
 
