@@ -17,10 +17,12 @@ from edgelm.export import ExportConfig, compress_model, export_model
 from edgelm.export.compress.folder import load_compressed
 from edgelm.export.compress.measure import Measuring
 from edgelm.export.compress.reading import Reader
+from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import rehearse
 from edgelm.export.compress.size import weight_bytes
 from edgelm.export.errors import ExportError, OutputError, RecipeError
 from edgelm.export.source.loading import load_module
+from edgelm.export.texts import cut_text
 from edgelm.runtime.cli import main
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
@@ -417,3 +419,35 @@ def test_weight_bytes_of_a_model_without_compression() -> None:
     matrices += 2 * (2 * 64 * (64 + 4) + 2 * 32 * (64 + 4) + 2 * 96 * (64 + 4) + 64 * (96 + 4))
     rest = 4 * (5 * 64) + 4 * 2 * 513 * 8 + 4 * 2 * (32 + 32)
     assert weight_bytes(module, load_target("x86-cpu"), 512) == matrices + rest
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1e-9, False), (100.0, True)])
+def test_a_recipe_that_cannot_keep_its_promise_says_so(
+    model: Path, tmp_path: Path, limit: float, kept: bool, capsys: Any
+) -> None:
+    recipe = Path(write_recipe(tmp_path / "mild.toml", {"use": "drop-layers", "last": 1}))
+    recipe.write_text(f"max_kl = {limit}\n{recipe.read_text()}")
+    arguments = ["compress", str(model), "--recipe", str(recipe), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("WARNING: this model is not what the recipe mild promises" in printed) is not kept
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert ("not what the recipe mild promises" in page) is not kept
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, "small", True])
+def test_a_promise_that_is_none_is_refused(limit: Any) -> None:
+    with pytest.raises(RecipeError, match="max_kl must be"):
+        parse_recipe({"max_kl": limit, "step": [{"use": "drop-layers", "last": 1}]}, "test", "test.toml")
+
+
+def test_what_is_chosen_by_one_text_is_measured_on_another(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    halves = "aaaa bbbb\n\n" * 100, TEXT[:1100]
+    (tmp_path / "text.txt").write_text("".join(halves), encoding="utf-8")
+    record, _ = compress(model, tmp_path / "out", {"use": "drop-layers", "last": 1}, text=tmp_path / "text.txt")
+    [(_, judging)] = cut_text("".join(halves), "text").judging
+    ids = AutoTokenizer.from_pretrained(model)(judging)["input_ids"]
+    expected = Reader(ids, 512).read(load_module(model)).perplexity
+    assert record.steps[0]["before"]["perplexity"] == pytest.approx(expected, rel=1e-4)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 # Added to H's diagonal, in units of its mean: a text has fewer directions than the inputs.
 _DAMPING = 0.01
+# The second order is for small changes. As a block empties, the answers lose more than it says: by the square of one
+# and so many times the share that went. 0 takes too much out of the layers in the middle, and heads that look harmless:
+# SmolLM2-135M without 5 % of its parameters has a KL of 0.125 on other text with 6, 0.135 with 20, 0.150 with 0.
+_STEEPNESS = 6.0
 _SEED = 0  # of the tokens that the model says
 
 
@@ -119,7 +123,8 @@ def portions_by_curvature(
         gone, stay = _columns(chosen, block.width), _columns(left, block.width)
         corner, reach = inverse[gone][:, gone], inverse[gone][:, stay]
         harm = float((weighed[:, gone] * torch.linalg.solve(corner, matrix[:, gone].T).T).sum()) / 2
-        found.append(Portion(harm, there[chosen].tolist()))
+        gone_share = 1 - len(left) / block.count
+        found.append(Portion(harm * (1 + _STEEPNESS * gone_share) ** 2, there[chosen].tolist()))
         change = torch.linalg.solve(corner, reach)
         matrix = matrix[:, stay] - matrix[:, gone] @ change
         weighed = weighed[:, stay] - weighed[:, gone] @ change

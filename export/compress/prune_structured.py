@@ -57,12 +57,20 @@ class PruneStructured:
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: the text forward and back, and for each layer the inverse of a matrix of its channels."""
         from .influence import all_windows
-        from .linears import matrix_of, own
         from .units import find_blocks
 
         blocks = find_blocks(module)
         texts = all_windows(bench.token_ids, bench.context_length)
-        portions, inputs = self._measured(module, blocks, texts)
+        details = self.cut(module, blocks, *self.measured(module, blocks, texts))
+        reads = self.refit or self.importance != "magnitude"
+        return Applied(module, {**details, **({"tokens": sum(ids.numel() for ids in texts)} if reads else {})})
+
+    def cut(
+        self, module: PreTrainedModel, blocks: list[Block], portions: list[list[Portion]], inputs: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        """Prune in place, by what was `measured`. Returns details. Raises: RecipeError."""
+        from .linears import matrix_of, own
+
         costs = [block.parameters(module) for block in blocks]
         before = module.num_parameters()
         kept = choose_units(blocks, portions, costs, self.ratio * before)
@@ -71,11 +79,9 @@ class PruneStructured:
         for name, matrix in fitted.items():
             matrix_of(own(module, name)).copy_(matrix)
         removed = 100 * (1 - module.num_parameters() / before)
-        details = {"removed_percent": round(removed, 2), "layers": _sizes(blocks, kept)}
-        tokens = {"tokens": sum(ids.numel() for ids in texts)} if self.refit or self.importance != "magnitude" else {}
-        return Applied(module, {**details, **tokens})
+        return {"removed_percent": round(removed, 2), "layers": _sizes(blocks, kept)}
 
-    def _measured(
+    def measured(
         self, module: PreTrainedModel, blocks: list[Block], texts: list[torch.Tensor]
     ) -> tuple[list[list[Portion]], list[torch.Tensor]]:
         """Of each block: what may go, in order, and the second moment of what is read, where it is refitted."""

@@ -1,0 +1,84 @@
+"""Text that a teacher writes itself, and what a distillation makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from edgelm.export import ExportConfig, compress_model
+from edgelm.export.compress.own_text import chat_opening, write_own_text
+from edgelm.export.compress.recipe import parse_recipe
+from edgelm.export.errors import RecipeError
+
+from .conftest import TEXT, byte_tokenizer, tiny_llama
+from .test_compress import write_recipe
+
+TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
+
+
+def tokenizer_of(folder: Path, template: str | None) -> Any:
+    byte_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_half_of_it_chats(tmp_path: Path) -> None:
+    """By turns: 32 passages that begin as the template begins a chat, 32 that begin with a token of the text."""
+    module, tokenizer = tiny_llama(), tokenizer_of(tmp_path, TEMPLATE)
+    opening = chat_opening(tokenizer)
+    assert opening == tokenizer("[user] ")["input_ids"]
+    rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 64 * 20, 20)).reshape(64, 20)
+    assert rows[:32, : len(opening)].tolist() == [opening] * 32
+    assert set(rows[32:, 0].tolist()) == {65, 66}
+    assert write_own_text(module, tokenizer, [65, 66], 64 * 20, 20) == rows.flatten().tolist(), "the same each time"
+
+
+def test_what_it_writes_is_what_it_predicts(tmp_path: Path) -> None:
+    """Tokens are drawn as the model predicts them: their mean surprise is the entropy of the predictions."""
+    module = tiny_llama(initializer_range=0.1)
+    rows = torch.tensor(write_own_text(module, tokenizer_of(tmp_path, None), [65], 128 * 24, 24)).reshape(-1, 24)
+    with torch.no_grad():
+        said = torch.log_softmax(module(rows).logits[:, :-1], -1)
+    surprise = -said.gather(2, rows[:, 1:, None]).mean()
+    entropy = -(said.exp() * said).sum(-1).mean()
+    assert float(surprise) == pytest.approx(float(entropy), rel=0.05)
+
+
+def test_a_tokenizer_without_a_template_has_no_chats(tmp_path: Path) -> None:
+    assert chat_opening(tokenizer_of(tmp_path, None)) is None
+
+
+def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkeypatch: Any) -> None:
+    """Rows come from it as well, and an interrupted run reads what was written before."""
+    from edgelm.export.compress import training
+
+    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "m")
+    byte_tokenizer(tmp_path / "m")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    step = {"use": "distil", "steps": 2, "batch": 2, "length": 32, "own_text": 1000}
+    recipe = write_recipe(tmp_path / "r.toml", {"use": "drop-layers", "last": 1}, step)
+    seen: list[torch.Tensor] = []
+    run = training.Loop.run
+    monkeypatch.setattr(training.Loop, "run", lambda self, ids, length: (seen.append(ids), run(self, ids, length))[1])
+    config = ExportConfig(str(tmp_path / "m"), out=tmp_path / "out", compress=recipe, text=tmp_path / "text.txt")
+    kept = tmp_path / "out.checkpoints" / "2-distil" / "own_text.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps([7] * 1056), encoding="utf-8")
+    compress_model(config)
+    kept_rows = seen[0]
+    compress_model(ExportConfig(config.model, out=tmp_path / "again", compress=recipe, text=config.text))
+    written = seen[1]
+    assert kept_rows[-1056:].tolist() == [7] * 1056
+    assert len(written) == len(kept_rows) and written[-1056:].tolist() != [7] * 1056
+    assert written[:-1056].tolist() == kept_rows[:-1056].tolist()
+
+
+def test_own_text_below_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match="own_text must be 0 or more"):
+        parse_recipe({"step": [{"use": "distil", "own_text": -1}]}, "test", "test.toml")
