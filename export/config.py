@@ -1,4 +1,4 @@
-"""What an export is asked to do: a frozen dataclass that resolves its defaults from the target, and nothing else."""
+"""The configuration of an export: a frozen dataclass that takes its defaults from the target."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ExportConfig:
 
     model: a folder, a hub id (the one case that uses the network), or "builtin:tales"; target: name of a profile or
     path of a TOML file (None: this machine's); scheme, kv: None for the target's defaults; revision: commit, tag or
-    branch of a hub id; text: UTF-8 file of which one half calibrates and the other judges (None: those of edgelm); out:
-    folder to write (None: NAME-TARGET in the current folder); force: replace a bundle that stands there; compress:
-    name of a recipe or path of a TOML file (None: the model as it is); size: bytes that the bundle may take, bits: the
-    same as bits for each parameter of the model (both of int4-rowwise, which then chooses 4 to 8 for each matrix);
-    max_kl: nats a token that the quantized model may be from fp32 (None: the target's limit).
+    branch of a hub id; text: UTF-8 file, one half calibrates and the other judges (None: edgelm's own texts); out:
+    folder to write (None: NAME-TARGET in the current folder); force: replace an existing bundle; compress: name of a
+    recipe or path of a TOML file (None: no compression); size: largest size of the bundle in bytes; bits: the same as
+    bits for each parameter of the model (with either, int4-rowwise chooses 4 to 8 bits for each matrix); max_kl:
+    largest mean KL divergence from fp32, in nats a token (None: the target's limit).
     """
 
     model: str
@@ -41,7 +41,7 @@ class ExportConfig:
     max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises: RecipeError, for a scheme or KV type that does not exist, and for a size that none can be."""
+        """Raises: RecipeError, for an unknown scheme or KV type, and for an impossible size."""
         _check("scheme", self.scheme, SCHEMES)
         _check("kv", self.kv, KV_TYPES)
         if self.size is not None and self.bits is not None:
@@ -57,7 +57,7 @@ class ExportConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether the bits of each matrix are chosen by what the bundle may take."""
+        """Whether the bits of each matrix are chosen to fit a given size."""
         return self.size is not None or self.bits is not None
 
     def profile(self) -> Profile:
@@ -71,8 +71,8 @@ class ExportConfig:
             raise RecipeError(str(error)) from error
 
     def quantization(self, profile: Profile) -> str:
-        """The scheme: the one that was asked for, or the target's. Raises: RecipeError, for a scheme or a type of cache
-        that the target cannot have."""
+        """The scheme: the given one, or the target's. Raises: RecipeError, for a scheme or a type of cache that the
+        target does not support."""
         scheme = self.scheme or (MIXED_SCHEME if self.has_budget else profile.scheme)
         which = f"{profile.name} computes in {profile.activations}"
         if scheme not in schemes_with(profile.activations):
@@ -84,7 +84,7 @@ class ExportConfig:
         return scheme
 
     def read_texts(self) -> Texts:
-        """What calibrates, and what judges: the texts that come with edgelm, or the two halves of the user's. Raises:
+        """The texts that calibrate and those that judge: edgelm's own, or the two halves of the user's. Raises:
         RecipeError."""
         return built_in_texts() if self.text is None else cut_text(self.read_text(), str(self.text))
 
@@ -96,7 +96,7 @@ class ExportConfig:
         return dataclasses.replace(texts, calibrating="\n\n".join([*calibrating_texts(), texts.calibrating]))
 
     def read_text(self) -> str:
-        """The user's whole text, or the one that calibrates of those that come with edgelm. Raises: RecipeError."""
+        """The user's whole text, or edgelm's own calibrating text. Raises: RecipeError."""
         if self.text is None:
             return built_in_texts().calibrating
         try:

@@ -1,12 +1,12 @@
 """The exporter's branch of the exception tree (the root and its rules: `edgelm.runtime.errors`).
 
 EdgelmError
-`- ExportError            an export cannot go on
+`- ExportError            an export failed
    |- SourceError             the model cannot be used: missing, not a causal model, pickled, remote code, ...
    |- RecipeError             a setting of the export is unknown or contradicts another
-   |- OutputError             the result cannot be written, or is in the way
+   |- OutputError             the result cannot be written, or the output exists
    |- TraceError              the model cannot be turned into a graph
-   `- StageError              a stage failed in a way nobody foresaw; names the stage and those before it
+   `- StageError              a stage failed with an unexpected error; names the stage and those before it
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EXPORTER = "torch.onnx"
 
 
 class ExportError(EdgelmError):
-    """An export cannot go on."""
+    """An export failed."""
 
 
 class SourceError(ExportError):
@@ -29,7 +29,7 @@ class RecipeError(ExportError):
 
 
 class OutputError(ExportError):
-    """The bundle cannot be written, or something stands in its place already."""
+    """The bundle cannot be written, or the output already exists."""
 
 
 class TraceError(ExportError):
@@ -37,12 +37,12 @@ class TraceError(ExportError):
 
 
 class StageError(ExportError):
-    """A stage failed in a way that nobody foresaw. The cause is chained; the message names the stages before."""
+    """A stage failed with an unexpected error. The cause is chained; the message names the stages before."""
 
 
 def reason_of(error: BaseException) -> str:
-    """Type and first line of what went wrong. torch's exporter raises errors that begin with the step at which it
-    failed and end in advice to its developers: what it failed of is their cause."""
+    """Type and first line of an error. torch.onnx wraps the real error in one with advice to its developers, so
+    `__cause__` is unwrapped."""
     while type(error).__module__.startswith(_EXPORTER) and error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or ["no message"]

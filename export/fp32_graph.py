@@ -1,7 +1,7 @@
-"""From a model to a proven fp32 graph: load, then trace, fuse and compare with torch.
+"""From a model to a verified fp32 graph: load, trace, fuse, compare with torch.
 
-The fp32 graph is written to a scratch folder, because it is what torch is compared with, what calibrates the cache,
-what the quantized graphs are made of, and what they are judged by.
+The fp32 graph is written to a scratch folder. It is compared with torch, calibrates the cache, is the source of the
+quantized graphs, and judges them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 
 def load(job: Job, scheme: str) -> tuple[Loaded, PreTrainedModel]:
-    """The model and its tokenizer, and the texts in tokens. scheme: what was asked for. Raises: SourceError,
-    RecipeError."""
+    """The model, its tokenizer, and the texts in tokens. scheme: of the export. Raises: SourceError, RecipeError."""
     config = job.config
     module = load_module(job.folder)
     source = describe_source(config.model, job.folder, module)
@@ -66,16 +65,16 @@ def load(job: Job, scheme: str) -> tuple[Loaded, PreTrainedModel]:
 
 
 def _unusual_tokens(job: Job, source: SourceModel, module: PreTrainedModel) -> UnusualTokens:
-    """Rows behind the tokenizer's last token are padding, and in nobody's text."""
+    """Find tokens that texts seldom contain. Rows behind the tokenizer's last token are padding and are left out."""
     rows = token_embedding(module).weight.detach()[: min(source.vocab_size, len(source.tokenizer))]
     return unusual_tokens(source.tokenizer, source.tokens.bos, rows, job.bundle)
 
 
 def make_fp32_graph(job: Job, loaded: Loaded, module: PreTrainedModel, stages: Stages) -> Fp32Graph:
-    """The graph of the first path whose answers are torch's. A path that cannot be gone, or whose graph answers
-    otherwise, is given up for the next one.
+    """The graph of the first way to trace whose answers are torch's. A way that fails, or whose graph answers
+    differently, is followed by the next one.
 
-    module: its weights are let go when torch has answered. Raises: TraceError, with the reason of each path.
+    module: its weights are freed when torch has answered. Raises: TraceError, with the reason for each way.
     """
     refusals: list[str] = []
     last: Exception | None = None
@@ -91,7 +90,7 @@ def make_fp32_graph(job: Job, loaded: Loaded, module: PreTrainedModel, stages: S
         kv = _cache_type(job, loaded, shape)
         with stages.stage("fuse"):
             granularity = _fuse(job, loaded, traced)
-        del traced  # it holds on to torch's weights
+        del traced  # it keeps torch's weights in memory
         with stages.stage("compare with torch"):
             agreement = _compare_with_torch(job, loaded, module, shape)
         if not isinstance(agreement, Exception):
@@ -127,7 +126,8 @@ def _shape(source: SourceModel, traced: TracedModel) -> Model:
 
 
 def _cache_type(job: Job, loaded: Loaded, shape: Model) -> str:
-    """What was asked for, else the scheme's default; but only a fused operator can read an INT8 cache."""
+    """The type of the KV cache: the given one, else the scheme's default. Only a fused operator can read an INT8
+    cache."""
     wanted = job.config.kv or job.profile.kv[loaded.scheme]
     if shape.cache_layout == "in_place" or wanted == "float32":
         return wanted
@@ -141,23 +141,23 @@ def _cache_type(job: Job, loaded: Loaded, shape: Model) -> str:
 
 
 def _fuse(job: Job, loaded: Loaded, traced: TracedModel) -> str:
-    """The graph passes up to the fp32 graph that runs, which is written to the scratch folder; the granularity of an
-    INT8 cache's scales."""
+    """Run the passes that make the fp32 graph, and write it to the scratch folder. Returns: the granularity of an INT8
+    cache's scales."""
     ir.passes.PassManager(fusing_passes(loaded.source.context_length))(traced.graph)
     save_graph(traced.graph, job.fp32)
-    # Kernels give each key and value a scale of its own, where they compute all attention.
+    # If kernels compute all attention, each key and value gets a scale of its own.
     return "token" if calls_all_attention(traced.graph) else "channel"
 
 
 def _compare_with_torch(
     job: Job, loaded: Loaded, module: PreTrainedModel, shape: Model
 ) -> verify.SourceAgreement | VerificationError | SessionError:
-    """Whether the graph answers as torch does, or what is wrong with it.
+    """Compare the graph's answers with torch's. Returns: the agreement, or what is wrong.
 
-    torch's weights are let go before onnxruntime loads the same ones, so that they are not in memory twice.
+    torch's weights are freed before onnxruntime loads them, so that they are not in memory twice.
     """
     answers = verify.ask_source(module, loaded.text_ids, shape, job.answers)
-    # By themselves they would stay: onnxscript's rules for rewriting remember the last graph that they saw.
+    # Free them explicitly: onnxscript's rewrite rules keep a reference to the last graph.
     for weight in module.parameters():
         weight.data = weight.new_empty(0)
     try:

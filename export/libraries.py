@@ -1,4 +1,4 @@
-"""Where the libraries of an export keep what they make for themselves: below EDGELM_HOME, not in the user's home."""
+"""Put the caches of the export's libraries below EDGELM_HOME, not into the user's home."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ..runtime.errors import CacheError
 from ..runtime.host.home import home
 
 FOLDER_NAME = "libraries"
-# The variable by which each library is told, and the name of its folder.
+# The environment variable of each library, and the name of its folder.
 _FOLDERS = {"MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
 
 
 def redirect() -> None:
-    """Tell the libraries, before they are imported, unless the user did. Changes this process's environment."""
+    """Set the variables, unless the user did. Call it before the libraries are imported."""
     try:
         root = home() / FOLDER_NAME
-    except CacheError:  # no home at all: they find another place, or say so
+    except CacheError:  # there is no home: the libraries choose a place themselves, or fail
         return
     for variable, name in _FOLDERS.items():
         os.environ.setdefault(variable, str(root / name))

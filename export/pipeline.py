@@ -1,11 +1,11 @@
-"""The way of a model from its source to a bundle, in named stages.
+"""Export a model from its source to a bundle, in named stages.
 
     load -> trace -> fuse -> compare with torch                                               (fp32_graph.py)
     -> calibrate -> quantize -> choose arithmetic -> judge -> measure -> other runtimes       (quantized_graph.py)
     -> write
 
-With a recipe, the model is first compressed to a scratch folder, which is then loaded. All graphs run in the runtime
-that ships.
+With a recipe, the model is first compressed to a scratch folder, which is then loaded. All graphs run in the shipping
+runtime.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
 
 
 def default_output(model: str, folder: Path, target: str) -> Path:
-    """In the working folder, or beside the model where that is the model's own folder, which is to hold no bundle."""
+    """The default output: in the working folder, or beside the model if the working folder is the model's own."""
     name = f"{short_name(model)}-{target}"
     return folder.resolve().parent / name if folder.resolve() == Path.cwd().resolve() else Path(name)
 
 
 def provider_of(profile: Profile) -> str:
-    """The target's provider; for a GPU that is not here the CPU's, which can judge such a graph all the same.
+    """The target's provider; for a GPU that is not here the CPU's, which can also judge such a graph.
 
     Raises: SessionError, for any other that is missing.
     """
@@ -100,7 +100,7 @@ def provider_of(profile: Profile) -> str:
 
 
 def _compress(task: Task, work: Path, out: Path, progress: Progress | None) -> Path:
-    """The folder of the compressed model, from which the export then goes on as from any other."""
+    """Compress the model. Returns the folder of the compressed model, which is then exported like any other."""
     require_one()
     folder = work / "compressed"
     folder.mkdir()
@@ -131,7 +131,7 @@ def _write(loaded: Loaded, fp32: Fp32Graph, quantized: QuantizedGraph, report: d
         files=package.digest_files(job.bundle),
         versions={
             **{name: importlib.metadata.version(name) for name in ("edgelm", "torch", "transformers", "onnx")},
-            # It is installed as onnxruntime or as onnxruntime-gpu.
+            # The package is called onnxruntime or onnxruntime-gpu.
             "onnxruntime": str(load_onnxruntime().__version__),
         },
         notes=source.notes,

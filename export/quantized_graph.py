@@ -34,14 +34,14 @@ from .stages import Stages
 from .weight_choice import choose_weights
 
 _MEASURED_PROMPT = 128
-# Decode steps on top of each run of the prompt. `edgelm bench` measures longer; these figures are for the report.
+# Decode steps for each run of the prompt. These figures are for the report; `edgelm bench` measures longer.
 _MEASURED_STEPS = 8
 _PROBE_NAME = "probe.onnx"
 _EXAMPLES = 8
 
 
 def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> QuantizedGraph:
-    """The bundle's graph and weights, and what they measured. Raises: VerificationError."""
+    """Write the bundle's graph and weights, and measure them. Raises: VerificationError."""
     with stages.stage("calibrate"):
         ranges, cache = calibrate(loaded, fp32)
     with stages.stage("quantize"):
@@ -64,7 +64,7 @@ def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> Qua
 
 
 def calibrate(loaded: Loaded, fp32: Fp32Graph) -> tuple[Ranges, CacheAgreement | None]:
-    """The ranges of an INT8 cache, judged on what did not calibrate them. Raises: VerificationError."""
+    """The ranges of an INT8 cache, judged on prompts that did not calibrate them. Raises: VerificationError."""
     if fp32.kv != "int8":
         return {}, None
     source, job = loaded.source, fp32.job
@@ -75,7 +75,7 @@ def calibrate(loaded: Loaded, fp32: Fp32Graph) -> tuple[Ranges, CacheAgreement |
 
 @contextmanager
 def _cache_probe(fp32: Fp32Graph, ranges: Ranges) -> Iterator[Session]:
-    """A session on the fp32 graph with an INT8 cache, which reads the weights in the fp32 graph's file."""
+    """A session on the fp32 graph with an INT8 cache, over the fp32 graph's weights file."""
     graph = Quantizer(fp32.graph, "fp32", fp32.job.profile.weight_bits, ranges).quantized()
     with _written_probe(fp32, graph, "int8") as session:
         yield session
@@ -84,19 +84,19 @@ def _cache_probe(fp32: Fp32Graph, ranges: Ranges) -> Iterator[Session]:
 def make_quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer:
     profile, length = fp32.job.profile, loaded.source.context_length
     rounded: Mapping[str, Path] = {}
-    # Where all of them become 4 bits, it does not matter how they are rounded before.
+    # If all matrices become 4 bits, their rounding to 8 bits does not matter.
     kept = loaded.scheme != MIXED_SCHEME or fp32.job.config.has_budget
     if loaded.scheme in ROWWISE_SCHEMES and kept and fp32.can_calibrate:
         limit = (1 << (profile.weight_bits - 1)) - 1
         rounded = round_matrices(fp32.graph, loaded.calibrating_ids, length, limit, fp32.job.answers)
-    # A model that was compressed with `weights-int4` names what its method needs.
+    # A model that was compressed with `weights-int4` has its own block settings.
     blocks = None if loaded.blocks is None else make_block_quantizer(loaded.blocks, fp32.graph, loaded.text_ids, length)
     return Quantizer(fp32.graph, loaded.scheme, profile.weight_bits, ranges, profile.activations, blocks, rounded)
 
 
 def _choose_arithmetic(loaded: Loaded, fp32: Fp32Graph) -> Arithmetic | None:
-    """8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has 16
-    everywhere: there is no long step in which 8 would save time."""
+    """Choose 8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has
+    16 everywhere: it has no long steps in which 8 would save time."""
     if loaded.scheme not in ROWWISE_SCHEMES:
         return None
     matrices = matrices_of(ir.load(fp32.job.bundle / names.GRAPH_NAME))
@@ -121,7 +121,7 @@ def _arithmetic_probe(fp32: Fp32Graph, matrices: frozenset[str], narrow: Collect
 
 
 def _with_wide(bundle: Path, wide: Collection[str]) -> ir.Model:
-    """The bundle's graph, over the weights that are written, with activations of 16 bits for these matrices alone."""
+    """The bundle's graph, over the written weights, with activations of 16 bits for only these matrices."""
     graph = ir.load(bundle / names.GRAPH_NAME)
     ir.passes.PassManager([WidenActivations(wide)])(graph)
     return graph
@@ -130,8 +130,8 @@ def _with_wide(bundle: Path, wide: Collection[str]) -> ir.Model:
 def _judge(
     loaded: Loaded, fp32: Fp32Graph, quantizer: Quantizer, chosen: Arithmetic | None
 ) -> tuple[Verdict | None, Arithmetic | None]:
-    """The gate: the quantized graph against the fp32 one, repaired where it can be, and the arithmetic that holds.
-    Raises: VerificationError."""
+    """The gate: judge the quantized graph, and repair it if possible. Returns also the arithmetic that passed. Raises:
+    VerificationError."""
     if loaded.scheme == "fp32" and fp32.kv == "float32":
         return None, None
     job = fp32.job
@@ -153,8 +153,8 @@ def _judge(
 
 
 def _ways_to_compute(chosen: Arithmetic | None) -> dict[str, Arithmetic | None]:
-    """The chosen arithmetic, then 16 bits everywhere, by their names in errors; for other schemes the one graph that is
-    written."""
+    """The attempts by their names in errors: the chosen arithmetic, then 16 bits everywhere; for other schemes the
+    written graph."""
     if chosen is None:
         return {"with all matrices quantized": None}
     everywhere = {"with activations of 16 bits everywhere": wide_everywhere(dict.fromkeys(chosen.activations, 0))}
@@ -164,7 +164,7 @@ def _ways_to_compute(chosen: Arithmetic | None) -> dict[str, Arithmetic | None]:
 
 
 def _attempt(name: str, way: Arithmetic | None, fp32: Fp32Graph, quantizer: Quantizer) -> Attempt:
-    """Its graph is the one that is written already, but for the activations; the weights stay as they are."""
+    """An attempt differs from the written graph only in the activations; the weights stay."""
     if way is None:
         return Attempt(name, lambda: None, partial(_probe, fp32, quantizer, ()))
     wide, bundle = way.wide(), fp32.job.bundle
@@ -196,7 +196,7 @@ def _written_probe(fp32: Fp32Graph, graph: ir.Model, kv: str) -> Iterator[Sessio
 
 
 def _examples(loaded: Loaded, fp32: Fp32Graph, verdict: Verdict) -> list[dict[str, Any]]:
-    """Prompts with both answers as text, for the report."""
+    """Prompts with both graphs' answers as text, for the report."""
     reference, answered = verdict.reference, verdict.agreement.answers
     assert answered is not None, "there are prompts for every model"
     decode = Tokenizer(fp32.job.bundle / names.TOKENIZER_NAME).decode
@@ -224,7 +224,7 @@ def _measure(loaded: Loaded, fp32: Fp32Graph) -> dict[str, Speed]:
 
 
 def _write_for_other_runtimes(loaded: Loaded, fp32: Fp32Graph) -> str | None:
-    """Files for onnxruntime-genai, or the reason why there are none."""
+    """Write files for onnxruntime-genai. Returns None, or the reason why there are none."""
     job = fp32.job
     if job.profile.provider != providers.CPU:
         return "its files are written for CPUs: none was tried on a GPU"

@@ -1,4 +1,4 @@
-"""What the stages of an export hand on: a job that stays the same, and one record for each of its three parts.
+"""The records that the stages of an export pass on: a job, and one record for each of its three parts.
 
 Job -> Loaded (source and texts) -> Fp32Graph (traced, fused, equal to torch) -> QuantizedGraph (what ships)
 """
@@ -36,10 +36,10 @@ from .tracing.ways import FUSED
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported, for which target, and the scratch folders of the work.
+    """What is exported, for which target, and the scratch folders.
 
-    folder: of the model, or its GGUF file; work: everything below it goes when the export ends; provider: what the
-    quantized graph runs on here, which is the target's provider, or the CPU's.
+    folder: of the model, or its GGUF file; work: scratch folder, deleted when the export ends; provider: where the
+    quantized graph runs here, the target's provider or the CPU's.
     """
 
     config: ExportConfig
@@ -60,12 +60,12 @@ class Job:
 
     @property
     def answers(self) -> Path:
-        """The scratch folder of answers that others are held against."""
+        """The scratch folder of answers to compare with."""
         return self.work / "answers"
 
     @property
     def not_run(self) -> tuple[str, ...]:
-        """In words, what could not be tried on this machine."""
+        """What could not be tried on this machine, in words."""
         wanted = self.profile.provider
         if self.provider == wanted:
             return ()
@@ -77,10 +77,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The source in words and tokens. Its weights are no part: they are let go when torch has answered.
+    """The source's description and texts, without its weights, which are freed when torch has answered.
 
-    scheme: of the quantized graph; blocks: how a compressed model's weights are to be stored; text_ids: the
-    calibrating text; calibrating_ids: that text and those that come with edgelm; judging: other texts.
+    scheme: of the quantized graph; blocks: how to store the weights of a model compressed with weights-int4; text_ids:
+    the calibrating text; calibrating_ids: that text and edgelm's own; judging: other texts.
     """
 
     source: SourceModel
@@ -96,8 +96,8 @@ class Loaded:
 class Fp32Graph:
     """The fp32 graph in its scratch folder, which answers as torch does.
 
-    path: how it was traced; refusals: why not otherwise; shape: the model with a float32 cache; kv: the type of the
-    cache that the bundle gets; granularity: of the scales, where that is INT8.
+    path: the way it was traced; refusals: why better ways failed; shape: the model with a float32 cache; kv: the type
+    of the bundle's cache; granularity: of the scales of an INT8 cache.
     """
 
     job: Job
@@ -115,30 +115,30 @@ class Fp32Graph:
 
     @property
     def can_calibrate(self) -> bool:
-        """Whether the inputs of matrices can be computed: other ways to trace give graphs with inputs of their own."""
+        """Whether the inputs of matrices can be computed: graphs that were traced in other ways have other inputs."""
         return self.path == FUSED and not self.shape.states
 
     def model(self, kv: str) -> Model:
-        """The manifest's description of the model with a cache of this type."""
+        """The manifest's description of the model, with a cache of this type."""
         return replace(self.shape, kv=CacheType(kv, self.granularity if kv == "int8" else None))
 
     def session(self, kv: str = "float32", graph: str = names.GRAPH_NAME) -> AbstractContextManager[Session]:
-        """The shipping runtime on the CPU, over the fp32 graph or one that was made of it for trial. An INT8 cache has
-        fixed scales, which are the coarser ones."""
+        """A session of the shipping runtime on the CPU, over the fp32 graph or a trial variant of it. An INT8 cache has
+        only fixed scales, which are coarser."""
         return open_session(self.job.fp32 / graph, replace(self.shape, kv=CacheType(kv, None)), providers.CPU)
 
     def bundle_session(self, graph: str = names.GRAPH_NAME) -> AbstractContextManager[Session]:
-        """The shipping runtime over the quantized graph, on the target's provider, if it is here."""
+        """A session of the shipping runtime over the quantized graph, on the target's provider if it is here."""
         return open_session(self.job.bundle / graph, self.model(self.kv), self.job.provider)
 
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """The graph in the bundle's folder, which holds the target's limits.
+    """The graph in the bundle's folder, which is within the target's limits.
 
-    cache: None for a float32 cache; weights, arithmetic: None for a scheme without such a choice; verdict: None where
-    the graph is the fp32 one; examples: prompts with both answers; speeds: of "before" and "after"; without_genai: why
-    onnxruntime-genai's files are not there.
+    cache: None for a float32 cache; weights, arithmetic: None for schemes without such a choice; verdict: None if the
+    graph is the fp32 one; examples: prompts with both answers; speeds: of "before" and "after"; without_genai: why
+    onnxruntime-genai's files are missing.
     """
 
     cache: CacheAgreement | None
@@ -152,7 +152,7 @@ class QuantizedGraph:
 
 @contextmanager
 def open_session(graph: Path, model: Model, provider: str) -> Iterator[Session]:
-    """A session that is closed at the end of the block, with the machine's own number of threads."""
+    """A session with the default number of threads, closed at the end of the block."""
     session = make_session(graph, model, machine.default_threads(), [provider])
     try:
         yield session
@@ -161,7 +161,7 @@ def open_session(graph: Path, model: Model, provider: str) -> Iterator[Session]:
 
 
 def save_graph(graph: ir.Model, folder: Path) -> None:
-    """Write graph and weights. Weights are made one at a time, as they are written. torch's notes on nodes, stack
-    traces with paths of this machine, stay out."""
+    """Write graph and weights. Weights are computed one at a time, as they are written. torch's metadata of nodes are
+    removed: stack traces with paths of this machine."""
     ir.passes.common.ClearMetadataAndDocStringPass()(graph)
     ir.save(graph, folder / names.GRAPH_NAME, external_data=names.WEIGHTS_NAME)

@@ -1,7 +1,7 @@
-"""What a model would lose at several sizes, measured without a bundle being written: for `edgelm export --sizes`.
+"""Measure the loss of a model at several sizes, without writing a bundle: for `edgelm export --sizes`.
 
-The model is loaded, traced and quantized as by an export; then graphs of several sizes between 4 and 8 bits are made
-one after another in the scratch folder, held against the fp32 graph as the gate does, and timed.
+The model is loaded, traced and quantized as in an export. Then graphs of several sizes between 4 and 8 bits are written
+one after another to the scratch folder, compared with the fp32 graph as in the gate, and timed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .weight_choice import Choosing, make_choosing
 
 POINTS = 7
 _PROMPT, _STEPS = 128, 8
-# Any budget: with one, matrices of 8 bits are rounded as well as can be.
+# Any budget: if there is one, matrices of 8 bits are rounded as well as possible.
 _ALL_BITS = 16.0
 
 
 @dataclass(frozen=True)
 class SizePoint:
-    """One size. bytes: of the whole bundle; bits: of the weights for each parameter; mean_kl: nats a token from fp32;
-    perplexity_increase_percent: on the same text; decode_tokens_per_s: on this machine, 128 tokens of context; narrow:
-    matrices with 4 bits, of so many `matrices`."""
+    """One size. bytes: of the whole bundle; bits: of the weights, for each parameter; mean_kl: KL divergence from fp32
+    in nats a token; perplexity_increase_percent: on the same texts; decode_tokens_per_s: on this machine, with 128
+    tokens of context; narrow: number of matrices with 4 bits, out of `matrices`."""
 
     bytes: int
     bits: float
@@ -52,7 +52,7 @@ class SizePoint:
 
 
 def measure_sizes(config: ExportConfig, progress: Progress | None = None) -> list[SizePoint]:
-    """The points, smallest first. Activations have 16 bits everywhere, so that the weights alone are compared.
+    """The points, smallest first. Activations have 16 bits everywhere, so that only the weights differ.
 
     Raises: as `export_model`. Cost: that of an export, and a run of the judging texts for each point.
     """
@@ -84,7 +84,7 @@ def measure_sizes(config: ExportConfig, progress: Progress | None = None) -> lis
 
 
 def _choices(choosing: Choosing) -> list[WeightBits]:
-    """From 4 bits everywhere to 8, in equal steps of bytes."""
+    """Choices from 4 bits everywhere to 8, in equal steps of bytes."""
     least, most = (all_in(choosing.matrices, bits).weights_bytes for bits in (4, 8))
     budgets = [least + (most - least) * step // (POINTS - 1) for step in range(POINTS)]
     return [choose_bits(choosing.matrices, choosing.steps, budget) for budget in budgets]

@@ -1,4 +1,4 @@
-"""Named stages: each is timed, its peak memory noted, and a failure says where the work stood."""
+"""Named stages: each has its time and peak memory recorded, and a failure names the stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLE_S = 0.2
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a finished stage cost. peak_bytes: most physical memory of the process, sampled 5 times a second."""
+    """Figures of a finished stage. peak_bytes: largest physical memory of the process, sampled 5 times a second."""
 
     name: str
     seconds: float
@@ -26,7 +26,7 @@ class StageRecord:
 
 
 class Progress(Protocol):
-    """Whoever wants to watch an export."""
+    """An observer of an export."""
 
     def started(self, name: str) -> None:
         """A stage begins."""
@@ -35,11 +35,11 @@ class Progress(Protocol):
         """How far the stage is, in words."""
 
     def finished(self, record: StageRecord) -> None:
-        """A stage is done."""
+        """A stage has finished."""
 
 
 class Stages:
-    """The stages of one piece of work. subject: what is worked on, for messages."""
+    """The stages of an export or a compression. subject: what is exported, for messages."""
 
     def __init__(self, subject: str, progress: Progress | None) -> None:
         self._subject = subject
@@ -48,16 +48,15 @@ class Stages:
 
     @property
     def records(self) -> list[StageRecord]:
-        """The stages that are done, in their order. A stage that ran more than once is one record, with all its
-        time."""
+        """The finished stages in order. A stage that ran several times is one record with its total time."""
         return list(self._records.values())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """One stage: the block is timed and watched.
 
-        Raises: EdgelmError as the block raised it, with a note of where it happened; OSError likewise; anything else
-        as a StageError, since nobody foresaw it.
+        Raises: EdgelmError and OSError as the block raised them, with a note of the stage; any other error as a
+        StageError.
         """
         if self._progress is not None:
             self._progress.started(name)

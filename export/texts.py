@@ -1,8 +1,8 @@
-"""The texts of an export: those that calibrate, and those that judge.
+"""The texts of an export: some calibrate, others judge.
 
-They come with edgelm, in its own words. Rounding is fitted to `text/calibrating`: encyclopedic articles (the places,
-people and events in them are invented), stories, dialogue, code and other languages; scales of an INT8 cache to
-`text/default.txt`. None of them judges; `text/judging` does. Imports nothing heavy: commands read it as they start.
+edgelm's own were written for it. `text/calibrating` calibrates rounding: encyclopedic articles (about invented places,
+people and events), stories, dialogue, code and other languages. `text/default.txt` calibrates the scales of an INT8
+cache. `text/judging` judges, and calibrates nothing. Imports nothing heavy: commands import it at their start.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import accumulate
 
-# Where a text may be cut: between paragraphs, else lines, else words.
+# Where a text may be cut: between paragraphs, else between lines, else between words.
 _SEPARATORS = ("\n\n", "\n", " ")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """calibrating: what scales and roundings are chosen by; judging: pairs of a kind of text and a text; origin: where
-    they are from, in words."""
+    """calibrating: text that scales and roundings are chosen by; judging: pairs of a kind of text and a text; origin:
+    where they come from, in words."""
 
     calibrating: str
     judging: tuple[tuple[str, str], ...]
@@ -34,10 +34,10 @@ def built_in_texts() -> Texts:
 
 
 def cut_text(text: str, origin: str) -> Texts:
-    """Cut a text in two, as near to its middle as whole paragraphs allow; between lines, else words, where paragraphs
-    leave less than a quarter on one side.
+    """Cut a text in two, between paragraphs near its middle; between lines, else words, if one side would have less
+    than a quarter.
 
-    origin: of the text, for errors. A text of a single word leaves nothing to judge by, which `make_judging` refuses.
+    origin: of the text, for errors. A single word leaves nothing to judge with; `make_judging` refuses that.
     """
     text = text.strip()
     for separator in _SEPARATORS:
@@ -51,7 +51,7 @@ def cut_text(text: str, origin: str) -> Texts:
 
 
 def calibrating_texts() -> list[str]:
-    """What rounding is fitted to, in the order of the files' names."""
+    """The texts that calibrate rounding, in the order of the files' names."""
     folder = resources.files(__package__) / "text" / "calibrating"
     names = sorted(item.name for item in folder.iterdir())
     return [(folder / name).read_text(encoding="utf-8") for name in names]

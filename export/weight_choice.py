@@ -1,4 +1,5 @@
-"""The choice of `int4-rowwise`: 4, 5, 6 or 8 bits for each matrix, by what a bundle may take, and what 4 bits cost."""
+"""`int4-rowwise`: choose 4, 5, 6 or 8 bits for each matrix, by the size that a bundle may have and the loss of fewer
+bits."""
 
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, save_graph
 
 _PROBE_NAME = "probe.onnx"
-# What a bundle has beside two graphs, weights and tokenizer: manifest and reports.
+# Bytes of a bundle besides graphs, weights and tokenizer: manifest and reports.
 _REPORTS_BYTES = 192 << 10
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """What choices are made from. The bundle's folder holds the graph with 8 bits everywhere until one is written.
+    """The input of choices. The bundle's folder holds the graph with 8 bits everywhere until a choice is written.
 
-    files: every matrix with each number of bits; matrices: what they take; other_bytes, other_weights_bytes: what the
-    bundle, and its weights, take beside them.
+    files: every matrix with each number of bits; matrices: their sizes; other_bytes, other_weights_bytes: the rest of
+    the bundle, and of its weights.
     """
 
     loaded: Loaded
@@ -44,7 +45,7 @@ class Choosing:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """From 4 bits to 8, with activations of 16 bits. Must be asked for before a choice is written."""
+        """The steps from 4 bits to 8, measured with activations of 16 bits. Read it before a choice is written."""
         tokens = min(WINDOW_TOKENS, self.loaded.source.context_length)
         return steps_of(self.matrices, self._probe, self.loaded.calibrating_ids, tokens)
 
@@ -57,7 +58,7 @@ class Choosing:
         return 8 * (self.other_weights_bytes + choice.weights_bytes) / self.fp32.shape.parameters
 
     def budget(self) -> int | None:
-        """Bytes for the matrices of what was asked for; None where nothing was."""
+        """Bytes for the matrices within the requested size; None if none was requested."""
         config = self.fp32.job.config
         if config.size is not None:
             return config.size - self.other_bytes
@@ -66,7 +67,7 @@ class Choosing:
         return None
 
     def write(self, choice: WeightBits, quantizer: Quantizer) -> Quantizer:
-        """The bundle's graph and weights with this choice; what makes them."""
+        """Write the bundle's graph and weights with this choice. Returns the quantizer that makes them."""
         narrowed = replace(quantizer, narrow={name: self.files[bits][name] for name, bits in choice.narrow().items()})
         save_graph(narrowed.quantized(), self.fp32.job.bundle)
         return narrowed
@@ -88,7 +89,7 @@ class Choosing:
 
 
 def make_choosing(loaded: Loaded, fp32: Fp32Graph) -> Choosing:
-    """Every matrix in fewer bits, and what all parts of a bundle take. Cost: as of `round_to_nibbles`."""
+    """Round every matrix to fewer bits, and measure all parts of a bundle. Cost: as of `round_to_nibbles`."""
     job = fp32.job
     limit = (1 << (job.profile.weight_bits - 1)) - 1
     texts = loaded.calibrating_ids if fp32.can_calibrate else []
@@ -101,14 +102,14 @@ def make_choosing(loaded: Loaded, fp32: Fp32Graph) -> Choosing:
         matrices.append(Candidate(name, {**sizes, MOST: wide}, {bits: found.error for bits, found in rounded.items()}))
     written = sum(matrix.bytes[MOST] for matrix in matrices)
     graph, weights = ((job.bundle / name).stat().st_size for name in (names.GRAPH_NAME, names.WEIGHTS_NAME))
-    # The graph is there twice in the end: once for onnxruntime-genai.
+    # The bundle will have two graphs: one for onnxruntime-genai.
     found = sum(path.stat().st_size for path in job.bundle.iterdir()) + graph + _REPORTS_BYTES
     return Choosing(loaded, fp32, files, tuple(matrices), found - written, weights - written)
 
 
 def choose_weights(loaded: Loaded, fp32: Fp32Graph, quantizer: Quantizer) -> tuple[WeightBits, Quantizer]:
-    """Rewrite the bundle's graph, of 8-bit matrices, with fewer bits for those that are chosen: 4 for all where no size
-    was asked for. Raises: RecipeError, where nothing fits."""
+    """Rewrite the bundle's graph of 8-bit matrices with fewer bits for the chosen ones: without a requested size, 4 for
+    all. Raises: RecipeError, if nothing fits."""
     choosing = make_choosing(loaded, fp32)
     choice = _choice(choosing)
     return choice, choosing.write(choice, quantizer)

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 COMMANDS_GROUP = "edgelm.commands"
 _OWN = ("run", "chat", "inspect", "verify", "bench", "cache", "doctor", "eval", "serve")
-# What prints nothing that somebody waits for.
+# Words after which a command only prints help, or the version.
 _SILENT = ("serve",)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The `edgelm` program. Returns the exit status; prints nothing but what the command prints and one error line."""
+    """The `edgelm` program. Returns the exit status. Prints what the command prints, and at most one error line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:  # we are the program, not called by one
+    if arguments is None:  # run as the program, not called from one
         signal.signal(signal.SIGTERM, _end)
         if sys.platform == "win32":  # Ctrl-Break, and a console that is closed
             signal.signal(signal.SIGBREAK, _end)
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line_errors(command: Callable[[], int], debug: bool) -> int:
-    """Run a command; what it raises on purpose, or the system, becomes one line and an exit status."""
+    """Run a command. An EdgelmError, or an error of the system, becomes one line and an exit status."""
     try:
         return command()
     except EdgelmError as error:
         return _fail(str(error), error, debug)
     except BrokenPipeError as error:
-        # Whoever read our output is gone. Point standard output elsewhere, or the interpreter complains at exit.
+        # The reader of our output is gone. Redirect standard output, or the interpreter complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("the output was closed before everything was written", error, debug)
     except KeyboardInterrupt:
@@ -88,7 +88,7 @@ def make_parser(name: str, module: Any) -> argparse.ArgumentParser:
 
 
 def _end(number: int, _: object) -> NoReturn:
-    """A signal that asks the program to end: what is half written is removed on the way out."""
+    """Handler of signals that end the program: raising lets temporary files be removed on the way out."""
     print("edgelm: terminated", file=sys.stderr)
     raise SystemExit(128 + number)
 
@@ -121,7 +121,8 @@ def _names() -> list[str]:
 
 
 def _find(name: str) -> Any:
-    """The module of a command, or None. Raises: EdgelmError, for another distribution's that cannot be imported."""
+    """The module of a command, or None. Raises: EdgelmError, if a command of another distribution cannot be
+    imported."""
     if name in _OWN:
         return importlib.import_module(f".commands.{name}", __package__)
     for entry in _foreign_commands():
@@ -147,7 +148,7 @@ def _foreign_commands() -> Collection[EntryPoint]:
     from importlib.metadata import entry_points  # 4 MB, which `edgelm run` can do without
 
     found = entry_points(group=COMMANDS_GROUP)
-    # A frozen program has the metadata of edgelm as a whole, and not what needs torch.
+    # A frozen program has edgelm's metadata, which name the exporter's commands too, but not the exporter.
     return [entry for entry in found if _is_packed(entry.module)] if getattr(sys, "frozen", False) else found
 
 
@@ -165,7 +166,7 @@ def _fail(message: str, error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    # What a file or a name on the disk brought into a message must not reach the terminal as an order to it.
+    # A message may quote a file or a name: escape sequences in it must not reach the terminal.
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
     print(f"edgelm: error: {shown}", file=sys.stderr)
     return _FAILED

@@ -1,4 +1,4 @@
-"""The engine: text in, text out. Joins prompts, response cache and decoding over one loaded bundle.
+"""The engine: text in, text out. Joins prompts, caches and decoding over one loaded bundle.
 
 Three tiers: `Decoder` (ids to ids), `Engine.stream` (chunks of text), `Engine.generate` (a whole completion); the
 latter two also for asyncio.
@@ -50,9 +50,9 @@ class Engine:
     """One loaded model and one conversation's cache. Use it in a `with` block, or call `close()`.
 
     Threads and tasks may share an engine: with the scheme `int8-rowwise` their requests are rows of one running batch,
-    otherwise they are answered one after the other, short prompts first. A prompt that starts as an earlier one did (a
-    conversation that goes on, a common preamble) runs only what is new; with that scheme every answer is bit for bit
-    the one of a fresh engine that has nothing else to do.
+    otherwise they are answered one after the other, short prompts first. A prompt that begins like an earlier one (a
+    conversation that goes on, a common preamble) runs only its new part. With that scheme every answer is bit for bit
+    the one that a fresh, idle engine gives.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Engine:
         responses: ResponseCache | None,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        """For those who bring their own session; everyone else calls `load`."""
+        """For callers who bring their own session; all others call `load`."""
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._session = session
@@ -89,12 +89,12 @@ class Engine:
         settings: GenerationSettings | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Completion:
-        """The continuation of a prompt, as a whole. Exactly one of prompt, messages and token_ids is given.
+        """The whole continuation of a prompt. Give exactly one of prompt, messages and token_ids.
 
         prompt: plain text; messages: [{"role": ..., "content": ...}, ...] for the model's chat template; token_ids:
-        used as they are. Keywords are those of `GenerationSettings` (max_tokens, temperature, seed, stop, ...), which
-        go before `settings`, and for messages those of `ChatOptions` (tools, template_variables,
-        continue_final_message, ...). Without any the answer is greedy, whatever the bundle's generation_config.json
+        used as they are. Keywords: those of `GenerationSettings` (max_tokens, temperature, seed, stop, ...), which
+        override `settings`, and with messages those of `ChatOptions` (tools, template_variables,
+        continue_final_message, ...). By default the answer is greedy, whatever the bundle's generation_config.json
         says.
         Raises: PromptError, ContextLengthError, SettingsError, TemplateError, EngineError, SessionError,
         MissingExtraError.
@@ -111,7 +111,7 @@ class Engine:
         settings: GenerationSettings | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Stream:
-        """The same as `generate`, in chunks as they come. Arguments are checked before this returns.
+        """As `generate`, in chunks as they come. Arguments are checked before this returns.
 
         Close the stream (or leave the loop) to cancel, from any thread: its row is free again after the step that is
         running.
@@ -143,8 +143,8 @@ class Engine:
         **keywords: Unpack[RequestKeywords],
     ) -> ChunkStream:
         """`stream` for asyncio: `async for chunk in engine.astream(...)`. Cancelling the task, leaving the loop and
-        `aclose` free the answer's row after the step that is running. Settings are checked before this returns, the
-        prompt where the first chunk is awaited, since tokenizing may take long."""
+        `aclose` free the answer's row after the step that is running. Settings are checked before this returns; the
+        prompt is checked when the first chunk is awaited, since tokenizing may take long."""
         from .serving.asynchronous import ChunkStream
 
         return ChunkStream(self._scheduler, self._maker(prompt, messages, token_ids, settings, keywords))
@@ -157,13 +157,13 @@ class Engine:
         max_rows: int = MAX_ROWS,
         **keywords: Unpack[RequestKeywords],
     ) -> list[Completion]:
-        """What `generate` gives for each of the prompts, in their order, computed several at once.
+        """`generate` for several prompts at once. The completions have the order of the prompts.
 
         prompts: texts, lists of messages or lists of token ids, of any lengths. settings: for all, or one for each.
-        max_rows: so many are computed at once, the others wait for a place; the KV cache then takes the memory of so
-        many texts as long as the longest one. Every answer is the one that `generate` gives. Where a batch could not
-        hold that (`sessions.rows.rows_are_exact`), and for a session without `rows`, prompts are answered one by one.
-        Raises: as `generate`, before anything is computed, naming the prompt by its index; an error of a step ends all.
+        max_rows: so many are computed at once, the others wait; the KV cache takes the memory of so many texts as long
+        as the longest. Every answer is the one that `generate` gives. If a batch could not promise that
+        (`sessions.rows.rows_are_exact`), or the session has no `rows`, prompts are answered one by one. Raises: as
+        `generate`, before anything is computed, naming the prompt by its index; an error in a step ends all.
         """
         requests = self._new().batch(prompts, settings, max_rows, keywords)
         return completions(requests, stream_batch(self._scheduler, requests, max_rows))
@@ -176,7 +176,7 @@ class Engine:
         max_rows: int = MAX_ROWS,
         **keywords: Unpack[RequestKeywords],
     ) -> Generator[tuple[int, Chunk], None, None]:
-        """The same as `generate_batch`, in chunks as they come, each with the index of its prompt.
+        """As `generate_batch`, in chunks as they come, each with the index of its prompt.
 
         Close the iterator (or leave the loop) to cancel: the engine is free again after the step that is running.
         """
@@ -223,9 +223,9 @@ class Engine:
     ) -> None:
         """Run the model once, so that the first answer comes as soon as later ones.
 
-        Without arguments one token is fed, which reads all weights. With those of `generate`, such as the messages that
-        every conversation begins with, that prompt is read and the prefix cache keeps it. Cost: that of reading the
-        prompt. Raises: as `generate`.
+        Without arguments one token is fed, which reads all weights. With a prompt, such as the messages that begin
+        every conversation, that prompt is read and kept in the prefix cache. Cost: that of reading the prompt. Raises:
+        as `generate`.
         """
         if prompt is None and messages is None and token_ids is None:
             token_ids = [0]
@@ -239,7 +239,7 @@ class Engine:
 
     @property
     def takes_messages(self) -> bool:
-        """Whether the bundle has a chat template, without which there are prompts only."""
+        """Whether the bundle has a chat template. Without one, `messages` are refused."""
         return self._requests.prompts.templates is not None
 
     @property
@@ -277,7 +277,7 @@ class Engine:
         self.close()
 
     def _new(self) -> RequestMaker:
-        """Where requests are made, while the engine is open. Raises: EngineClosedError."""
+        """The maker of requests, while the engine is open. Raises: EngineClosedError."""
         if self._scheduler.closed:
             raise EngineClosedError("the engine is closed: load the bundle again")
         return self._requests
@@ -290,7 +290,7 @@ class Engine:
         settings: GenerationSettings | None,
         keywords: Mapping[str, Any],
     ) -> Callable[[], Request]:
-        """What makes the request, whose time runs from now. Raises: SettingsError, EngineClosedError."""
+        """A function that makes the request; its time runs from now. Raises: SettingsError, EngineClosedError."""
         new, started = self._new(), time.perf_counter()
         GenerationSettings.of(settings, ChatOptions.split(keywords)[1])
         return lambda: dataclasses.replace(new.one(prompt, messages, token_ids, settings, keywords), started=started)

@@ -5,7 +5,7 @@
     |  |- BundleMissingError      the folder or one of its files is not there
     |  |- BundleCorruptError      a file is truncated, changed or not what the manifest says
     |  |- BundleVersionError      written by a newer edgelm
-    |  `- BundleUnsupportedError  of another exporter, in a form that edgelm does not run
+    |  `- BundleUnsupportedError  written by another exporter in a form that edgelm does not run
     |- InputError             the caller asked for something impossible
     |  |- PromptError             empty, not text, ids out of range
     |  |- ContextLengthError      longer than the model's context
@@ -32,8 +32,8 @@ _SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: the beginning of its repr, or its type, where Python writes none (of a whole number
-    with thousands of digits, of lists in lists without end)."""
+    """A value as messages show it: the beginning of its repr, or its type if Python cannot write one (an integer with
+    thousands of digits, endlessly nested lists)."""
     try:
         return f"{value!r:.{_SHOWN}}"
     except (ValueError, RecursionError):
@@ -90,7 +90,7 @@ class EngineError(EdgelmError):
 
 
 class EngineBusyError(EngineError):
-    """A thread used the engine again from within one of its steps, for which it would wait."""
+    """A thread called the engine from within one of its own steps: the call would wait for itself."""
 
 
 class EngineClosedError(EngineError):
@@ -106,7 +106,8 @@ class MemoryShortageError(EdgelmError):
 
 
 class CacheError(EdgelmError):
-    """A cache on the disk or on a server cannot be used now. `generate` and `stream` never raise it: they compute."""
+    """A cache on the disk or on a server cannot be used now. `generate` and `stream` never raise it: they compute
+    instead."""
 
 
 class CacheCorruptError(CacheError):

@@ -11,23 +11,23 @@ from .host.memory import available_bytes
 from .sessions import kernels
 from .sessions.kv_cache import KVCache
 
-# Python, numpy, onnxruntime and tokenizers with a small model, on Linux; of it 45 MB are pages of libraries' files.
+# Python, numpy, onnxruntime and tokenizers with a small model, on Linux; 45 MB of it are mapped library files.
 _PROGRAM_BYTES = 80_000_000
-# A tokenizer.json becomes tables, a graph becomes nodes.
+# Memory per byte of tokenizer.json and of the graph, once they are parsed.
 _TOKENIZER_SHARE, _GRAPH_SHARE = 6.0, 4.0
-# What steps take beside, as a part of the rest: with kernels a little; without, onnxruntime widens keys and values, and
-# has two copies of a matrix while it loads.
+# Memory for steps, as a part of the rest. Kernels need little; without them, onnxruntime widens keys and values, and
+# holds two copies of a matrix while it loads.
 _WORK_WITH_KERNELS, _WORK_WITHOUT = 0.05, 0.3
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Physical memory in bytes that a process takes which runs a bundle on the CPU.
+    """Physical memory, in bytes, of a process that runs a bundle on the CPU.
 
-    program_bytes: Python, onnxruntime, the graph and the tokenizer; weights_bytes: with kernels pages of the mapped
-    file, which the system may drop and which processes share, else a copy; cache_bytes: keys and values of so much text
-    as was asked for; work_bytes: what loading and steps take beside; available_bytes: what the machine has left now.
-    What the response cache and the prefix cache may hold comes on top of it: their budgets are the caller's.
+    program_bytes: Python, onnxruntime, the graph and the tokenizer; weights_bytes: with kernels, pages of the mapped
+    file, which the system may drop and processes share, else a copy; cache_bytes: the KV cache of the given texts;
+    work_bytes: extra memory for loading and steps; available_bytes: what is free now. The budgets of the response cache
+    and the prefix cache come on top.
     """
 
     program_bytes: int
@@ -38,17 +38,17 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum of the four parts."""
         return self.program_bytes + self.weights_bytes + self.cache_bytes + self.work_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the machine has so much left."""
+        """Whether the machine has so much memory free."""
         return self.total_bytes <= self.available_bytes
 
 
 def estimate_memory(path: str | Path, *, context: int | None = None, rows: int = 1) -> MemoryEstimate:
-    """What loading a bundle and running texts in it will take. Nothing is loaded.
+    """How much memory it takes to load a bundle and run texts in it. Nothing is loaded.
 
     context: tokens of the longest text (None: the model's whole context); rows: texts at once. Cost: some small reads.
     Raises: SettingsError; BundleMissingError, also for folders of other exporters, which have no manifest;

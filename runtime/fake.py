@@ -1,4 +1,4 @@
-"""A session of a few lines of numpy behind the real one's protocol, for tests and for those who embed edgelm.
+"""A session in a few lines of numpy with the real one's protocol, for tests and for programs that embed edgelm.
 
 `FakeSession` "knows" one rule: which token follows which, given the whole sequence so far. It computes no neural
 network, needs no bundle, and records what it was asked, so that a test can count steps and rewinds.
@@ -17,7 +17,7 @@ NextToken = Callable[[Sequence[int]], int]
 
 
 class FakeSession:
-    """`edgelm.runtime.sessions.loading.Session` whose most likely next token is `next_token(tokens so far)`.
+    """A `Session` (`edgelm.runtime.sessions.protocol`) whose most likely next token is `next_token(tokens so far)`.
 
     `steps` lists the token ids of each step, `tokens` holds the sequence in the "cache".
     """
@@ -47,7 +47,7 @@ class FakeSession:
         return logits
 
     def expect(self, positions: int) -> None:
-        """Nothing: there is room for any text."""
+        """Do nothing: there is room for any text."""
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= len(self.tokens)

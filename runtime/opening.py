@@ -1,4 +1,4 @@
-"""`load`: a folder to an engine."""
+"""`load`: open a folder as an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sessions.loading import find_folder
 from .text.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-# A program that embeds edgelm finds its users' conversations on the disk only if it asks.
+# A program that embeds edgelm must ask for it before conversations are written to the disk.
 IN_MEMORY = ResponseCacheSettings(disk=False)
 PREFIXES_IN_MEMORY = PrefixCacheSettings(disk=False)
 
@@ -38,22 +38,21 @@ def load(
 
     graph: which ONNX file, relative to the folder, where a folder of another exporter holds several.
     threads: cores to compute with (None: physical cores that this process may use). provider: "cpu" or "cuda" (None:
-    what the bundle was made for; one for a GPU runs on the CPU only when it is told to).
-    exact: False allows batches, kept prefixes and draft tokens also where they change roundings (`bundle.cuts`), as
-    with the schemes of float32 matrices.
-    kernels: False leaves the compiled kernels out, as EDGELM_KERNELS=off does for all models of a process.
+    the one that the bundle was made for; a bundle for a GPU runs on the CPU only if asked to).
+    exact: False allows batches, the prefix cache and draft tokens also where they change roundings (`bundle.cuts`), as
+    with fp32 and int8-weight.
+    kernels: False does not use the compiled kernels, as EDGELM_KERNELS=off does for all models of a process.
 
     Nothing is written to the disk unless one of these asks for it:
-    response_cache: keep finished answers and give them again for the same request: in memory (16 MiB) by default, False
-    not at all, True also in a database below EDGELM_HOME (256 MiB, readable by this user alone, shared by the
-    processes), or as settings say. prefix_cache: keep what was computed for prompts, for later ones that start alike:
-    in memory (64 MiB) by default, False not at all, True also in files below EDGELM_HOME (512 MiB, as above), or as
-    settings say. `edgelm cache budget` changes what True means for both.
-    prepare: True keeps the weights as onnxruntime wants them on this machine below EDGELM_HOME (twice the bundle's
-    size, in all at most 8 GiB), which later loads map, unless they say False: faster, in less memory of their own,
-    shared by the processes.
-    Every file that is read is checked, the weights while onnxruntime loads them: a bundle's against the manifest's
-    digests, a prepared form against its own checksums.
+    response_cache: return finished answers again for the same request. By default in memory (16 MiB); False: off; True:
+    also in a database below EDGELM_HOME (256 MiB, readable by this user alone, shared by processes); or settings.
+    prefix_cache: reuse what was computed for prompts that begin alike. By default in memory (64 MiB); False: off; True:
+    also in files below EDGELM_HOME (512 MiB, as above); or settings. `edgelm cache budget` changes what True means.
+    prepare: True stores the weights in the order of this machine's kernels below EDGELM_HOME (twice the bundle's size,
+    in all at most 8 GiB). Later loads map them unless `prepare` is False: they are faster, and processes share the
+    memory.
+    Every file is checked, the weights while onnxruntime loads them: a bundle's files by the manifest's digests,
+    prepared weights by their own checksums.
     Raises: BundleError and below for the folder, SettingsError for threads and settings, SessionError from onnxruntime,
     MemoryShortageError, MissingExtraError for a Redis server without redis-py. A cache that cannot be used
     gives a warning, not an error.
@@ -65,7 +64,7 @@ def load(
         off = what_is_off(bundle.manifest) if bundle.has_manifest and not accepts_roundings(bundle) else None
         if off is not None:
             _logger.warning("%s: %s", bundle.path, off)
-        # First, so that the graph takes the room between what parsing the tokenizer leaves: 5 MB less.
+        # The tokenizer first: the graph then fills the gaps that parsing it leaves in the heap, which saves 5 MB.
         tokenizer = Tokenizer(bundle.path / bundle_files.TOKENIZER_NAME)
         give_back()
         session = load_model()

@@ -1,6 +1,6 @@
-"""What the value of a generation setting may be: each function takes what a user gave and returns what is kept.
+"""Check and convert the values of generation settings: each function takes a user's value and returns the stored one.
 
-Functions that cannot name the setting give None, or NaN, for anything else; the others raise SettingsError.
+Functions that do not know the setting's name return None, or NaN, for an invalid value; the others raise SettingsError.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 from .errors import SettingsError, shown
 
-# What is added to logits or multiplied with them stays so small that no sum overflows float32.
+# Bound of the values that are added to logits or multiplied with them, so that nothing overflows float32.
 LARGEST = 1e6
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of any integer type, or None for what is none."""
+    """A whole number of any integer type; None for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -28,13 +28,13 @@ def whole_number(value: Any) -> int | None:
 
 
 def token_id(value: Any) -> int | None:
-    """A token id that some model may have, or None for what is none."""
+    """A token id that some model may have; None for anything else."""
     token = whole_number(value)
     return token if token is not None and 0 <= token <= sys.maxsize else None
 
 
 def real_number(value: Any) -> float:
-    """A number as float, NaN for what is none and for what no float can hold."""
+    """A number as float; NaN for anything else, and for numbers that no float can hold."""
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -87,7 +87,7 @@ def token_biases(value: Any) -> FrozenBias:
 
 
 def json_schema_text(value: Any) -> str | None:
-    """The schema as JSON text. The order of its keys stays: it is the order in which properties are written."""
+    """The schema as JSON text. The order of its keys is kept: properties are written in this order."""
     if value is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""What a request may set: every generation setting, its range and its default, checked in one place.
+"""Generation settings: every setting with its range and default, checked in one place.
 
-Knows no model: what depends on a vocabulary or a context is checked where the request meets the bundle (`requests`).
+Knows no model: `serving/requests.py` checks what depends on a vocabulary or a context.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ class SettingsKeywords(TypedDict, total=False):
 class GenerationSettings:
     """How to continue a prompt. The defaults are greedy. Immutable and hashable; `docs/generation.md` has the formulas.
 
-    max_tokens: the most tokens to generate. min_tokens: so many come before the answer may end.
+    max_tokens: the most tokens to generate. min_tokens: the answer may not end before so many.
     temperature: 0 takes the most likely token; above 0 tokens are drawn. top_k (0: off), top_p (1: off) and min_p
-    (0: off) narrow what is drawn from, and need a temperature. seed: None draws another one for each request.
-    repetition_penalty (1: off) divides what prompt and answer hold already; presence_penalty and frequency_penalty
-    (0: off) are subtracted for what the answer holds. logit_bias: added to the logits of these ids; -inf bans one.
-    stop: texts that end the answer and are not part of it. stop_token_ids: the same for ids, besides the model's own.
-    logprobs: None, or how many alternatives to report beside each chosen token.
+    (0: off) narrow the draw, and need a temperature. seed: None for a new one in each request. repetition_penalty (1:
+    off) lowers tokens that prompt or answer contain; presence_penalty and frequency_penalty (0: off) are subtracted
+    from tokens that the answer contains. logit_bias: added to the logits of these ids; -inf bans one. stop: texts that
+    end the answer and are not part of it. stop_token_ids: the same for ids, besides the model's own. logprobs: None, or
+    how many alternatives to report beside each chosen token.
     json_schema (object or JSON text), regex, lark (a grammar in llguidance's form of Lark): the answer follows it
     (extra "structured").
-    timeout: seconds from the call after which the answer ends with what is there.
-    context_full: "stop" ends the answer where the context is full; "slide" forgets the older half of what follows the
-    first `keep` tokens and goes on.
-    lookup: try draft tokens where the text repeats itself, and check several in one step; only where answers stay
-    the same, bit for bit.
-    special_tokens: the answer's text shows special tokens, such as markers of tool calls; not the one that ends it.
+    timeout: seconds from the call, after which the answer ends as it is.
+    context_full: "stop" ends the answer when the context is full; "slide" forgets the older half of what follows the
+    first `keep` tokens, and goes on.
+    lookup: use prompt-lookup decoding: draft tokens from repetitions in the text, verified in one step. Used only where
+    answers stay the same, bit for bit.
+    special_tokens: show special tokens in the answer's text, such as markers of tool calls, but not the end token.
     Raises: SettingsError.
     """
 
@@ -131,12 +131,12 @@ class GenerationSettings:
 
     @property
     def cacheable(self) -> bool:
-        """Whether the response cache may hold the answer: no random draw, and nothing that it does not store."""
+        """Whether the response cache may hold the answer: no random draw, and no log-probabilities."""
         return self.deterministic and self.logprobs is None
 
     @property
     def plain(self) -> bool:
-        """Whether each token is just the most likely one: nothing changes, constrains or reports the logits."""
+        """Whether each token is simply the most likely one: no setting changes, constrains or reports the logits."""
         return self.deterministic and all(getattr(self, name) == getattr(_DEFAULTS, name) for name in _TOUCH_LOGITS)
 
     @property
@@ -145,8 +145,8 @@ class GenerationSettings:
         return any(getattr(self, name) is not None for name in _STRUCTURES)
 
     def cache_key(self) -> dict[str, Any]:
-        """Every setting that can change a finished answer, as JSON can hold it: all but the timeout and the lookup,
-        and the seed where nothing is drawn."""
+        """Every setting that can change a finished answer, as JSON values: all except the timeout, the lookup, and the
+        seed if nothing is drawn."""
         without = ("timeout", "lookup", "seed") if self.deterministic else ("timeout", "lookup")
         key = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in without}
         bias = [[token, str(value)] for token, value in self.logit_bias.items()]
@@ -167,7 +167,7 @@ class GenerationSettings:
         given = [name for name in _STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:
             raise SettingsError(f"{' and '.join(given)} were both given: an answer follows one of them")
-        # A grammar may describe free text, which a stop text may well end.
+        # A grammar may describe free text, which a stop text may end.
         if given and self.lark is None and (self.stop or self.stop_token_ids or self.min_tokens):
             raise SettingsError(
                 "stop, stop_token_ids and min_tokens would end the answer elsewhere than json_schema or regex does: "
@@ -175,7 +175,7 @@ class GenerationSettings:
             )
 
 
-# The least and the most of each whole number.
+# Minimum and maximum of each whole number.
 _WHOLE: dict[str, tuple[int, int]] = {
     "max_tokens": (1, sys.maxsize),
     "min_tokens": (0, sys.maxsize),
@@ -184,7 +184,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "logprobs": (0, sys.maxsize),
     "keep": (0, sys.maxsize),
 }
-# What each other number has to fulfil (a NaN fulfils none), and how to say so.
+# The condition for each other number (NaN fulfils none), and its words in a message.
 _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: 0 <= x < math.inf, "0 (greedy) or a number above it"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),

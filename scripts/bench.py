@@ -8,7 +8,7 @@ Builds the model from its configuration in `scripts/reference`, exports it, then
 each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is how
 fast decoding reads the weights, in parts of how fast memory is read. Speed depends on weights' values by the arithmetic
 that the export chooses, no more: a bundle of random weights has activations of 16 bits everywhere, which is nearly what
-a real model's export chooses. `--model` measures a model that there is, as scripts/real_model.py makes one.
+a real model's export chooses. `--model` measures an existing model, such as the one that scripts/real_model.py makes.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
 
 
 def _weights_read(engine: Any, size: int, threads: int) -> dict[str, float]:
-    """Which share of the memory's speed decoding reads weights with, in bytes `size`, on the shortest context: a step
-    reads each once. Both are averages over some 0.2 s, in turns, as other processes use the memory too; medians of the
-    turns."""
+    """The speed at which decoding reads weights of `size` bytes, as a share of the memory's speed, on the shortest
+    context. A step reads each weight once. Both speeds are averages over about 0.2 s, measured in alternation because
+    other processes use the memory too; the medians count."""
     import numpy as np
 
     parts = [np.ones(1 << 25, np.int64) for _ in range(threads)]
@@ -152,7 +152,8 @@ def _weights_read(engine: Any, size: int, threads: int) -> dict[str, float]:
 
 
 def _reading(pool: ThreadPoolExecutor, parts: list[Any]) -> float:
-    """Bytes a second that a pool's threads read together, of arrays that no processor cache holds."""
+    """Bytes per second that the threads of a pool read together, from arrays that are too large for processor
+    caches."""
     started = time.perf_counter()
     for _ in range(PASSES):
         list(pool.map(type(parts[0]).max, parts))  # numpy lets other threads run meanwhile
@@ -160,7 +161,7 @@ def _reading(pool: ThreadPoolExecutor, parts: list[Any]) -> float:
 
 
 def _clock_of(engine: Any) -> list[float]:
-    """Let the engine's onnxruntime calls note their seconds in a list."""
+    """Make each onnxruntime call of the engine append its seconds to a list."""
     inference, seconds = engine._session._inference, []
     compute = inference.run_with_iobinding
 

@@ -2,9 +2,10 @@
 
     python scripts/bench_caches.py [--entries 100000] [--requests 2000] [--json FILE]
 
-A hit is what an engine pays: the key of a request with 128 token ids, the store, and the noting of the use. An answer
-has 64 chunks of one token. Requests are drawn at random from all entries. Prints medians and 99th percentiles in
-milliseconds. Filling the database takes some minutes. Redis is measured where `redis-server` is installed.
+A hit is measured as an engine does it: computing the key of a request with 128 token ids, asking the store, and
+recording the use. An answer has 64 chunks of one token. Requests are drawn at random from all entries. Prints medians
+and 99th percentiles in milliseconds. Filling the database takes some minutes. Redis is measured where `redis-server` is
+installed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def answer_of(number: int) -> CachedAnswer:
 
 
 def measure(make: Callable[[], ResponseCache], entries: int, requests: int) -> dict[str, float]:
-    """Milliseconds of hits, each asked of a cache that `make` may renew."""
+    """Milliseconds of each hit. `make` may give a new cache for each."""
     source = random.Random(0)  # noqa: S311
     times = []
     for _ in range(requests):

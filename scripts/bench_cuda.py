@@ -110,7 +110,7 @@ def measure_edgelm(bundle: Path, contexts: list[int], repeats: int) -> list[dict
 
 
 def measure_transformers(model: str, contexts: list[int], repeats: int) -> list[dict[str, Any]]:
-    """The same with transformers in float16 on the same GPU, its cache grown by itself."""
+    """The same with transformers in float16 on the same GPU, with transformers' own growing cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def _transformers_run(module: Any, ids: Any) -> tuple[float, float]:
 
 
 def _finish(ids: Any) -> None:
-    """Wait for the GPU, if the ids are there."""
+    """Wait for the GPU if the ids are on it."""
     import torch
 
     if ids.is_cuda:

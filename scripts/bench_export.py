@@ -4,8 +4,7 @@
 
 Builds a Llama model of TinyLlama-1.1B's sizes with random weights, stored as bfloat16 as most models are, and exports
 it in a fresh process. The memory is the most that was resident, files that are mapped into memory included. Neither
-time nor memory depends on the weights' values, but the choice of arithmetic does: `--model` exports a model that there
-is.
+time nor memory depends on the weights' values, but the choice of arithmetic does: `--model` exports an existing model.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def measure(model: Path, bundle: Path, target: Path | None) -> dict[str, Any]:
-    """Export once, and what it cost."""
+    """Export once; returns what it cost."""
     shutil.rmtree(bundle, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("edgelm")), "export", str(model), "--out", str(bundle)]
     command += [] if target is None else ["--target", str(target)]

@@ -1,11 +1,11 @@
-"""What more processes and proxies cost or bring on one machine, measured in alternation.
+"""Measure what more processes and proxies gain and cost on one machine, in alternation.
 
     python scripts/bench_fleet.py BUNDLE [--rounds 5] [--clients 8] [--tokens 64] [--threads 2] [--json]
 
 One server with all threads beside three with a thread each behind HAProxy, as docs/fleet.md has it: tokens per second
 of all clients, and tokens per second of CPU time, which other programs on the machine disturb less. Then one request
 of an answer that the server knows, straight and through HAProxy and LiteLLM's proxy: the time that it takes, and what
-the proxy computes for it. What is not installed is left out, and said.
+the proxy computes for it. What is not installed is left out, with a message.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def three(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def processes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What all clients get from one process and from three, by turns, and the medians of the rounds' ratios."""
+    """Tokens per second of all clients with one process and with three, in alternation, and the medians of the rounds'
+    ratios."""
     if find(HAPROXY) is None:
         return {"not measured": "haproxy is not installed"}
     rounds: dict[str, list[dict[str, float]]] = {"one": [], "three": []}
@@ -84,7 +85,7 @@ def processes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def servers(known: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The processes of edgelm that this one started, but for some."""
+    """The edgelm processes that this process started, without some of them."""
     found = psutil.Process().children()
     return [process for process in found if "edgelm.runtime.cli" in process.cmdline() and process not in known]
 

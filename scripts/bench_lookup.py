@@ -3,9 +3,9 @@
     python scripts/bench_lookup.py [--work build/bench] [--rounds 7] [--threads 2] [--kv int8] [--json FILE]
 
 Three bundles: the reference model of `bench.py` (135M parameters, random weights, whose answers repeat nothing), a
-model of the same shape and cost of which two layers are written to copy what the prompt holds (`copying_model.py`), and
-builtin:tales, a real story model. "played" cases force the tokens of an English text on the reference model, whatever
-its logits say, so that draft tokens fare as on that text and steps cost what they cost such a model.
+model of the same shape and cost, two layers of which have weights that copy from the prompt (`copying_model.py`), and
+builtin:tales, a real story model. In "played" cases the reference model must answer with the tokens of an English text,
+whatever its logits say: as many draft tokens are accepted as on that text, and steps cost what they cost in this model.
 
 Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token: what
 else the machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and

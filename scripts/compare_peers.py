@@ -8,7 +8,7 @@ virtual environment for each peer and converts the model for each of them (kept 
 prints tables of medians. With --text and --questions it also measures what each peer's arithmetic costs: KL divergence
 from the fp32 model and perplexity on the text's first 40 kB, and greedy answers that are fp32's. Needs edgelm with the
 extra `export`, a C++ compiler for llama.cpp, and about 10 GB on the disk. pip's own settings say where packages come
-from. A peer that cannot be had or fails is reported with the reason.
+from. A peer that cannot be installed or that fails is reported with the reason.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
 
 
 class Comparison:
-    """One model for several peers. `failures` gets the reason of what failed, by peer and by what it was doing."""
+    """One model for several peers. `failures` holds the reason of each failure, by peer and by what the peer was
+    doing."""
 
     def __init__(self, cache: Path, model: Path, vocab: int, threads: int, failures: dict[str, dict[str, str]]) -> None:
         self.environments = Environments(cache, threads)
@@ -196,7 +197,8 @@ class Comparison:
             stamp.write_text(json.dumps(made_by), encoding="utf-8")
 
     def round(self, peers: list[report.Peer], kinds: list[str], number: int, rounds: int) -> dict[str, Any]:
-        """Figures by the peer's name; each kind of measurement goes over all peers, every other round backwards."""
+        """Figures by the peer's name. Each kind of measurement runs on all peers, in the opposite order in every second
+        round."""
         figures: dict[str, dict[str, Any]] = {peer.name: {} for peer in peers}
         for kind in kinds:
             print(f"round {number + 1} of {rounds}: {kind}", file=sys.stderr, flush=True)

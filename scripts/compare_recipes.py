@@ -1,4 +1,4 @@
-"""Compare compressed bundles with the one that nothing was left out of, on the reference model of `scripts/bench.py`.
+"""Compare compressed bundles with the uncompressed one, on the reference model of `scripts/bench.py`.
 
     python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--texts FOLDER] [--json FILE]
 
@@ -149,7 +149,7 @@ def measure(bundle: Path, threads: int) -> dict[str, float]:
 
 
 def row(name: str, kv: str, bundles: dict[str, Path], rounds: list[Round]) -> dict[str, Any]:
-    """The figures of a bundle beside those of the whole one with the same type of cache."""
+    """The figures of a bundle beside those of the uncompressed one with the same type of cache."""
     own, other = (_sizes(bundles[one]) for one in (name, UNCOMPRESSED))
     ratios = {str(c): [found[UNCOMPRESSED][str(c)] / found[name][str(c)] for found in rounds] for c in CONTEXTS}
     return {

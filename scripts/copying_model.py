@@ -55,7 +55,8 @@ def _write_tokens(table: Any, random: Any) -> None:
 
 
 def _write_notes(attention: Any, notes: Any, frequencies: Any) -> None:
-    """Keys are all alike, and turned by their place; queries are turned back by so many places as the group looks."""
+    """All keys are equal before rotary positions turn them; queries are turned back by as many places as the group
+    looks back."""
     import torch
 
     norm = math.sqrt((_CODE * _STEP**2 + (2 * _STEP) ** 2) / attention.q_proj.in_features)

@@ -5,9 +5,9 @@
 
 Ray (extra `cluster`) runs each export as a task of its own with so many cores and so much memory; --address joins a
 cluster, without it one is started on this machine. All machines have to see the models and the folder --out.
-Each export leaves NAME-TARGET and NAME-TARGET.json in it: what was asked, and the bundle's digest or the error. Another
-run of the same line goes on: what is there as it was asked for is not exported again, what failed is. A failure ends no
-other export. Exit status 1 with failures.
+Each export leaves NAME-TARGET and NAME-TARGET.json in it: what was asked, and the bundle's digest or the error. A
+second run of the same command continues the first: it exports what failed or is missing, and nothing else. A failure
+ends no other export. Exit status 1 with failures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Where it is written what became of it."""
+        """The file with the outcome."""
         return Path(f"{self.out}.json")
 
 
@@ -55,7 +55,7 @@ Runner = Callable[[Iterable[Job], argparse.Namespace], Iterator[tuple[Job, Outco
 
 
 def main(words: list[str] | None = None) -> int:
-    """Plan, export what is not there, say what became of it. Returns: the exit status."""
+    """Plan, export what is missing, print the outcomes. Returns: the exit status."""
     arguments = parse(words)
     jobs = plan(arguments)
     left = [job for job in jobs if arguments.again or not is_done(job)]
@@ -103,7 +103,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the bundle is there, as it was asked for and whole."""
+    """Whether the bundle exists, complete and with the settings that were asked for."""
     try:
         record = json.loads(job.record.read_text(encoding="utf-8"))
         return bool(record["asked"] == asdict(job) and record["digest"] == Bundle.open(job.out).manifest.digest)
@@ -112,7 +112,7 @@ def is_done(job: Job) -> bool:
 
 
 def perform(job: Job) -> Outcome:
-    """Export, and write down what became of it, where the task runs: a driver that ends loses nothing."""
+    """Export and record the outcome, on the machine where the task runs: if the driver ends, nothing is lost."""
     from edgelm.export import ExportConfig, export_model
 
     started, digest, error = time.perf_counter(), None, None

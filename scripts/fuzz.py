@@ -1,12 +1,12 @@
-"""Give edgelm random input of each kind that comes from outside, and see whether anything but an answer or an error of
-edgelm's comes of it.
+"""Give edgelm random input of each kind that comes from outside. The result must be an answer or one of edgelm's
+errors.
 
     python -m scripts.fuzz [--seconds 60] [--seed 0] [--only NAME ...] [--bundle FOLDER] [--trial NAME:NUMBER]
 
 Kinds: manifest, template, tokenizer, settings, schema, messages, budgets, home, command, kernels (their graphs).
 Findings are raw exceptions, answers that change, what takes longer than 20 seconds, and whatever ends the process: each
-is printed with its trial, which --trial does again. Exit status 1 with findings. --bundle: what is tried upon; the
-model that comes with edgelm is exported without it.
+is printed with its trial, which --trial repeats. Exit status 1 with findings. --bundle: what is tried upon; the model
+that comes with edgelm is exported without it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUNDLE = ROOT / "build" / "fuzz" / "bundle"
 
 
 class HangError(BaseException):
-    """A trial takes too long. No Exception, which something might catch."""
+    """A trial takes too long. Not a subclass of Exception, which the code under test might catch."""
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these kinds alone")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="what is tried upon")
-    parser.add_argument("--trial", metavar="NAME:NUMBER", help="do one trial, and show what comes of it")
+    parser.add_argument("--trial", metavar="NAME:NUMBER", help="run one trial and show its result")
     parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trial is not None or arguments.worker is not None:
@@ -56,8 +56,8 @@ def main() -> int:
 
 
 def watch(arguments: argparse.Namespace) -> int:
-    """Have trials done in processes of their own, each going on behind the one that ended the last. Returns: the exit
-    status."""
+    """Run trials in child processes. When a trial ends its process, the next process continues after it. Returns: the
+    exit status."""
     end, first, findings = time.monotonic() + arguments.seconds, 0, 0
     while (left := end - time.monotonic()) > 0:
         command = [
@@ -91,7 +91,7 @@ def watch(arguments: argparse.Namespace) -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Do trials, each of which is said before it begins, or the one that is named."""
+    """Run trials, or the one that is named. Each is printed before it begins."""
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _hang)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Answers whose right content is known by their number, and random use of a store that checks each of them."""
+"""Answers whose right content follows from their number, and random use of a store with a check of each answer."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Wear a server out: thousands of requests of mixed kinds from several clients that often leave, and kills.
+"""Test a server for long: thousands of requests of mixed kinds, from several clients that often disconnect, and kills.
 
     python scripts/soak_server.py BUNDLE [--requests 10000] [--clients 8] [--kills 50] [--seed 1] [--threads 1]
 
-Each answer is held against `generate`. At the end nothing may be under way, and memory, threads and open files of the
-last server may not have grown. Prints what was done as JSON; exit status 1 where something was wrong.
+Each answer is compared with that of `generate`. At the end no request may be running, and memory, threads and open
+files of the last server may not have grown. Prints what was done as JSON; exit status 1 where something was wrong.
 """
 
 from __future__ import annotations

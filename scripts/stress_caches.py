@@ -1,11 +1,12 @@
-"""Treat the stores of answers badly, from many threads and processes, and see whether one answer gets lost or wrong.
+"""Use the stores of answers from many threads and processes, with kills and full disks, and check that no answer is
+lost or wrong.
 
     python scripts/stress_caches.py [--seconds 30] [--seed 0] [--processes 3] [--threads 3] [--only NAME ...]
 
 memory    threads use and clear one store in memory, for each eviction policy
 sqlite    processes of several threads use one database, for each policy, with small budgets and a time to live
 kill      writers are killed with SIGKILL in the middle of their work: no answer whose `put` returned may be missing
-evict     the same with budgets so small that every `put` evicts: the books must be right after each kill
+evict     the same with budgets so small that every `put` evicts: counts and sizes must be right after each kill
 full      the disk is full for a while (the size of files is limited): what was stored stays, and later writes work
 redis     processes of several threads share a Redis server
 

@@ -1,4 +1,4 @@
-"""edgelm.targets: what each kind of machine wants, as data. `load_target("x86-cpu")` or a path of one's own."""
+"""edgelm.targets: settings for each kind of machine, as data. `load_target("x86-cpu")` or the path of your own file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What execution providers of onnxruntime can compute, as far as edgelm's graphs need it. Data and two questions.
+"""The schemes and types that exist, and what onnxruntime's execution providers can compute of them.
 
 Read in onnxruntime's tables of kernels (docs/OperatorKernels.md): `GroupQueryAttention` exists in float16 and bfloat16
 only on CUDA, `MatMulIntegerToFloat` not at all there; on CPUs it exists in float32 and float16.
@@ -16,9 +16,10 @@ _KV_TYPES = {"float32": ("int8", "float32"), "float16": ("float16",)}
 SCHEMES = tuple(dict.fromkeys(scheme for schemes in _SCHEMES.values() for scheme in schemes))
 KV_TYPES = tuple(dict.fromkeys(kind for kinds in _KV_TYPES.values() for kind in kinds))
 ACTIVATIONS = tuple(_SCHEMES)
-# Each of whose matrices has 4, 5, 6 or 8 bits.
+# The scheme whose matrices have 4, 5, 6 or 8 bits each.
 MIXED_SCHEME = "int4-rowwise"
-# One scale for all rows of an activation, and weights of 4 bits: who asks for these knows that they cost quality.
+# Schemes with one scale for all rows of an activation, or with weights of 4 bits. They are known to cost quality, so
+# they have wider limits.
 COARSE_SCHEMES = ("int8-tensor", "int4-weight", "int4-rowwise")
 
 
@@ -33,7 +34,7 @@ def kv_types_with(activations: str) -> tuple[str, ...]:
 
 
 def lacks(provider: str, activations: str) -> str | None:
-    """Why a provider cannot run graphs with activations of this type, or None where it can."""
+    """Why a provider cannot run graphs with activations of this type; None if it can."""
     if provider == CUDA and activations != "float16":
         return f"{CUDA} has no {activations} kernel of GroupQueryAttention: set activations to float16"
     return None

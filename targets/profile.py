@@ -1,7 +1,7 @@
 """The reader of target profiles: TOML in, a frozen dataclass out, strictly. Standard library only.
 
-Every key is required and unknown keys are errors, so a spelling mistake never means a default. A profile of one's own
-may say `extends = "x86-cpu"`: what it leaves out is then that profile's.
+Every key is required and unknown keys are errors, so a spelling mistake never becomes a default. Your own profile may
+contain `extends = "x86-cpu"`: missing keys are then taken from that profile.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from .abilities import ACTIVATIONS, COARSE_SCHEMES, SCHEMES, kv_types_with, lacks, schemes_with
 
 EXTENDS = "extends"
-# A name becomes part of a bundle's folder name.
+# A name is part of a bundle's folder name.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-# Keys of the gate that are shares, and the whole of each.
+# Keys of the gate that are shares, and their maximum.
 _SHARES = {"agreement_percent": 100.0, "answers_percent": 100.0, "decided_margin": 1.0}
 
 T = TypeVar("T")
@@ -66,8 +66,8 @@ class Gate(Limits):
     cache_kl_limit: float
 
     def allowing(self, mean_kl: float) -> Gate:
-        """The same with another limit of the mean, and with what follows from it where that is wider: one token in 100
-        may be ten times as far, perplexity rises by the distance, and as many choices may be others."""
+        """The gate with another limit of the mean, and wider other limits if needed: one token in 100 may be ten times
+        as far, perplexity may rise accordingly, and as many choices may differ."""
         percent = 100 * math.expm1(min(mean_kl, 1))
         return dataclasses.replace(
             self,
@@ -85,7 +85,7 @@ class Profile:
 
     provider: onnxruntime's execution provider; activations: their type, float32 or float16; scheme: the default of
     --scheme; weight_bits: 8, or 7 where integer products saturate; kv: {scheme: type of the KV cache}, the default of
-    --kv, for each scheme that there is with these activations; opset: ONNX operator set of the graph; coarse_gate: the
+    --kv, for each scheme that goes with these activations; opset: ONNX operator set of the graph; coarse_gate: the
     gate's limits for the schemes of `abilities.COARSE_SCHEMES`.
     """
 
@@ -102,7 +102,7 @@ class Profile:
     coarse_gate: Limits
 
     def gate_of(self, scheme: str) -> Gate:
-        """The gate of a scheme: with the limits of `coarse_gate` where the scheme's rounding is known to be coarse."""
+        """The gate of a scheme; coarse schemes have the limits of `coarse_gate`."""
         if scheme not in COARSE_SCHEMES:
             return self.gate
         return dataclasses.replace(self.gate, **dataclasses.asdict(self.coarse_gate))
@@ -118,7 +118,7 @@ def available_targets() -> list[str]:
 
 
 def native_target() -> str | None:
-    """The name of the target for the machine this runs on, or None where there is none."""
+    """The name of the target for this machine, or None."""
     machine = platform.machine().lower()
     return next((name for name in available_targets() if machine in load_target(name).machines), None)
 
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _extended(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The keys of a profile over those of the one that it extends, table by table."""
+    """A profile merged over the one that it extends, table by table."""
     if EXTENDS not in data:
         return data
     own = {key: value for key, value in data.items() if key != EXTENDS}
@@ -186,7 +186,7 @@ def _build(cls: type[T], data: dict[str, Any], path: Path, where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: Path, where: str) -> Any:
-    # A tolerance that is not a number refuses everything, an infinite one nothing: neither is meant.
+    # A NaN limit would refuse everything, an infinite one nothing: both are mistakes.
     if isinstance(value, float) and not math.isfinite(value):
         raise TargetError(f"{path}: {where} must be a finite number, found {value}")
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -232,7 +232,7 @@ def _check(profile: Profile, path: Path) -> None:
 
 
 def _check_gate(table: str, limits: Limits, path: Path) -> None:
-    """Refuse what nothing can meet: rounding always costs something, and no share is above the whole."""
+    """Refuse impossible limits: rounding always costs something, and no share exceeds its maximum."""
     for key, value in dataclasses.asdict(limits).items():
         where = f"{path}: {table}.{key}"
         if key in _SHARES:

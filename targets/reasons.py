@@ -1,7 +1,7 @@
-"""Why a profile is as it is: each key's value, and the comment that stands in front of it in the file.
+"""The reasons of a profile: each key's value, and the comment in front of it in the file.
 
-A comment is the reason of all keys below it, up to the next comment, table or blank line; one in front of a table is
-the reason of the table's keys that have none of their own. Standard library only.
+A comment is the reason for all keys below it, up to the next comment, table or blank line. A comment in front of a
+table is the reason for its keys without their own comment. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _KEY = re.compile(r"^([\w-]+)\s*=")
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a profile, dotted where it is in a table. reason: "" where the file gives none; origin: the name of
-    the profile whose file sets it, the profile itself or the one that it extends."""
+    """One key of a profile, dotted if it is in a table. reason: "" if the file has none; origin: the name of the
+    profile whose file sets it: the profile itself or the one that it extends."""
 
     key: str
     value: Any

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled kernels, where they are installed, change the last bits: tests ask for them (EDGELM_KERNELS=on for all).
-os.environ.setdefault("EDGELM_KERNELS", "off")
-
 # No test reads or fills the user's own caches; this one serves fixtures that outlive a test.
 os.environ["EDGELM_HOME"] = tempfile.mkdtemp(prefix="edgelm-home-")
 
@@ -180,8 +177,16 @@ def require_kernels(patch: pytest.MonkeyPatch) -> None:
         missing("edgelm-kernels has no code for this processor")
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what onnxruntime alone computes: tests use the compiled kernels where they are installed."""
+    from edgelm.runtime.sessions import kernels
+
+    monkeypatch.setenv(kernels.SWITCH, "off")
+
+
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:
-    """Where the bundle of a shared model lies in a folder that `--bundles` names; skips the test if it is not there."""
+    """The bundle of a shared model in the folder that `--bundles` names; skips the test if it is not there."""
     found = folder / "-".join([name, *(f"{key}-{value}" for key, value in sorted(settings.items()))])
     if not found.exists():
         pytest.skip(f"no bundle {found.name} was exported beforehand")
@@ -298,7 +303,7 @@ def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def engine_of(
     export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], Engine]]:
-    """An engine by name, opened once for all tests of a file, which knows nothing but its last text. Those with kernels
+    """An engine by name, opened once for all tests of a file, which keeps nothing but its last text. Those with kernels
     have them whatever `EDGELM_KERNELS` says; without, their tests are skipped."""
     from edgelm.runtime import load
 

@@ -1,4 +1,4 @@
-"""Graphs that call kernels with what no export writes: run all, in a process of its own, and say what came of each.
+"""Graphs that call kernels with what no export writes. Runs all in a process of its own and prints the result of each.
 
 python -m tests.hostile_graphs [--arithmetics]
 
@@ -219,7 +219,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(model: ir.Model, feeds: dict[str, Array], threads: int, own_threads: bool) -> str:
-    """Run a graph, on memory that a sanitizer watches array by array; returns what came of it."""
+    """Run a graph on memory that a sanitizer watches array by array; returns the result or the error."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -32,7 +32,7 @@ def answer(words: int, letter: str = "a", reason: CompleteReason = "stop", creat
 
 
 class Model:
-    """What a store must hold: a list of entries, each with its uses, the least recently used one first."""
+    """A model of a store: a list of entries, each with its uses, the least recently used one first."""
 
     def __init__(self, max_bytes: int | None, max_entries: int, ttl: float | None, policy: Policy) -> None:
         self.max_bytes, self.max_entries, self.ttl, self.policy = max_bytes, max_entries, ttl, policy

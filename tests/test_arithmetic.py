@@ -1,4 +1,4 @@
-"""The choice between activations of 8 and of 16 bits: what it takes, what it gives back, what it never takes."""
+"""The choice between activations of 8 and of 16 bits: what gets 8 bits, what goes back to 16, what always has 16."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [list(range(5)), list(range(3, 9))]
 
 
 class Noisy(FakeSession):
-    """A session whose logits are the fake's, and some more of noise for each matrix with 8 bits."""
+    """A session with the fake's logits, and more noise in them for each matrix with 8 bits."""
 
     def __init__(self, noise: float) -> None:
         super().__init__(11, lambda known: sum(known) % 11)

@@ -1,4 +1,4 @@
-"""Budgets that outlive a process: the file, the command that sets it, and who goes by it."""
+"""Budgets that outlive a process: the file, the command that sets it, and what reads it."""
 
 from __future__ import annotations
 

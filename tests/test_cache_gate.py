@@ -1,4 +1,5 @@
-"""The INT8 cache's gate: values that calibration did not show are found, met by wider scales, or refused by name."""
+"""The INT8 cache's gate: values that calibration did not show are found, and get wider scales or fail the export with
+their name."""
 
 from __future__ import annotations
 

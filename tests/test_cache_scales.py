@@ -80,7 +80,7 @@ def ids_of(folder: Path) -> list[int]:
 
 
 def test_a_row_is_as_long_as_its_form_wants(
-    tiny_bundle: Path, fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, fixed_bundle: Path, without_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Bundle.open(tiny_bundle).manifest.model.kv == CacheType("int8", "token")
     assert Bundle.open(fixed_bundle).manifest.model.kv == CacheType("int8", "channel")

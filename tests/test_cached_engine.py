@@ -50,6 +50,16 @@ def shell(*words: str | Path) -> subprocess.CompletedProcess[str]:
 # ---- engines
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_killed_programs_lose_no_answer_that_they_printed(tiny_bundle: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "kill_programs.py"
+    command = [sys.executable, str(script), str(tiny_bundle), "--kills", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert "8 programs killed" in last and " 0 answers printed" not in last and last.endswith(" 0 lost")
+
+
 def test_a_later_engine_streams_what_an_earlier_one_computed(tiny_bundle: Path) -> None:
     with talkative(tiny_bundle) as engine:
         first = list(engine.stream("Once upon", max_tokens=20))

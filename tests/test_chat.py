@@ -1,4 +1,4 @@
-"""Chat templates: the same prompt as transformers makes, and no way out of the sandbox."""
+"""Chat templates: the same prompt as transformers makes, and templates cannot leave the sandbox."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_an_answer_that_ended_at_a_limit_goes_on(
         monkeypatch, capsys, chat_bundle, "/continue", "hello", "/continue", f"/save {tmp_path / 'c'}", "/undo"
     )
     assert out == f"{first}\n{second}\n"
-    assert "there is no answer to go on with" in err and "saved 2 messages" in err and "taken back: hello" in err
+    assert "there is no answer to continue" in err and "saved 2 messages" in err and "taken back: hello" in err
     assert json.loads((tmp_path / "c").read_text(encoding="utf-8"))[1]["content"] == first + second
 
 

@@ -154,6 +154,24 @@ def test_an_interrupt_is_status_130(
     assert capsys.readouterr().err == "edgelm: interrupted\n"
 
 
+@pytest.mark.parametrize("module", ["edgelm.runtime.cli", "argparse", "edgelm.runtime.commands.run"])
+def test_an_interrupt_while_modules_are_imported_is_status_130_too(module: str) -> None:
+    program = f"""
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+sys.modules.pop({module!r}, None)
+sys.argv = ["edgelm", "run", "bundle", "hello"]
+from edgelm.runtime.program import main
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "edgelm: interrupted\n")
+
+
 # ---- run
 
 
@@ -177,7 +195,7 @@ def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured
     assert data["finish_reason"] in ("stop", "length")
 
 
-def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
+def test_run_tells_of_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
     assert call(*command, "--stats") == 0
@@ -185,7 +203,7 @@ def test_run_tells_of_guesses_and_makes_none_without_lookup(tiny_bundle: Path, c
     assert re.search(r"\b[1-9]\d* of \d+ draft tokens accepted", err)
     assert call(*command, "--stats", "--no-lookup") == 0
     plain, err = capsys.readouterr()
-    assert plain == out and "guesses" not in err
+    assert plain == out and "draft tokens" not in err
     assert call(*command, "--json", "--no-lookup") == 0
     assert json.loads(capsys.readouterr().out)["stats"]["guessed_tokens"] == 0
 

@@ -1,4 +1,4 @@
-"""The comparison with other runtimes: its sums, tables and plot, and how it knows a model again."""
+"""The comparison with other runtimes: its sums, tables and plot, and how it recognizes a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Bundles of compressed models: irregular layers all the way, and the tokens of the compressed torch model."""
+"""Bundles of compressed models have irregular layers from export to decoding, and give the tokens of the compressed
+torch model."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_irregular_layers_go_all_the_way(bundle: Callable[[str], Path], name: str) -> None:
-    """The prefix cache, a batch, guessed tokens: answers are those of plain decoding."""
+    """The prefix cache, a batch, draft tokens: answers are those of plain decoding."""
     layers = Bundle.open(bundle(name)).manifest.model.layers
     prompts = [TEXT[begin : begin + 40] for begin in (0, 0, 100, 200)] + [TEXT[:90], "ab ab ab ab ab ab ab"]
     with load(bundle(name), response_cache=False, prefix_cache=False) as engine:

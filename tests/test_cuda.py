@@ -272,7 +272,7 @@ def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[
             assert copied == [], f"{node.op_type} reads {copied} from the CPU"
 
 
-def test_a_device_takes_no_memory_for_a_guess(
+def test_a_device_takes_no_memory_for_draft_tokens(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgelm.runtime.sessions.kv_cache._FIRST_DEVICE_CAPACITY", 8)

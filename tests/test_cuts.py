@@ -1,4 +1,4 @@
-"""Bundles whose answers are not exact under cuts: what is off, where it is said, and what `exact=False` gives."""
+"""Bundles whose answers are not exact under cuts: what is off, which outputs say so, and what `exact=False` gives."""
 
 from __future__ import annotations
 

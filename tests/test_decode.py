@@ -470,7 +470,7 @@ def test_a_nested_request_of_the_same_thread_is_answered_and_harms_nothing(new_e
 
 
 def test_a_request_from_within_a_step_is_refused(new_engine: NewEngine) -> None:
-    """It would wait for the step that it is part of."""
+    """It would wait for the step in which it runs, forever."""
     refused: list[Exception] = []
 
     class Asking(FakeSession):

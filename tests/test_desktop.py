@@ -1,4 +1,4 @@
-"""The example of a desktop program, used on a screen that nobody sees: answers, stopping, a kill and a restart."""
+"""The example of a desktop program, used on a virtual screen: answers, stopping, a kill and a restart."""
 
 from __future__ import annotations
 

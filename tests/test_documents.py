@@ -1,4 +1,4 @@
-"""Documents have one title each, what they link to is there, and the commands and options that they name exist.
+"""Documents have one title each; the files that they link to and the commands and options that they name exist.
 
 `test_readme` runs those of the README.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.runtime import cli
+from scripts import list_commands
 
 from .conftest import ROOT
 
@@ -101,6 +102,17 @@ def test_options_in_running_text_exist() -> None:
     for path in CURRENT:
         for option in re.findall(r"`(--[a-z][a-z0-9-]*)\b(?!_)", without_code(path)):
             assert option in known, f"{path.name} names {option}"
+
+
+def test_the_page_of_commands_is_what_help_says() -> None:
+    """In both directions: every argument of `--help` is in docs/commands.md, with its text, and no other."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == list_commands.document(), "run  python scripts/list_commands.py"
+    for name in cli._names():
+        section = page.split(f"## edgelm {name}\n", 1)[1].split("\n## ", 1)[0]
+        listed = set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE))
+        shown = cli.make_parser(name, cli._find(name)).format_help()
+        assert listed == set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", shown, re.MULTILINE)) - {"--help", "--debug"}
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -173,7 +173,9 @@ def test_loading_and_unloading_again_and_again_takes_no_more_memory(tiny_bundle:
 # ---- how much memory
 
 
-def test_the_estimate_is_what_the_manifest_says(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_what_the_manifest_says(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, without_kernels: None
+) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda: 1 << 40)
     bundle = Bundle.open(tiny_bundle)
     weights, model = bundle.manifest.files["model.onnx.data"].bytes, bundle.manifest.model
@@ -195,7 +197,7 @@ def test_the_estimate_is_near_what_is_taken(tiny_bundle: Path) -> None:
 
 
 def test_kernels_need_less_for_their_work_and_scales_in_the_cache(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, without_kernels: None
 ) -> None:
     without = estimate_memory(tiny_bundle)
     monkeypatch.setattr("edgelm.runtime.sessions.kernels.use_in", lambda _: Use(True, True, True))

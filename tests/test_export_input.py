@@ -1,4 +1,4 @@
-"""What `edgelm export` says to bad input, a full disk, a kill, an interrupt: one line, and nothing is left behind."""
+"""`edgelm export` on bad input, a full disk, a kill, an interrupt: one line of error, and no file is left behind."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_an_answer_slides_past_the_last_place(engine: Engine) -> None:
 
 
 def test_draft_tokens_end_at_the_last_place(engine: Engine) -> None:
-    """A text that repeats itself is guessed, up to the end of the context and no further."""
+    """A text that repeats itself gets draft tokens up to the end of the context and no further."""
     prompt = (list(b"abcdefgh") * 8)[: CONTEXT - ROOM + 1]
     plain = engine.generate(token_ids=prompt, max_tokens=10, lookup=False)
     assert engine.generate(token_ids=prompt, max_tokens=10).token_ids == plain.token_ids

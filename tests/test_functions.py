@@ -394,7 +394,7 @@ def test_a_bundle_calls_the_functions_that_it_defines(
 
 @pytest.mark.parametrize("settings", [{}, {"kv": "float32"}])
 def test_a_graph_without_functions_gives_the_same_bits(
-    export_tiny: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+    export_tiny: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, without_kernels: None
 ) -> None:
     """Bundles of earlier versions of edgelm have such graphs."""
     bundle = export_tiny(**settings)

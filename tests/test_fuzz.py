@@ -1,4 +1,4 @@
-"""scripts/fuzz.py finds what it looks for, and the same again with the same seed."""
+"""scripts/fuzz.py finds planted errors, and the same ones with the same seed."""
 
 from __future__ import annotations
 

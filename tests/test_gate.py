@@ -21,7 +21,7 @@ from edgelm.export.passes.graph import ATTENTION
 from edgelm.export.quantization.calibration import cache_ranges
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
-from edgelm.runtime.errors import VerificationError
+from edgelm.runtime.errors import SessionError, VerificationError
 from edgelm.runtime.sessions.in_place import OrtSession
 from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS, Capabilities, Session
 from edgelm.targets import load_target
@@ -51,7 +51,7 @@ class Exported:
         return OrtSession(folder / "model.onnx", self.described(kv), 2)
 
     def compare(self, session: Session) -> verify.SourceAgreement:
-        """Hold a session on the fp32 graph, or what was made of it, against the model."""
+        """Compare a session on the fp32 graph, or on a graph made from it, with the model."""
         return verify.compare_with_source(answers_of(self.model, self.described(), self.folder), session, GATE)
 
     def graph(self) -> ir.Model:
@@ -552,11 +552,16 @@ def test_a_wrong_int8_graph_is_caught(
 ) -> None:
     graph = quantized(exported)
     fault(graph)
-    assert faults(compare(graph), GATE)
+    try:
+        found = compare(graph)
+    except SessionError:  # kernels refuse values that are not finite
+        assert fault is a_scale_that_is_no_number
+        return
+    assert faults(found, GATE)
 
 
 def test_the_tolerances_decide(exported: Exported) -> None:
-    """The same two graphs, held to what they measured and to a little less."""
+    """The same two graphs, judged by limits at what they measured and a little below."""
     before = exported.session(exported.folder)
 
     def spoil(logits: NDArray[np.float32]) -> None:

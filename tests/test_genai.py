@@ -218,6 +218,8 @@ def test_sliding_windows_do_not_make_a_model_irregular() -> None:
 
 
 # Not int8-tensor: its results depend on how many tokens a step has, and the two runtimes cut their steps differently.
+# Without kernels, which round the rows of an INT8 cache in another way than onnxruntime's attention.
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("scheme", ["fp32", "int8-rowwise"])
 def test_onnxruntime_genai_gives_the_tokens_of_our_runtime(scheme: str, genai_python: Path, tmp_path: Path) -> None:
     config = ExportConfig("builtin:tales", target="x86-cpu", scheme=scheme, out=tmp_path / "tales")

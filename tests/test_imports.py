@@ -93,7 +93,9 @@ LAYERS = (
     {"opening"},
     {"server"},
     {"cli"},
+    {"program"},
     {"commands"},
+    {"program"},
     {"frozen"},
 )
 
@@ -111,7 +113,7 @@ def _own_imports(path: Path) -> list[str]:
     return found
 
 
-def test_the_runtimes_layers_import_downward() -> None:
+def test_each_layer_of_the_runtime_imports_only_lower_layers() -> None:
     rank = {name: index for index, names in enumerate(LAYERS) for name in names}
     folders = {path.relative_to(ROOT / "runtime").parts[0].removesuffix(".py") for path in _sources("runtime")}
     assert folders - {"__init__"} == rank.keys()

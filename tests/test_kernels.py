@@ -348,8 +348,8 @@ def test_a_row_of_another_length_is_refused() -> None:
 
 
 def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> dict[str, Array]:
-    """Inputs whose rows differ in size, of gates that are open and shut; of several one is zeros, of many one has an
-    outlier."""
+    """Inputs whose rows differ in size, with open and closed gates. With several rows one is zeros; with many one has
+    an outlier."""
     inputs, width = (("x", "skip"), depth) if name.removesuffix(WIDE) in NORMS else (("x",), 2 * depth)
     sizes = 10.0 ** random.integers(-4, 3, (rows, 1))
     feeds = {name: (random.normal(size=(rows, width)) * sizes).astype(np.float32) for name in inputs}

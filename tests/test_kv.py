@@ -1,4 +1,4 @@
-"""The KV cache's buffers: they start small, double, stop at the context, and keep what is in use when they move."""
+"""The KV cache's buffers start small, double up to the context's length, and keep their used part when they grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Draft tokens: answers are those of plain decoding, bit for bit, whatever is drafted; and draft tokens save steps."""
+"""Draft tokens: answers are those of plain decoding, bit for bit, whatever the draft tokens are; and draft tokens save
+steps."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ LETTERS = 5
 
 
 def repeating(period: int, noise: int, vocab_size: int = LETTERS) -> NextToken:
-    """A next token that is the one `period` tokens before, but for `noise` of 10 times, when it is any."""
+    """The next token is the one `period` tokens before, except `noise` times in 10, when it is any token."""
     anything = rule(vocab_size * 10)
 
     def next_token(tokens: Sequence[int]) -> int:
@@ -141,7 +142,8 @@ def test_one_success_ends_the_pauses() -> None:
 
 
 class Recorder:
-    """A chooser that notes the rows that it is asked for. It draws, so a row too many would change what follows."""
+    """A chooser that records the rows that it is asked for. It samples, so one row too many would change what
+    follows."""
 
     def __init__(self, seed: int | None) -> None:
         self._random = None if seed is None else np.random.default_rng(seed)
@@ -173,7 +175,7 @@ requests = st.lists(
 def test_tokens_and_rows_are_those_of_plain_decoding(
     shape: tuple[int, int], asked: list[tuple[list[int], int, set[int], int | None, int | None]], piece_tokens: int
 ) -> None:
-    """Several prompts after each other on one cache, some of which are left early."""
+    """Several prompts after each other on one cache; some are closed early."""
     session = FakeSession(LETTERS, repeating(*shape))
     sequencer, lookup = Sequencer(session, piece_tokens), Lookup()
     for prompt, max_tokens, stop_ids, seed, taken in asked:
@@ -340,7 +342,7 @@ REAL_SETTINGS: list[dict[str, Any]] = [
 @given(data=st.data())
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_models_answer_the_same(engine_of: Callable[[str], Engine], name: str, data: st.DataObject) -> None:
-    """Prompts that repeat themselves, of many lengths, after each other on one cache, one of them left early."""
+    """Prompts that repeat themselves, of many lengths, after each other on one cache; one is closed early."""
     engine = engine_of(name)
     start, size = data.draw(st.integers(0, 500), label="start"), data.draw(st.integers(4, 120), label="size")
     words = engine.encode(TEXT[start : start + 700])[:size]

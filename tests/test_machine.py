@@ -1,4 +1,4 @@
-"""What the runtime believes about the machine: threads that it may use, and whether 8-bit products saturate."""
+"""What the runtime finds out about the machine: threads that it may use, and whether 8-bit products saturate."""
 
 from __future__ import annotations
 

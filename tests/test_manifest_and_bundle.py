@@ -1,7 +1,7 @@
 """manifest.json and the bundle around it: exact round trip, strict reading, digests, and every kind of damage.
 
-A damaged bundle must be refused by the right error, with the name of the file, never by a foreign exception and never
-with a traceback on the command line.
+A damaged bundle must be refused by the right error, with the name of the file, never by an exception that is not
+edgelm's, and never with a traceback on the command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory is asked for before it is taken: what is left is read right, and too little is an error with figures."""
+"""Free memory is checked before an allocation: it is read correctly, and too little is an error with figures."""
 
 from __future__ import annotations
 
@@ -70,9 +70,8 @@ def test_the_tightest_group_counts(machine_with: Callable[..., None], own: str, 
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_figures(
-    tiny_bundle: Path, machine_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, machine_with: Callable[..., None], without_kernels: None
 ) -> None:
-    monkeypatch.setenv("EDGELM_KERNELS", "off")
     machine_with(50_000)
     with pytest.raises(MemoryShortageError, match=r"takes \d+ MiB of memory, and 0 MiB are left"):
         load(tiny_bundle)
@@ -85,7 +84,7 @@ def test_weights_that_kernels_read_where_they_are_mapped_need_no_memory(
     monkeypatch.setattr("edgelm.runtime.sessions.loading.require_memory", lambda size, _: needed.append(size))
     for by_kernels in (True, False):
         use = Use(by_kernels, by_kernels, by_kernels)
-        monkeypatch.setattr("edgelm.runtime.sessions.kernels.use_in", lambda _, use=use: use)
+        monkeypatch.setattr("edgelm.runtime.sessions.kernels.use_in", lambda *_, use=use: use)
         with contextlib.suppress(SessionError, ImportError):
             open_session(Bundle.open(tiny_bundle), 1).close()
     assert needed[0] == 0 < needed[1]

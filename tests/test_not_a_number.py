@@ -1,5 +1,5 @@
-"""NaN and infinity in activations: no product makes numbers of them, with kernels and without, so that the sampler
-finds what is wrong with a model."""
+"""NaN and infinity in activations: no product turns them into numbers, with kernels and without, so the sampler notices
+a broken model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""`optimum-cli export edgelm`: found by optimum itself, and the same as `edgelm export`. And what an install without
-optimum has of it."""
+"""`optimum-cli export edgelm`: found by optimum itself, and the same as `edgelm export`.
+
+An install of edgelm alone has no package `optimum`.
+"""
 
 from __future__ import annotations
 

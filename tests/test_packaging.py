@@ -1,4 +1,4 @@
-"""The distribution: what is declared, what is on the disk, what is in the wheel, what a base install brings."""
+"""The distribution: declared files, files on the disk, files in the wheel, and the packages of a base install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an export puts its folder: locks tell whose hidden folder is whose, and no kill loses a bundle."""
+"""Where an export puts its folder: locks tell which export uses a hidden folder, and no kill loses a bundle."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_bundle_is_there_at_every_moment(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_process_lives_stays_and_one_whose_died_goes(tmp_path: Path) -> None:
-    """Be they in another container, with the same numbers of processes."""
+    """Even in another container, where processes have the same numbers."""
     out = tmp_path / "out"
     with place.partial_folder(out) as first, place.partial_folder(out) as second:
         assert first != second and first.exists()

@@ -1,4 +1,4 @@
-"""The prefix cache: what was computed for a prompt's beginning comes back bit for bit, or not at all."""
+"""The prefix cache: the KV cache of a prompt's beginning comes back bit for bit, or not at all."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ prompts = st.builds(
 def test_no_answer_depends_on_what_was_kept(
     asked: list[tuple[list[int], int, bool]], blocks: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Memory has room for a few blocks, forgets at random requests, and files get lost."""
+    """Memory has room for a few blocks and is emptied at random requests, and files get lost."""
     random = Random(seed)  # noqa: S311, nothing is encrypted
     folder = tmp_path_factory.mktemp("blocks")
     sequencer, session, prefixes = fake_sequencer(blocks * 500, folder)
@@ -245,7 +245,7 @@ def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
 def test_logits_of_random_prompts_in_random_orders(
     asked: list[tuple[int, int, int]], blocks: int, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of a real bundle, with memory for a few blocks: each prompt begins as others do and ends as none does."""
+    """Requests to a real bundle, with memory for a few blocks. Prompts share beginnings; each has an end of its own."""
     described = Bundle.open(tiny_bundle)
     sequencer, session = opened(tiny_bundle)
     alone = OrtSession(tiny_bundle / "model.onnx", described.manifest.model, 1)

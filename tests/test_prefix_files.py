@@ -1,4 +1,4 @@
-"""The files of the prefix cache under everything that happens to files: never a wrong block, never an error."""
+"""The files of the prefix cache, damaged, deleted and replaced: never a wrong block, never an error."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_a_block_larger_than_the_budget_is_not_stored(folder: Path) -> None:
 
 
 def test_files_from_the_future_go_first(folder: Path) -> None:
-    """A clock that was set back must not make what was used under the old one immortal."""
+    """After a clock was set back, blocks that were used before must still be evicted."""
     clock = FakeClock()
     files = BlockFiles(folder, 16 * ON_DISK, clock.clock)
     clock.pass_time(1000)

@@ -29,7 +29,7 @@ def interpreter(version: str) -> str | None:
 
 
 def works(path: str) -> bool:
-    """Not so a shim of pyenv's for a version that is not chosen."""
+    """A shim of pyenv's for a version that is not chosen does not run."""
     return subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""What the gate measures of a quantized graph: on texts that did not calibrate, and along greedy answers."""
+"""What the gate measures of a quantized graph: on texts that calibrated nothing, and along greedy answers."""
 
 from __future__ import annotations
 

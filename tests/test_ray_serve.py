@@ -1,4 +1,4 @@
-"""scripts/serve_on_ray.py with Ray itself: replicas answer as `generate`, one that is killed comes again."""
+"""scripts/serve_on_ray.py with Ray itself: replicas answer as `generate` does, and a killed one is started again."""
 
 from __future__ import annotations
 

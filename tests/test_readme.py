@@ -1,4 +1,4 @@
-"""What the README, docs/generation.md and docs/desktop.md say is so: their commands and Python blocks run."""
+"""The commands and Python blocks of the README, docs/generation.md and docs/desktop.md run."""
 
 from __future__ import annotations
 

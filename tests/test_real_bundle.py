@@ -23,7 +23,7 @@ WINDOW = 512
 
 @pytest.fixture(params=["kernels", "onnxruntime"])
 def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes the products and attention."""
+    """Whether kernels or onnxruntime compute the products and attention."""
     if request.param == "kernels":
         require_kernels(monkeypatch)
     else:

@@ -1,4 +1,4 @@
-"""The real model: how it is fetched and known again, and what its tests do where it is not there."""
+"""The real model: how it is fetched and recognized, and what its tests do if it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system refuses, and what others own or wrote, is an error of edgelm's or a warning, in words."""
+"""Where the system refuses something, or files belong to others, edgelm gives one of its errors or a warning."""
 
 from __future__ import annotations
 

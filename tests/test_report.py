@@ -346,14 +346,14 @@ def test_inspect_prints_the_report_as_json(
 
 
 def with_report(bundle: Path, folder: Path, text: str) -> Path:
-    """A copy of a bundle with another report.json, as if it had been exported with it."""
+    """A copy of a bundle with another report.json, and a manifest that fits."""
     copied = Path(shutil.copytree(bundle, folder / "bundle"))
     put_file(copied, "report.json", text)
     return copied
 
 
 def put_file(bundle: Path, name: str, text: str) -> None:
-    """Write a file of a bundle, and the manifest as if it had been exported so."""
+    """Write a file of a bundle, and a manifest that fits."""
     (bundle / name).write_text(text, encoding="utf-8")
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -1,4 +1,5 @@
-"""Each step of sampling against transformers' own processor, and a whole choice against all of them in a row."""
+"""Each step of sampling against transformers' own processor, and a whole choice against all processors in their
+order."""
 
 from __future__ import annotations
 
@@ -245,7 +246,7 @@ def test_the_same_seed_draws_the_same_tokens_and_another_one_others() -> None:
 
 
 def test_draws_are_fixed_for_good() -> None:
-    """A seed that somebody wrote down gives the same tokens with the next version too."""
+    """A seed gives the same tokens in every version."""
     rows = [row_of(step, spread=1.0) for step in range(8)]
     assert choices(rows, [0], temperature=1, seed=42) == [33, 22, 33, 24, 2, 38, 28, 34]
 

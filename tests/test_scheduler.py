@@ -1,4 +1,4 @@
-"""Requests of many callers at once: they share steps, wait for nobody, and can be left anywhere."""
+"""Requests of many callers at once: they share steps, do not wait for slow readers, and can be closed at any point."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_tasks_share_steps_and_get_the_answers_of_each_alone(engine: Engine) -> 
 
 
 def test_requests_that_are_left_anywhere_harm_no_other(engine: Engine) -> None:
-    """200 of them are left, in the queue, in the prompt and in the answer: what stays is right, and no row stays on."""
+    """200 requests are closed, in the queue, in the prompt and in the answer: the others are right, and all rows become
+    free."""
     numbers = random.Random(3)  # noqa: S311
     asked = prompts(20)
     alone = [facts(engine.generate(token_ids=ids, max_tokens=12)) for ids in asked]

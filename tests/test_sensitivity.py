@@ -1,6 +1,6 @@
 """The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails.
 
-`int8-rowwise` is not repaired so. The tests take `int8-tensor`, which is."""
+The tests use `int8-tensor`; `int8-rowwise` is not repaired in this way."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_the_repaired_bundle_runs_and_verifies(repaired: Path) -> None:
 
 
 def test_row_wise_int8_is_refused_and_not_repaired(tmp_path: Path) -> None:
-    """No attempt mends a spoilt matrix, and float32 is not a mending: the figures are said, and nothing is written."""
+    """No attempt repairs a spoilt matrix, and float32 does not help either: the error has the figures, and nothing is
+    written."""
     model, out = hostile_model(tmp_path / "model", [1]), tmp_path / "bundle"
     with pytest.raises(VerificationError, match=r"nats from fp32's, .*: use --kv float32, --scheme int8-weight or"):
         export_model(ExportConfig(str(model), target="x86-cpu", out=out))

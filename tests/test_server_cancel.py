@@ -106,7 +106,7 @@ def test_200_clients_that_leave_leave_nothing(tiny_bundle: Path, tmp_path: Path)
             return threading.active_count(), len(files), len(engine._scheduler._decoder.rows)
 
         def leave(number: int) -> tuple[int, int]:
-            """Ask, and go at a random moment. Returns: how many requests were computed and waited then."""
+            """Send a request and disconnect at a random moment. Returns: how many requests ran and waited then."""
             content = f"{number} " + "x" * random.choice([10, 200])
             with connect(address) as client:
                 client.sendall(request_bytes(random.random() < 0.6, content, **long))

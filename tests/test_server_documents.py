@@ -1,4 +1,4 @@
-"""docs/server.md says what is so: its programs run against a server, its options are there."""
+"""docs/server.md is right: its programs run against a server, its options exist."""
 
 from __future__ import annotations
 

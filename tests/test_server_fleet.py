@@ -101,7 +101,8 @@ def text_of(answer: httpx.Response) -> str:
 
 
 def kill_one(address: str, servers: list[Server]) -> None:
-    """While four clients ask, a server is killed: nothing is lost but what was in flight, and no answer is wrong."""
+    """While four clients ask, a server is killed: only requests that it was computing are lost, and no answer is
+    wrong."""
     expected = {prompt: text_of(ask_chat(address, prompt)) for prompt in (f"Once {number}" for number in range(6))}
     failed: list[str] = []
     counts = [0] * 4

@@ -1,4 +1,4 @@
-"""Who may call the server, from where, and what a request may be."""
+"""Which clients may call the server, from where, and which requests are allowed."""
 
 from __future__ import annotations
 

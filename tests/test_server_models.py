@@ -1,4 +1,4 @@
-"""Several bundles of one server: loaded when they are asked for, dropped for others, replaced, gone."""
+"""Several bundles of one server: loaded on request, unloaded for others, replaced, deleted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = "/v1/completions"
 
 
 class Opener:
-    """Opens engines that say their folder's name, and remembers what it did. pause_s: how long it takes."""
+    """Opens engines that answer with their folder's name, and records its calls. pause_s: how long opening takes."""
 
     def __init__(self, pause_s: float = 0.0) -> None:
         self.pause_s = pause_s

@@ -1,4 +1,4 @@
-"""Generation settings: what is accepted, what is refused and in which words, and what a cache key holds."""
+"""Generation settings: which values are accepted, the messages of the others, and what a cache key holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The fleet simulation: what can be computed by hand comes out, one seed gives one run, the real server agrees."""
+"""The fleet simulation gives results that were computed by hand, the same run for the same seed, and the real server's
+times."""
 
 from __future__ import annotations
 

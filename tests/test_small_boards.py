@@ -46,7 +46,7 @@ def size(bundle: Path) -> int:
 
 
 def test_little_is_taken_beside_the_model(tiny_bundle: Path) -> None:
-    """Packages that slip into a start, such as torch, would be seen here."""
+    """A package that a start must not import, such as torch, would be seen here."""
     assert start(tiny_bundle)["peak"] <= size(tiny_bundle) + 90e6
 
 

@@ -1,4 +1,4 @@
-"""Answers on the disk in bad weather: several processes, forks, kills, full and vanished disks, damaged files."""
+"""Answers on the disk under failures: several processes, forks, kills, full and vanished disks, damaged files."""
 
 from __future__ import annotations
 

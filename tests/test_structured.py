@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema or a regular expression, whatever the model would like to say."""
+"""Answers that follow a JSON schema or a regular expression, whatever the model's logits are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Windows and macOS, as far as Linux can tell: names and lengths of paths, volumes, consoles, processors, no forks."""
+"""Windows and macOS, as far as they can be tested on Linux: names and lengths of paths, volumes, consoles, processors,
+no forks."""
 
 from __future__ import annotations
 
@@ -147,7 +148,7 @@ def test_a_lock_of_windows_is_held_once_and_freed_at_once(tmp_path: Path, monkey
             assert not free
         with pytest.raises(TimeoutError), file_lock.locked(tmp_path / "lock", 0.03):
             pass
-        assert len(fake.holders) == 1, "who did not get it frees nothing"
+        assert len(fake.holders) == 1, "a process that did not get the lock frees nothing"
     assert not fake.holders
     with file_lock.lock_if_free(tmp_path / "lock") as free:
         assert free

@@ -1,4 +1,4 @@
-"""Target profiles: those that come with edgelm load, a user's own are read strictly, and each mistake is named."""
+"""Target profiles: edgelm's own load, a user's own are read strictly, and each mistake is named."""
 
 from __future__ import annotations
 

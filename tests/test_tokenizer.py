@@ -1,4 +1,4 @@
-"""Text to ids and back, and the stream of chunks in between: whole characters only, and nothing lost or said twice.
+"""Text to ids and back, and the stream of chunks in between: whole characters only, and nothing lost or repeated.
 
 The tokenizers differ in what makes streaming hard: single bytes, bytes as a fallback inside runs, blanks that are
 stripped at the start of a text.

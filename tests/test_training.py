@@ -1,4 +1,4 @@
-"""Steps that train: they learn, they repeat themselves, they go on where they stopped, and they leave no trace."""
+"""Steps that train: they learn, give the same result twice, continue where they stopped, and leave nothing behind."""
 
 from __future__ import annotations
 

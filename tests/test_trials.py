@@ -1,4 +1,4 @@
-"""The prompts of the comparison with torch: how long, how cut, and what is said to be left out."""
+"""The prompts of the comparison with torch: their lengths, their cuts, and which ones are reported as left out."""
 
 from __future__ import annotations
 

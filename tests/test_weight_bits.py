@@ -1,4 +1,4 @@
-"""Which matrices get 4 bits and which 8: the choice by bytes, what is asked for, and what cannot be had."""
+"""Which matrices get 4 bits and which 8: the choice by bytes, what can be asked for, and what is impossible."""
 
 from __future__ import annotations
 

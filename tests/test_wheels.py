@@ -1,5 +1,5 @@
-"""The wheels that scripts/build_kernel_wheels.py made: right for their platforms, the same bits as the kernels that
-were compiled here, and enough where there is no compiler."""
+"""The wheels that scripts/build_kernel_wheels.py made: right for their platforms, with the same bits as the kernels
+that were compiled here, and usable without a compiler."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What edgelm does where files behave as on Windows: tests of caches, prepared weights, bundles and exports run again
-on a layer that refuses what Windows refuses, and what is refused there ends well."""
+"""What edgelm does where files behave as on Windows: tests of caches, prepared weights, bundles and exports run once
+more on a layer that refuses what Windows refuses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """A layer over the file system that refuses what Windows refuses, for tests on Linux.
 
-Who has which file open or mapped is the truth, read from /proc for this process and its children: files of C libraries
-such as SQLite's and onnxruntime's count. As on Windows, with files opened as Python and C open them (without
-FILE_SHARE_DELETE):
+Open and mapped files are read from /proc, for this process and its children, so files of C libraries such as SQLite and
+onnxruntime count. As on Windows, with files opened as Python and C open them (without FILE_SHARE_DELETE):
 
 - a file that is open or mapped cannot be deleted, renamed, or replaced by another one's rename;
 - a folder cannot be renamed while a file in it is open, and no folder takes the place of another one;

@@ -31,17 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--target", help="machine that sizes are stated for (this machine)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to choose by and to measure on")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and measure on")
     parser.add_argument(
         "--lambada", type=Path, metavar="FILE", help="JSON lines with passages, whose last words to measure"
     )
     parser.add_argument("--passages", type=int, default=100, metavar="N", help="how many of them (100)")
     parser.add_argument("--no-measure", action="store_true", help="measure nothing: sizes only")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what each step would do and take, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what each step would remove and how long it would take; write nothing",
     )
     parser.add_argument("--log", type=Path, metavar="FILE", help="file to which progress is appended as well")
-    parser.add_argument("--force", action="store_true", help="replace a compressed model that stands there")
+    parser.add_argument("--force", action="store_true", help="replace an existing compressed model")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
 
@@ -60,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     work = rehearse if arguments.dry_run else compress_model
     quiet_libraries()
     with LogFile(arguments.log) if arguments.log and is_first() else nullcontext() as log:
-        progress = RichProgress(Console(file=sys.stderr, highlight=False, quiet=not is_first()), log)
+        console = Console(file=sys.stderr, highlight=False, quiet=not is_first())
+        progress = RichProgress(console, log, announce=True)
         try:
             record = work(config, progress, progress.say, measuring)
         finally:
@@ -79,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_table(console: Console, record: Record, table: Sequence[Sequence[str]]) -> None:
-    """Titles and rows, and what the steps have to say."""
+    """Print a table and the steps' notes."""
     from rich.markup import escape
     from rich.table import Table
 

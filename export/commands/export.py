@@ -1,4 +1,4 @@
-"""`edgelm export`: a model becomes a bundle, stage by stage before the user's eyes."""
+"""`edgelm export`: turn a model into a bundle, and show the progress of its stages."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="machine that the bundle is for, see  edgelm targets  (this machine)")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (the target's)")
     parser.add_argument("--kv", help=f"type of the KV cache: {', '.join(KV_TYPES)} (the scheme's)")
-    parser.add_argument("--compress", metavar="RECIPE", help="make the model smaller first, as  edgelm compress  does")
-    parser.add_argument("--size", type=_size, metavar="BYTES", help="what the bundle may take, as 90MB, in 4 to 8 bits")
-    parser.add_argument("--bits", type=float, help="the same as bits for each parameter of the model, 4.4 to 8.2 or so")
-    parser.add_argument("--sizes", action="store_true", help="show what several sizes would lose, and write nothing")
+    parser.add_argument("--compress", metavar="RECIPE", help="compress the model first, as  edgelm compress  does")
     parser.add_argument(
-        "--max-kl", type=float, metavar="NATS", help="distance from fp32 that is allowed (the target's)"
+        "--size", type=_size, metavar="BYTES", help="size of the bundle, such as 90MB; weights get 4 to 8 bits"
     )
+    parser.add_argument("--bits", type=float, help="the size as bits for each parameter, about 4.4 to 8.2")
+    parser.add_argument("--sizes", action="store_true", help="show the loss at several sizes, and write nothing")
+    parser.add_argument("--max-kl", type=float, metavar="NATS", help="largest KL divergence from fp32 (the target's)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (one of edgelm's own)"
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and judge with (edgelm's own)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (MODEL-TARGET)")
-    parser.add_argument("--force", action="store_true", help="replace a bundle that stands there")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -141,7 +141,7 @@ def _print_table(console: Console, result: ExportResult) -> None:
 
 
 def _suggestion(bundle: Path) -> str:
-    """What to type next: a model that was trained to chat is not asked to continue a story."""
+    """A command to try next: `chat` for a model with a chat template, else `run`."""
     if (bundle / CHAT_TEMPLATE_NAME).is_file():
         return f"edgelm chat {bundle}"
     return f'edgelm run {bundle} "Once upon a time"'

@@ -50,12 +50,13 @@ class LogFile:
 
 
 class RichProgress:
-    """One line a stage: a spinner while it runs, its time and peak memory when it is done. Where there is no terminal,
-    a line when a stage begins, and one every ten seconds in which it says nothing by itself."""
+    """One line for each stage: a spinner while it runs, then its time and peak memory. Without a terminal, a line after
+    every ten seconds in which the stage prints none."""
 
-    def __init__(self, console: Console, log: LogFile | None = None) -> None:
-        """log: gets all lines as well."""
-        self._console, self._log = console, log
+    def __init__(self, console: Console, log: LogFile | None = None, *, announce: bool = False) -> None:
+        """log: gets all lines too. announce: also print a line when a stage begins; an export that is refused prints
+        nothing but its error."""
+        self._console, self._log, self._announce = console, log, announce
         self._status: Any = None
         self._name, self._started, self._told = "", 0.0, 0.0
         self._pulse: _Pulse | None = None
@@ -66,11 +67,13 @@ class RichProgress:
         if self._console.is_terminal:
             self._status = self._console.status(name)
             self._status.start()
-        self._tell(f"{name}: begins")
+        self._told = self._started
+        if self._announce:
+            self._tell(f"{name}: begins")
         self._pulse = _Pulse(self._beat)
 
     def say(self, line: str) -> None:
-        """How far a stage is: beside the spinner on a terminal, a line of its own elsewhere and in the log."""
+        """Show the progress within a stage: beside the spinner on a terminal, as a line of its own elsewhere."""
         self._tell(f"{self._name}: {line}")
 
     def finished(self, record: StageRecord) -> None:
@@ -82,7 +85,7 @@ class RichProgress:
             self._log.write(f"done {line}")
 
     def stop(self) -> None:
-        """Take the spinner off the screen."""
+        """Remove the spinner."""
         if self._pulse is not None:
             self._pulse.stop()
             self._pulse = None

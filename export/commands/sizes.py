@@ -1,4 +1,4 @@
-"""What `edgelm export --sizes` prints: a table of sizes and what they lose, and the picture of it."""
+"""The output of `edgelm export --sizes`: a table of sizes and their loss, and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 60, 12
 
 
 def print_sizes(console: Console, model: str, points: Sequence[SizePoint]) -> None:
-    """A row for each point, the picture below, and how to get one of them."""
+    """Print a row for each point, the plot, and the command that exports one of them."""
     from rich.table import Table
 
     table = Table(title=f"{model}: what a size costs")
@@ -37,7 +37,7 @@ def print_sizes(console: Console, model: str, points: Sequence[SizePoint]) -> No
 
 
 def picture(points: Sequence[SizePoint]) -> str:
-    """The distance from fp32 (on a logarithmic scale) over the size, in characters."""
+    """A plot in characters: distance from fp32 (logarithmic) over size."""
     sizes = [point.bytes for point in points]
     heights = [math.log(max(point.mean_kl, 1e-9)) for point in points]
     rows = [[" "] * (_WIDTH + 1) for _ in range(_HEIGHT + 1)]

@@ -1,4 +1,4 @@
-"""`edgelm targets`: which machines a bundle can be made for, and why each setting is as it is."""
+"""`edgelm targets`: list the machines that a bundle can be made for, and explain their settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDEST = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("name", nargs="?", help="explain this target: a name, or a TOML file of your own")
+    parser.add_argument("name", nargs="?", help="target to explain: a name, or your own TOML file")
     parser.add_argument("--json", action="store_true", help="print all settings as JSON, with the reasons of a NAME")
 
 

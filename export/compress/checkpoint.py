@@ -27,8 +27,8 @@ from ...runtime.bundle.folder import file_digest
 from ..errors import OutputError, RecipeError
 from .edits import edits_of
 from .recipe import step_settings
-from .schedule import Schedule, TrainingTexts
-from .steps import Workbench
+from .steps import Step, Workbench
+from .training_texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +133,7 @@ class Checkpoint:
 _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
-def identify(step: Schedule, module: PreTrainedModel, texts: TrainingTexts, bench: Workbench, *others: Path) -> Parts:
+def identify(step: Step, module: PreTrainedModel, texts: TrainingTexts, bench: Workbench, *others: Path) -> Parts:
     """Digests of all that decides what a training gives: settings, the steps before it, texts, and weights.
 
     module: that is trained, before; others: folders of further models that take part. Cost: reading the weights once.
@@ -146,7 +146,7 @@ def identify(step: Schedule, module: PreTrainedModel, texts: TrainingTexts, benc
     }
 
 
-def check_ahead(step: Schedule, texts: TrainingTexts, bench: Workbench) -> None:
+def check_ahead(step: Step, texts: TrainingTexts, bench: Workbench) -> None:
     """Before any step runs: is the checkpoint that is there, if any, this step's, as far as can be known? Raises:
     RecipeError."""
     path = bench.checkpoints / _NAME
@@ -159,7 +159,7 @@ def check_ahead(step: Schedule, texts: TrainingTexts, bench: Workbench) -> None:
         raise _damaged(path, error) from error
 
 
-def _known_ahead(step: Schedule, texts: TrainingTexts, bench: Workbench) -> Parts:
+def _known_ahead(step: Step, texts: TrainingTexts, bench: Workbench) -> Parts:
     settings = {key: value for key, value in step_settings(step).items() if key != "checkpoint_every"}
     parts = {
         "step": settings,

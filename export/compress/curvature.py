@@ -68,7 +68,7 @@ def find_moments(module: PreTrainedModel, blocks: list[Block], texts: Sequence[t
         for ids in texts:
             logits = module(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
             said = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=chance).flatten()
-            torch.nn.functional.cross_entropy(logits, said, reduction="sum").backward()
+            torch.nn.functional.cross_entropy(logits, said, reduction="sum").backward()  # type: ignore[no-untyped-call]
     tokens = sum(ids.numel() for ids in texts)
     return [
         Moments(found / max(float(other.trace()), 1e-30), other / tokens)
@@ -97,7 +97,7 @@ def _gradients(module: PreTrainedModel, blocks: list[Block], add: Any) -> Iterat
 
     def watch(number: int) -> Any:
         def note(_: Any, __: Any, output: torch.Tensor) -> None:
-            output.register_hook(lambda gradient: add(number, gradient))
+            output.register_hook(lambda gradient: add(number, gradient))  # type: ignore[no-untyped-call]
 
         return own(module, blocks[number].outer).register_forward_hook(note)
 
@@ -139,7 +139,8 @@ def refitted(matrix: torch.Tensor, inputs: torch.Tensor, kept: torch.Tensor) -> 
     matrix: (outputs, inputs); inputs: their second moment; kept: indexes of those that stay.
     """
     moment = _damped(inputs)
-    return torch.linalg.solve(moment[kept][:, kept], moment[kept] @ matrix.double().T).T.to(matrix.dtype).contiguous()
+    solved: torch.Tensor = torch.linalg.solve(moment[kept][:, kept], moment[kept] @ matrix.double().T)
+    return solved.T.to(matrix.dtype).contiguous()
 
 
 def _harms(matrix: torch.Tensor, weighed: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:

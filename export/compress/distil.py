@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 from ...runtime.host.files import read_text, replacing
 from ..errors import RecipeError
 from .schedule import Keep, Schedule
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .outlook import Outlook
 
 
 _OWN_TEXT = "own_text.json"  # tokens

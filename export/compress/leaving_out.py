@@ -78,7 +78,8 @@ class _LeavingOut:
     def least(self, count: int, influence: Mapping[int, float]) -> dict[int, float]:
         """Part -> KL, in the order in which they go."""
         tried = sorted(self._names, key=lambda index: influence[index])[: 2 * count + _TRIED_MORE]
-        known, chosen = dict.fromkeys(tried, 0.0), {}
+        known = dict.fromkeys(tried, 0.0)
+        chosen: dict[int, float] = {}
         while len(chosen) < count:
             found: dict[int, float] = {}
             # Leaving more out does not make a part less missed: who was missed more before than the least missed of

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .outlook import Outlook
 
 # Added to the second moment's diagonal, in units of its mean: a text has fewer directions than the inputs.
 _DAMPING = 1e-4

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RecipeError
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from .curvature import Portion
-    from .outlook import Outlook
+    from .steps import Outlook
     from .units import Block
 
 # Multiples of so many channels stay: integer kernels pack columns by 16.

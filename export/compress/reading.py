@@ -83,7 +83,7 @@ class Reader:
             ids = self._ids[start : start + self._window + 1].to(device)
             with torch.no_grad():
                 logits = module(input_ids=ids[None, :-1], use_cache=False).logits[0]
-            yield from zip(logits.split(_ROWS), ids[1:].split(_ROWS), strict=True)
+            yield from zip(torch.split(logits, _ROWS), torch.split(ids[1:], _ROWS), strict=True)
 
 
 def _sums(logits: torch.Tensor, targets: torch.Tensor, says: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
 from .schedule import Schedule
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .outlook import Outlook
 
 
 @dataclass(frozen=True)

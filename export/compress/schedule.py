@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ...runtime.host.files import read_text
 from ..errors import RecipeError
 from .processes import count_processes
-from .steps import Applied, Workbench
+from .steps import Applied, Outlook, Workbench
+from .training_texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .outlook import Outlook
 
 Keep = Literal["loss", "kl", "last"]
 
@@ -126,15 +126,6 @@ class Schedule(ABC):
     def kept(self) -> Keep:
         """Which weights stay."""
         return self.keep or self.KEEPS
-
-
-@dataclass(frozen=True)
-class TrainingTexts:
-    """training: token ids to train on; held_out: others, or none; origin: of those, in words."""
-
-    training: list[int]
-    held_out: list[int]
-    origin: str
 
 
 def _ids(path: str, key: str, bench: Workbench) -> list[int]:

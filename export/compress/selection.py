@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
-    from .outlook import Parts
+    from .steps import Parts
 
 
 @dataclass(frozen=True)

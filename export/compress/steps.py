@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .last_words import Passages
-    from .outlook import Outlook
 
 # Name in recipes -> class. The file is named as the step is, with underscores.
 _STEPS = {
@@ -73,6 +72,48 @@ class Step(Protocol):
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """Take a module in evaluation mode, float32, and return one. Raises: RecipeError where it cannot be done, in
         which case the module is as it was."""
+
+
+@dataclass
+class Parts:
+    """What there is of a kind, layers or attention sublayers, as the steps so far leave it. left: indexes that may be
+    there still; count: how many are, which is less where nobody knows yet which of them go."""
+
+    left: list[int]
+    count: int
+
+    def drop(self, choose: Callable[[Collection[int]], list[int]], *, named: bool) -> None:
+        """Let a step take some. choose: the step's own choice among these indexes; named: whether the recipe names
+        them."""
+        gone = choose(self.left if named else self.left[: self.count])
+        if named:
+            self.left = [index for index in self.left if index not in gone]
+        self.count = min(self.count - len(gone), len(self.left))
+
+    def bound(self, others: Parts) -> None:
+        """There are no more of these than of others that hold them."""
+        self.left = [index for index in self.left if index in others.left]
+        self.count = min(self.count, others.count, len(self.left))
+
+
+@dataclass
+class Outlook:
+    """The model as it came, and what steps are known to have done to it by the time of the step that is checked.
+
+    bench: as the step will have it; steps: how many were looked at.
+    """
+
+    module: PreTrainedModel
+    bench: Workbench
+    steps: int = 0
+    _parts: dict[str, Parts] = field(default_factory=dict)
+
+    def parts(self, kind: str, find: Callable[[PreTrainedModel], Collection[int]]) -> Parts:
+        """What there is of a kind. find: where it is, in the model as it came."""
+        if kind not in self._parts:
+            found = sorted(find(self.module))
+            self._parts[kind] = Parts(found, len(found))
+        return self._parts[kind]
 
 
 @runtime_checkable

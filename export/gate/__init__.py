@@ -1,1 +1,1 @@
-"""The gate: what a graph must show before it becomes a bundle."""
+"""The gate: the checks that a graph must pass before it becomes a bundle."""

@@ -1,16 +1,16 @@
-"""Which matrices get activations of 8 bits and which of 16, by what 8 bits cost.
+"""Choose for each matrix whether its activations have 8 or 16 bits, by the measured loss of 8 bits.
 
-16 bits everywhere is the starting point: they lose nothing that can be measured, and decoding hardly notices. A prompt
-does: it pays twice the multiply-adds. So 8 bits go where they take most multiply-adds off a prompt for the least loss.
+The starting point is 16 bits everywhere: this loses nothing measurable, and decoding is hardly slower. But a prompt
+costs twice the multiply-adds. So 8 bits are used where they save most multiply-adds of a prompt for the least loss.
 
 The loss is measured, not estimated. Matrices of one kind (the same name but for the layer's number) in one third of the
-layers are a group. For each group a probe runs, in which these matrices alone have 8 bits, and its answers are held
-against those of 16 bits everywhere: KL divergence of the next token's distribution. Groups are taken in the order of
-loss for each multiply-add saved, while the sum stays within the budget. The last probe confirms the choice: what groups
-cost together may be more than the sum, and then the last groups are given back.
+layers are a group. For each group a probe runs, in which only these matrices have 8 bits. Its loss is the KL divergence
+of the next token's distribution from that with 16 bits everywhere. Groups are taken in the order of loss for each
+multiply-add saved, while the sum stays within the budget. A last probe confirms the choice. The loss of all groups
+together may be more than the sum; then the last groups go back to 16 bits.
 
-Tried and not built: the largest channels of an activation in 16 bits, all others in 8. On SmolLM2-135M-Instruct 128
-channels of 576 (fixed by calibration) cost 0.0023 nats over 16 bits everywhere, four times the budget.
+Tried and rejected: 16 bits only for the largest channels of an activation. On SmolLM2-135M-Instruct, with 128 channels
+of 576 (fixed by calibration), this cost 0.0023 nats over 16 bits everywhere, four times the budget.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ...runtime.sessions.protocol import Session
 
 _PARTS = 3
 _MOST_GROUPS = 24
-# Each window is fed as a whole; the answers at its later positions count, which have a context.
+# Each window is fed as a whole. Only its later positions count, since they have a context.
 _WINDOWS, WINDOW_TOKENS, _JUDGED_TOKENS = 2, 256, 128
 _LAYER = re.compile(r"\d+")
 
-# Opens a session on the quantized graph in which the matrices of these names have 8 bits, and all others 16.
+# Opens a session on the quantized graph in which the named matrices have activations of 8 bits, and all others of 16.
 Probe = Callable[[Collection[str]], AbstractContextManager[Session]]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that are chosen for together. name: of the first one; kl: in nats a token, what 8 bits cost them alone;
-    multiply_adds: what 8 bits take off a token of a prompt; bits: what was chosen."""
+    """Matrices that get the same bits. name: of the first one; kl: the loss if only this group has 8 bits, in nats a
+    token; multiply_adds: saved by 8 bits for a token of a prompt; bits: the choice."""
 
     name: str
     matrices: tuple[str, ...]
@@ -51,8 +51,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The choice. activations: {matrix: 8 or 16}; kl: of the chosen graph against 16 bits everywhere, in nats a token;
-    saved_percent: of the multiply-adds that a prompt costs with 16 bits everywhere."""
+    """The choice. activations: {matrix: 8 or 16}; kl: of the chosen graph from 16 bits everywhere, in nats a token;
+    saved_percent: share of a prompt's multiply-adds with 16 bits everywhere that is saved."""
 
     activations: dict[str, int]
     groups: tuple[Group, ...]
@@ -89,11 +89,11 @@ def choose_activations(
     budget: float,
     window_tokens: int = WINDOW_TOKENS,
 ) -> Arithmetic:
-    """Choose within a budget, in nats a token, that 8 bits may add to the loss.
+    """Choose so that 8 bits add at most `budget` to the loss, in nats a token.
 
-    matrices: multiply-adds of each, as `matrices_of` gives them; texts: token ids, of which none is judged on later;
-    window_tokens: so many of a text are run at once, which the context holds.
-    Cost: a probe for each group, 24 at most, and some to confirm: each loads the weights and runs 512 tokens.
+    matrices: multiply-adds of each, as `matrices_of` gives them; texts: token ids, none of which judge later;
+    window_tokens: tokens of a text to run at once, within the context. Cost: a probe for each group, 24 at most, and
+    some to confirm: each loads the weights and runs 512 tokens.
     """
     loss = loss_against(probe, texts, window_tokens)
     groups = [
@@ -111,7 +111,8 @@ def choose_activations(
 def loss_against(
     probe: Probe, texts: Sequence[Sequence[int]], window_tokens: int
 ) -> Callable[[Collection[str]], float]:
-    """What measures the KL divergence of a probe of some matrices from the probe of none, in nats a token."""
+    """A function that measures the KL divergence of a probe with some matrices from the probe with none, in nats a
+    token."""
     windows = _windows(texts, window_tokens)
     with probe(()) as session:
         expected = [_answers(session, window) for window in windows]
@@ -124,7 +125,8 @@ def loss_against(
 
 
 def _within(groups: Sequence[Group], budget: float) -> list[Group]:
-    """The groups to take, cheapest loss for a multiply-add first. What is not a number is never taken."""
+    """The groups that fit into the budget, the least loss for each multiply-add first. A group whose loss is NaN is
+    never taken."""
     taken: list[Group] = []
     for group in sorted(groups, key=lambda group: group.kl / group.multiply_adds):
         if sum(item.kl for item in taken) + group.kl <= budget:
@@ -149,7 +151,7 @@ def _names(groups: Sequence[Group]) -> set[str]:
 
 
 def groups_of(names: Sequence[str], most_parts: int, most_groups: int) -> list[tuple[str, ...]]:
-    """Matrices of one kind in one of `most_parts` parts of the layers; in all layers where there are many kinds."""
+    """Groups of matrices of one kind in one of `most_parts` parts of the layers; with many kinds, in all layers."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(_LAYER.sub("#", name), []).append(name)
@@ -159,7 +161,7 @@ def groups_of(names: Sequence[str], most_parts: int, most_groups: int) -> list[t
 
 
 def _windows(texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Windows out of different texts, from the middle of each."""
+    """Windows from the middle of different texts."""
     step = max(1, len(texts) // _WINDOWS)
     found = []
     for text in list(texts)[::step][:_WINDOWS]:

@@ -1,14 +1,14 @@
-"""The gate's part for the INT8 cache: values that calibration did not show are met here, and not by a bundle's users.
+"""The gate for the INT8 cache: find values beyond the calibrated ranges at export, not in use.
 
-A channel's range is the largest value of a short text and a margin. The scales are held against prompts that did not
-calibrate them (`cache_prompts`): how many keys and values lie beyond their channel's range, where the operator clips
-them, and how far the answers of one graph, the fp32 one, with an INT8 cache then are from its answers with a float32
-cache. Where values lie far beyond, or the answers miss the target's aim, the channels concerned are widened until they
-hold all that was seen, and the answers are judged again. What is beyond the target's limit then, since wide scales are
-coarse ones, is no model for an INT8 cache.
+A channel's range is the largest value in a short text, plus a margin. The scales are tested on prompts that did not
+calibrate them (`cache_prompts`). Measured are the keys and values beyond their channel's range, which the operator
+clips, and the distance of the fp32 graph's answers with an INT8 cache from those with a float32 cache. If values are
+far beyond, or the answers miss the target's aim, these channels are widened until they hold all values seen, and the
+answers are judged again. Wide scales are coarse: a model that still misses the target's limit cannot have an INT8
+cache.
 
-Judged are the fixed scales, as onnxruntime's own operator uses them. Kernels keep a scale with each key and value
-beside them, so that nothing is clipped: their answers are nearer.
+The fixed scales are judged, as onnxruntime's own operator uses them. Kernels add a scale for each key and value, so
+nothing is clipped: their answers are closer.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ..quantization.calibration import Ranges, cache_ranges, magnitudes, wider
 from .cache_prompts import CachePrompts
 from .sensitivity import log_probabilities
 
-# Another text goes beyond every maximum that was seen, up to twice as far. SmolLM2-135M on 1,024 tokens of WikiText-2,
-# KL divergence by ranges of 1, 1.25, 1.5 and 2 times what 2,300 other tokens showed: 0.0018, 0.0011, 0.0012, 0.0024
-# nats. Clipping costs more than a coarser scale.
+# The margin. Other texts exceed every calibrated maximum, by up to two times. SmolLM2-135M on 1,024 tokens of
+# WikiText-2, KL divergence with ranges of 1, 1.25, 1.5 and 2 times the maximum in 2,300 other tokens: 0.0018, 0.0011,
+# 0.0012, 0.0024 nats. Clipping costs more than a coarser scale.
 _MARGIN = 1.25
-# Of a range with its margin. On SmolLM2-135M the farthest value of rare tokens lies 1.8 times as far out: widening for
-# it gains 1e-4 nats on text, and costs a second trial of all prompts.
+# Values beyond this multiple of a range widen it. On SmolLM2-135M the largest value of rare tokens is at 1.8: widening
+# for it gains 1e-4 nats on text, and costs a second trial of all prompts.
 _TOLERATED_EXCESS = 2.0
-_MOST_EXCESS = 1e6  # of a channel that was zero all the time, to have a number
+_MOST_EXCESS = 1e6  # a finite number for a channel that was always zero
 
-# Opens a session on the fp32 graph with an INT8 cache of these ranges.
+# Opens a session on the fp32 graph with an INT8 cache with these ranges.
 CacheProbe = Callable[[Ranges], AbstractContextManager[Session]]
 
 
@@ -55,10 +55,10 @@ class LayerExcess:
 
 @dataclass(frozen=True)
 class KindAgreement:
-    """INT8 cache against float32 cache on one kind of prompts.
+    """The INT8 cache compared with the float32 cache on one kind of prompts.
 
-    kl: mean KL divergence of the next token's distribution, in nats; decided_positions: where float32's first choice
-    leads by the gate's margin; agree_decided: those of them where INT8 chooses the same.
+    kl: mean KL divergence of the next token's distribution, in nats; decided_positions: positions where float32's first
+    choice leads by the gate's margin; agree_decided: those where INT8 has the same first choice.
     """
 
     kind: str
@@ -70,11 +70,11 @@ class KindAgreement:
 
 @dataclass(frozen=True)
 class CacheAgreement:
-    """What the scales are worth on prompts that did not calibrate them.
+    """How good the scales are on prompts that did not calibrate them.
 
-    clipped_percent, layers (worst first, those with anything clipped): by the scales of calibration; widened_channels:
-    those that got a wider range then; kinds: the answers with the scales of the bundle; kinds_before_widening: with
-    those of calibration, empty where they are the same.
+    clipped_percent, layers (those with clipped values, worst first): with the calibrated scales; widened_channels:
+    channels that then got a wider range; kinds: the answers with the bundle's scales; kinds_before_widening: with the
+    calibrated scales, empty if they are the same.
     """
 
     clipped_percent: float
@@ -91,7 +91,7 @@ class CacheAgreement:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What the float32 cache held over the judging prompts, and the answers, each in a file: log probabilities."""
+    """The judging prompts with the float32 cache: its values, and the answers as files of log probabilities."""
 
     largest: Ranges
     clipped: Mapping[str, int]
@@ -106,10 +106,10 @@ def calibrate_cache(
     gate: Gate,
     folder: Path,
 ) -> tuple[Ranges, CacheAgreement]:
-    """Ranges for the scales of the INT8 cache, and what they are worth. reference: opens a session on the fp32 graph.
+    """Ranges for the scales of the INT8 cache, and how good they are. reference: opens a session on the fp32 graph.
 
-    The answers of the float32 cache are kept in the folder, so that the weights need not be in memory twice. Cost: the
-    prompts with the fp32 graph, the judging ones once more, or twice where ranges are widened. Raises:
+    The float32 cache's answers are stored in the folder, so that the weights need not be in memory twice. Cost: all
+    prompts with the fp32 graph, and the judging ones once more, or twice if ranges are widened. Raises:
     VerificationError.
     """
     with reference() as session:
@@ -166,7 +166,7 @@ def _excesses(observed: _Observed, ranges: Ranges) -> tuple[LayerExcess, ...]:
 
 
 def _compare(session: Session, prompts: CachePrompts, answers: Sequence[Path], gate: Gate) -> Iterator[KindAgreement]:
-    """The answers with an INT8 cache against those that were kept, for each kind of prompts."""
+    """Compare answers with an INT8 cache with the stored ones, for each kind of prompts."""
     for kind in dict.fromkeys(kind for kind, _ in prompts.judging):
         tokens = decided = agree = 0
         total = 0.0
@@ -191,8 +191,8 @@ def _rows(
 
 
 def _faults(kinds: Sequence[KindAgreement], gate: Gate) -> list[str]:
-    """In words, each tolerance that is missed. Empty: the gate holds."""
-    # Written so that what is not a number fails too.
+    """Each limit that is missed, in words; empty if the gate holds."""
+    # Written so that NaN fails too.
     found = [
         f"on {kind.kind} the next token's distribution is {kind.kl:.3g} nats from that of a float32 cache, the target "
         f"allows {gate.cache_kl_limit}"

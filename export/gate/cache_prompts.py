@@ -1,9 +1,8 @@
-"""Which prompts the scales of the INT8 cache are calibrated on, and which others they are judged on: the same ones each
-time.
+"""The prompts that calibrate the scales of the INT8 cache, and other ones that judge them. They are the same each time.
 
-A text shows few of a vocabulary's tokens, and hardly any at the beginning, where attention treats them in a way of its
-own. So there are prompts of special tokens, of random ones, and the start of a chat beside it. None that judges has
-calibrated; of the tokens that nothing has shown, the strangest by their embeddings are among those that judge.
+A text contains few tokens of a vocabulary, and hardly any at its beginning, which attention treats in a special way. So
+there are also prompts of special tokens, of random tokens, and the start of a chat. No prompt both calibrates and
+judges. The judging prompts include the tokens with the most unusual embeddings that the others do not contain.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_HELD_OUT_SHARE = 4  # one part in so many of the text judges, the others calibrate
-# One long window of the text: keys and values at later positions have other ranges. The story model that comes with
-# edgelm loses 0.16 nats at positions from 256 on where windows of 256 calibrated, and 0.005 before.
+_HELD_OUT_SHARE = 4  # this fraction of the text judges, the rest calibrates
+# One long window of the text, since keys and values at later positions have other ranges. With windows of 256, the
+# story model that comes with edgelm lost 0.16 nats at positions from 256 on, and 0.005 before.
 _WINDOW, _SEEN_WINDOWS = 1024, 1
 _JUDGED_WINDOW, _JUDGED_WINDOWS = 512, 1
 _PIECE = 256
@@ -39,8 +38,8 @@ _CHAT = ({"role": "user", "content": "Hello! Who are you?"},)
 
 @dataclass(frozen=True)
 class UnusualTokens:
-    """Ids that a text is not likely to show. special: the tokenizer's own added ones, the beginning-of-text one first;
-    strange: all ids, those whose embeddings are least like the others first; chat: the start of a chat, or empty."""
+    """Token ids that are rare in texts. special: the tokenizer's added tokens, the beginning-of-text token first;
+    strange: all ids, the most unusual embeddings first; chat: the start of a chat, or empty."""
 
     special: tuple[int, ...]
     strange: tuple[int, ...]
@@ -49,7 +48,7 @@ class UnusualTokens:
 
 @dataclass(frozen=True)
 class CachePrompts:
-    """calibrating: prompts whose values all fit; judging: pairs of a kind ("text", "random tokens", "special tokens",
+    """calibrating: prompts that set the ranges; judging: pairs of a kind ("text", "random tokens", "special tokens",
     "rare tokens") and a prompt."""
 
     calibrating: tuple[list[int], ...]
@@ -59,7 +58,8 @@ class CachePrompts:
 def unusual_tokens(
     tokenizer: PreTrainedTokenizerBase, bos: int | None, embedding: torch.Tensor, folder: Path
 ) -> UnusualTokens:
-    """Look for them. embedding: (vocab_size, hidden); folder: with the bundle's tokenizer and chat template.
+    """Find a model's unusual tokens. embedding: (vocab_size, hidden); folder: with the bundle's tokenizer and chat
+    template.
 
     Cost: two passes over the embedding.
     """
@@ -88,7 +88,7 @@ def cache_prompts(token_ids: Sequence[int], unusual: UnusualTokens, vocab_size: 
     ]
     shown = {token for prompt in calibrating for token in prompt}
     rare = [token for token in unusual.strange if token not in shown]
-    # The strangest, and as many again from all over the others.
+    # The most unusual tokens, and as many others from the whole vocabulary.
     rest = rare[_RARE_TOKENS // 2 :]
     rare = rare[: _RARE_TOKENS // 2] + rest[:: 1 + 2 * len(rest) // _RARE_TOKENS]
     pairs = zip(reversed(unusual.special), _forever(held_out or seen), strict=False)
@@ -104,8 +104,8 @@ def cache_prompts(token_ids: Sequence[int], unusual: UnusualTokens, vocab_size: 
 
 
 def _by_strangeness(embedding: torch.Tensor) -> tuple[int, ...]:
-    """By turns: the longest vectors, the shortest (tokens that training never met), and those that one component rules,
-    which a norm's division does not make like the others."""
+    """Ids in turns from three rankings: the longest vectors, the shortest (tokens never seen in training), and those
+    dominated by one component, which stay unusual behind a norm."""
     norms = embedding.norm(dim=1)
     largest = embedding.amax(dim=1).maximum(-embedding.amin(dim=1))
     ruled = largest / norms.clamp_min(1e-30)
@@ -114,7 +114,7 @@ def _by_strangeness(embedding: torch.Tensor) -> tuple[int, ...]:
 
 
 def _chat_start(folder: Path) -> tuple[int, ...]:
-    """A chat's prompt, where the model has a template that takes one."""
+    """The prompt of a short chat; empty without a chat template that works."""
     template = chat_template(folder)
     try:
         text = "" if template is None else template.prompt(_CHAT)
@@ -130,7 +130,7 @@ def _random(vocab_size: int, context: int, seed: int) -> list[list[int]]:
 
 
 def _windows(token_ids: Sequence[int], size: int, most: int) -> list[list[int]]:
-    """The pieces of a text, or so many of them, evenly apart."""
+    """Up to `most` pieces of a text, evenly spread."""
     pieces = _pieces(token_ids, size)
     return [pieces[index * len(pieces) // most] for index in range(most)] if len(pieces) > most else pieces
 

@@ -1,8 +1,8 @@
-"""Which texts and prompts judge a quantized graph: never those that calibrate it.
+"""The texts and prompts that judge a quantized graph. None of them calibrates it.
 
-The ones that come with edgelm are in its own words: prose, a dialogue, code and French, a file each below
-`text/judging`, and everyday questions in `text/chat.json`. What calibrates is `text/default.txt`. A text of the user's
-own is cut in two by whole paragraphs: the first half calibrates, the second judges.
+edgelm's own were written for it: prose, a dialogue, code and French, a file each below `text/judging`, and everyday
+questions in `text/chat.json`. `text/default.txt` calibrates. A user's text is cut in two between paragraphs: the first
+half calibrates, the second judges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..texts import Texts
 
 WINDOW = 512
 ANSWER_TOKENS = 32
-# Of all texts together. 12 windows of the tokenizers that take a byte for a token, which know no longer ones, too.
+# Windows of all texts together. Byte tokenizers, which have short windows, get more.
 _MOST_WINDOWS = 12
 _PROMPTS, _START_TOKENS = 12, 24
 
@@ -34,8 +34,8 @@ _PROMPTS, _START_TOKENS = 12, 24
 class Judging:
     """What judges one model.
 
-    texts: pairs of a kind and the tokens of a window, each read from an empty cache; prompts: pairs of what a reader
-    sees and the tokens that are answered; stop_ids: what ends an answer.
+    texts: pairs of a kind and the tokens of a window, each read from an empty cache; prompts: pairs of the text for a
+    reader and the tokens; stop_ids: tokens that end an answer.
     """
 
     texts: tuple[tuple[str, list[int]], ...]
@@ -74,7 +74,7 @@ def chat_questions() -> list[str]:
 
 
 def _windows(ids: Sequence[int], bos: int | None, size: int, most: int) -> Iterator[list[int]]:
-    """Up to `most` windows from all over the tokens, each with the text's first token where the tokenizer puts one."""
+    """Up to `most` windows, evenly spread, each with the beginning-of-text token if the tokenizer adds one."""
     first = [bos] if bos is not None and len(ids) > 1 and ids[0] == bos else []
     body = ids[len(first) :]
     step = max(1, size - len(first))
@@ -101,8 +101,8 @@ def _chat_prompts(tokenizer: Tokenizer, folder: Path, room: int) -> Iterator[tup
 
 
 def chat_template(folder: Path) -> ChatTemplate | None:
-    """The chat template, where the model has one that works. What is wrong with another one is its users' to hear, not
-    this export's."""
+    """The chat template, if the model has one that works. A broken one is no error of the export; its users will be
+    told."""
     template, config = folder / names.CHAT_TEMPLATE_NAME, folder / names.TOKENIZER_CONFIG_NAME
     try:
         found = find_templates(
@@ -117,7 +117,7 @@ def chat_template(folder: Path) -> ChatTemplate | None:
 def _starts(
     windows: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer, room: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """The first tokens of the windows, as prompts that go on."""
+    """The first tokens of the windows, as prompts to continue."""
     for _, ids in windows[:_PROMPTS]:
         start = ids[: max(1, min(_START_TOKENS, room))]
         yield tokenizer.decode(start), start

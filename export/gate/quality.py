@@ -1,7 +1,7 @@
-"""The gate's second half: how far the quantized graph's answers are from those of the fp32 graph.
+"""The gate's second half: the distance of the quantized graph's answers from the fp32 graph's.
 
-`measure` holds a quantized graph against what the fp32 graph said (`reference.observe`), as often as one is made, and
-`faults` says which of the target's limits it misses.
+`measure` compares a quantized graph with the stored answers of the fp32 graph (`reference.observe`), and `faults` lists
+the target's limits that it misses.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ...targets import Gate
 from .judging import WINDOW
 from .reference import Passage, Reference, logits_in_blocks, losses_of
 
-# The perplexity of 5,000 tokens moves by 0.1 % and more for nothing: a rise is one that is beyond two standard errors.
+# The perplexity of 5,000 tokens varies by 0.1 % and more at random: a rise counts only beyond two standard errors.
 _ERRORS = 2
 _POSITION_EDGES = (0, 1, 16, 64, 128, 256, WINDOW)
 
 
 @dataclass(frozen=True)
 class KindQuality:
-    """The same figures as `QuantizedAgreement`'s, on the texts of one kind, or on the answers."""
+    """The figures of `QuantizedAgreement` for the texts of one kind, or for the answers."""
 
     kind: str
     tokens: int
@@ -53,9 +53,10 @@ class PositionQuality:
 class AnswerAgreement:
     """Greedy answers of both graphs to the same prompts.
 
-    equal: from beginning to end; first_differs: those that part at the first token; decided_positions: of all answers,
-    where fp32's choice leads by the gate's margin; decided_percent: of those, where the quantized graph chooses the
-    same after the same words; differs_at: for each prompt the first token that is another, None where none is.
+    equal: answers that are the same to the end; first_differs: answers whose first token differs; decided_positions:
+    positions of all answers where fp32's choice leads by the gate's margin; decided_percent: share of those where the
+    quantized graph chooses the same after the same words; differs_at: for each prompt the index of the first different
+    token, or None.
     """
 
     prompts: int
@@ -72,10 +73,10 @@ class QuantizedAgreement:
     """Quantized graph against fp32 graph, on `tokens` tokens of text in windows of up to `window`.
 
     mean_kl, p99_kl: KL divergence of the next token's distribution from fp32's, in nats, mean and 99th percentile;
-    agreement_percent: positions with the same most likely token; decided_percent: the same among the positions where
-    fp32's first choice leads by the gate's margin, of which there are `decided_positions`; perplexity_error_percent:
-    standard error of the rise of perplexity, from the spread over the tokens; unknown_kinds: of the texts, which the
-    model cannot read, so that only `kinds` has their figures.
+    agreement_percent: positions with the same most likely token; decided_percent: the same among the
+    `decided_positions`, where fp32's first choice leads by the gate's margin; perplexity_error_percent: standard error
+    of the rise of perplexity, from the spread over the tokens; unknown_kinds: kinds of text that the model cannot read;
+    only `kinds` has their figures.
     """
 
     perplexity_before: float
@@ -101,7 +102,7 @@ class QuantizedAgreement:
 
 @dataclass(frozen=True)
 class _Held:
-    """A passage held against the quantized graph, an entry for each of its rows."""
+    """A passage compared with the quantized graph, an entry for each of its rows."""
 
     passage: Passage
     kl: NDArray[np.float64]
@@ -110,10 +111,10 @@ class _Held:
 
 
 def measure(reference: Reference, session: Session, gate: Gate) -> QuantizedAgreement:
-    """Hold a quantized graph against what the fp32 graph said, for `faults` to judge. Kinds of text that the model
-    cannot read are measured and count for nothing.
+    """Compare a quantized graph with the fp32 graph's stored answers. Kinds of text that the model cannot read are
+    measured, but do not count.
 
-    gate: gives the margin from which on a position is decided. Cost: one run of all tokens. Raises: SessionError.
+    gate: has the margin for decided positions. Cost: one run of all tokens. Raises: SessionError.
     """
     every_text = [_hold(passage, session) for passage in reference.texts]
     answers = [_hold(passage, session) for passage in reference.answers]
@@ -145,9 +146,9 @@ def measure(reference: Reference, session: Session, gate: Gate) -> QuantizedAgre
 
 
 def faults(result: QuantizedAgreement, gate: Gate) -> list[str]:
-    """In words, with the figures, each limit of the target that is missed. Empty: the gate holds."""
+    """Each limit of the target that is missed, in words with figures; empty if the gate holds."""
     found = []
-    # Written so that a figure that is not a number fails too.
+    # Written so that NaN fails too.
     if not result.mean_kl <= gate.mean_kl:
         found.append(
             f"the next token's distribution is {result.mean_kl:.3g} nats from fp32's, mean of {result.tokens} tokens"
@@ -187,7 +188,7 @@ def _hold(passage: Passage, session: Session) -> _Held:
     expected = np.load(passage.path, mmap_mode="r")
     kl, losses, choices = [], [], []
     done = 0
-    # What a quantized graph makes of a damaged scale is not a number, and no warning either: `faults` says it.
+    # A damaged scale gives NaN. No warning here: `faults` reports it.
     with np.errstate(invalid="ignore", over="ignore"):
         for logits in logits_in_blocks(session, passage.token_ids, passage.begin):
             rows = slice(done, done + len(logits))
@@ -220,7 +221,8 @@ def _figures(kind: str, held: Sequence[_Held], gate: Gate) -> KindQuality:
 
 
 def _standard_error(held: Sequence[_Held]) -> float:
-    """Of the mean difference of the losses, which is the relative rise of perplexity as long as both are small."""
+    """Standard error of the mean difference of the losses, which for small values is the relative rise of
+    perplexity."""
     differences = np.concatenate([item.losses - item.passage.losses for item in held])
     return float(differences.std() / np.sqrt(len(differences)))
 
@@ -235,7 +237,7 @@ def _by_position(held: Sequence[_Held]) -> Iterator[PositionQuality]:
 
 
 def _compare_answers(held: Sequence[_Held], gate: Gate) -> AnswerAgreement:
-    # Against the tokens of the answer: side by side with others, fp32 may have broken a tie the other way than alone.
+    # Compare with the answer's tokens, not with fp32's choice now: in a batch, fp32 may have broken a tie differently.
     each = [item.choices == item.passage.targets for item in held]
     differs = tuple(None if same.all() else int(np.argmin(same)) for same in each)
     same = np.concatenate(each)

@@ -1,7 +1,7 @@
-"""What the fp32 graph says to the judging texts and prompts, kept for every quantized graph that is held against it.
+"""The fp32 graph's answers to the judging texts and prompts, stored for the comparison with quantized graphs.
 
-An answer is judged along the fp32 graph's own words: up to the first other token both graphs have read the same, so
-that what the quantized graph would have written is known without letting it write.
+An answer is judged along the fp32 graph's own tokens: up to the first different token both graphs have read the same,
+so the quantized graph's answer is known that far without generating it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from ...runtime.evaluation.divergence import lead, log_softmax
 from ...runtime.sessions.protocol import Session
 from .judging import ANSWER_TOKENS, Judging
 
-# Rows whose log probabilities are computed at once: some 6 MB of a vocabulary of 49,152, which stay in the processor.
+# Rows whose log probabilities are computed at once: 6 MB with a vocabulary of 49,152, which fits into the processor's
+# cache.
 _BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens that both graphs read, and what fp32 says behind each from `begin` on but the last.
+    """Tokens that both graphs read, and fp32's predictions behind each from `begin` on except the last.
 
-    path: its log probabilities, float16 (n, vocab_size); choices: its most likely tokens (n); leads: how far they are
-    ahead, in probability (n); losses: -log of the probability of the token that follows (n).
+    path: log probabilities, float16 (n, vocab_size); choices: most likely tokens (n); leads: their lead in probability
+    (n); losses: -log of the probability of the next token (n).
     """
 
     kind: str
@@ -44,15 +45,16 @@ class Passage:
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """The tokens that follow (n)."""
+        """The next token at each position (n)."""
         return np.asarray(self.token_ids[self.begin + 1 :], np.int64)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the fp32 graph says: to the texts, and in answer to each prompt (prompt and answer are one passage).
+    """The fp32 graph's predictions on the texts, and its answers to the prompts (each prompt with its answer is a
+    passage).
 
-    vocab_size: outcomes of each distribution.
+    vocab_size: size of each distribution.
     """
 
     texts: tuple[Passage, ...]
@@ -60,8 +62,8 @@ class Reference:
     vocab_size: int
 
     def unknown_kinds(self) -> tuple[str, ...]:
-        """Kinds of text that the model cannot read: it finds them less likely than tokens drawn at random, as a model
-        of English stories finds code. Empty where all kinds are such ones, which then judge after all."""
+        """Kinds of text that the model cannot read: it finds them less likely than random tokens, as a model of English
+        stories does with code. Empty if that is true of all kinds; then all judge."""
         kinds = tuple(dict.fromkeys(passage.kind for passage in self.texts))
         unknown = tuple(kind for kind in kinds if not self._mean_loss(kind) <= np.log(self.vocab_size))
         return () if unknown == kinds else unknown
@@ -71,12 +73,12 @@ class Reference:
 
 
 def observe(session: Session, judging: Judging, context_length: int, folder: Path) -> Reference:
-    """Let the fp32 graph read the texts and answer the prompts.
+    """Run the texts and answer the prompts with the fp32 graph.
 
-    The log probabilities are kept in the folder, 2 bytes each: some 5,000 rows of a large vocabulary weigh as much as a
-    model. float16 holds them to 2^-12 of their size; `measure` makes a distribution of them again, and the divergences
-    are off by less than a thousandth. Cost: one run of all tokens. Raises: VerificationError where the logits are no
-    numbers, SessionError.
+    The log probabilities are stored in the folder, 2 bytes each: 5,000 rows of a large vocabulary are as large as a
+    model. float16 is exact to 2^-12 of a value; `measure` normalizes them again, and the divergences are off by less
+    than a thousandth. Cost: one run of all tokens. Raises: VerificationError if the logits are not finite,
+    SessionError.
     """
     texts = [
         _listen(session, kind, ids, 0, folder / f"text-{index}.npy") for index, (kind, ids) in enumerate(judging.texts)
@@ -93,8 +95,8 @@ def observe(session: Session, judging: Judging, context_length: int, folder: Pat
 def write_answers(
     reference: Reference, differs_at: Sequence[int | None], session: Session, stop_ids: Sequence[int], most: int
 ) -> list[list[int]]:
-    """The quantized graph's own greedy answers to the first `most` prompts, in tokens. Where an answer is fp32's from
-    beginning to end, nothing runs."""
+    """The quantized graph's own greedy answers to the first `most` prompts, in tokens. An answer that equals fp32's is
+    not computed again."""
     sequencer = Sequencer(session)
     session.rewind(0)
     answers = []
@@ -127,7 +129,7 @@ def _greedy_answers(session: Session, judging: Judging, context_length: int) -> 
 
 
 def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path) -> Passage:
-    """Run a passage with the fp32 graph and keep what it says."""
+    """Run a passage with the fp32 graph and store its predictions."""
     probabilities, choices, leads, losses = None, [], [], []
     done = 0
     for logits in logits_in_blocks(session, ids, begin):
@@ -150,7 +152,7 @@ def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path)
 
 
 def logits_in_blocks(session: Session, token_ids: Sequence[int], begin: int) -> Iterator[NDArray[np.float32]]:
-    """Logits behind each token from `begin` on but the last, a few rows at a time."""
+    """Logits behind each token from `begin` on except the last, a few rows at a time."""
     session.rewind(0)
     size = session.capabilities.piece_tokens
     for start in range(0, len(token_ids) - 1, size):

@@ -1,10 +1,10 @@
-"""The gate's verdict: the attempts at a quantized graph are judged one after another until one holds.
+"""The gate's verdict: attempts at a quantized graph are judged one after another until one passes.
 
-The attempts of a scheme come first, in their order. Where the scheme may be mended with float32, a graph that misses
-the target's limits then gets its worst matrices back, the fewest first, in the order of what quantization costs each of
-them alone. Half of the matrices is the limit: what needs more is not a quantized model, and the export fails with the
-figures. So it does where the INT8 cache alone misses the limits, which no matrix can mend. `int8-rowwise` is not mended
-so: a float32 matrix costs four times its bytes on every token, and the guarantee of equal bits.
+The scheme's attempts come first, in their order. If none passes and the scheme allows it, the worst matrices go back to
+float32: as few as possible, ranked by the loss of quantizing each alone. At most half of the matrices may go back;
+otherwise the export fails with the figures. It also fails if the INT8 cache alone misses the limits, which no matrix
+can repair. `int8-rowwise` is not repaired in this way: a float32 matrix costs four times its bytes on every token, and
+breaks the guarantee of equal bits.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .reference import Reference, observe
 from .sensitivity import LAYER_RUNS, Measure, Probe, Sensitivity, by_layers, by_matrix
 
 _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# Where the gate holds at once, sensitivities are for the report only. They are measured one by one then if one probe a
-# matrix loads no more fp32 weights than the first number in all, which takes seconds; by runs of layers if the few
-# probes of that load no more than the second.
+# If the gate passes at once, sensitivities are only for the report. They are measured for each matrix if all probes
+# together load no more fp32 bytes than the first number, which takes seconds; for runs of layers if those probes load
+# no more than the second.
 _CHEAP_PROBE_BYTES, _CHEAP_LAYERS_BYTES = 1 << 30, 8 << 30
 
-# Quantizes all but the matrices of these names, and holds the result against the fp32 graph.
+# Quantizes all except the named matrices, and compares the result with the fp32 graph.
 Repair = Callable[[Collection[str]], QuantizedAgreement]
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One way to quantize. name: in words, for errors ("with 16-bit activations in all matrices"); write: writes the
-    graph, in the place of the one before; probe: opens the fp32 graph with some matrices quantized in this way."""
+    graph, replacing the one before; probe: opens the fp32 graph with some matrices quantized in this way."""
 
     name: str
     write: Callable[[], None]
@@ -47,10 +47,10 @@ class Attempt:
 class Candidate:
     """How to make and open the graphs that are judged.
 
-    reference, quantized: open a session on the fp32 graph, of `reference_bytes`, and on the quantized one that is
-    written now; attempts: at least one, the first to hold is taken; leave_out: writes the quantized graph anew, with
-    the matrices of these names in float32, or None for a scheme that is not mended so; remedy: what the user can do
-    where nothing holds; matrices: all that are quantized.
+    reference, quantized: open a session on the fp32 graph, of `reference_bytes`, and on the quantized one as it is
+    written; attempts: at least one, the first that passes is taken; leave_out: writes the quantized graph with the
+    named matrices in float32, None for a scheme that is not repaired; remedy: what the user can do if nothing passes;
+    matrices: all that are quantized.
     """
 
     reference: Callable[[], AbstractContextManager[Session]]
@@ -64,8 +64,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the graph that is written now measured; reference: what it was held against; attempt: the name of the one
-    that holds, the last one where matrices were left out; sensitivity: worst first, empty where it was not measured."""
+    """The measurements of the written graph; reference: what it was compared with; attempt: the name of the one that
+    passed, or of the last one if matrices were left out; sensitivity: worst first, empty if not measured."""
 
     agreement: QuantizedAgreement
     reference: Reference
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gate, folder: Path) -> Verdict:
-    """Hold the attempts against the fp32 graph until one is within the limits, and repair the last one otherwise.
+    """Judge the attempts until one is within the limits; if none is, repair the last one.
 
     folder: as `observe`. Cost: one run of the judging texts with the fp32 graph and one with each attempt; with a
     repair up to 11 more and the probes of `edgelm.export.gate.sensitivity`. Raises: VerificationError.
@@ -107,7 +107,7 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
 
 
 def _for_the_report(candidate: Candidate, attempt: Attempt, judging: Judging) -> tuple[Sensitivity, ...]:
-    """As fine as time allows."""
+    """Sensitivities as detailed as time allows."""
     if len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES:
         return _sensitivities(candidate, attempt, judging, by_matrix)
     if LAYER_RUNS * candidate.reference_bytes <= _CHEAP_LAYERS_BYTES:
@@ -130,10 +130,10 @@ def _none_holds(tried: Sequence[tuple[Attempt, QuantizedAgreement]], gate: Gate,
 def repair(
     before: QuantizedAgreement, ranked: Sequence[Sensitivity], attempt: Repair, gate: Gate
 ) -> tuple[QuantizedAgreement, tuple[Exclusion, ...]]:
-    """Leave matrices in float32 until the gate holds. The last attempt made is the one that is returned.
+    """Leave more and more matrices in float32 until the gate passes. Returns the last attempt.
 
-    before: what missed the gate; ranked: all matrices, worst first. Cost: at most 11 attempts. Raises:
-    VerificationError, with the figures of the first and the last attempt, if the gate never holds.
+    before: the figures that failed; ranked: all matrices, worst first. Cost: at most 11 attempts. Raises:
+    VerificationError, with the figures of the first and the last attempt, if the gate never passes.
     """
     if not ranked:
         raise _error(before, gate, "--kv float32")

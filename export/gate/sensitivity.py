@@ -1,16 +1,15 @@
-"""How much each matrix loses by INT8, measured alone: all others stay float32, and the runtime that ships computes.
+"""The loss of quantizing each matrix alone: all others stay float32, and the shipping runtime computes.
 
-The measure is the KL divergence of the next token's distribution, fp32 graph against the graph with that one matrix
-quantized, in nats, mean over 256 tokens of the text. Unlike perplexity it is never negative, so that it ranks matrices
-on few tokens.
+The measure is the KL divergence of the next token's distribution from fp32's with only that matrix quantized, in nats,
+mean over 256 tokens of the text. Unlike perplexity it is never negative, so few tokens are enough to rank matrices.
 
 Cost: for each probe onnxruntime loads the fp32 weights once and runs 256 tokens; beside that, the fp32 distributions
 stay in memory (256 x vocabulary float32).
 
-`by_matrix`  up to 48 matrices are probed one by one. Where there are more, the matrices of a layer are probed together,
-             and those of the worst layers then one by one, as far as 48 more probes go.
-`by_layers`  layers that follow each other are probed together, in 4 runs of about one length, and what belongs to no
-             layer in one more.
+`by_matrix`  up to 48 matrices are probed one by one. If there are more, the matrices of a layer are probed together,
+             and then those of the worst layers one by one, with up to 48 more probes.
+`by_layers`  consecutive layers are probed together, in 4 runs of about equal length; matrices outside of layers are
+             one more run.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from ...runtime.sessions.protocol import Session
 MOST_PROBES = 48
 LAYER_RUNS = 4
 _TOKENS = 256
-_PIECE_TOKENS = 64
+_PIECE_TOKENS = 128
 _LAYER = re.compile(r"(.*?\.(\d+))\.")
 
-# Opens a session on the graph in which only the matrices of these names are quantized.
+# Opens a session on the graph in which only the named matrices are quantized.
 Probe = Callable[[Collection[str]], AbstractContextManager[Session]]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing some matrices, and nothing else, costs.
+    """The loss of quantizing some matrices and nothing else.
 
     name: of the matrix, or of the layer whose matrices were measured together; matrices: their names; kl: in nats.
     """
@@ -53,8 +52,8 @@ class Sensitivity:
         return {"name": self.name, "matrices": len(self.matrices), "kl": self.kl}
 
 
-# From a session on the fp32 graph, a probe, the names of all matrices and at least two tokens, no more than the model's
-# context, to the sensitivities: each matrix in one of them, the worst first.
+# Takes a session on the fp32 graph, a probe, the names of all matrices, and at least two tokens within the context.
+# Returns sensitivities, the worst first, each matrix in one of them.
 Measure = Callable[[Session, Probe, Sequence[str], Sequence[int]], list[Sensitivity]]
 
 
@@ -81,7 +80,7 @@ def by_layers(reference: Session, probe: Probe, matrices: Sequence[str], token_i
 def _measure(
     reference: Session, probe: Probe, token_ids: Sequence[int]
 ) -> Callable[[str, tuple[str, ...]], Sensitivity]:
-    """What measures some matrices under a name."""
+    """A function that measures some matrices and gives them a name."""
     tokens = list(token_ids[:_TOKENS])
     expected = list(log_probabilities(reference, tokens))
 
@@ -89,7 +88,7 @@ def _measure(
         with probe(names) as session:
             pairs = zip(expected, log_probabilities(session, tokens), strict=True)
             total = sum(float(divergence(left, right).sum()) for left, right in pairs)
-        # What is not a number is worst of all.
+        # NaN counts as the worst.
         return Sensitivity(name, names, total / len(tokens) if np.isfinite(total) else float("inf"))
 
     return measure
@@ -110,7 +109,7 @@ def _runs_of_layers(matrices: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _groups(matrices: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Each matrix by itself, or with the others of its layer where there are too many."""
+    """Each matrix by itself, or by layers if there are too many."""
     groups: dict[str, tuple[str, ...]] = {}
     for matrix in matrices:
         layer = _LAYER.match(matrix) if len(matrices) > MOST_PROBES else None

@@ -1,7 +1,7 @@
-"""torch behind the runtime's `Session`, so that a model is scored by the code that scores its bundles.
+"""A torch model as the runtime's `Session`, so that the same code scores a model and its bundles.
 
-No cache is used: a step runs all tokens since the last rewind, which is right for every kind of model, also those whose
-caches cannot be cut. Scoring feeds a window in pieces, so that it costs two to three times one pass over the window.
+It has no cache: a step runs all tokens again, which is right for every kind of model, including those whose caches
+cannot be cut. Scoring feeds a window in pieces, so it costs two to three times one pass over the window.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class TorchSession:
         with torch.no_grad():
             ids = torch.tensor([self._ids], device=next(self._module.parameters()).device)
             logits = self._module(input_ids=ids, use_cache=False).logits
-        # Counted from the front: -0 would be the front itself.
+        # Index from the front: `[-0:]` would be the whole text.
         return np.asarray(logits[0, len(self._ids) - keep :].cpu().numpy(), np.float32)
 
     def expect(self, positions: int) -> None:
-        """Nothing: there is no cache."""
+        """Do nothing: there is no cache."""
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self.length
@@ -60,7 +60,7 @@ class TorchSession:
 
 @contextlib.contextmanager
 def open_model(model: str, threads: int | None = None) -> Iterator[tuple[int, Tokenizer, TorchSession]]:
-    """Context length, the tokenizer as a bundle has it, and a session, of a builtin, local or hub model.
+    """Open a builtin, local or hub model. Yields: context length, the tokenizer as a bundle has it, a session.
 
     Raises: MissingExtraError, SourceError.
     """

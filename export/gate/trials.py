@@ -1,8 +1,8 @@
-"""Which prompts the fp32 graph is held against torch with, and in which pieces it gets them: the same ones each time.
+"""The prompts on which the fp32 graph is compared with torch, and the pieces in which it gets them. They are the same
+each time.
 
-Prompts cut out of the text, prompts of random tokens (which reach rows of the embedding that the text does not), and
-one long prompt, beyond each sliding window and past the original context of a scaled rotary embedding, where these are
-within reach.
+Prompts from the text, prompts of random tokens (which use other rows of the embedding), and one long prompt, beyond
+each sliding window and beyond the original context of a scaled rotary embedding, if that is not too long.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from ...runtime.sessions.protocol import KERNELS_PIECE_TOKENS
 
 _TEXT_PROMPTS, _TEXT_TOKENS, _TEXT_STEPS = 4, 16, 32
 _RANDOM_PROMPTS, _RANDOM_TOKENS, _RANDOM_STEPS = 2, 24, 16
-# Longer than the runtime's pieces, so that a prompt that takes two of them is among the trials.
+# Longer than the runtime's pieces, so that one prompt takes two of them.
 _LONG_TOKENS, _LONG_STEPS = KERNELS_PIECE_TOKENS + 40, 16
-# A prompt of this length costs torch seconds on models of a billion parameters; what needs more is left out by name.
+# A prompt of this length takes torch seconds on models of a billion parameters. Limits beyond it are reported as
+# untested.
 _LONGEST = 600
-# How far the long prompt goes beyond the last limit, so that many positions feel it.
+# How far the long prompt goes beyond the last limit, so that many positions are affected.
 _BEYOND = 40
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt, and how many greedy steps follow it at most."""
+    """A prompt, and the most greedy steps that follow it."""
 
     prompt: list[int]
     steps: int
@@ -36,17 +37,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Limit:
-    """A position beyond which a model computes something else, and what it is called."""
+    """A position beyond which a model computes differently, and its name."""
 
     tokens: int
     what: str
 
 
 def make_trials(token_ids: Sequence[int], shape: Model, config: Any) -> tuple[list[Trial], tuple[str, ...]]:
-    """The prompts for a model, none longer than its context leaves room for, and what they could not reach.
+    """The prompts for a model, within its context, and the limits that they do not reach.
 
-    token_ids: the text; config: of the model in transformers. Cost: 7 prompts of at most 600 tokens. The four of the
-    text are alike in length and steps, and so are the two random ones: torch decodes three batches, 64 steps in all.
+    token_ids: the text; config: of the model in transformers. Cost: 7 prompts of at most 600 tokens. The four from the
+    text have equal length and steps, and so have the two random ones: torch decodes three batches, 64 steps in all.
     """
     room = max(1, shape.context_length - 1)
     step = max(1, (len(token_ids) - _TEXT_TOKENS) // _TEXT_PROMPTS)
@@ -62,7 +63,7 @@ def make_trials(token_ids: Sequence[int], shape: Model, config: Any) -> tuple[li
 
 
 def pieces(token_ids: Sequence[int], draw: np.random.Generator) -> Iterator[list[int]]:
-    """The tokens cut in random places, short pieces as often as long ones: 1 to 127 tokens each."""
+    """The tokens in pieces of 1 to 127 tokens, cut at random, short pieces as often as long ones."""
     begin = 0
     while begin < len(token_ids):
         size = int(2 ** draw.uniform(0, 7))
@@ -78,7 +79,7 @@ def _limits(shape: Model, config: Any) -> list[Limit]:
 
 
 def _originals(parameters: Any) -> Iterator[int]:
-    """Original context lengths in rope parameters, which may be one set, or one set for each kind of layer."""
+    """Original context lengths in rope parameters: one set, or one set for each kind of layer."""
     if not isinstance(parameters, dict):
         return
     for key, value in parameters.items():

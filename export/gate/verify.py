@@ -1,7 +1,7 @@
-"""The gate's first half: does the fp32 graph answer as the model does? Measured with the runtime that ships, never with
-a stand-in. `quality` is the second half.
+"""The gate's first half: check that the fp32 graph answers as the torch model does, in the shipping runtime. `quality`
+is the second half.
 
-`ask_source` lets torch answer, and `compare_with_source` holds the fp32 graph against these answers.
+`ask_source` gets torch's answers, and `compare_with_source` compares the fp32 graph with them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceAgreement:
-    """fp32 graph against torch.
+    """The fp32 graph compared with torch.
 
     logit_difference: largest absolute difference over a prompt and its continuation, in units of torch's largest
-    magnitude there, of the worst prompt; steps: greedy steps of torch; equal_steps: those that the graph took too, up
-    to the first other token of each prompt; near_ties: prompts where the two part at a token that torch holds as
-    likely, up to the tolerance; prompts and longest_prompt (tokens): what was tried; left_out: what lies beyond it.
+    magnitude there, for the worst prompt; steps: greedy steps of torch; equal_steps: steps at which the graph chose the
+    same, up to the first different token of each prompt; near_ties: prompts where they differ at a token that torch
+    finds equally likely, within the tolerance; prompts, longest_prompt (tokens): what was tried; left_out: limits that
+    were not reached.
     """
 
     logit_difference: float
@@ -67,13 +68,12 @@ class SourceAnswers:
 
 
 def ask_source(model: PreTrainedModel, token_ids: Sequence[int], shape: Model, folder: Path) -> SourceAnswers:
-    """Let torch answer the prompts of `edgelm.export.gate.trials`, which says what they are and cost.
+    """Get torch's answers to the prompts of `edgelm.export.gate.trials`, where they and their cost are described.
 
     token_ids: the text; shape: context, vocabulary and layers of the graph. The logits are written to the folder and
-    mapped from there: a thousand rows of a large vocabulary weigh as much as a model. Prompts that are alike in length
-    and steps are decoded as rows of one batch, which reads the weights once for all of them; the logits come from one
-    pass over each prompt and its answer by itself, without a cache. Raises: VerificationError where they are no
-    numbers.
+    mapped: a thousand rows of a large vocabulary are as large as a model. Prompts with equal length and steps are
+    decoded as one batch, which reads the weights once. The logits come from one pass over each prompt with its answer,
+    without a cache. Raises: VerificationError if they are not finite.
     """
     trials, left_out = make_trials(token_ids, shape, model.config)
     alike: dict[tuple[int, int], list[Trial]] = {}
@@ -89,12 +89,12 @@ def ask_source(model: PreTrainedModel, token_ids: Sequence[int], shape: Model, f
 
 
 def compare_with_source(source: SourceAnswers, session: Session, gate: Gate) -> SourceAgreement:
-    """Hold greedy tokens and logits of the fp32 graph against torch's answers.
+    """Compare greedy tokens and logits of the fp32 graph with torch's answers.
 
-    1. The graph gets each prompt and torch's answer in pieces that are cut in random places. Every logit is compared,
-       and the most likely token at each step of the answer: equal ones are the tokens that greedy decoding gives.
-    2. Of the prompts of each length the first is decoded by the runtime's own loop, one token a step. The others would
-       run the same operators and shapes again, at the price of reading all weights for each token.
+    1. The graph gets each prompt with torch's answer in random pieces. Every logit is compared, and the most likely
+    token at each step of the answer: as long as those are equal, greedy decoding gives them.
+    2. The first prompt of each length is also decoded by the runtime's own loop, one token a step. The others would
+    only run the same operators and shapes again, and read all weights for each token.
 
     Raises: VerificationError outside the tolerance.
     """
@@ -150,8 +150,8 @@ def _require_numbers(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _equal_steps(answer: SourceAnswer, tokens: list[int], gate: Gate) -> int:
-    """How many steps give torch's token. After the first other one the texts differ, so it must be a near-tie: a token
-    that torch holds as likely as its own, up to the tolerance of the logits. Raises: VerificationError."""
+    """The number of steps that give torch's token. The first different token must be a near-tie: torch finds it as
+    likely as its own, within the tolerance of the logits. Raises: VerificationError."""
     pairs = enumerate(zip(tokens, answer.tokens, strict=True))
     step = next((index for index, (got, wanted) in pairs if got != wanted), len(tokens))
     if step == len(tokens):
@@ -167,9 +167,9 @@ def _equal_steps(answer: SourceAnswer, tokens: list[int], gate: Gate) -> int:
 
 
 def _torch_greedy(model: PreTrainedModel, trials: Sequence[Trial], context_length: int) -> list[list[int]]:
-    """The most likely tokens of each trial, as far as the context has room. trials: alike in length and steps, so that
-    as rows of one batch they need no padding. Not by `generate`: the model's own generation configuration may ask for
-    penalties and end tokens, and fills in whatever another one leaves open."""
+    """The most likely tokens of each trial, within the context. trials: of equal length and steps, so the batch needs
+    no padding. This does not use `generate`: the model's generation configuration may set penalties and end tokens, and
+    would fill in what ours leaves open."""
     import torch
 
     name = cache_argument(model)

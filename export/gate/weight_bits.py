@@ -1,12 +1,12 @@
-"""Which matrices get weights of 4, 5, 6 and 8 bits, so that a model fits a number of bytes at the least loss.
+"""Choose 4, 5, 6 or 8 bits for the weights of each matrix, so that a model fits a size at the least loss.
 
-4 bits everywhere is the smallest. From there, matrices get more bits step by step, in the order of what a step saves of
-the loss for each byte that it costs, as long as the bytes last: a knapsack, filled by worth.
+All matrices start with 4 bits. Then matrices get more bits step by step, in the order of loss saved for each byte,
+until the size is reached (a greedy knapsack).
 
 The loss is measured. Matrices of one kind (the same name but for the layer's number) in one part of the layers are a
-group. For each group a probe runs, in which these matrices alone have 4 bits, and its answers are held against those of
-8 bits everywhere: KL divergence of the next token's distribution. Within a group the loss is shared out by the errors
-of the matrices' products on the calibrating text, and of 5 and 6 bits it is as much less as these errors are.
+group. For each group a probe runs, in which only these matrices have 4 bits. Its loss is the KL divergence of the next
+token's distribution from that with 8 bits everywhere. Within a group the loss is divided in proportion to the errors of
+the matrices' products on the calibrating text. With 5 and 6 bits it shrinks as these errors do.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _PARTS, _MOST_GROUPS = 6, 48
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix. bytes: with each number of bits, from 4 to 8; errors: of its products, in units of the products' size,
-    with each number below 8."""
+    """A matrix. bytes: {bits: size}; errors: {bits below 8: error of its products, relative to their size}."""
 
     name: str
     bytes: Mapping[int, int]
@@ -34,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """What more bits for a matrix, than those of the step before, save of the loss, in nats a token, and take."""
+    """More bits for a matrix: the loss that this step saves, in nats a token, and the bytes that it costs."""
 
     name: str
     bits: int
@@ -44,15 +43,15 @@ class Step:
 
 @dataclass(frozen=True)
 class WeightBits:
-    """A choice. bits: {matrix: 4, 5, 6 or 8}; kl: what the matrices below 8 bits cost, as measured one group at a time,
-    in nats a token; weights_bytes: of all matrices."""
+    """A choice. bits: {matrix: 4, 5, 6 or 8}; kl: estimated loss of the matrices below 8 bits, from probes of one group
+    at a time, in nats a token; weights_bytes: of all matrices."""
 
     bits: dict[str, int]
     kl: float
     weights_bytes: int
 
     def narrow(self) -> dict[str, int]:
-        """The matrices below 8 bits, and how many each has."""
+        """The matrices below 8 bits, with their bits."""
         return {name: bits for name, bits in self.bits.items() if bits < MOST}
 
     def measured(self) -> dict[str, Any]:
@@ -66,10 +65,10 @@ def steps_of(
     texts: Sequence[Sequence[int]],
     window_tokens: int = WINDOW_TOKENS,
 ) -> list[Step]:
-    """The steps from 4 bits to 8 of each matrix, those that save most for their bytes first.
+    """The steps of all matrices from 4 bits to 8, most loss saved for each byte first.
 
-    probe: a session in which the matrices of these names have 4 bits, all others 8; texts: token ids, of which none is
-    judged on later; window_tokens: so many of a text are run at once. Cost: a probe for each group, 48 at most.
+    probe: a session in which the named matrices have 4 bits, all others 8; texts: token ids, none of which judge later;
+    window_tokens: tokens of a text to run at once. Cost: a probe for each group, 48 at most.
     """
     by_name = {matrix.name: matrix for matrix in matrices}
     loss = loss_against(probe, texts, window_tokens)
@@ -85,7 +84,8 @@ def steps_of(
 
 
 def _steps(matrix: Candidate, kl_of_error: float) -> list[Step]:
-    """Those that save more for a byte than all later ones: what does not is left out, and later ones start lower."""
+    """The useful steps of a matrix: each saves more for a byte than all later ones. Others are merged into the next
+    step."""
     errors = {**matrix.errors, MOST: 0.0}
     kept = [LEAST]
     for bits in sorted(errors)[1:]:
@@ -108,9 +108,9 @@ def _worth(matrix: Candidate, errors: Mapping[int, float], less: int, more: int)
 
 
 def choose_bits(matrices: Sequence[Candidate], steps: Sequence[Step], budget: int) -> WeightBits:
-    """The choice for so many bytes of matrices; 4 bits everywhere where they are not enough for that.
+    """The choice for so many bytes of matrices; 4 bits everywhere if even that does not fit.
 
-    steps: as of `steps_of`. Where one does not fit, others that do are taken behind it.
+    steps: as of `steps_of`. A step that does not fit is skipped; later ones may fit.
     """
     choice = all_in(matrices, LEAST)
     bits, size, kl = choice.bits, choice.weights_bytes, sum(step.kl for step in steps)
@@ -124,5 +124,5 @@ def choose_bits(matrices: Sequence[Candidate], steps: Sequence[Step], budget: in
 
 
 def all_in(matrices: Sequence[Candidate], bits: int) -> WeightBits:
-    """The same bits for all of them; what that costs is not known."""
+    """The same bits for all matrices. The loss is unknown."""
     return WeightBits({matrix.name: bits for matrix in matrices}, 0.0, sum(matrix.bytes[bits] for matrix in matrices))

@@ -1,1 +1,1 @@
-"""What an export writes: the bundle, its report, files for other runtimes."""
+"""The output of an export: the bundle, its report, files for other runtimes."""

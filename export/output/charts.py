@@ -1,4 +1,4 @@
-"""Charts of a report as SVG text that stands inside a page: no scripts, no fonts, the page's own colours.
+"""Charts of a report as SVG to embed in a page: no scripts, no fonts, the page's own colours.
 
 The same numbers give the same bytes. Colours are placeholders for matplotlib that become CSS variables, so that one
 drawing serves light and dark pages; text stays text, in the page's font. matplotlib is imported late.
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The page's variables (see templates/report.html) by the colour that stands for each while drawing. Black is avoided:
-# matplotlib leaves it out, as SVG's default.
+# Placeholder colours while drawing, and the page's variables for them (see templates/report.html). None is black:
+# matplotlib omits it, as SVG's default.
 _VARIABLES = ("ink", "muted", "track", "before", "after", "part0", "part1", "part2", "part3", "part4", "miss")
 COLORS = {name: f"#0000{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
-_WIDTH_IN = 3.9  # narrow, so that the text is readable where the page is as wide as a phone
+_WIDTH_IN = 3.9  # narrow, so that the text is readable on a phone
 _TEXT, _SMALL = 10.5, 9.5
 _ROW_IN, _LINE_IN = 0.48, 0.17
-# Characters of a line, at 0.6 of the text's size each, which a page's font may be as wide as.
+# Characters in a line, if each is as wide as 0.6 of the text's size, the widest fonts.
 _LINE_CHARACTERS = 43
 _MOST_LINES = 3
 _STYLE = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify": False}
@@ -35,7 +35,7 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 @dataclass(frozen=True)
 class Row:
-    """One bar: words above it on the left, its value on the right, and its segments as (share of the width, colour)."""
+    """One bar: label above it on the left, value on the right, segments as (share of the width, colour)."""
 
     label: str
     value: str
@@ -43,9 +43,9 @@ class Row:
 
 
 def bars(name: str, description: str, rows: Sequence[Row]) -> str:
-    """Bars below each other, each on a track of the full width. name: unlike that of the page's other charts.
+    """Bars below each other, each on a track of the full width. name: unique among the page's charts.
 
-    A label that leaves no room for its value takes several lines, the value stands in the last one.
+    A long label takes several lines; the value is in the last one.
     """
     wrapped = [_lines(row) for row in rows]
     tops = [0.0, *accumulate(_ROW_IN + (len(lines) - 1) * _LINE_IN for lines in wrapped)]
@@ -67,14 +67,14 @@ def bars(name: str, description: str, rows: Sequence[Row]) -> str:
 
 
 def _lines(row: Row) -> list[str]:
-    """The label in lines, of which the last leaves room for the value, and no more than `_MOST_LINES`."""
+    """The label in at most `_MOST_LINES` lines; the last one leaves room for the value."""
     room = _LINE_CHARACTERS - len(row.value) - 2
     if len(row.label) <= room:
         return [row.label]
     most = _LINE_CHARACTERS * (_MOST_LINES - 1)
     label = row.label if len(row.label) <= most else f"{row.label[: most // 2 - 1]}…{row.label[-most // 2 :]}"
     lines = [""]
-    # Names break in front of their dots and plus signs, and anywhere only where a part fills a line.
+    # Names break in front of dots and plus signs; anywhere only if a part fills a line.
     for part in re.findall(r"[\s.+]?[^\s.+]*", label):
         for piece in textwrap.wrap(part, _LINE_CHARACTERS, drop_whitespace=False):
             if len(lines[-1]) + len(piece) > _LINE_CHARACTERS:
@@ -84,7 +84,7 @@ def _lines(row: Row) -> list[str]:
 
 
 def squares(name: str, description: str, percent: float) -> str:
-    """A hundred squares, of which as many are filled as there are whole percent."""
+    """A hundred squares, one filled for each whole percent."""
     with _style(name):
         columns, rows, side = 20, 5, 0.8
         figure, axes = _canvas(_WIDTH_IN * rows / columns)
@@ -98,7 +98,7 @@ def squares(name: str, description: str, percent: float) -> str:
 
 
 def lines(name: str, description: str, stop: int, series: Sequence[tuple[str, float, float, str]], unit: str) -> str:
-    """Straight lines over 0 to `stop` tokens. series: label, height at 0, height at `stop` (in `unit`), colour; the
+    """Straight lines from 0 to `stop` tokens. series: label, value at 0, value at `stop` (in `unit`), colour; the
     highest first."""
     with _style(name):
         figure, axes = _canvas(2.2, (0.0, 0.16, 1.0, 0.84))
@@ -111,7 +111,7 @@ def lines(name: str, description: str, stop: int, series: Sequence[tuple[str, fl
             axes.fill_between([0, stop], [begin, end], color=COLORS[color], alpha=0.18, linewidth=0)
             axes.plot([0, stop], [begin, end], color=COLORS[color], linewidth=2.2)
             words = f"{label}: {begin:,.1f} to {end:,.1f} {unit}"
-            # The upper label stands above its line. So does the lower one where its line is low, else it stands below.
+            # The upper label is above its line. The lower one is above its line if that is low, else below it.
             offset, side = (4, "bottom") if index == 0 or end < 0.3 * top else (-5, "top")
             place = (1, end / axes.get_ylim()[1])
             _label(axes, words, place, (-2, offset), alignment=("right", side), color="ink", size=_TEXT)
@@ -160,7 +160,8 @@ def _label(
     color: str,
     size: float,
 ) -> None:
-    """Words at a place (in shares of the axes), moved by an offset in points, aligned (horizontal, vertical)."""
+    """Write a text at a position (in shares of the axes), with an offset in points and an alignment (horizontal,
+    vertical)."""
     axes.annotate(
         words,
         place,
@@ -175,7 +176,7 @@ def _label(
 
 
 def _style(name: str) -> AbstractContextManager[None]:
-    """matplotlib's own defaults and ours, whatever the user's settings are, while something is drawn and written."""
+    """Draw and write with matplotlib's defaults and ours, whatever the user's settings are."""
     from matplotlib import style
 
     context: AbstractContextManager[None] = style.context(["default", {**_STYLE, "svg.hashsalt": name}])
@@ -183,7 +184,7 @@ def _style(name: str) -> AbstractContextManager[None]:
 
 
 def _canvas(height_in: float, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> tuple[Figure, Axes]:
-    """An empty drawing without axes. Not by pyplot, which would choose a window system."""
+    """An empty drawing without axes. Not by pyplot, which would start a window system."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH_IN, height_in))
@@ -196,7 +197,8 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
     text = re.sub(r"^.*?(?=<svg )", "", out.getvalue(), flags=re.DOTALL)
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # would hold for the whole page
+    # Such a style would apply to the whole page.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' width="[^"]*" height="[^"]*"', f' role="img" aria-label="{description}"', text, count=1)
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for variable, color in COLORS.items():

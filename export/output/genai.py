@@ -1,8 +1,8 @@
-"""Files that let onnxruntime-genai open a bundle: a second graph over the same weights, and `genai_config.json`.
+"""Files with which onnxruntime-genai opens a bundle: a second graph over the same weights, and `genai_config.json`.
 
-The graph is the bundle's own, with logits of the last token only, which is how onnxruntime-genai calls it. It reads the
-type of the KV cache from the graph, so INT8 caches work as float32 ones do. It describes all layers' caches by one
-shape, so only models whose layers are alike get these files.
+The graph is the bundle's own, with logits of the last token only, as onnxruntime-genai expects. It reads the type of
+the KV cache from the graph, so INT8 caches work too. It has one shape for the caches of all layers, so only models
+whose layers are alike get these files.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .package import write_json
 
 GENAI_GRAPH_NAME = "model.genai.onnx"
 GENAI_CONFIG_NAME = "genai_config.json"
-# onnxruntime-genai allocates the whole cache for `max_length` before the first token: with a context of 131,072 that
-# would be gigabytes that a chat never uses. Programs that need more ask for it.
+# onnxruntime-genai allocates the cache for `max_length` before the first token: with a context of 131,072 that would be
+# gigabytes that a chat never uses. Programs that need more can set it.
 _DEFAULT_MAX_LENGTH = 4096
 
 
 def write_genai_files(folder: Path, model: Model, tokens: Tokens) -> str | None:
-    """Write both files into a folder that has the bundle's graph and weights, or neither of them.
+    """Write both files, or none, into a folder with the bundle's graph and weights.
 
-    Returns: None, or why onnxruntime-genai cannot run this model. Cost: the graph without its weights is read and
-    written. Raises: OSError.
+    Returns: None, or why onnxruntime-genai cannot run this model. Cost: reading and writing the graph without weights.
+    Raises: OSError.
     """
     reason = why_irregular(model)
     if reason is not None:
         return reason
-    # Weights are not read: the loaded graph names their places in the weights file, and so does the one that is saved.
+    # Weights are not read: both graphs only refer to the weights file.
     graph = ir.load(folder / names.GRAPH_NAME)
     LastLogitsOnly()(graph)
     _fix_rows(graph, model)
@@ -46,7 +46,7 @@ def write_genai_files(folder: Path, model: Model, tokens: Tokens) -> str | None:
 
 
 def _fix_rows(graph: ir.Model, model: Model) -> None:
-    """The cache has rows of one head: onnxruntime-genai knows no others."""
+    """Set the cache's last axis to the head size: onnxruntime-genai allows no scales behind the values."""
     layer = model.layers[0]
     assert layer is not None, "a regular model has attention in every layer"
     for value in (*graph.graph.inputs, *graph.graph.outputs):
@@ -56,7 +56,7 @@ def _fix_rows(graph: ir.Model, model: Model) -> None:
 
 
 def why_irregular(model: Model) -> str | None:
-    """Why one shape does not describe the caches of all layers, or None where it does."""
+    """Why one shape does not describe the caches of all layers; None if it does."""
     if model.cache_layout != "in_place" or model.states:
         return "its attention is not fused, or it keeps other states, which onnxruntime-genai does not expect here"
     first = model.layers[0]
@@ -79,14 +79,15 @@ def why_irregular(model: Model) -> str | None:
 
 
 def genai_config(model: Model, tokens: Tokens, attention_heads: int) -> dict[str, Any]:
-    """The content of `genai_config.json` for a model whose layers are alike. Decoding is greedy, as in our runtime."""
+    """The content of `genai_config.json` for a model whose layers are alike. Decoding is greedy, as is our default."""
     layer = model.layers[0]
     assert layer is not None, "a regular model has attention in every layer"
     ids = {"bos_token_id": tokens.bos, "eos_token_id": list(tokens.eos), "pad_token_id": tokens.pad}
     decoder = {
         "filename": GENAI_GRAPH_NAME,
-        # Right answers on x86 CPUs without VNNI, whose INT8 kernels overflow. Our runtime asks the CPU first, this file
-        # cannot; with VNNI it doubles the time of long prompts. Without INT8 weights, and on Arm, it does nothing.
+        # Needed for right answers on x86 CPUs without VNNI, whose INT8 kernels overflow. Our runtime sets it only
+        # there, but this file cannot ask the CPU; with VNNI it doubles the time of long prompts. It has no effect
+        # without INT8 weights, and on Arm.
         "session_options": {"session.x64quantprecision": "1"},
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": attention_heads,

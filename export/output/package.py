@@ -1,4 +1,4 @@
-"""The files of a bundle that are neither graph nor report."""
+"""The files of a bundle besides graph and report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TOKENIZER_FILES = (
 
 
 def write_tokenizer(tokenizer: Any, module: Any, folder: Path) -> None:
-    """tokenizer.json, its configuration, the chat template and the generation configuration, as transformers writes
-    them; what else it writes is left out. Several chat templates under names are kept in the configuration."""
+    """Write tokenizer.json, its configuration, the chat template and the generation configuration, as transformers
+    does, but no other files. Several named chat templates go into the configuration."""
     scratch = folder / "tokenizer"
     scratch.mkdir()
     tokenizer.save_pretrained(scratch, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
@@ -34,7 +34,7 @@ def write_tokenizer(tokenizer: Any, module: Any, folder: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Indented JSON, ending in a line feed."""
+    """Write indented JSON, ending in a line feed."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

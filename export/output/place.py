@@ -1,9 +1,9 @@
-"""Put a folder into place: all of it or nothing.
+"""Write a folder atomically: all of it or nothing.
 
-Everything is written into a hidden folder beside the output, the manifest last; then one rename makes it the output.
-An export that is interrupted leaves at most that hidden folder, which no part of edgelm takes for a bundle and the next
-export to the same place removes. Whose process still lives is told by a lock: process numbers are reused, and those of
-containers that share a folder mean nothing to each other.
+Everything is written into a scratch folder, hidden beside the output, the manifest last; then it is renamed to the
+output. An interrupted export leaves at most the scratch folder, which is never taken for a bundle, and which the next
+export to the same place removes. A lock shows whether its process is alive: process ids are reused, and differ between
+containers that share a folder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ..errors import OutputError
 
 _PARTIAL = ".partial-"
 _LOCK_NAME = "lock"
-# What stood at the output, while it is replaced where two folders cannot be exchanged.
+# The old output, while it is replaced on systems that cannot exchange two folders.
 _REPLACED_NAME = "replaced"
-# A folder without a lock is one that was made a moment ago, or of an edgelm that made none.
+# A younger scratch folder without a lock may just have been made.
 _UNLOCKED_S = 60.0
-# Of Linux, to exchange two names at once.
+# Linux's flag to exchange two names atomically.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def check_output(out: Path, force: bool, mark: str = MANIFEST_NAME) -> None:
-    """Before any work: may a folder be written here? mark: the file by which one of its kind is known, the only kind
-    that is replaced. Raises: OutputError."""
+    """Check before any work that the output may be written. mark: the file that identifies a folder of the kind that
+    may be replaced. Raises: OutputError."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -50,9 +50,10 @@ def check_output(out: Path, force: bool, mark: str = MANIFEST_NAME) -> None:
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed with all that is in it when the block ends, however it ends.
+    """The scratch folder, hidden beside the output. It is removed with its contents at the end of the block in any
+    case.
 
-    Raises: OutputError, also for what the system says about writing inside the block (disk full, no permission).
+    Raises: OutputError, also for system errors inside the block (disk full, no permission).
     """
     folder = out.parent / f".{out.name}{_PARTIAL}{secrets.token_hex(8)}"
     try:
@@ -68,9 +69,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Rename a finished folder, which stands in a `partial_folder`, to the output. A bundle that stands there is
-    exchanged with it; where the system cannot do that, it is moved aside first, so that at no time a mixture of the two
-    can be seen, and put back by the next export where a kill came between. Raises: OSError."""
+    """Rename a finished folder inside a `partial_folder` to the output. An existing bundle is exchanged with it. If the
+    system cannot do that, the old bundle is moved aside first, so a mixture is never visible; after a kill in between,
+    the next export moves it back. Raises: OSError."""
     for path in [*folder.iterdir(), folder]:
         _flush(path)
     if out.is_symlink() or not out.exists():
@@ -87,19 +88,19 @@ def put_in_place(folder: Path, out: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Give two folders each other's name in one step. False where the system or the file system cannot."""
+    """Exchange the names of two folders atomically. Returns False if the system or the file system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:  # a C library of before 2018
+    if rename is None:  # a C library from before 2018
         return False
     names = (os.fsencode(first), os.fsencode(second))
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove the hidden folders of exports to this place whose process is gone; what such a process had moved aside and
-    not replaced goes back to its place."""
+    """Remove the scratch folders of dead exports to this place. An old bundle that such an export moved aside and did
+    not replace is moved back."""
     name = re.compile(re.escape(f".{out.name}{_PARTIAL}") + "[0-9a-f]{16}")
     for path in out.parent.iterdir():
         if not name.fullmatch(path.name) or not _is_abandoned(path):
@@ -115,14 +116,14 @@ def _is_abandoned(folder: Path) -> bool:
             return time.time() - folder.stat().st_mtime > _UNLOCKED_S
         with lock_if_free(folder / _LOCK_NAME) as is_free:
             return is_free
-    except OSError:  # it was removed meanwhile, or belongs to somebody else
+    except OSError:  # removed meanwhile, or owned by another user
         return False
 
 
 def _flush(path: Path) -> None:
-    """Make sure that a file or a folder is on the disk before its name is."""
+    """Write a file or a folder through to the disk, before it is renamed."""
     if os.name == "nt":
-        return  # folders cannot be opened there, and a rename is written through
+        return  # Windows cannot open folders, and writes renames through
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""What an export found out, as the data of report.json: sizes by part, quality, speed, memory, stages.
+"""The data of report.json: sizes by part, quality, speed, memory, stages.
 
-Knows nothing of how it is shown; `report_html` and `edgelm inspect --report` read what is built here.
+Does not format anything; `report_html` and `edgelm inspect --report` show it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..stages import StageRecord
 from . import package
 from .report_html import page
 
-# Parts of a model by the names of its weights; the first that fits counts, so a norm inside attention is a norm.
+# Parts of a model by names of weights. The first match counts, so a norm inside attention is a norm.
 _PARTS = {
     "norms": re.compile(r"norm|(^|[._])ln|[._]ln_?\w*\."),
     "attention": re.compile(r"attn|attention|[._](q|k|v|o|qkv|out)_proj|^cache\."),
@@ -41,16 +41,15 @@ _NORM_OPERATOR = "LayerNormalization"
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the report is built of.
+    """The input of the report.
 
     model: with the bundle's type of cache; before, after: folders of the fp32 graph and of the bundle; speeds: of
-    "before" and "after"; against_fp32: None where the two are the same graph; stages: those that are done; path,
-    refused_paths: how the model was traced, and why not otherwise; examples: prompts with both graphs' answers;
-    arithmetic: which activations have 8 and which 16 bits and what that cost and bought, None for a scheme without that
-    choice; weights: the same of weights of 4 and 8 bits; cache: None for a float32 cache; without_genai: why
-    onnxruntime-genai cannot open the bundle, or None where it can; compression: the steps that the model went through,
-    with their figures; not_run: in words, what could not be tried on the machine of the export; notes: what the bundle
-    does otherwise than the source's files say.
+    "before" and "after"; against_fp32: None if the two are the same graph; stages: finished ones; path, refused_paths:
+    how the model was traced, and why not in other ways; examples: prompts with both graphs' answers; arithmetic: the
+    choice of 8 and 16 bits for activations, with cost and gain, None for other schemes; weights: the same for the bits
+    of weights; cache: None for a float32 cache; without_genai: why onnxruntime-genai cannot open the bundle, None if it
+    can; compression: earlier compression steps with their figures; not_run: what could not be tried on this machine, in
+    words; notes: where the bundle deviates from the source's files.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Measurements:
 
 
 def build_report(found: Measurements) -> dict[str, Any]:
-    """The content of report.json. Sizes are in bytes and read from the graphs as they were written."""
+    """The content of report.json. Sizes are in bytes, read from the written graphs."""
     sides = {"before": found.before, "after": found.after}
     parts = {side: part_bytes(folder / names.GRAPH_NAME) for side, folder in sides.items()}
     models = {"before": dataclasses.replace(found.model, kv=CacheType("float32", None)), "after": found.model}
@@ -125,8 +124,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 def part_bytes(graph: Path) -> dict[str, int]:
     """Bytes of a graph's weights by part of the model: embedding and head, attention, MLP, norms, other.
 
-    A matrix that embedding and head share counts once, one that was merged of two parts with the first of them. The
-    scales of the cache belong to attention; position tables and constants are other.
+    A matrix that embedding and head share counts once; a merged matrix counts for the first of its parts. Scales of the
+    cache belong to attention; position tables and constants are "other".
     """
     sizes = dict.fromkeys(("embedding and head", "attention", "MLP", "norms", _OTHER), 0)
     for value in ir.load(graph).graph.initializers.values():
@@ -137,7 +136,7 @@ def part_bytes(graph: Path) -> dict[str, int]:
 
 def _part(value: ir.Value) -> str:
     if value.dtype == ir.DataType.INT64:
-        return _OTHER  # axes and shapes, which are named after what they serve
+        return _OTHER  # axes and shapes, which are named after the weights that they serve
     if any(_NORM_OPERATOR in use.node.op_type or (use.node.op_type, use.idx) in NORM_INPUTS for use in value.uses()):
         return "norms"
     name = (value.name or "").lower()
@@ -145,7 +144,7 @@ def _part(value: ir.Value) -> str:
 
 
 def _memory(model: Model, parts: dict[str, int]) -> dict[str, int]:
-    """With the scales that kernels keep with each key and value. Without kernels a cache is smaller by these."""
+    """Memory, with the scales that kernels keep for each key and value. Without kernels a cache is smaller by these."""
     per_token = KVCache(model, scale_bytes=model.kv.scale_bytes).bytes_per_position()
     return {
         "weights_bytes": sum(parts.values()),

@@ -1,6 +1,6 @@
-"""report.html: the report as one page to look at, which loads nothing: charts and style are in it.
+"""report.html: the report as one self-contained page with charts and style, which loads nothing.
 
-Fills `templates/report.html` from what `report` built; words come from `runtime.figures`, drawings from `charts`.
+Fills `templates/report.html` with the data of `report`, texts of `runtime.bundle.figures` and drawings of `charts`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _compression(steps: Any) -> dict[str, Any]:
 
 
 def _tiles(figures: list[Figure]) -> list[dict[str, Any]]:
-    """The figures that most people ask for: a title, a large line, a small one, and whether it is better."""
+    """The most important figures: a title, a large line, a small line, and whether it is better."""
     verdicts = {figure.title: figure.verdict for figure in figures}
     tiles = []
     for figure in figures:
@@ -104,14 +104,14 @@ def _tiles(figures: list[Figure]) -> list[dict[str, Any]]:
 
 
 def _parts(report: dict[str, Any]) -> list[tuple[str, str, int, int]]:
-    """Colour, name and bytes before and after of the parts that the model has."""
+    """Colour, name, bytes before and after of each part of the model."""
     before, after = report["parts"]["before"], report["parts"]["after"]
     rows = [(f"part{index}", part, before[part], after[part]) for index, part in enumerate(before)]
     return [row for row in rows if row[2] or row[3]]
 
 
 def _charts(report: dict[str, Any]) -> dict[str, str]:
-    """SVG by name. A chart that this report has no figures for is not there."""
+    """SVG by name. Charts without figures in this report are left out."""
     drawn = {"size": _size(report), "speed": _speed(report), "memory": _memory(report), "stages": _stages(report)}
     quality = report["against_fp32"]
     if quality:
@@ -127,7 +127,7 @@ def _charts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _sides(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The sides that are worth showing, each with its name for people."""
+    """The sides to show ("before", "after"), each with its label."""
     after = ("after", report["scheme"])
     return [("before", "fp32"), after] if was_changed(report) else [after]
 
@@ -191,7 +191,7 @@ def _positions(positions: list[dict[str, Any]]) -> str:
 
 
 def _arithmetic(matrices: list[dict[str, Any]]) -> str:
-    """The matrices that would cost most with activations of 8 bits, with the bits that they got."""
+    """The matrices that would lose most with activations of 8 bits, with the bits that they got."""
     ranked = sorted(matrices, key=lambda matrix: -float(matrix["kl_if_8"]))[:_SHOWN_LAYERS]
     worst = max((float(matrix["kl_if_8"]) for matrix in ranked), default=0) or 1
     rows = [
@@ -206,7 +206,7 @@ def _arithmetic(matrices: list[dict[str, Any]]) -> str:
 
 
 def _sensitivity(layers: list[dict[str, Any]]) -> str:
-    """The most sensitive first. A layer has a rise of perplexity in percent, or a divergence (KL)."""
+    """The most sensitive layers first, by rise of perplexity in percent or by KL divergence."""
     key, text = ("perplexity_increase_percent", "{:+.3f} %")
     if any(key not in layer for layer in layers):
         key, text = ("kl", "{:.2e}")

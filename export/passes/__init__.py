@@ -40,7 +40,7 @@ _PLAIN = ("fp32", "fp16")
 
 
 def fusing_passes(context_length: int) -> list[ir.passes.PassBase]:
-    """From the graph as it was traced to the fp32 graph that runs. Each pass works on what those before it made."""
+    """Passes from the traced graph to the fp32 graph, in order. Each pass relies on those before it."""
     return [
         FoldConstants(),
         DropZeros(),
@@ -68,10 +68,10 @@ def quantizing_passes(
     wide: Collection[str] = (),
     narrow: Mapping[str, Path] | None = None,
 ) -> list[ir.passes.PassBase]:
-    """From the fp32 graph to the one that ships. cache_ranges: empty for a float32 cache; excluded: names of matrices
-    that stay float32; blocks: for the schemes that store weights in blocks; rounded: files of int8 matrices that are
-    not rounded to the nearest; wide: names of matrices whose activations have 16 bits; narrow: files of
-    matrices that are written in 4 bits (row-wise schemes)."""
+    """Passes from the fp32 graph to the one that ships, in order. cache_ranges: empty for a float32 cache; excluded:
+    names of matrices that stay float32; blocks: for schemes that store weights in blocks; rounded: files of int8
+    matrices that were rounded by GPTQ; wide: names of matrices whose activations have 16 bits; narrow: files of
+    matrices with 4 to 6 bits (row-wise schemes)."""
     limit = (1 << (weight_bits - 1)) - 1
     passes: list[ir.passes.PassBase] = []
     if blocks is not None:
@@ -91,5 +91,5 @@ def quantizing_passes(
 
 
 def narrowing_passes() -> list[ir.passes.PassBase]:
-    """From a graph with float32 activations to the one that a GPU runs."""
+    """Passes from a graph with float32 activations to one for a GPU, in order."""
     return [ToFloat16(), PickTokens(), KeepOnHost()]

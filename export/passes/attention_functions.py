@@ -26,8 +26,8 @@ _ATTENTION_STATES = "present_key, present_value"
 _TYPES = {"scale": "float", "k_quant_type": "string", "v_quant_type": "string"}
 _ATTRIBUTES = ", ".join(ATTENTION_ATTRIBUTES)
 _PASSED_ON = ", ".join(f"{name}: {_TYPES.get(name, 'int')} = @{name}" for name in ATTENTION_ATTRIBUTES)
-# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). What is computed of constants
-# alone is constant to onnxruntime.
+# query (batch, new, (num_heads + 2 kv_num_heads) * size), query_norm and key_norm (size). onnxruntime folds what is
+# computed from constants.
 _HEAD_NORMS = """
     size = Shape(query_norm)
     query_heads = Constant<value_int: int = @num_heads>()
@@ -59,12 +59,12 @@ def _attention_name(kept: bool, normed: bool) -> str:
 
 
 def _attention(kept: bool, normed: bool) -> str:
-    """com.microsoft's operator, on an INT8 cache with a scale per channel, or between INT8 activations. Attributes that
-    few models need (a soft cap, a sink) are left out, so that a kernel need not know them: such nodes stay
-    com.microsoft's.
+    """com.microsoft's attention operator as a function, for an INT8 cache with a scale per channel, or between INT8
+    activations. Attributes that few models need (a soft cap, a sink) are left out, so that kernels need not support
+    them: nodes with them stay com.microsoft's.
 
-    kept: with the rows from `start` on alone (int64 (1), from the end where it is negative); normed: each head of
-    queries and keys, which come side by side with the values, is normed first.
+    kept: only the rows from `start` on (int64 (1), counted from the end if negative); normed: queries, keys and values
+    come side by side, and each head of queries and keys is normed first.
     """
     inputs, attributes, attended = _ATTENTION_INPUTS, _ATTRIBUTES, _ATTENTION_INPUTS
     if normed:
@@ -78,5 +78,5 @@ def _attention(kept: bool, normed: bool) -> str:
         {_KEPT_ROWS if kept else ""} }}"""
 
 
-# The text of each function, by its name.
+# The text of each function by name.
 ATTENTION_TEXTS = {_attention_name(*kind): _attention(*kind) for kind in itertools.product((False, True), repeat=2)}

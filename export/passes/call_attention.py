@@ -10,20 +10,20 @@ from .graph import ATTENTION, KEPT_ATTENTION, MICROSOFT, GraphPass, nodes_of, on
 from .keep_rows import keeps_last
 
 _UNKNOWN_INPUTS = (9, 10, 11)  # position_ids, attention_bias, head_sink
-_START = 14  # of the function that keeps rows: behind all inputs of the other
+_START = 14  # `start` of the function that keeps rows: behind all inputs of the other function
 _CACHE_PREFIXES = ("past_key_values.", "present.")
 
 
 class CallAttention(GraphPass):
     """Attention becomes a call of the function `edgelm::GroupQueryAttention`, which a kernel may compute.
 
-    A node that has an attribute or an input that the function does not stays com.microsoft's. Runs where what attention
-    reads is rounded already, its cache or its activations: a kernel rounds too, by a small part of that. Graphs that
-    compute in floats keep onnxruntime's attention. Of the last attention `KeepRows` left a part of the rows: it becomes
-    a call of `edgelm::KeptGroupQueryAttention`, which computes no others.
+    A node with an attribute or an input that the function lacks stays com.microsoft's. Runs only if attention's cache
+    or activations are rounded already: a kernel rounds too, by a small part of that. Float graphs keep onnxruntime's
+    attention. The last attention, of which `KeepRows` keeps a part of the rows, becomes a call of
+    `edgelm::KeptGroupQueryAttention`, which computes only those.
 
-    Where all attention became calls, the graph leaves open how long the rows of an INT8 cache are: a head's values, or
-    with a scale of their own behind them, as kernels keep them (`kernels/src/attention.h`).
+    If all attention became calls, the graph leaves the row length of an INT8 cache open: a head's values, with or
+    without a scale behind them, as kernels keep them (`kernels/src/attention.h`).
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -46,7 +46,7 @@ def calls_all_attention(model: ir.Model) -> bool:
 
 
 def _open_rows(model: ir.Model) -> None:
-    """A symbol of its own as the last axis of each part of an INT8 cache."""
+    """Make the last axis of each part of an INT8 cache a symbol."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         name = value.name or ""
         if name.startswith(_CACHE_PREFIXES) and value.dtype == ir.DataType.INT8:
@@ -56,7 +56,7 @@ def _open_rows(model: ir.Model) -> None:
 
 
 def _take_in(attention: ir.Node, cut: ir.Node) -> None:
-    """The rows that a Slice keeps of a result are all that there are."""
+    """Merge a Slice into attention: only the rows that it keeps are computed."""
     attention.resize_inputs(_START + 1)
     attention.replace_input_with(_START, cut.inputs[1])
     attention.outputs[0].shape = cut.outputs[0].shape
@@ -64,6 +64,6 @@ def _take_in(attention: ir.Node, cut: ir.Node) -> None:
 
 
 def _is_callable(attention: ir.Node) -> bool:
-    """Whether the function means what the node does."""
+    """Whether the function computes the same as the node."""
     known = all(name in ATTENTION_ATTRIBUTES for name in attention.attributes)
     return known and all(value is None for value in attention.inputs[_UNKNOWN_INPUTS[0] : _UNKNOWN_INPUTS[-1] + 1])

@@ -1,4 +1,4 @@
-"""Reshapes that only undo each other go: heads split and joined again on the way into and out of attention."""
+"""Remove Reshapes that undo each other, such as heads that are split and joined again around attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from .graph import GraphPass, nodes_of, producer, replace_value, same_shape
 
 
 class DropReshapes(GraphPass):
-    """Case: a Reshape whose result has the very shape of a value further up a chain of Reshapes is that value."""
+    """Case: a Reshape whose result has the shape of a value further up in a chain of Reshapes is replaced by that
+    value."""
 
     def apply(self, model: ir.Model) -> bool:
         modified = False

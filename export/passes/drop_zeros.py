@@ -1,4 +1,4 @@
-"""Sublayers that were left out add zeros: such additions go."""
+"""Remove additions of zeros, which come from sublayers that were left out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import onnx_ir as ir
 
 from .graph import GraphPass, constant, nodes_of, producer, replace_value, same_shape
 
-# Larger than any model's width; nobody should read a matrix to learn that it is not zero.
+# Larger than any model's width. Matrices are not read to find out that they are not zero.
 _MOST_ELEMENTS = 1 << 17
 
 
 class DropZeros(GraphPass):
-    """Cases: 1. Add of a value and zeros, whose sum has the value's very shape, is that value; 2. the zeros may stand
-    behind Expand or ConstantOfShape, as torch traces them.
+    """Cases: 1. Add of a value and zeros, if the sum has the value's shape, is replaced by the value; 2. the zeros may
+    be behind Expand or ConstantOfShape, as torch traces them.
     """
 
     def apply(self, model: ir.Model) -> bool:

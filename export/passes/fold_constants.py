@@ -1,4 +1,4 @@
-"""Simplify what tracing leaves behind: inline functions, fold small constants, drop duplicates."""
+"""Simplify the traced graph: inline functions, fold small constants, drop duplicates."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from onnxscript.rewriter.rules.common import (
     unsqueeze_unsqueeze_rule,
 )
 
-# Enough for a vector of any model's width (1 + weight of some norms), far too little for a matrix.
+# Enough for vectors of any model's width (1 + weight in some norms), far too little for a matrix.
 _FOLD_ELEMENTS = 1 << 17
 _MATRIX_ELEMENTS = 1 << 10
-# What a rule leaves may be constant, and what was folded may let a rule match.
+# Rules and folding are repeated: each may make new cases for the other.
 _ROUNDS = 2
 _RULES = (
     mul_by_1_rule,
@@ -65,11 +65,11 @@ class FoldConstants(ir.passes.InPlacePass):
     """Cases: 1. functions of the exporter are inlined; 2. nodes over constants are computed, up to the size of a
     vector, so that no weight matrix is copied (`Transpose` of a weight stays a node, which later passes read through);
     3. operators that do nothing, and chains that are one operator, are replaced by onnxscript's rules for them; 4.
-    common subexpressions are shared; 5. unused nodes go.
+    common subexpressions are shared; 5. unused nodes are removed.
 
-    onnxscript's own list of rules is not used as a whole. Its rule for two `Slice`s that are one `Split` looks through
-    the whole graph at each node: with 30 layers it took more than half of all passes' time together. Those for
-    convolutions, batch norms and clipping are tried at each node too, and match nothing in a language model.
+    onnxscript's whole list of rules is not used. Its rule that turns two `Slice`s into a `Split` searches the whole
+    graph at each node: with 30 layers it took more than half the time of all passes. Its rules for convolutions, batch
+    norms and clipping are tried at each node too, and match nothing in a language model.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -117,6 +117,7 @@ def _tidying() -> list[ir.passes.PassBase]:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """False for nodes over a matrix, whatever the optimizer thinks of its size; None leaves the choice to it."""
+    """False for nodes with a matrix as input, whatever the optimizer thinks of its size; None leaves the choice to
+    it."""
     constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
     return False if any(len(tensor.shape) > 1 and tensor.size > _MATRIX_ELEMENTS for tensor in constants) else None

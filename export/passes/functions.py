@@ -1,8 +1,8 @@
-"""The functions of the domain `edgelm`: what a graph calls where a kernel of its own may compute.
+"""The functions of the domain `edgelm`, which compiled kernels may compute.
 
-A call names what is wanted, the function's body in the file says what that is, in operators of onnxruntime alone. Where
-a kernel is registered under the name, onnxruntime takes it; everywhere else it puts the body in place of the call
-before anything is optimized. The texts below are the specification of the kernels.
+Each function has a body in the file, of onnxruntime's own operators. If a kernel is registered under its name,
+onnxruntime uses the kernel; otherwise it inlines the body before it optimizes. The texts below are the specification of
+the kernels.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ NORMED_ROWWISE_MATMUL = "NormedRowwiseMatMul"
 POST_NORMED_ROWWISE_MATMUL = "PostNormedRowwiseMatMul"
 GATED_ROWWISE_MATMUL = "GatedRowwiseMatMul"
 GELU_GATED_ROWWISE_MATMUL = "GeluGatedRowwiseMatMul"
-# Behind the name of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
+# Suffix of a product whose rows are quantized to 16 bits: same inputs, outputs and attributes.
 WIDE = "16"
-# In front of the name of a product with a bias for each column, one input more, which is added at the end.
+# Prefix of a product with a bias for each column, one more input, which is added at the end.
 BIASED = "Biased"
 # x float32 (..., K), weight int8 (K, N), scales float32 (N), y float32 (..., N).
-# The zero point is cast because onnxruntime makes one of equal constants that are int32, and not of those that are
-# uint8: calls that share their x would quantize it once each.
-# A row of zeros divides by zero. Whatever uint8 its NaN become, the product is finite, and times 0 it is 0: a guard
-# would be one more operator for each matrix, 3 % of a decode step of the reference model.
+# The zero point is cast from int32, since onnxruntime merges equal int32 constants but not uint8 ones: otherwise calls
+# that share x would each quantize it.
+# A row of zeros divides by zero. Its NaN become some uint8, the product is finite, and times 0 it is 0. A guard would
+# be one more operator for each matrix, 3 % of a decode step of the reference model.
 _PRODUCT = f"""
     axis = Constant<value_ints = [-1]>()
     step = Constant<value_float = {1 / 127!r}>()
@@ -44,8 +44,8 @@ _PRODUCT = f"""
     values = QuantizeLinear(shares, step, zero_point)
     product = {MICROSOFT}.MatMulIntegerToFloat(values, %(weight)s, step, scales, zero_point)
 """
-# The same with 16 bits, as two planes of 8: what the first one leaves over is quantized again, to steps that are 256
-# times finer. Both are rows of one integer product, which reads the matrix once.
+# The same with 16 bits, as two planes of 8: the remainder of the first is quantized again, with steps 256 times finer.
+# Both are rows of one integer product, which reads the matrix once.
 _WIDE_PRODUCT = f"""
     axis = Constant<value_ints = [-1]>()
     step = Constant<value_float = {1 / 127!r}>()
@@ -67,8 +67,8 @@ _WIDE_PRODUCT = f"""
     product = Add(high_product, low_part)
 """
 _SCALED = "y = Mul(product, largest)"
-# The integers cannot tell that a value of the row was NaN or infinite, and ReduceMax leaves NaN out: the sum of the row
-# times 0, which is NaN then and else 0, is added to what the product is multiplied by.
+# NaN and infinity are lost in the integers, and ReduceMax ignores NaN. So the sum of the row times 0, which is NaN if
+# there is one and else 0, is added to the factor of the product.
 _GUARDED = """
     zero = Constant<value_float = 0.0>()
     zeros = Mul(%(x)s, zero)
@@ -79,15 +79,15 @@ _GUARDED = """
 
 
 class _Front(NamedTuple):
-    """What a product's function does before it multiplies: its signature, statements, and the names of what is
-    multiplied."""
+    """The part of a product's function before the multiplication: signature, statements, and the names of its
+    operands."""
 
     signature: str
     statements: str = ""
     x: str = "x"
     weight: str = "weight"
-    # How the row's scale goes into the product. Behind a norm, a row in which one value is NaN is NaN everywhere, which
-    # ReduceMax keeps, and infinity stays in the sum: a guard would be 2 % of a decode step, for nothing.
+    # How the row's scale is multiplied in. Behind a norm there is no guard: one NaN makes the whole row NaN, which
+    # ReduceMax keeps, and infinity stays in the sum. A guard would cost 2 % of a decode step for nothing.
     scaled: str = _GUARDED
 
 
@@ -104,7 +104,7 @@ _FRONTS = {
         x="normed",
         scaled=_SCALED,
     ),
-    # The same of x and a norm of skip, with the weights post (K): a norm behind a layer, and one in front of the next.
+    # The same with a norm of skip, with the weights post (K): a norm behind a layer, and one in front of the next.
     POST_NORMED_ROWWISE_MATMUL: _Front(
         "<epsilon> (x, skip, post, norm, weight, scales) => (y, total)",
         f"""added = SimplifiedLayerNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (skip, post)
@@ -133,14 +133,14 @@ _FRONTS = {
 }
 
 _NORMS = {NORMED_ROWWISE_MATMUL: (2,), POST_NORMED_ROWWISE_MATMUL: (2, 3)}
-# The products of all forms, by what is around the name: biases, weights of 8 or 4 bits, rows of 8 or 16.
+# All forms of products, by prefix and suffix: with bias or without, weights of 8 or fewer bits, rows of 8 or 16 bits.
 _FORMS = tuple(
     (biased, weights, name, bits)
     for biased, weights, name, bits in itertools.product(("", BIASED), ("", *NARROW.values()), _FRONTS, ("", WIDE))
-    if not (weights and name == ROWWISE_MATMUL_TRANSPOSED)  # there is one order of fewer bits for both
+    if not (weights and name == ROWWISE_MATMUL_TRANSPOSED)  # narrow weights have one layout for both
 )
 PRODUCTS = frozenset("".join(form) for form in _FORMS)
-# Inputs of functions that are weights of norms.
+# Inputs that are weights of norms.
 NORM_INPUTS = frozenset(
     [("".join(form), index) for form in _FORMS for index in _NORMS.get(form[2], ())]
     + [(name, index) for name in NORMED.values() for index in (1, 2)]
@@ -173,7 +173,7 @@ _TEXTS = {
 
 
 def define(model: ir.Model, name: str) -> None:
-    """Put a function into a model, unless it is there, in the model's version of ONNX's operators."""
+    """Add a function to a model, unless it is there, with the model's version of ONNX's operators."""
     use_domain(model, EDGELM)
     if (EDGELM, name, "") not in model.functions:
         sets = f'"" : {model.graph.opset_imports[""]}, "{MICROSOFT}" : 1'
@@ -182,12 +182,12 @@ def define(model: ir.Model, name: str) -> None:
 
 
 def call(model: ir.Model, op: Builder, name: str, *inputs: ir.Value | None, **options: Any) -> ir.Value:
-    """A call of a function that has one output; options as the builder takes them."""
+    """A call of a function with one output; options: as of `Builder`."""
     define(model, name)
     return op(name, *inputs, domain=EDGELM, **options)
 
 
 def make_call(model: ir.Model, node: ir.Node, name: str) -> None:
-    """Make a node the call of a function, with the inputs, outputs and attributes that it has."""
+    """Turn a node into a call of a function, keeping inputs, outputs and attributes."""
     define(model, name)
     node.domain, node.op_type = EDGELM, name

@@ -1,4 +1,4 @@
-"""A bias that is added to a row-wise product goes into its call, where a kernel adds it as it scales the sums."""
+"""Move a bias that is added to a row-wise product into its call, where a kernel adds it while scaling the sums."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .graph import Builder, GraphPass, is_weight, only_user, replace_value
 
 class FuseBiases(GraphPass):
     """Case: Add of a product's result, which nothing else reads, and a constant vector, one value for each column ->
-    the product's function with the prefix `Biased` (see `functions`). Behind a product for logits too. Runs after
-    `FuseIntoProducts`, whose cases look for products without a bias.
+    the product's function with the prefix `Biased` (see `functions`). This includes the product for logits. Runs after
+    `FuseIntoProducts`, which knows only products without a bias.
     """
 
     def apply(self, model: ir.Model) -> bool:

@@ -1,4 +1,4 @@
-"""What stands in front of a row-wise product goes into its call, where a kernel computes both in one pass over a
+"""Move norms and gates in front of a row-wise product into its call, where a kernel computes both in one pass over a
 row."""
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .graph import MICROSOFT, Builder, GraphPass, nodes_of, only_user, producer,
 
 
 class FuseIntoProducts(GraphPass):
-    """Cases, for a call of `edgelm::RowwiseMatMul`, of 8 or 16 bits, that alone reads what it multiplies:
+    """Cases, for a call of `edgelm::RowwiseMatMul`, of 8 or 16 bits, that is the only reader of its input:
     1. SkipSimplifiedLayerNormalization(x, skip, w), a residual sum and its norm -> NormedRowwiseMatMul, which gives the
        sum too
     2. the same where SimplifiedLayerNormalization(y, v), a norm behind a layer that nothing else reads, is x or skip,
        with the same epsilon -> PostNormedRowwiseMatMul
     3. gate * Sigmoid(gate) * up, over the halves gate and up of a value, in this order -> GatedRowwiseMatMul
     4. Gelu(gate) * up, exact or by tanh, over the same -> GeluGatedRowwiseMatMul
-    Runs after `QuantizeEmbedding`, which looks for the product of the head. Everything else in front of a product
+    Runs after `QuantizeEmbedding`, which searches for the product of the head. Anything else in front of a product
     stays, as do gates with other activations.
     """
 
@@ -54,7 +54,7 @@ def _fuse_norm(model: ir.Model, product: ir.Node, source: ir.Value, bits: str) -
             name, inputs = POST_NORMED_ROWWISE_MATMUL + bits, [x, *post.inputs, norm.inputs[2]]
             break
     define(model, name)
-    # Where the norm stands: what reads the sum may stand in front of the product.
+    # At the place of the norm: readers of the sum may be in front of the product.
     y, total = Builder(model, norm, f"{product.name}.normed").node(
         name,
         [*inputs, *product.inputs[1:]],
@@ -70,7 +70,7 @@ def _fuse_norm(model: ir.Model, product: ir.Node, source: ir.Value, bits: str) -
 
 
 def _post_norm(value: ir.Value | None, epsilon: float) -> ir.Node | None:
-    """The norm over the last axis that computes a value for one reader, with this epsilon."""
+    """The norm over the last axis that computes a value, if it has one reader and this epsilon."""
     norm = producer(value, "SimplifiedLayerNormalization")
     if norm is None or value is None or only_user(value) is None or value is not norm.outputs[0]:
         return None
@@ -81,7 +81,7 @@ def _post_norm(value: ir.Value | None, epsilon: float) -> ir.Node | None:
 
 
 class _Opening(NamedTuple):
-    """The activation of a gate: what it is of, and the call that computes it, with its attributes."""
+    """The activation of a gate: its input, and the function with its attributes."""
 
     gate: ir.Value
     function: str
@@ -110,7 +110,7 @@ def _fuse_gate(model: ir.Model, product: ir.Node, source: ir.Value, bits: str) -
 
 
 def _silu(value: ir.Value | None) -> _Opening | None:
-    """Where value = x * Sigmoid(x)."""
+    """The gate, if value = x * Sigmoid(x)."""
     silu = producer(value, "Mul")
     for gate, opening in (silu.inputs, silu.inputs[::-1]) if silu is not None else ():
         sigmoid = producer(opening, "Sigmoid")
@@ -120,7 +120,7 @@ def _silu(value: ir.Value | None) -> _Opening | None:
 
 
 def _gelu(value: ir.Value | None) -> _Opening | None:
-    """Where value = Gelu(x), ONNX's."""
+    """The gate, if value = Gelu(x), ONNX's operator."""
     gelu = producer(value, "Gelu")
     if gelu is None or gelu.domain or gelu.inputs[0] is None:
         return None

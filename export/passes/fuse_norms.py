@@ -12,7 +12,7 @@ class FuseRMSNorm(GraphPass):
     1. w * (x * (1 / sqrt(mean(x ^ 2, -1) + e)))   (Llama and most others)
     2. the same with x * x for the square
     3. the same with x / sqrt(...)
-    The arithmetic is matched, not the class name: a norm that multiplies by 1 + weight has that sum as its w.
+    The arithmetic is matched, not the class name: if a norm multiplies by 1 + weight, that sum is its w.
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -63,7 +63,7 @@ def _other_scalar(add: ir.Node | None, known: ir.Value) -> float | None:
 
 
 def _normalized(source: ir.Value, root: ir.Value) -> ir.Value | None:
-    """x divided by the root, in either spelling."""
+    """x divided by the root, in either form."""
     user = only_user(root)
     if user is not None and user.op_type == "Div" and user.inputs[0] is source:
         return user.outputs[0]

@@ -1,4 +1,4 @@
-"""A residual sum and the norm behind it become one node, which gives both."""
+"""Fuse a residual sum and the norm behind it into one node with both outputs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _fuse(model: ir.Model, norm: ir.Node, fused: str) -> bool:
     if len(norm.outputs) > 1 and any(value.uses() or value.is_graph_output() for value in norm.outputs[1:]):
         return False
     if any(weight is None or weight.const_value is None for weight in norm.inputs[1:]):
-        return False  # a weight that is computed may stand behind the sum, where the fused node cannot read it
+        return False  # a computed weight may be behind the sum, where the fused node cannot read it
     use_domain(model, MICROSOFT)
     inputs = [*total.inputs, *norm.inputs[1:]]
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
     outputs = Builder(model, total, norm.name or "norm").node(
         fused, inputs, {"epsilon": epsilon}, domain=MICROSOFT, outputs=4, like=norm.outputs[0]
     )
-    # The mean and the inverse deviation, which inference does not compute, are optional outputs without a name.
+    # The unnamed outputs are the mean and the inverse deviation, which inference does not need.
     outputs[1].name = outputs[2].name = ""
     replace_value(norm.outputs[0], outputs[0])
     replace_value(total.outputs[0], outputs[3])

@@ -1,10 +1,10 @@
-"""What graph passes share: the contract, and small questions and edits on onnx_ir values.
+"""Shared by graph passes: the contract, and small queries and edits of onnx_ir values.
 
 A pass is a `GraphPass`: one rule a file, its cases in the docstring of the class. Bodies of `If`, `Loop` and `Scan` are
-visited too, since a matrix in one of them is read as often as any other; initializers that a pass adds stand in the
-main graph, which is visible everywhere. `requires` and `ensures` raise when the
-graph is not what the pass needs or promises; `call` answers whether it changed anything (onnx_ir's own pass contract,
-whose manager names the passes that ran before a failure).
+visited too, since a matrix in one of them is read as often as any other. Initializers that a pass adds go into the main
+graph, which is visible everywhere. `requires` and `ensures` raise if the graph is not what the pass needs or promises;
+`call` returns whether it changed anything (onnx_ir's own pass contract, whose manager names the passes that ran before
+a failure).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT_ATTENTION = "KeptGroupQueryAttention"
 
 
 class GraphPass(ir.passes.InPlacePass):
-    """A pass that edits the model in place by `apply`, and leaves nothing unused behind."""
+    """A pass that edits the model in place by `apply`, and then removes what is unused."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = self.apply(model)
@@ -37,13 +37,13 @@ class GraphPass(ir.passes.InPlacePass):
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Drop nodes, initializers and functions that nothing uses, keeping all inputs of the graph."""
+    """Remove unused nodes, initializers and functions. All inputs of the graph stay."""
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def nodes_of(model: ir.Model, op_type: str, domain: str | None = None) -> Iterator[ir.Node]:
-    """The nodes of one operator, in order, those in bodies of other nodes behind them. Safe to edit the graph while
+    """The nodes of one operator, in order; nodes in bodies of other nodes come last. The graph may be edited while
     iterating."""
     for node in list(model.graph.all_nodes()):
         if node.op_type == op_type and (domain is None or node.domain == domain) and node.graph is not None:
@@ -51,24 +51,24 @@ def nodes_of(model: ir.Model, op_type: str, domain: str | None = None) -> Iterat
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that computes a value, if it is one of these operators (of any, if none is named)."""
+    """The node that computes a value, if its operator is one of these (any, if none is named)."""
     node = value.producer() if value is not None else None
     return node if node is not None and (not op_types or node.op_type in op_types) else None
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
-    """The one node that uses a value, or None if there are several, or it is an output of the graph."""
+    """The only node that uses a value; None if there are several, or the value is an output of the graph."""
     users = list(value.uses())
     return users[0].node if len(users) == 1 and not value.is_graph_output() else None
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array behind an initializer, or None for everything else. Reads the data."""
+    """The array of an initializer, None for other values. Reads the data."""
     return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number behind an initializer of one element, or None for everything else."""
+    """The number of an initializer with one element, None for other values."""
     if value is None or value.const_value is None or value.const_value.size != 1:
         return None
     return float(value.const_value.numpy().reshape(-1)[0])
@@ -88,7 +88,7 @@ def same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
 
 
 def add_weight(model: ir.Model, name: str, tensor: ir.TensorProtocol | NDArray[Any]) -> ir.Value:
-    """Register an initializer. A name that is taken gets a number behind it."""
+    """Register an initializer. If its name is taken, it gets a number."""
     if isinstance(tensor, np.ndarray):
         tensor = ir.tensor(tensor, name=name)
     unique, count = name, 0
@@ -108,8 +108,8 @@ def add_weight(model: ir.Model, name: str, tensor: ir.TensorProtocol | NDArray[A
 def lazy_weight(
     model: ir.Model, name: str, compute: Callable[[], NDArray[Any]], dtype: ir.DataType, shape: Sequence[int]
 ) -> ir.Value:
-    """Register an initializer that is computed when the file is written, and not kept: large weights pass through
-    memory one at a time."""
+    """Register an initializer that is computed when the file is written, and then dropped: large weights are in memory
+    one at a time."""
     tensor = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(compute())), dtype=dtype, shape=ir.Shape(shape), name=name
     )
@@ -117,7 +117,7 @@ def lazy_weight(
 
 
 class Builder:
-    """Makes nodes and puts them in front of an anchor node, with types and shapes where they are given."""
+    """Makes nodes and inserts them in front of an anchor node, with types and shapes if given."""
 
     def __init__(self, model: ir.Model, anchor: ir.Node, prefix: str) -> None:
         self._graph = anchor.graph or model.graph
@@ -135,7 +135,7 @@ class Builder:
         outputs: int = 1,
         like: ir.Value | None = None,
     ) -> list[ir.Value]:
-        """Insert a node; `like` lends type and shape to its first output."""
+        """Insert a node. like: the value whose type and shape its first output gets."""
         names = [f"{self._prefix}.{op_type}.{self._count}.{index}" for index in range(outputs)]
         self._count += 1
         node = ir.node(
@@ -157,8 +157,8 @@ class Builder:
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that uses `old`, the graph's outputs included, use `new`, which takes type, shape and, for an
-    output of the graph, the name."""
+    """Replace `old` by `new` everywhere, including the graph's outputs. `new` gets its type, shape and, for an output
+    of the graph, its name."""
     new.type, new.shape = new.type or old.type, new.shape or old.shape
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}.replaced"

@@ -14,9 +14,8 @@ _ROW_WISE = ("Mul", "Div", "Add", "Sub", "Tanh", "Cast", "Identity")
 class KeepLastLogits(GraphPass):
     """Compute logits only for the last `logits_to_keep` tokens of each row; 0 means all.
 
-    A new input `logits_to_keep` int64 (1) cuts the head's input to its last rows. Case: the MatMul nearest to the
-    output `logits` whose second factor is a weight (operators behind it, such as a soft cap or a scale, work row by
-    row).
+    A new input `logits_to_keep` int64 (1) cuts the head's input to its last rows. Case: the MatMul with a weight
+    nearest to the output `logits` (operators behind it, such as a soft cap or a scale, work row by row).
     """
 
     def apply(self, model: ir.Model) -> bool:

@@ -11,10 +11,10 @@ from .keep_last_logits import INPUT_NAME
 class KeepOnHost(GraphPass):
     """The number of rows to keep is computed on the CPU, where `Slice` wants it.
 
-    onnxruntime places an operator on the CPU if it reads what another gives there, such as a `Shape`, and nothing else
-    but inputs of the graph and small constants. `Neg(logits_to_keep)` reads no such thing: it ran on the GPU, and each
-    step waited for a copy of its result, which no CUDA graph can hold. So the 0 that it is subtracted from is made of a
-    shape. Case: Neg(logits_to_keep).
+    onnxruntime places an operator on the CPU if one of its inputs is there, such as the result of `Shape`, and the
+    others are inputs of the graph or small constants. `Neg(logits_to_keep)` has no such input: it ran on the GPU, and
+    each step waited for a copy of its result, which no CUDA graph can contain. So it becomes a subtraction from a 0
+    that is computed from a shape. Case: Neg(logits_to_keep).
     """
 
     def apply(self, model: ir.Model) -> bool:

@@ -1,5 +1,4 @@
-"""The rows that `keep_last_logits` cuts off are cut off earlier: in front of all that the last layer computes by
-rows."""
+"""Cut off the rows that `keep_last_logits` drops earlier: in front of what the last layer computes row by row."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 class KeepRows(GraphPass):
-    """Case: the Slice of `logits_to_keep`, behind products (`edgelm::RowwiseMatMul` and its like) and norms whose
-    results only it needs, up to what others need whole: the last attention's result and the residual sum beside it.
-    Products of integers and norms give a row the same bits whatever rows are computed with it; float products do not,
-    and are left. Runs after `FuseIntoProducts`, which leaves little else between them.
+    """Case: the Slice of `logits_to_keep` moves in front of products (`edgelm::RowwiseMatMul` and its variants) and
+    norms whose results only it needs. It stops at values that others need whole: the last attention's result and the
+    residual sum. Integer products and norms give a row the same bits whatever other rows are computed; float products
+    do not, and stay. Runs after `FuseIntoProducts`, which leaves little else in between.
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -44,7 +43,7 @@ class KeepRows(GraphPass):
 
 
 def keeps_last(node: ir.Node) -> bool:
-    """Whether a node keeps the rows whose logits are asked for."""
+    """Whether a node is the Slice by `logits_to_keep`."""
     if node.op_type != "Slice":
         return False
     start = producer(node.inputs[1], "Neg")
@@ -52,7 +51,7 @@ def keeps_last(node: ir.Node) -> bool:
 
 
 def _only_for(model: ir.Model, cut: ir.Node) -> list[ir.Node]:
-    """The products and norms, in order, whose results nothing but the cut and each other need."""
+    """The products and norms, in order, whose results only the cut and each other need."""
     found: list[ir.Node] = []
     for node in reversed(model.graph):
         kind = (node.domain == EDGELM and node.op_type in PRODUCTS) or node.op_type in _NORMS
@@ -64,7 +63,7 @@ def _only_for(model: ir.Model, cut: ir.Node) -> list[ir.Node]:
 
 
 def _computed(node: ir.Node, between: list[ir.Node]) -> list[ir.Value]:
-    """What a node reads that is neither constant nor computed by the others."""
+    """The inputs of a node that are neither constant nor computed by the others."""
     values = [value for value in node.inputs if value is not None and value.const_value is None]
     return [value for value in values if value.producer() not in between]
 

@@ -12,8 +12,8 @@ from .keep_last_logits import INPUT_NAME
 class LastLogitsOnly(GraphPass):
     """Compute logits for the last token of each row and no other: for runtimes that know no input `logits_to_keep`.
 
-    The input becomes the constant 1, and the output `logits` gets the fixed shape (batch, 1, vocabulary). Undoes
-    nothing of `keep_last_logits`, which must have run: the operators stay, so that both graphs compute the same.
+    The input `logits_to_keep` becomes the constant 1, and the output `logits` gets the shape (batch, 1, vocabulary).
+    `keep_last_logits` must have run; its operators stay, so that both graphs compute the same.
     """
 
     def requires(self, model: ir.Model) -> None:

@@ -1,7 +1,7 @@
-"""Linear layers as passes see them: a MatMul with a weight, written either way round, with or without a bias.
+"""Linear layers in a graph: a MatMul with a weight, transposed or not, with or without a bias.
 
-Several linear layers over the same input can be one: their weights side by side in one MatMul. No pass of its own;
-`pack_attention_inputs` and `merge_linears` build on it.
+Several linear layers over the same input can be merged: their weights side by side in one MatMul. This file is no pass;
+`pack_attention_inputs` and `merge_linears` use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .graph import Builder, add_weight, is_weight, lazy_weight, only_user, producer
 
-_PARTS = "edgelm_parts"  # of a merged weight: what it is made of
+_PARTS = "edgelm_parts"  # metadata of a merged weight: its parts
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Weight:
         return self.value.name or ""
 
     def array(self) -> NDArray[Any]:
-        """The matrix (inputs, outputs): a view where the data are in memory, a copy where they are in a file, which
-        does not stay mapped. Otherwise all weights of a large model would be resident after one pass over them."""
+        """The matrix (inputs, outputs): a view if the data are in memory, a copy if they are in a file, which is then
+        unmapped. Otherwise all weights of a large model would be resident after one pass over them."""
         tensor = self.value.const_value
         assert tensor is not None
         array = tensor.numpy()
@@ -62,7 +62,7 @@ class Linear:
 
 
 def weight_of(matmul: ir.Node) -> Weight | None:
-    """The weight of a MatMul, or None if its second factor is computed. Reads through a Transpose of the weight."""
+    """The weight of a MatMul, also behind a Transpose; None if its second factor is computed."""
     value = matmul.inputs[1]
     if is_weight(value, 2):
         assert value is not None
@@ -96,10 +96,10 @@ def linear_of(value: ir.Value | None) -> Linear | None:
 
 
 def merge(model: ir.Model, linears: Sequence[Linear], anchor: ir.Node) -> ir.Value:
-    """One linear layer in place of several over the same input: outputs side by side on the last axis.
+    """Replace several linear layers over the same input by one with the outputs side by side on the last axis.
 
-    anchor: the node in front of which it is put; the input must be known there. A missing bias counts as zeros if
-    another layer has one. The merged weight is made when the file is written; layers that share their weights share the
+    anchor: the node to insert it in front of; the input must be computed there. If only some layers have a bias, the
+    others get zeros. The merged weight is computed when the file is written. Layers that share their weights share the
     merged one too.
     """
     weights = [linear.weight for linear in linears]

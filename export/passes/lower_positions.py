@@ -15,10 +15,10 @@ class LowerPositions(GraphPass):
     """`edgelm::Positions`, the trace's symbol for the positions of the new tokens, becomes standard operators.
 
     Position of token i of a row: (tokens of the row in all) - (new tokens) + i, int64 (batch, new). The attention mask
-    has ones for all tokens of the row, cached and new; rows are filled from the left. A padding row may stand behind
-    the last token of a full context: it gets the last position there is, since a table of learned positions has no row
-    for it. The numbers -(new tokens) to -1 are made by `Range`, which takes counts from the CPU and gives numbers on a
-    GPU; any other operator there would wait for a copy of the count.
+    has ones for all tokens of the row, cached and new; rows are filled from the left. A padding row behind the last
+    token of a full context gets the last position, since a table of learned positions has no row for it. The numbers
+    -(new tokens) to -1 come from `Range`, which reads counts on the CPU and writes numbers on a GPU; other operators
+    would wait for a copy of the count.
     """
 
     def __init__(self, context_length: int) -> None:

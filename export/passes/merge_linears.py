@@ -1,4 +1,4 @@
-"""Linear layers that read the same value become one MatMul and a Split: gate and up of an MLP, and their like."""
+"""Merge linear layers with the same input, such as gate and up of an MLP, into one MatMul and a Split."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .linear import Linear, Weight, linear_of, merge, weight_of
 
 
 class MergeLinears(GraphPass):
-    """Case: two or more MatMuls over the same input, with weights that nobody else uses, unless these uses merge alike:
-    layers that share their matrices share the merged one. One large product is faster than two small ones, and the
-    input is quantized once. The outputs' order is the order in the graph.
+    """Case: two or more MatMuls over the same input whose weights have no other uses, except in layers that share all
+    of them: those share the merged matrix. One large product is faster than two small ones, and the input is quantized
+    once. The outputs have the order of the graph.
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -25,7 +25,7 @@ class MergeLinears(GraphPass):
             if weight is not None:
                 uses.setdefault(weight.value, []).append(matmul)
             if linear is not None:
-                # A body of an `If` cannot read what the other one computes.
+                # One branch of an `If` cannot read values of the other.
                 groups.setdefault((linear.input, matmul.graph), []).append(linear)
         merged = [linears for linears in _owned(list(groups.values()), uses) if len(linears) > 1]
         for linears in merged:
@@ -34,7 +34,7 @@ class MergeLinears(GraphPass):
 
 
 def _linear_at(matmul: ir.Node) -> Linear | None:
-    """The linear layer of a MatMul, unless it computes an output of the graph."""
+    """The linear layer of a MatMul; None if it computes an output of the graph."""
     user = only_user(matmul.outputs[0])
     linear = linear_of(user.outputs[0]) if user is not None and user.op_type == "Add" else None
     if linear is None or linear.matmul is not matmul:
@@ -43,8 +43,8 @@ def _linear_at(matmul: ir.Node) -> Linear | None:
 
 
 def _owned(groups: Sequence[list[Linear]], uses: dict[ir.Value, list[ir.Node]]) -> list[list[Linear]]:
-    """The groups, without the linear layers whose weight somebody reads beside groups of the very same weights: a
-    shared matrix must stay one matrix."""
+    """The groups without linear layers whose weight has other readers than groups of the same weights: a shared matrix
+    must stay one matrix."""
     counts: dict[tuple[Weight, ...], int] = {}
     for linears in groups:
         key = tuple(linear.weight for linear in linears)
@@ -58,7 +58,7 @@ def _owned(groups: Sequence[list[Linear]], uses: dict[ir.Value, list[ir.Node]]) 
 
 
 def _readers(weight: Weight, uses: dict[ir.Value, list[ir.Node]]) -> int:
-    """How many nodes read a weight: MatMuls, also through a Transpose, and others."""
+    """The number of nodes that read a weight, directly or through a Transpose."""
     others = [use.node for use in weight.value.uses() if use.node.op_type not in ("MatMul", "Transpose")]
     return len(uses[weight.value]) + len(others)
 

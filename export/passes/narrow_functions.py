@@ -1,13 +1,13 @@
-"""Bodies of functions that read a matrix of int8 values which is written in 4, 5 or 6 bits a weight."""
+"""Bodies of functions that read an int8 matrix stored with 4, 5 or 6 bits a weight."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-# In front of the name of a product whose int8 matrix is written in fewer bits: two inputs, the groups of its columns
-# and the factors of their blocks, in place of the matrix, and the attribute `depth`, the matrix's inputs.
+# Prefixes of a product whose int8 matrix is stored with fewer bits. Two inputs replace the matrix: groups of its
+# columns, and factors of their blocks. The attribute `depth` is the number of the matrix's inputs.
 NARROW = {4: "Int4", 5: "Int5", 6: "Int6"}
-EMBEDDING = "Embedding"  # behind one of these: rows of such a matrix, by tokens
+EMBEDDING = "Embedding"  # suffix: rows of such a matrix by token ids
 # groups uint8 (ceil(N / 16), (4 + p) * blocks, 64), factors uint8 (ceil(N / 16), blocks, 16), for weights of 4 + p
 # bits, where a block is 32 inputs of a column and has 4 lines of nibbles and p lines of one bit more each. Byte 4 c + i
 # of line j of nibbles: the inputs 8 j + i of column c, in its lower half, and 8 j + 4 + i; bit b of byte 4 c + i of a
@@ -20,7 +20,7 @@ def _number(name: str, value: int) -> str:
 
 
 def _plane(index: int) -> str:
-    """Adds to `bits{index}`, (groups, lines, 16, 8), the bit of a plane, and calls the sum `bits{index + 1}`."""
+    """Adds the bit of a plane to `bits{index}`, (groups, lines, 16, 8), as `bits{index + 1}`."""
     return f"""
     begin{index} = Constant<value_ints = [{4 + index}]>()
     end{index} = Constant<value_ints = [{5 + index}]>()
@@ -82,7 +82,7 @@ def _int8_by_column(planes: int) -> str:
 
 
 def matrix_of_nibbles(planes: int) -> str:
-    """`weight` int8 (K, N). All of it is constant, and computed once, at load."""
+    """Computes `weight` int8 (K, N). It is constant, so onnxruntime computes it once, at load."""
     return f"""
     own_groups = Identity(groups)
     own_factors = Identity(factors)

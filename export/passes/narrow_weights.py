@@ -1,4 +1,4 @@
-"""int8 matrices that can be written in 4 to 6 bits are: other functions of the domain `edgelm`."""
+"""Store chosen int8 matrices with 4 to 6 bits: calls of other functions of the domain `edgelm`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SUFFIXES = (".rows.int8", ".int8")
 
 
 class NarrowWeights(GraphPass):
-    """`edgelm.export.quantization.nibbles` has the arithmetic: such a matrix is an int8 matrix whose values are small
-    steps of its blocks. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` where it is
-    an embedding's table too:
+    """`edgelm.export.quantization.nibbles` has the arithmetic: the int8 values of such a matrix are small multiples of
+    its blocks' steps. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` if it is an
+    embedding's table too:
 
     1. a call of a row-wise product function that reads it -> the function with `Int4`, `Int5` or `Int6` in front of the
        product's name
     2. the embedding of tokens by its rows (`QuantizeEmbedding`) -> a call of `Int4Embedding` or its like
 
-    Runs behind all passes that know int8 matrices only, and in front of `WidenActivations`, which knows both.
+    Runs after all passes that know only int8 matrices, and before `WidenActivations`, which knows both.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        """files: of `save_nibbles`, for names of matrices as in the source model."""
+        """files: {name of a matrix in the source model: file of `save_nibbles`}."""
         self._files = files
 
     def apply(self, model: ir.Model) -> bool:
@@ -50,7 +50,7 @@ class NarrowWeights(GraphPass):
 
 
 def bytes_of_matrices(model: ir.Model) -> dict[str, int]:
-    """For the name of each int8 matrix of a graph its bytes and those of its scales."""
+    """{name of each int8 matrix of a graph: its bytes with those of its scales}."""
     found: dict[str, int] = {}
     for value in model.graph.initializers.values():
         suffix = next((suffix for suffix in _SUFFIXES if (value.name or "").endswith(suffix)), None)
@@ -101,7 +101,7 @@ def _narrow_product(model: ir.Model, node: ir.Node, index: int, inputs: list[ir.
 
 
 def _narrow_embedding(model: ir.Model, gather: ir.Node, inputs: list[ir.Value], nibbles: Nibbles) -> None:
-    """gather: of the table's rows, which are cast and scaled."""
+    """gather: reads the table's rows, which are then cast and scaled."""
     (cast,) = (use.node for use in gather.outputs[0].uses())
     (scaled,) = (use.node for use in cast.outputs[0].uses())
     if gather.op_type != "Gather" or producer(scaled.inputs[0]) is not cast:

@@ -1,4 +1,4 @@
-"""Norms of queries and keys go into the call of attention, where a kernel norms a head before it rotates it."""
+"""Move norms of queries and keys into the call of attention, where a kernel norms each head before it rotates it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from .graph import GraphPass, nodes_of, only_user, producer
 
 
 class NormInAttention(GraphPass):
-    """Case: a call of `edgelm::GroupQueryAttention`, or the one that keeps rows, whose query and key are, by heads,
-    root mean square norms (weights of one head, the same epsilon for both) of the first two of the three parts of a
-    Split, and whose value is the third -> NormedGroupQueryAttention of what is split, queries, keys and values side by
-    side. Heads may be moved in front of the positions and back around a norm, as models write it. Norms over all heads
-    together stay.
+    """Case: a call of `edgelm::GroupQueryAttention`, or the one that keeps rows. Its value is the third part of a
+    Split; its query and key are root mean square norms by heads (weights of one head, the same epsilon) of the first
+    two parts -> NormedGroupQueryAttention of the Split's input. Around a norm, heads may be transposed in front of the
+    positions and back, as models write it. Norms over all heads together stay.
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -41,7 +40,7 @@ def _fuse(model: ir.Model, attention: ir.Node, name: str) -> bool:
 
 
 def _has_widths(split: ir.Node, attention: ir.Node, norm: ir.Node) -> bool:
-    """Whether the parts of a Split are heads of the size that is normed, along the last axis."""
+    """Whether the parts of a Split along the last axis consist of heads of the norm's size."""
     size = norm.outputs[0].shape[-1] if norm.outputs[0].shape is not None else None
     heads = [attention.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads", "kv_num_heads")]
     widths = [value.shape[-1] if value.shape is not None else None for value in split.outputs]
@@ -54,8 +53,8 @@ def _epsilon(norm: ir.Node) -> float:
 
 
 def _norm_of_heads(value: ir.Value | None) -> ir.Node | None:
-    """The norm that a value (batch, new, heads * size) is by heads: of (batch, new, heads, size), or of (batch, heads,
-    new, size) with heads moved in front."""
+    """The norm by heads that computes a value (batch, new, heads * size), over (batch, new, heads, size) or,
+    transposed, (batch, heads, new, size)."""
     flat = producer(value, "Reshape")
     if flat is None or value is None or only_user(value) is None or len(value.shape or ()) != 3:
         return None
@@ -68,7 +67,8 @@ def _norm_of_heads(value: ir.Value | None) -> ir.Node | None:
 
 
 def _source(norm: ir.Node) -> ir.Value | None:
-    """What a norm's heads are of, (batch, new, heads * size), if they are split as they are joined behind it."""
+    """The value (batch, new, heads * size) that a norm by heads reads, if heads are split and joined in the same
+    way."""
     user, heads = only_user(norm.outputs[0]), norm.inputs[0]
     split = producer(_unmoved(heads), "Reshape")
     joined_alike = user is not None and (user.op_type == "Transpose") == (heads is not _unmoved(heads))
@@ -76,7 +76,7 @@ def _source(norm: ir.Node) -> ir.Value | None:
 
 
 def _unmoved(value: ir.Value | None) -> ir.Value | None:
-    """The value in front of a Transpose that swaps heads and positions, or else the value itself."""
+    """The input of a Transpose that swaps heads and positions; other values unchanged."""
     transpose = producer(value, "Transpose")
     swaps = transpose is not None and list(transpose.attributes.get_ints("perm", [])) == [0, 2, 1, 3]
     return transpose.inputs[0] if transpose is not None and swaps else value

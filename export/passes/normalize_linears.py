@@ -1,4 +1,4 @@
-"""Linear layers that were traced as `Gemm` become MatMul and Add, the one spelling that later passes know."""
+"""Turn linear layers that were traced as `Gemm` into MatMul and Add, the only form that later passes know."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from .graph import Builder, GraphPass, is_weight, nodes_of, only_user, producer,
 
 class NormalizeLinears(GraphPass):
     """Cases, for Gemm(x, W, bias) with alpha = beta = 1, x not transposed, W and bias weights:
-    1. x is a (batch, new, inputs) value reshaped to two axes, and the result is reshaped back: both Reshapes go too
+    1. x is a (batch, new, inputs) value reshaped to two axes, and the result is reshaped back: both Reshapes are
+    removed
     2. otherwise MatMul and Add on two axes
-    W may be transposed, and stays so behind a Transpose that no pass computes.
+    A transposed W gets a Transpose, which no pass folds.
     """
 
     def apply(self, model: ir.Model) -> bool:
@@ -42,7 +43,7 @@ def _normalize(model: ir.Model, gemm: ir.Node) -> bool:
 
 
 def _ends(gemm: ir.Node) -> tuple[ir.Value | None, ir.Value]:
-    """The values between which the linear layer stands: beyond the two Reshapes in case 1, else the Gemm's own."""
+    """Input and output of the linear layer: outside of the two Reshapes in case 1, else the Gemm's own."""
     output = gemm.outputs[0]
     before, after = producer(gemm.inputs[0], "Reshape"), only_user(output)
     if before is None or after is None or after.op_type != "Reshape":

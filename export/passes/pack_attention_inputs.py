@@ -1,4 +1,4 @@
-"""Queries, keys and values of a layer come from one MatMul, whose output goes into the attention operator as it is."""
+"""Compute queries, keys and values of a layer by one MatMul, whose output goes directly into the attention operator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .linear import linear_of, merge
 
 class PackAttentionInputs(GraphPass):
     """Cases:
-    1. the three inputs of GroupQueryAttention are linear layers over the same value: they become one, biases side by
-       side
-    2. the three inputs are the three parts of one Split, in order: the Split goes
-    Layers that norm queries or keys in between, or rotate outside of the operator, keep three inputs.
+    1. the three inputs of GroupQueryAttention are linear layers over the same value: they are merged, with biases side
+    by side
+    2. the three inputs are the three parts of one Split, in order: the Split is removed
+    Layers that norm queries or keys in between, or rotate them outside of the operator, keep three inputs.
     """
 
     def apply(self, model: ir.Model) -> bool:

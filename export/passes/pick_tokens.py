@@ -15,12 +15,12 @@ class PickTokens(GraphPass):
     """A second output, `next_tokens` int64 (batch, kept): for each row of logits the most likely token, the lowest id
     among equals. Greedy decoding on a GPU then copies one number back for a token, and not a row of the vocabulary.
 
-    `ArgMax` leaves open on GPUs which of equal values it takes, and `ReduceMax` of this operator set has no kernel
-    there. So: the largest value by `TopK`, the ids of all that are not smaller, and the smallest of these by `TopK`
-    again. Where no logit is a number, the result is an id nevertheless.
+    On GPUs, `ArgMax` does not define which of equal values it takes, and `ReduceMax` of this operator set has no
+    kernel. So `TopK` finds the largest value, and `TopK` again the smallest id with that value. If all logits are NaN,
+    the result is still an id.
 
-    `TopK` over a whole vocabulary keeps one processor of a GPU busy, so each is made in two steps: of pieces of a row,
-    then of their results.
+    `TopK` over a whole vocabulary uses only one processor of a GPU, so each has two steps: over pieces of a row, then
+    over their results.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -63,7 +63,7 @@ def _first(
 
 
 def _pieces(model: ir.Model, vocabulary: int) -> ir.Value | None:
-    """The shape of rows cut into pieces, as nearly as many as a piece has values; None where no size divides a row."""
+    """The shape of rows cut into pieces, about as many as a piece has values; None if no size divides a row."""
     size = max(size for size in range(1, int(vocabulary**0.5) + 1) if vocabulary % size == 0)
     if size == 1:
         return None

@@ -1,5 +1,5 @@
-"""MatMuls with a weight become `MatMulNBits`, and the embedding `GatherBlockQuantized`: weights of 4 or 8 bits in
-blocks, activations as they are."""
+"""Turn MatMuls with a weight into `MatMulNBits`, and the embedding into `GatherBlockQuantized`: weights of 4 or 8 bits
+in blocks, float activations."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..quantization.blocks import BlockQuantizer
 from .graph import MICROSOFT, Builder, GraphPass, add_weight, is_weight, nodes_of, replace_value, use_domain
 from .linear import Weight, weight_of
 
-# How `MatMulNBits` may compute on CPUs: 4 lets it round activations to 8 bits, block by block. GPUs do not read it.
+# `MatMulNBits`'s accuracy level on CPUs: 4 allows it to round activations to 8 bits, block by block. GPUs ignore it.
 _ACCURACY_LEVEL = 4
 _SUFFIX = "blocks"
 
 
 class QuantizeBlocks(GraphPass):
     """Cases: 1. MatMul(x, w); 2. Gather(table, input_ids), with a table (vocabulary, hidden). A table that the head
-    reads too is stored once: the head's blocks (vocabulary, blocks, bytes) are what `GatherBlockQuantized` reads along
-    the last axis. Zero points would have another layout there, so such matrices, and all tables, are symmetric. Not
-    quantized: matrices that `excluded` names, and products whose second factor is computed.
+    reads too is stored once: `GatherBlockQuantized` reads the head's blocks (vocabulary, blocks, bytes) along the last
+    axis. Its zero points have another layout, so such matrices, and all tables, are symmetric. Not quantized: matrices
+    in `excluded`, and products whose second factor is computed.
     """
 
     def __init__(self, quantizer: BlockQuantizer, excluded: Collection[str] = ()) -> None:
@@ -36,7 +36,7 @@ class QuantizeBlocks(GraphPass):
         for matmul in nodes_of(model, "MatMul"):
             weight = weight_of(matmul)
             if weight is not None and weight.name not in self._excluded:
-                # A table is (vocabulary, hidden), and so transposed as a head.
+                # A table is (vocabulary, hidden), so as a head it is transposed.
                 shared = weight.value in tables and weight.transposed
                 self._replace_matmul(model, matmul, weight, self._store(model, weight, shared, stored))
         for gather in gathers:
@@ -53,7 +53,7 @@ class QuantizeBlocks(GraphPass):
     def _store(
         self, model: ir.Model, weight: Weight, symmetric: bool, stored: dict[ir.Value, list[ir.Value]]
     ) -> list[ir.Value]:
-        """Initializers for values, scales and, unless symmetric, zero points."""
+        """Make initializers for values, scales and, unless symmetric, zero points."""
         if weight.value not in stored:
             blocks = self._quantizer.quantized(weight.name, weight.array(), symmetric)
             parts = [
@@ -66,9 +66,9 @@ class QuantizeBlocks(GraphPass):
         return stored[weight.value]
 
     def _middle(self, model: ir.Model, weight: Weight, scales: ir.Value) -> ir.Value:
-        """Zero points in the middle of the range, one byte for each block. They are what the operator takes when there
-        are none, but kernels for GPUs took 0 (microsoft/onnxruntime#31692). With 4 bits both halves of a byte hold it,
-        so that it does not matter which half is read for a block."""
+        """Zero points in the middle of the range, one byte for each block. That is the operator's default, but GPU
+        kernels used 0 (microsoft/onnxruntime#31692). With 4 bits both halves of a byte hold it, so either half may be
+        read."""
         assert scales.shape is not None, "an initializer has a shape"
         middle = 0x88 if self._quantizer.settings.bits == 4 else 0x80
         return add_weight(model, f"{weight.name}.middle", np.full((*scales.shape.numpy(), 1), middle, np.uint8))
@@ -106,7 +106,7 @@ class QuantizeBlocks(GraphPass):
             block_size=settings.block,
         )
         flat = op("Reshape", rows, add_weight(model, "embedding.shape", np.array([0, 0, -1], np.int64)))
-        if hidden % settings.block:  # the last block is filled up with zeros
+        if hidden % settings.block:  # the last block is padded with zeros
             begin = add_weight(model, "embedding.begin", np.array([0], np.int64))
             flat = op("Slice", flat, begin, add_weight(model, "embedding.end", np.array([hidden], np.int64)), last)
         replace_value(output, flat)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from .graph import ATTENTION, GraphPass, add_weight, nodes_of
 
 _LIMIT = 127
-# No channel's scale is finer than that of the head's largest one by more: a channel that the text left idle would rule
-# the row of the first token that uses it. On SmolLM2 a bound of 4 cost 7 % of the cache's KL divergence.
+# The largest ratio between scales of a head. A channel that is idle in the calibrating text would otherwise get a very
+# fine scale, and dominate the row of the first token that uses it. On SmolLM2 a bound of 4 costs 7 % of the cache's KL
+# divergence.
 _FINEST = 16
 _SCALE_INPUTS = {"key": 12, "value": 13}
 _CACHE_INPUTS = {"key": 3, "value": 4}
@@ -22,9 +23,8 @@ class QuantizeCache(GraphPass):
     """Keys and values are cached as int8: a quarter of the memory, and less to read for every token.
 
     Every GroupQueryAttention gets one scale per channel (kv head and position in the head), from the largest magnitudes
-    seen in a calibration text: scale = largest / 127. Values beyond them are clipped by the operator. Kernels that keep
-    a scale with each row divide by these first, and clip nothing. The types of past_key_values.* and present.* become
-    int8.
+    in a calibrating text: scale = largest / 127. The operator clips larger values. Kernels that keep a scale for each
+    row divide by these scales first, and clip nothing. The types of past_key_values.* and present.* become int8.
     """
 
     def __init__(self, largest: Mapping[str, NDArray[np.float32]]) -> None:
@@ -60,7 +60,7 @@ class QuantizeCache(GraphPass):
 
 
 def _scales(largest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(kv_heads, size) -> (kv_heads * size). A head that was always zero gets the scales of values up to 1."""
+    """(kv_heads, size) -> (kv_heads * size). A head that was always zero gets scales for values up to 1."""
     of_head = largest.max(axis=1, keepdims=True)
     bounded = np.maximum(largest, np.where(of_head > 0, of_head / _FINEST, 1))
     return np.asarray(bounded / _LIMIT, np.float32).reshape(-1)

@@ -1,4 +1,4 @@
-"""The embedding table becomes int8, and one matrix with the head where the source ties the two."""
+"""Quantize the embedding table to int8, as one matrix with the head if the source ties them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ class QuantizeEmbedding(GraphPass):
     per token:
     1. a quantized head reads the same table: its int8 matrix (hidden, vocabulary) is the same one, turned: a call of
        `edgelm::RowwiseMatMulTransposed`, or a Transpose in the scheme that calls no functions. onnxruntime turns it
-       once, at load, and keeps it in its kernel's order; the table stays in its file, of which only the tokens' rows
-       are ever read. (Columns of the head's matrix would serve as well, but each column touches every page of it: the
-       matrix would be in memory twice.)
+       once, at load, into its kernel's order; of the table in the file only the tokens' rows are ever read. (Reading
+       columns of the head's matrix instead would touch every page: the matrix would be in memory twice.)
     2. otherwise nothing else reads it.
-    A table that `excluded` names is left as it is. Runs after `QuantizeLinears`, whose matrix for the head it looks
-    for.
+    Tables in `excluded` are not changed. Runs after `QuantizeLinears`, since it searches for the head's int8 matrix.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ def _reads_tokens(gather: ir.Node) -> bool:
 
 
 def _turn(model: ir.Model, op: Builder, head: ir.Value, matrix: ir.Value) -> None:
-    """Let what reads the head's matrix (hidden, vocabulary) read the table's (vocabulary, hidden)."""
+    """Let the readers of the head's matrix (hidden, vocabulary) read the table's (vocabulary, hidden)."""
     for use in list(head.uses()):
         if use.node.domain == EDGELM:
             use.node.replace_input_with(use.idx, matrix)

@@ -1,4 +1,4 @@
-"""MatMuls with a weight become integer products: int8 weights, activations quantized while the model runs."""
+"""Turn MatMuls with a weight into integer products: int8 weights, activations quantized at run time."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .linear import Weight, weight_of
 ROWWISE_SCHEMES = ("int8-rowwise", "int4-rowwise")
 TENSOR = "int8-tensor"
 
-# From a MatMul, the int8 matrix and its scales to the product.
+# Takes a MatMul, the int8 matrix and its scales; returns the product.
 _Product = Callable[[ir.Model, ir.Node, ir.Value, ir.Value], ir.Value]
 
 
 class QuantizeLinears(GraphPass):
     """Weights: symmetric, one scale per output column, scale = max|column| / limit, limit 127 for 8 bits, 63 for 7.
-    Each is rounded to the nearest, unless a file of `rounded` holds the matrix (`edgelm.export.quantization.rounding`).
-    Activations, by scheme:
+    Values are rounded to the nearest, unless `rounded` has a file with the matrix
+    (`edgelm.export.quantization.rounding`). Activations, by scheme:
 
     - `int8-rowwise`, and `int4-rowwise`, of whose matrices `narrow_weights` then writes some in 4 bits: each row x (one
-      token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is multiplied by r afterwards. A
-      token's result depends on no other token, so a text may be cut anywhere. A call of the function
-      `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to one that quantizes to 16 bits.
+      token) by itself: r = max|x|, q = round(x / r * 127) + 128 as uint8. The product is then multiplied by r. A
+      token's result depends on no other token, so a text may be cut anywhere. This is a call of the function
+      `edgelm::RowwiseMatMul` (see `functions`), which `widen_activations` may change to the one with 16 bits.
     - `int8-tensor`: ONNX Runtime's classic dynamic quantization: one scale and zero point for all rows of a step
       together, with its own operators `DynamicQuantizeLinear` and `MatMulIntegerToFloat`.
 
-    An activation that feeds several MatMuls is quantized once: by onnxruntime, where it computes the functions' bodies,
-    and here otherwise. Not quantized: matrices that `excluded` names, and products whose second factor is computed.
+    An activation that feeds several MatMuls is quantized once: by onnxruntime if it computes the functions' bodies,
+    else by this pass. Not quantized: matrices in `excluded`, and products whose second factor is computed.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ def column_scales(array: NDArray[np.float32], limit: int) -> NDArray[np.float32]
 
 
 def quantize_columns(array: NDArray[np.float32], limit: int) -> NDArray[np.int8]:
-    """int8 matrix (rows, columns), which times `column_scales` is about the array."""
+    """The int8 matrix (rows, columns); times `column_scales` it approximates the array."""
     return np.asarray(np.rint(array / column_scales(array, limit)), np.int8)
 
 
 def int8_matrix(weight: Weight, limit: int, rounded: Mapping[str, Path]) -> NDArray[np.int8]:
     """The int8 matrix (inputs, outputs) of a weight.
 
-    rounded: for names of matrices, .npy files of int8 (inputs, outputs) with the scales of `column_scales`. All others
-    are rounded to the nearest.
+    rounded: {name: .npy file of int8 (inputs, outputs) in units of `column_scales`}. Other matrices are rounded to the
+    nearest.
     """
     if weight.name in rounded:
         return np.asarray(np.load(rounded[weight.name], mmap_mode="r"))
@@ -107,14 +107,14 @@ def _by_row(model: ir.Model, matmul: ir.Node, matrix: ir.Value, scales: ir.Value
 
 
 class _ByTensor:
-    """Remembers what it quantized."""
+    """int8-tensor: remembers the activations that it quantized."""
 
     def __init__(self) -> None:
         self._activations: dict[tuple[ir.Value | None, ir.Graph | None], list[ir.Value]] = {}
 
     def __call__(self, model: ir.Model, matmul: ir.Node, matrix: ir.Value, scales: ir.Value) -> ir.Value:
         source, output = matmul.inputs[0], matmul.outputs[0]
-        key = source, matmul.graph  # bodies of an `If` cannot read each other's values
+        key = source, matmul.graph  # branches of an `If` cannot read each other's values
         if key not in self._activations:
             op = Builder(model, matmul, f"{matmul.name}.input")
             self._activations[key] = op.node("DynamicQuantizeLinear", [source], outputs=3)

@@ -1,4 +1,4 @@
-"""Rotary position embedding moves into the attention operator, which reads cosines and sines from two tables."""
+"""Move rotary position embedding into the attention operator, which reads cosines and sines from two tables."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class RotateInAttention(GraphPass):
     """
 
     def __init__(self, context_length: int) -> None:
-        # A padding row may stand behind the last token. It gets the last position there is: some rotations are others
-        # for all positions as soon as one lies behind the context.
+        # A padding row behind the last token gets the last position: some rotations change for all positions if one is
+        # beyond the context.
         self._positions = np.minimum(np.arange(context_length + 1, dtype=np.int64), context_length - 1)
 
     def apply(self, model: ir.Model) -> bool:
@@ -54,8 +54,8 @@ class RotateInAttention(GraphPass):
         return modified
 
     def _tables(self, model: ir.Model, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-        """Initializers (positions, size / 2) float32 for cos and sin (batch, new, size), or None if they depend on
-        more than positions or their halves differ."""
+        """Tables (positions, size / 2) float32 for cos and sin (batch, new, size). None if they depend on more than
+        positions, or if their halves differ."""
         arrays = [_evaluate(model, value, self._positions) for value in (cos, sin)]
         halves: list[NDArray[np.float32]] = []
         for array in arrays:
@@ -96,7 +96,7 @@ def _rotation(model: ir.Model, attention: ir.Node, index: int) -> _Rotation | No
 
 
 def _match(plain: ir.Value | None, rotated: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """(x, cos, sin) where plain = x * cos and rotated = rotate_half(x) * sin, cos and sin before their Unsqueeze."""
+    """(x, cos, sin) if plain = x * cos and rotated = rotate_half(x) * sin; cos and sin before their Unsqueeze."""
     first, second = producer(plain, "Mul"), producer(rotated, "Mul")
     if first is None or second is None:
         return None
@@ -117,7 +117,7 @@ def _swaps_heads(transpose: ir.Node) -> bool:
 
 
 def _half_rotated(value: ir.Value | None) -> ir.Value | None:
-    """x where value = concat(-x[..., size/2:], x[..., :size/2])."""
+    """x if value = concat(-x[..., size/2:], x[..., :size/2])."""
     concat = producer(value, "Concat")
     negated = producer(concat.inputs[0], "Neg") if concat is not None and len(concat.inputs) == 2 else None
     if concat is None or negated is None:
@@ -133,7 +133,7 @@ def _half_rotated(value: ir.Value | None) -> ir.Value | None:
 
 
 def _range(node: ir.Node) -> tuple[int, int] | None:
-    """First and last + 1 index of a Slice along the last axis, or None if it is another kind of slice."""
+    """Begin and end of a Slice along the last axis; None for other slices."""
     source = node.inputs[0]
     size = source.shape[-1] if source is not None and source.shape is not None else None
     bounds = [constant(value) for value in node.inputs[1:5]]
@@ -147,8 +147,8 @@ def _range(node: ir.Node) -> tuple[int, int] | None:
 
 
 def _flatten(model: ir.Model, attention: ir.Node, heads: ir.Value, flat: ir.Node) -> ir.Value:
-    """(batch, heads, new, size) back to (batch, new, heads * size): the value before the heads were split, if heads is
-    nothing but that value reshaped and transposed, else the transpose undone."""
+    """(batch, heads, new, size) back to (batch, new, heads * size): the value before the heads were split, if `heads`
+    is only that value reshaped and transposed; else transpose it back."""
     transpose = producer(heads, "Transpose")
     split = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
     source = split.inputs[0] if split is not None else None
@@ -178,7 +178,7 @@ def _evaluate(model: ir.Model, value: ir.Value, positions: NDArray[np.int64]) ->
 
 
 def _dependencies(value: ir.Value) -> list[ir.Node]:
-    """The nodes that a value depends on, up to and including Positions, whose own inputs are not followed."""
+    """The nodes that a value depends on, down to Positions, whose inputs are not followed."""
     seen: dict[ir.Node, None] = {}
     waiting = [value]
     while waiting:

@@ -23,10 +23,10 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 class ToFloat16(GraphPass):
     """Activations become float16, and with them the weights that are not quantized and the KV cache.
 
-    What depends on the text, that is on the embedding of `input_ids` or on the cache, is computed in float16; what
-    depends on positions alone stays float32, since a position above 2,048 is not a float16, and is cast where the two
-    meet. So do operators that square or sum over many elements, whose results leave float16's range. The logits are
-    cast back: the output stays float32.
+    Values that depend on the text (on the embedding of `input_ids`, or on the cache) become float16. Values that depend
+    only on positions stay float32, since positions above 2,048 are not exact in float16, and are cast where the two
+    meet. Operators that square or sum over many elements also stay float32, since their results exceed float16's range.
+    The logits are cast back to float32.
 
     The norms and the attention operator compute in float32 inside. Scales of an INT8 cache stay float32.
     """
@@ -55,7 +55,7 @@ class ToFloat16(GraphPass):
 
 
 def _half_values(model: ir.Model) -> set[ir.Value]:
-    """The values that become float16: the cache, and what is computed of it and of the embeddings."""
+    """The values that become float16: the cache, and what is computed from it and from the embeddings."""
     found = {value for value in model.graph.inputs if value.dtype == FLOAT}
     for node in model.graph:
         embeds = node.op_type in _EMBEDDINGS and any(
@@ -67,7 +67,7 @@ def _half_values(model: ir.Model) -> set[ir.Value]:
 
 
 def _half_constants(model: ir.Model, half: set[ir.Value]) -> set[ir.Value]:
-    """Values that depend on weights alone, such as a transposed matrix, where all that reads them is float16."""
+    """Values that depend only on weights, such as a transposed matrix, if all their readers are float16."""
     constant: set[ir.Value] = set()
     for node in model.graph:
         if all(value is None or value.const_value is not None or value in constant for value in node.inputs):
@@ -85,7 +85,7 @@ def _is_half(node: ir.Node, half: set[ir.Value]) -> bool:
 
 
 def _floats(node: ir.Node) -> bool:
-    """Whether the outputs of a node have the type of its inputs, as far as they have no type yet."""
+    """Whether the outputs of a node have the type of its inputs, unless they have a type already."""
     return node.op_type not in ("Shape", "Size", "ArgMax", "Equal", "Less", "Greater", "NonZero", "IsNaN")
 
 
@@ -96,7 +96,7 @@ def _narrow(
     weights: dict[ir.Value, ir.Value],
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value],
 ) -> None:
-    """A node whose results are float16: its float32 inputs become so."""
+    """Make a node float16: cast its float32 inputs."""
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) == FLOAT.value:
         node.attributes["to"] = ir.AttrInt64("to", HALF.value)
         return
@@ -114,7 +114,7 @@ def _narrow(
 def _widen(
     model: ir.Model, node: ir.Node, half: set[ir.Value], casts: dict[tuple[ir.Value, ir.DataType], ir.Value]
 ) -> None:
-    """A node whose results stay as they are: what it reads of float16 is cast back, unless only its shape counts."""
+    """Keep a node as it is: cast its float16 inputs back, unless it only reads their shape."""
     if node.op_type in ("Shape", "Size", "Cast"):
         return
     for index, value in enumerate(node.inputs):
@@ -133,7 +133,7 @@ def _half_weight(model: ir.Model, value: ir.Value) -> ir.Value:
     assert tensor is not None
 
     def narrowed() -> NDArray[np.float16]:
-        # Masks hold the lowest float32, which would be an infinity.
+        # Masks contain the lowest float32, which would become an infinity.
         return np.asarray(np.clip(tensor.numpy(), -_LARGEST, _LARGEST), np.float16)
 
     return lazy_weight(model, f"{value.name}.half", narrowed, HALF, cast("tuple[int, ...]", tuple(tensor.shape)))
@@ -146,7 +146,7 @@ def _cast(
     dtype: ir.DataType,
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value],
 ) -> ir.Value:
-    """The value in another type, cast once, in front of the first node that asks."""
+    """The value in another type, cast once, in front of its first reader."""
     if (value, dtype) not in casts:
         made = Builder(model, anchor, f"{value.name}.{dtype.name.lower()}")("Cast", value, to=dtype.value)
         made.type, made.shape = ir.TensorType(dtype), value.shape

@@ -1,4 +1,5 @@
-"""Products whose activations have 16 bits instead of 8: another function of the domain `edgelm`, the same inputs."""
+"""Give chosen products activations of 16 bits instead of 8: another function of the domain `edgelm`, with the same
+inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +16,11 @@ _MATRICES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 class WidenActivations(GraphPass):
-    """Case: a call of one of the row-wise product functions whose matrix is one of those named becomes a call of the
-    function with the suffix 16 (see `functions`). The matrix's name is that in the source model: its initializer is
-    `NAME.int8`, `NAME.rows.int8` where it is an embedding's table too, or `NAME.int4` and its like. Runs last: other
-    passes know rows of 8 bits only.
+    """Case: a call of a row-wise product function whose matrix is named becomes a call of the function with the suffix
+    16 (see `functions`). Names are those of the source model: the initializer is `NAME.int8`, `NAME.rows.int8` if it is
+    an embedding's table too, or `NAME.int4`, `int5`, `int6`. Runs last: other passes know only rows of 8 bits.
 
-    `matrices_of` lists the matrices and what a prompt's token costs in each, so that the two forms can be chosen
-    between.
+    `matrices_of` lists the matrices and the cost of a prompt's token in each, for the choice between the two forms.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -36,8 +35,8 @@ class WidenActivations(GraphPass):
 
 
 def matrices_of(model: ir.Model) -> dict[str, int]:
-    """Names of the matrices that row-wise products read, in the graph's order, with the multiply-adds that a token of a
-    prompt costs in each: 0 for the one that computes logits, of which a prompt needs one row."""
+    """{matrix of a row-wise product: multiply-adds for a token of a prompt}, in the graph's order. 0 for the matrix
+    that computes logits, of which a prompt needs only one row."""
     found: dict[str, int] = {}
     for node, name in _products(model):
         logits = any(value.is_graph_output() for value in node.outputs)

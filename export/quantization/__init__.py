@@ -1,1 +1,1 @@
-"""Schemes, calibration, rounding."""
+"""Quantization: schemes, calibration, rounding."""

@@ -1,11 +1,11 @@
 """Weights of 4 or 8 bits in blocks, for the operators `MatMulNBits` and `GatherBlockQuantized`.
 
 Each column of a matrix is cut into blocks of 32, 64 or 128 inputs, each with a scale and, where it is not symmetric, a
-zero point of its own. ONNX Runtime's own quantizer rounds and packs; `method` says what happens to a matrix before:
+zero point of its own. ONNX Runtime's quantizer rounds and packs; `method` says how the values are chosen:
 
-`rtn`   each weight goes to the nearest of the values that its block can have (ONNX Runtime's own quantizer).
-`hqq`   scales and zero points are fitted to each matrix alone (half-quadratic quantization, ONNX Runtime's own).
-`gptq`  the errors that earlier inputs leave are made good by later ones, weighted by what the inputs are on a text.
+`rtn`   each weight is rounded to the nearest value of its block (ONNX Runtime's quantizer).
+`hqq`   scales and zero points are fitted to each matrix by itself (half-quadratic quantization, ONNX Runtime's).
+`gptq`  later inputs compensate the errors of earlier ones, weighted by the inputs' statistics on a text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class BlockSettings:
     method: Method = "rtn"
 
 
-# The schemes whose weights are stored like this. 32 is the block that all of onnxruntime's kernels have; what it takes
-# and costs is in docs/weights.md.
+# The schemes that store weights in blocks. All of onnxruntime's kernels support blocks of 32; docs/weights.md has sizes
+# and loss.
 BLOCK_SCHEMES: dict[str, BlockSettings] = {"int8-weight": BlockSettings(8), "int4-weight": BlockSettings(4)}
 
 
@@ -56,10 +56,10 @@ class Blocks:
 
 @dataclass
 class BlockQuantizer:
-    """Quantizes matrices, each once: what was made is kept, since one export writes several graphs.
+    """Quantizes matrices, each once: results are kept, since one export writes several graphs.
 
-    hessians: for `gptq`, (inputs, inputs) for the name of each matrix: what `hessians` collects. Matrices
-    without one are rounded. Memory: the quantized weights.
+    hessians: for `gptq`, {name of a matrix: (inputs, inputs)}, as `hessians` collects them. Matrices without one are
+    rounded to the nearest. Memory: the quantized weights.
     """
 
     settings: BlockSettings
@@ -83,7 +83,7 @@ class BlockQuantizer:
 
 
 def round_to_nearest(matrix: NDArray[np.float32], settings: BlockSettings, symmetric: bool) -> Blocks:
-    """A matrix (inputs, outputs) as it is. Inputs that do not fill the last block count as zeros."""
+    """Round a matrix (inputs, outputs) to the nearest values. The last block is padded with zeros."""
     with _quiet_import():
         from onnxruntime.quantization import matmul_nbits_quantizer as ort
 
@@ -93,8 +93,8 @@ def round_to_nearest(matrix: NDArray[np.float32], settings: BlockSettings, symme
 
 
 def _half_quadratic(matrix: NDArray[np.float32], settings: BlockSettings) -> Blocks:
-    """Scales and zero points by HQQ. Its zero points are fractions, which only slow kernels take: they are rounded, and
-    the weights then go to the nearest values of the grid that comes of it."""
+    """Scales and zero points by HQQ. Its zero points are fractions, which only slow kernels support, so they are
+    rounded; then the weights are rounded to the nearest values of that grid."""
     import torch
 
     with _quiet_import():
@@ -112,7 +112,7 @@ def _half_quadratic(matrix: NDArray[np.float32], settings: BlockSettings) -> Blo
 
 
 def _packed(levels: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Levels side by side in bytes along the last axis, the first in the lower half."""
+    """Levels packed into bytes along the last axis, the first in the lower half."""
     if bits == 8:
         return levels
     if levels.shape[-1] % 2:
@@ -131,7 +131,7 @@ def _by_gptq(matrix: NDArray[np.float32], hessian: NDArray[np.float32], settings
 
 
 def _grouped(array: NDArray[Any], block: int) -> NDArray[Any]:
-    """(inputs, outputs) to (outputs, blocks, block), filled up with zeros."""
+    """(inputs, outputs) to (outputs, blocks, block), padded with zeros."""
     inputs, outputs = array.shape
     blocks = -(-inputs // block)
     padded = np.zeros((outputs, blocks * block), array.dtype)
@@ -141,7 +141,7 @@ def _grouped(array: NDArray[Any], block: int) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """onnxruntime's quantizer configures the program's logging when it is imported: undo that."""
+    """Undo that onnxruntime's quantizer configures the program's logging when it is imported."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:

@@ -18,7 +18,7 @@ Ranges = dict[str, NDArray[np.float32]]
 def cache_ranges(session: OrtSession, prompts: Iterable[Sequence[int]]) -> Ranges:
     """Largest magnitude of every channel, over all positions of prompts that fit into the context.
 
-    session: of the float32 graph, whose cache holds what attention would read.
+    session: of the float32 graph, whose cache holds the keys and values that attention reads.
     """
     largest: Ranges = {}
     for prompt in prompts:
@@ -32,12 +32,12 @@ def cache_ranges(session: OrtSession, prompts: Iterable[Sequence[int]]) -> Range
 
 
 def magnitudes(session: OrtSession) -> Ranges:
-    """What the cache holds now, without signs: (kv_heads, positions, size) float32 for each of its buffers."""
+    """The magnitudes in the cache now: (kv_heads, positions, size) float32 for each buffer."""
     return {
         name: np.abs(np.asarray(buffer[0, :, : session.length], np.float32)) for name, buffer in session.cache.buffers()
     }
 
 
 def wider(left: Mapping[str, NDArray[np.float32]], right: Mapping[str, NDArray[np.float32]]) -> Ranges:
-    """Ranges that hold both; what only one of them has counts as it is."""
+    """The larger of both ranges for each channel; entries of only one of them are kept."""
     return {**left, **{name: np.maximum(left.get(name, values), values) for name, values in right.items()}}

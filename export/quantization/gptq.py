@@ -1,9 +1,9 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): later inputs make up for the error of each rounded weight.
+"""GPTQ (Frantar et al., arXiv 2210.17323): later inputs compensate the error of each rounded weight.
 
 Two grids: blocks of inputs with a scale and a zero point each (`gptq`, for 4 and 8 bits), and one scale for a whole
-column (`gptq_columns`, for int8-rowwise). onnxruntime's own function of this name (1.31.1) gives what rounding gives:
-it reads the empty triangle of the factored Hessian, so that no error is handed on. This one also keeps the grid that
-it rounds to, which onnxruntime's looks for again in the result.
+column (`gptq_columns`, for int8-rowwise). onnxruntime's function of this name (1.31.1) only rounds: it reads the empty
+triangle of the factored Hessian, so no error is passed on. This one also returns its grid, which onnxruntime's fits
+again to the result.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-# Added to the Hessian's diagonal, in units of its mean: inputs that always go together would make it singular.
+# Damping, added to the Hessian's diagonal in units of its mean: correlated inputs would make it singular.
 _DAMPING = 0.01
-# Inputs whose errors are handed on together, as one matrix product.
-_CHUNK = 64
-# Columns that are rounded at once. They do not depend on each other; a slab's weights stay in the processor's cache.
+# Inputs whose errors are passed on together, as one matrix product.
+_CHUNK = 256
+# Columns that are rounded at once. They are independent; their weights stay in the processor's cache.
 _SLAB = 2048
 
-# From a row of weights (outputs) to its levels and to the values that these stand for.
+# Takes a row of weights (outputs); returns its levels and their values.
 _Rounder = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
@@ -59,8 +59,8 @@ def gptq_columns(
 ) -> NDArray[np.int8]:
     """Round a matrix (inputs, outputs) to multiples of `scales` (outputs), at most `limit` in magnitude.
 
-    hessian: as of `gptq`. Inputs with the largest mean square are rounded first, while all others can still make up
-    for them. Cost: inputs² * outputs multiplications.
+    hessian: as of `gptq`. Inputs with the largest mean square are rounded first, while all others can still compensate
+    them. Cost: inputs² * outputs multiplications.
     """
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     factor = inverse_factor(hessian[np.ix_(order, order)])
@@ -90,29 +90,41 @@ def _round_columns(
 def round_chunk(
     weights: NDArray[np.float32], factor: NDArray[np.float32], begin: int, end: int, rounder: _Rounder
 ) -> NDArray[np.float32]:
-    """Levels of the rows from begin to end - 1. Their errors are handed on to all later rows of `weights`, in place."""
+    """Levels of the rows from begin to end - 1. Their errors are passed on to all later rows of `weights`, in place."""
     levels = np.empty((end - begin, weights.shape[1]), np.float32)
     errors = np.empty_like(levels)
-    for index in range(begin, end):
-        level, value = rounder(weights[index])
-        levels[index - begin] = level
-        errors[index - begin] = (weights[index] - value) / factor[index, index]
-        weights[index + 1 : end] -= factor[index, index + 1 : end, None] * errors[index - begin]
-    weights[end:] -= factor[begin:end, end:].T @ errors
+
+    def pass_on(first: int, middle: int, last: int) -> None:
+        """The errors of the rows from first to middle - 1, to those from middle to last - 1."""
+        weights[middle:last] -= factor[first:middle, middle:last].T @ errors[first - begin : middle - begin]
+
+    def round_rows(first: int, last: int) -> None:
+        # By halves: most errors are then passed on by matrix products, and few row by row.
+        if last - first == 1:
+            levels[first - begin], value = rounder(weights[first])
+            errors[first - begin] = (weights[first] - value) / factor[first, first]
+        else:
+            middle = (first + last) // 2
+            round_rows(first, middle)
+            pass_on(first, middle, last)
+            round_rows(middle, last)
+
+    round_rows(begin, end)
+    pass_on(begin, end, len(weights))
     return levels
 
 
 def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
     """The upper triangular U with Uᵀ U the inverse of the damped Hessian.
 
-    With both axes turned round, Cholesky's lower factor of the Hessian is an upper R with R Rᵀ = H, and U is R's
-    inverse: a third of the work of inverting H first.
+    With both axes reversed, Cholesky's lower factor of the Hessian is an upper R with R Rᵀ = H, and U is R's inverse: a
+    third of the work of inverting H first.
     """
     import torch
 
     damped = hessian.astype(np.float64)
     diagonal = np.arange(len(damped))
-    # An input that is always zero has no say in anything.
+    # An input that is always zero has no influence.
     damped[diagonal, diagonal] += np.where(damped[diagonal, diagonal] > 0, 0, 1)
     damped[diagonal, diagonal] += _DAMPING * damped[diagonal, diagonal].mean()
     turned = torch.from_numpy(np.ascontiguousarray(damped[::-1, ::-1]))
@@ -122,7 +134,7 @@ def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _grid(weights: NDArray[np.float32], limit: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and zero point for each output of a block (inputs, outputs), so that the range and zero are in it."""
+    """Scale and zero point for each output of a block (inputs, outputs). The grid includes the range and zero."""
     low, high = np.minimum(weights.min(axis=0), 0), np.maximum(weights.max(axis=0), 0)
     scale = np.where(high > low, (high - low) / limit, 1).astype(np.float32)
     return scale, np.clip(np.rint(-low / scale), 0, limit)

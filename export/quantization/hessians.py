@@ -1,7 +1,7 @@
-"""What the inputs of each matrix are on a text: the sums of products that GPTQ weighs its errors by.
+"""The second moments of each matrix's inputs on a text, by which GPTQ weighs errors.
 
-The fp32 graph runs on the CPU with the matrices' inputs as its outputs, a group of them at a time, so that a large
-model's sums never are in memory together with all its activations.
+The fp32 graph runs on the CPU with the matrices' inputs as outputs, one group of matrices at a time, so that the
+moments of a large model are not all in memory together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .blocks import BlockQuantizer, BlockSettings
 
 _PROBE = "hessians.onnx"
 _WINDOW = 512
-_MOST_WINDOWS = 24
+_MOST_WINDOWS = 16
 _BATCH = 4  # windows that run together
 _GROUP_BYTES = 1 << 30
 
@@ -32,17 +32,17 @@ Hessians = dict[str, NDArray[np.float32]]
 
 
 def collect_hessians(graph: Path, token_ids: Sequence[int], context: int) -> Hessians:
-    """All that `each_group_of_hessians` gives for one text, together."""
+    """All results of `each_group_of_hessians` for one text."""
     return {name: sums for group in each_group_of_hessians(graph, [token_ids], context) for name, sums in group.items()}
 
 
 def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context: int) -> Iterator[Hessians]:
-    """For the name of each matrix the mean of x xᵀ, (inputs, inputs) float32, over the rows x that it is multiplied
-    with on the texts (token ids), in groups of up to 1 GiB.
+    """{name of a matrix: mean of x xᵀ, (inputs, inputs) float32} over its input rows x on the texts (token ids), in
+    groups of up to 1 GiB.
 
-    graph: path of the fp32 graph, beside which a probe is written for the time being. A matrix that several products
-    share gets the mean over all their rows. Cost: one run of up to 12,288 tokens with the fp32 graph for each group.
-    Raises: RecipeError, where attention is not fused; VerificationError, where x is not finite; SessionError.
+    graph: path of the fp32 graph; a temporary probe is written beside it. A matrix that several products share gets the
+    mean over all their rows. Cost: one run of up to 8,192 tokens with the fp32 graph for each group. Raises:
+    RecipeError, where attention is not fused; VerificationError, where x is not finite; SessionError.
     """
     pieces = _pieces(texts, min(_WINDOW, context))
     for group in _groups(_inputs_of_matrices(ir.load(graph))):
@@ -55,7 +55,7 @@ def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context:
 
 
 def _pieces(texts: Sequence[Sequence[int]], window: int) -> list[Sequence[int]]:
-    """Windows of the texts, one of each by turns, so that a long text does not crowd out the others."""
+    """Windows of the texts in turns, so that a long text does not displace the others."""
     cut = [[text[begin : begin + window] for begin in range(0, len(text), window)] for text in texts]
     turns = (piece for turn in itertools.zip_longest(*cut) for piece in turn if piece is not None)
     return list(itertools.islice(turns, _MOST_WINDOWS))
@@ -64,15 +64,15 @@ def _pieces(texts: Sequence[Sequence[int]], window: int) -> list[Sequence[int]]:
 def make_block_quantizer(
     settings: BlockSettings, graph: Path, token_ids: Sequence[int], context: int
 ) -> BlockQuantizer:
-    """A quantizer with what its method needs. Arguments, cost and errors as of `collect_hessians`; without GPTQ it
-    costs nothing."""
+    """A quantizer with the hessians that its method needs. Arguments, cost and errors as of `collect_hessians`; only
+    GPTQ costs anything."""
     if settings.method != "gptq":
         return BlockQuantizer(settings)
     return BlockQuantizer(settings, collect_hessians(graph, token_ids, context))
 
 
 def _inputs_of_matrices(model: ir.Model) -> dict[str, tuple[int, list[str]]]:
-    """For the name of each matrix how many inputs it has, and the names of the values that it is multiplied with."""
+    """{name of a matrix: its number of inputs, and the names of its input values}."""
     found: dict[str, tuple[int, list[str]]] = {}
     for matmul in nodes_of(model, "MatMul"):
         weight, source = weight_of(matmul), matmul.inputs[0]
@@ -124,8 +124,8 @@ def _sums(graph: Path, values: list[str], pieces: Sequence[Sequence[int]]) -> di
 
 
 def _batches(pieces: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
-    """Pieces of one length as rows of batches: few large products with the transposed rows take two thirds of the time
-    of many small ones."""
+    """Pieces of equal length as batches: few large products with the transposed rows take two thirds of the time of
+    many small ones."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for piece in pieces:
         by_length.setdefault(len(piece), []).append(piece)
@@ -135,7 +135,7 @@ def _batches(pieces: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
 
 
 def _feeds(session: Any, batch: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """What the graph needs to read a batch (rows, tokens) from empty caches."""
+    """The graph's inputs for a batch (rows, tokens) with empty caches."""
     rows = len(batch)
     feeds: dict[str, NDArray[Any]] = {
         "input_ids": batch,

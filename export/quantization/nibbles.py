@@ -1,12 +1,12 @@
-"""int8 matrices that are written in 4, 5 or 6 bits a weight, for `int4-rowwise`.
+"""int8 matrices stored with 4, 5 or 6 bits a weight, for `int4-rowwise`.
 
-Each column of a matrix is cut into blocks of 32 inputs. A block has a step s and a zero z, a weight so many bits q: it
-is the int8 value (q - z) * s, at most 127 in magnitude, times the column's float32 scale. z has as many bits as q, and
-s the rest of a byte, up to 15, 7 or 3: 0.25 bits more a weight. Every sum of products is an integer, as with 8 bits:
-the same functions, guarantees and kernels.
+Each column of a matrix is cut into blocks of 32 inputs. A block has a step s and a zero z. A weight with the bits q is
+the int8 value (q - z) * s, at most 127 in magnitude, times the column's float32 scale. z has as many bits as q, and s
+has the rest of a byte, up to 15, 7 or 3: together 0.25 bits more a weight. Every sum of products is an integer, as with
+8 bits, so functions, guarantees and kernels are the same.
 
-`round_nibbles` looks for the steps and zeros that fit best, weighed by what the inputs are on a text, and lets later
-inputs make up for the errors of earlier ones (GPTQ).
+`round_nibbles` searches for the best steps and zeros, weighted by the inputs on a text, and lets later inputs
+compensate the errors of earlier ones (GPTQ).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .gptq import inverse_factor, round_chunk
 
 BLOCK, _GROUP = 32, 16
 WIDTHS = (4, 5, 6)
-# Steps that are tried for a block, beside the one by which its range just fits: smaller ones cut off single weights.
+# Steps to try for a block, besides the one with which its range just fits: smaller ones clip single weights.
 _STEPS = (1, 0, -1, -2, -3, -4)
-# Columns that are rounded at once, so that their weights stay in the processor's cache.
+# Columns that are rounded at once: their weights stay in the processor's cache.
 _SLAB = 1024
 
 
@@ -46,21 +46,21 @@ class Nibbles:
         return inputs, outputs
 
     def values(self) -> NDArray[np.int8]:
-        """The int8 matrix (inputs, outputs), which times the scales is what the levels stand for."""
+        """The int8 matrix (inputs, outputs); times the scales it is the quantized matrix."""
         zeros, steps = (
             np.repeat(of, BLOCK, axis=0)[: len(self.levels)].astype(np.int8) for of in (self.zeros, self.steps)
         )
         return np.asarray((self.levels.astype(np.int8) - zeros) * steps, np.int8)
 
     def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Those of `groups` and `factors`."""
+        """The shapes of `groups` and `factors`."""
         blocks, outputs = self.steps.shape
         count = -(-outputs // _GROUP)
         return (count, blocks * self.bits, 4 * _GROUP), (count, blocks, _GROUP)
 
     def groups(self) -> NDArray[np.uint8]:
-        """The levels as functions read them (`edgelm.export.passes.functions`). What fills up a block is its zero, a
-        weight of 0."""
+        """The levels in the layout that functions read (`edgelm.export.passes.narrow_functions`). Blocks are padded
+        with their zero, a weight of 0."""
         filled = np.repeat(self.zeros, BLOCK, axis=0)
         filled[: len(self.levels)] = self.levels
         blocks, count = len(self.steps), self.shapes()[0][0]
@@ -74,7 +74,7 @@ class Nibbles:
         return np.ascontiguousarray(np.concatenate(lines, axis=2)).reshape(self.shapes()[0])
 
     def factors(self) -> NDArray[np.uint8]:
-        """Steps and zeros as functions read them."""
+        """Steps and zeros in the layout that functions read."""
         _, (count, blocks, _) = self.shapes()
         both = np.asarray(self.steps | self.zeros << (8 - self.bits), np.uint8)
         by_column = _filled_up(both.T, count * _GROUP)
@@ -82,7 +82,7 @@ class Nibbles:
 
 
 def nibble_bytes(inputs: int, outputs: int, bits: int) -> int:
-    """What a matrix takes in a file, its scales included."""
+    """Bytes of a matrix in a file, with its scales."""
     groups, blocks = -(-outputs // _GROUP), -(-inputs // BLOCK)
     return groups * blocks * _GROUP * (BLOCK * bits // 8 + 1) + 4 * outputs
 
@@ -110,8 +110,8 @@ def round_nibbles(
     hessian, some 100 * inputs * outputs operations without.
 
     With a hessian, blocks with the largest inputs are rounded first, and in a block the largest inputs, while all
-    others can still make up for them. That leaves a tenth less error than the order of the matrix. Squared errors are
-    weighed by what is left of them when the inputs behind have made up for what they can.
+    others can still compensate them. This leaves a tenth less error than the matrix's own order. Squared errors are
+    weighted by the part that later inputs cannot compensate.
     """
     blocks = [np.arange(begin, min(begin + BLOCK, len(matrix))) for begin in range(0, len(matrix), BLOCK)]
     order = _Order(blocks, np.ones(len(matrix), np.float32), None)
@@ -145,7 +145,7 @@ class _Grid:
 
     @property
     def most(self) -> int:
-        """The largest level, and zero."""
+        """The largest level; also the largest zero."""
         return (1 << self.bits) - 1
 
     @property
@@ -153,14 +153,14 @@ class _Grid:
         return (1 << (8 - self.bits)) - 1
 
     def steps_with(self, zero: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The largest steps with which no value is beyond the limit."""
+        """The largest steps with which no value exceeds the limit."""
         return np.asarray(np.minimum(self.most_step, self.limit // np.maximum(zero, self.most - zero)), np.float32)
 
 
 @dataclass(frozen=True)
 class _Order:
-    """How inputs are rounded. blocks: those of each block, in the order of rounding; weights: of the squared errors of
-    each input, in that order; factor: of GPTQ, in that order, or None."""
+    """The order in which inputs are rounded. blocks: the inputs of each block; weights: for the squared errors of each
+    input; factor: of GPTQ, or None. All are in the order of rounding."""
 
     blocks: list[NDArray[np.intp]]
     weights: NDArray[np.float32]
@@ -178,7 +178,7 @@ def _order(blocks: list[NDArray[np.intp]], hessian: NDArray[np.float32]) -> _Ord
 
 def _round_columns(matrix: NDArray[np.float32], order: _Order, grid: _Grid) -> Nibbles:
     scales = _scales(matrix, grid)
-    weights = matrix[np.concatenate(order.blocks)]  # a copy, in which errors are handed on
+    weights = matrix[np.concatenate(order.blocks)]  # a copy, in which errors are passed on
     levels = np.empty(matrix.shape, np.uint8)
     steps, zeros = (np.empty((len(order.blocks), matrix.shape[1]), np.uint8) for _ in range(2))
     begin = 0
@@ -202,7 +202,7 @@ def _round_columns(matrix: NDArray[np.float32], order: _Order, grid: _Grid) -> N
 
 
 def _scales(matrix: NDArray[np.float32], grid: _Grid) -> NDArray[np.float32]:
-    """The finest scale for each column with which the ranges of all its blocks can be had; 1 for a column of zeros."""
+    """The finest scale for each column that fits the ranges of all its blocks; 1 for a column of zeros."""
     largest = np.zeros(matrix.shape[1], np.float32)
     for begin in range(0, len(matrix), BLOCK):
         low, high = _range(matrix[begin : begin + BLOCK])
@@ -215,7 +215,7 @@ def _scales(matrix: NDArray[np.float32], grid: _Grid) -> NDArray[np.float32]:
 def _fit(
     block: NDArray[np.float32], weights: NDArray[np.float32], scales: NDArray[np.float32], grid: _Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Step and zero of each column of a block with the least weighed error."""
+    """Step and zero of each column of a block with the least weighted error."""
     low, high = _range(block)
     fitting = np.rint((high - low) / (grid.most * scales))
     best = np.full(block.shape[1], np.inf, np.float32)
@@ -236,7 +236,7 @@ def _fit(
 
 
 def _range(block: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Smallest and largest weight of each column, and zero in between."""
+    """Smallest and largest weight of each column, extended to include zero."""
     return np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
 
 

@@ -1,6 +1,6 @@
-"""Matrices for the row-wise schemes whose rounding errors later inputs make up for (GPTQ), computed once for an export.
+"""Round the matrices of the row-wise schemes by GPTQ, once for an export.
 
-They are kept as files in the export's scratch folder, since the graph is written several times while it is judged.
+The results are files in the export's scratch folder, since the graph is written several times while it is judged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .gptq import gptq_columns
 from .hessians import each_group_of_hessians
 from .nibbles import round_nibbles, save_nibbles
 
-# Matrices that are rounded at the same time, at most: each needs its Hessian four times in float32's size.
+# The most matrices to round at the same time: each takes four times the memory of its float32 Hessian.
 _MOST_AT_ONCE = 4
 
 
 def round_matrices(
     graph: Path, texts: Sequence[Sequence[int]], context: int, limit: int, folder: Path
 ) -> Mapping[str, Path]:
-    """Round the matrices of an fp32 graph, so that their products on the texts come out as exact as possible.
+    """Round the matrices of an fp32 graph so that their products on the texts are as exact as possible.
 
     graph: path of the fp32 graph; texts: token ids; context: of the model; limit: largest magnitude of a level, 127 or
     63; folder: where the files go. Returns: for the name of each matrix a file of int8 (inputs, outputs), in units of
@@ -49,8 +49,8 @@ def round_matrices(
 def round_to_nibbles(
     graph: Path, texts: Sequence[Sequence[int]], context: int, limit: int, folder: Path, *, widths: Sequence[int]
 ) -> Mapping[int, Mapping[str, Path]]:
-    """The same in so many bits, for each of the widths: files of `save_nibbles`. An embedding that no product reads is
-    rounded to the nearest, and so is every matrix where there are no texts. Cost: as of `round_nibbles`, each."""
+    """The same with fewer bits, for each of the widths: files of `save_nibbles`. An embedding that no product reads is
+    rounded to the nearest; without texts, so is every matrix. Cost: as of `round_nibbles`, each."""
     model = ir.load(graph)
     weights = _weights(model)
     multiplied = list(weights)
@@ -79,12 +79,16 @@ def _round_each(
     texts: Sequence[Sequence[int]],
     context: int,
 ) -> None:
-    # Half of the work is numpy's on single rows, which takes one core: so several matrices at once.
+    from threadpoolctl import threadpool_limits
+
+    # Several matrices at once: half of the work is numpy on single rows, which uses one core. Each matrix has one
+    # thread: its products are small, and threads that wait for each other take 1.6 times as long.
     with ThreadPoolExecutor(min(machine.default_threads(), _MOST_AT_ONCE)) as pool:
         for group in each_group_of_hessians(graph, texts, context):
-            # The costliest first, that none is left alone at the end.
+            # The costliest first, so that no long one runs alone at the end.
             names = sorted(group, key=lambda name: -(len(group[name]) ** 2) * weights[name].shape[1])
-            list(pool.map(round_one, names, [group[name] for name in names]))
+            with threadpool_limits(1, user_api="blas"):
+                list(pool.map(round_one, names, [group[name] for name in names]))
 
 
 def _weights(model: ir.Model) -> dict[str, Weight]:

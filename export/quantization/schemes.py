@@ -1,7 +1,7 @@
-"""Quantized graphs, made of the fp32 graph's files as often as they are needed, each with other matrices left out.
+"""Make quantized graphs from the fp32 graph's files, as often as needed, each with other matrices left out.
 
-The fp32 weights stay in their file: onnx_ir maps them into memory as they are read, and int8 matrices are made one at a
-time, as they are written.
+The fp32 weights stay in their file: onnx_ir maps them when they are read, and int8 matrices are computed one at a time,
+when they are written.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Quantizer:
     narrow: Mapping[str, Path] = field(default_factory=dict)
 
     def quantized(self, excluded: Collection[str] = (), wide: Collection[str] = ()) -> ir.Model:
-        """The graph that ships. excluded: names of matrices that are left in the type of the activations; wide: names
-        of matrices whose activations have 16 bits."""
+        """The graph that ships. excluded: names of matrices that keep the type of the activations; wide: names of
+        matrices whose activations have 16 bits."""
         graph = self._apply(excluded, self.ranges, wide)
         if self.activations == "float16":
             ir.passes.PassManager(narrowing_passes())(graph)
@@ -45,15 +45,15 @@ class Quantizer:
 
     @cached_property
     def matrices(self) -> list[str]:
-        """Names of all matrices that the scheme quantizes: those that a quantized graph has no more."""
+        """Names of all matrices that the scheme quantizes: those that are missing in a quantized graph."""
         left = self._apply((), {}).graph.initializers
-        # What is fused into products loses constants, too: the sizes of a gate's halves.
+        # Fusing also removes constants, such as the sizes of a gate's halves: count only matrices.
         weights = ir.load(self.graph).graph.initializers.items()
         return [name for name, value in weights if name not in left and len(value.shape or ()) > 1]
 
     def alone(self, names: Collection[str], wide: Collection[str] = ()) -> ir.Model:
-        """The fp32 graph in which these matrices, and nothing else, are quantized. Activations between them stay
-        float32. wide: as of `quantized`."""
+        """The fp32 graph with only these matrices quantized. Activations between them stay float32. wide: as of
+        `quantized`."""
         return self._apply([name for name in self.matrices if name not in names], {}, wide)
 
     def _apply(

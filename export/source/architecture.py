@@ -1,4 +1,4 @@
-"""Which models can be exported, by their configuration alone: causal language models of text."""
+"""Check by its configuration that a model can be exported: a causal language model of text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SENSES = ("vision_config", "audio_config", "speech_config", "image_config", "vi
 
 
 def check_architecture(place: Path, config: dict[str, Any]) -> None:
-    """Is a configuration one of a causal model of text that transformers knows? Remote code never runs.
+    """Check that a configuration is one of a causal model of text that transformers knows. Remote code never runs.
 
-    place: the file that says so, for messages. Raises: SourceError.
+    place: the configuration's file, for messages. Raises: SourceError.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -24,10 +24,10 @@ def check_architecture(place: Path, config: dict[str, Any]) -> None:
             raise SourceError(f"{place} needs code of its own ({config['auto_map']}), which edgelm never runs")
         raise SourceError(f"{place}: model_type {kind!r} is unknown to the installed transformers: update it")
     causal = _causal_names(kind)
-    # Encoders such as BERT are among transformers' causal models too, so the class that was saved decides.
+    # transformers lists encoders such as BERT as causal models too, so the saved class decides.
     saved = config.get("architectures") or causal
     is_causal = bool(causal) and not _all_causal_names(causal).isdisjoint(saved)
-    # Some models of text and images are among them as well.
+    # It also lists some models of text and images.
     senses = [name for name in config if name in _SENSES and config[name] is not None]
     if not is_causal or senses or config.get("is_encoder_decoder"):
         raise SourceError(
@@ -56,7 +56,7 @@ def _all_causal_names(own: list[str]) -> set[str]:
 
 
 def _other_kind(kind: str, config: dict[str, Any], senses: list[str]) -> str:
-    """What a model is that is not a decoder of text, and what to do about it."""
+    """What kind of model it is instead, and what to do about it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     only = "edgelm exports causal models only"

@@ -1,4 +1,4 @@
-"""config.json of a model folder, and the words of others' errors."""
+"""Read config.json of a model folder; shorten errors of other libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ADAPTER_NAME = "adapter_config.json"
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises: SourceError for a folder of peft's that holds changes to another model, and no model."""
+    """Raises: SourceError for a folder of peft with an adapter instead of a model."""
     path = folder / _ADAPTER_NAME
     if not path.is_file() or (folder / CONFIG_NAME).is_file():
         return
@@ -48,5 +48,5 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line of up to 300 characters."""
+    """An error's message in one line of up to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

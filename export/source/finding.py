@@ -1,6 +1,6 @@
 """Find a model: a local folder or GGUF file, a model of the hub, or the one that comes with edgelm.
 
-What can be told without loading weights is checked here. The network is touched for hub ids alone.
+Checks everything that is possible without loading weights. Only hub ids use the network.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_source(model: str, revision: str | None) -> Path:
-    """The folder that holds a model: builtin, local, or downloaded from the hub; or its GGUF file, the first of several
-    parts.
+    """The folder of a model: builtin, local, or downloaded from the hub; or its GGUF file, the first of several parts.
 
-    Checks what can be told without loading weights. Raises: SourceError.
+    Checks everything that is possible without loading weights. Raises: SourceError.
     """
     folder = _builtin(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     file = gguf_source.gguf_in(folder) if folder.is_dir() else folder if gguf_source.is_gguf(folder) else None
@@ -61,8 +60,8 @@ def find_source(model: str, revision: str | None) -> Path:
 
 
 def short_name(model: str) -> str:
-    """What a model goes by: the last part of how the user named it, the folder's own name for ".", and the name on the
-    hub for a folder in its cache, which is called by a commit."""
+    """A short name of a model: the last part of the user's name for it; for "." the folder's name; for a folder in the
+    hub's cache, which is named by a commit, the name on the hub."""
     name = model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     if Path(model).is_dir():
         folder = Path(model).absolute()

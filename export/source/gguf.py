@@ -1,4 +1,5 @@
-"""A GGUF file as a source. transformers reads it; what it would leave out, misread or never finish is found before.
+"""A GGUF file as a source. transformers reads it; files that it would misread, or never finish reading, are refused
+before.
 
 Weights are dequantized to float32. Tokenizer, chat template and end tokens come from the file.
 """
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 _FREQUENCIES = "rope_freqs.weight"
 _NO_SCALING = ("", "none")
-# Keys that name further tokens at which llama.cpp ends an answer.
+# Keys of further tokens at which llama.cpp ends an answer.
 _ENDS = ("eos", "eot", "eom")
-# Names of rules to cut words by, as convert_hf_to_gguf.py writes them, that transformers' reader does not know: single
-# digits, then GPT-2's rule. It takes GPT-2's rule alone for them.
+# Pre-tokenizers, by the names that convert_hf_to_gguf.py writes, that transformers' reader does not know: single
+# digits, then GPT-2's rule. It uses only GPT-2's rule for them.
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _AS_GPT2 = ("default", "gpt-2", "phi-2", "mpt", "olmo", "roberta-bpe", "gigachat", "trillion", "jais")
 _logger = logging.getLogger(__name__)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is one of a GGUF file, by its ending or its first bytes."""
+    """Whether a path is a GGUF file, by its suffix or its first bytes."""
     if path.suffix.lower() == SUFFIX:
         return not path.is_dir()
     if not path.is_file():
@@ -43,7 +44,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_in(folder: Path) -> Path | None:
-    """The one model of a folder that holds GGUF files and no safetensors, its first part where it has several.
+    """The only model in a folder with GGUF files and no safetensors; the first file if it has several parts.
 
     Raises: SourceError for several models.
     """
@@ -59,7 +60,7 @@ def gguf_in(folder: Path) -> Path | None:
 
 
 def check_gguf(path: Path) -> Path:
-    """All that can be told from the headers of a file, or of the parts that it belongs to, before weights are read.
+    """Check the headers of a file, or of all its parts, before weights are read.
 
     Returns: the file, or the first part. Raises: SourceError.
     """
@@ -99,7 +100,7 @@ def _check_type(path: Path, kind: int, name: str) -> None:
     _, size = gguf.GGML_QUANT_SIZES[found]
     try:
         gguf.dequantize(np.zeros((1, size), np.uint8), found)
-    except NotImplementedError as error:  # what gguf raises for a type that it cannot turn into float32
+    except NotImplementedError as error:  # gguf raises it for types that it cannot dequantize
         raise SourceError(
             f"{path}: its tensor {name} has the type {found.name}, which the package gguf cannot turn into float32: "
             "give another quantization of the model, such as Q8_0 or F16"
@@ -115,7 +116,7 @@ def _check_tokenizer(header: Header) -> None:
 
 
 def _check_rope(headers: list[Header]) -> None:
-    """transformers' reader knows one base of the rotary embedding, and leaves all scaling out without a word."""
+    """Refuse scaled rotary embeddings: transformers' reader silently ignores the scaling."""
     header, architecture = headers[0], _architecture(headers[0])
     kind = header.get(f"{architecture}.rope.scaling.type", "none")
     names = {tensor.name for item in headers for tensor in item.tensors}
@@ -131,7 +132,7 @@ def _check_rope(headers: list[Header]) -> None:
 
 @contextlib.contextmanager
 def one_file(path: Path) -> Iterator[Path]:
-    """A model's file, or its parts joined in a temporary folder, as transformers reads no parts.
+    """A model's file, or its parts joined in a temporary folder: transformers does not read parts.
 
     Cost: for parts, the model's size on the disk. Raises: SourceError, OSError.
     """
@@ -146,8 +147,8 @@ def one_file(path: Path) -> Iterator[Path]:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The configuration that transformers makes of a file, with what it leaves out. Raises: what transformers raises;
-    SourceError."""
+    """The configuration that transformers makes from a file, completed where it ignores entries. Raises: as
+    transformers; SourceError."""
     import transformers
 
     header = read_header(path)
@@ -163,7 +164,8 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def _scale_rope(header: Header, config: PreTrainedConfig) -> None:
-    """Llama 3's scaling stands in the file as what it does to each frequency. Raises: SourceError for any other."""
+    """Restore Llama 3's scaling, which the file stores as a factor for each frequency. Raises: SourceError for any
+    other scaling."""
     import numpy as np
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -186,12 +188,12 @@ def _scale_rope(header: Header, config: PreTrainedConfig) -> None:
 
 
 def load_weights(path: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The dequantized model, and what transformers says of keys. Raises: what transformers raises; SourceError."""
+    """The dequantized model, and transformers' report about keys. Raises: as transformers; SourceError."""
     import torch
     import transformers
 
     _check_size(path, config)
-    # Its bar of progress cannot be switched off.
+    # Its progress bar cannot be switched off.
     with contextlib.redirect_stderr(io.StringIO()):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -201,7 +203,7 @@ def load_weights(path: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel,
             quantization_config=transformers.GgufConfig(dequantize=True),
             trust_remote_code=False,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # as for safetensors: the caller names them
+            ignore_mismatched_sizes=True,  # as for safetensors: the caller reports them
             output_loading_info=True,
         )
     module: PreTrainedModel = loaded[0]
@@ -213,7 +215,7 @@ def load_weights(path: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel,
 
 
 def _check_size(path: Path, config: PreTrainedConfig) -> None:
-    """Do the sizes of the header fit the tensors? Otherwise weights would be made up, or left out without a word.
+    """Check that the sizes in the header fit the tensors: otherwise transformers silently invents or ignores weights.
 
     Nothing is allocated. Raises: SourceError.
     """
@@ -234,15 +236,15 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
 
 
 def _is_spare(name: str, config: PreTrainedConfig, layers: int) -> bool:
-    """Whether a tensor is not a weight by itself: a head that is the embedding, layers that draft tokens, or the
-    frequencies that the configuration holds."""
+    """Whether a tensor is not needed: a head tied to the embedding, layers for draft tokens, or frequencies that the
+    configuration has."""
     parts = name.split(".")
     beyond = parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= layers
     return beyond or name == _FREQUENCIES or (name == "output.weight" and bool(config.tie_word_embeddings))
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that transformers makes of a file, chat template included. Raises: what transformers raises."""
+    """The tokenizer that transformers makes from a file, with its chat template. Raises: as transformers."""
     import transformers
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -265,8 +267,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _without_foreign(tokenizer: Any, count: int) -> Any:
-    """transformers gives every byte-level tokenizer the token <|endoftext|>, be it in the file or not: then it lies
-    behind the model's last one, and is taken out. count: of the file's tokens."""
+    """transformers adds the token <|endoftext|> to every byte-level tokenizer. If the file does not have it, its id is
+    behind the model's last one, and it is removed. count: number of the file's tokens."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""Reads the header of a GGUF file and holds every number in it against the size of the file; joins files in parts.
+"""Read the header of a GGUF file and check every number in it against the file's size; join files in parts.
 
-transformers' readers believe what a header says: a count of 2**60 keeps them busy for ever, and a file that was cut
-short gives short tensors. So a file passes here first. Nothing that a header claims is allocated before it is proven.
+transformers' readers trust the header: a count of 2**60 keeps them busy forever, and a truncated file gives short
+tensors. So every file is checked here first. Nothing is allocated before the header's claim is checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MOST_DIMENSIONS = 4
-# More than any vocabulary has. transformers takes some 500 bytes for each element.
+# More than any vocabulary has. transformers needs some 500 bytes for each element.
 _MOST_ELEMENTS = 1 << 21
 _MOST_TENSORS = 1 << 17
 _PIECE_BYTES = 1 << 24
@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself."""
+    """The header of a GGUF file."""
 
     path: Path
     version: int
@@ -107,7 +107,7 @@ class _Reader:
         return Header(self._path, version, alignment, entries, self._placed(infos, alignment))
 
     def _count(self, what: str, least_bytes: int, most: int) -> int:
-        """A number of things that the file must have room for."""
+        """Read a count, and check that the file is large enough for so many things."""
         count: int = self._number("Q")
         if count * least_bytes > self._size - self._file.tell():
             raise self._cut_short(f"its header speaks of {count:,} {what}, more than it has room for")
@@ -150,7 +150,7 @@ class _Reader:
         return name, tuple(reversed(shape)), self._number("I"), self._number("Q")
 
     def _placed(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> tuple[Tensor, ...]:
-        """The tensors, of which each lies within the file and none on another's place."""
+        """The tensors, after checking that each is within the file and none overlap."""
         begin = -(-self._file.tell() // alignment) * alignment
         tensors = []
         for name, shape, kind, offset in infos:
@@ -206,7 +206,7 @@ def tensor_bytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> in
 
 
 def find_parts(path: Path) -> list[Path]:
-    """The files of the model that a file belongs to, in order: itself, or all of its parts. Raises: SourceError."""
+    """The files of a model in order: the file itself, or all of its parts. Raises: SourceError."""
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]
@@ -219,13 +219,13 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def model_name(path: Path) -> str:
-    """A file's name without its ending and without the number of the part."""
+    """A file's name without suffix and number of the part."""
     match = _PART.fullmatch(path.name)
     return match["name"] if match else path.stem
 
 
 def check_parts(headers: list[Header]) -> None:
-    """Do these files belong together? Raises: SourceError."""
+    """Check that these files belong together. Raises: SourceError."""
     tensors = sum(len(header.tensors) for header in headers)
     for number, header in enumerate(headers):
         said = header.get("split.no", 0), header.get("split.count", 1), header.get("split.tensors.count", tensors)

@@ -1,4 +1,4 @@
-"""Load and describe a model that `finding` found. Only safetensors and GGUF are read, and remote code is never run."""
+"""Load and describe a model that `finding` found. Only safetensors and GGUF are read. Remote code never runs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _UNLIMITED_CONTEXT = 1 << 20
 
 @dataclass(frozen=True)
 class SourceModel:
-    """What an export needs to know of a model beside its weights: they come and go by themselves.
+    """The description of a model, without its weights.
 
-    compression: the steps that it went through, with settings, choices and figures; none for most models; notes: what
-    the bundle does otherwise than the model's files say, in sentences.
+    compression: earlier compression steps, with settings, choices and figures; notes: where the bundle deviates from
+    the model's files, in sentences.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class SourceModel:
 
 
 def load_module(folder: Path) -> PreTrainedModel:
-    """The model of a folder or file from `find_source`, in evaluation mode, float32, every weight a number.
+    """The model of a folder or file from `find_source`, in evaluation mode and float32, with all weights finite.
 
     Cost: the weights in memory, read one at a time; of GGUF files up to twice that. Raises: SourceError.
     """
@@ -67,7 +67,7 @@ def load_module(folder: Path) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are looked for below, where their names can be told
+            ignore_mismatched_sizes=True,  # they are reported below by name
             output_loading_info=True,
             **widening(read_config(folder)),
         )
@@ -94,7 +94,7 @@ def _load_gguf(file: Path) -> PreTrainedModel:
 
 
 def _checked(place: Path, module: Any, info: dict[str, Any]) -> PreTrainedModel:
-    """A module of which every weight was read and is a number. info: what transformers says of keys."""
+    """The module, after checking that every weight was read and is finite. info: transformers' report about keys."""
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise SourceError(
@@ -117,7 +117,7 @@ def _load_compressed(folder: Path) -> PreTrainedModel:
 
 
 def describe_source(model: str, folder: Path, module: PreTrainedModel) -> SourceModel:
-    """Tokenizer and description of a loaded model; a compressed one goes by its source's name. Raises: SourceError."""
+    """Tokenizer and description of a loaded model. A compressed model has its source's name. Raises: SourceError."""
     tokenizer = load_tokenizer(folder)
     record = read_record(folder)
     vocab_size = int(module.config.get_text_config().vocab_size)
@@ -146,12 +146,12 @@ def describe_source(model: str, folder: Path, module: PreTrainedModel) -> Source
 
 
 def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
-    """The table (vocabulary, hidden) that token ids are looked up in. Raises: SourceError."""
+    """The embedding table (vocabulary, hidden). Raises: SourceError."""
     import torch
 
     try:
         found: Any = module.get_input_embeddings()
-    except NotImplementedError:  # transformers guesses by common names; a registered class may have others
+    except NotImplementedError:  # transformers guesses by common names; a registered class may use others
         found = next((item for item in module.modules() if isinstance(item, torch.nn.Embedding)), None)
     if not isinstance(found, torch.nn.Embedding):
         raise SourceError(f"{type(module).__name__} looks token ids up in no table: edgelm cannot export it")
@@ -159,18 +159,18 @@ def token_embedding(module: PreTrainedModel) -> torch.nn.Embedding:
 
 
 def cache_argument(module: PreTrainedModel) -> str:
-    """The name under which a model takes and returns its cache: models with recurrences have one of their own."""
+    """The name of a model's cache argument: some recurrent models have their own."""
     known = inspect.signature(module.forward).parameters
     return "past_key_values" if "past_key_values" in known else "cache_params"
 
 
 def _check_numbers(folder: Path, module: PreTrainedModel) -> None:
-    """Before anything is computed with them: are all weights numbers? Cost: one pass over the weights."""
+    """Check that all weights are finite. Cost: one pass over the weights."""
     import torch
 
     for name, weight in module.named_parameters():
-        # A NaN or an infinity makes the sum no number. So may an overflow: only then is each value looked at, which
-        # takes several passes and writes as many masks.
+        # NaN or infinity make the sum not finite, but so may an overflow: only then is each value checked, which takes
+        # several passes and masks.
         if bool(torch.isfinite(weight.detach().sum())):
             continue
         wrong = int((~torch.isfinite(weight)).sum())
@@ -182,7 +182,7 @@ def _check_numbers(folder: Path, module: PreTrainedModel) -> None:
 
 
 def _weight_file(folder: Path, name: str) -> Path:
-    """The file that holds a weight, as the index of a model in several files says, or whatever there is."""
+    """The file that holds a weight, by the index of a model in several files, or the only file."""
     if folder.is_file():
         return folder
     index = folder / "model.safetensors.index.json"
@@ -191,8 +191,8 @@ def _weight_file(folder: Path, name: str) -> Path:
 
 
 def _context_length(module: PreTrainedModel) -> int:
-    """The most positions of the model. One whose configuration names none has no positions to run out of (a recurrence,
-    or attention that only looks at distances): it gets a length that no device reaches."""
+    """The model's context length. A configuration without one is of a model without a limit (a recurrence, or attention
+    by distances): it gets a length that no device reaches."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         length = getattr(module.config.get_text_config(), name, None)
         if isinstance(length, int) and length > 0:
@@ -201,13 +201,13 @@ def _context_length(module: PreTrainedModel) -> int:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit of a model that was downloaded: the hub's cache names its folders so."""
+    """The commit of a downloaded model, by the folder's name in the hub's cache."""
     snapshot = folder.parent if folder.is_file() else folder
     return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def _license(folder: Path) -> str | None:
-    """The licence that the model card's header names, or the GGUF file, if there is one."""
+    """The licence in the model card's header or in the GGUF file, if any."""
     if folder.is_file():
         return gguf_source.license_of(folder)
     card = folder / "README.md"

@@ -1,7 +1,7 @@
-"""Checkpoints whose weights are quantized already: looked at in the configuration, before anything is loaded.
+"""Checkpoints whose weights are quantized already: detected by the configuration, before anything is loaded.
 
-FP8 with a scale for each block is widened to float32, the very products of values and scales. Every other method is
-refused by its name: transformers reads it with packages of its own, for GPUs, or gives modules that are no matrices.
+FP8 with a scale for each block is widened to float32 exactly. All other methods are refused by name: transformers reads
+them with other packages, for GPUs, or gives modules that are not matrices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import SourceError
 
 _KEY = "quantization_config"
-# Keys and files in which other tools say the same, and the method that each stands for.
+# Keys and files in which other tools declare their method.
 _OTHER_KEYS = {"quantization": "MLX", "compression_config": "compressed-tensors"}
 _OTHER_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 _FP8 = "fp8"
@@ -23,7 +23,7 @@ _ADVICE = (
 
 
 def check_quantization(folder: Path, config: dict[str, Any]) -> None:
-    """Are the weights of a folder plain, or of the one quantized form that can be widened?
+    """Check that the weights of a folder are plain, or FP8 that can be widened.
 
     config: of config.json. Raises: SourceError.
     """
@@ -44,28 +44,28 @@ def check_quantization(folder: Path, config: dict[str, Any]) -> None:
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """quantization_config of a configuration, or of the part of it that describes the text model."""
+    """quantization_config of a configuration, or of its text_config."""
     text = config.get("text_config")
     found = config.get(_KEY) or (text.get(_KEY) if isinstance(text, dict) else None)
     return found if isinstance(found, dict) else None
 
 
 def widening(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes transformers widen a checkpoint that passed `check_quantization`: on any machine, also where a GPU
-    could compute with it as it is. Arguments for `from_pretrained`, none for plain weights."""
+    """Arguments for `from_pretrained` that make transformers widen a checkpoint that passed `check_quantization`, also
+    on a machine whose GPU could compute in FP8. Empty for plain weights."""
     found = quantization_of(config)
     if found is None:
         return {}
     from transformers import FineGrainedFP8Config
 
-    # Of what is given here transformers takes the attributes of loading alone, and replaces the folder's by them.
+    # transformers takes only loading attributes from it, and overrides the folder's.
     skipped = found.get("modules_to_not_convert")
     make: Any = FineGrainedFP8Config
     return {_KEY: make(dequantize=True, modules_to_not_convert=skipped)}
 
 
 def _method(folder: Path, config: dict[str, Any], found: dict[str, Any] | None) -> str | None:
-    """What a folder is quantized with, as its files name it; None for plain weights."""
+    """The quantization method that a folder's files declare; None for plain weights."""
     if found is not None:
         return str(found.get("quant_method") or _unnamed(found))
     by_key = next((method for key, method in _OTHER_KEYS.items() if config.get(key)), None)
@@ -73,7 +73,7 @@ def _method(folder: Path, config: dict[str, Any], found: dict[str, Any] | None) 
 
 
 def _unnamed(found: dict[str, Any]) -> str:
-    """Files from before methods were named are of bitsandbytes; MLX's give bits and the size of a group alone."""
+    """The method of a configuration that names none: bitsandbytes in old files; MLX gives only bits and group size."""
     if any(key.startswith(("load_in_", "bnb_")) for key in found):
         return "bitsandbytes"
     return f"a method without a name, of {', '.join(sorted(found)) or 'no settings'}"
@@ -84,8 +84,8 @@ def _is_block(block: Any) -> bool:
 
 
 def _check_blocks(folder: Path, block: tuple[int, int]) -> None:
-    """transformers cuts a matrix into as many equal parts as it has scales. Where blocks do not fit evenly, the last
-    one is smaller, and these parts are not the blocks."""
+    """Check that matrices consist of whole blocks: transformers cuts a matrix into as many equal parts as it has
+    scales, which is wrong if the last block is smaller."""
     shapes = _shapes(folder)
     for name, scales in shapes.items():
         weight = shapes.get(name.removesuffix(_SCALE))
@@ -100,7 +100,7 @@ def _check_blocks(folder: Path, block: tuple[int, int]) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors, from the headers alone."""
+    """Shapes of all tensors, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""Rotary embeddings whose values depend on the length of the whole text, such as longrope and dynamic NTK.
+"""Rotary embeddings that depend on the length of the whole text, such as longrope and dynamic NTK.
 
-A cached key was rotated for the length that the text had then, and graphs read cosines and sines from tables. So the
-context of a bundle ends where such a rotation would begin to change. It is found by asking the model's own modules for
-the rotation of one position in texts of several lengths, whatever their kind is called.
+A cached key was rotated for the length at that time, and graphs read cosines and sines from tables. So the context of a
+bundle ends where such a rotation begins to change. That length is found by calling the model's own modules for one
+position in texts of several lengths; no kind is known by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def steady_length(module: PreTrainedModel, context_length: int) -> int:
 
 
 def rotation_name(module: PreTrainedModel) -> str:
-    """What the configuration calls the rotation, for messages."""
+    """The rotation's name in the configuration, for messages."""
     config: Any = module.config.get_text_config()
     found = getattr(config, "rope_parameters", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
@@ -44,7 +44,7 @@ def rotation_name(module: PreTrainedModel) -> str:
 
 
 def _last_like_short(rotation: Callable[[int], torch.Tensor], longest: int) -> int:
-    """Bisect: what has changed at a length stays changed."""
+    """Bisect: a rotation that has changed stays changed."""
     import torch
 
     short = rotation(_SHORTEST)
@@ -80,7 +80,7 @@ def _asker(part: torch.nn.Module, kind: str | None) -> Callable[[int], torch.Ten
     def ask(length: int) -> torch.Tensor:
         positions = torch.tensor([[_AT, length - 1]])
         with torch.no_grad():
-            # On a copy, since some keep the longest length that they saw.
+            # On a copy, since some remember the longest length.
             found = copy.deepcopy(part)(torch.zeros(1, 2, 1), position_ids=positions, **extra)
         parts = found if isinstance(found, tuple) else (found,)
         return torch.cat([torch.view_as_real(item) if item.is_complex() else item for item in parts], -1)[:, 0]

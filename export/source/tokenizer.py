@@ -1,4 +1,4 @@
-"""A model's tokenizer: loaded, held against the model's vocabulary, and the special tokens at which answers end."""
+"""A model's tokenizer: load it, check it against the vocabulary, find the special tokens at which answers end."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def _load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Fewer tokens than the model has rows are common, as rows are padded. So is a token for padding that was added
-    for a training and has no row: it is of no use in a prompt. Any other would be looked for where none are.
+    """Check that every token has a row in the model. More rows than tokens are common, since rows are padded. A padding
+    token without a row, added for training, is accepted: prompts do not need it.
 
-    Returns: what is to be said. Raises: SourceError.
+    Returns: notes for the user. Raises: SourceError.
     """
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
     needed = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
@@ -66,7 +66,7 @@ def check_vocabulary(folder: Path, vocab_size: int, tokenizer: PreTrainedTokeniz
 
 
 def _tokenizer_advice(folder: Path) -> str:
-    """What is missing. transformers' own words name tiktoken wherever it cannot read a file of SentencePiece."""
+    """What is missing. transformers' own message wrongly names tiktoken if it cannot read a SentencePiece file."""
     packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
     missing = [package for module, package in packages.items() if not _installed(module)]
     if missing and any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
@@ -84,10 +84,10 @@ def _installed(module: str) -> bool:
 def special_tokens(
     folder: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tokens, tuple[str, ...]]:
-    """Special tokens, and what is to be said of them.
+    """Special tokens, and notes for the user.
 
-    An answer ends at the tokens of the generation configuration, and at the tokenizer's own end, which is the end of a
-    turn in models that were trained to chat. Their authors often change one of the two only.
+    An answer ends at the tokens of the generation configuration and at the tokenizer's end token, which in chat models
+    is the end of a turn. Authors often change only one of the two.
     """
     config = module.config.to_dict() if folder.is_file() else read_config(folder)
     generation = module.generation_config
@@ -110,8 +110,8 @@ def special_tokens(
 
 
 def _own_end(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """The id of the tokenizer's end token; None where it has none, or one that is not a token of the model: tokenizers
-    give the id of the unknown token for a name that their vocabulary does not hold."""
+    """The id of the tokenizer's end token; None if it has none or the model lacks it: for an unknown name, tokenizers
+    return the id of the unknown token."""
     found: Any = tokenizer.eos_token_id
     if found is None or found >= vocab_size or tokenizer.convert_ids_to_tokens(found) != tokenizer.eos_token:
         return None

@@ -1,7 +1,7 @@
-"""Whether the tokenizer that goes into a bundle is the one that transformers uses, tried on texts that are hard.
+"""Check on hard texts that the bundle's tokenizer is equal to the one that transformers uses.
 
-The bundle's tokenizer.json is the core of a transformers tokenizer, not the whole: a class or a setting of
-tokenizer_config.json may change ids or text in Python, which a device without transformers cannot follow.
+The bundle's tokenizer.json is only the core of a transformers tokenizer: a class, or a setting of
+tokenizer_config.json, may change ids or text in Python, which a device without transformers cannot do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import SourceError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What tokenizers treat in ways of their own: contractions and digits, blanks in front and in runs, control characters,
+# Texts that tokenizers treat differently: contractions and digits, leading and repeated blanks, control characters,
 # blanks before punctuation, accents in both forms, ligatures, scripts without blanks or from right to left, emoji of
 # several characters, a character outside the first plane, SentencePiece's mark, a U+FFFD, code, names of tokens.
 HARD_TEXTS = (
@@ -37,8 +37,8 @@ _MOST_ADDED_TOKENS = 64
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, bundled: Tokenizer, text: str) -> None:
     """Compare ids and decoded text of `text` and of hard texts, with special tokens and without.
 
-    The hard texts include the tokenizer's own added tokens, as they stand inside a chat's prompt. Raises: SourceError,
-    naming the first text that differs.
+    The hard texts include the tokenizer's added tokens, as in a chat's prompt. Raises: SourceError, which names the
+    first different text.
     """
     added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().get)[:_MOST_ADDED_TOKENS]
     for sample in (text, *HARD_TEXTS, *(f"a {token} b{token}{token}\nc" for token in added)):

@@ -1,7 +1,7 @@
-"""Weights of a checkpoint that the model of its configuration has no place for.
+"""Detect weights of a checkpoint that the configuration's model does not use.
 
-transformers leaves them out with a note. Such a model computes something else than the one that was trained, and no
-comparison with torch can tell, because torch runs the same mutilated model.
+transformers ignores them with a note. Such a model is not the one that was trained, and a comparison with torch cannot
+show it, because torch runs the same wrong model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Older versions of transformers saved what a model computes from its configuration: no weight is called so.
+# Values that older versions of transformers saved though the model computes them; no weight has such a name.
 _COMPUTED = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached")
-# What a missing key of the configuration leaves without a place, by how the names of the weights end, and the advice.
+# Advice by the suffix of unused weights: which key of the configuration may be missing.
 _ADVICE = (
     (("_scale", "_scale_inv", ".SCB", ".scales"), "they are scales of quantized weights: add its quantization_config"),
     ((".bias",), "a model with biases says so in its configuration, as attention_bias or mlp_bias"),
@@ -28,10 +28,10 @@ _SHOWN = 3
 
 
 def check_unused(folder: Path, module: PreTrainedModel, unused: Collection[str]) -> None:
-    """Does the model use every weight of its files? Tensors that it computes anew are no weights.
+    """Check that the model uses every weight of its files. Tensors that it computes itself do not count.
 
-    unused: names, as the files have them, that transformers found no place for and does not know to be spare. Cost:
-    reads those of them that may be masks. Raises: SourceError.
+    unused: names in the files that transformers did not use and does not know to be spare. Cost: reading those that may
+    be masks. Raises: SourceError.
     """
     buffers = {name for name, _ in module.named_buffers()}
     suspects = [name for name in sorted(unused) if name not in buffers and not _is_computed(name)]
@@ -57,7 +57,7 @@ def _advice(names: Collection[str]) -> str:
 
 
 def _read(folder: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those of a folder's tensors that have as many dimensions as a mask."""
+    """The named tensors of a folder that have as many dimensions as a mask."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")) if names else ():

@@ -1,4 +1,4 @@
-"""torch module to ONNX graph, for any model whose attention goes through transformers' attention registry.
+"""Trace a torch module to an ONNX graph, for any model whose attention uses transformers' attention registry.
 
 transformers calls attention by name from a registry. A function of ours under a name of its own receives every layer's
 queries, keys and values, wherever they come from, and emits ONNX Runtime's `GroupQueryAttention` with that layer's KV
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_NAME = "edgelm_group_query_attention"
-# Trace with unlike sizes above 1, or torch would take two of them for one, or a 1 for a constant.
+# Sizes for the trace, different and above 1: torch would merge equal ones, and treat 1 as a constant.
 _BATCH, _NEW, _PAST = 2, 3, 5
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TracedModel:
-    """The graph with float32 weights (those of the torch module, not copied), and what it caches.
+    """The graph with float32 weights (the torch module's, not copied), and the description of its cache.
 
     layers: each layer's keys and values; layout: "in_place" where a fused operator writes them into one buffer,
     "concatenated" where the graph returns them grown; states: other tensors that a step hands to the next;
@@ -51,7 +51,7 @@ class TracedModel:
 
 @dataclass
 class _Trace:
-    """What the attention function and the module around the model share during one trace."""
+    """State that the attention function and the module around the model share during one trace."""
 
     past: dict[int, tuple[torch.Tensor, torch.Tensor]]
     last_positions: torch.Tensor
@@ -62,7 +62,7 @@ class _Trace:
 
 @dataclass
 class _Probe:
-    """Records the shape of each layer's cache while the model runs once on a few tokens."""
+    """Records the shape of each layer's cache during one run on a few tokens."""
 
     layers: dict[int, LayerCache] = field(default_factory=dict)
 
@@ -71,8 +71,8 @@ _active: _Trace | _Probe | None = None
 
 
 class _CacheStandIn:
-    """Answers what modeling code asks of a cache during a trace: the keys and values of earlier tokens are added inside
-    the attention operator, so this one is always empty and hands back what it is given."""
+    """Replaces the cache in modeling code during a trace. The attention operator adds the keys and values of earlier
+    tokens, so this cache is always empty and returns what it is given."""
 
     is_compileable = False
     layers: tuple[()] = ()
@@ -132,10 +132,10 @@ def trace_model(model: PreTrainedModel) -> TracedModel:
     with _routed_attention(model), traceable_experts(model), quiet_exporter():
         layers = _probe_layers(model)
         try:
-            # Without gradients modeling code that switches them off leaves no trace of that.
+            # Without gradients: otherwise modeling code that switches them off would be traced.
             with torch.no_grad(), light_decompositions():
                 program = _export(model, layers)
-        except Exception as error:  # torch.export raises whatever modeling code and its own layers raise
+        except Exception as error:  # torch.export passes on any error of modeling code and of its own layers
             raise TraceError(f"{type(model).__name__} cannot be traced: {reason_of(error)}") from error
     graph = program.model
     name_weights(graph)
@@ -187,7 +187,8 @@ def _attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch, heads, new, size = query.shape
     kv_heads, value_size = key.shape[1], value.shape[3]
-    # The operator takes one size for keys and values: zeros fill up the smaller, as in multi-head latent attention.
+    # The operator has one size for keys and values: the smaller is padded with zeros, as in multi-head latent
+    # attention.
     wide = max(size, value_size)
     if isinstance(_active, _Probe):
         if layer in _active.layers:
@@ -223,7 +224,7 @@ def _attention(
 
 
 def _filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """Zeros behind the last axis, up to a size."""
+    """The tensor with its last axis padded with zeros."""
     missing = size - tensor.shape[-1]
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
@@ -235,7 +236,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:
-    """Run the model once on a few tokens and note each layer's cache, by the layer's index."""
+    """Run the model once on a few tokens. Returns each layer's cache by the layer's index."""
     probe = _Probe()
     ids = torch.zeros(_BATCH, _NEW, dtype=torch.int64)
     reason = "no layer calls it"
@@ -255,12 +256,12 @@ def _probe_layers(model: PreTrainedModel) -> dict[int, LayerCache]:
 
 @contextlib.contextmanager
 def _routed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let every layer call our attention function; afterwards the model is as it was."""
+    """Make every layer call our attention function. The model is restored at the end of the block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
     before = model.config._attn_implementation
-    # A name without an entry in the mask registry: transformers builds no mask, the operator is causal by itself.
+    # Our name has no entry in the mask registry, so transformers builds no mask; the operator is causal by itself.
     model.config._attn_implementation = ATTENTION_NAME
     try:
         yield
@@ -270,8 +271,8 @@ def _routed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _activated(state: _Trace | _Probe) -> Iterator[None]:
-    # The registry's function has no argument for this, and torch.export runs the model more than once. Exports do not
-    # run side by side in one process: torch's exporter does not allow it either.
+    # A global: the registry's function has no argument for it, and torch.export runs the model more than once. Exports
+    # cannot run in parallel in one process; torch's exporter does not allow it either.
     global _active  # noqa: PLW0603
     before, _active = _active, state
     try:

@@ -1,12 +1,12 @@
-"""A trace without torch's second pass over the program.
+"""Skip torch's second pass over the traced program where possible.
 
-torch.onnx.export traces a model and then decomposes what came of it, which traces all operators again: twice the time
-of the first trace, for programs whose operators nearly all have a translation to ONNX as they are. Two rules decide:
+torch.onnx.export traces a model and then decomposes the program, which traces all operators again. This takes twice the
+time of the first trace, though nearly all operators can be translated to ONNX directly. Two rules decide:
 
 1. `aten.to` becomes `prims.convert_element_type`, or its input where the type stays: the one operator of common models
    without a translation.
-2. A program of operators in `_TRANSLATED` alone is done then. They write into no tensor, so that there is nothing to
-   make functional, and give the same ONNX nodes as behind torch's own pass. Any other program takes that pass.
+2. A program with only operators in `_TRANSLATED` is then finished. They do not write into tensors, so nothing must be
+made functional, and they give the same ONNX nodes as after torch's pass. Any other program takes that pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 _CONVERSIONS = frozenset({"aten.to.device", "aten.to.dtype", "aten.type_as.default"})
-# Asserted is what a trace assumes of types. The exporter drops these nodes by itself.
+# Assertions about types, which the exporter removes itself.
 _TRANSLATED = frozenset(
     {
         "<built-in function getitem>",
@@ -72,7 +72,7 @@ def light_decompositions() -> Iterator[None]:
 
 
 def _convert(program: ExportedProgram) -> bool:
-    """Apply the first rule in place where the second one holds. Returns whether it does."""
+    """Apply the first rule in place if the second one holds. Returns whether it does."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     if not {str(node.target) for node in calls} <= _TRANSLATED | _CONVERSIONS:
         return False

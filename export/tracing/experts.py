@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# All experts of a token by batched matrix products: no loop over the experts that happen to be chosen.
+# All experts of a token as batched matrix products, without a loop over the chosen experts.
 _TRACEABLE = "batched_mm"
 
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-# Unlike sizes above 1, or torch would take two of them for one, or a 1 for a constant.
+# Sizes for the trace, different and above 1: torch would merge equal ones, and treat 1 as a constant.
 _BATCH, _NEW, _PAST = 2, 3, 5
-# Both several chunks of a recurrence (64 or 128 tokens are usual), and not the same number of them.
+# Lengths of several chunks of a recurrence (64 or 128 tokens are usual), with different numbers of chunks.
 _LENGTHS = (131, 259)
 _KV = ("key", "value")
 _STATES = ("conv", "recurrent")
@@ -38,7 +38,7 @@ _STATES = ("conv", "recurrent")
 
 @dataclass(frozen=True)
 class _Slot:
-    """One tensor of a cache: its layer, its kind ("key", "value", "conv", "recurrent"), and which of them it is."""
+    """One tensor of a cache: its layer, its kind ("key", "value", "conv", "recurrent"), and its number."""
 
     layer: int
     kind: str
@@ -46,11 +46,11 @@ class _Slot:
 
     @property
     def name(self) -> str:
-        """The name behind `past_key_values.` and `present.`."""
+        """The suffix of `past_key_values.` and `present.`."""
         return f"{self.layer}.{self.kind}" + (f".{self.index}" if self.index else "")
 
     def read(self, cache: DynamicCache) -> torch.Tensor | None:
-        """The tensor in a cache, or None if there is none yet."""
+        """The tensor in a cache, or None if it is not there yet."""
         layer: Any = cache.layers[self.layer]
         if self.kind in _KV:
             found = getattr(layer, f"{self.kind}s", None)
@@ -59,7 +59,7 @@ class _Slot:
         return found if isinstance(found, torch.Tensor) else None
 
     def write(self, cache: DynamicCache, tensor: torch.Tensor) -> None:
-        """Put a tensor into a cache, as if earlier tokens had left it there."""
+        """Put a tensor into a cache, as after earlier tokens."""
         layer: Any = cache.layers[self.layer]
         layer.dtype, layer.device = tensor.dtype, tensor.device
         if self.kind in _KV:
@@ -161,7 +161,7 @@ def _export(model: PreTrainedModel, examples: dict[_Slot, torch.Tensor], step_to
 
 
 def _probe(model: PreTrainedModel) -> dict[_Slot, torch.Tensor]:
-    """Run the model once on a few tokens; the tensors that it leaves in its cache, copied."""
+    """Run the model once on a few tokens. Returns copies of the tensors in its cache."""
     cache = _empty_cache(model)
     ids = torch.zeros(_BATCH, _PAST, dtype=torch.int64)
     with torch.no_grad():
@@ -177,8 +177,8 @@ def _probe(model: PreTrainedModel) -> dict[_Slot, torch.Tensor]:
 
 
 def _require_same_operations(model: PreTrainedModel) -> None:
-    """Raise TraceError where modeling code loops over tokens: such a loop is unrolled for the length that is traced,
-    into a graph that takes minutes to make and is wrong for other lengths. Cost: two runs of some hundred tokens."""
+    """Raise TraceError if modeling code loops over tokens: a trace unrolls such a loop for one length, which takes
+    minutes and is wrong for other lengths. Cost: two runs of some hundred tokens."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(_LENGTHS)
     lengths = [min(length, longest) for length in _LENGTHS]
     counts = [_count_operations(model, length) for length in lengths]
@@ -207,7 +207,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _run(model: PreTrainedModel, cache: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits of a call with those of the inputs that the model takes."""
+    """Logits of a call with the inputs that the model accepts."""
     known = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in inputs.items() if key in known}
     logits: torch.Tensor = model(use_cache=True, **{cache_argument(model): cache}, **inputs).logits
@@ -215,8 +215,8 @@ def _run(model: PreTrainedModel, cache: DynamicCache, **inputs: torch.Tensor) ->
 
 
 def _empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' cache for a model, without its sliding windows: the mask sees to those, and a cache that drops
-    tokens has a length that the graph cannot follow."""
+    """transformers' cache for a model without sliding windows: the mask implements them, and the graph cannot follow
+    the length of a cache that drops tokens."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -238,7 +238,7 @@ def _layers(model: PreTrainedModel, examples: dict[_Slot, torch.Tensor]) -> tupl
 
 @contextlib.contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention in plain operations; fused ones have no ONNX form that takes every mask. Restored afterwards."""
+    """Use attention in plain operations during the block: fused ones have no ONNX form for every mask."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"
     try:

@@ -1,4 +1,4 @@
-"""The ways to trace a model, the better first. Which one a model goes is found by trial, not by its name."""
+"""The ways to trace a model, the best first. They are tried in order; no architecture is known by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PATHS: tuple[TracePath, ...] = (
 
 
 def refused(what: str, refusals: Sequence[str]) -> TraceError:
-    """The error for a model that can go no path. what: as "MODEL cannot be traced"; refusals: "path: reason", of which
-    paths with one reason are named together."""
+    """The error for a model that cannot be traced in any way. what: such as "MODEL cannot be traced"; refusals: "way:
+    reason"; ways with the same reason are named together."""
     paths: dict[str, list[str]] = {}
     for refusal in refusals:
         path, _, reason = refusal.partition(": ")

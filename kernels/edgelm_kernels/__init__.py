@@ -1,4 +1,4 @@
-"""Where the compiled operators of edgelm's INT8 bundles are. edgelm finds them; nothing needs to be called."""
+"""The compiled operators of edgelm's INT8 bundles. edgelm finds them itself; users call nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-# Which functions the library computes, and how: edgelm uses the kernels that have the number it knows. It changes with
-# them.
+# The version of the operators' interface. edgelm uses kernels only if it knows this number.
 INTERFACE = 8
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -31,7 +30,7 @@ def arithmetic() -> str | None:
 
 
 def _require_whole() -> None:
-    """The system's loader maps the file unread: one that ends early, or has lost a part, ends the process."""
+    """Compare the library with its digest: the system's loader would crash on a truncated or damaged file."""
     digest = hashlib.sha256(_LIBRARY.read_bytes()).hexdigest()
     if _LIBRARY.with_suffix(".sha256").read_bytes() != digest.encode():
         raise OSError(f"{_LIBRARY} is damaged")

@@ -1,8 +1,8 @@
-// What the operators compute with, one implementation for each family of processors.
+// The arithmetic of the operators, with one implementation for each family of processors.
 //
-// Every function gives the same bits on every processor: integer sums are exact, and floating point follows one order
-// of operations, written down here, whose multiply-adds are fused. Sources are compiled without contraction, so that a
-// compiler adds no fusing of its own.
+// Every function gives the same bits on every processor: integer sums are exact, and floating point follows the order
+// of operations that is written here, with fused multiply-adds. Sources are compiled without contraction, so that the
+// compiler fuses nothing else.
 #pragma once
 
 #include <cstddef>
@@ -12,18 +12,18 @@ namespace edgelm {
 
 // Columns of a matrix that are computed together, and the length to which rows of quantized values are padded.
 constexpr int kBlock = 64;
-// Rows that `rows` takes at most.
+// The most rows that `rows` accepts.
 constexpr int kFewRows = 4;
-// Lanes of the floating point functions: lengths of float arrays are multiples of it.
+// Lanes of the floating point functions. Lengths of float arrays are multiples of it.
 constexpr int kLanes = 16;
-// The weight of the largest of some scores, in attention.
+// In attention, the integer weight of the largest score.
 constexpr int kOne = 1 << 14;
 // A value of a row that is quantized to 8 bits, as the bodies of the functions scale it.
 constexpr float kStep = 1.0f / 127;
 
 inline constexpr int padded(int size, int step) { return (size + step - 1) / step * step; }
 
-// What the low plane of a row that is quantized to 16 bits counts, in values of the high plane.
+// The step of the low plane of a row quantized to 16 bits, in steps of the high plane.
 constexpr float kLowStep = 1.0f / 256;
 
 // Where sums go. With p = float(sum - correction of the column) * scale of the column, y[row][column] = p * factor of
@@ -46,8 +46,8 @@ struct Result {
   }
 };
 
-// Weights of 4 bits: columns of a group, inputs of a block, bytes of the values of 16 weights, and lines of 64 bytes
-// that hold a group's weights in a block.
+// Weights of 4 bits: columns of a group, inputs of a block, bytes of 16 weights, and lines of 64 bytes for a group's
+// weights in a block.
 constexpr int kGroup = 16, kNibbleBlock = 32, kQuad = 16, kBlockLines = 4;
 
 // A group of columns, with as many blocks as its depth has. values: for each block kBlockLines lines of nibbles, and
@@ -59,13 +59,13 @@ struct NibbleGroup {
   int blocks, planes;
 };
 
-// What a chunk of positions adds to rows, in attention: the sum of its values, weighted (rows, width), what that is
-// multiplied by, the sum of the weights, and the largest score, by rows. kLanes may be read behind the largest ones.
+// In attention, the contribution of a chunk of positions to each row: the weighted sum of its values (rows, width), the
+// scale of that sum, the sum of the weights, and the largest score. kLanes may be read behind the largest scores.
 struct AttentionPart {
   int32_t* values;
   float *scales, *sums, *largest;
 };
-// The same of all chunks so far.
+// The same for all chunks so far.
 struct AttentionState {
   float *values, *sums, *largest;
 };
@@ -83,15 +83,15 @@ struct AttentionScores {
 struct Arithmetic {
   // Instruction sets, as Linux names them, joined by "+".
   const char* name;
-  // What `quantize` adds to each value, so that a product is sum(x * w) - offset * sum(w).
+  // The offset that `quantize` adds to each value; a product is sum(x * w) - offset * sum(w).
   int offset;
-  // Rows that `panel` takes together: of a multiple of them it makes the most.
+  // Rows that `panel` computes together; it is fastest with a multiple of them.
   int panel_rows;
 
   // Quantize a row x of `size` floats: the largest magnitude r is returned, and q = round(x / r / (1 / 127)) + offset
-  // written, `padded(size, kBlock)` bytes; padding is 0. Of a row with NaN or infinity NaN is returned: the product,
-  // which is multiplied by it, is NaN then, whatever q is, as that of a row of zeros is 0. Of two planes the second
-  // one, behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within the range of int8.
+  // written, `padded(size, kBlock)` bytes; padding is 0. For a row with NaN or infinity, NaN is returned: the product
+  // is multiplied by it, so it is NaN whatever q is, as it is 0 for a row of zeros. With two planes, the second one,
+  // behind the first, is round((x / r - high * (1 / 127)) / (1 / 32512)) + offset, within the range of int8.
   float (*quantize)(const float* x, int size, int planes, uint8_t* q);
 
   // Of `size` floats; NaN if one of them is.
@@ -128,12 +128,12 @@ struct Arithmetic {
                size_t stride_sums);
 
   // Arrange columns [column, column + kBlock) of w, depth rows of `width` values, as a panel of padded(depth, 4) *
-  // kBlock bytes, in the order that `panel` reads. What is missing is 0.
+  // kBlock bytes, in the order that `panel` reads. Missing columns are 0.
   void (*pack_columns)(const int8_t* w, int depth, size_t width, size_t column, int8_t* panel);
-  // The same of the transposition of w, `count` <= kBlock rows of `depth` values.
+  // The same for the transposed matrix: w has `count` <= kBlock rows of `depth` values.
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
-  // The product of any number of rows, all planes of some, with the first `columns` of a panel of `depth` rows.
+  // The product of any number of rows, with all their planes, and the first `columns` of a panel of `depth` rows.
   void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
                 const Result& result);
   // The same of sums, rows of `stride_sums`, a whole number of blocks.
@@ -153,8 +153,8 @@ struct Arithmetic {
   // r / limit.
   float (*to_int16)(const float* x, int size, int limit, int16_t* q);
 
-  // Keys and values (count, size), rows `stride` apart, as columns for `pairs`, whose depth is that of a key, and the
-  // keys' positions. What is missing is 0. Both ask for the memory of `next`, as much as x has, which is read next.
+  // Arrange keys and values (count, size), rows `stride` apart, as columns for `pairs`: the depth is a key's size, or
+  // the number of positions. Missing ones are 0. Both prefetch `next`, as much memory as x has, which is read next.
   void (*key_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
   void (*value_pairs)(const int8_t* x, int count, int size, int stride, const int8_t* next, int16_t* columns);
 
@@ -203,7 +203,7 @@ struct Arithmetic {
   // x: rows of `stride_x` bytes, of which blocks * kNibbleBlock are read; sums: rows of `stride_sums`, at least kGroup.
   void (*nibbles)(const uint8_t* x, int rows, size_t stride_x, const NibbleGroup& w, const uint8_t* next, int32_t* sums,
                   size_t stride_sums);
-  // Arrange `groups` <= kBlock / kGroup groups as a panel of blocks * kNibbleBlock * kBlock bytes. What is missing is
+  // Arrange `groups` <= kBlock / kGroup groups as a panel of blocks * kNibbleBlock * kBlock bytes. Missing columns are
   // 0.
   void (*pack_nibbles)(const NibbleGroup& w, int groups, int8_t* panel);
 };

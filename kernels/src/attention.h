@@ -1,23 +1,21 @@
 // edgelm::GroupQueryAttention: com.microsoft's operator of that name on a cache of 8 bits, scaled by channel, or of
-// floats. edgelm::KeptGroupQueryAttention, with an input more, computes the last rows alone; the two with Normed in
-// their names norm the heads of queries and keys first.
+// floats. edgelm::KeptGroupQueryAttention, with one more input, computes only the last rows; the two functions with
+// Normed in their names norm the heads of queries and keys first.
 //
-// How long a row of an 8-bit cache is says how it is scaled. A row of head size has the scales of its channels, which
-// the graph fixes: values beyond them are clipped. A row that is longer by a float has a scale of its own, which stands
-// in that float, on top of the channels': it is computed when the row is written, from its largest value, so nothing
-// is clipped.
+// The length of a row of an 8-bit cache shows how it is scaled. A row as long as a head has only the scales of its
+// channels, which the graph fixes: larger values are clipped. A row that is longer by a float also has a scale of its
+// own in that float: it is computed from the row's largest value when the row is written, so nothing is clipped.
 //
-// Products are those of integers. A cache of 8 bits is taken as it is; a row's query is rounded to 16 bits, by its
-// largest value, and the weights of a chunk's values to 15, by the largest of them. Of floats, keys and values are
-// rounded to 13 bits by position, and queries and weights to what is left of 32 bits. The sums are exact, in whatever
-// order they are added.
+// Products are integer products. Values of an 8-bit cache are used as they are; a query is rounded to 16 bits, relative
+// to its largest value, and the weights of a chunk's values to 15, relative to the largest of them. In a float cache,
+// keys and values are rounded to 13 bits for each position, and queries and weights to the rest of 32 bits. The sums
+// are exact in any order.
 //
-// A position's result is one order of the additions that are left, whatever other positions a step computes: the cache
-// is cut into chunks of kChunk positions, counted from its beginning. In a chunk the scores of all keys are weighed
-// against the largest of them; chunks are merged in their order, by the rule of online softmax (Milakov and Gimelshein,
-// arXiv 1805.02867). Work is shared out by rows where there are many, by chunks where there are few (flash-decoding),
-// and both give the same bits. Keys and values are arranged for the products once for all rows of a task, which are
-// multiplied tile by tile.
+// The other additions for a position have one order, whatever other positions a step computes: the cache is cut into
+// chunks of kChunk positions, counted from its beginning. In a chunk, scores are weighted relative to the largest of
+// them; chunks are merged in order by online softmax (Milakov and Gimelshein, arXiv 1805.02867). Many rows are divided
+// among threads by rows, few rows by chunks (flash-decoding), with the same bits. Keys and values are arranged for the
+// products once for all rows of a task, which are multiplied tile by tile.
 #pragma once
 
 #include <type_traits>
@@ -38,7 +36,7 @@ class Attention {
  private:
   static constexpr bool kRounded = std::is_same_v<Cached, int8_t>;
 
-  // What a call is given. Positions are counted within a sequence of the batch.
+  // The inputs of a call. Positions are counted within a sequence of the batch.
   struct Step {
     int batch, rows, capacity;
     int kept;                         // of a sequence's rows: the last ones, whose results are asked for
@@ -62,7 +60,7 @@ class Attention {
     int sequence, group, begin, positions;
   };
 
-  // Queries (rows, width) as integers, and what makes a score of them a power of two, by rows.
+  // Queries (rows, width) as integers, and for each row the factor from its scores to exponents of two.
   struct Queries {
     int16_t* values;
     float* factors;

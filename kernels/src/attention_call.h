@@ -1,4 +1,4 @@
-// Attention: what a call brings, checked before anything is computed. Part of attention.cc.
+// Attention: the inputs of a call, checked before anything is computed. Part of attention.cc.
 #pragma once
 
 #include "attention.h"
@@ -22,7 +22,7 @@ Attention<Cached>::Step Attention<Cached>::read(Call& call) const {
   return step;
 }
 
-// Queries, keys and values: side by side where the last two are not there, or are the weights of norms.
+// Queries, keys and values: side by side if the last two inputs are missing or are weights of norms.
 template <typename Cached>
 void Attention<Cached>::read_heads(Call& call, const Tensor& query, Step& step) const {
   const int queries = heads_ * size_, others = groups_ * size_;
@@ -42,7 +42,7 @@ void Attention<Cached>::read_heads(Call& call, const Tensor& query, Step& step) 
   step.value = packed ? step.key + others : value.values<float>();
 }
 
-// Where in the cache the step's rows stand, and their angles.
+// The positions of the step's rows in the cache, and their angles.
 template <typename Cached>
 void Attention<Cached>::read_places(Call& call, Step& step) const {
   const Tensor lengths = call.input(5), total = call.input(6);
@@ -69,7 +69,7 @@ void Attention<Cached>::read_places(Call& call, Step& step) const {
   }
 }
 
-// The cache, with what it held before.
+// The cache, with its earlier contents.
 template <typename Cached>
 void Attention<Cached>::read_cache(Call& call, int positions, Step& step) const {
   const Tensor keys = call.input(3), values = call.input(4);

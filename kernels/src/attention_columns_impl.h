@@ -1,4 +1,4 @@
-// Attention: keys and values in the cache, and in the order in which their products read them.
+// Attention: write keys and values to the cache, and arrange them in the order in which products read them.
 #pragma once
 
 #include <algorithm>
@@ -31,9 +31,9 @@ float to_scaled_int8(const float* x, const float* factors, int size, int8_t* y) 
   Lanes most = zero();
   each_lanes(size, [&](int i, int count) { most = max(most, abs(scaled(i, count))); });
   constexpr int kLimit = 127;
-  // Infinity would make what it scales no numbers, of positions too that do not see it.
+  // Infinity would give NaN for everything that it scales, also for positions that do not see it.
   const float r = std::min(std::numeric_limits<float>::max(), largest(most));
-  // Below, 127 / r is infinite, and times 0 no number.
+  // Below that, 127 / r is infinite, and times 0 it is NaN.
   const bool none = r < 0x1p-100f;
   const Lanes factor = set(none ? 0 : static_cast<float>(kLimit) / r);
   each_lanes(size, [&](int i, int count) {
@@ -44,8 +44,8 @@ float to_scaled_int8(const float* x, const float* factors, int size, int8_t* y) 
   return none ? 0 : r / static_cast<float>(kLimit);
 }
 
-// Asks for a row of what is read next, a line at a time. Asked for all at once, or found out by the processor, it comes
-// later: a step over 1,900 positions took 1.5 times as long.
+// Prefetch a row of the data that is read next, a line at a time. Prefetching all at once, or leaving it to the
+// processor, is slower: a step over 1,900 positions took 1.5 times as long.
 inline void prefetch(const int8_t* x, int row, int stride) {
   __builtin_prefetch(x + row * static_cast<size_t>(stride));
 }
@@ -117,7 +117,7 @@ inline void prefetch(const float* x, int row, int size) {
   for (int i = 0; i < size; i += kLanes) __builtin_prefetch(x + row * static_cast<size_t>(size) + i);
 }
 
-// The scales of rows, and what their values are multiplied by; 0 for those that are missing of `kSquare`.
+// The scales of rows, and the factors of their values; 0 for rows missing to `kSquare`.
 inline void round_rows(const float* x, int count, int size, int limit, float* scales, float* factors) {
   for (int i = 0; i < kSquare; i++) {
     const float r = i < count ? largest_magnitude(x + i * static_cast<size_t>(size), size) : 0;

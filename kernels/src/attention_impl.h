@@ -1,4 +1,4 @@
-// Attention: the weights of a chunk of positions, and what chunks come to.
+// Attention: the weights of a chunk of positions, and the merging of chunks.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +57,7 @@ inline void clear_unseen(Some seen, int count, int16_t* w) {
   for (int i = padded(seen.end, kLanes); i < padded(count, 2 * kLanes); i += kLanes) store_words(w + i, zero());
 }
 
-// Rows that are weighed together: while one waits for its largest score or a sum, others are computed.
+// Rows that are weighted together: while one waits for its largest score or a sum, others are computed.
 constexpr int kTogether = 32;
 
 // What all lanes of each row give.
@@ -100,7 +100,7 @@ inline ByRows largest_scores(const AttentionScores& scores, int rows, Seen seen_
   return high;
 }
 
-// That of a row, and -infinity where it sees nothing.
+// The largest score of one row; -infinity if it sees nothing.
 inline float largest_score(const AttentionScores& scores, int row, const ByRows& high) {
   return scores.end[row] == 0 ? -std::numeric_limits<float>::infinity() : high[row] * scores.factors[row];
 }
@@ -147,7 +147,7 @@ void weights(const AttentionScores& all, int all_rows, int count, const Attentio
   });
 }
 
-// What weights are multiplied by, so that they are integers times these scales.
+// The factors that turn weights into integers.
 inline ByRows inverses(const ByRows& scales, int rows) {
   ByRows y;
   for (int i = 0; i < (rows + 3) / 4; i++) {
@@ -198,7 +198,7 @@ void scaled_weights(const AttentionScores& all, int all_rows, int count, const f
 constexpr int kMerged = 48;
 static_assert(kMerged % kLanes == 0 && kMerged % kPairRows == 0);
 
-// What the values of earlier chunks and those of a chunk are multiplied by. Sums and largest scores are merged already.
+// The factors of the values of earlier chunks and of a chunk. Sums and largest scores are merged already.
 struct Merging {
   alignas(64) float own[kMerged], other[kMerged];
 

@@ -1,4 +1,4 @@
-// Attention: how a step is shared out over tiles, chunks and threads. Part of attention.cc.
+// Attention: divide a step among tiles, chunks and threads. Part of attention.cc.
 #pragma once
 
 #include "attention.h"
@@ -64,7 +64,7 @@ Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Til
   return chunk;
 }
 
-// How a tile's rows weigh the positions of a chunk.
+// The weights of a chunk's positions for a tile's rows.
 template <typename Cached>
 void Attention<Cached>::weigh(const Step& step, const Tile& tile, int index, const Queries& queries, const Chunk& chunk,
                               const Scores& scores, const Part& part) const {
@@ -119,12 +119,12 @@ int Attention<Cached>::parts_of(const Step& step) const {
   return std::clamp(enough, parts(kMostTaskRows), parts(kTaskRows));
 }
 
-// Which of a sequence's rows the parts in front of this one end with: each part costs as much, a row what it sees.
+// The end of the rows of the parts before this one. All parts cost the same; a row costs as much as it sees.
 template <typename Cached>
 int Attention<Cached>::cut(const Step& step, int sequence, int nth, int parts) const {
   if (nth == parts) return step.rows;
   const double share = static_cast<double>(nth) / parts, first = step.past(sequence) + step.left_out();
-  // Behind a window's length all rows see as much.
+  // Beyond a window's length all rows see the same number of positions.
   const double row = window_ > 0 && first >= window_
                          ? share * step.kept
                          : std::sqrt(first * first + share * step.kept * (2 * first + step.kept)) - first;

@@ -1,4 +1,4 @@
-// What all of `Arithmetic` uses, over the lanes and bytes of the header that was included before this one.
+// Helpers of `Arithmetic`, over the lanes and bytes of the header that was included before this one.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline uint32_t four(const T* bytes) {
   return word;
 }
 
-// The last, incomplete lanes of an array, filled up with 0.
+// The last, incomplete lanes of an array, padded with 0.
 inline Lanes load_tail(const float* x, int count) {
   float lanes[kLanes] = {};
   std::copy_n(x, count, lanes);
@@ -56,7 +56,7 @@ inline float sum(Lanes x) {
 
 // NaN if a value is.
 inline float largest_magnitude(const float* x, int size) {
-  // Several at once: one alone would wait for itself.
+  // Several at once: a single one would wait for its own result.
   constexpr int kAtOnce = 4;
   Lanes most[kAtOnce] = {zero(), zero(), zero(), zero()};
   const int whole = size / (kAtOnce * kLanes) * (kAtOnce * kLanes);
@@ -66,7 +66,7 @@ inline float largest_magnitude(const float* x, int size) {
   return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
 }
 
-// What a row is multiplied by to be integers of magnitudes up to `limit`.
+// The factor that scales a row to integers of magnitudes up to `limit`.
 inline float rounding(float largest, int limit) { return largest == 0 ? 0 : static_cast<float>(limit) / largest; }
 
 // one * 2^x for x <= 0 and a power of two, as Cephes' exp2f (S. Moshier): x = n + r, a polynomial in r, times 2^n.

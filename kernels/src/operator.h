@@ -1,4 +1,4 @@
-// The little of onnxruntime's C API that operators need: what they are given, what they return, and its threads.
+// The part of onnxruntime's C API that operators need: inputs, outputs, attributes and threads.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-// An annotation that onnxruntime's header takes for given on Windows, and only Microsoft's compiler has.
+// An annotation that onnxruntime's header uses on Windows, but only Microsoft's compiler has.
 #if defined(_WIN32) && !defined(_Return_type_success_)
 #define _Return_type_success_(success)
 #endif
@@ -26,11 +26,11 @@ extern const OrtApi* api;
 // Throws std::runtime_error with onnxruntime's message.
 void check(OrtStatus* status);
 
-// A graph is data that anyone may have written: what an operator relies on, it requires. Throws std::runtime_error.
+// A graph is untrusted data: operators check everything that they rely on. Throws std::runtime_error.
 inline void require(bool holds, const char* message) {
   if (!holds) throw std::runtime_error(message);
 }
-// An attribute or a size as int; throws where it is not in [least, most].
+// An attribute or a size as int; throws if it is not in [least, most].
 int within(int64_t value, int64_t least, int64_t most, const char* what);
 
 struct Tensor {
@@ -43,7 +43,7 @@ struct Tensor {
   }
 };
 
-// What an operator is created with.
+// The context in which an operator is created.
 class Info {
  public:
   explicit Info(const OrtKernelInfo* info) : info_(info) {}
@@ -60,7 +60,7 @@ class Info {
   const OrtKernelInfo* info_;
 };
 
-// The first exception of several threads, for the one that waits for them.
+// The first exception of several threads, for the thread that waits for them.
 class Failure {
  public:
   void keep() noexcept {
@@ -76,13 +76,13 @@ class Failure {
   std::exception_ptr first_;
 };
 
-// What an operator is called with.
+// The context in which an operator is called.
 class Call {
  public:
-  // own_threads: whether the operators compute on threads of their own, or on onnxruntime's.
+  // own_threads: whether the operators use their own threads, or onnxruntime's.
   Call(OrtKernelContext* context, bool own_threads) : context_(context), own_threads_(own_threads) {}
 
-  // Throws where the input is not there, unless it is `optional`.
+  // Throws if the input is missing, unless it is `optional`.
   Tensor input(size_t index, bool optional = false) const;
   bool has(size_t index) const;
   template <typename T>
@@ -91,8 +91,8 @@ class Call {
   }
 
   // Run work(worker) for each worker in [0, workers), on the operators' own threads as `together` does, or on
-  // onnxruntime's. work may only wait for what a running worker has begun. What it throws first is thrown here, when
-  // all are done; it must not throw where another worker waits for it.
+  // onnxruntime's. work may only wait for something that a running worker has begun. Its first exception is thrown here
+  // when all workers are done; it must not throw while another worker waits for it.
   template <typename Work>
   void parallel(int workers, Work work, const Reads& reads = {},
                 const std::shared_ptr<Successor>& successor = nullptr) {
@@ -115,7 +115,7 @@ class Call {
     failure.rethrow();
   }
 
-  // Run work(task, worker) for each task, whoever of at most `threads` workers is free.
+  // Run work(task, worker) for each task, on the next free one of at most `threads` workers.
   template <typename Work>
   void share(int tasks, int threads, Work work);
 
@@ -126,7 +126,7 @@ class Call {
   bool own_threads_;
 };
 
-// Memory for intermediate results, in two parts. A thread keeps it: the next call finds its pages there.
+// Memory for intermediate results, in two parts. Each thread keeps it, so that the next call reuses its pages.
 float* scratch(int part, size_t floats);
 
 // Hands out arrays, each from a cache line on, of memory that begins at one; from 0 on it counts what is needed.

@@ -1,4 +1,4 @@
-// Panels: a part of a matrix in the order in which many rows are multiplied with it.
+// Panels: a part of a matrix, arranged for the multiplication with many rows.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,7 @@ template <int M, int Planes>
 inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns,
                        const Result& result) {
   for (int part = 0; part < columns; part += kBytes) {
-    // What is written is on its way meanwhile: y is larger than the caches, and few stores wait side by side.
+    // Prefetch the output: y is larger than the caches, and only few stores can wait at the same time.
     for (int m = 0; m < M / Planes; m++)
       for (int i = 0; i < kBytes; i += kLanes) __builtin_prefetch(result.y + m * result.stride + part + i, 1);
     Sums<M> tile;

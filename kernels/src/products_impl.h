@@ -12,10 +12,10 @@
 namespace edgelm {
 namespace {
 
-// Rows of a matrix that are read side by side: so many streams a processor prefetches, and the sums that stand in the
-// first cache meanwhile are loaded and stored once for 16 products.
+// Rows of a matrix that are read together: a processor prefetches so many streams, and sums in the first-level cache
+// are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
-// Of a transposed matrix's tiles, how many further on is asked for.
+// Prefetch distance in a transposed matrix, in tiles.
 constexpr int kTilesAhead = 4;
 
 // What kLanes columns' sums are turned into values with. It is loaded before anything is written, which a compiler
@@ -23,7 +23,7 @@ constexpr int kTilesAhead = 4;
 struct Scaling {
   Ints corrections[kIntsPerLanes];
   Lanes scales, biases;
-  // Adding zeros in place of no biases would make a -0 a 0.
+  // No zeros as biases: adding them would turn -0 into 0.
   bool biased;
 
   Scaling(const Result& result, int column)
@@ -120,7 +120,7 @@ struct Sums {
       float* y = result.y + i * kSumsPerInts;
 #pragma GCC unroll 8
       for (int m = 0; m < M; m += Planes, y += result.stride)
-        // Not values[m] + 4 + i: beyond a row of an array a compiler may read anything.
+        // Not values[m] + 4 + i: beyond a row of an array the behaviour is undefined.
         edgelm::store(y, scaling.apply<Planes>(values[m] + i, values[m + Planes - 1] + i, result.factors[m / Planes]));
     }
   }
@@ -191,7 +191,7 @@ void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, in
 
 void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
              const int8_t* next, int32_t* sums, size_t stride_sums) {
-  // While a strip is in the cache, all rows take it.
+  // All rows use a strip while it is in the cache.
   for (int k = 0; k < depth; k += kDepthStep)
     add_strips<4>(x, rows, stride_x, w, k, depth, width, first && k == 0,
                   k + kDepthStep < depth ? w + (k + kDepthStep) * width : next, sums, stride_sums);

@@ -24,9 +24,9 @@ void quantize_8(const float* x, int size, float r, uint8_t* q) {
   });
 }
 
-// x / divisor, rounded as by `div`, without its wait: a product with the inverse, and another one with what that leaves
-// over, which is exact (P. Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of
-// floats; those below 2^-30 may be off.
+// x / divisor, rounded as by `div`, but faster: a product with the inverse, and a correction by the exact remainder (P.
+// Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of floats; those below 2^-30 may
+// be off.
 class Quotient {
  public:
   explicit Quotient(float divisor) : negative_(set(-divisor)), inverse_(set(1 / divisor)) {}
@@ -67,7 +67,7 @@ float quantize(const float* x, int size, int planes, uint8_t* q) {
     quantize_16(x, size, r, q, q + stride);
   for (int plane = 0; plane < planes; plane++)
     std::fill(q + plane * stride + size, q + (plane + 1) * stride, uint8_t{0});
-  // Integers cannot tell that a value was none: the row's factor does.
+  // NaN is lost in integers, so the row's factor carries it.
   return std::isfinite(r) ? r : std::numeric_limits<float>::quiet_NaN();
 }
 

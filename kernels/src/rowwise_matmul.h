@@ -1,6 +1,7 @@
-// edgelm::RowwiseMatMul and those with something in front of the product: a row of activations is computed, quantized
-// by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix, or with one whose int8 values
-// are written in 4 bits (docs/bundle.md). Quantization and product are bit for bit what the functions' bodies compute.
+// edgelm::RowwiseMatMul and its variants with a norm or a gate in front of the product: a row of activations is
+// computed, quantized by itself to 8 bits, or to 16 as two planes of 8, and multiplied with an int8 matrix, or one
+// whose int8 values are stored in 4 to 6 bits (docs/bundle.md). Quantization and product have the bits of the
+// functions' bodies.
 #pragma once
 
 #include <mutex>
@@ -69,7 +70,7 @@ class RowwiseMatMul {
     size_t stride;
   };
 
-  // Reads the matrix, or the nibbles, and what stands behind it.
+  // Reads the matrix, or the nibbles, and the inputs behind it.
   void read_matrix(const Info& info, size_t weights);
   void correct() const;
   void correct_nibbles() const;

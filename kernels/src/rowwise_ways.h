@@ -1,12 +1,12 @@
-// The ways to multiply rows with a matrix: by its depth, groups, columns or panels. Part of rowwise_matmul.cc.
+// The ways to divide a product among threads: by depth, groups, columns or panels. Part of rowwise_matmul.cc.
 #pragma once
 
 #include "rowwise_matmul.h"
 
 namespace edgelm {
 
-// Each thread reads a part of the matrix from one end to the other, and the sums, which are integers, are added. Who
-// comes first makes the rows. The last one that is done scales the sums.
+// Each thread reads a part of the matrix's depth, and the integer sums are added. The first thread makes the rows; the
+// last one to finish scales the sums.
 template <typename MakeRow>
 void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
   const int strips = pieces(depth_, kStripDepth), parts = std::min(threads_, pieces(depth_, kLeastDepth));
@@ -39,7 +39,7 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const 
   call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
 
-// Who comes first makes the rows; then each thread reads groups of columns, one behind the other.
+// The first thread makes the rows; then each thread reads consecutive groups of columns.
 template <typename MakeRow>
 void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
   const int groups = pieces(columns_, kGroup), workers = std::min(threads_, groups), rows = x.count / planes_;

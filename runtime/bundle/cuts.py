@@ -1,7 +1,7 @@
-"""What a bundle may do that cuts texts in other places: batches, kept prefixes, draft tokens.
+"""Whether a bundle may use what cuts a text into other steps: batches, the prefix cache, draft tokens.
 
-They are used where they change no bit of an answer (`Manifest.exact_under_cuts`), and where the caller accepts equal
-arithmetic in place of equal bits (`load(..., exact=False)`): the same formulas, whose sums round in another order.
+They are used where they change no bit of an answer (`Manifest.exact_under_cuts`). With `load(..., exact=False)` the
+caller also accepts equal arithmetic: the same formulas, whose sums round in another order.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def equal_arithmetic(manifest: Manifest) -> bool:
 
 
 def may_cut(bundle: Bundle) -> bool:
-    """Whether prefixes may be kept and draft tokens be checked beside each other."""
+    """Whether the prefix cache and draft tokens may be used."""
     return bundle.manifest.exact_under_cuts or accepts_roundings(bundle)
 
 
 def accepts_roundings(bundle: Bundle) -> bool:
-    """Whether the caller accepts other roundings, where there is nothing worse."""
+    """Whether the caller accepts other roundings, and other roundings are all that would change."""
     return not bundle.exact and equal_arithmetic(bundle.manifest)
 
 
 def what_is_off(manifest: Manifest) -> str | None:
-    """One sentence for a bundle that does without them, and how to have them all the same; None for others."""
+    """One sentence that says what is off for a bundle and how to switch it on; None if nothing is off."""
     if manifest.exact_under_cuts:
         return None
     lost = "batches, kept prefixes and draft tokens are off, since they would change"

@@ -21,8 +21,8 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report. before: what the fp32 graph had, or None where the export changed nothing; verdict: what
-    became of it, in words, or ""; better: True or False where the change is one for the better or the worse."""
+    """One line of the report. before: the fp32 graph's value, None where there is nothing to compare; verdict: how the
+    value changed, in words, or ""; better: True for an improvement, False for a loss, None for neither."""
 
     title: str
     before: str | None
@@ -47,7 +47,7 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
 
 def plan_table(steps: Any) -> list[tuple[str, ...]]:
     """Titles, and a row for each step that a rehearsal made: what it removes, and what it leaves."""
-    table = [("step", "removes", "parameters", "size", "takes")]
+    table: list[tuple[str, ...]] = [("step", "removes", "parameters", "size", "takes")]
     for step in tables_of(steps):
         if (seconds := number_of(step, "seconds")) is not None:
             counts = [number_of(step, side, "parameters") or 0 for side in ("before", "after")]
@@ -143,7 +143,8 @@ def change_text(before: float, after: float, more: str, less: str) -> str:
 
 
 def _compared(report: dict[str, Any]) -> Iterator[Figure]:
-    """What has a number before and after: title, where the two are, how they are written, what more and less mean."""
+    """Figures with a number before and after. The table: title, keys, format, words for more and less, more is
+    better."""
     rows = (
         ("Weights", ("memory", "weights_bytes"), bytes_text, ("larger", "smaller"), False),
         ("Writing an answer", ("speed", "decode_tokens_per_s"), speed_text, ("faster", "slower"), True),
@@ -196,7 +197,8 @@ def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
 
 
 def _cache(report: dict[str, Any]) -> Iterator[Figure]:
-    """What prompts that did not calibrate the INT8 cache found beyond its range, and its answers to them."""
+    """The INT8 cache on prompts that did not calibrate it: how many values were out of range, and how answers
+    changed."""
     clipped, excess, widened = (
         number_of(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
     )

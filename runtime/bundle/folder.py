@@ -30,7 +30,7 @@ class Bundle:
 
     The files' contents are checked by `check_files`, not by `open`, so that the caller decides when to pay for it.
     has_manifest: False for the folder of another exporter, whose manifest was made from what is in it. exact: whether
-    who opened it insists on equal bits (`cuts`).
+    whether the caller insists on equal bits (`cuts`).
     """
 
     path: Path

@@ -26,14 +26,14 @@ class Graphs:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder has no manifest, but ONNX files."""
+    """Whether a folder has ONNX files and no manifest."""
     return not (folder / MANIFEST_NAME).exists() and bool(_onnx_files(folder))
 
 
 def find_graphs(folder: Path, graph: str | None = None) -> Graphs:
-    """Which ONNX files of a folder belong together: those that `graph` names, else those that are plain.
+    """The ONNX files of one model in a folder: the one that `graph` names with its partner, else the obvious ones.
 
-    Plain is a single file, or the files of one decoder under their usual names. Raises: SettingsError, which lists
+    Obvious are a single file, or the files of one decoder under their usual names. Raises: SettingsError, which lists
     the files.
     """
     found = _onnx_files(folder)
@@ -56,7 +56,7 @@ def find_graphs(folder: Path, graph: str | None = None) -> Graphs:
 
 
 def _with_partner(path: Path) -> Graphs:
-    """decoder_model*.onnx and decoder_with_past_model*.onnx, whichever was named, are one model."""
+    """The model that a file belongs to: decoder_model*.onnx and decoder_with_past_model*.onnx are a pair."""
     if path.stem.startswith(_MERGED):
         return Graphs(path)
     for first in (path, path.with_name(path.name.replace(WITH_PAST, _FIRST, 1))):

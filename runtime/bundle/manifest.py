@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CACHE_TYPES = ("int8", "float32", "float16")
 GRANULARITIES = ("channel", "token")
-# The scale of its own, a float32, that a key or value of an INT8 cache "by token" ends with.
+# In an INT8 cache "by token", each key and value ends with a scale of its own, a float32.
 _SCALE_BYTES = 4
 EXACT_SCHEMES = ("int8-rowwise", "int4-rowwise")
 _READER = StrictReader(MANIFEST_NAME)
@@ -90,13 +90,13 @@ class CacheType:
 
     @property
     def scale_bytes(self) -> int:
-        """What compiled kernels need of each row, a key or value of one head, for a scale of its own."""
+        """Bytes that compiled kernels need behind each key or value of a head, for its own scale."""
         return _SCALE_BYTES if self.granularity == "token" else 0
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor beside keys and values that a step hands to the next, such as a convolution's last inputs.
+    """A tensor that a step hands to the next, besides keys and values, such as the last inputs of a convolution.
 
     Inputs are past_key_values.NAME, outputs present.NAME; `shape` is without the batch; a text begins with zeros.
     """
@@ -146,7 +146,7 @@ class FileEntry:
 class Manifest:
     """The whole of `manifest.json`; see `docs/bundle.md` for the meaning of each field.
 
-    notes: what the bundle does otherwise than the source's files say, in sentences.
+    notes: where the bundle deviates from the source's files, in sentences.
     """
 
     schema_version: int
@@ -176,8 +176,9 @@ class Manifest:
     def exact_under_cuts(self) -> bool:
         """Whether a text is promised to give bit for bit the same logits however it is cut into steps.
 
-        It takes activations that are quantized row by row in every matrix product (float32 products of one row take
-        another kernel than those of several), ONNX Runtime's fused attention, and no state that is handed on.
+        This needs three things: activations that are quantized row by row in every matrix product (onnxruntime
+        multiplies one float32 row by another kernel than several), ONNX Runtime's fused attention, and no state besides
+        keys and values.
         """
         exact = self.quantization.scheme in EXACT_SCHEMES and not self.quantization.excluded
         return exact and self.model.cache_layout == "in_place" and not self.model.states
@@ -213,7 +214,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def _refuse_unprintable(value: Any, where: str) -> None:
-    """A terminal obeys what it is shown: no text of a manifest holds what is not printed."""
+    """Refuse texts with unprintable characters: a terminal would obey escape sequences."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _refuse_unprintable(key, where)
@@ -226,7 +227,7 @@ def _refuse_unprintable(value: Any, where: str) -> None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    """Python reads NaN and Infinity, which JSON does not have and no other reader of a manifest takes."""
+    """Refuse NaN and Infinity: Python reads them, but JSON does not have them."""
     raise ValueError(f"{name} is not a JSON value")
 
 

@@ -1,5 +1,4 @@
-"""What an ONNX file says of itself, read without the onnx package: the files with its weights, which tensors name, and
-the operator sets that it uses.
+"""Read an ONNX file's structure without the onnx package: the files that hold its weights, its operators, its size.
 
 An ONNX file is a protobuf message: fields, each a number and a value, of which some are messages again. Only fields
 on the way to a tensor's `external_data` are entered; everything else, weights above all, is skipped unread.
@@ -28,11 +27,11 @@ _FIELDS: dict[str, dict[int, str]] = {
 _KEY, _VALUE = 1, 2
 _GRAPH, _NODE, _CALL = 7, 1, (7, 4)  # of a node its domain and its operator
 _TENSOR, _NAME, _RAW, _ENTRY, _INPUT, _OPERATOR = 5, 8, 9, 13, 1, 4
-# They take some rows of a table.
+# Operators that read some rows of a table, not all of it.
 _GATHERS = {"Gather", "GatherBlockQuantized"}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VARINT_BITS = 70
-# Messages of protobuf have no more.
+# The size limit of a protobuf message.
 _MOST_BYTES = (2 << 30) - 1
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
@@ -54,8 +53,8 @@ def operators(graph: Path) -> Counter[tuple[str, str]]:
 
 
 def streamed_bytes(graph: Path) -> int:
-    """How many bytes of weights a step of one token reads: all, but of a table from which rows are gathered, an
-    embedding that is not the head too, next to none. Cost and errors as `weight_files`."""
+    """How many bytes of weights a step of one token reads. A table from which rows are gathered (an embedding that is
+    not the head too) counts as nothing, all other weights in full. Cost and errors as `weight_files`."""
     sizes: Counter[str] = Counter()
     readers: dict[str, set[str]] = {}
     for name, operator, size in _read(graph, _uses):
@@ -75,7 +74,7 @@ def _read(graph: Path, find: Callable[[mmap.mmap], Iterator[_Found]]) -> list[_F
         ) from error
     except OSError as error:
         raise BundleMissingError(f"{graph} cannot be read ({error.strerror}): check its permissions") from error
-    # An empty file cannot be mapped; the others come of bytes that are no message, or messages without end.
+    # ValueError also comes from an empty file, which cannot be mapped; the others come from bytes that are no message.
     except (ValueError, IndexError, RecursionError) as error:
         raise BundleCorruptError(
             f"{graph} is not an ONNX file, or a truncated one: download or export it again"
@@ -93,7 +92,7 @@ def _calls(data: mmap.mmap) -> Iterator[tuple[str, str]]:
 
 
 def _uses(data: mmap.mmap) -> Iterator[tuple[str, str, int]]:
-    """Weights of the graph, as name, nothing and bytes, and inputs of its nodes, as name, operator and 0."""
+    """Weights of the graph as (name, "", bytes), and inputs of its nodes as (name, operator, 0)."""
     for number, begin, end in _fields(data, 0, len(data)):
         for inner, start, stop in _fields(data, begin, end) if number == _GRAPH else ():
             if inner == _TENSOR:

@@ -1,7 +1,7 @@
 """Two answers to one prompt, cut where they begin to differ, for the terminal and for report.html. Standard library
 only.
 
-What models write may hold anything: it is made printable here, so that a terminal obeys none of it and a page stays
+A model may write anything, so its text is made printable here: a terminal must not obey it, and a page must stay
 well-formed.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cut:
-    """An answer in three parts: what both have, the first word that is another ("" at its end), and the rest."""
+    """An answer in three parts: what both have in common, the first word that differs ("" at the end), and the rest."""
 
     same: str
     word: str
@@ -36,7 +36,7 @@ class Example:
 
 
 def examples(report: dict[str, Any]) -> list[Example]:
-    """The examples of a report.json. What is not there, or of another version of edgelm, is left out."""
+    """The examples of a report.json. Entries that are missing, or of another version of edgelm, are left out."""
     found = report.get("examples")
     entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, (list, tuple)) else []
     texts = [[entry.get(key) for key in ("prompt", "fp32", "quantized")] for entry in entries]
@@ -48,7 +48,7 @@ def examples(report: dict[str, Any]) -> list[Example]:
 
 
 def cut(before: str, after: str) -> tuple[Cut, Cut]:
-    """Both texts, cut in front of the first word that is not the same."""
+    """Both texts, cut in front of the first word that differs."""
     if before == after:
         return Cut(before, "", ""), Cut(after, "", "")
     pairs = enumerate(zip(before, after, strict=False))
@@ -61,7 +61,7 @@ def cut(before: str, after: str) -> tuple[Cut, Cut]:
 
 
 def printable(text: str) -> str:
-    """The text with line breaks as they are and other characters that are not printed as Python would write them."""
+    """The text with line breaks kept and other unprintable characters escaped as Python does."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 

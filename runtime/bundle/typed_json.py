@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from ..errors import BundleCorruptError
 
-# Metadata of fields that may be missing: files of the same schema version were written before there were such fields.
+# Metadata of fields that may be missing: they were added later, without a new schema version.
 OPTIONAL = "optional"
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class StrictReader:
         )
 
     def mismatch(self, where: str, expected: str, value: Any) -> BundleCorruptError:
-        """The error for a value that is another one than expected."""
+        """The error for an unexpected value."""
         return BundleCorruptError(f"{self._file}: {where} must be {expected}, found {value!r:.80}")
 
     def _convert(self, hint: Any, value: Any, where: str) -> Any:  # noqa: PLR0911, one return for each kind of hint

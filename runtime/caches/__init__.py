@@ -1,4 +1,4 @@
-"""Where answers are kept: in memory, in SQLite, in Redis, each a store behind one protocol (`store.AnswerStore`).
+"""The caches of an engine: `responses` keeps whole answers, `prefixes` keeps blocks of the KV cache.
 
-`edgelm.runtime.caches.responses.cache` joins them into what an engine asks. Only data are stored, nothing is pickled.
+Only data are stored, nothing is pickled.
 """

@@ -1,4 +1,4 @@
-"""What budgets may be: whole numbers of bytes and entries that every place which keeps them can hold."""
+"""Limits of the budgets: whole numbers of bytes and entries that SQLite and file systems can count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..errors import SettingsError, shown
 
-# SQLite's integers end here, and so does what a file system can count: this much is "no limit".
+# The largest integer of SQLite and of file systems: this much means "no limit".
 LARGEST_AMOUNT = 2**63 - 1
 
 

@@ -1,9 +1,9 @@
-"""`EDGELM_HOME/budgets.json`: what the caches may take when a caller says nothing about it, kept between runs.
+"""`EDGELM_HOME/budgets.json`: the budgets of the caches that apply when a caller names none, kept between runs.
 
     {"version": 1, "responses": {"disk_bytes": 67108864}, "prefixes": {"memory_bytes": 0}}
 
-It holds what differs from edgelm's own defaults, in the words of `ResponseCacheSettings` and `PrefixCacheSettings`, but
-no places: a folder and a server are the caller's to name. It is read strictly and written by one rename.
+It holds the fields of `ResponseCacheSettings` and `PrefixCacheSettings` that differ from edgelm's own defaults, except
+folders and servers, which only a caller names. It is read strictly and written by one rename.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ S = TypeVar("S", ResponseCacheSettings, PrefixCacheSettings)
 
 @dataclass(frozen=True)
 class Budgets:
-    """The settings of both caches where nobody says otherwise."""
+    """The default settings of both caches."""
 
     responses: ResponseCacheSettings = field(default_factory=ResponseCacheSettings)
     prefixes: PrefixCacheSettings = field(default_factory=PrefixCacheSettings)
@@ -48,7 +48,7 @@ class Budgets:
 
 
 def read_budgets(folder: Path) -> Budgets:
-    """What the file in a folder says, edgelm's own defaults for the rest, and for all where there is no file.
+    """The budgets in a folder's file, with edgelm's own defaults for fields, or a file, that are not there.
 
     Raises: CacheCorruptError, CacheVersionError; CacheError, if the system refuses.
     """
@@ -77,7 +77,7 @@ def read_budgets(folder: Path) -> Budgets:
 
 
 def default_budgets() -> Budgets:
-    """What `load` uses without another word. A file that cannot be used is warned of, once, and left out."""
+    """What `load` uses by default. A file that cannot be used is ignored, with one warning."""
     try:
         folder = home()
     except CacheError:  # there is no place for a file either; the caches themselves warn of that
@@ -92,7 +92,7 @@ def default_budgets() -> Budgets:
 
 
 def write_budgets(folder: Path, budgets: Budgets) -> None:
-    """Replace the file by one that says this, mode 0600. Of two processes that write at once, the last one counts.
+    """Replace the file, with mode 0600. If two processes write at once, the last one wins.
 
     Raises: CacheError.
     """

@@ -39,7 +39,7 @@ class CacheKind(Protocol):
 
 
 class ResponseKind:
-    """The database of answers, with the budgets that are in it."""
+    """The database of answers; it stores its own budgets."""
 
     name = "responses"
 
@@ -47,7 +47,7 @@ class ResponseKind:
         self.path = home / FOLDER_NAME / FILE_NAME
 
     def stats(self) -> StoreStats:
-        """As `SqliteStore.stats`; the budgets that it will have where there is no database yet."""
+        """As `SqliteStore.stats`; before there is a database, the budgets that it will get."""
         if not self.path.exists():
             usual = default_budgets().responses
             return StoreStats(0, 0, usual.disk_entries, usual.disk_bytes)
@@ -87,8 +87,8 @@ class PreparedKind:
         return StoreStats(len(folders), size, None, prepared.DEFAULT_BUDGET_BYTES)
 
     def clear(self) -> None:
-        """Delete all; processes that have one mapped keep it. Raises: CacheError, where the system does not delete what
-        is mapped (Windows)."""
+        """Delete all; a process that has one mapped keeps using it. Raises: CacheError on Windows, which deletes no
+        mapped file."""
         try:
             if self.path.exists():
                 shutil.rmtree(self.path)
@@ -104,7 +104,7 @@ class PreparedKind:
 
 
 class PrefixKind:
-    """The files of computed beginnings of prompts, with the budget that is in their folder."""
+    """The prefix cache's files; their folder stores the budget."""
 
     name = "prefixes"
 

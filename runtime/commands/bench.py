@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     add_provider(parser)
     parser.add_argument(
-        "--context", type=int, nargs="+", metavar="N", help="prompt lengths to measure at (128 1024 1900, as fit)"
+        "--context", type=int, nargs="+", metavar="N", help="lengths of prompts (128 1024 1900, those that fit)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="runs of each, the median counts (%(default)s)"
+        "--repeats", type=int, default=3, metavar="N", help="runs of each length; the median is shown (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

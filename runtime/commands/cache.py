@@ -16,7 +16,7 @@ from ..caches.responses.store import StoreStats
 from ..errors import SettingsError
 from ..host.home import home
 
-SUMMARY = "show, clear or check what is kept between runs, or set its budgets"
+SUMMARY = "show, clear or check the caches on this machine, or set their budgets"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86400}
@@ -29,16 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("stats", "clear", "check", "budget"),
-        help="stats: entries, sizes and budgets; clear: forget everything; check: verify every entry; budget: show "
-        "what the caches may take where a program says nothing, or set it by the options below",
+        help="stats: show entries, sizes and budgets; clear: delete all entries; check: verify all; budget: show "
+        "the default budgets, or set them by the options below",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     group = parser.add_argument_group("budget", "sizes such as 256MiB or 1GB, times such as 3600 or 7d")
     for part in ("responses", "prefixes"):
-        group.add_argument(f"--{part}-memory", type=_size, metavar="SIZE", help=f"memory of each process for {part}")
+        group.add_argument(f"--{part}-memory", type=_size, metavar="SIZE", help=f"memory for {part}, for each process")
         group.add_argument(f"--{part}-disk", type=_disk, metavar="SIZE", help=f"disk for {part}, or off")
     group.add_argument("--responses-ttl", type=_time, metavar="TIME", help="how long an answer lives, or off")
-    group.add_argument("--responses-policy", choices=("lru", "lfu"), help="which answers go first")
+    group.add_argument("--responses-policy", choices=("lru", "lfu"), help="which answers are evicted first")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,7 +99,7 @@ def _words(values: dict[str, Any]) -> list[str]:
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What the options say, for each part in the words of its settings."""
+    """The options that were given, for each cache as fields of its settings."""
     changes: dict[str, dict[str, Any]] = {}
     for part in ("responses", "prefixes"):
         memory, disk = getattr(arguments, f"{part}_memory"), getattr(arguments, f"{part}_disk")
@@ -130,7 +130,7 @@ def _time(text: str) -> float | str:
 
 
 def _amount(text: str, units: dict[str, int], kind: str) -> tuple[str, int]:
-    """The number as it was written, and what its unit multiplies it with."""
+    """The number as it was written, and the factor of its unit."""
     found = _NUMBER.fullmatch(text.strip())
     unit = None if found is None else units.get(found.group(2).upper())
     if found is None or unit is None:

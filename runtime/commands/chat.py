@@ -21,13 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", help="folder that  edgelm export  wrote, of a model with a chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message for the conversation")
-    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="continue a conversation that /save wrote")
     add_provider(parser)
     add_loading(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
-    parser.add_argument(
-        "--no-prefix-cache", action="store_true", help="neither use nor keep what is computed beyond this conversation"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="do not use or fill the prefix cache")
     add_chat_options(parser)
     add_settings(parser)
 

@@ -1,4 +1,4 @@
-"""The loop of `edgelm chat`: what is typed is a message or a command, and each message gets an answer."""
+"""The loop of `edgelm chat`: each line is a message, which gets an answer, or a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROMPT = "> "
 
 
 class Chat:
-    """One conversation. Errors are shown, and it goes on."""
+    """One conversation. Errors are shown and do not end it."""
 
     def __init__(
         self, engine: Engine, conversation: Conversation, settings: GenerationSettings, options: Mapping[str, Any]
@@ -38,15 +38,15 @@ class Chat:
         self._terminal = Terminal()
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "this list", self._help),
-            "continue": ("", "go on with the last answer, where it ended at a limit", self._continue),
+            "continue": ("", "continue the last answer, if a limit ended it", self._continue),
             "undo": ("", "take back the last message and its answer", self._undo),
             "retry": ("", "answer the last message again", self._retry),
             "edit": ("[TEXT]", "change the last message and answer it again", self._edit),
-            "reset": ("", "forget the conversation, but not the system message", self._reset),
+            "reset": ("", "forget the conversation except the system message", self._reset),
             "system": ("[TEXT]", "set the system message, or remove it", self._system),
-            "set": ("[NAME VALUE]", "change a setting, or what the template reads: /set temperature 0.7", self._set),
+            "set": ("[NAME VALUE]", "change a setting or a template variable: /set temperature 0.7", self._set),
             "save": ("FILE", "write the conversation to a new file", self._save),
-            "load": ("FILE", "go on with a saved conversation", self._load),
+            "load": ("FILE", "continue a saved conversation", self._load),
             "context": ("", "how full the context is", self._show_context),
             "stats": ("", "what the last answer cost", self._show_stats),
             "quit": ("", "leave (Ctrl-D does too)", self._quit),
@@ -58,7 +58,7 @@ class Chat:
             note("/help lists the commands, Ctrl-C interrupts an answer, Ctrl-D leaves")
         self._show_conversation()
         if isinstance(sys.stdin, io.TextIOWrapper):
-            # Bytes that are no UTF-8 are refused with the message that they are in, not with the session.
+            # A message with bytes that are not UTF-8 is refused; the session goes on.
             sys.stdin.reconfigure(errors="surrogateescape")
         while not self._leaving:
             self._turn()
@@ -77,7 +77,7 @@ class Chat:
             note(f"error: {error}")
 
     def _prompt(self) -> str:
-        """With how full the context is, once there is something in it."""
+        """The text in front of the input, with how full the context is, once there is something in it."""
         used = self._used() if self._terminal.is_there and len(self._conversation) else None
         return _PROMPT if used is None else f"{used}/{self._context_length}{_PROMPT}"
 
@@ -93,14 +93,14 @@ class Chat:
         self._commands[name][2](rest.strip())
 
     def _ask(self, text: str, before: Conversation) -> None:
-        """Ask after a conversation and show the answer, which the present one then ends in."""
+        """Add a message to the conversation `before` and show the answer. This becomes the present conversation."""
         conversation = before.copy()
         conversation.ask(text)
         self._answer(conversation, {})
 
     def _answer(self, conversation: Conversation, begun: Mapping[str, Any]) -> None:
-        """Show what follows a conversation. An answer that is interrupted stays as far as it came; where nothing came,
-        the present conversation is as it was. begun: what says that the answer goes on with the last message."""
+        """Generate and show the next message. An interrupted answer is kept as far as it came; if nothing came, the
+        present conversation does not change. begun: the options that make the answer continue the last message."""
         self._fit(conversation, begun)
         shown = ""
         request = {"messages": conversation.messages(), "settings": self._settings, **self._options, **begun}
@@ -124,8 +124,8 @@ class Chat:
                 note("[no answer]")
 
     def _fit(self, conversation: Conversation, begun: Mapping[str, Any]) -> None:
-        """Leave the oldest turns out where the context has no room for an answer. Then half of it becomes free, or each
-        message would move all that was computed."""
+        """Leave out the oldest turns if the context has no room for an answer. Half of it is freed at once: every
+        change at the beginning means that the rest must be computed again."""
         context = self._context_length
         room = min(self._settings.max_tokens, context // 4)
         if self._count(conversation.messages(), begun) <= context - room:
@@ -146,7 +146,7 @@ class Chat:
         return len(self._engine.encode(messages=messages, **self._options, **begun))
 
     def _used(self) -> int | None:
-        """Tokens of the conversation; None where the template takes no conversation that ends like this one."""
+        """Tokens of the conversation; None if the template refuses a conversation that ends like this one."""
         try:
             return self._count(self._conversation.messages(), {})
         except EdgelmError:
@@ -159,7 +159,7 @@ class Chat:
     def _continue(self, _: str) -> None:
         conversation = self._conversation.copy()
         if not conversation.is_answered:
-            raise PromptError("there is no answer to go on with: write a message, or /retry")
+            raise PromptError("there is no answer to continue: write a message, or /retry")
         self._answer(conversation, {"continue_final_message": True})
 
     def _undo(self, _: str) -> None:
@@ -206,7 +206,7 @@ class Chat:
         note(f"loaded {len(self._conversation)} messages")
 
     def _show_conversation(self) -> None:
-        """What was said before, as it looked when it was said."""
+        """Show the messages so far as they looked when they were written."""
         for message in self._conversation.everything():
             head = {"user": _PROMPT, "assistant": ""}.get(message["role"], f"[{message['role']}] ")
             note(f"{head}{message['content']}")
@@ -233,5 +233,5 @@ def _path(name: str) -> Path:
         raise PromptError("a file's name holds no NUL character: give another name")
     try:
         return Path(name).expanduser()
-    except RuntimeError as error:  # ~name of a user that there is not
+    except RuntimeError as error:  # ~name of an unknown user
         raise PromptError(f"{name} names no folder ({error}): give another name") from error

@@ -1,4 +1,4 @@
-"""What this machine is to edgelm: which target fits, what will be fast, and what is missing."""
+"""What `edgelm doctor` finds: which target fits this machine, what will be fast, and what is missing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..sessions.providers import CUDA, gpu_names
 
 _ARM = ("aarch64", "arm64")
 _X86 = ("x86_64", "amd64")
-# The sets that decide how fast 8-bit products are, as Linux names them.
+# The instruction sets that decide how fast 8-bit products are, as Linux names them.
 _TELLING_SETS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Facts, and `advice`: sentences about what could be better, most important first; none if nothing could.
+    """Facts, and `advice`: sentences about what could be better, most important first.
 
-    board: as its device tree names it, None where there is none; page_bytes: of the system's pages of memory; target:
-    the profile to export with; threads: what `load` uses; bytes as integers; int8: how fast 8-bit products are, in
-    words; kernels: the compiled ones that are used, None without; kernels_fault, onnxruntime_fault: why those that are
-    installed, or onnxruntime, cannot be used, which stops every model; extras: name to whether all its packages are
-    installed; home: where caches lie, None without a home.
+    board: the name in its device tree, None if there is none; page_bytes: size of a memory page; target: the profile to
+    export with; threads: what `load` uses; int8: how fast 8-bit products are, in words; kernels: the compiled kernels
+    that are used, or None; kernels_fault, onnxruntime_fault: why the installed kernels, or onnxruntime, cannot be used,
+    which stops every model; extras: {name: whether all its packages are installed}; home: the folder of the caches,
+    None without a home.
     """
 
     system: str
@@ -99,7 +99,7 @@ def diagnose() -> Diagnosis:
 
 
 def _onnxruntime() -> tuple[Any, str | None]:
-    """The module, None where it cannot be loaded, and why."""
+    """The module, or None and why it cannot be loaded."""
     try:
         return load_onnxruntime(), None
     except SessionError as error:
@@ -114,7 +114,7 @@ def _target(providers: tuple[str, ...]) -> str | None:
 
 
 def _has_gpu() -> bool:
-    """onnxruntime-gpu lists its provider on machines without a GPU, too."""
+    """Whether there is a GPU: onnxruntime-gpu lists its provider also on machines without one."""
     return shutil.which("nvidia-smi") is not None or bool(gpu_names())
 
 
@@ -126,7 +126,7 @@ def _int8_speed(sets: tuple[str, ...]) -> str:
             "fast (VNNI)" if fast else "slower (no VNNI: weights become unsigned at load, so that sums cannot overflow)"
         )
     if kind in _ARM and not machine.instruction_sets():
-        return "unknown (the system does not tell its instruction sets)"
+        return "unknown (the system does not report its instruction sets)"
     if kind in _ARM:
         return "fast (dot product)" if "asimddp" in sets else "slower (no dot product instructions)"
     return "unknown"
@@ -153,7 +153,7 @@ def _home() -> tuple[Path | None, str | None]:
 
 
 def _free_bytes(folder: Path | None) -> int | None:
-    """What the disk of a folder has left, where it tells."""
+    """Free bytes on the disk of a folder, or None if unknown."""
     if folder is None:
         return None
     try:
@@ -163,8 +163,7 @@ def _free_bytes(folder: Path | None) -> int | None:
 
 
 def _extras() -> dict[str, bool]:
-    """The extras of the installed distribution and whether each one's packages are there; none in a frozen program, to
-    which nothing can be added."""
+    """Whether the packages of each extra are installed; empty in a frozen program, to which nothing can be added."""
     found: dict[str, bool] = {}
     if getattr(sys, "frozen", False):
         return found

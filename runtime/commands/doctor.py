@@ -19,13 +19,13 @@ _KIB = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "bundle", nargs="*", help="bundles to say of what to expect: the memory's speed is measured, for two seconds"
+        "bundle", nargs="*", help="bundles whose speed to estimate: this measures the memory's speed, for two seconds"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look, measure where bundles are given, and print. Advice is not a failure; what stops every model is."""
+    """Look, measure if bundles are given, and print. Advice is no failure; a fault that stops every model is."""
     found = diagnose()
     faults = [*filter(None, [found.onnxruntime_fault, found.kernels_fault])]
     status = 1 if faults else 0
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _lines(found: Diagnosis) -> list[tuple[str, str]]:
     free = "" if found.home_free_bytes is None else f", {found.home_free_bytes / _GB:,.1f} GB free"
     extras = ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in found.extras.items())
-    extras = extras or "none can be added to a frozen program"
+    extras = extras or "none (a frozen program takes no more)"
     without = "onnxruntime's own" if found.kernels_fault is None else "installed, but cannot be used"
     largest = largest_parameters(found)
     board = [] if found.board is None else [("board", f"{found.board}, pages of {found.page_bytes // _KIB} KiB")]
@@ -71,7 +71,7 @@ def _lines(found: Diagnosis) -> list[tuple[str, str]]:
 
 
 def _expected(found: Diagnosis, speed: float, bundles: list[Expectation]) -> list[tuple[str, str]]:
-    """What was measured, and what that says of bundles and of models at large."""
+    """The measured speed of the memory, and what it means for the given bundles and for models in general."""
     comfortable = count_text(comfortable_parameters(found, speed))
     lines = [
         ("reading", f"{speed / _GB:,.1f} GB/s of memory, by {found.threads} threads"),

@@ -1,8 +1,7 @@
-"""`edgelm eval`: perplexity and last-word accuracy of a bundle, or of the model that a bundle is made of; how far it is
-from another one.
+"""`edgelm eval`: perplexity and last-word accuracy of a bundle or of a source model, and its distance from another one.
 
-Bundles need nothing but the runtime. Models need the exporter, which offers itself by the entry point group
-`edgelm.models`: a function from a model's name to a manifest's model, a tokenizer and a session.
+Bundles need only the runtime. Source models need the exporter, which is found by the entry point group `edgelm.models`:
+a function from a model's name to its shape, a tokenizer and a session.
 """
 
 from __future__ import annotations
@@ -38,25 +37,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle, model folder, GGUF file, hub id such as owner/name, or builtin:tales; models need the exporter",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on")
-    parser.add_argument("--window", type=int, metavar="N", help="tokens of a window (512, or the context)")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (half a window)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens in a window (512, or the context)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next (half a window)")
     parser.add_argument(
         "--against",
         metavar="MODEL",
-        help="a bundle or a model that runs the text too: prints how far --text's is from it",
+        help="a bundle or a model to compare with on --text: prints how far the first is from it",
     )
     parser.add_argument(
-        "--lambada", type=Path, metavar="FILE", help="JSON lines with the key text, whose last words are asked for"
+        "--lambada",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with the key text, whose last words are to be predicted",
     )
-    parser.add_argument("--graph", metavar="FILE", help="the ONNX file to take, in a folder of another exporter")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument(
+        "--graph", metavar="FILE", help="the ONNX file to use, if a folder of another exporter has several"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, measure, print."""
     if arguments.text is None and arguments.lambada is None:
-        raise SettingsError("there is nothing to measure on: give --text or --lambada")
+        raise SettingsError("there is nothing to measure: give --text or --lambada")
     if arguments.text is None and (arguments.window, arguments.stride) != (None, None):
         raise SettingsError("--window and --stride belong to --text: give both")
     if arguments.text is None and arguments.against is not None:
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _on_text(opened: _Opened, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity, and what it is beside the reference, if there is one."""
+    """Perplexity, and the comparison with the reference, if there is one."""
     context, tokenizer, session = opened
     sizes = {"window": arguments.window, "stride": arguments.stride}
     if arguments.against is None:

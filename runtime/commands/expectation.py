@@ -1,4 +1,4 @@
-"""What to expect of a bundle on this machine, before it is loaded: whether it fits, and how fast it writes."""
+"""Estimate whether a bundle fits into this machine's memory and how fast it generates, before it is loaded."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from ..bundle.folder import GRAPH_NAME, Bundle
 from ..bundle.onnx_file import streamed_bytes
 from .diagnosis import Diagnosis
 
-# What was resident at most, the KV cache not counted: weights, and without kernels the copies that onnxruntime makes of
-# them while it loads. Kernels compute with the weights as they are in the file.
+# Largest resident memory as a multiple of the weights, without the KV cache. Without kernels, onnxruntime copies the
+# weights while it loads. Kernels compute with the weights as they are in the file.
 _BYTES_A_PARAMETER, _BYTES_WITH_KERNELS = 2.6, 1.3
-# The share of the memory's speed with which weights were read on two x86 cores (docs/benchmarks.md).
+# The share of the memory's speed that decoding reached on two x86 cores (docs/benchmarks.md).
 _SHARE, _SHARE_WITH_KERNELS = 0.48, 0.72
-# As fast as most people read.
+# The speed at which most people read.
 COMFORTABLE_TOKENS_PER_S = 10
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """bytes_a_token: of weights that a token reads; most_tokens_per_s: what the memory's speed allows on a short
-    context; usual_tokens_per_s: with the share of it that was measured on another machine; fits: whether the free
-    memory is enough."""
+    """bytes_a_token: bytes of weights that each token reads; most_tokens_per_s: the limit that the memory's speed sets
+    on a short context; usual_tokens_per_s: the share of that limit which another machine reached; fits: whether the
+    free memory is enough."""
 
     bundle: str
     bytes_a_token: int
@@ -36,12 +36,13 @@ def largest_parameters(found: Diagnosis) -> float:
 
 
 def comfortable_parameters(found: Diagnosis, memory_bytes_per_s: float) -> float:
-    """How many parameters of an INT8 model are read `COMFORTABLE_TOKENS_PER_S` times a second, a byte each."""
+    """The largest INT8 model, in parameters of one byte, that this memory reads `COMFORTABLE_TOKENS_PER_S` times a
+    second."""
     return _share(found) * memory_bytes_per_s / COMFORTABLE_TOKENS_PER_S
 
 
 def expect(folder: str, found: Diagnosis, memory_bytes_per_s: float) -> Expectation:
-    """What to expect of a bundle. Cost: its structure is read. Raises: as `Bundle.open`."""
+    """The estimate for one bundle. Cost: the graph's structure is read. Raises: as `Bundle.open`."""
     bundle = Bundle.open(folder)
     size = max(1, streamed_bytes(bundle.path / GRAPH_NAME))
     most = memory_bytes_per_s / size

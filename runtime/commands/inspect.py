@@ -25,7 +25,7 @@ from ..errors import BundleCorruptError, BundleMissingError
 from .folder import add_folder
 
 _CACHE_BYTES = {"int8": 1, "float16": 2, "float32": 4}
-# Who makes a page of a report.
+# Entry points whose functions make a page of a report.
 _PAGES = "edgelm.pages"
 _PLAIN_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body><pre>{text}</pre></body></html>
@@ -88,7 +88,7 @@ def _show_report(bundle: Bundle, as_json: bool) -> None:
 
 
 def _show_examples(report: dict[str, Any]) -> None:
-    """Prompts with the answers of both graphs, the first word that is another in brackets."""
+    """Print prompts with the answers of both graphs, the first different word in brackets."""
     found = examples(report)
     if found:
         _print("Answers of the fp32 graph and of this bundle:")
@@ -106,7 +106,7 @@ def _marked(cut: Cut) -> str:
 
 
 def _print(text: str) -> None:
-    """A line, in which what is not printed stands as Python writes it: a terminal would obey it."""
+    """Print a line with unprintable characters escaped: a terminal would obey them."""
     print(printable(text))
 
 
@@ -115,7 +115,7 @@ def _line(text: str) -> str:
 
 
 def _show_compression(steps: Any) -> None:
-    """What each step of a recipe left, before this export."""
+    """Print what each step of a recipe changed before this export."""
     titles, *rows = compression_table(steps)
     if not rows:
         return
@@ -137,7 +137,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _open_page(bundle: Bundle) -> None:
-    """Show the report in the browser, on a page that is made here: the one in the bundle is by whoever wrote it."""
+    """Show the report in the browser, on a page that is made here: the bundle's own page could contain anything."""
     import webbrowser
 
     report = _parse(_listed(bundle, REPORT_NAME))
@@ -148,8 +148,8 @@ def _open_page(bundle: Bundle) -> None:
 
 
 def _page(bundle: Bundle, report: dict[str, Any]) -> str:
-    """The exporter's page, with charts, where it is installed and the report is of its kind; else what the terminal
-    shows."""
+    """The exporter's page with charts, if the exporter is installed and knows this report; else the text of the
+    terminal."""
     from importlib.metadata import entry_points
 
     from jinja2 import TemplateError
@@ -166,7 +166,7 @@ def _page(bundle: Bundle, report: dict[str, Any]) -> str:
 
 
 def _listed(bundle: Bundle, name: str) -> str:
-    """The text of a file that may be missing in bundles of an older edgelm, as it was exported."""
+    """The text of a file, checked against its digest. Bundles of an older edgelm may lack it."""
     if name not in bundle.manifest.files:
         raise BundleMissingError(f"{bundle.path} has no {name}: export it again with this edgelm to get one")
     bundle.check_files([name])

@@ -1,4 +1,4 @@
-"""Options of commands for the prompt that a chat template makes (`ChatOptions`)."""
+"""The chat template's options (`ChatOptions`) as options of commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..host.files import read_text
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """Declare an option for each. What is not given is not set."""
+    """Declare an option for each. Options that are not given are not set."""
     group = parser.add_argument_group("messages", "for the model's chat template")
 
     def add(option: str, **settings: Any) -> None:
@@ -27,12 +27,12 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_variable,
         metavar="NAME=VALUE",
-        help="set what the template reads, such as enable_thinking=false; may be given several times",
+        help="set a variable of the template, such as enable_thinking=false; may be repeated",
     )
     add(
         "--tokens-in-messages",
         action="store_true",
-        help="special tokens that are written in messages are those tokens, not plain text",
+        help="read special tokens in messages as tokens, not as plain text",
     )
 
 
@@ -48,7 +48,7 @@ def chat_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def typed(text: str) -> str:
-    """A text of the command line, which Python reads as ASCII in some locales, whatever the terminal sends."""
+    """A text of the command line as the terminal sent it: in some locales Python reads arguments as ASCII."""
     try:
         return os.fsencode(text).decode("utf-8") if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in text) else text
     except UnicodeError:

@@ -33,29 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="answer each line of a file (- for standard input), several at once, each as one line of JSON",
+        help="answer each line of a file (- for standard input), several at once, as lines of JSON",
     )
     parser.add_argument(
-        "--max-rows", type=int, metavar="N", help=f"with --prompts: how many at once ({MAX_ROWS}); each takes memory"
+        "--max-rows", type=int, metavar="N", help=f"with --prompts: answers at once ({MAX_ROWS}); each takes memory"
     )
+    parser.add_argument("--raw", action="store_true", help="continue the prompt's text without the chat template")
+    parser.add_argument("--chat", action="store_true", help="use the chat template; fail if the bundle has none")
+    parser.add_argument("--system", metavar="TEXT", help="a system message in front of the prompt (implies --chat)")
     parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt's text, also where the bundle has a chat template"
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="refuse a bundle without a chat template, through which prompts go"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="a system message in front of it (implies --chat)")
-    parser.add_argument(
-        "--begin", metavar="TEXT", help="what the answer goes on from, and does not say again (implies --chat)"
+        "--begin", metavar="TEXT", help="the beginning of the answer, which is not printed (implies --chat)"
     )
     add_loading(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
-    parser.add_argument(
-        "--no-response-cache", action="store_true", help="compute the answer even if it is known, and do not keep it"
-    )
-    parser.add_argument(
-        "--no-prefix-cache", action="store_true", help="compute the whole prompt, and do not keep what was computed"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
+    parser.add_argument("--no-response-cache", action="store_true", help="do not use or fill the response cache")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="do not use or fill the prefix cache")
     parser.add_argument("--stats", action="store_true", help="show counts and times on standard error")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
     add_chat_options(parser)
@@ -109,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _answer_lines(engine: Engine, arguments: argparse.Namespace, text: str, options: dict[str, Any]) -> None:
-    """Answers in the order of the lines, each as soon as it and those before it are there."""
-    # Only line ends part lines: other characters that Python takes for some may stand in a prompt.
+    """Print answers in the order of the lines, each as soon as it and those before it are finished."""
+    # Only LF and CRLF end a line: other characters that `splitlines` splits at may stand in a prompt.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     requests = [_request(engine, arguments, line) for line in lines]
     prompts: list[Prompt] = [request["messages" if "messages" in request else "prompt"] for request in requests]
@@ -138,7 +130,8 @@ def _print_json(done: Completion) -> None:
 
 
 def _request(engine: Engine, arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
-    """A model that was trained to chat gets a user's message: it may end at once after a plain text."""
+    """Arguments of `generate`. A model that was trained to chat gets a user's message: on plain text it may end at
+    once."""
     if not _needs_template(arguments) and (arguments.raw or not engine.takes_messages or not prompt):
         return {"prompt": prompt}
     messages: Sequence[dict[str, str]] = [{"role": "user", "content": prompt}]
@@ -159,7 +152,7 @@ def _print_stream(engine: Engine, request: dict[str, Any]) -> Stats | None:
     for chunk in engine.stream(**request):
         print(chunk.text, end="", flush=True)
         stats = chunk.stats
-    print(flush=True)  # before what goes to standard error
+    print(flush=True)  # before anything goes to standard error
     return stats
 
 
@@ -171,7 +164,7 @@ def _prompt(given: str | None) -> str:
 
 
 def _text(name: str) -> str:
-    """What a file holds, or standard input for "-", without the mark that Windows writes in front of UTF-8."""
+    """The text of a file, or of standard input for "-", without Windows' byte order mark."""
     if name == "-":
         data, source = sys.stdin.buffer.read() if sys.stdin is not None else b"", "standard input"
     else:

@@ -33,7 +33,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _port(text: str) -> int:
-    """A port's number. The system would take 99999 for 34463 without a word."""
+    """A port's number. The system would silently take 99999 for 34463."""
     if not text.isascii() or not text.isdigit() or int(text[:9]) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r:.20} is not a port: give a number from 0 to 65535")
     return int(text)
@@ -45,41 +45,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundles",
         nargs="+",
         metavar="BUNDLE",
-        help="folder of a bundle, or NAME=FOLDER, or a folder that holds bundles; loaded when they are asked for",
+        help="folder of a bundle, NAME=FOLDER, or a folder of bundles; each is loaded when it is first needed",
     )
     where = parser.add_argument_group("where")
     where.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
     where.add_argument("--port", type=_port, default=8080, metavar="N", help="port, 0 for any free one (8080)")
-    where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a unix socket instead")
+    where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a Unix socket instead")
     where.add_argument(
         "--ready-json",
         action="store_true",
-        help="for a program that starts the server: say where it listens as one line of JSON, and end when the pipe of "
+        help="for a program that starts the server: print the address as one line of JSON, and end when the pipe on "
         "standard input is closed",
     )
     who = parser.add_argument_group("who may call")
-    who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; only its owner may read it")
-    who.add_argument("--no-key", action="store_true", help="serve other machines without a key")
+    who.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; readable by its owner only")
+    who.add_argument("--no-key", action="store_true", help="also serve other machines without a key")
     who.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this server")
     who.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="a web page that may call it: https://name"
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--memory", type=int, metavar="MIB", help="for all loaded models (half of what is free)")
-    limits.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests to one model at once (64)")
-    limits.add_argument("--max-body", type=int, default=4, metavar="MIB", help="largest request (4)")
-    limits.add_argument("--max-tokens", type=int, metavar="N", help="of answers that set none (the context's rest)")
-    limits.add_argument("--drain", type=float, default=30.0, metavar="S", help="for answers at the end (30)")
+    limits.add_argument("--memory", type=int, metavar="MIB", help="memory for all loaded models (half of what is free)")
     limits.add_argument(
-        "--sse-ping", type=float, default=10.0, metavar="S", help="silence of a stream before a comment (10)"
+        "--max-waiting", type=int, default=64, metavar="N", help="requests that run or wait, per model (64)"
+    )
+    limits.add_argument("--max-body", type=int, default=4, metavar="MIB", help="largest body of a request (4)")
+    limits.add_argument("--max-tokens", type=int, metavar="N", help="if a request sets none (the rest of the context)")
+    limits.add_argument("--drain", type=float, default=30.0, metavar="S", help="time to finish answers at the end (30)")
+    limits.add_argument(
+        "--sse-ping", type=float, default=10.0, metavar="S", help="comment on a stream after so much silence (10)"
     )
     more = parser.add_argument_group("more")
-    more.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    more.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     add_provider(parser)
-    more.add_argument("--redis", metavar="URL", help="share known answers with other machines by a Redis server")
-    more.add_argument("--no-response-cache", action="store_true", help="compute each answer anew")
-    more.add_argument("--no-prefix-cache", action="store_true", help="keep nothing of what prompts cost")
-    more.add_argument("--no-page", action="store_true", help="no page to chat with at /")
+    more.add_argument("--redis", metavar="URL", help="share answers with other machines through a Redis server")
+    more.add_argument("--no-response-cache", action="store_true", help="do not keep answers")
+    more.add_argument("--no-prefix-cache", action="store_true", help="do not keep computed prompts")
+    more.add_argument("--no-page", action="store_true", help="serve no chat page at /")
     more.add_argument("--verbose", action="store_true", help="log each request")
     more.add_argument("--log-prompts", action="store_true", help="log prompts, too (implies --verbose)")
 
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class FirstLoad:
-    """Opens bundles, one at a time; the first one is being loaded from the beginning of the block on."""
+    """Opens bundles, one at a time. Entering the block begins to load the first one."""
 
     def __init__(self, open_engine: Callable[[Path], Engine], path: Path) -> None:
         self._open = open_engine
@@ -132,7 +134,7 @@ class FirstLoad:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close what was loaded for nobody."""
+        """Close the first model if nobody asked for it."""
         first, self._first = self._first, None
         self._pool.shutdown()
         if first is not None and first.exception() is None:
@@ -147,7 +149,7 @@ class FirstLoad:
 
 
 def settings_of(arguments: argparse.Namespace) -> ServerSettings:
-    """What the options allow. Raises: SettingsError, also where other machines could call without a key."""
+    """The server's settings. Raises: SettingsError, also if other machines could call without a key."""
     from ..server.settings import LOOPBACK_HOSTS, ServerSettings
 
     keys = () if arguments.api_key_file is None else read_keys(arguments.api_key_file)
@@ -180,7 +182,7 @@ def _response_cache(arguments: argparse.Namespace) -> bool | ResponseCacheSettin
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line. Raises: SettingsError, also where other users may read it."""
+    """The keys of a file, one a line. Raises: SettingsError, also if other users may read it."""
     try:
         mode = path.stat().st_mode
         lines = read_text(path).splitlines()
@@ -216,7 +218,7 @@ def find_bundles(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _ready(address: str, where: Listening, settings: ServerSettings, names: Sequence[str]) -> str:
-    """What is served, for whom, and how to call it."""
+    """The lines printed at the start: what is served, for whom, and how to call it."""
     local = where.unix is not None or where.host in _LOOPBACK
     who = "this machine" if local else f"all who reach {where.host}"
     lines = [

@@ -12,28 +12,28 @@ from ..settings import DEFAULT_MAX_TOKENS, GenerationSettings
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Declare an option for each setting that a command line can hold. What is not given is not set."""
-    group = parser.add_argument_group("generation", "docs/generation.md tells more")
+    """Declare an option for each setting that a command line can hold. Options that are not given are not set."""
+    group = parser.add_argument_group("generation", "docs/generation.md explains them")
 
     def add(option: str, kind: type, metavar: str, text: str) -> None:
         group.add_argument(option, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
-    add("--max-tokens", int, "N", f"most tokens to generate ({DEFAULT_MAX_TOKENS})")
-    add("--min-tokens", int, "N", "least tokens before the answer may end (0)")
-    add("--temperature", float, "T", "draw tokens; 0 takes the most likely one (0)")
+    add("--max-tokens", int, "N", f"generate at most N tokens ({DEFAULT_MAX_TOKENS})")
+    add("--min-tokens", int, "N", "generate at least N tokens before the answer may end (0)")
+    add("--temperature", float, "T", "draw tokens at this temperature; 0 takes the most likely one (0)")
     add("--top-k", int, "K", "draw from the K most likely tokens")
-    add("--top-p", float, "P", "draw from the most likely tokens that have a share P together")
+    add("--top-p", float, "P", "draw from the most likely tokens that together have the probability P")
     add("--min-p", float, "P", "draw from tokens at least P times as likely as the most likely one")
-    add("--repetition-penalty", float, "R", "make tokens of prompt and answer less likely (1: off)")
-    add("--presence-penalty", float, "R", "make tokens of the answer less likely (0: off)")
-    add("--frequency-penalty", float, "R", "the same for each time that they came (0: off)")
-    add("--seed", int, "N", "draw the same tokens again")
+    add("--repetition-penalty", float, "R", "make tokens of the prompt and the answer less likely (1: off)")
+    add("--presence-penalty", float, "R", "make tokens that the answer has less likely (0: off)")
+    add("--frequency-penalty", float, "R", "the same for each time that they occur (0: off)")
+    add("--seed", int, "N", "draw the same tokens in each run")
     group.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
         default=argparse.SUPPRESS,
-        help="end the answer in front of this text; may be given several times",
+        help="end the answer in front of this text; may be repeated",
     )
     group.add_argument(
         "--stop-token-id",
@@ -42,7 +42,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="ID",
         default=argparse.SUPPRESS,
-        help="the same for a token; may be given several times",
+        help="end the answer at this token; may be repeated",
     )
     group.add_argument(
         "--logit-bias",
@@ -50,16 +50,16 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=_bias,
         metavar="ID=VALUE",
         default=argparse.SUPPRESS,
-        help="add to a token's logit, -inf bans it; may be given several times",
+        help="add VALUE to a token's logit; -inf bans it; may be repeated",
     )
-    add("--timeout", float, "S", "end the answer after S seconds with what is there")
+    add("--timeout", float, "S", "end the answer after S seconds, even if it is not complete")
     group.add_argument(
         "--context-full",
         choices=("stop", "slide"),
         default=argparse.SUPPRESS,
-        help="where the context is full: end the answer, or forget the older half of the text (stop)",
+        help="when the context is full: end the answer, or forget the older half of the text (stop)",
     )
-    add("--keep", int, "N", "with --context-full slide: first tokens that are not forgotten (0)")
+    add("--keep", int, "N", "with --context-full slide: never forget the first N tokens (0)")
     add("--json-schema", Path, "FILE", "make the answer follow a JSON schema")
     add("--regex", str, "PATTERN", "make the answer follow a regular expression")
     group.add_argument(
@@ -73,7 +73,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         dest="lookup",
         action="store_false",
         default=argparse.SUPPRESS,
-        help="try no draft tokens where the text repeats itself (the answer is the same, only slower)",
+        help="no draft tokens (prompt-lookup decoding): the answer is the same, but slower",
     )
 
 

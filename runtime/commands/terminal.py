@@ -1,4 +1,4 @@
-"""What `edgelm chat` needs of a terminal: lines that break between words, silence while an answer is written, editing.
+"""The terminal of `edgelm chat`: lines that break between words, no echo while an answer is printed, line editing.
 
 Answers go to standard output, everything else to standard error.
 """
@@ -17,19 +17,19 @@ _TAB = 8
 
 
 class Wrapping:
-    """Text that comes in pieces, in lines that break between words where a terminal would break within one.
+    """Breaks lines of text that comes in pieces between words, where a terminal would break within a word.
 
     A word is held back until it is whole. Characters that take two places, as in Chinese, are words of their own.
     """
 
     def __init__(self, columns: Callable[[], int]) -> None:
-        """columns: how many there are now, since a window may change."""
+        """columns: returns the present width, since a window may change."""
         self._columns = columns
         self._column = 0
         self._word = ""
 
     def add(self, text: str) -> str:
-        """What may be printed now."""
+        """Add a piece. Returns what may be printed now."""
         return "".join(map(self._character, text))
 
     def finish(self) -> str:
@@ -46,7 +46,7 @@ class Wrapping:
             self._word = character
             return word + self._placed()
         self._word += character
-        # A word as long as a line is broken anywhere, as there is no better place.
+        # A word longer than a line is broken anywhere.
         return self._placed() if self._length() >= self._columns() else ""
 
     def _length(self) -> int:
@@ -86,7 +86,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.is_there = sys.stdin.isatty()
-        # Editing and history of `input` come with this module, which not every system has.
+        # This module gives `input` editing and history. Not every system has it.
         self._readline: Any = _module("readline") if self.is_there else None
         self._wraps = self.is_there and sys.stdout.isatty()
 
@@ -100,7 +100,7 @@ class Terminal:
         return input(prompt if self.is_there else "")
 
     def edit(self, prompt: str, text: str) -> str:
-        """A line that begins as this text."""
+        """A line to edit that begins with this text."""
         self._readline.set_startup_hook(lambda: self._readline.insert_text(text))
         try:
             return input(prompt) or text
@@ -109,8 +109,8 @@ class Terminal:
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[str], None]]:
-        """Gives a function that prints a piece of an answer. What is typed meanwhile is not shown in the answer, but
-        where the next line is asked for."""
+        """Yields a function that prints a piece of an answer. What is typed meanwhile appears at the next prompt, not
+        in the answer."""
         wrapping = Wrapping(lambda: shutil.get_terminal_size().columns) if self._wraps else None
         with _no_echo(self.is_there):
             try:
@@ -121,7 +121,7 @@ class Terminal:
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Say something that is not part of an answer."""
+    """Print something that is not part of an answer, to standard error."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
@@ -131,7 +131,7 @@ def _print(text: str) -> None:
 
 @contextmanager
 def _no_echo(is_terminal: bool) -> Iterator[None]:
-    """What is typed waits unseen. Ctrl-C still interrupts."""
+    """Do not echo what is typed; it waits for the next prompt. Ctrl-C still interrupts."""
     termios = _module("termios") if is_terminal else None
     if termios is None:
         yield

@@ -1,4 +1,4 @@
-"""A text that a command's user named."""
+"""A text file that the user named."""
 
 from __future__ import annotations
 

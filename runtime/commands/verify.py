@@ -1,4 +1,4 @@
-"""`edgelm verify`: is this bundle what was exported, and does it compute on this machine what it promises?"""
+"""`edgelm verify`: check that a bundle is unchanged, and that this machine computes what it promises."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_folder(parser)
     add_provider(parser)
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on as well")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (physical cores)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure perplexity on, too")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to compute with (the physical ones)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check digests by loading, exactness under cuts by computing, perplexity on a text if one is given."""
+    """Load, which checks the digests; compare a text in pieces with the whole; measure perplexity if a text is
+    given."""
     text = None if arguments.text is None else read_text(arguments.text)
     bundle, session = open_folder(arguments.bundle, arguments.threads, arguments.graph, provider=arguments.provider)
     manifest = bundle.manifest
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise VerificationError(
             f"a text fed in pieces gives other logits than the whole, by up to {findings['cut_difference']:.3g}: "
             "onnxruntime computes differently on this machine; "
-            "the answers are still valid, but depend on how a prompt is cut"
+            "the answers are still valid, but depend on how a prompt is cut into pieces"
         )
     if arguments.json:
         print(json.dumps({**findings, "exact_under_cuts": exact}))
@@ -83,7 +84,7 @@ def _logits(session: Session, token_ids: Sequence[int], sizes: Sequence[int]) ->
 
 
 def _sample_ids(model: Model) -> list[int]:
-    """Token ids from all over the vocabulary: they need not make sense to be computed with."""
+    """Token ids from the whole vocabulary. Any ids can be computed with."""
     count = min(_CUT_TOKENS, model.context_length)
     return [int(token) for token in np.random.default_rng(0).integers(0, model.vocab_size, count)]
 

@@ -1,4 +1,4 @@
-"""Token ids to token ids: feed prompts in pieces, then choose a token for each text and feed it, until told to stop.
+"""Token ids to token ids: feed prompts in pieces, then choose and feed one token a step for each text, until it ends.
 
 One text is a batch of one row. Knows no text, no files and no onnxruntime: it works on any `Session`, and is tested on
 fake ones.
@@ -21,23 +21,23 @@ Event = tuple[Row, int | EdgelmError | None]
 
 
 class Prefixes(Protocol):
-    """Where beginnings of texts are found that no row holds, and kept."""
+    """The prefix cache as the decoder uses it: keeps the beginnings of texts and finds them again."""
 
     def restore(self, row: int, token_ids: Sequence[int]) -> None:
-        """Lengthen what a row holds, the first of these tokens, by what is known, less than all of them.
-        Raises: MemoryShortageError, behind which the row holds a beginning of the text all the same."""
+        """Extend a row, which holds the first of these tokens, by what is cached, but never to all of them. Raises:
+        MemoryShortageError; the row then still holds a beginning of the text."""
 
     def keep(self, row: int, token_ids: Sequence[int]) -> None:
-        """Store what a row holds, which are these tokens."""
+        """Store what a row holds. token_ids: all its tokens."""
 
 
 class Decoder:
     """The rows that are decoded now, over one session. Not safe between threads.
 
-    Rows whose prompt is fed are the first ones of the session, since a step runs the first ones; those that wait for
-    the rest of their prompt are behind them. While there is none, the session's first row holds the last text, so that
-    the next prompt runs only what is new. Reuse is exact where the session is (`Manifest.exact_under_cuts`): logits are
-    bit for bit those of a cold run, wherever a text was cut, and whatever the other rows are.
+    A step runs the session's first rows, so rows whose prompt is fed come first; rows that wait for a part of their
+    prompt are behind them. When no row is decoded, the first row still holds the last text, so that the next prompt
+    runs only its new part. Reuse is exact where the session is (`Manifest.exact_under_cuts`): logits are bit for bit
+    those of a cold run, wherever a text was cut and whatever the other rows are.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Decoder:
         max_rows: int = 1,
         bounded_pieces: bool = False,
     ) -> None:
-        """context_length: needed for rows with `keep`. prefixes: over the same session. piece_tokens: of a prompt, fed
-        at once; None for what is best for the session. max_rows: at most as many as the session has. bounded_pieces:
-        shorten pieces where a row's deadline is near."""
+        """context_length: needed for rows with `keep`. prefixes: over the same session. piece_tokens: tokens of a
+        prompt to feed at once; None for the best number of the session. max_rows: at most as many as the session has.
+        bounded_pieces: shorten pieces if a row's deadline is near."""
         capabilities = session.capabilities
         self._session = (capabilities.rows if max_rows > 1 else None) or OneRow(session)
         self.max_rows = min(max_rows, self._session.max_rows)
-        # It picks for its own text alone, so not where several rows run.
+        # A session picks tokens for its own text only, so not when there may be several rows.
         self._picks = capabilities.picks if self.max_rows == 1 else None
         self._free_drafts = capabilities.least_rows - 1
         self._pieces = Pieces(piece_tokens or capabilities.piece_tokens, bounded_pieces)
@@ -68,7 +68,7 @@ class Decoder:
 
     @property
     def rows(self) -> Sequence[Row]:
-        """Those that are decoded now, in no order of meaning."""
+        """The rows that are decoded now, in no particular order."""
         return self._rows
 
     def has_place(self, prompt_tokens: int) -> bool:
@@ -79,15 +79,16 @@ class Decoder:
         return len(self._rows) < self.max_rows and self._session.has_room(len(self._rows) + 1, longest)
 
     def reusable(self, token_ids: Sequence[int]) -> int:
-        """How many tokens of this prompt the session holds while no row is decoded: the longest common prefix, less
-        than the whole prompt, since the last token must run to give logits."""
+        """How many tokens of this prompt the session still holds from the last text, when no row is decoded: the
+        longest common prefix, but never the whole prompt, since the last token must run to give logits."""
         common = _common(token_ids, self._idle)
         return common if common and self._session.can_rewind(0, common) else 0
 
     def admit(self, row: Row) -> None:
-        """Take a row in: `has_place` said so. What is known of its prompt is found here, nothing is computed.
+        """Add a row; `has_place` was asked.
 
-        Raises: MemoryShortageError, then the row is not in.
+        The known beginning of its prompt is reused: from the last text, then from the prefix cache. Nothing is
+        computed. Raises: MemoryShortageError; the row is then not added.
         """
         index = len(self._rows)
         if index:
@@ -113,8 +114,8 @@ class Decoder:
     def advance(self) -> Iterator[Event]:
         """One step: a token for each row whose prompt is fed, and a piece of one other prompt, or several short ones.
 
-        Yields: a row with its next token; with None where it ended; with what was raised for it. Set `ended` before the
-        next event to end a row. Raises: whatever is not an EdgelmError; call `abandon` then.
+        Yields: a row with its next token, with None when it ended, or with the EdgelmError that ended it. Set `ended`
+        before the next event to end a row. Raises: any other error; then call `abandon`.
         """
         for row in [row for row in self._rows if row.interrupted()]:
             self.drop(row)
@@ -132,7 +133,7 @@ class Decoder:
             yield from self._feed_piece(index, size)
 
     def drop(self, row: Row) -> None:
-        """End a row. What was computed for it is kept. A row that is not in does nothing."""
+        """End a row and keep what was computed for it. Does nothing for a row that was not admitted."""
         if row not in self._rows:
             return
         index = self._rows.index(row)
@@ -150,24 +151,24 @@ class Decoder:
         self._rows.pop()
 
     def abandon(self) -> None:
-        """Forget all rows and what the session holds: a step was broken off, and nobody knows how far it came."""
+        """Forget all rows and what the session holds, after a step was broken off at an unknown point."""
         self._rows, self._fed, self._idle = [], 0, []
         self._session.expect(1, 0)
         self._session.rewind(0, 0)
 
     def _take_back(self, index: int) -> None:
-        """Forget the draft tokens that did not come."""
+        """Remove rejected draft tokens from the KV cache."""
         if self._session.length(index) > self._rows[index].fed:
             self._session.rewind(index, self._rows[index].fed)
 
     def _begin_beside(self, row: Row) -> None:
-        """Make an empty row behind the others."""
+        """Prepare an empty row behind the others."""
         index, longest = len(self._rows), max(len(row.known), *(len(other.known) for other in self._rows))
         self._session.expect(index + 1, longest)
         self._session.rewind(index, 0)
 
     def _share(self, row: Row) -> None:
-        """Let a row whose prompt is not begun hold what another row holds of it, if that is more."""
+        """Before a row's prompt is fed: copy the beginning that another row holds of it, if that is longer."""
         others = [other for other in self._rows if other is not row]
         shared = [_common(row.known, other.known[: other.fed]) for other in others]
         if max(shared, default=0) > row.fed:
@@ -176,7 +177,7 @@ class Decoder:
             self._session.copy(self._rows.index(other), self._rows.index(row), row.fed)
 
     def _move(self, source: int, target: int) -> None:
-        """Let a row take the place of another one, which nobody needs."""
+        """Move a row to the place of another one, which is no longer needed."""
         if source != target:
             self._rows[target] = self._rows[source]
             self._session.copy(source, target, self._session.length(source))
@@ -203,15 +204,16 @@ class Decoder:
             return
         for row in stepped:
             row.fed += 1
-        # From the last row to the first: what moves into a place that becomes free has had its turn.
+        # From the last row to the first: a row that ends is replaced by one that was already handled.
         for index in reversed(range(len(stepped))):
             yield from self._take(index, logits[index : index + 1])
 
     def _step_of_one(self, row: Row) -> Iterator[Event]:
-        """With draft tokens, which are checked in the same step: a batch has none, since its rows step alike."""
+        """One step of one row, with draft tokens that the same step verifies. Several rows have none: each steps by one
+        token."""
         drafts: list[int] = []
         if row.lookup is not None and len(self._rows) == 1:
-            # The last token that is chosen needs no place, so that drafts stay within the context as answers do.
+            # The last token of an answer is never fed, so it needs no position; nor does a draft token in its place.
             drafts = row.lookup.draft(self._left(row) - 1)
         try:
             results = self._run(0, [row.known[-1], *drafts], 1 + len(drafts))
@@ -222,7 +224,7 @@ class Decoder:
         yield from self._take(0, results, drafts)
 
     def _left(self, row: Row) -> int:
-        """Tokens that may be chosen before the row ends or its context is full."""
+        """How many tokens may be chosen before the row ends or its context is full."""
         left = row.max_tokens - row.chosen
         if row.keep is None or self._context is None:
             return left
@@ -246,13 +248,13 @@ class Decoder:
             yield from self._take(self._fed - 1, results)
 
     def _run(self, index: int, token_ids: Sequence[int], keep: int) -> NDArray[Any]:
-        """Rows of logits, or ids that the session chose."""
+        """Logits (keep, vocab_size), or token ids (keep) that the session picked."""
         if self._picks is not None and self._rows[index].greedy:
             return self._picks.likeliest(token_ids, keep)
         return self._session.feed(index, token_ids, keep)
 
     def _take(self, index: int, results: NDArray[Any], drafts: Sequence[int] = ()) -> Iterator[Event]:
-        """Choose the token that follows, and further ones as long as they are the drafts. results: (1 + drafts, ...)"""
+        """Choose the next token, and further ones as long as they equal the draft tokens. results: (1 + drafts, ...)"""
         row = self._rows[index]
         picked = results.ndim == 1
         for place, result in enumerate(results):
@@ -277,7 +279,7 @@ class Decoder:
             self._slide(row)
 
     def _slide(self, row: Row) -> None:
-        """Forget the middle of a row, whose rest is to be fed again."""
+        """Forget the older half of a row; the rest will be fed again."""
         index = self._rows.index(row)
         if self._prefixes is not None:
             self._prefixes.keep(index, row.known[: row.fed])
@@ -294,6 +296,6 @@ class Decoder:
 
 
 def _common(token_ids: Sequence[int], held: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning, less than the first one's."""
+    """Length of the common prefix of two texts, at most one less than the first text."""
     limit = min(len(token_ids) - 1, len(held))
     return next((index for index in range(limit) if token_ids[index] != held[index]), limit)

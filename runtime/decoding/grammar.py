@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # The settings that hold a grammar; llguidance calls them the same.
 _FORMS = ("json_schema", "regex", "lark")
-# Where a schema may say what llguidance is to do, and the blanks where it says nothing of them: one, or an end of line
-# and an indentation.
+# The key of a schema with llguidance's options, and the default for whitespace: one blank, or a line end with
+# indentation.
 _GUIDANCE, _BLANKS = "x-guidance", r"([ ]?|\n[ \t]{0,12})"
 
 
@@ -46,7 +46,7 @@ class GrammarCompiler:
         watch_forks(self)
 
     def after_fork(self) -> None:
-        """A thread of the parent may have held the lock, and is not in the child."""
+        """Make a new lock in a child: a thread of the parent may have held the old one."""
         self._lock = threading.Lock()
 
     def compile(self, settings: GenerationSettings) -> MatcherGrammar | None:
@@ -75,10 +75,10 @@ class GrammarCompiler:
     def _prepared(self, guidance: Any) -> llguidance.LLTokenizer:
         with self._lock:
             if self._vocabulary is None:
-                # The file's text, not its path: llguidance would look for a name that is not a file on the network.
+                # The file's text, not its path: llguidance looks up on the network what is not a file.
                 text = read_text(self._path, MODEL_TEXT_BYTES)
                 try:
-                    # Sized by the tokenizer: the model may have more rows, or lack one for an added token.
+                    # Sized by the tokenizer: the model's vocabulary may be larger, or lack an added token.
                     self._vocabulary = guidance.LLTokenizer(text, None, list(self._end_ids) or None)
                 except ValueError as error:
                     raise SettingsError(f"llguidance cannot read the bundle's tokenizer: {error}") from error
@@ -86,7 +86,7 @@ class GrammarCompiler:
 
 
 class MatcherGrammar:
-    """One answer's state in its grammar (`sampling.Grammar`). Not safe between threads."""
+    """The state of one answer in its grammar (`sampling.Grammar`). Not safe between threads."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -94,7 +94,7 @@ class MatcherGrammar:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing can follow: the answer is complete."""
+        """Whether the answer is complete: nothing can follow."""
         return bool(self._matcher.is_stopped())
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -108,7 +108,7 @@ class MatcherGrammar:
         return np.pad(allowed, (0, self._vocab_size - len(allowed)))
 
     def accept(self, token: int) -> None:
-        """Go on behind a token. Raises: SettingsError, if the grammar has no way to go on."""
+        """Advance by a token. Raises: SettingsError, if the grammar cannot continue."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -118,8 +118,8 @@ class MatcherGrammar:
 
 
 def few_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema, with an end to the blanks between its parts, unless it says itself which there may be. JSON may hold
-    any number, and a model that is kept from its own words may write them until `max_tokens`."""
+    """A schema with limited whitespace between its parts, unless it sets its own. JSON allows any amount, and a model
+    that may not write its own words might write blanks until `max_tokens`."""
     own = schema.get(_GUIDANCE, {})
     if not isinstance(own, Mapping) or own.keys() & {"whitespace_pattern", "whitespace_flexible"}:
         return dict(schema)

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from .row import Row
 
-# A prompt whose row others overtook so often is the next one, however long it is.
+# A prompt that was overtaken so often is fed next, however long it is.
 _MOST_OVERTAKINGS = 4
-# The least that is fed at once where a deadline is near, and what is fed first where it is not known how long it takes.
+# The smallest piece near a deadline, and the first piece, while the speed is unknown.
 _LEAST_PIECE, _FIRST_PIECE = 16, 64
-# What is fed between two steps of other rows, whose readers wait meanwhile.
+# Tokens fed between two steps of other rows, whose readers wait meanwhile.
 _PIECE_BESIDE_ROWS = 256
-# What it costs to feed a prompt beside its tokens, in tokens: each run reads all weights.
+# Fixed cost of a piece, in tokens: each run reads all weights.
 _COST_OF_A_RUN = 32
 
 
 class Pieces:
-    """Remembers how fast prompts are fed, to end before a row's deadline."""
+    """Chooses pieces, and remembers how fast prompts are fed, so that a piece ends before its row's deadline."""
 
     def __init__(self, most: int, bounded: bool) -> None:
         """most: tokens at once; bounded: shorten pieces where a row's deadline is near."""
@@ -34,7 +34,8 @@ class Pieces:
         return max(tokens, _COST_OF_A_RUN)
 
     def choose(self, rows: Sequence[Row], begin: int) -> int:
-        """Of the rows from `begin` on the one with the shortest rest, or one that was overtaken too often."""
+        """The index of the row, from `begin` on, with the shortest rest of its prompt, or of one that was overtaken too
+        often."""
         rest = {index: len(rows[index].known) - rows[index].fed for index in range(begin, len(rows))}
         chosen = min(rest, key=lambda index: (rows[index].passed_over < _MOST_OVERTAKINGS, rest[index]))
         for index, left in rest.items():
@@ -52,6 +53,6 @@ class Pieces:
         return min(most, max(_LEAST_PIECE, size))
 
     def fed(self, tokens: int, started: float) -> None:
-        """A piece was fed. started: when, by `time.perf_counter`."""
+        """Note that a piece was fed. started: when it began, by `time.perf_counter`."""
         if tokens >= _LEAST_PIECE:
             self._tokens_per_s = tokens / max(1e-9, time.perf_counter() - started)

@@ -1,8 +1,8 @@
-"""Prompt-lookup decoding: what followed the same few tokens before is proposed as draft tokens.
+"""Prompt-lookup decoding: the tokens that followed the same few tokens before are proposed as draft tokens.
 
-Owns which draft tokens are tried, and when. Knows no session and no logits: `Decoder` checks draft tokens in the step
-that it runs anyway and accepts those that it would have chosen itself, so an answer never depends on them, only its
-speed does.
+This file decides which draft tokens are tried, and when. It knows no session and no logits: `Decoder` verifies draft
+tokens in a step that it runs anyway, and accepts those that it would have chosen itself. So an answer never depends
+on draft tokens; only its speed does.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 
 from ..sessions.protocol import MOST_DRAFTS
 
-# Where draft tokens keep being rejected, one in so many steps is what looking for repetition costs.
+# If draft tokens keep being rejected, one is tried every so many steps.
 _LONGEST_PAUSE = 63
-# Lengths of n-grams, the surer ones first.
+# Lengths of n-grams, the more reliable ones first.
 _SIZES = (3, 2)
 
 
 class Lookup:
     """The draft tokens of one answer: `begin` with its prompt, `add` each token, `draft` before a step.
 
-    drafted: tokens that were tried; accepted: those of them that were chosen. Not safe between threads.
+    drafted: how many were tried; accepted: how many of them were chosen. Not safe between threads.
     """
 
     def __init__(self) -> None:
@@ -31,22 +31,22 @@ class Lookup:
         self._hits = 0
 
     def begin(self, token_ids: Sequence[int], free: int = 0) -> None:
-        """The text that draft tokens are taken from, also where it changes within an answer. How many were accepted is
-        not forgotten. free: so many cost nothing, because a step computes rows for them anyway."""
+        """Set the text that draft tokens are taken from, also when it changes within an answer; the counts stay. free:
+        so many draft tokens cost nothing, because a step computes rows for them anyway."""
         self._text = Text(token_ids)
         self._pace.free = free
         self._open = []
 
     def add(self, token: int) -> None:
-        """The text goes on with this token."""
+        """Append a token to the text."""
         self._text.add(token)
         if self._hits < len(self._open) and self._open[self._hits] == token:
             self._hits += 1
             self.accepted += 1
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next, often none. Those of the step before are decided: what was not added
-        since was rejected."""
+        """Up to `most` tokens that may come next, often none. Draft tokens of the step before that were not added since
+        count as rejected."""
         if self._open:
             self._pace.learn(len(self._open), self._hits)
         count = min(most, self._pace.wanted())
@@ -57,31 +57,31 @@ class Lookup:
 
 
 class Text:
-    """A text that grows, where it repeats itself, and what followed there.
+    """A growing text that finds where it repeats itself, and what followed there.
 
-    Cost: 0.3 ms for 1,000 tokens when it is asked first, then some 2 µs each time; some 350 bytes a token.
+    Cost: 0.3 ms for 1,000 tokens at the first question, then some 2 µs each time; some 350 bytes a token.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._ids = list(token_ids)
-        # From an n-gram of three or two tokens to the place behind the last time that it stood there; for all places in
-        # front of `_indexed`. The n-gram at the text's end has no token behind it yet.
+        # From an n-gram of three or two tokens to the position behind its last occurrence, for all positions before
+        # `_indexed`. The n-gram at the end of the text has no token behind it yet.
         self._behind: dict[tuple[int, ...], int] = {}
         self._indexed = 0
-        # The place whose token comes next if what was repeated so far goes on.
+        # The position of the next token, if the present repetition continues.
         self._source: int | None = None
 
     def add(self, token: int) -> None:
-        """The text goes on."""
+        """Append a token."""
         if self._source is not None:
             self._source = self._source + 1 if self._ids[self._source] == token else None
         self._ids.append(token)
 
     def following(self, count: int) -> list[int]:
-        """`count` tokens that follow if the text goes on repeating an earlier place, or none where it repeats none.
+        """The `count` tokens that follow if the text repeats an earlier passage; empty if it repeats none.
 
-        The place is the one that it has been repeating, else where its last three or two tokens stood last. A place
-        so near that fewer tokens follow it is taken to be repeated over and over.
+        The passage is the one that it has been repeating, else the last occurrence of its last three or two tokens. If
+        that is so near that fewer than `count` tokens follow it, it is taken to repeat over and over.
         """
         if self._source is None:
             self._source = self._found()
@@ -99,7 +99,7 @@ class Text:
         return None
 
     def _index(self) -> None:
-        """Note the n-grams that got a token behind them since the last time."""
+        """Index the n-grams that have a token behind them since the last call."""
         ids = self._ids
         for size in _SIZES:
             first = max(self._indexed, size)
@@ -109,15 +109,15 @@ class Text:
 
 
 class Pace:
-    """How many draft tokens are worth trying: twice as many where all were accepted, as many as were where some were,
-    and none for a while, longer each time, where none was.
+    """How many draft tokens to try: twice as many if all were accepted, as many as were accepted if some were. If none
+    was accepted: none for a while, longer each time.
 
     An accepted token saves a step, a rejected one costs 6 % of one on a short context and 30 % on a long one. On text
     without repetition the pauses keep that below 3 %; a single success ends them.
     """
 
     def __init__(self, free: int = 0) -> None:
-        """free: draft tokens that cost nothing and are tried always."""
+        """free: draft tokens that cost nothing and are always tried."""
         self.free = free
         self._length = 1
         self._pause = self._wait = 0
@@ -130,7 +130,7 @@ class Pace:
         return self._length
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """What became of the draft tokens of a step, of which there was one at least."""
+        """Note the result of a step that had at least one draft token."""
         if accepted:
             self._length = min(2 * drafted, MOST_DRAFTS) if accepted == drafted else accepted
             self._pause = self._wait = 0

@@ -1,4 +1,4 @@
-"""One text that is decoded: its prompt, how its tokens are chosen, when it ends, and how far it is."""
+"""One text that is decoded: its prompt, how tokens are chosen, when it ends, and its progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .sampling import require_numbers
 
 
 class Chooser(Protocol):
-    """Chooses tokens from logits. It is asked once for each token of an answer, in their order, so it may remember."""
+    """Chooses tokens from logits. It is called once for each token of an answer, in order, so it may keep state."""
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token. logits: (vocab_size) float32, valid during the call, not to be changed."""
+        """The next token. logits: (vocab_size) float32, valid during the call; do not change them."""
 
 
 class Greedy:
@@ -31,12 +31,12 @@ class Greedy:
 
 
 def never() -> bool:
-    """A text that nothing interrupts."""
+    """For a text that nothing interrupts."""
     return False
 
 
 def no_deadline() -> float | None:
-    """A text that has as long as it takes."""
+    """For a text without a deadline."""
     return None
 
 
@@ -44,11 +44,11 @@ def no_deadline() -> float | None:
 class Row:
     """One text in a `Decoder`.
 
-    It ends after `max_tokens`, after a token of `stop_ids`, which counts as its last one, before its next token once
-    `ended` was set, or between two steps once `interrupted()`. seconds_left: until it will be interrupted, None where
-    that is not known. keep: None where nothing can follow a full context (max_tokens then fits into it). Otherwise,
-    where the context is full, the older half of what follows the first `keep` tokens is forgotten and what remains is
-    fed again: what follows is exactly what follows those tokens in a fresh run. lookup: draft tokens.
+    It ends after `max_tokens`; after a token of `stop_ids`, which is its last one; before its next token once `ended`
+    is set; or between two steps once `interrupted()` is true. seconds_left: until the deadline, None without one. keep:
+    None if the text ends when the context is full (max_tokens then fits into it). Otherwise a full context slides: the
+    older half of what follows the first `keep` tokens is forgotten, and the rest is fed again, so the text continues
+    exactly as after those tokens in a fresh run. lookup: draft tokens.
     """
 
     token_ids: Sequence[int]
@@ -60,13 +60,13 @@ class Row:
     keep: int | None = None
     lookup: Lookup | None = None
     ended: bool = False
-    # What the model is to know, how much of it is in the cache, how much of the prompt was in it before, and how many
-    # tokens were chosen.
+    # All tokens of the text; how many of them are in the KV cache; how many of the prompt were there before; how many
+    # were chosen.
     known: list[int] = field(init=False)
     fed: int = field(default=0, init=False)
     reused: int = field(default=0, init=False)
     chosen: int = field(default=0, init=False)
-    # How often a prompt that is shorter was fed first.
+    # How often a shorter prompt was fed first.
     passed_over: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def greedy(self) -> bool:
-        """Whether a session that picks tokens may choose for it."""
+        """Whether a session that picks tokens may pick them for this row."""
         return type(self.chooser) is Greedy
 
     def is_over(self) -> bool:

@@ -1,8 +1,9 @@
-"""From a row of logits to a token: what changes, narrows and draws. Knows no text and no session; needs numpy only.
+"""From a row of logits to a token: settings that change logits, narrow the choice and draw. Knows no text and no
+session.
 
-The order is transformers': logit bias, repetition penalty, presence and frequency penalty, least number of tokens,
-grammar, temperature, top-k, top-p, min-p. The functions change the row that they are given; a logit of -inf is a token
-that cannot be chosen. `docs/generation.md` has the formulas and where they come from.
+The order is transformers': logit bias, repetition penalty, presence and frequency penalty, min_tokens, grammar,
+temperature, top-k, top-p, min-p. The functions change the row that they are given; a logit of -inf bans a token.
+`docs/generation.md` has the formulas and their sources.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ _BANNED = -np.inf
 
 
 def require_numbers(largest: np.float32) -> None:
-    """Refuse the largest of some logits where it is NaN, as argmax has it if one of them is, or infinite."""
+    """Raise SessionError if the largest logit is NaN or infinite. If any logit is NaN, argmax finds a NaN."""
     if not largest < np.inf:
         raise SessionError("the model's logits are NaN or infinite: export the bundle again, and check its source")
 
 
 class Grammar(Protocol):
-    """What an answer may be, token by token."""
+    """A constraint on an answer, token by token."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the answer is complete: nothing can follow."""
 
     def allowed(self) -> NDArray[np.bool_]:
         """(vocab_size) bool: the tokens that may come next."""
 
     def accept(self, token: int) -> None:
-        """Go on behind a token that was allowed."""
+        """Advance by a token that was allowed."""
 
 
 class Sampler:
@@ -53,7 +54,7 @@ class Sampler:
         vocab_size: int,
         grammar: Grammar | None = None,
     ) -> None:
-        """prompt_ids: what repetition_penalty holds for said; end_ids: what min_tokens keeps from coming early."""
+        """prompt_ids: repetition_penalty counts them as said; end_ids: min_tokens bans them at first."""
         self._settings = settings
         self._grammar = grammar
         self._random = np.random.Generator(np.random.PCG64(settings.seed))
@@ -92,8 +93,8 @@ class Sampler:
         return token
 
     def _best(self, logits: NDArray[np.float32]) -> tuple[Row, int]:
-        """The row to choose from, and its most likely token. Where nothing but min_tokens changes logits, a row of its
-        own is needed only if an end would come."""
+        """The row to choose from, and its most likely token. If only min_tokens changes logits, the row is copied only
+        when an end token is the most likely one."""
         if not self._changes:
             best = int(logits.argmax())
             if self._chosen >= self._settings.min_tokens or best not in self._end_ids:
@@ -119,7 +120,7 @@ class Sampler:
         settings = self._settings
         if settings.top_k:
             keep_top_k(logits, settings.top_k)
-        # A temperature changes no order, so it may come after top-k, when there is less to compute.
+        # Temperature keeps the order of tokens, so it is applied after top-k, where it costs less.
         tokens = _left(logits)
         row = with_temperature(logits if tokens is None else logits[tokens], settings.temperature)
         if settings.top_p < 1:
@@ -143,23 +144,23 @@ def penalize_use(row: Row, counts: NDArray[np.int64], presence: float, frequency
 
 
 def with_temperature(row: Row, temperature: float) -> NDArray[np.float64]:
-    """The logits divided by a temperature above 0, in float64 and less their maximum, which changes no probability but
-    lets no temperature overflow."""
+    """The logits divided by a temperature above 0, in float64. Their maximum is subtracted first, so that nothing
+    overflows; probabilities stay the same."""
     with np.errstate(over="ignore"):
         return np.asarray((row - row.max()).astype(np.float64) / temperature)
 
 
 def keep_top_k(row: Row, k: int) -> None:
-    """Ban all but the k highest logits; those equal to the last one of them stay too."""
+    """Ban all but the k highest logits; ties with the k-th one stay too."""
     if k < len(row):
         row[row < np.partition(row, -k)[-k]] = _BANNED
 
 
 def keep_top_p(row: Row, p: float) -> None:
-    """Ban the least likely tokens whose probabilities add up to at most 1 - p; the most likely one always stays."""
+    """Ban the least likely tokens whose probabilities sum to at most 1 - p; the most likely one always stays."""
     probabilities = _softmax(row)
-    # What is less likely than (1 - p) / n goes in any case, since all of it together has at most 1 - p. The rest is
-    # little, and only that is sorted.
+    # Tokens below (1 - p) / n are banned in any case, since together they have at most 1 - p. Only the few others are
+    # sorted.
     rest = np.flatnonzero(probabilities > (1 - p) / len(row))
     order = rest[np.argsort(probabilities[rest], kind="stable")]
     below = probabilities.sum() - probabilities[rest].sum()
@@ -187,7 +188,7 @@ def draw(row: Row, number: float) -> int:
 
 def log_probabilities(logits: NDArray[np.float32], token: int, alternatives: int) -> TokenLogprob:
     """The log-probability of a token and of the most likely ones, under the model's own distribution: softmax of the
-    logits as they came, before any setting."""
+    logits before any setting."""
     largest = logits.max()
     total = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
     count = min(alternatives, len(logits))
@@ -205,7 +206,7 @@ def check_token_ids(settings: GenerationSettings, vocab_size: int) -> None:
 
 
 def _left(row: Row) -> NDArray[np.intp] | None:
-    """The tokens that are not banned; None where none is, so that nothing needs to be picked out."""
+    """The tokens that are not banned; None if no token is banned."""
     left = row > _BANNED
     return None if left.all() else np.flatnonzero(left)
 

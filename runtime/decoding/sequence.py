@@ -1,4 +1,4 @@
-"""One text after another: a `Decoder` of one row, for those who own a session and share it with nobody."""
+"""One text after another: a `Decoder` of one row, for code that has a session to itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .row import Greedy, Row
 
 
 class Sequencer:
-    """Decodes one text at a time; a prompt that starts as the last text did runs only what is new. Not safe between
+    """Decodes one text at a time. A prompt that begins like the last text runs only its new part. Not safe between
     threads."""
 
     def __init__(
@@ -29,8 +29,8 @@ class Sequencer:
         return self._decoder.reusable(token_ids)
 
     def reuse(self, token_ids: Sequence[int]) -> int:
-        """Bring the session to hold the longest known beginning of a prompt, its own or one of the prefix cache, and
-        nothing else; how many tokens that is, less than the whole prompt."""
+        """Make the session hold the longest known beginning of a prompt, its own or the prefix cache's, and nothing
+        else. Returns its number of tokens, less than the whole prompt."""
         row = Row(token_ids, 1, Greedy())
         self._decoder.admit(row)
         self._decoder.drop(row)
@@ -39,7 +39,7 @@ class Sequencer:
     def tokens(self, row: Row) -> Iterator[int]:
         """The tokens of a row as they come. Raises: SessionError, and what its chooser raises.
 
-        Stop iterating to cancel: what ran stays in the session and can be reused.
+        Stop iterating to cancel: what was computed stays in the session and can be reused.
         """
         self._decoder.admit(row)
         try:

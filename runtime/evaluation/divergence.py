@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log probabilities of each row of logits (n, vocab_size)."""
-    # In place where it can be: new arrays of this size are new pages, which cost more than the arithmetic.
+    # In place where possible: new arrays of this size are new pages, which cost more than the arithmetic.
     shifted = logits - logits.max(axis=1, keepdims=True)
     sums = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
     shifted -= np.log(sums).astype(np.float32)
@@ -18,7 +18,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL divergence of each row of log probabilities (n, vocab_size) from the expected one, (n), in nats.
 
-    What is not a number stays one: the caller decides what that means.
+    NaN in, NaN out: the caller decides what that means.
     """
     parts = np.exp(expected)
     parts *= expected - got
@@ -26,7 +26,7 @@ def divergence(expected: NDArray[np.float32], got: NDArray[np.float32]) -> NDArr
 
 
 def lead(log_probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far the first choice is ahead of the second, in probability, for each row (n, vocab_size)."""
+    """The difference in probability between the first choice and the second, for each row (n, vocab_size)."""
     rows, first = np.arange(len(log_probabilities)), log_probabilities.argmax(axis=1)
     others = log_probabilities.copy()
     others[rows, first] = -np.inf

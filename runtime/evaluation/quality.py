@@ -1,7 +1,6 @@
-"""How good a model is at language: perplexity of a text, how far it is from another model there, and the accuracy of
-the last word on LAMBADA.
+"""Quality of a model: perplexity of a text, distance from another model on it, accuracy of the last word on LAMBADA.
 
-Works on any `Session`, so that a bundle and the model that it was made of are judged by the same code.
+Works on any `Session`, so that the same code judges a bundle and its source model.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from ..text.tokenizer import Tokenizer
 from .divergence import divergence, log_softmax
 from .scoring import DEFAULT_WINDOW, Perplexity, default_stride, negative_log_likelihood, perplexity, score
 
-# Rows of logits whose divergence is computed at once, so that little memory is needed beside the logits.
+# Rows of logits whose divergence is computed at once, to limit memory.
 _ROWS = 16
 
 
 @dataclass(frozen=True)
 class Against:
-    """A model beside a reference, on the same tokens in the same windows.
+    """A model compared with a reference, on the same tokens in the same windows.
 
-    perplexity: of the reference; increase_percent: of the model's over it; kl, kl_p99: KL divergence of the next
-    token's distribution from the reference's, mean and 99th percentile, in nats a token; same: share of the tokens, 0
-    to 1, at which both hold one token most likely.
+    perplexity: of the reference; increase_percent: how much higher the model's is; kl, kl_p99: KL divergence of the
+    next token's distribution from the reference's, mean and 99th percentile, in nats a token; same: share of the
+    tokens, 0 to 1, at which both have the same most likely token.
     """
 
     perplexity: float
@@ -43,7 +42,7 @@ class Against:
 
 @dataclass(frozen=True)
 class LastWords:
-    """accuracy: share of the passages, 0 to 1, whose last word is what greedy decoding says; passages: how many."""
+    """accuracy: share of the passages, 0 to 1, whose last word greedy decoding gives; passages: their number."""
 
     accuracy: float
     passages: int
@@ -77,9 +76,9 @@ def text_against(
     window: int | None = None,
     stride: int | None = None,
 ) -> tuple[Perplexity, Against]:
-    """Perplexity of a text, and what it is beside a reference, which runs the same tokens in lockstep.
+    """Perplexity of a text, and the comparison with a reference, which runs the same tokens in lockstep.
 
-    context_length: the shorter one of both. Memory: the logits of one piece of each, and three numbers a token. Raises:
+    context_length: the shorter of the two. Memory: the logits of one piece of each, and three numbers a token. Raises:
     as `text_perplexity`; SettingsError for vocabularies of two sizes; VerificationError for logits that are no numbers.
     """
     ids, window = _windowed(tokenizer, text, context_length, window)
@@ -112,7 +111,7 @@ def text_against(
 def _compared(
     targets: NDArray[np.int64], ours: NDArray[np.float32], theirs: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Both negative log-likelihoods, divergence and equality of each row, (4, n)."""
+    """For each row: both negative log-likelihoods, the divergence, whether the first choices are equal; (4, n)."""
     losses = [negative_log_likelihood(logits, targets) for logits in (ours, theirs)]
     same = ours.argmax(axis=1) == theirs.argmax(axis=1)
     return np.stack([*losses, divergence(log_softmax(theirs), log_softmax(ours)), same.astype(np.float64)])
@@ -142,7 +141,7 @@ def last_words(session: Session, tokenizer: Tokenizer, passages: Iterable[str], 
         if not blank or not before:
             raise PromptError(f"passage {count + 1} has no blank in front of a last word: {passage[:60]!r}")
         ids = tokenizer.encode(passage.rstrip())
-        # Where the tokenizer joins the blank with what is before it, at least the last token is asked for.
+        # If the tokenizer joins the blank with the text before it, at least the last token is scored.
         begin = min(len(tokenizer.encode(before)), len(ids) - 1)
         right += _is_said(session, ids[-context_length:], len(ids) - begin)
         count += 1

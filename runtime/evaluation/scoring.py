@@ -1,8 +1,8 @@
 """Score a text: logits at every position, perplexity. The same code judges a bundle at export and on the device.
 
-A text longer than the window is scored in overlapping windows, as in transformers' guide to perplexity: each starts
-fresh, and only the tokens that the window before it did not score count, so that all but the first ones have at least
-`window - stride` tokens of context.
+A text longer than the window is scored in overlapping windows, as in transformers' guide to perplexity. Each window
+starts with an empty cache and scores only the tokens that the window before it did not. So all tokens but the first
+ones have at least `window - stride` tokens of context.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def perplexity(
     session: Session, token_ids: Sequence[int], window: int = DEFAULT_WINDOW, stride: int | None = None
 ) -> Perplexity:
     """Perplexity of a text of at least two tokens. stride: half of the window, if not given. Raises: SessionError, if
-    no float can hold it."""
+    it is not finite."""
     stride = default_stride(window) if stride is None else stride
     total, count = 0.0, 0
     for targets, logits in score(session, token_ids, window, stride):

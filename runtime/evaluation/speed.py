@@ -42,7 +42,7 @@ def measure_speed(session: Session, token_ids: Sequence[int], steps: int = 32, r
 
 
 def time_prompt(session: Session, token_ids: Sequence[int]) -> float:
-    """Feed a prompt, in pieces, to a session that forgets what it held. Returns seconds."""
+    """Feed a prompt in pieces, after emptying the session. Returns seconds."""
     session.rewind(0)
     started = time.perf_counter()
     piece = session.capabilities.piece_tokens
@@ -52,8 +52,8 @@ def time_prompt(session: Session, token_ids: Sequence[int]) -> float:
 
 
 def time_step(session: Session, token_ids: Sequence[int]) -> float:
-    """Decode one token on top of the prompt that `time_prompt` fed, and of no step before. Returns seconds."""
-    # A recurrence cannot go back, and its steps cost the same at any length.
+    """Decode one token directly behind the prompt that `time_prompt` fed. Returns seconds."""
+    # A recurrent model cannot rewind, but its steps cost the same at any length.
     if session.can_rewind(len(token_ids)):
         session.rewind(len(token_ids))
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Frozen programs: hooks by which PyInstaller packs what programs with edgelm import by name only.
+"""Frozen programs: PyInstaller hooks for modules and files that edgelm loads by name only.
 
 PyInstaller finds this folder by the entry point `pyinstaller40`, and runs the hook of each module that a program
 imports. Nothing here is imported when a program runs.

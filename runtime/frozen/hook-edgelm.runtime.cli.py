@@ -1,7 +1,7 @@
 """PyInstaller hook of programs that have edgelm's command line: its commands, and those of other distributions.
 
-`export` and its siblings are left out: they need torch. So is readline, which edits lines in `edgelm chat`: its licence
-(GPL) would be the program's. `pyinstaller --hidden-import readline` packs it.
+The exporter's commands are left out: they need torch. So is readline, which edits lines in `edgelm chat`: its licence
+(GPL) would apply to the program. `pyinstaller --hidden-import readline` packs it.
 """
 
 from __future__ import annotations

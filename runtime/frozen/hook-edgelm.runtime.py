@@ -1,4 +1,4 @@
-"""PyInstaller hook of every program that imports edgelm: what is imported by name, metadata, compiled kernels."""
+"""PyInstaller hook of every program that imports edgelm: modules imported by name, metadata, compiled kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyInstaller hook of programs that have edgelm's server: its page, and what it imports by name."""
+"""PyInstaller hook of programs that have edgelm's server: its page, and the modules that it imports by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyInstaller hook: numpy prints how it was built by PyYAML where that is installed, which is 3 MB."""
+"""PyInstaller hook: leave out PyYAML (3 MB), with which numpy prints how it was built."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""PyInstaller hook: one function of numpy.testing imports doctest, which brings the debugger, and that readline, whose
-licence (GPL) would be the program's."""
+"""PyInstaller hook: leave out doctest. One function of numpy.testing imports it; it imports the debugger, which imports
+readline, whose licence (GPL) would apply to the program."""
 
 from __future__ import annotations
 

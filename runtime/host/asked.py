@@ -1,11 +1,11 @@
-"""What macOS and Windows tell about the processor, which Linux tells in files: named features and numbers of cores."""
+"""Ask macOS and Windows about the processor: instruction sets and number of cores. (Linux has files for that.)"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Linux's name of each set, and what macOS calls it.
+# Linux's name of each instruction set, and macOS's name.
 _DARWIN_SETS = {
     "asimddp": "hw.optional.arm.FEAT_DotProd",
     "i8mm": "hw.optional.arm.FEAT_I8MM",
@@ -16,12 +16,12 @@ _DARWIN_SETS = {
 }
 _DARWIN_LARGE_CORES = "hw.perflevel0.physicalcpu"
 _DARWIN_NAME = "machdep.cpu.brand_string"
-# And Windows' numbers, of winnt.h. It has none for VNNI.
+# Windows' numbers, from winnt.h. It has none for VNNI.
 _WINDOWS_SETS = {"avx2": 40, "avx512f": 41, "asimddp": 43}
 
 
 def instruction_sets() -> frozenset[str]:
-    """The sets that the system tells; empty on others than macOS and Windows."""
+    """The instruction sets that the system reports; empty on systems other than macOS and Windows."""
     if sys.platform == "darwin":
         return frozenset(name for name, key in _DARWIN_SETS.items() if _number(key))
     if sys.platform == "win32":
@@ -31,7 +31,7 @@ def instruction_sets() -> frozenset[str]:
 
 
 def large_cores() -> int | None:
-    """Physical cores of the fast kind, where macOS tells of several kinds; None elsewhere."""
+    """Number of fast physical cores, if macOS reports several kinds; None elsewhere."""
     return _number(_DARWIN_LARGE_CORES) or None if sys.platform == "darwin" else None
 
 
@@ -41,12 +41,12 @@ def processor_name() -> str:
 
 
 def _number(key: str) -> int:
-    """A number of sysctl's, 0 where there is none of that name."""
+    """A number of sysctl, 0 if the name is unknown."""
     return int.from_bytes(_sysctl(key) or b"", sys.byteorder)
 
 
 def _sysctl(key: str) -> bytes | None:
-    """What `sysctl KEY` knows, as the system keeps it."""
+    """The raw value of `sysctl KEY`, None if the name is unknown."""
     ask = ctypes.CDLL(None).sysctlbyname
     name, size = key.encode(), ctypes.c_size_t(0)
     if ask(name, None, ctypes.byref(size), None, ctypes.c_size_t(0)) or not size.value:

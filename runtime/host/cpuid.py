@@ -1,8 +1,8 @@
-"""What an x86 processor itself says that it can do, by its instructions CPUID and XGETBV.
+"""The instruction sets of an x86 processor, by its instructions CPUID and XGETBV.
 
-/proc/cpuinfo may tell of another processor than the one that computes: under an emulator it is the host's. onnxruntime
-chooses its kernels by CPUID, so this asks the same. Only on 64-bit Linux, and only where a process may make memory
-executable; elsewhere nothing is told.
+/proc/cpuinfo may describe another processor than the one that computes: under an emulator it describes the host's.
+onnxruntime chooses its kernels by CPUID, so this asks CPUID too. It works on 64-bit Linux, if a process may make memory
+executable; elsewhere the result is None.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import sys
 # push rbx; mov eax, esi; mov ecx, edx; cpuid; mov [rdi], eax; mov [rdi+4], ebx; mov [rdi+8], ecx; mov [rdi+12], edx;
 # pop rbx; ret
 _CPUID = bytes.fromhex("53 89f0 89d1 0fa2 8907 895f04 894f08 89570c 5b c3")
-# The same for the register XCR0, in which the system says what it saves: xor ecx, ecx; xgetbv; mov [rdi], eax; ret
+# The same for the register XCR0, which names the registers that the system saves: xor ecx, ecx; xgetbv; mov [rdi], eax;
+# ret
 _XGETBV = bytes.fromhex("31c9 0f01d0 8907 c3")
 
 _EAX, _EBX, _ECX, _EDX = range(4)
 _OSXSAVE = (1, 0, _ECX, 27)
 _AVX_STATE, _AVX512_STATE = 0b110, 0b1110_0110
-# Linux's name of each set: leaf, subleaf, register and bit by which it is told, and what the system has to save for it.
+# Linux's name of each set: leaf, subleaf, register and bit that report it, and the bits of XCR0 that it needs.
 _SETS = {
     "sse4_1": (1, 0, _ECX, 19, 0),
     "fma": (1, 0, _ECX, 12, _AVX_STATE),
@@ -49,8 +50,8 @@ _SETS = {
 
 
 def instruction_sets() -> frozenset[str] | None:
-    """The sets that matter to matrix products, in Linux's words, without those that the system does not support; None
-    where the processor cannot be asked. Cost: some microseconds, once a process."""
+    """The sets that matter to matrix products, by Linux's names, without those that the system does not support; None
+    if the processor cannot be asked. Cost: some microseconds, once a process."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 1 << 32:
         return None
     registers = _read()
@@ -58,7 +59,7 @@ def instruction_sets() -> frozenset[str] | None:
 
 
 def sets_of(leaves: dict[tuple[int, int], tuple[int, ...]], saved: int) -> frozenset[str]:
-    """The sets that some values of CPUID tell: {(leaf, subleaf): (eax, ebx, ecx, edx)}, and of XCR0."""
+    """The sets for given values of CPUID, {(leaf, subleaf): (eax, ebx, ecx, edx)}, and of XCR0 (`saved`)."""
 
     def told(leaf: int, subleaf: int, register: int, bit: int) -> bool:
         return bool(leaves.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1)

@@ -1,4 +1,4 @@
-"""A lock between processes that the system frees when its holder dies, whatever it dies of."""
+"""A lock between processes that the system releases when its process dies for any reason."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PAUSE_S = 0.01
 
 @contextlib.contextmanager
 def locked(path: Path, timeout_s: float) -> Iterator[None]:
-    """Hold the lock that a file stands for; the file is made with mode 0600 and stays.
+    """Hold the lock of a file. The file is created with mode 0600 and stays.
 
-    Not reentrant: a thread that holds it waits for itself. Raises: OSError, if the file cannot be made or locked;
-    TimeoutError among them.
+    Not reentrant: a thread that holds the lock would wait for itself. Raises: OSError, if the file cannot be created or
+    locked; TimeoutError after `timeout_s`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -33,7 +33,7 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """Hold the same lock if nobody else does, without waiting; whether it is held. Raises: OSError."""
+    """Try to hold the lock, without waiting. Yields: whether it is held. Raises: OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield _try_lock(descriptor)
@@ -42,8 +42,8 @@ def lock_if_free(path: Path) -> Iterator[bool]:
 
 
 def _free(descriptor: int) -> None:
-    """Free a lock. Closing alone would leave it to a child that was forked meanwhile and has the descriptor, too; and
-    Windows frees it some time later."""
+    """Release a lock. Closing alone is not enough: a child that was forked meanwhile has the descriptor too, and
+    Windows would release the lock only some time later."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -68,6 +68,6 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter is Windows' way to say it
+    except (BlockingIOError, PermissionError):  # Windows raises the latter
         return False
     return True

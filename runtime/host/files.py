@@ -1,7 +1,7 @@
 """Files: reading what should be a regular file of plausible size, text, writing by one rename, renaming on Windows.
 
-A name below a cache folder may lead to anything: a FIFO, which would wait for ever, a device or a sparse file of many
-gigabytes, which would fill the memory. So the file is looked at before a byte is read.
+A path below a cache folder may lead to anything: a FIFO, which would block forever, a device, or a sparse file of many
+gigabytes, which would fill the memory. So the file's kind and size are checked before a byte is read.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ MODEL_TEXT_BYTES = 1 << 28
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
-# Windows' words for a file that a program has open, or a folder with one in it: access denied, sharing violation, lock
-# violation, mapped. Virus scanners and indexers open what is new for a moment, so it is tried again before it counts.
+# Windows' errors for a file that a program has open, or a folder with one in it: access denied, sharing violation, lock
+# violation, mapped. Virus scanners and indexers open new files for a moment, so operations are retried.
 _IN_USE = (5, 32, 33, 1224)
 _PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class UnfitFileError(OSError):
-    """A file that is there and is not what it should be: no regular file, too large, or no text. Its `strerror` says
-    which."""
+    """A file that exists but is not a regular file, is too large, or is not text. `strerror` says which."""
 
 
 class NoTextError(UnfitFileError):
@@ -38,13 +37,13 @@ class NoTextError(UnfitFileError):
 
 
 class InUseError(PermissionError):
-    """Windows did not let a file or a folder be renamed, replaced or deleted: a program has it open, or it is not this
-    user's."""
+    """Windows refused to rename, replace or delete a file or a folder: a program has it open, or another user owns
+    it."""
 
 
 @contextlib.contextmanager
 def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """A regular file to read from. Waits for nobody.
+    """Open a regular file for reading. Never blocks.
 
     Raises: OSError; UnfitFileError, where it is another kind of file, or has more than `most_bytes`.
     """
@@ -57,7 +56,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What no file can be called, such as a text with a NUL in it, is refused as what is not there."""
+    """Turn the ValueError for an impossible name, such as one with a NUL, into an UnfitFileError."""
     try:
         yield
     except ValueError as error:
@@ -82,7 +81,7 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     """The bytes of a regular file. Raises: OSError, as `open_regular`."""
     with open_regular(path, most_bytes) as file:
         data = bytearray()
-        # Not by the size that was found: another process may write to it.
+        # Do not trust the size that was found: another process may write to the file.
         while len(data) <= most_bytes and (chunk := file.read(most_bytes + 1 - len(data))):
             data += chunk
     if len(data) > most_bytes:
@@ -91,8 +90,8 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
 
 
 def read_text(path: Path, most_bytes: int | None = None) -> str:
-    """The text of a UTF-8 file, with line feeds as they are. most_bytes: it must be a regular file of at most so many;
-    None for what a user names, which may be a pipe, too.
+    """The text of a UTF-8 file, with line ends unchanged. most_bytes: the file must be regular and at most so large;
+    None for files that a user names, which may be pipes.
 
     Raises: OSError; UnfitFileError, NoTextError.
     """
@@ -112,10 +111,10 @@ def create(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file of mode 0600 that takes the place of `path` by one rename, when the block ends without an error.
+    """A new file of mode 0600 that replaces `path` by one rename when the block ends without an error.
 
     Its name until then begins with a dot and ends with TEMPORARY; a kill leaves it there. Raises: OSError; InUseError,
-    where a program has the old file open, which then stays.
+    if a program has the old file open, which then stays.
     """
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{TEMPORARY}")
     try:
@@ -134,12 +133,12 @@ def replace(source: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or a folder to a name that is free. Raises: OSError; InUseError, after half a second of trying."""
+    """Rename a file or a folder to an unused name. Raises: OSError; InUseError, after half a second of trying."""
     _try_again(lambda: source.rename(target), source)
 
 
 def remove(path: Path) -> None:
-    """Delete a file; nothing, if there is none. Raises: OSError; InUseError, after half a second of trying."""
+    """Delete a file, if it exists. Raises: OSError; InUseError, after half a second of trying."""
     _try_again(lambda: path.unlink(missing_ok=True), path)
 
 

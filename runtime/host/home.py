@@ -1,4 +1,4 @@
-"""`EDGELM_HOME`: the folder for what edgelm keeps between runs, and folders in it that only their owner can read."""
+"""`EDGELM_HOME`: the folder of edgelm's caches, and folders in it that only their owner can read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ VARIABLE = "EDGELM_HOME"
 def home() -> Path:
     """The absolute path of the folder, which need not exist.
 
-    The environment variable EDGELM_HOME, or where the platform wants caches: $XDG_CACHE_HOME/edgelm or ~/.cache/edgelm,
-    on macOS ~/Library/Caches/edgelm, on Windows %LOCALAPPDATA%\\edgelm. Raises: CacheError, if the user has no home.
+    The environment variable EDGELM_HOME, or the platform's folder for caches: $XDG_CACHE_HOME/edgelm or
+    ~/.cache/edgelm, on macOS ~/Library/Caches/edgelm, on Windows %LOCALAPPDATA%\\edgelm. Raises: CacheError, if the
+    user has no home.
     """
     given = os.environ.get(VARIABLE)
     try:
@@ -32,13 +33,13 @@ def _platform_caches() -> Path:
         return Path(local) if local else Path.home() / "AppData" / "Local"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return given if given.is_absolute() else Path.home() / ".cache"
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or the nearest of those around it that is there and may be looked at. Raises: OSError."""
+    """The folder, or its nearest parent that exists and can be examined. Raises: OSError."""
     for path in (folder, *folder.parents):
         with contextlib.suppress(OSError):
             path.stat()
@@ -47,9 +48,9 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def own_folder(folder: Path) -> Path:
-    """A folder below `home()`, which need not exist; what others could write to is not used.
+    """Check that a folder below `home()`, which need not exist, belongs to this user.
 
-    Raises: CacheError, if it belongs to another user, or cannot be looked at.
+    Raises: CacheError, if it belongs to another user, or cannot be examined.
     """
     try:
         owner = folder.stat().st_uid
@@ -65,7 +66,7 @@ def own_folder(folder: Path) -> Path:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, each with mode 0700; those that are there stay as they are.
+    """Make a folder and its missing parents, each with mode 0700. Existing folders stay as they are.
 
     Raises: OSError.
     """

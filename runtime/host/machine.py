@@ -1,4 +1,4 @@
-"""What this machine is: cores that may be used, instruction sets that change results, memory in use."""
+"""This machine: the cores that may be used, its instruction sets, the memory in use."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _CPU_MAX = "cpu.max"
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
 _SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
-# A core with less than this share of the fastest one's speed is a small one. Turbo frequencies of equal cores differ by
-# some percent; Arm's middle cores have 0.6 to 0.8 of the large one's capacity, small ones 0.2 to 0.5.
+# A core below this share of the fastest core's speed is a small core. Turbo frequencies of equal cores differ by some
+# percent; Arm's middle cores have 0.6 to 0.8 of a large core's capacity, small cores 0.2 to 0.5.
 _LARGE_SHARE = 0.6
 
 
 def default_threads() -> int:
-    """Threads to compute with: physical cores, bounded by the process's affinity and by the container's quota, without
-    the small cores of a processor that has large ones.
+    """Threads to compute with: physical cores, limited by the process's affinity and the container's quota, without
+    small cores if the processor has large ones.
 
-    Hyper-threads share the units that matrix products keep busy, so logical cores beyond the physical ones only slow
-    each other down. A matrix product is done when its slowest part is, so a small core slows the large ones down.
+    Hyper-threads share the units that matrix products keep busy, so two on one core only slow each other down. A matrix
+    product is finished when its slowest part is, so a small core slows the large ones down.
     """
     limits = [psutil.cpu_count(logical=False) or psutil.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
@@ -42,21 +42,22 @@ def default_threads() -> int:
 
 
 def _large_cores(cores: Collection[int]) -> Collection[int]:
-    """Those of the logical cores that are about as fast as the fastest of them; all, where Linux does not tell."""
+    """The logical cores that are about as fast as the fastest one; all, if Linux does not report speeds."""
     speeds = {core: _speed(core) for core in cores}
     fastest = max(speeds.values(), default=0)
     return [core for core, speed in speeds.items() if speed >= _LARGE_SHARE * fastest]
 
 
 def _speed(core: int) -> int:
-    """What the kernel tells about a core's speed: its capacity on Arm, else its highest frequency; 0 if neither."""
+    """A core's speed as the kernel reports it: its capacity on Arm, else its highest frequency; 0 if neither is
+    known."""
     folder = _CPUS / f"cpu{core}"
     file = next((file for name in _SPEEDS if (file := folder / name).is_file()), None)
     return int(file.read_text()) if file is not None else 0
 
 
 def _cgroup_cpus() -> int | None:
-    """Whole CPUs that the process's version 2 control group and those around it grant, or None without a limit."""
+    """Whole CPUs that the process's version 2 control groups grant, or None without a limit."""
     return min((quota for group in control_groups() if (quota := _quota(group)) is not None), default=None)
 
 
@@ -72,8 +73,8 @@ def saturates_int8() -> bool:
     """Whether onnxruntime's uint8 x int8 kernel may saturate its 16-bit sums here, giving wrong products.
 
     True on x86 without a VNNI instruction set (AVX2 multiplies pairs into 16 bits), and on x86 systems that do not
-    tell their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate. What counts is
-    what the processor can do, never its name.
+    report their instruction sets, where the safe kernel is the better guess. Arm kernels do not saturate. The
+    instruction sets decide, never the processor's name.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -81,9 +82,9 @@ def saturates_int8() -> bool:
 
 
 def instruction_sets() -> frozenset[str]:
-    """What the processor can do, in Linux's words (flags on x86, features on Arm); empty where nothing is told.
+    """The processor's instruction sets, by Linux's names (flags on x86, features on Arm); empty if unknown.
 
-    An x86 processor is asked itself where that is possible, for what decides about kernels (`cpuid`).
+    For the sets that decide about kernels, an x86 processor is asked directly where that is possible (`cpuid`).
     """
     told = cpuid.instruction_sets()
     if told is not None:
@@ -97,7 +98,7 @@ def instruction_sets() -> frozenset[str]:
 
 
 def processor_name() -> str:
-    """The processor's name as the system tells it, or its architecture."""
+    """The processor's name as the system reports it, or its architecture."""
     try:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:

@@ -1,7 +1,6 @@
-"""Memory that may still be taken, and refusals before it runs out: an error with figures, where the kernel would kill.
+"""How much memory is free, and an error with figures before it runs out, where the kernel would kill the process.
 
-Knows the machine's memory and version 2 control groups, the process's own and those around it. And gives back what was
-freed.
+Reads the machine's memory and the process's version 2 control groups. Also returns freed memory to the system.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _MIB = 1 << 20
 
 
 def available_bytes() -> int:
-    """What the machine and the control groups leave, in bytes; pages of files that can be dropped count as free.
+    """Free memory within the machine and the control groups, in bytes. File pages that can be dropped count as free.
 
     Cost: some files below /proc and /sys, 0.1 ms.
     """
@@ -35,7 +34,7 @@ def available_bytes() -> int:
 
 
 def require_bytes(needed: int, purpose: str, remedy: str) -> None:
-    """Raise MemoryShortageError if there are not this many bytes. purpose: what they are for; remedy: what helps."""
+    """Raise MemoryShortageError if fewer bytes are free. purpose: what needs them; remedy: what the user can do."""
     available = available_bytes()
     if needed > available:
         raise MemoryShortageError(
@@ -44,8 +43,9 @@ def require_bytes(needed: int, purpose: str, remedy: str) -> None:
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array of zeros in pages of its own: the system gives each when something is written to it, and has them back
-    as soon as the array is gone. numpy's would lie among what was freed before, be written whole, and stay there.
+    """An array of zeros in pages of its own. The system allocates each page when it is first written to, and gets all
+    back when the array is deleted. `np.zeros` may reuse freed heap memory: every page is then written, and the heap
+    never shrinks.
 
     Cost: some 5 microseconds, and at most a page more than the array. Raises: MemoryShortageError.
     """
@@ -53,7 +53,7 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     if not size:
         return np.zeros(shape, dtype)
     try:
-        # Shared pages, mmap's default, would be those of a forked process, too.
+        # Private: shared pages, mmap's default, would also be a forked child's.
         pages = mmap.mmap(-1, size) if sys.platform == "win32" else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
     except OSError as error:
         raise MemoryShortageError(
@@ -63,7 +63,7 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system, which glibc keeps for the process; other C libraries do so themselves.
+    """Return freed memory to the system. glibc keeps it otherwise; other C libraries return it themselves.
 
     Parsing a tokenizer and a graph leaves some 25 MB. Cost: about 1 ms.
     """
@@ -78,7 +78,7 @@ def _mib(count: int) -> str:
 
 
 def control_groups() -> Iterator[Path]:
-    """The folders of the process's control group and of those around it, inmost first; none where there are none."""
+    """The folders of the process's control groups, innermost first; none on systems without them."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
@@ -94,7 +94,7 @@ def control_groups() -> Iterator[Path]:
 
 
 def _left(group: Path) -> int | None:
-    """What a group's limit leaves, or None where it has none."""
+    """Free bytes below a group's limit, or None without a limit."""
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":

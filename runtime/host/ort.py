@@ -1,8 +1,8 @@
-"""The only door to onnxruntime: imported late, with its usage reporting off, its errors mapped to ours.
+"""The only place that imports onnxruntime: late, with its usage reporting off, and its errors mapped to ours.
 
-onnxruntime 1.29 and newer sends usage data unless `ORT_DISABLE_TELEMETRY=1` stands in the environment before the
-import. `ORT_GQA_DISABLE_FLASH_ATTENTION=1` turns off the CPU's flash attention inside GroupQueryAttention, whose
-results depend on how a prompt is cut into pieces from about 300 tokens on (and which is slower for pieces).
+onnxruntime 1.29 and newer sends usage data unless `ORT_DISABLE_TELEMETRY=1` is set before the import.
+`ORT_GQA_DISABLE_FLASH_ATTENTION=1` turns off the CPU's flash attention inside GroupQueryAttention: from about 300
+tokens on its results depend on how a prompt is cut into pieces, and it is slower for pieces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENVIRONMENT = {"ORT_DISABLE_TELEMETRY": "1", "ORT_GQA_DISABLE_FLASH_ATTENTION":
 
 
 def load_onnxruntime() -> ModuleType:
-    """Import onnxruntime with the environment it must see first.
+    """Import onnxruntime after setting the environment variables that it reads at import.
 
     Returns: the module. Cost: about 0.1 s for the first call of a process, nothing afterwards.
     Raises: SessionError, if onnxruntime is not installed or cannot be loaded on this machine.
@@ -36,7 +36,7 @@ def load_onnxruntime() -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        # It has no wheel for 32 bits, so pip would find none.
+        # There is no wheel for 32 bits, so pip cannot help.
         remedy = (
             "run  pip install onnxruntime"
             if sys.maxsize > _BITS_32
@@ -46,7 +46,7 @@ def load_onnxruntime() -> ModuleType:
 
 
 def can_start(provider: str) -> bool:
-    """Whether an execution provider of onnxruntime's list really starts here, with its libraries and its device.
+    """Whether an execution provider that onnxruntime lists can really start here, with its libraries and its device.
 
     Cost: nothing for the CPU's; for others a session over one operator, the first time a second or more.
     """
@@ -65,8 +65,8 @@ def can_start(provider: str) -> bool:
 
 
 def onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """Every exception type that onnxruntime defines (they share no base class of their own), and those its binding
-    layer raises for arguments that it cannot convert."""
+    """Every exception type that onnxruntime defines (they have no common base class), and those that its binding raises
+    for arguments that it cannot convert."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
@@ -75,7 +75,7 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def mapped_errors(doing: str, remedy: str) -> Iterator[None]:
-    """Turn whatever onnxruntime raises inside the block into a SessionError.
+    """Turn errors of onnxruntime inside the block into a SessionError.
 
     doing: what was attempted, as in "could not load model.onnx"; remedy: what the user can do.
     """

@@ -1,4 +1,4 @@
-"""Waiting for a computation no longer than it is wanted."""
+"""A time limit for a computation that cannot be interrupted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def within(seconds: float | None, compute: Callable[[], T]) -> T | None:
-    """What a function returns, or None where that takes longer. It then runs on in a thread that nothing waits for.
+    """The result of a function, or None after a time limit. The function then continues in a thread that nobody waits
+    for.
 
-    seconds: None for as long as it takes. Raises: what the function raises in time.
+    seconds: None for no limit. Raises: what the function raises in time.
     """
     if seconds is None:
         return compute()

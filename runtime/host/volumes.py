@@ -1,4 +1,4 @@
-"""Where a folder lies: on a disk of this machine, or where others may change it at the same time."""
+"""Whether a folder is on a disk of this machine, or on a volume that other machines may change."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import psutil
 
 from .home import nearest_existing
 
-# File systems of other machines, of a virtual machine's host, and of Windows as WSL shows it: locks or shared memory do
-# not work there as on a disk.
+# File systems of other machines, of a virtual machine's host, and of Windows under WSL. Locks or shared memory do not
+# work there as on a local disk.
 _REMOTE_TYPES = {
     *("nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afpfs", "afs", "ncpfs", "ceph", "webdav", "davfs"),
     *("fuse.davfs2", "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.glusterfs"),
@@ -22,9 +22,9 @@ _SYNCED_FOLDERS = ("Mobile Documents", "CloudStorage")  # of iCloud and others b
 
 
 def remote_volume(folder: Path) -> str | None:
-    """What a folder lies on, in words, if that is no disk of this machine; the folder need not exist.
+    """A description of the volume, if a folder is not on a disk of this machine; else None. The folder need not exist.
 
-    Cost: a list of what is mounted, below 1 ms. None also where the system does not tell.
+    Cost: reading the list of mounts, below 1 ms. None also if the system has no such list.
     """
     if str(folder).startswith(("\\\\", "//")):
         return "a network drive"
@@ -40,7 +40,8 @@ def remote_volume(folder: Path) -> str | None:
         return None
     nearest = max(around, key=lambda part: len(part.mountpoint))
     options = nearest.opts.split(",")
-    # Windows says "remote" among the options. WSL 2 shows Windows' disks by 9p, which others use for their own.
+    # Windows lists "remote" among the options. WSL 2 mounts Windows' disks by 9p, which other systems use for local
+    # disks.
     if nearest.fstype in _REMOTE_TYPES or "remote" in options or (nearest.fstype == "9p" and "drvfs" in nearest.opts):
         return f"a network drive ({nearest.fstype})"
     return None

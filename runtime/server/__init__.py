@@ -3,7 +3,8 @@
     from edgelm.runtime.server import app
     application = app("bundle")          # for uvicorn, or to be mounted in another Starlette program
 
-The only folder that imports Starlette and uvicorn. It decodes nothing: it turns requests into `Engine.astream`.
+The only folder that imports Starlette and uvicorn. It does not decode: it turns requests into calls of
+`Engine.astream`.
 """
 
 from __future__ import annotations

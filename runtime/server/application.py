@@ -63,8 +63,8 @@ def app(
 
     bundles: a folder, an engine, or several of them by the names under which clients call them; the first one answers
     requests that name none. Folders are loaded by `open_engine` when they are needed, the first one at the start, and
-    unloaded at the end; engines stay their owner's. Where the application is mounted in another one, the outer one has
-    to run its lifespan (`application.router.lifespan_context`) for that; docs/server.md has an example.
+    unloaded at the end; engines are not closed. If the application is mounted in another one, the outer one must run
+    its lifespan (`application.router.lifespan_context`) for that; docs/server.md has an example.
     Raises: SettingsError without any bundle.
     """
     settings = settings or ServerSettings()
@@ -96,7 +96,7 @@ async def _lifespan(application: Starlette) -> AsyncIterator[None]:
 
 
 def _endpoint(call: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose errors are answers."""
+    """Wrap an endpoint so that its errors become responses."""
 
     @functools.wraps(call)
     async def answer(request: Request) -> ASGIApp:
@@ -111,7 +111,7 @@ def _endpoint(call: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: paths and methods that there are not."""
+    """Responses for unknown paths and methods, which Starlette refuses itself."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         message = f"there is nothing at {request.url.path!r:.100}: the interface is below /v1"

@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus, under llama.cpp's names where it has them, behind `edgelm:`."""
+"""Figures of a server for Prometheus. Names begin with `edgelm:` and are llama.cpp's where it has them."""
 
 from __future__ import annotations
 

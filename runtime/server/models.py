@@ -1,4 +1,4 @@
-"""The bundles that a server has by name: loaded when they are asked for, dropped when others need their memory.
+"""The server's bundles by name: loaded when a request needs them, unloaded when others need their memory.
 
 Everything here runs on one event loop; loading and closing run in threads.
 """
@@ -36,9 +36,9 @@ _GUESSED_S = 5.0  # an answer's time, before one was measured
 
 @dataclass
 class Model:
-    """A bundle by name. engine: None while it is not loaded; size: what it takes in memory, as estimated, in bytes;
-    users: requests under way or waiting; used: when it was last asked for, in the order of requests; template: the
-    source of the chat template, "" without one; seconds: how long an answer took lately."""
+    """A bundle by name. engine: None while it is not loaded; size: its estimated memory in bytes; users: requests that
+    run or wait; used: the number of the last request for it; template: the source of the chat template, "" without one;
+    seconds: how long recent answers took."""
 
     name: str
     path: Path | None
@@ -65,7 +65,7 @@ class Lease:
         self._held = True
 
     def release(self) -> None:
-        """Let the model go."""
+        """Give the model back."""
         if self._held:
             self._held = False
             self._model.users -= 1
@@ -80,7 +80,7 @@ class Models:
     def __init__(
         self, bundles: Mapping[str, Path | Engine], open_engine: Callable[[Path], Engine], settings: ServerSettings
     ) -> None:
-        """bundles: folders, or engines that are loaded and stay so; the first one answers requests that name none."""
+        """bundles: folders, or loaded engines, which stay loaded; the first one answers requests that name none."""
         self._models = {_same(name): _model(_same(name), source) for name, source in bundles.items()}
         self._open = open_engine
         self._settings = settings
@@ -97,7 +97,7 @@ class Models:
         return itertools.chain(self._models.values())
 
     def find(self, name: str | None) -> Model:
-        """The model of a request. Raises: ApiError (404), naming those that there are."""
+        """The model of a request. Raises: ApiError (404), which lists the models."""
         model = self._models.get(self._first if name is None else _same(name))
         if model is None:
             raise ApiError(
@@ -109,7 +109,7 @@ class Models:
         return model
 
     def start(self) -> None:
-        """Begin to load the first model, before which the server is not ready. Calling it again does nothing."""
+        """Begin to load the first model; then the server is ready. Calling it again does nothing."""
         if not self.ready and self.first_load is None:
             self.first_load = asyncio.create_task(self._load_first())
 
@@ -124,8 +124,8 @@ class Models:
             self.first_load = None
 
     async def lease(self, name: str | None) -> Lease:
-        """A loaded model. Raises: ApiError: 404 for an unknown one, 429 where too many requests wait for it, 503 while
-        the server starts, 500 where it cannot be loaded."""
+        """A loaded model. Raises: ApiError: 404 for an unknown one, 429 if too many requests wait for it, 503 while the
+        server starts, 500 if it cannot be loaded."""
         model = self.find(name)
         if model.users >= self._settings.max_waiting:
             raise busy(model.users, model.seconds)
@@ -144,7 +144,7 @@ class Models:
         return Lease(model, engine, self._changed.set)
 
     async def close(self) -> None:
-        """Unload what was loaded here. Requests under way are waited for."""
+        """Unload the models that were loaded here, after waiting for running requests."""
         for model in self._models.values():
             if model.loading is not None:
                 await asyncio.gather(model.loading, return_exceptions=True)
@@ -155,7 +155,7 @@ class Models:
         if model.engine is None:
             if model.loading is None:
                 model.loading = asyncio.create_task(self._load(model))
-            # Those who wait may leave; the loading goes on for the others.
+            # A waiting request may be cancelled; the loading continues for the others.
             await asyncio.shield(model.loading)
         assert model.engine is not None, "the loading ended without an error"
         return model.engine
@@ -175,7 +175,7 @@ class Models:
             model.loading = None
 
     async def _make_room(self, model: Model) -> None:
-        """Drop models that nobody uses, the longest unused first; wait where all are in use."""
+        """Unload unused models, the least recently used first; wait if all are in use."""
         if model.size > self.memory:
             raise MemoryShortageError(
                 f"the model {model.name!r} takes {model.size >> 20:,} MiB and the server may use "
@@ -197,7 +197,7 @@ class Models:
 
 
 def _same(name: str) -> str:
-    """A name as clients write it: folders on macOS may hold letters and their accents apart."""
+    """A name in one normal form: folder names on macOS may store letters and accents separately."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -208,7 +208,7 @@ def _model(name: str, source: Path | Engine) -> Model:
 
 
 def _load_error(model: Model, error: EdgelmError) -> ApiError:
-    """What the client is told, without the paths that errors about bundles name."""
+    """The error for the client, without the paths that errors about bundles contain."""
     if isinstance(error, BundleMissingError):
         _log.error("%s: %s", model.name, error)
         return ApiError(404, f"the model {model.name!r} is gone from the disk", param="model", code="model_not_found")
@@ -229,11 +229,12 @@ def template_source(bundle: Bundle) -> str:
 
 
 def _size(path: Path) -> int:
-    """What a loaded bundle takes: graph, weights, tokenizer and the cache of one text. Raises: BundleError."""
+    """Estimated memory of a loaded bundle: graph, weights, tokenizer and the KV cache of one text. Raises:
+    BundleError."""
     try:
         manifest = Bundle.open(path).manifest
     except BundleMissingError:
-        # Another exporter's folder has no manifest; one that is gone has no files either, which loading reports.
+        # Another exporter's folder has no manifest. A deleted one has no files either; loading reports that.
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
     held = (GRAPH_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
     return sum(entry.bytes for name, entry in manifest.files.items() if name in held) + cache_bytes(manifest)

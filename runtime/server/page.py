@@ -1,4 +1,4 @@
-"""The page to chat with: one file without anything from elsewhere, which the browser holds to that."""
+"""The chat page: one file that loads nothing from elsewhere, which its content security policy enforces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def page(_: Request) -> Response:
 
 @functools.cache
 def _page() -> tuple[str, str]:
-    """The page and its policy: its own script and styles by their digests, and requests to this server alone."""
+    """The page and its policy: only its own script and styles, by digest, and requests to this server."""
     import importlib.resources  # late, as it costs a start 20 ms
 
     text = importlib.resources.files(__package__).joinpath(_FILE).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The program that started this one: the end of the pipe that it holds is the end of it, whatever it died of."""
+"""Detect the end of the program that started this one: the pipe on standard input closes when it dies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _CHUNK_BYTES = 4096
 
 
 def when_the_pipe_closes(call: Callable[[], object]) -> bool:
-    """Call a function, in a thread of its own, when standard input ends; what comes before is thrown away.
+    """Call a function, in a thread of its own, when standard input ends. Input before that is ignored.
 
     Returns: whether standard input is a pipe (or a socket, which Node calls one). A terminal, a file and /dev/null are
-    not waited for: their end says nothing about the parent.
+    ignored: their end says nothing about the parent.
     """
-    if sys.stdin is None:  # it was closed from the beginning, and its number is another file's by now
+    if sys.stdin is None:  # it was closed at the start, and another file may have its descriptor now
         return False
     mode = os.fstat(_STANDARD_INPUT).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
@@ -29,7 +29,7 @@ def when_the_pipe_closes(call: Callable[[], object]) -> bool:
         with contextlib.suppress(OSError):
             while os.read(_STANDARD_INPUT, _CHUNK_BYTES):
                 pass
-        with contextlib.suppress(RuntimeError):  # the loop has ended before
+        with contextlib.suppress(RuntimeError):  # the event loop has ended already
             call()
 
     threading.Thread(target=wait, name="edgelm-parent", daemon=True).start()

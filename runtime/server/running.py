@@ -1,4 +1,4 @@
-"""Listening: a port or a unix socket of one server alone, slow connections cut off, an end that lets answers end."""
+"""Run the server: bind a port or a Unix socket, cut off slow connections, let answers finish at the end."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .models import Models
 from .parent import when_the_pipe_closes
 
 _log = logging.getLogger("edgelm.server")
-# A connection that has not sent a whole head by then is closed.
+# A connection that has not sent its whole head within this time is closed.
 HEAD_TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 256
 _BACKLOG = 128
 _KEEP_ALIVE_S = 30
 _WATCH_S = 0.05
-# On Windows, Ctrl-Break and a console that is closed end a program by a signal of their own.
+# Windows has a signal of its own for Ctrl-Break and for closing the console.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Where to listen and how to end. unix: a socket's path in place of host and port; port 0: any free one;
-    drain_s: how long answers under way may take after the signal to end; with_parent: end, too, when the program that
-    started this one closes the pipe of standard input, or dies."""
+    """Where to listen and how to end. unix: a socket's path, instead of host and port; port 0: any free one; drain_s:
+    how long running answers may take after the signal to end; with_parent: also end when the program that started this
+    one dies, or closes the pipe on standard input."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -51,7 +51,7 @@ class ServerStartError(EdgelmError):
 
 
 def bind(where: Listening) -> socket.socket:
-    """The listening socket. Raises: ServerStartError, where another program has the address or the socket."""
+    """The listening socket. Raises: ServerStartError, if another program uses the address or the socket."""
     if where.unix is not None:
         return _bind_unix(where.unix)
     try:
@@ -61,7 +61,7 @@ def bind(where: Listening) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where the other one would share the port
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # on Windows, another program could otherwise share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -97,7 +97,7 @@ def make_server(application: Starlette, drain_s: float) -> uvicorn.Server:
 
 
 def run(application: Starlette, listener: socket.socket, where: Listening, started: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, or until the parent is gone. started: called once the first model is loaded.
+    """Serve until SIGINT or SIGTERM, or until the parent ends. started: called once the first model is loaded.
 
     Raises: EdgelmError, if the first model cannot be loaded.
     """
@@ -125,7 +125,7 @@ async def _serve(
 
 
 async def _watch(server: uvicorn.Server, models: Models, started: Callable[[], None]) -> None:
-    """Wait for the first model; end the server, if it cannot be loaded."""
+    """Wait for the first model; end the server if it cannot be loaded."""
     while not models.ready:
         if models.failure is not None:
             server.should_exit = True
@@ -135,7 +135,7 @@ async def _watch(server: uvicorn.Server, models: Models, started: Callable[[], N
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that ends at a signal without dying of it, so that sockets are removed and the exit status is 0."""
+    """uvicorn that ends at a signal without re-raising it, so that sockets are removed and the exit status is 0."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection that is closed where the head of the first request does not come."""
+    """uvicorn's connection, closed if the head of its first request does not arrive in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -193,14 +193,14 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a server that ended without doing so. Raises: ServerStartError for what is not a socket."""
+    """Remove the socket that a killed server left. Raises: ServerStartError if the path is not a socket."""
     if not path.is_socket():
         raise ServerStartError(f"{path} is there and no socket: give another path")
     path.unlink()
 
 
 def address_of(listener: socket.socket, where: Listening) -> str:
-    """How clients call the server."""
+    """The server's URL."""
     if where.unix is not None:
         return f"unix:{where.unix}"
     name: Any = listener.getsockname()

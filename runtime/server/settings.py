@@ -1,4 +1,4 @@
-"""What a server allows: who may call it, from where, how much at once. Standard library only."""
+"""A server's settings: who may call it, from where, how much at once. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ServerSettings:
     port; None allows any. The default keeps web pages from reaching the server under a name of their own (DNS
     rebinding). origins: web pages of other origins that may call the server, as "https://name:port".
     max_body_bytes: the largest request. max_waiting: requests to one model that may be under way or wait; one more is
-    refused with status 429. max_choices: the largest `n`. max_tokens: for answers that ask for no limit (None: what
-    the context leaves). ping_s: silent seconds of a stream after which a comment is sent (0: none). body_timeout_s:
-    seconds for a request's body to arrive. send_timeout_s: seconds after which a client that reads nothing is cut off.
-    memory_bytes: for the loaded models together; the one that was used last stays longest (None: half of what is free).
-    page: serve the page to chat with. log_prompts: write prompts to the log.
+    refused with status 429. max_choices: the largest `n`. max_tokens: for requests without a limit (None: the rest of
+    the context). ping_s: seconds of silence after which a stream gets a comment (0: never). body_timeout_s: seconds for
+    a request's body to arrive. send_timeout_s: seconds after which a client that reads nothing is cut off.
+    memory_bytes: for all loaded models; the least recently used is unloaded first (None: half of what is free). page:
+    serve the page to chat with. log_prompts: write prompts to the log.
     Raises: SettingsError.
     """
 

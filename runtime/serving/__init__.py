@@ -1,1 +1,1 @@
-"""Serving: requests, answers, turns, batches, asyncio."""
+"""Serving: requests, answers, the scheduler, batches, streams, asyncio."""

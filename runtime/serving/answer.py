@@ -1,6 +1,6 @@
-"""One request from its validated form to the chunks of its answer: text, stop strings, why it ended, figures.
+"""From a validated request to the chunks of its answer: text, stop strings, finish reason, figures.
 
-Knows no caches of answers and no other callers; those are the scheduler's.
+Knows neither the response cache nor other callers; the scheduler does.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def seconds_left(self) -> float | None:
-        """Until the deadline, 0 or less behind it; None where there is none."""
+        """Seconds until the deadline, 0 or less after it; None without one."""
         timeout = self.settings.timeout
         return None if timeout is None else self.started + timeout - time.perf_counter()
 
     def interrupted(self) -> bool:
-        """Whether the answer is to end with what is there."""
+        """Whether the answer should end as it is: cancelled, or past its deadline."""
         left = self.seconds_left()
         return self.cancelled.is_set() or (left is not None and left <= 0)
 
 
 class Answer:
-    """The computation of one answer. Use it once."""
+    """Collects the tokens of one answer. Use it once."""
 
     def __init__(self, request: Request, manifest: Manifest, tokenizer: Tokenizer) -> None:
         settings = request.settings
@@ -59,7 +59,7 @@ class Answer:
             else Sampler(settings, request.token_ids, self._end_ids, manifest.model.vocab_size, request.grammar)
         )
         self._writer = _Writer(Detokenizer(tokenizer, request.token_ids, settings.special_tokens), settings)
-        # Draft tokens are exact for any chooser, since each row of logits is that of a plain run.
+        # Draft tokens are exact with any chooser, since each row of logits is that of a run without them.
         self._lookup = Lookup() if settings.lookup else None
         self._reported = self._chosen = self._generated = 0
         self._first = 0.0
@@ -71,7 +71,7 @@ class Answer:
         return self._ended
 
     def row(self, interrupted: Callable[[], bool], seconds_left: Callable[[], float | None]) -> Row:
-        """The row that computes it, whose tokens are to be given to `add`."""
+        """The row to decode. Its tokens must be given to `add`."""
         settings = self._request.settings
         slides = settings.context_full == "slide"
         return Row(
@@ -116,7 +116,7 @@ class Answer:
         return Chunk(text, ids, reason, stats, self._logprobs(ids))
 
     def _room(self) -> int:
-        """How many tokens the context leaves: the last one that is chosen needs no place, since nothing follows it."""
+        """Tokens that fit into the context. The last one is never fed, so it needs no position."""
         return self._context - len(self._request.token_ids) + 1
 
     def _reason(self, ended: bool) -> FinishReason:
@@ -135,14 +135,14 @@ class Answer:
 
 
 def unanswered(request: Request) -> Chunk:
-    """The answer to a request whose deadline passed before it could begin."""
+    """The empty answer to a request whose deadline passed before it began."""
     elapsed = time.perf_counter() - request.started
     stats = Stats(len(request.token_ids), 0, 0, elapsed, 0.0, machine.resident_bytes(), False)
     return Chunk("", (), "deadline", stats)
 
 
 def replay(request: Request, answer: CachedAnswer) -> Iterator[Chunk]:
-    """The chunks of an answer that is known."""
+    """The chunks of a cached answer."""
     stats = Stats(
         prompt_tokens=len(request.token_ids),
         reused_tokens=len(request.token_ids),
@@ -171,14 +171,14 @@ def completion(settings: GenerationSettings, chunks: Sequence[Chunk]) -> Complet
 
 
 class _Writer:
-    """Tokens to text and the tokens that it completes, up to the first stop string."""
+    """Turns tokens into text up to the first stop string, and finds the tokens that end within each piece of text."""
 
     def __init__(self, detokenizer: Detokenizer, settings: GenerationSettings) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(settings.stop) if settings.stop else None
         self._unmatched = settings.min_tokens
         self._waiting: list[int] = []
-        # Tokens whose text is read and not all shown, with the length of the text up to their end.
+        # Tokens whose text is decoded but not fully shown, with the length of the text up to their end.
         self._read: deque[tuple[int, list[int]]] = deque()
         self._read_length = self._shown_length = self._count = 0
 
@@ -194,8 +194,8 @@ class _Writer:
         return self._show(self._detokenizer.add(token))
 
     def finish(self) -> tuple[str, tuple[int, ...]]:
-        """What was held back, and all tokens that remain, those of an unfinished character among them; nothing, where
-        a stop string ended the text, whose tokens are dropped."""
+        """The text that was held back, and all remaining tokens, including those of an unfinished character. Empty if a
+        stop string ended the text: its tokens are dropped."""
         if self.stopped:
             return "", ()
         text, ids = self._show(self._detokenizer.finish())

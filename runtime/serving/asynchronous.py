@@ -1,4 +1,5 @@
-"""Streams for asyncio: requests are made in a thread, steps run in the scheduler's worker, the event loop stays free.
+"""Streams for asyncio: requests are made in a thread, steps run in the scheduler's worker, so the event loop stays
+free.
 
 Import this module late: asyncio costs a start-up 30 ms.
 """
@@ -18,14 +19,14 @@ from .scheduler import Scheduler
 class ChunkStream(AsyncIterator[Chunk]):
     """The chunks of one answer. Nothing is computed before the first one is awaited.
 
-    Where the iteration ends early, by `aclose`, by cancelling the task or by dropping the last reference (leaving the
-    loop), the answer's row is free after the step that is running; nobody waits for that. No asynchronous generator,
-    because the event loop would close one only some time after the loop over it was left.
+    If the iteration ends early (by `aclose`, by cancelling the task, or by dropping the last reference, as when leaving
+    the loop), the answer's row is free after the step that is running; nobody waits for that. This is no asynchronous
+    generator, since the event loop would close one only some time after the loop over it was left.
     """
 
     def __init__(self, scheduler: Scheduler, make: Callable[[], Request], whole: bool = False) -> None:
-        """make: makes the request, in a thread: tokenizing and compiling a grammar may take long. whole: as of
-        `Listener`."""
+        """make: makes the request; called in a thread, since tokenizing and compiling a grammar may take long. whole:
+        as of `Listener`."""
         self._scheduler = scheduler
         self._make = make
         self._whole = whole
@@ -46,12 +47,12 @@ class ChunkStream(AsyncIterator[Chunk]):
                 if listener.ended:
                     raise StopAsyncIteration
                 await self._news.wait()
-        except BaseException:  # whatever ends the iteration, a cancelled task first of all, ends the computation
+        except BaseException:  # any error, and cancelling the task above all, ends the computation
             self._leave()
             raise
 
     async def start(self) -> None:
-        """Make the request and let it be computed, as awaiting the first chunk does. Raises: what is wrong with it."""
+        """Make the request and start computing it, as awaiting the first chunk does. Raises: as `Engine.generate`."""
         try:
             self._listener = self._listener or await self._ask()
         except BaseException:
@@ -60,7 +61,7 @@ class ChunkStream(AsyncIterator[Chunk]):
 
     @property
     def request(self) -> Request:
-        """What is answered; a chunk was awaited."""
+        """The request. A chunk must have been awaited before."""
         assert self._listener is not None, "a chunk was awaited"
         return self._listener.request
 
@@ -85,7 +86,7 @@ class ChunkStream(AsyncIterator[Chunk]):
         loop = asyncio.get_running_loop()
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            with suppress(RuntimeError):  # the event loop is closed, so nobody waits
                 loop.call_soon_threadsafe(self._news.set)
 
         def ask() -> Listener:

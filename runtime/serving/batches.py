@@ -1,4 +1,4 @@
-"""Many requests of one caller: what a batch takes, and its answers as chunks of text."""
+"""Several requests of one caller: check the arguments of a batch, and give its answers in chunks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def kind_of(prompt: Prompt) -> tuple[str | None, Any, Any]:
 
 
 def _has_length(value: object) -> bool:
-    """Not every value with a `__len__` has a length: numpy's arrays without an axis have none."""
+    """Whether `len` works: a numpy array without axes has `__len__` but no length."""
     try:
         len(value)  # type: ignore[arg-type]
     except TypeError:
@@ -70,7 +70,7 @@ def _has_length(value: object) -> bool:
 
 @contextmanager
 def naming(index: int) -> Iterator[None]:
-    """Say in an error of the input which prompt it is about."""
+    """Name the prompt's index in an error about the input."""
     try:
         yield
     except (InputError, TemplateError) as error:

@@ -1,4 +1,4 @@
-"""One answer that is computed, for all who asked for the same thing at the same time."""
+"""One running answer, for all callers who made the same request at the same time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .listener import Listener
 
 
 class Computation:
-    """A request's row, its answer, and those who listen. Equal requests share one: single flight.
+    """A request's row, its answer, and its listeners. Equal requests share one computation (single flight).
 
-    It goes on as long as one listener wants it. Everything but `add` wants the scheduler's lock.
+    It continues as long as one listener wants it. Hold the scheduler's lock for every call except `add`.
     """
 
     def __init__(self, request: Request, key: str | None, manifest: Manifest, tokenizer: Tokenizer) -> None:
-        """key: of the response cache, None where the answer is not shared. Raises: SettingsError."""
+        """key: of the response cache; None if the answer is not shared. Raises: SettingsError."""
         self.request, self.key = request, key
         self.listeners: list[Listener] = []
         self.passed_over = 0
@@ -28,18 +28,18 @@ class Computation:
 
     @property
     def is_unwanted(self) -> bool:
-        """Whether all who asked have what they wanted, or gave up."""
+        """Whether all listeners have ended."""
         return all(listener.ended for listener in self.listeners)
 
     def join(self, listener: Listener) -> None:
-        """Give a listener what was said so far, and what follows."""
+        """Add a listener. It gets the chunks so far and those that follow."""
         listener.shared = bool(self.listeners)
         self.listeners.append(listener)
         self.publish_progress()
         listener.receive(self._chunks)
 
     def add(self, token: int) -> Chunk | None:
-        """Take the row's next token; the chunk that it completes. Sets `row.ended`."""
+        """Add the row's next token. Returns the chunk that it completes, or None. Sets `row.ended`."""
         chunk = self._answer.add(token)
         self.row.ended = self._answer.ended
         return chunk
@@ -51,16 +51,17 @@ class Computation:
             listener.receive(self._chunks)
 
     def publish_progress(self) -> None:
-        """Let all listeners know how much of the prompt is done."""
+        """Tell all listeners how much of the prompt is fed."""
         total = len(self.request.token_ids)
         done = total if self.row.chosen else min(self.row.fed, total)
         for listener in self.listeners:
             listener.reused, listener.progress = self.row.reused, (done, total)
 
     def finish(self) -> CachedAnswer | None:
-        """The row ended: publish the last chunk. Returns: the answer, if it is complete.
+        """Publish the last chunk, after the row ended. Returns: the answer for the response cache, None if it is
+        incomplete.
 
-        Listeners who joined while it was being interrupted are left in `listeners`: they want the rest.
+        Listeners who joined while the row was being interrupted stay in `listeners`: they want the rest.
         """
         last = self._answer.finish(self.row.reused)
         late = last.finish_reason == "deadline"
@@ -73,13 +74,13 @@ class Computation:
         return CachedAnswer(tuple((chunk.text, chunk.token_ids) for chunk in self._chunks), last.finish_reason)
 
     def fail(self, error: EdgelmError) -> None:
-        """Let all listeners have the error."""
+        """End all listeners with an error."""
         for listener in self.listeners:
             listener.end(error)
         self.listeners = []
 
     def drop_interrupted(self) -> None:
-        """Remove listeners that wait no longer. The last one stays until the row ends."""
+        """Remove interrupted listeners. The last one stays until the row ends."""
         for listener in [item for item in self.listeners if item.request.interrupted()]:
             if listener.request.cancelled.is_set():
                 self.listeners.remove(listener)
@@ -93,7 +94,7 @@ class Computation:
         return all(listener.request.interrupted() for listener in self.listeners)
 
     def _seconds_left(self) -> float | None:
-        """The longest that one of the listeners waits."""
+        """The longest time that any listener still waits."""
         left = [listener.request.seconds_left() for listener in self.listeners]
         if None in left:
             return None

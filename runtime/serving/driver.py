@@ -1,4 +1,4 @@
-"""Which thread runs the steps of a scheduler."""
+"""Decides which thread runs the steps of a scheduler."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..errors import EngineBusyError
 
 
 class Driver:
-    """A mutex that knows its owner. The scheduler's lock is held around every method."""
+    """A mutex that knows its owner thread. Hold the scheduler's lock for every call."""
 
     def __init__(self) -> None:
         self._thread: int | None = None
 
     def take(self) -> bool:
-        """Become the thread that runs steps, unless there is one."""
+        """Try to become the thread that runs steps. Returns whether it worked."""
         if self._thread is not None:
             return False
         self._thread = threading.get_ident()
@@ -25,7 +25,7 @@ class Driver:
         self._thread = None
 
     def refuse_own(self) -> None:
-        """Raises: EngineBusyError within a step, which would wait for itself: a callback of a template, a signal
-        handler."""
+        """Raises: EngineBusyError, if this thread runs a step already (called from a signal handler, for instance): it
+        would wait for itself."""
         if self._thread == threading.get_ident():
             raise EngineBusyError("a step of this engine runs in this thread: wait until it has ended")

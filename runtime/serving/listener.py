@@ -1,4 +1,4 @@
-"""One caller's share of a computation: the chunks that wait for it, and how it ended."""
+"""One caller's view of a computation: the chunks that wait for the caller, and how it ended."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .answer import Request
 
 
 def nobody() -> None:
-    """The caller waits on the scheduler's condition, or does not wait."""
+    """The `wake` of a caller that waits on the scheduler's condition, or does not wait."""
 
 
 class Listener:
-    """Chunks for one caller. The scheduler's lock is held for every call but `stats`.
+    """Chunks for one caller. Hold the scheduler's lock for every call except `stats`.
 
-    whole: the caller takes all chunks, whatever happens, as `Engine.generate` does. wake: called when there is
-    something new; it must not block. shared: another caller's request is computed, which is this one's too.
+    whole: the caller takes all chunks in any case, as `Engine.generate` does. wake: called when something is new; it
+    must not block. shared: the answer is computed for another caller's equal request.
     """
 
     def __init__(self, request: Request, *, whole: bool, wake: Callable[[], None] = nobody) -> None:
@@ -38,7 +38,8 @@ class Listener:
         self._first = 0.0
 
     def receive(self, chunks: Sequence[Chunk]) -> None:
-        """Take what is new of an answer's chunks; the last one ends it. A cancelled listener gets nothing."""
+        """Take the new ones of an answer's chunks; the last chunk ends the listener. A cancelled listener gets
+        nothing."""
         if self.ended:
             return
         for chunk in chunks[self._seen :]:
@@ -51,25 +52,25 @@ class Listener:
         self._wake()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Nothing follows but what waits already, and then the error."""
+        """End: chunks that wait already are still delivered, then the error."""
         if not self.ended:
             self.ended, self.error = True, error
             self._wake()
 
     def expire(self) -> None:
-        """Its time is over, and others go on listening: the answer ends with what is there."""
+        """End at the deadline while others continue: the answer ends as it is."""
         self.ended = True
         self.chunks.append(Chunk("", (), "deadline", self.stats()))
         self._wake()
 
     def cancel(self) -> None:
-        """Nobody wants the rest."""
+        """Drop the rest of the answer."""
         self.request.cancelled.set()
         self.chunks.clear()
         self.end()
 
     def stats(self) -> Stats:
-        """The figures of what was heard so far."""
+        """The figures of the answer so far."""
         now = time.perf_counter()
         first = self._first or now
         several = self._generated > 1 and now > first and not self.shared
@@ -85,7 +86,7 @@ class Listener:
 
 
 def first_ready(listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
-    """The next chunk of the first that has one. Raises: what the first one before it ended with."""
+    """The next chunk of the first listener that has one. Raises: the error of a listener before it."""
     for listener in listeners:
         if listener.chunks:
             return listener, listener.chunks.popleft()

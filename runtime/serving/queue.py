@@ -1,4 +1,4 @@
-"""The requests of a scheduler that wait for a row, and which of them is next."""
+"""The requests that wait for a row, and which of them is next."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from .answer import unanswered
 from .computation import Computation
 from .listener import Listener
 
-# A request that others overtook so often is admitted next, however long its prompt is.
+# A request that was overtaken so often is next, however long its prompt is.
 _MOST_OVERTAKINGS = 4
 
 
 class Queue:
-    """Short prompts come first, but a request is overtaken four times at most.
+    """Short prompts first, but a request is overtaken at most four times.
 
-    It also knows all computations that run or wait by the request that they answer, so that an equal request shares
-    one of them (single flight). Not safe between threads: the scheduler's lock is held around every method.
+    It also knows all running and waiting computations by their request, so that an equal request shares one of them
+    (single flight). Hold the scheduler's lock for every call.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Queue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Computation]:
-        """Those that wait, in the order in which they came. Safe to remove from while iterating."""
+        """The waiting computations in order of arrival. They may be removed while iterating."""
         return iter(list(self._waiting))
 
     def join(self, listener: Listener, fresh: Computation) -> bool:
-        """Share the computation of the same request, or a fresh one. Returns: whether it is the fresh one, which is to
-        be begun."""
+        """Let a listener share the computation of an equal request, or the fresh one. Returns: whether it is the fresh
+        one, which the caller must then begin."""
         running = None if fresh.key is None else self._by_key.get(fresh.key)
         if running is None and fresh.key is not None:
             self._by_key[fresh.key] = fresh
@@ -40,7 +40,7 @@ class Queue:
         return running is None
 
     def forget(self, computation: Computation) -> None:
-        """Let nobody share it any more."""
+        """No longer share a computation with new listeners."""
         if computation.key is not None and self._by_key.get(computation.key) is computation:
             del self._by_key[computation.key]
 
@@ -48,12 +48,13 @@ class Queue:
         self._waiting.append(computation)
 
     def remove(self, computation: Computation) -> None:
-        """Take it out, if it waits."""
+        """Remove a computation, if it waits."""
         if computation in self._waiting:
             self._waiting.remove(computation)
 
     def take(self, has_place: Callable[[int], bool]) -> Computation | None:
-        """The next one, if there is a place for its prompt. has_place: asked with the prompt's number of tokens."""
+        """Remove and return the next computation, if there is a place for its prompt. has_place: called with its number
+        of tokens."""
         if not self._waiting:
             return None
 
@@ -69,7 +70,7 @@ class Queue:
         return chosen
 
     def drop_interrupted(self) -> None:
-        """Answer those that were interrupted before they began, with nothing."""
+        """Give interrupted requests that have not begun an empty answer."""
         for computation in self:
             computation.drop_interrupted()
             if all(listener.request.interrupted() for listener in computation.listeners):

@@ -1,5 +1,5 @@
-"""What callers ask for, checked and ready to run: prompts to token ids, settings and grammars to a `Request`, and its
-key in the response cache."""
+"""Make a `Request` from a caller's arguments: check them, encode the prompt, compile the grammar; and its key in the
+response cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RequestMaker:
     """Makes the requests of one bundle. Safe between threads."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, numerics: str) -> None:
-        """numerics: whatever else decides the bits of an answer. Raises: BundleCorruptError, TemplateError."""
+        """numerics: of the machine (`sessions.numerics`), for cache keys. Raises: BundleCorruptError, TemplateError."""
         self.prompts = PromptEncoder(bundle, tokenizer)
         self._tokenizer = tokenizer
         self._may_cut = may_cut(bundle)
@@ -51,8 +51,8 @@ class RequestMaker:
         base: GenerationSettings | None,
         keywords: Mapping[str, Any],
     ) -> Request:
-        """A request, as of now. Raises: PromptError, ContextLengthError, SettingsError, TemplateError,
-        MissingExtraError."""
+        """Make one request; its time runs from now. Raises: PromptError, ContextLengthError, SettingsError,
+        TemplateError, MissingExtraError."""
         started = time.perf_counter()
         options, keywords = ChatOptions.split(keywords)
         settings = self._with_stop_ids(GenerationSettings.of(base, keywords))
@@ -64,7 +64,7 @@ class RequestMaker:
             raise SettingsError(f"keep must be less than the context of {model.context_length:,} tokens")
         left = None if settings.timeout is None else started + settings.timeout - time.perf_counter()
         ids = within(left, lambda: self.prompts.encode(prompt, messages, token_ids, options, fitting=True))
-        if ids is None:  # the deadline is over, so nothing is computed for it
+        if ids is None:  # the deadline has passed, so nothing will be computed
             return Request([], settings, started)
         self.prompts.check_length(ids)
         return Request(ids, settings, started, self._grammars.compile(settings))
@@ -102,9 +102,9 @@ class RequestMaker:
         return self.prompts.render(messages, _chat_options(keywords, "render"))
 
     def _with_stop_ids(self, settings: GenerationSettings) -> GenerationSettings:
-        """A stop text that is exactly one special token is that token's id too, since such a token may have no text.
+        """Add the token id of each stop text that is exactly one special token, since such a token may have no text.
 
-        Raises: SettingsError for a stop text that can never come, because a special token is a part of it.
+        Raises: SettingsError for a stop text that can never occur, because it contains a special token.
         """
         special = {text: self._tokenizer.special_id(text) for text in settings.stop}
         vocab_size = self._manifest.model.vocab_size
@@ -119,7 +119,7 @@ class RequestMaker:
         return replace(settings, stop_token_ids=(*settings.stop_token_ids, *ids)) if ids else settings
 
     def key(self, request: Request) -> str:
-        """Everything that can change the answer: what the manifest says beside the files' digest, too."""
+        """The key in the response cache. It covers everything that can change the answer, including the manifest."""
         settings = {
             **request.settings.cache_key(),
             "end_ids": sorted(self._manifest.tokens.eos),

@@ -1,8 +1,8 @@
-"""Who is computed now: requests of all callers as rows of one running batch (continuous batching).
+"""Runs the requests of all callers as rows of one batch (continuous batching).
 
-No thread of its own is needed where callers block: whoever wants a chunk that is not there runs the next step for all,
-while the others wait for what comes out of it. So a caller alone computes in its own thread, and a stream that nobody
-reads costs nothing. For callers of asyncio, who must not block, a worker thread runs the steps.
+Blocking callers need no extra thread: a caller that wants a chunk that is not there yet runs the next step for all,
+while the others wait for its results. So a single caller computes in its own thread, and a stream that nobody reads
+costs nothing. For callers from asyncio, who must not block, a worker thread runs the steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .worker import Worker
 class Scheduler:
     """The requests of one engine. Safe between threads; a forked child has none of its parent's requests.
 
-    As many requests run at once as `decoder` has rows; the others wait in a `Queue`. Nothing ever waits for a reader: a
-    stream that is not read on keeps its row, which goes on when another caller runs a step.
+    As many requests run at once as `decoder` has rows; the others wait in a `Queue`. Nothing waits for a slow reader: a
+    stream that is not read keeps its row, and the row continues whenever another caller runs a step.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Scheduler:
         responses: ResponseCache | None,
         key_of: Callable[[Request], str],
     ) -> None:
-        """decoder: this scheduler's from here on. key_of: of the response cache."""
+        """decoder: from now on used by this scheduler alone. key_of: gives a request's key in the response cache."""
         self._decoder = decoder
         self._manifest, self._tokenizer = manifest, tokenizer
         self._responses, self._key_of = responses, key_of
@@ -51,10 +51,11 @@ class Scheduler:
         watch_forks(self)
 
     def submit(self, request: Request, *, whole: bool = False, wake: Callable[[], None] = nobody) -> Listener:
-        """Begin to answer a request: from the response cache, as another caller's share, or as a row of its own.
+        """Begin to answer a request: from the response cache, by sharing an equal request's answer, or in a row of its
+        own.
 
-        Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; where there is a `wake`, the
-        worker computes. Raises: SettingsError, EngineClosedError.
+        Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; with a `wake`, the worker
+        thread computes. Raises: SettingsError, EngineClosedError.
         """
         if self._closed:
             raise EngineClosedError("the engine is closed: load the bundle again")
@@ -77,9 +78,9 @@ class Scheduler:
         return listener
 
     def _begin(self, fresh: Computation) -> None:
-        """Answer what nobody else computes from the response cache, or let it wait for a row.
+        """Answer a new computation from the response cache, or put it into the queue.
 
-        It can be joined before it is looked up, so that of equal requests at once only one is ever computed.
+        It can be joined before the lookup, so that of equal requests at the same time only one is computed.
         """
         known = None
         if fresh.key is not None and self._responses is not None:
@@ -97,9 +98,9 @@ class Scheduler:
             self._changed.notify_all()
 
     def next(self, listeners: Sequence[Listener]) -> tuple[Listener, Chunk] | None:
-        """The next chunk of any of these, computing as long as there is none; None where all have ended.
+        """The next chunk of any of these listeners. Runs steps until there is one. None if all have ended.
 
-        Raises: what a listener ended with, EngineBusyError from within a step.
+        Raises: the error of a listener; EngineBusyError from within a step.
         """
         while True:
             with self._changed:
@@ -114,14 +115,16 @@ class Scheduler:
             self._run_step()
 
     def ready(self, listener: Listener) -> Chunk | None:
-        """The next chunk, if it is there; else see `listener.ended`. Raises: what it ended with."""
+        """The next chunk, or None if there is none yet or the listener has ended. Never waits. Raises: the listener's
+        error."""
         with self._changed:
             found = first_ready([listener])
-            self._changed.notify_all()  # the worker may compute on
+            self._changed.notify_all()  # the worker may continue
             return None if found is None else found[1]
 
     def cancel(self, listeners: Sequence[Listener]) -> None:
-        """Nobody wants the rest. Rows are free at once, or after the step that is running. May be done again."""
+        """Drop the rest of these answers. Their rows are free at once, or after the step that is running. May be
+        repeated."""
         with self._changed:
             for listener in listeners:
                 if not listener.ended:
@@ -132,7 +135,7 @@ class Scheduler:
         self._release_rows()
 
     def counts(self) -> tuple[int, int]:
-        """Requests that are computed now, and those that wait."""
+        """The numbers of running and of waiting requests."""
         with self._changed:
             return len(self._running), len(self._queue)
 
@@ -141,8 +144,8 @@ class Scheduler:
         return self._closed
 
     def close(self) -> None:
-        """End everything: requests that wait get EngineClosedError, streams too, after the step that is running; whole
-        answers that are being computed are finished first. Calling it again does nothing.
+        """End all requests, after the step that is running. Whole answers that are being computed are finished first;
+        streams and waiting requests get EngineClosedError. Calling it again does nothing.
 
         Raises: EngineBusyError from within a step.
         """
@@ -165,7 +168,7 @@ class Scheduler:
         self._worker.stop()
 
     def after_fork(self) -> None:
-        """The threads that computed are not in the child, nor is what they held."""
+        """Start empty in a child: the threads that computed are only in the parent."""
         waiting = [*self._running.values(), *self._queue]
         for computation in self._running.values():
             self._decoder.drop(computation.row)
@@ -180,10 +183,11 @@ class Scheduler:
         self._driver = Driver()
         self._worker = Worker(self._changed, lambda: self._has_work() and self._driver.take(), self._run_step)
 
-    # ---- with the lock
+    # ---- the caller holds the lock
 
     def _has_work(self) -> bool:
-        """Whether there is a step to run. Where there is none, a caller's request is being looked up."""
+        """Whether there is a step to run. There is none while the only request is being looked up in the response
+        cache."""
         self._driver.refuse_own()
         return bool(self._running or self._queue)
 
@@ -198,26 +202,26 @@ class Scheduler:
             self._queue.remove(computation)
 
     def _drop_interrupted(self) -> None:
-        """Let go of listeners that wait no longer, and of requests that nobody waits for before they began."""
+        """Drop interrupted listeners, and requests that were interrupted before they began."""
         for computation in self._running.values():
             computation.drop_interrupted()
         self._queue.drop_interrupted()
 
-    # ---- by the thread that drives, without the lock
+    # ---- the caller is the driver, and does not hold the lock
 
     def _run_step(self) -> None:
-        """Run one step for all, and stop driving."""
+        """Run one step for all rows, and stop being the driver."""
         try:
             self._admit()
             for row, event in self._decoder.advance():
                 self._publish(row, event)
             self._release_rows()
-        except BaseException as error:  # whatever it was, the rows may be in the middle of a step
+        except BaseException as error:  # after any error the rows may be in the middle of a step
             self._break(error)
             raise
 
     def _release_rows(self) -> None:
-        """Free the rows that nobody wants, and stop driving."""
+        """Free rows without listeners, and stop being the driver."""
         while True:
             with self._changed:
                 self._drop_interrupted()
@@ -250,7 +254,7 @@ class Scheduler:
                 self._publish(computation.row, error)
 
     def _publish(self, row: Row, event: int | EdgelmError | None) -> None:
-        """Give the listeners of a row what happened to it."""
+        """Pass an event of a row on to its listeners."""
         computation = self._running[row]
         if isinstance(event, int):
             chunk = computation.add(event)
@@ -269,7 +273,7 @@ class Scheduler:
                 computation.fail(event)
             if answer is None:
                 self._queue.forget(computation)
-        # Stored before it is forgotten, so that an equal request finds one or the other.
+        # Store the answer before forgetting the computation, so that an equal request always finds one of them.
         if answer is not None and computation.key is not None and self._responses is not None:
             self._responses.put(computation.key, answer)
         with self._changed:
@@ -278,7 +282,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _again(self, computation: Computation) -> None:
-        """Listeners who joined while the row was being interrupted want the rest: it is computed anew."""
+        """Compute again for listeners who joined while the row was being interrupted."""
         if computation.listeners:
             fresh = Computation(computation.request, computation.key, self._manifest, self._tokenizer)
             begun = [self._queue.join(listener, fresh) for listener in computation.listeners]
@@ -286,7 +290,7 @@ class Scheduler:
                 self._queue.append(fresh)
 
     def _break(self, error: BaseException) -> None:
-        """A step ended in the middle, by an interrupt or by a fault: no row can go on."""
+        """Fail all rows after a step was broken off by an interrupt or an unexpected error."""
         self._decoder.abandon()
         broken = list(self._running.values())
         with self._changed:

@@ -12,7 +12,7 @@ from .scheduler import Scheduler
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of an answer, computed as they are asked for. Any thread may close it, also while another iterates.
+    """The chunks of an answer, computed on demand. Any thread may close it, also while another iterates.
 
     Closing it, leaving the loop and dropping the last reference cancel the answer: its row is free again after the step
     that is running. In a `with` block it is closed at the end.
@@ -29,7 +29,7 @@ class Stream(Iterator[Chunk]):
             raise StopIteration
         if self._listener is None:
             self._listener = self._scheduler.submit(self._request)
-            if self._closed:  # by another thread, which did not find the listener yet
+            if self._closed:  # by another thread, before the listener was set
                 self._scheduler.cancel([self._listener])
         try:
             found = self._scheduler.next([self._listener])
@@ -51,7 +51,7 @@ class Stream(Iterator[Chunk]):
         return (0, len(self._request.token_ids)) if self._listener is None else self._listener.progress
 
     def close(self) -> None:
-        """Cancel what is left. Calling it again does nothing."""
+        """Cancel the rest of the answer. Calling it again does nothing."""
         self._closed = True
         if self._listener is not None:
             self._scheduler.cancel([self._listener])

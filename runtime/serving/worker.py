@@ -1,4 +1,4 @@
-"""The thread that runs a scheduler's steps for callers of asyncio, who must not block."""
+"""The thread that runs a scheduler's steps for callers from asyncio, who must not block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from .listener import Listener
 
-# Chunks that wait for a reader before nothing more is computed for it alone.
+# Chunks that may wait for a reader; then nothing more is computed for it alone.
 _READ_AHEAD = 32
-# How long the thread waits for something to do before it ends.
+# The thread ends after so much time without work.
 _IDLE_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -21,11 +21,11 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
-    """Starts its thread when there is a reader, and ends it when there is none any more. Safe between threads."""
+    """Runs a thread while there are readers. Safe between threads."""
 
     def __init__(self, changed: threading.Condition, may_step: Callable[[], bool], step: Callable[[], None]) -> None:
-        """changed: the scheduler's lock, notified of all that happens. may_step: called with the lock, takes the
-        right to run a step if there is one to run. step: runs it, and tells listeners what it raises."""
+        """changed: the scheduler's condition, notified of every change. may_step: called with its lock; becomes the
+        driver if there is a step to run. step: runs it; its errors go to the listeners."""
         self._changed = changed
         self._may_step, self._step = may_step, step
         self._readers: list[Listener] = []
@@ -33,16 +33,16 @@ class Worker:
         self._steps = self._stopped = False
 
     def serve(self, reader: Listener) -> None:
-        """Compute for a listener until it has ended. The lock is held."""
+        """Compute for a listener until it has ended. Hold the lock."""
         self._readers.append(reader)
         if self._thread is None:
-            # A daemon: a stream that is left open does not keep the process alive.
+            # A daemon, so that an open stream does not keep the process alive.
             self._thread = threading.Thread(target=self._work, name="edgelm", daemon=True)
             self._thread.start()
             _workers.add(self)
 
     def stop(self) -> None:
-        """Compute nothing more; waits for the step that is running."""
+        """Stop, after the step that is running."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -50,7 +50,7 @@ class Worker:
                 self._changed.wait()
 
     def forget(self) -> None:
-        """In a forked child, which has no such thread."""
+        """Called in a forked child, which does not have the thread."""
         _workers.discard(self)
 
     def _is_wanted(self) -> bool:
@@ -62,14 +62,14 @@ class Worker:
             try:
                 self._step()
             except Exception:
-                # The listeners have it, and raise it where it is awaited.
+                # The listeners got the error, and raise it to their callers.
                 log.debug("a step failed", exc_info=True)
             with self._changed:
                 self._steps = False
                 self._changed.notify_all()
 
     def _waits_for_a_step(self) -> bool:
-        """Whether there is one, which is this thread's to run then; not, where the thread is to end."""
+        """Wait until this thread is the driver and has a step to run. Returns False if the thread should end."""
         with self._changed:
             while not self._stopped:
                 wanted = self._is_wanted()
@@ -83,7 +83,7 @@ class Worker:
 
 
 def _rest_at_exit() -> None:
-    """onnxruntime must not compute while the interpreter takes itself apart."""
+    """Stop all workers: onnxruntime must not compute while the interpreter shuts down."""
     for worker in list(_workers):
         worker.stop()
 

@@ -1,1 +1,1 @@
-"""Sessions: token ids in, logits out, over one KV cache or several."""
+"""Sessions: token ids in, logits out, over a KV cache."""

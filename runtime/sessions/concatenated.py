@@ -1,7 +1,7 @@
-"""`Session` over a graph that returns its cache grown: past keys and values in, past and new ones out.
+"""`Session` over a graph with a concatenated cache: past keys and values in, past and new ones out.
 
-The way of models whose attention is not fused, and of the files that other exporters write. A step copies the cache
-once, inside the graph.
+Used for models whose attention is not fused, and for files of other exporters. A step copies the cache once, inside the
+graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .protocol import Capabilities
 from .providers import mapped_step_error
 
 _PAST, _PRESENT = "past_key_values.", "present."
-# Inputs beside the cache that a graph may have, ours and those of other exporters.
+# Inputs besides the cache that graphs have, ours and those of other exporters.
 _LOGITS_TO_KEEP = ("logits_to_keep", "num_logits_to_keep")
 _USE_CACHE = "use_cache_branch"
 _INPUTS = {"input_ids", "attention_mask", "position_ids", _USE_CACHE, *_LOGITS_TO_KEEP}
@@ -34,18 +34,18 @@ _KV_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)", re.ASCII)
 
 
 class ConcatSession:
-    """See the module. Not safe between threads. Rewinding copies what is kept; a model with other states than keys and
-    values can only go back to the beginning."""
+    """See the module. Not safe between threads. Rewinding copies what is kept. A model with states besides keys and
+    values can only be rewound to the beginning."""
 
     def __init__(self, inference: Any, model: Model, first: Any = None) -> None:
-        """inference: onnxruntime's session, from `session.load_graph`; first: that of the graph for a text's first
-        step, where it is another one."""
+        """inference: onnxruntime's session, from `graph.load_graph`; first: the session for a text's first step, if
+        that has a graph of its own."""
         self._inference = inference
         self._first = first or inference
         self._model = model
         self._inputs = {item.name: item for item in inference.get_inputs()}
-        # Where the first step has a graph or a branch of its own, the other was traced with one token and may lack the
-        # mask among several.
+        # If the first step has a graph or a branch of its own, the other was traced with one token, and may lack the
+        # mask between several.
         self._one_by_one = first is not None or _USE_CACHE in self._inputs
         self._errors = onnxruntime_errors()
         self._state = self._beginning()
@@ -69,7 +69,7 @@ class ConcatSession:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def expect(self, positions: int) -> None:
-        """Nothing: the graph makes the cache anew in each step."""
+        """Do nothing: the graph makes a new cache in each step."""
 
     def can_rewind(self, length: int) -> bool:
         return length in (0, self._length) or (0 < length < self._length and not self._model.states)
@@ -107,7 +107,7 @@ class ConcatSession:
         return np.asarray(logits, np.float32)
 
     def _feeds(self, token_ids: Sequence[int], keep: int) -> dict[str, NDArray[Any]]:
-        """Every input that a graph may have."""
+        """Values for every input that a graph may have."""
         total = self._length + len(token_ids)
         counts = {
             name: np.full([1] * len(self._inputs[name].shape), keep, np.int64)
@@ -124,7 +124,7 @@ class ConcatSession:
         }
 
     def _beginning(self) -> dict[str, NDArray[Any]]:
-        """Keys and values of no positions, and states of zeros."""
+        """The empty cache: keys and values without positions, states of zeros."""
         state: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(self._model.layers):
             for kind in _KV_KINDS if layer is not None else ():
@@ -140,5 +140,5 @@ class ConcatSession:
 
 
 def known_input(name: str) -> bool:
-    """Whether a session can feed an input of this name, to a model whose only states are keys and values."""
+    """Whether a session knows an input of this name, for a model whose only states are keys and values."""
     return name in _INPUTS or _KV_INPUT.fullmatch(name) is not None

@@ -1,8 +1,8 @@
 """Folders that other exporters wrote: optimum's, and those made for transformers.js. They have no manifest.
 
-What a manifest would say is taken from the graph's own inputs and outputs, from config.json and generation_config.json.
-A graph takes past keys and values and returns them grown; it comes as one file, as a pair (decoder_model.onnx for the
-first step, decoder_with_past_model.onnx for the others), or as the pair in one file with the input `use_cache_branch`.
+The manifest is made from the graph's inputs and outputs, config.json and generation_config.json. A graph takes past
+keys and values and returns past and new ones. It comes as one file, as a pair (decoder_model.onnx for the first step,
+decoder_with_past_model.onnx for the others), or as the pair in one file with the input `use_cache_branch`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .graph import load_graph, require_memory
 
 CONFIG_NAME = "config.json"
 UNKNOWN = "unknown"
-# What model configurations call the number of positions, and what is assumed where they name none: such models have no
-# positions to run out of.
+# The names of the context length in model configurations, and the default: models that name none have no positions, so
+# no limit.
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 UNLIMITED_CONTEXT = 1 << 20
 
@@ -55,11 +55,11 @@ _TEXTS = (CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_
 
 
 def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle, ConcatSession]:
-    """Load a model and describe it as a bundle. The digests are those of the files as they are found, computed in a
-    thread while onnxruntime prepares the weights.
+    """Load a model and describe it as a bundle. The digests are computed from the files, in a thread, while onnxruntime
+    prepares the weights.
 
-    graph: which file to take, relative to the folder, where it is not plain.
-    Raises: SettingsError (which file?), BundleMissingError, BundleCorruptError, BundleUnsupportedError, SessionError.
+    graph: the file to use, relative to the folder, if there are several. Raises: SettingsError (if that is not clear),
+    BundleMissingError, BundleCorruptError, BundleUnsupportedError, SessionError.
     """
     config = _read_json(folder / CONFIG_NAME)
     if config is None:
@@ -86,7 +86,7 @@ def open_foreign(folder: Path, graph: str | None, threads: int) -> tuple[Bundle,
 
 
 def _model(graphs: Graphs, inference: Any, config: dict[str, Any]) -> Model:
-    """The shape of the model, from the inputs and outputs of the graph that takes the past."""
+    """The shape of the model, from the inputs and outputs of the graph that takes past keys and values."""
     inputs = {item.name: item for item in inference.get_inputs()}
     outputs = {item.name: item for item in inference.get_outputs()}
     keys = [name for name in inputs if name.startswith(_PAST) and name.endswith(_KEY)]
@@ -116,7 +116,7 @@ def _model(graphs: Graphs, inference: Any, config: dict[str, Any]) -> Model:
         layers=tuple(layers.get(index) for index in range(max(layers) + 1)),
         kv=CacheType(_CACHE_TYPES[types.pop()], None),
         cache_layout="concatenated",
-        # Where the graphs are two, this one was traced with one token and may lack what several need.
+        # The second of two graphs was traced with one token, and may lack what several need.
         step_tokens=tokens if isinstance(tokens, int) else 1 if graphs.main.stem.startswith(WITH_PAST) else None,
     )
 
@@ -165,7 +165,8 @@ def _manifest(folder: Path, config: dict[str, Any], model: Model, files: dict[st
 
 
 def _own_end(folder: Path, vocab_size: int) -> int | None:
-    """The id of the end token that tokenizer_config.json names: in models that were trained to chat, a turn's end."""
+    """The id of the end token that tokenizer_config.json names: the end of a turn in models that were trained to
+    chat."""
     named = (_read_json(folder / TOKENIZER_CONFIG_NAME) or {}).get("eos_token")
     text = named.get("content") if isinstance(named, dict) else named
     added = (_read_json(folder / TOKENIZER_NAME) or {}).get("added_tokens") if isinstance(text, str) else None
@@ -177,7 +178,8 @@ def _own_end(folder: Path, vocab_size: int) -> int | None:
 
 
 def _tokens(config: dict[str, Any], generation: dict[str, Any], own_end: int | None) -> Tokens:
-    """As transformers takes them, from the generation's settings, else from the model's; own_end: of the tokenizer."""
+    """The special tokens, from generation_config.json, else config.json, as in transformers; own_end: the tokenizer's
+    end token."""
     ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         listed = value if name == "eos_token_id" and isinstance(value, list) else [value]
@@ -193,15 +195,15 @@ def _tokens(config: dict[str, Any], generation: dict[str, Any], own_end: int | N
 
 
 def _names(folder: Path, graphs: Graphs) -> list[str]:
-    """The files that the bundle is made of, relative to the folder: texts, graphs, and where weights are. Raises:
-    BundleMissingError; BundleCorruptError, where a graph names a place that is not in the folder."""
+    """The files of the bundle, relative to the folder: texts, graphs, weights. Raises: BundleMissingError;
+    BundleCorruptError, if a graph names a path outside the folder."""
     names = [name for name in _TEXTS if (folder / name).is_file()]
     for name in names:
         _require_plain(folder / name)
     for graph in graphs.files:
         inside = graph.relative_to(folder)
         for weights in weight_files(graph):
-            # What Windows takes for a drive or a way out is none anywhere: folders are copied.
+            # Names that Windows reads as a drive or a parent are refused everywhere, since folders are copied.
             name = posixpath.normpath((inside.parent / weights).as_posix())
             if weights.startswith("/") or name.startswith("../") or set(weights) & set("\\:") or not name.isprintable():
                 raise BundleCorruptError(f"{graph} has weights in {weights!r}, which is not a file of its folder")
@@ -221,12 +223,12 @@ def _require_plain(path: Path) -> None:
 
 
 def _entries(folder: Path, names: Sequence[str]) -> dict[str, FileEntry]:
-    """Size and digest of everything that makes the answers."""
+    """Size and digest of each file."""
     return {name: FileEntry((folder / name).stat().st_size, file_digest(folder / name)) for name in names}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, those of a nested text model in front; None where there is no such file."""
+    """A JSON object, in which the entries of a nested `text_config` take precedence; None if there is no such file."""
     if not path.is_file():
         return None
     try:

@@ -23,8 +23,8 @@ _PREPARING = {
 
 
 def require_memory(weights_bytes: int, folder: Path) -> None:
-    """Raise MemoryShortageError if a model with so many bytes of weights cannot be loaded: onnxruntime maps their file
-    and keeps a copy of each matrix in the order of its kernel. (A prepared form is mapped alone.)"""
+    """Raise MemoryShortageError if there is no memory for a model with so many bytes of weights: onnxruntime copies
+    each matrix into the order of its kernel. (A prepared form is only mapped.)"""
     require_bytes(weights_bytes, f"the model of {folder}", "close other programs, or export a smaller model")
 
 
@@ -39,9 +39,8 @@ def load_graph(
 ) -> Any:
     """onnxruntime's session over a graph, with edgelm's settings.
 
-    preparing: a folder to which the graph and the weights are written as they are prepared for this machine's kernels;
-    use: what kernels are to compute; captures: on CUDA, able to capture runs as CUDA graphs.
-    Raises: SessionError, also for a graph that cannot be captured.
+    preparing: a folder to write the prepared form to, graph and weights; use: what kernels compute; captures: on CUDA,
+    capture runs as CUDA graphs. Raises: SessionError, also if the graph cannot be captured.
     """
     onnxruntime = load_onnxruntime()
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
@@ -50,9 +49,9 @@ def load_graph(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # What fails is raised. onnxruntime would write the same on standard error, in colours, and at once.
+    # Errors are raised. onnxruntime would also print them on standard error, in colours.
     options.log_severity_level = 4
-    # The arena keeps what the longest prompt needed for good. Without it memory falls back; speed is the same here.
+    # The arena would never return the memory that the longest prompt needed. Speed is the same without it.
     options.enable_cpu_mem_arena = False
     if machine.saturates_int8():
         # Weights become uint8 at load: slower, but sums do not overflow 16 bits on CPUs without VNNI.

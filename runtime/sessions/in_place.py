@@ -1,5 +1,5 @@
-"""`OrtSession`: onnxruntime on bound buffers. A step writes into the KV cache in place, and copies token ids and logits
-only."""
+"""`OrtSession`: onnxruntime with bound buffers. A step writes into the KV cache in place, and copies only token ids and
+logits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from . import kernels
 from .graph import load_graph
 from .kv_cache import KVCache
 from .protocol import KERNELS_PIECE_TOKENS, PIECE_TOKENS, Capabilities
-from .providers import CPU
 from .rows import OrtRows
 
-# One row alone takes another float kernel inside onnxruntime's attention than several rows do, and differs in the last
-# bits. With a float32 cache a step therefore always has two rows, unless compiled kernels compute its attention; with
-# an int8 cache both of onnxruntime's kernels give the same bits.
+# Inside onnxruntime's attention, one row of float32 uses another kernel than several rows, with different last bits.
+# With a float32 cache a step therefore always has two rows, unless compiled kernels compute attention. With an int8
+# cache both of onnxruntime's kernels give the same bits.
 _FLOAT_CACHE_ROWS = 2
 
 
@@ -34,17 +33,21 @@ class OrtSession:
         threads: int,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         preparing: Path | None = None,
+        *,
+        use: kernels.Use | None = None,
     ) -> None:
-        """graph: path of the ONNX file, whose weights lie beside it; preparing: as `load_graph`.
+        """graph: path of the ONNX file, whose weights lie beside it; preparing: as `load_graph`; use: what kernels
+        compute of the graph, None to look.
 
         Raises: SessionError.
         """
         self._model = model
-        use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+        use = use or kernels.use_in(graph, providers[0])
         self._inference = load_graph(graph, threads, providers, preparing, use=use)
-        # onnxruntime's own operators do not all take 0 rows: where it computes layers, a step has logits of one.
+        # Some operators of onnxruntime do not accept 0 rows: if it computes layers, a step has at least one row of
+        # logits.
         self._least_kept = 0 if use.compute_layers else 1
-        # Without kernels, keys and values have the fixed scales alone: rows are as long as a head.
+        # Without kernels, keys and values have no scales of their own.
         self._scale_bytes = model.kv.scale_bytes if use.attend else 0
         self._least_rows = _FLOAT_CACHE_ROWS if model.kv.type == "float32" and not use.attend else 1
         self._rows = self.rows()

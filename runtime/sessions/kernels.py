@@ -1,9 +1,8 @@
-"""Compiled kernels for the functions that an INT8 graph calls, where the package edgelm-kernels is installed.
+"""Compiled kernels for the functions that an INT8 graph calls, if the package edgelm-kernels is installed.
 
 A function of the domain `edgelm` has a body of onnxruntime's own operators. If a library of kernels is registered,
-onnxruntime runs those in place of the bodies; without it, the bodies. Row-wise products have the same bits either way;
-attention, and norms and gates in front of products, have not, so that what is cached names the kernels
-(`identity`).
+onnxruntime runs a kernel instead of the body. Row-wise products have the same bits either way. Attention, and norms and
+gates in front of products, do not, so cache keys include the kernels (`identity`).
 """
 
 from __future__ import annotations
@@ -21,27 +20,29 @@ from typing import Any
 
 from ..bundle.onnx_file import operators
 from ..errors import SessionError
+from .providers import CPU
 
-# Set to "off", it leaves the kernels out: to compare, or to see whether a fault is theirs.
+# "off" switches the kernels off: to compare, or to find out whether a fault is theirs.
 SWITCH = "EDGELM_KERNELS"
 _PACKAGE = "edgelm_kernels"
-# That of the package. With others, functions that they lack would run as their bodies, slower, and where a single row
-# relies on a kernel, with other bits.
+# The interface number that the package must have. With another one, functions without a kernel would run as their
+# bodies: more slowly, and sometimes with other bits.
 _INTERFACE = 8
 _DOMAIN, _MICROSOFT = "edgelm", "com.microsoft"
-# How the library learns with how many threads to compute, onnxruntime does not tell operators, and whether its own.
+# Session options for the library: how many threads to use (onnxruntime does not tell operators), and whether to start
+# its own.
 _THREADS_KEY, _OWN_THREADS_KEY = "edgelm.threads", "edgelm.own_threads"
-# Operators of onnxruntime in front of a model's layers and behind them: mask, embedding, the last norm. Where there are
-# more, they are in the layers, and take onnxruntime's threads for long prompts.
+# Operators of onnxruntime outside a model's layers: mask, embedding, last norm. If there are more, some are inside the
+# layers, and need onnxruntime's threads for long prompts.
 _AROUND_LAYERS = 24
 
-# Whether what is loaded now is to have kernels; asked while a model is loaded, and never afterwards.
+# Whether models that are loaded now use kernels. Read only while a model is loaded.
 _wanted = ContextVar("wanted", default=True)
 
 
 @contextlib.contextmanager
 def wanted(are_wanted: bool) -> Iterator[None]:
-    """What this thread loads in the block computes without kernels if they are not wanted."""
+    """Models that this thread loads in the block use no kernels if `are_wanted` is False."""
     token = _wanted.set(are_wanted and _wanted.get())
     try:
         yield
@@ -50,7 +51,7 @@ def wanted(are_wanted: bool) -> Iterator[None]:
 
 
 def are_installed() -> bool:
-    """Whether the package is there, whether or not its kernels are used."""
+    """Whether the package is installed, even if its kernels are not used."""
     return importlib.util.find_spec(_PACKAGE) is not None
 
 
@@ -77,18 +78,16 @@ def _arithmetic() -> str | None:
 
 @functools.cache
 def _library_digest() -> str:
-    """More exact than the package's version, and without `importlib.metadata`, which takes 2 to 4 MB."""
+    """A digest, not the package's version: it is more exact, and `importlib.metadata` takes 2 to 4 MB."""
     import edgelm_kernels
 
     return hashlib.sha256(edgelm_kernels.library().read_bytes()).hexdigest()[:12]
 
 
 def identity() -> str | None:
-    """Which kernels, by a digest of their library, and with which instruction sets: what decides the last bits of
-    logits; None if none are used.
+    """The kernels' digest and instruction sets, which decide the last bits of logits. None if no kernels are used: the
+    package is not installed, has no code for this processor, is switched off, or is not `wanted`.
 
-    They are left out where the package is not installed, has no code for this processor, is switched off, or is not
-    `wanted`.
     Raises: SessionError, if they cannot be loaded, or belong to another version of edgelm.
     """
     if not _wanted.get() or os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
@@ -98,8 +97,8 @@ def identity() -> str | None:
 
 @dataclass(frozen=True)
 class Use:
-    """What kernels compute of a graph. serve: anything at all; attend: all of its attention; compute_layers: all of its
-    layers, nearly."""
+    """What kernels compute of a graph. serve: something; attend: all attention; compute_layers: nearly all of the
+    layers."""
 
     serve: bool = False
     attend: bool = False
@@ -109,12 +108,13 @@ class Use:
 UNUSED = Use()
 
 
-def use_in(graph: Path) -> Use:
-    """What kernels would compute of a graph on the CPU, by the operators that it calls.
+def use_in(graph: Path, provider: str = CPU) -> Use:
+    """What kernels compute of a graph on a provider of onnxruntime, by the operators that the graph calls.
 
-    Cost: the file's structure is read once. Raises: as `identity` and `operators`.
+    Kernels run on the CPU only. Cost: one read of the file's structure, so ask once a load. Raises: as `identity` and
+    `operators`.
     """
-    if identity() is None:
+    if provider != CPU or identity() is None:
         return UNUSED
     calls = operators(graph)
     own = sum(count for (domain, _), count in calls.items() if domain == _DOMAIN)
@@ -124,10 +124,11 @@ def use_in(graph: Path) -> Use:
 
 
 def register(options: Any, threads: int, own_threads: bool) -> None:
-    """Add the kernels to the options of a session that computes with so many threads.
+    """Add the kernels to the options of a session. threads: how many to compute with.
 
-    own_threads: kernels bring them, and read ahead between two operators, while onnxruntime has none beside the
-    caller's; else they share onnxruntime's. Threads of both would wait awake for each other's processors.
+    own_threads: kernels start their own threads, which also read ahead between two operators, and onnxruntime gets
+    none. Otherwise kernels use onnxruntime's threads. With both, waiting threads would spin on processors that the
+    others need.
     """
     import edgelm_kernels
 

@@ -1,8 +1,9 @@
-"""The KV cache: one growing buffer per layer and side, which the graph reads and writes in place.
+"""The KV cache: a growing buffer for each layer's keys and one for its values, which the graph reads and writes in
+place.
 
-A buffer starts small, or as large as the text is expected to be, and doubles; it is never sized to the context length,
-so a model with a context of 128k tokens costs what the conversation needs. Rewinding is setting a length back: nothing
-is erased, later steps overwrite.
+A buffer starts small, or as long as the text is expected to be, and doubles. It is never allocated for the whole
+context, so a model with a context of 128k tokens costs only what the conversation needs. Rewinding lowers the length;
+later steps overwrite the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..host.memory import available_bytes, require_bytes, zeros
 from ..host.ort import load_onnxruntime
 
 _FIRST_CAPACITY = 256
-# A GPU has room for more than a Raspberry Pi.
+# More on a GPU than on a Raspberry Pi.
 _FIRST_DEVICE_CAPACITY = 1024
 _DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
 
@@ -26,14 +27,14 @@ _DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
 class KVCache:
     """Keys and values of all layers for one sequence, or for several rows. Not safe between threads.
 
-    `length` counts the positions in use (of the longest row), `capacity` those that the buffers can hold; bytes grow
-    with capacity times rows. `moves` counts how often the buffers were replaced. `expected` is for others to set:
-    positions that are likely to be in use soon, for which room is made when there is too little, where memory has it.
+    `length`: positions in use (of the longest row). `capacity`: positions that the buffers can hold; bytes grow with
+    capacity times rows. `moves`: how often the buffers were replaced. `expected`: set by the owner; the likely number
+    of positions, for which the next growth makes room if there is memory.
     """
 
     def __init__(self, model: Model, rows: int = 1, scale_bytes: int = 0) -> None:
-        """scale_bytes: what each row of a head holds behind its values, of INT8 ones: `CacheType.scale_bytes` where
-        kernels compute attention, else none."""
+        """scale_bytes: bytes behind the values of each key and value, for its own scale: `CacheType.scale_bytes` if
+        kernels compute attention, else 0."""
         self._model = model
         self._rows = rows
         self._scale_bytes = scale_bytes
@@ -50,11 +51,11 @@ class KVCache:
         return self._rows
 
     def reserve(self, positions: int, rows: int = 1) -> bool:
-        """Make room for so many positions in so many rows; True if the buffers moved, so that they must be bound again.
+        """Make room for so many positions in so many rows. Returns True if the buffers moved and must be bound again.
 
-        Cost: nothing while the room suffices, else a copy of what is in use. Doubles or makes room for `expected`, at
-        most up to the context length plus one spare position (a padding row may stand behind the last token), or for
-        less where memory has no room for as much. Raises: MemoryShortageError, which leaves the cache as it is.
+        Cost: nothing if there is room, else a copy of what is in use. Grows to double the size or to `expected`, at
+        most to the context length plus one (for a padding row behind the last token), and to less if memory is short.
+        Raises: MemoryShortageError, which leaves the cache as it is.
         """
         if positions <= self.capacity and rows <= self._rows:
             return False
@@ -63,7 +64,7 @@ class KVCache:
         free = available_bytes()
         sizes = [self.capacity] if positions <= self.capacity else self._sizes(positions)
         capacity = next((size for size in sizes if size * row_bytes <= free), max(positions, self.length))
-        # The old buffers stay until the new ones are filled. Nothing changes where memory does not suffice.
+        # The old buffers stay until the new ones are filled. Nothing changes if memory is short.
         require_bytes(
             capacity * row_bytes,
             f"a conversation of {positions:,} tokens" if rows == 1 else f"{rows} texts of up to {positions:,} tokens",
@@ -73,12 +74,12 @@ class KVCache:
         return True
 
     def keep_rows(self, rows: int) -> None:
-        """Give the memory of all but the first rows back. Cost: a copy of what is in use in those."""
+        """Free the memory of all but the first rows. Cost: a copy of those."""
         if rows < self._rows:
             self._move(rows, self.capacity)
 
     def has_room(self, positions: int, rows: int) -> bool:
-        """Whether `reserve` would find the memory."""
+        """Whether there is memory for `reserve`."""
         if positions <= self.capacity and rows <= self._rows:
             return True
         size = max(positions, self.capacity) * max(rows, self._rows) * self.bytes_per_position()
@@ -92,7 +93,7 @@ class KVCache:
 
     def buffers(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Pairs of name ("N.key" or "N.value") and array (rows, kv_heads, capacity, head_size + scale_bytes), valid
-        until `reserve` answers True. The positions from `length` on hold nothing of meaning."""
+        until `reserve` returns True. Positions from `length` on are undefined."""
         yield from self._buffers.items()
 
     def read(self, begin: int, end: int, block: NDArray[np.uint8], row: int = 0) -> None:
@@ -103,7 +104,7 @@ class KVCache:
             part[...] = buffer[:, begin:end]
 
     def append(self, block: NDArray[np.uint8], positions: int) -> None:
-        """Put what `read` gave for so many positions behind the last one. There is room: `reserve` was asked.
+        """Append what `read` gave for so many positions. The caller has called `reserve`.
 
         Raises: ValueError, if it has another size.
         """
@@ -111,14 +112,14 @@ class KVCache:
         self.length += positions
 
     def write(self, begin: int, block: NDArray[np.uint8], positions: int, row: int = 0) -> None:
-        """Put what `read` gave for so many positions at a place of a row. Otherwise as `append`; length stays."""
+        """Write what `read` gave for so many positions at a position of a row. The length does not change."""
         if block.nbytes != self.bytes_per_position() * positions:
             raise ValueError(f"{positions} positions do not take {block.nbytes} bytes")
         for part, buffer in self._parts(block, positions, row):
             buffer[:, begin : begin + positions] = part
 
     def bytes_per_position(self) -> int:
-        """What one more token costs, in bytes, over all layers."""
+        """Bytes of one position over all layers."""
         rows = (layer.kv_heads * size for _, layer in self._layers() for _, size in self._sides(layer))
         return sum(rows) * self._dtype.itemsize
 
@@ -144,7 +145,8 @@ class KVCache:
         self.moves += 1
 
     def _sizes(self, positions: int) -> list[int]:
-        """Capacities, the best first: a cache shall move seldom, in a small memory too, and never at each token."""
+        """Capacities to try, the best first. The cache should move seldom, also in a small memory, and never at each
+        token."""
         wanted = max(_FIRST_CAPACITY, 2 * self.capacity, self.expected)
         sizes = wanted, 2 * self.capacity, positions + _FIRST_CAPACITY
         return [max(positions, min(size, self._model.context_length + 1)) for size in sizes]
@@ -152,8 +154,8 @@ class KVCache:
     def _parts(
         self, block: NDArray[np.uint8], positions: int, row: int
     ) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
-        """Pairs of a part of a block and the row of the buffer that it belongs to, both (kv_heads, positions,
-        head_size + scale_bytes)."""
+        """Pairs of a part of a block and the part of a buffer that it belongs to, both (kv_heads, positions, head_size
+        + scale_bytes)."""
         begin = 0
         for buffer in self._buffers.values():
             _, heads, _, size = buffer.shape
@@ -181,7 +183,7 @@ class DeviceCache:
         self.capacity = 0
 
     def reserve(self, positions: int, used: int) -> None:
-        """Make room. Growing copies what is in use through the host's memory, which doubling makes rare."""
+        """Make room. Growing copies what is in use through the host's memory; buffers double, so it is rare."""
         if positions <= self.capacity:
             return
         wanted = max(_FIRST_DEVICE_CAPACITY, 2 * self.capacity, positions)

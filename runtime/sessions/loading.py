@@ -20,7 +20,7 @@ from .prepared import Prepared, prepared_for
 from .protocol import Session
 from .providers import CPU, choose_provider, device_of, foreign_machine
 
-# No machine has as many cores, and onnxruntime starts as many threads as it is told.
+# More than any machine has: onnxruntime starts as many threads as it is told.
 _MOST_THREADS = 1024
 
 _logger = logging.getLogger(__name__)
@@ -32,25 +32,27 @@ def make_session(
     threads: int,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     preparing: Path | None = None,
+    *,
+    use: kernels.Use | None = None,
 ) -> Session:
-    """The session that fits the graph's way of caching, and the memory that the first provider computes in. preparing:
-    as `load_graph`. Raises: SessionError."""
+    """The kind of session that fits the graph's cache and the first provider's device. preparing: as `load_graph`; use:
+    as `OrtSession`. Raises: SessionError."""
     device = device_of(providers[0])
     if device is not None:
         from .on_device import DeviceSession
 
         return DeviceSession(*_load_on_device(graph, threads, providers), model, device)
     if model.cache_layout == "in_place":
-        return OrtSession(graph, model, threads, providers, preparing)
+        return OrtSession(graph, model, threads, providers, preparing, use=use)
     from .concatenated import ConcatSession
 
-    use = kernels.use_in(graph) if providers[0] == CPU else kernels.UNUSED
+    use = use or kernels.use_in(graph, providers[0])
     return ConcatSession(load_graph(graph, threads, providers, preparing, use=use), model)
 
 
 def _load_on_device(graph: Path, threads: int, providers: Sequence[str]) -> tuple[Any, bool]:
-    """onnxruntime's session, and whether it can capture steps as CUDA graphs: not if anything is computed on the CPU
-    in between, as in bundles of older versions and in some models."""
+    """onnxruntime's session, and whether it can capture steps as CUDA graphs. It cannot if an operator runs on the CPU,
+    as in bundles of older versions and in some models."""
     try:
         return load_graph(graph, threads, providers, captures=True), True
     except SessionError as error:
@@ -63,17 +65,16 @@ def open_session(
 ) -> Session:
     """Check every file of a bundle against its digest and load the model.
 
-    threads: None for the physical cores; prepare: use the bundle's prepared form (`prepared`) on CPUs,
-    which True makes where there is none, and None does not; provider: "cpu" or "cuda", None for the one that the
-    bundle was made for.
-    The weights are checked in a thread while onnxruntime loads them; the small files, which onnxruntime and tokenizers
-    parse, before. Raises: SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
+    threads: None for the physical cores; prepare: True uses the bundle's prepared form on CPUs and makes it if there is
+    none, None uses an existing one, False none; provider: "cpu" or "cuda", None for the one that the bundle was made
+    for. Small files are checked before they are parsed, weights in a thread while onnxruntime loads them. Raises:
+    SettingsError, BundleCorruptError, MemoryShortageError, SessionError.
     """
     return _checked(bundle, threads, prepare, provider)()
 
 
 def _checked(bundle: Bundle, threads: int | None, prepare: bool | None, provider: str | None) -> Callable[[], Session]:
-    """What loads the model, once the small files are found right."""
+    """Check the small files. Returns a function that loads the model."""
     count = _thread_count(threads)
     chosen = choose_provider(bundle.manifest, provider, load_onnxruntime().get_available_providers())
     warning = foreign_machine(bundle.manifest)
@@ -85,7 +86,7 @@ def _checked(bundle: Bundle, threads: int | None, prepare: bool | None, provider
 
 
 def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare: bool | None, provider: str) -> Session:
-    use = kernels.use_in(bundle.path / GRAPH_NAME) if provider == CPU else kernels.UNUSED
+    use = kernels.use_in(bundle.path / GRAPH_NAME, provider)
     # Kernels read the weights as they are in the bundle: there is nothing to prepare.
     wanted = prepare is not False and provider == CPU and not use.serve
     prepared = prepared_for(bundle.manifest.digest, asked=bool(prepare)) if wanted else None
@@ -101,13 +102,13 @@ def _open_weights(bundle: Bundle, weights: Sequence[str], threads: int, prepare:
         if prepare and prepared is not None and prepared.is_worth_it(size):
             session = _open_and_prepare(bundle, prepared, threads, weights_checked)
         else:
-            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider])
+            session = make_session(bundle.path / GRAPH_NAME, bundle.manifest.model, threads, [provider], use=use)
         weights_checked.result()
     return session
 
 
 def _open_prepared(bundle: Bundle, prepared: Prepared, threads: int) -> Session | None:
-    """The session over a prepared form; None if that was damaged, which forgets it."""
+    """The session over a prepared form; None if that is damaged, and then deleted."""
     try:
         with ThreadPoolExecutor(1) as pool:
             checked = pool.submit(prepared.check)
@@ -121,7 +122,8 @@ def _open_prepared(bundle: Bundle, prepared: Prepared, threads: int) -> Session 
 
 
 def _open_and_prepare(bundle: Bundle, prepared: Prepared, threads: int, checked: Future[None]) -> Session:
-    """The session over the bundle, and its prepared form for the next time, once the weights are found right."""
+    """The session over the bundle. Also writes the prepared form for the next load, if the weights' digests are
+    right."""
     graph, model = bundle.path / GRAPH_NAME, bundle.manifest.model
     session: Session | None = None
     try:
@@ -140,10 +142,10 @@ def open_folder(
     prepare: bool | None = False,
     provider: str | None = None,
 ) -> tuple[Bundle, Session]:
-    """Load the model of a folder, be it a bundle or what another exporter wrote (`foreign`).
+    """Load the model of a folder: a bundle, or a folder of another exporter (`foreign`).
 
-    graph: for the latter, which of several ONNX files, relative to the folder; prepare, provider: as `open_session`,
-    but what another exporter wrote runs on the CPU.
+    graph: for another exporter's folder, which of several ONNX files, relative to the folder; prepare, provider: as
+    `open_session`, but a folder of another exporter runs on the CPU only.
     Raises: BundleError and below for the folder, SettingsError, SessionError.
     """
     bundle, load_model = find_folder(path, threads, graph, prepare, provider)
@@ -153,7 +155,7 @@ def open_folder(
 def find_folder(
     path: str | Path, threads: int | None, graph: str | None, prepare: bool | None, provider: str | None
 ) -> tuple[Bundle, Callable[[], Session]]:
-    """`open_folder` in two parts: a bundle whose small files are found right, and what loads its model then."""
+    """`open_folder` in two parts: a bundle whose small files are checked, and a function that loads its model."""
     from ..bundle.foreign_graphs import is_foreign
     from .foreign import open_foreign
 

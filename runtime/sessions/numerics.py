@@ -1,4 +1,4 @@
-"""What the last bits of logits depend on beside the bundle. Only machines that agree on it share caches."""
+"""Identify the machine for cache keys: what decides the last bits of logits besides the bundle."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _KERNEL_SETS = ("avx", "fma", "amx", "f16c", "sse4_1", "asimd", "i8mm", "sve", "
 
 
 def of_machine() -> str:
-    """What the last bits of logits depend on beside the bundle: processor, instruction sets, onnxruntime's version, and
-    the compiled kernels, if there are any.
+    """Processor, instruction sets, onnxruntime's version, and the compiled kernels if there are any.
 
-    Two machines that say the same compute the same answers. The version is that of the onnxruntime that is loaded.
+    Two machines with the same text compute the same answers, bit for bit. The version is that of the loaded
+    onnxruntime.
     """
     sets = "+".join(sorted(name for name in instruction_sets() if name.startswith(_KERNEL_SETS)))
     sets = sets or platform.processor()
@@ -28,6 +28,6 @@ def of_machine() -> str:
 
 
 def of_session(session: Session) -> str:
-    """As `of_machine`, with the GPU where the session computes on one."""
+    """As `of_machine`, with the GPU if the session computes on one."""
     device = session.capabilities.device
     return of_machine() if device == "cpu" else f"{of_machine()} {device} {' + '.join(gpu_names())}"

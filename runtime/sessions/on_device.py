@@ -2,11 +2,11 @@
 
 The buffers are onnxruntime's own values on the device, bound as past and as present, so that a step writes into them.
 The attention mask is a device buffer of ones, of which a step binds as many as it needs. Logits are copied to the host
-when they are asked for (`step`); `likeliest` leaves them where they are and reads the graph's output `next_tokens`.
+only by `step`; `likeliest` leaves them on the device and reads the graph's output `next_tokens`.
 
 On CUDA, a greedy step of one token is captured as a CUDA graph and replayed (`CapturedStep`).
 
-Runs on the CPU provider as well, with device "cpu", which is how it is tested without a GPU.
+It also runs on the CPU provider, with device "cpu": so it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .kv_cache import DeviceCache
 from .protocol import Capabilities
 from .providers import mapped_step_error
 
-# Prompts are fed in pieces, which bound the memory of a step. A GPU wants many tokens at once.
+# Prompts are fed in pieces, which limits the memory of a step. A GPU needs many tokens at once to be fast.
 _PIECE_TOKENS = 2048
 _LOGITS, _TOKENS = "logits", "next_tokens"
 _REPAIR = "export the model again, and check that onnxruntime-gpu is as new as the onnxruntime that exported it"
@@ -45,7 +45,7 @@ class DeviceSession:
         self._model = model
         self._errors = onnxruntime_errors()
         self._cache = DeviceCache(model, device)
-        # One binding for each output: onnxruntime computes both, and copies only what is bound.
+        # One binding for each output: onnxruntime computes both, but copies only what is bound.
         self._bindings = {name: Binding(inference, device) for name in (_LOGITS, _TOKENS)}
         self._options = run_options(None)
         self._captured = CapturedStep(inference, device, _TOKENS)
@@ -69,7 +69,7 @@ class DeviceSession:
         return np.asarray(tokens[0, :keep])
 
     def expect(self, positions: int) -> None:
-        """Nothing: a device's memory is taken whole, and one without room for drafts may have room for the text."""
+        """Do nothing: reserving for the expected length could fail where the text itself still fits."""
 
     def can_rewind(self, length: int) -> bool:
         return 0 <= length <= self._length
@@ -118,13 +118,13 @@ def run_options(graph: int | None) -> Any:
 
 
 class CapturedStep:
-    """A greedy step of one token as a CUDA graph: the launches of all its kernels are recorded once, and then replayed
-    as one, which takes the time of launching hundreds of small kernels out of each step.
+    """A greedy step of one token as a CUDA graph: all kernel launches are recorded once and then replayed as one, which
+    saves the time of launching hundreds of small kernels in each step.
 
-    A replay reads and writes the addresses of the recorded run, and has its shapes. So the mask is as long as the
-    cache's buffers, with zeros at its end, where the kernels read how many positions there are; it and the token's id
-    are copied to the same place before each step. When the cache's buffers move, a step is recorded anew. On the CPU
-    provider it runs the same step, of the same shapes, without a graph.
+    A replay has the addresses and shapes of the recorded run. So the mask is as long as the cache's buffers, and its
+    zeros at the end tell the kernels how many positions there are. Mask and token id are copied to the same addresses
+    before each step. When the cache's buffers move, a step is recorded again. On the CPU provider the same step runs
+    without a graph.
     """
 
     def __init__(self, inference: Any, device: str, output: str) -> None:
@@ -136,7 +136,7 @@ class CapturedStep:
         self._bound: Any = None
 
     def run(self, cache: DeviceCache, token: int, total: int) -> int:
-        """total: positions with this token. Returns: the token that follows."""
+        """total: positions including this token. Returns: the next token."""
         if self._bound is not cache.mask:
             self._bind(cache)
         self._ids.update_inplace(np.array([[token]], np.int64))
@@ -147,7 +147,7 @@ class CapturedStep:
         return int(self._next.numpy()[0, 0])
 
     def _bind(self, cache: DeviceCache) -> None:
-        """Places that a recorded step reads and writes, for the buffers that the cache has now."""
+        """Bind the buffers that a recorded step reads and writes, as the cache has them now."""
         self._graphs += 1
         self._options = run_options(self._graphs)
         self._binding = self._inference.io_binding()

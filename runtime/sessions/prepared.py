@@ -1,7 +1,7 @@
-"""Weights in the order of this machine's kernels, kept in a file: what onnxruntime makes of them when it loads a model.
+"""The prepared form of a model: weights in the order of onnxruntime's kernels for this machine, kept in files.
 
-It maps such a file instead of holding a copy of all matrices: less memory of the process's own, pages that several
-processes share and that the system may drop, and a faster start (docs/caching.md has the figures).
+onnxruntime maps such a file instead of making a copy of all matrices. This saves private memory (the system may drop
+the pages, and processes share them) and time at the start (docs/caching.md has the figures).
 
 `EDGELM_HOME/prepared/KEY/` holds the optimized graph, its weights and `checks.json` with their sizes and CRC-32. KEY is
 a digest of the bundle's digest and of whatever decides what onnxruntime makes: its version, the processor, this format.
@@ -41,15 +41,16 @@ _CHECKS_NAME = "checks.json"
 _CHECKS_BYTES = 1 << 16
 _FILES = (GRAPH_NAME, WEIGHTS_NAME)
 _CHUNK_BYTES = 1 << 18
-# Smaller weights are loaded at once, and their copy costs little.
+# Smaller weights load fast anyway, and their copy costs little.
 _LEAST_WEIGHTS_BYTES = 16 << 20
 _STALE_S = 24 * 3600.0
-# The file holds the weights as they are in the bundle and as the kernels want them; as much again stays free.
+# Required free disk space as a multiple of the weights. The file holds them twice, in the bundle's order and in the
+# kernels'.
 _NEEDED_SHARE = 4
 
 
 class Prepared:
-    """The prepared form of one bundle on this machine, be it there or not. Safe between threads and processes."""
+    """The prepared form of one bundle on this machine, whether or not it exists. Safe between threads and processes."""
 
     def __init__(self, bundle_digest: str, root: Path, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
         """root: the folder of all prepared bundles, which need not exist."""
@@ -64,13 +65,13 @@ class Prepared:
         return self.folder / GRAPH_NAME
 
     def is_there(self) -> bool:
-        """Whether it was made, and has the sizes that were noted. Marks it as used now."""
+        """Whether it exists, with the noted sizes. Marks it as used now."""
         try:
             noted = _read_checks(self.folder)
             there = all((self.folder / name).stat().st_size == noted[name][0] for name in _FILES)
         except (OSError, CacheCorruptError):
             return False
-        with contextlib.suppress(OSError):  # the mark is for dropping the least used ones only
+        with contextlib.suppress(OSError):  # the mark only serves eviction
             os.utime(self.folder)
         return there
 
@@ -79,11 +80,11 @@ class Prepared:
         check_folder(self.folder)
 
     def drop(self) -> None:
-        """Forget it."""
+        """Delete it."""
         _drop(self.folder)
 
     def is_worth_it(self, weights_bytes: int) -> bool:
-        """Whether so many bytes of weights gain by a prepared form, and the budget and the disk have room for it."""
+        """Whether a prepared form of so many bytes of weights is useful, and fits into the budget and on the disk."""
         if weights_bytes < _LEAST_WEIGHTS_BYTES:
             return False
         try:
@@ -94,8 +95,8 @@ class Prepared:
 
     @contextlib.contextmanager
     def making(self) -> Iterator[Path]:
-        """A temporary folder to have the two files written to; they are put into place when the block ends without an
-        error. Raises: OSError, where the folder cannot be made or filled."""
+        """A temporary folder to write the two files to. It is renamed when the block ends without an error. Raises:
+        OSError, if the folder cannot be made or filled."""
         make_private_folder(self._root)
         with tempfile.TemporaryDirectory(prefix=_MAKING, dir=self._root, ignore_cleanup_errors=True) as name:
             scratch = Path(name) / "files"
@@ -103,14 +104,14 @@ class Prepared:
             yield scratch
             noted = {file: [(scratch / file).stat().st_size, _crc(scratch / file)] for file in _FILES}
             (scratch / _CHECKS_NAME).write_text(json.dumps(noted), encoding="utf-8")
-            self.drop()  # what is there is damaged
-            with contextlib.suppress(OSError):  # another process was faster, and made the same
+            self.drop()  # an existing one is damaged
+            with contextlib.suppress(OSError):  # another process made the same one first
                 files.rename(scratch, self.folder)
         self._prune()
 
     def _prune(self) -> None:
-        """Drop the least recently used ones until the budget holds, this one was used last, what a process that ended
-        did not finish, and what could not be dropped before because it was mapped."""
+        """Evict the least recently used ones down to the budget, but not this one. Also delete unfinished ones, and
+        ones that could not be deleted earlier because they were mapped."""
         for folder in self._root.iterdir():
             made = (folder / _CHECKS_NAME).is_file()
             if not made and not (folder.name.startswith(_MAKING) and _is_recent(folder)):
@@ -124,8 +125,8 @@ class Prepared:
 
 
 def prepared_for(bundle_digest: str, asked: bool = True) -> Prepared | None:
-    """The prepared form of a bundle, or None where this machine can have none: without a home, which is said where
-    somebody asked for one, or on processors whose weights onnxruntime changes at load."""
+    """The prepared form of a bundle, or None if this machine can have none: on processors for which onnxruntime
+    converts weights at load, and without a home folder. asked: warn about the latter."""
     if machine.saturates_int8():
         return None
     load_onnxruntime()  # its version is part of the key
@@ -137,12 +138,12 @@ def prepared_for(bundle_digest: str, asked: bool = True) -> Prepared | None:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders of all prepared bundles, in no order; those in the making are none yet."""
+    """The folders of all finished prepared forms, in no order."""
     return [folder for folder in root.glob("*") if (folder / _CHECKS_NAME).is_file()]
 
 
 def _drop(folder: Path) -> None:
-    """Delete a prepared bundle. The notes go first: what has none is not used, whatever else remains."""
+    """Delete a prepared form, the checks first: without them the rest is never used."""
     with contextlib.suppress(OSError):
         (folder / _CHECKS_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -151,12 +152,12 @@ def _drop(folder: Path) -> None:
 def _is_recent(folder: Path) -> bool:
     try:
         return time.time() - folder.stat().st_mtime <= _STALE_S
-    except OSError:  # it was renamed or removed meanwhile
+    except OSError:  # renamed or removed meanwhile
         return True
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of a prepared bundle, 0 if it is gone."""
+    """The size of a prepared form, 0 if it is gone."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir())
     except OSError:
@@ -164,7 +165,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Compare a prepared bundle with its notes. Raises: CacheCorruptError."""
+    """Compare a prepared form with its checks. Raises: CacheCorruptError."""
     for name, (size, crc) in _read_checks(folder).items():
         try:
             same = (folder / name).stat().st_size == size and _crc(folder / name) == crc
@@ -183,7 +184,7 @@ def _read_checks(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _crc(file: Path) -> int:
-    """CRC-32, which small boards compute faster than they read; it is to find damage, not malice."""
+    """CRC-32, which small boards compute faster than they read. It finds damage, not malice."""
     crc = 0
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     with files.open_regular(file) as stream:

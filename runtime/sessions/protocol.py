@@ -1,6 +1,6 @@
-"""What a session is: one growing sequence in a model, token ids in, logits out; and what else a session may offer.
+"""The protocol of a session: one growing sequence in a model, token ids in, logits out; and its optional capabilities.
 
-The numpy stand-in behind the same protocol is `edgelm.runtime.fake.FakeSession`.
+`edgelm.runtime.fake.FakeSession` implements it in numpy, for tests.
 """
 
 from __future__ import annotations
@@ -12,38 +12,39 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-# Prompts are fed in pieces, which bound the memory of a step. onnxruntime's attention computes what lies above the
-# diagonal of a piece, too: with 384 tokens a prompt takes 7 to 11 % longer than with 256. Compiled kernels arrange
-# keys, values and weights once a piece instead: with 384 it takes 4 % less, and with more no less (docs/notes/).
+# Prompts are fed in pieces, which limits the memory of a step. onnxruntime's attention also computes above the diagonal
+# of a piece: with pieces of 384 tokens a prompt takes 7 to 11 % longer than with 256. Compiled kernels rearrange keys,
+# values and weights once a piece: with 384 a prompt takes 4 % less, and with more it gains nothing (docs/notes/).
 PIECE_TOKENS, KERNELS_PIECE_TOKENS = 256, 384
-# Draft tokens that a step checks at most, behind the token that is known.
+# The most draft tokens that a step verifies, besides the known token.
 MOST_DRAFTS = 16
 
 
 class Session(Protocol):
-    """One sequence in a model. Not safe between threads: whoever owns it takes turns."""
+    """One sequence in a model. Not safe between threads."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the session offers beyond this protocol. It stays the same for the session's life."""
+        """What the session offers beyond this protocol. Constant for the session's life."""
 
     @property
     def length(self) -> int:
         """Positions in the cache."""
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        """Append tokens and compute the logits of the last `keep` of them; 0, where a prompt goes on behind them.
+        """Append tokens and compute the logits of the last `keep` of them; 0 while more of a prompt follows.
 
         Returns: (keep, vocab_size) float32, valid until the next step. 0 <= keep <= len(token_ids), and length +
-        len(token_ids) must not pass the context length; both are the caller's to hold. Raises: SessionError, which
-        leaves the length as it was.
+        len(token_ids) must not exceed the context length; the caller ensures both. Raises: SessionError, which leaves
+        the length as it was.
         """
 
     def expect(self, positions: int) -> None:
-        """Tell how long the text is likely to become, so that room for it is made at once. It may become longer."""
+        """Announce how long the text is likely to become, so that room is made at once. It may become longer."""
 
     def can_rewind(self, length: int) -> bool:
-        """Whether `rewind` can go back to this length. To 0 it always can; a recurrence knows no way back to others."""
+        """Whether `rewind` can go back to this length. 0 is always possible; a recurrent model can go back only
+        there."""
 
     def rewind(self, length: int) -> None:
         """Forget all positions from `length` on; 0 <= length <= self.length, and `can_rewind(length)`."""
@@ -53,7 +54,7 @@ class Session(Protocol):
 
 
 class PicksTokens(Protocol):
-    """A session that can choose the most likely tokens itself, where its logits are."""
+    """A session that can choose the most likely tokens itself, on its device."""
 
     def likeliest(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.int64]:
         """Append tokens as `Session.step` does. Returns: (keep) ids, the most likely one behind each of the last
@@ -80,17 +81,17 @@ class Rows(Protocol):
         """As `Session.rewind`."""
 
     def copy(self, row: int, target: int, length: int) -> None:
-        """Let another row hold the first positions of a row, and nothing else."""
+        """Replace the contents of the row `target` by the first positions of `row`."""
 
     def swap(self, row: int, other: int) -> None:
         """Exchange what two rows hold."""
 
     def expect(self, rows: int, positions: int) -> None:
-        """Tell how many rows are in use from now on, and how long the longest is likely to become. Rows behind them
-        are forgotten."""
+        """Announce how many rows are in use from now on, and how long the longest is likely to become. Rows behind them
+        are emptied."""
 
     def has_room(self, rows: int, positions: int) -> bool:
-        """Whether memory has room for so many rows if the longest has so many positions."""
+        """Whether there is memory for so many rows, if the longest has so many positions."""
 
     def feed(self, row: int, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         """Append tokens to one row, as `Session.step`."""
@@ -101,7 +102,7 @@ class Rows(Protocol):
 
 
 class Blocks(Protocol):
-    """Keys and values of rows as bytes, for the prefix cache."""
+    """Keys and values of rows as bytes. The prefix cache uses it."""
 
     def block_bytes(self, positions: int) -> int:
         """The size of a block of so many positions."""
@@ -116,17 +117,17 @@ class Blocks(Protocol):
         """Copy what the KV cache holds for positions begin to end - 1 of a row into a block of their size."""
 
     def append(self, row: int, block: NDArray[np.uint8], positions: int) -> None:
-        """Put what `read` gave for so many positions behind the last one of a row, as if their tokens had been run.
-        Raises: MemoryShortageError."""
+        """Append what `read` gave for so many positions to a row, as if their tokens had been run. Raises:
+        MemoryShortageError."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a session offers.
 
-    piece_tokens: tokens of a prompt that it takes at once; fewer or more are slower. least_rows: rows of a step, were
-    it for one token; those beyond its tokens are padding. device: where it computes, in onnxruntime's words. The others
-    are None where the session does not have them; `rows` and `blocks` see the same texts as the session itself.
+    piece_tokens: the fastest number of a prompt's tokens in one step. least_rows: the smallest number of rows that a
+    step computes; those beyond its tokens are padding. device: onnxruntime's name of where it computes. The others are
+    None if the session does not have them; `rows` and `blocks` see the same texts as the session itself.
     """
 
     piece_tokens: int = PIECE_TOKENS
@@ -138,7 +139,7 @@ class Capabilities:
 
 
 class OneRow:
-    """A session as `Rows` that has a single one."""
+    """A session as `Rows` with a single row."""
 
     max_rows = 1
 

@@ -1,7 +1,7 @@
-"""Which execution provider of onnxruntime a bundle runs on, and what to do where it is not there.
+"""Choose onnxruntime's execution provider for a bundle, and say what to do if it is missing.
 
-A bundle names the provider that it was made for. A bundle for a GPU also runs on the CPU, slowly, when it is told to:
-nobody should wait for an answer without knowing why. A bundle for a CPU runs on any CPU.
+A bundle names the provider that it was made for. A bundle for a GPU runs on the CPU only if asked to, since it is slow
+there and the user should know why. A bundle for a CPU runs on any CPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ..bundle.manifest import Manifest
 from ..errors import MemoryShortageError, SessionError, SettingsError, shown
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Names that a user gives.
+# The names for users.
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 _DEVICES = {CUDA: "cuda"}
 _INSTALL = "pip uninstall onnxruntime  and then  pip install onnxruntime-gpu"
 _GPUS = Path("/proc/driver/nvidia/gpus")
-# What CUDA, onnxruntime's allocators and C++ say when memory is full.
+# Words of CUDA, onnxruntime's allocators and C++ for lack of memory.
 _SHORTAGE = (
     "bad_alloc",
     "bad allocation",
@@ -38,8 +38,7 @@ def made_for(manifest: Manifest) -> str:
 def choose_provider(manifest: Manifest, asked: str | None, available: Sequence[str]) -> str:
     """The provider to run a bundle on. asked: "cpu", "cuda" or None for the bundle's own; available: onnxruntime's.
 
-    Raises: SettingsError for another name, SessionError for a provider that is not there, or that cannot run this
-    bundle.
+    Raises: SettingsError for an unknown name, SessionError for a provider that is missing or cannot run this bundle.
     """
     if asked is not None and asked not in tuple(PROVIDERS):
         raise SettingsError(f"provider must be {' or '.join(PROVIDERS)}, found {shown(asked)}")
@@ -65,7 +64,8 @@ def choose_provider(manifest: Manifest, asked: str | None, available: Sequence[s
 
 
 def require_used(provider: str, used: Sequence[str]) -> None:
-    """onnxruntime falls back to the CPU without an error where CUDA's libraries or the GPU are missing.
+    """Check that a session uses a provider: without CUDA's libraries or a GPU, onnxruntime silently falls back to the
+    CPU.
 
     used: the providers of the session that was made. Raises: SessionError.
     """
@@ -78,9 +78,9 @@ def require_used(provider: str, used: Sequence[str]) -> None:
 
 
 def foreign_machine(manifest: Manifest) -> str | None:
-    """In words, that a bundle for CPUs was made for another kind of CPU than this one; None where it was not.
+    """A warning if a bundle for CPUs was made for another kind of CPU than this one; else None.
 
-    It runs all the same: the operators are the same ones, and the settings were chosen for another machine.
+    It still runs: the operators are the same, only the settings were chosen for another machine.
     """
     machines = manifest.target.settings.get("machines") or ()
     here = platform.machine().lower()
@@ -93,12 +93,12 @@ def foreign_machine(manifest: Manifest) -> str | None:
 
 
 def device_of(provider: str) -> str | None:
-    """onnxruntime's name of the device whose memory a provider computes in, None for the CPU's own."""
+    """onnxruntime's name of a provider's device, None for the CPU."""
     return _DEVICES.get(provider)
 
 
 def mapped_step_error(reason: str, doing: str, remedy: str) -> SessionError | MemoryShortageError:
-    """What onnxruntime said in a step, as one of ours. doing: "a step of 3 tokens at position 7"."""
+    """Map onnxruntime's error message of a step to our error. doing: such as "a step of 3 tokens at position 7"."""
     reason = " ".join(reason.split())
     if any(words in reason.lower() for words in _SHORTAGE):
         return MemoryShortageError(
@@ -109,7 +109,7 @@ def mapped_step_error(reason: str, doing: str, remedy: str) -> SessionError | Me
 
 
 def gpu_names() -> tuple[str, ...]:
-    """The GPUs as NVIDIA's driver for Linux names them; none where it tells nothing."""
+    """The GPUs' names as NVIDIA's driver for Linux reports them; empty without it."""
     found = []
     for file in sorted(_GPUS.glob("*/information")):
         lines = file.read_text(errors="replace").splitlines()

@@ -21,39 +21,39 @@ from .kv_cache import KVCache
 from .protocol import MOST_DRAFTS, Capabilities
 from .providers import mapped_step_error
 
-# Rows of logits that a step may keep without a new buffer: those of a token and the draft tokens behind it. The system
-# gives memory only to rows that are written.
+# Rows of logits in the buffer that steps share: one token and the draft tokens behind it. Rows that are never written
+# take no memory.
 _SHARED_ROWS = 1 + MOST_DRAFTS
-# The graph slices `[-logits_to_keep:]`, so 0 keeps every row; this keeps none.
+# The graph slices `[-logits_to_keep:]`, so 0 keeps every row. This value starts past the end and keeps none.
 _NO_ROWS = -np.iinfo(np.int64).max
-# More than any machine gains by; the callers want far fewer.
+# More rows than any machine benefits from; callers use far fewer.
 _MOST_ROWS = 1024
 
 
 def rows_are_exact(manifest: Manifest, capabilities: Capabilities) -> bool:
-    """Whether a row of a batch gets the bits that it gets alone: with the scheme that promises them, where a step of a
-    session over one text may have a single row.
+    """Whether a row in a batch gets the same bits as alone. This needs a scheme that promises them, and steps that may
+    have a single row.
 
-    It must have two where onnxruntime computes attention on a float32 cache, which takes another kernel for one token
-    than for two, and refuses two tokens a row in a batch.
+    If onnxruntime computes attention on a float32 cache, steps need two rows: it uses another kernel for one token than
+    for two, and refuses two tokens a row in a batch.
     """
     return manifest.exact_under_cuts and capabilities.least_rows == 1
 
 
 class OrtRows:
-    """`Rows` and `Blocks` over onnxruntime. Memory: the cache of the rows in use, each as long as the longest one."""
+    """`Rows` and `Blocks` over onnxruntime. Memory: each row in use takes as much cache as the longest one."""
 
     max_rows = _MOST_ROWS
 
     def __init__(self, inference: Any, model: Model, *, scale_bytes: int, least_rows: int, least_kept: int) -> None:
         """inference: onnxruntime's session. scale_bytes: as of `KVCache`. least_rows: as of `Capabilities`.
-        least_kept: rows of logits that the graph cannot do without."""
+        least_kept: the smallest number of rows of logits that the graph can compute."""
         self._model = model
         self._least_rows, self._least_kept = least_rows, least_kept
         self.cache = KVCache(model, scale_bytes=scale_bytes)
         self._lengths = [0]
         self._errors = onnxruntime_errors()
-        # Tokens of one row, and one token of each row: what is bound stays bound from step to step.
+        # One binding for steps of one row, one for steps of all rows. Bound arrays stay bound from step to step.
         self._one, self._all = Binding(inference), Binding(inference)
         self._keep, self._single = np.zeros(1, np.int64), np.ones(1, np.int64)
         self._one.put("logits_to_keep", self._keep)
@@ -94,7 +94,7 @@ class OrtRows:
     def expect(self, rows: int, positions: int) -> None:
         del self._lengths[rows:]
         self.cache.length = max(self._lengths, default=0)
-        if rows == 1:  # two or more may soon be more again
+        if rows == 1:  # keep the memory of two or more: their number often changes
             self.cache.keep_rows(1)
         self.cache.expected = positions
 
@@ -154,7 +154,7 @@ class OrtRows:
         self._lengths = [0]
 
     def _reserve(self, row: int, positions: int) -> None:
-        """Make room in a row. Rows double in number, so that they seldom move."""
+        """Make room in a row. The number of rows doubles, so that buffers seldom move."""
         rows = max(self.cache.rows, 1)
         while rows <= row:
             rows *= 2
@@ -166,7 +166,7 @@ class OrtRows:
         self.cache.length = max(self._lengths)
 
     def _bind_one(self, row: int, new: int, keep: int) -> None:
-        """Bind what changed since the last step over a single row: most steps only the mask's length."""
+        """Bind what changed since the last step of a single row: in most steps only the mask's length."""
         self._one.cache(
             (self.cache.moves, row), ((name, buffer[row : row + 1]) for name, buffer in self.cache.buffers())
         )
@@ -176,7 +176,7 @@ class OrtRows:
             self._ids = np.zeros((1, new), np.int64)
             self._one.put("input_ids", self._ids)
         if keep != self._kept.shape[1] or self._kept is self._room:
-            # Steps that check draft tokens keep more rows than others: they share one buffer. Larger ones do not stay.
+            # Steps with and without draft tokens share one buffer. A larger one is not kept.
             size = max(keep, _SHARED_ROWS)
             if size != self._room.shape[1]:
                 self._room = zeros((1, size, self._model.vocab_size), np.float32)

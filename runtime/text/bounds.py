@@ -1,4 +1,4 @@
-"""How much a chat template may compute: steps, characters, seconds; and what an operation would make, before it does.
+"""Limits for chat templates: steps, characters, seconds. The size of an operation's result is checked before it runs.
 
 Names are those of jinja2's filters and of methods of Python's str.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError
 
-# A conversation of 10,000 messages, gone through five times, takes 50,000 steps.
+# Five loops over a conversation of 10,000 messages take 50,000 steps.
 MOST_STEPS = 500_000
-# Of all texts and lists that are made in one rendering; a prompt of a million tokens has four million.
+# Total size of the texts and lists made in one rendering; a prompt of a million tokens has four million characters.
 MOST_CHARACTERS = 1 << 28
-# Of one text, and of the items of one list.
+# Size of one text, or number of items of one list.
 LONGEST = 1 << 24
 MOST_SECONDS = 20.0
-# Of numbers that say how long something becomes.
+# Limit for numbers that set the length of something.
 _LARGEST_WIDTH = 1_000_000
 
 _PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "truncate")
@@ -29,14 +29,14 @@ _NESTED_WIDTH = re.compile(r"\{[^{}]*:[^{}]*\{")
 
 
 class Budget:
-    """What is left for one rendering. Each method raises SecurityError where that is too little."""
+    """The remaining budget of one rendering. Each method raises SecurityError if it is exceeded."""
 
     def __init__(self) -> None:
         self._steps, self._characters = MOST_STEPS, MOST_CHARACTERS
         self._end = time.monotonic() + MOST_SECONDS
 
     def step(self, static: int = 0) -> None:
-        """A turn of a loop or a call, in which the template itself writes so many characters."""
+        """Count an iteration of a loop, or a call. static: characters that the template itself writes in it."""
         self._steps -= 1
         if self._steps < 0:
             raise SecurityError(f"the template loops for more than {MOST_STEPS:,} turns")
@@ -45,7 +45,7 @@ class Budget:
         self.make(static)
 
     def make(self, characters: int) -> None:
-        """A text, or a list, of so many characters or items."""
+        """Count a text of so many characters, or a list of so many items."""
         self._characters -= characters
         if characters > LONGEST or self._characters < 0:
             raise SecurityError("the template makes too long a text")
@@ -57,7 +57,7 @@ def size(value: Any) -> int:
 
 
 def written(value: Any) -> int:
-    """About how many characters a value has as text; counting ends above `LONGEST`."""
+    """The approximate length of a value written as text. Counting stops above `LONGEST`."""
     if isinstance(value, str | bytes):
         return len(value)
     if not isinstance(value, Mapping | list | tuple):
@@ -72,7 +72,7 @@ def written(value: Any) -> int:
 
 
 def check_call(name: str, value: Any, arguments: Mapping[str, Any] | tuple[Any, ...], budget: Budget) -> None:
-    """Refuse what a filter or a method of a text would make of a value, where it is too much."""
+    """Refuse a call of a filter or a text's method whose result would be too large."""
     given = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
     check = _CHECKS.get(name)
     if check is not None:
@@ -80,7 +80,7 @@ def check_call(name: str, value: Any, arguments: Mapping[str, Any] | tuple[Any, 
 
 
 def check_percent(text: Any, values: Any, budget: Budget) -> None:
-    """Refuse `text % values` where widths or values are too large."""
+    """Refuse `text % values` if widths or values are too large."""
     if isinstance(text, str):
         budget.make(_formatted(text, [values]))
 
@@ -90,7 +90,7 @@ def _padded(value: Any, given: list[Any]) -> int:
     if any(abs(width) > _LARGEST_WIDTH for width in widths):
         raise SecurityError("the template asks for too wide a text")
     texts = [len(text) for text in given if isinstance(text, str)]
-    # A line may be one character, and each gets what is put in front of it or between.
+    # Each line may be a single character, and each gets the inserted text.
     lines = value.count("\n") + value.count("\t") + 1 if isinstance(value, str) else 1
     return written(value) + lines * max([0, *map(abs, widths)]) + (written(value) * max(texts, default=0))
 
@@ -102,7 +102,7 @@ def _replaced(value: Any, given: list[Any]) -> int:
 
 
 def _joined(value: Any, given: list[Any]) -> int:
-    """As a filter the list comes first, as a method the text between its items."""
+    """The size of a join. As a filter the list comes first, as a method the separator does."""
     items, between = (given[0] if given else (), value) if isinstance(value, str) and given else (value, "")
     between = next((text for text in given if isinstance(text, str)), between)
     return written(items) + size(items) * size(between)

@@ -1,7 +1,7 @@
 """Chat templates: messages to prompt text, rendered by jinja2's sandbox exactly as transformers renders them.
 
-Templates are data from a model's authors, so they run where they can reach no attribute that leads out of the sandbox
-and change nothing that they are given (`sandbox`). Import this module late: jinja2 costs a start-up 30 ms.
+Templates come from a model's authors, so they run in a sandbox: they cannot reach attributes that lead out of it, nor
+change their inputs (`sandbox`). Import this module late: jinja2 takes 30 ms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .sandbox import BoundedSandbox, budget
 __all__ = ["ChatTemplate", "Message"]
 
 _PROBE = "edgelm-probe"
-# What a template can raise besides jinja2's own errors, when it is compiled (constants are folded then) or rendered.
+# Errors besides jinja2's own that a template can raise when it is compiled (which folds constants) or rendered.
 _FAILURES = (
     jinja2.TemplateError,
     TypeError,
@@ -41,14 +41,14 @@ _FAILURES = (
     LookupError,
     ArithmeticError,
     AssertionError,  # of jinja2's own filters
-    RuntimeError,  # a recursion, an object of jinja2's that cannot be printed
+    RuntimeError,  # endless recursion, an object of jinja2 that cannot be printed
     SyntaxError,
     MemoryError,
 )
 
 
 class _GenerationBlocks(Extension):
-    """{% generation %} marks the assistant's words for training; here it prints its body."""
+    """{% generation %} marks the assistant's text for training; here it only prints its body."""
 
     tags = {"generation"}  # noqa: RUF012, so declared by the base class
 
@@ -73,13 +73,13 @@ class _PlainNamespace(Namespace):
 
 
 class _PlainDict:
-    """`dict` without the type that the name stands for."""
+    """The template's `dict`, without access to the type itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """As of Python's dict."""
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -87,7 +87,7 @@ class ChatTemplate:
     """One compiled template. Safe between threads."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """source: jinja2 text; special_tokens: what the template may name, such as bos_token and eos_token.
+        """source: jinja2 text; special_tokens: variables such as bos_token and eos_token.
 
         Raises: TemplateError, if the template cannot be parsed.
         """
@@ -114,22 +114,22 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not set itself."""
+        """The variables that the template reads and does not set itself."""
         return frozenset(find_undeclared_variables(self._tree()))
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """What the template writes: its text, and the texts in its expressions."""
+        """The texts that the template may write: its own text, and the string constants in its expressions."""
         tree = self._tree()
         constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
         return (*(node.data for node in tree.find_all(nodes.TemplateData)), *constants)
 
     def prompt(self, messages: Sequence[Message], options: ChatOptions = NO_OPTIONS) -> str:
-        """`render`, where nothing that the caller says is lost, and contents that are lists of text parts are texts for
-        a template that takes no lists.
+        """`render`, with checks that the template loses nothing. Lists of text parts are joined if the template takes
+        no lists.
 
-        Raises: PromptError for parts that are no texts, and for variables that the template does not read;
-        TemplateError, also for a template that leaves out a system message, tools or documents.
+        Raises: PromptError for parts that are not text, and for variables that the template does not read;
+        TemplateError, also if the template leaves out a system message, tools or documents.
         """
         self._check_variables(options)
         known = plain_messages(messages)
@@ -138,7 +138,7 @@ class ChatTemplate:
             known = [_one_part(*pair) for pair in zip(known, texts, strict=True)] if self._takes_parts else texts
         text = self.render(known, options)
         for index, message in enumerate(known):
-            # With another text in its place, a template that shows it gives another prompt.
+            # If the template shows the message, another text in its place gives another prompt.
             content = message.get("content")
             if message.get("role") != "system" or not _says_something(content):
                 continue
@@ -167,7 +167,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template shows the text of a part, and not how Python or JSON writes the part."""
+        """Whether the template takes contents that are lists: it then shows a part's text, not the repr of the list."""
         try:
             text = self.render([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}])
         except TemplateError:
@@ -177,10 +177,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], options: ChatOptions = NO_OPTIONS, *, add_generation_prompt: bool = True
     ) -> str:
-        """The prompt for a conversation, up to where the assistant's answer begins, or goes on.
+        """The prompt for a conversation, up to where the assistant's answer begins or continues.
 
-        Raises: PromptError for what are no messages, and for a last message that cannot be continued; TemplateError
-        with the template's own words, if it refuses these messages.
+        Raises: PromptError for invalid messages, and for a last message that cannot be continued; TemplateError with
+        the template's own message, if it refuses these messages.
         """
         known = with_reasoning(plain_messages(messages))
         field = field_to_continue(options)
@@ -213,14 +213,14 @@ def _says_something(content: Any) -> bool:
 
 
 def _altered(content: Any) -> Any:
-    """Another content in the place of one, a text or a list of one part."""
+    """A changed content of the same form, a text or a list of one part."""
     if isinstance(content, str):
         return f"{content} (altered)"
     return [{**part, "text": f"{part['text']} (altered)"} for part in content]
 
 
 def _one_part(message: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """A system message whose parts are one part, because some templates show the first one alone."""
+    """A system message with its parts joined into one, because some templates show only the first."""
     if message.get("role") != "system" or not isinstance(message.get("content"), list | tuple):
         return message
     return {**message, "content": [{"type": "text", "text": text["content"]}]}
@@ -233,7 +233,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes HTML characters, which templates for models do not want.
+    # jinja2's own filter escapes HTML characters, which is wrong in prompts.
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return with_marks(text) if ensure_ascii else text
 

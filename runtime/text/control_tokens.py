@@ -1,11 +1,11 @@
-"""Special tokens that somebody writes into a message: kept as plain text, so that roles cannot be forged.
+"""Keep special tokens that somebody writes into a message as plain text, so that roles cannot be forged.
 
-As transformers does with `sanitize_control_tokens=True`: a text of the caller that reads like a control token is put
-between two marks before the template runs, and what stands between marks in the prompt is encoded without special
-tokens. Control tokens are the tokenizer's special tokens, and those of its other added tokens that the template writes.
+As in transformers with `sanitize_control_tokens=True`: caller's text that looks like a control token is put between two
+marks before the template runs, and text between marks in the prompt is encoded without special tokens. Control tokens
+are the tokenizer's special tokens, and the other added tokens that the template writes.
 
-Three ways around the marks are closed here and open there: a token whose pieces are two parts of one content, keys of
-objects, and a tokenizer that looks for a token in the normalized text, where other characters become the token's.
+Three attacks are handled here and not there: a token split over two parts of one content, a token in an object's key,
+and a tokenizer that searches normalized text, where other characters turn into the token's.
 An assistant's message may hold added tokens that are not special, such as <think>: the model wrote them.
 """
 
@@ -21,12 +21,12 @@ from ..errors import PromptError
 from .options import ChatOptions
 from .tokenizer import AddedToken, Tokenizer
 
-# Letters of Linear B, of which two are taken that the request does not hold. They have no other case and are no blanks,
-# and Python's repr, which templates print of objects, leaves them as they are; it would escape private characters.
+# The marks: two letters of Linear B that the request does not contain. They have no upper or lower case and are not
+# blanks. Python's repr, which templates print of objects, does not escape them, as it would private characters.
 _LETTERS = [letter for code in range(0x10000, 0x10020) if (letter := chr(code)).isprintable()]
-# The same as JSON writes them in ASCII.
+# The same letters as JSON escapes them in ASCII.
 _ESCAPED = re.compile(r"\\ud800\\udc[01][0-9a-f]")
-# The piece behind a mark is encoded behind this, so that no decoder's blank for a text's first word comes into it.
+# A piece behind a mark is encoded behind this text, so that the tokenizer adds no blank for a text's first word.
 _NEWLINE = "\n"
 
 Spans = Collection[tuple[int, int]]
@@ -34,14 +34,14 @@ Spans = Collection[tuple[int, int]]
 
 @dataclass
 class Marks:
-    """The marks of one request, and the texts that were put between them."""
+    """The marks of one request, and the texts between them."""
 
     start: str
     end: str
     texts: set[str] = field(default_factory=set)
 
     def put(self, text: str, spans: Spans) -> str:
-        """A text with marks around what stands at its spans."""
+        """A text with marks around its spans."""
         pieces, done = [], 0
         for begin, end in spans:
             pieces += [text[done:begin], self.start, text[begin:end], self.end]
@@ -51,17 +51,17 @@ class Marks:
 
 
 class _Kind:
-    """Some control tokens, and where a text reads like them."""
+    """A set of control tokens, and a search for texts that look like them."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[AddedToken]) -> None:
         self._tokenizer = tokenizer
-        # The longest token first, as a tokenizer takes it.
+        # The longest token first, as tokenizers do.
         texts = sorted((token.text for token in tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         self._normalized = {token.id for token in tokens if token.normalized}
 
     def spans(self, text: str) -> Spans:
-        """In order, apart from each other."""
+        """The matches in a text, in order, without overlap."""
         spans = [found.span() for found in self._pattern.finditer(text)]
         return _merged([*spans, *self._tokenizer.spans_of(text, self._normalized)]) if self._normalized else spans
 
@@ -70,8 +70,8 @@ class ControlTokens:
     """The control tokens of a tokenizer and a template. Immutable, safe between threads."""
 
     def __init__(self, tokenizer: Tokenizer, template_texts: Sequence[str], named: Collection[str] | None) -> None:
-        """template_texts: what the template writes; named: added tokens that are control tokens, in its place, as the
-        entry "chat_control_tokens" of tokenizer_config.json lists them."""
+        """template_texts: the texts that the template writes; named: the control tokens that "chat_control_tokens" in
+        tokenizer_config.json lists, which replace those found in template_texts."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens()
         special = [token for token in added if token.special]
@@ -85,7 +85,7 @@ class ControlTokens:
     def mark(
         self, messages: Sequence[dict[str, Any]], options: ChatOptions
     ) -> tuple[Sequence[dict[str, Any]], ChatOptions, Marks | None]:
-        """Messages and options with marks; the same without where nothing reads like a control token."""
+        """Messages and options with marks; unchanged if nothing looks like a control token."""
         given = [list(messages), options.tools, options.documents, options.template_variables]
         texts = list(_texts(given))
         joined = [text for message in messages if (text := _joined(message))]
@@ -103,7 +103,8 @@ class ControlTokens:
     def encode(self, prompt: str, marks: Marks) -> list[int]:
         """Token ids of a prompt with marks. Raises: PromptError for a text that the tokenizer cannot write plainly."""
         between = "|".join(map(re.escape, sorted(marks.texts, key=len, reverse=True)))
-        # A mark alone, whose other one the template cut off, is dropped; the text on its two sides stays apart.
+        # A single mark, whose partner the template cut off, is dropped; the texts on its two sides are encoded
+        # separately.
         pieces = re.split(f"{marks.start}({between}){marks.end}|[{marks.start}{marks.end}]", prompt)
         ids = self._tokenizer.encode(pieces[0], special=False)
         for index, piece in enumerate(pieces[1:], 1):
@@ -147,7 +148,7 @@ def _marked(value: Any, kind: _Kind, marks: Marks) -> Any:
 
 
 def with_marks(escaped: str) -> str:
-    """A text in JSON's ASCII form with the marks as they are, since a mark that is escaped marks nothing."""
+    """A text in JSON's ASCII form with the marks unescaped, since an escaped mark has no effect."""
     return _ESCAPED.sub(lambda found: str(json.loads(f'"{found[0]}"')), escaped)
 
 
@@ -195,7 +196,7 @@ def _joined(message: Mapping[str, Any]) -> str:
 
 
 def _mark_joints(parts: Sequence[Any], marked: Sequence[Any], spans: Spans, marks: Marks) -> None:
-    """A mark behind each part in which a control token begins that ends in a later one."""
+    """Put a mark behind each part in which a control token begins that ends in a later part."""
     position = 0
     for part, target in zip(parts, marked, strict=True):
         text = _text_of(part)

@@ -1,4 +1,4 @@
-"""A conversation with a model: the messages so far, taking them back, keeping them in a file. Knows no terminal."""
+"""A conversation with a model: its messages, undo, saving to a file. Knows no terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..host.files import read_text
 class Conversation:
     """An optional system message and turns of user and assistant. Not safe between threads.
 
-    left_out: so many of the oldest messages, the system message not counted, are no longer sent to the model.
+    left_out: number of the oldest messages, without the system message, that are no longer sent to the model.
     """
 
     def __init__(self, system: str | None = None) -> None:
@@ -36,16 +36,16 @@ class Conversation:
         return other
 
     def messages(self) -> list[dict[str, str]]:
-        """What the chat template gets."""
+        """The messages for the chat template."""
         return self._from(self.left_out)
 
     def everything(self) -> list[dict[str, str]]:
-        """All messages, also those that are left out."""
+        """All messages, including those that are left out."""
         return self._from(0)
 
     def leave_out(self, fits: Callable[[list[dict[str, str]]], bool]) -> None:
-        """Leave out the oldest turns, each a user's message with all up to the next one, until what remains fits. The
-        last turn stays, and the system message."""
+        """Leave out the oldest turns until the rest fits. A turn is a user's message with everything up to the next
+        one. The last turn and the system message always stay."""
         starts = [index for index, turn in enumerate(self._turns) if turn["role"] == "user" and index > self.left_out]
         for start in starts:
             if fits(self.messages()):
@@ -66,7 +66,7 @@ class Conversation:
         self._turns.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
-        """Add the model's answer, or what it says further."""
+        """Add the model's answer, or continue its last one."""
         if self.is_answered:
             text = self._turns.pop()["content"] + text
         self._turns.append({"role": "assistant", "content": text})
@@ -77,7 +77,7 @@ class Conversation:
             if self._turns[index]["role"] == "user":
                 text = self._turns[index]["content"]
                 del self._turns[index:]
-                self.left_out = 0  # what there is room for is another question now
+                self.left_out = 0  # more messages may fit now
                 return text
         raise PromptError("the conversation is empty: there is nothing to take back")
 
@@ -87,9 +87,9 @@ class Conversation:
         self.left_out = 0
 
     def save(self, path: Path) -> None:
-        """Write a new file that others cannot read: a JSON list of messages, as `Engine.generate` takes them. Raises:
-        PromptError."""
-        # A model may write half of a surrogate pair, which JSON can say and UTF-8 cannot.
+        """Write a new file, readable by its owner only: a JSON list of messages, as `Engine.generate` takes them.
+        Raises: PromptError."""
+        # A model may write half of a surrogate pair, which JSON can escape and UTF-8 cannot hold.
         text = json.dumps(self.everything(), ensure_ascii=False, indent=1) + "\n"
         data = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8")
         try:
@@ -101,7 +101,7 @@ class Conversation:
             raise PromptError(f"{path} cannot be written ({error.strerror}): give another name") from error
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation in place of this one. Raises: PromptError; this one then stays."""
+        """Replace this conversation by a saved one. Raises: PromptError, which leaves this one unchanged."""
         try:
             found = json.loads(read_text(path))
         except OSError as error:

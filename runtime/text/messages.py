@@ -1,4 +1,4 @@
-"""Messages as callers send them: checked, and brought to the form in which chat templates are given them."""
+"""Check callers' messages, and convert them to the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .plain_data import plain
 
 Message = Mapping[str, Any]
 
-# The names under which a message's reasoning comes. transformers fills in those that templates read.
+# The fields that may hold a message's reasoning. As in transformers, all of them are filled, since templates differ.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def plain_messages(messages: object) -> list[dict[str, Any]]:
-    """New dicts of plain data without the keys whose value is None, as transformers' `apply_chat_template` makes them
-    first: OpenAI's clients send `content: None` beside tool calls, and a template would print it.
+    """New dicts of plain data without keys whose value is None, as in transformers' `apply_chat_template`: OpenAI's
+    clients send `content: None` with tool calls, and a template would print it.
 
-    messages: mappings, or objects that have a form of plain data, such as those that OpenAI's clients return.
+    messages: mappings, or objects that convert to plain data, such as those that OpenAI's clients return.
     Raises: PromptError for anything else.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
@@ -39,13 +39,13 @@ def _plain_message(index: int, message: object) -> dict[str, Any]:
 
 
 def with_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """New dicts in which reasoning is there under all names that templates read."""
+    """New dicts with a message's reasoning in all fields that templates read."""
     return [_with_reasoning(dict(message)) for message in messages]
 
 
 def joined_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages whose contents are texts: the text parts of a list are joined. Raises: PromptError, naming a part of
-    another type, which a model of text cannot read."""
+    """Messages whose contents are texts: lists of text parts are joined. Raises: PromptError for a part of another
+    type."""
     return [
         {**message, "content": "".join(_texts(index, message["content"]))}
         if isinstance(message.get("content"), list | tuple)
@@ -55,7 +55,7 @@ def joined_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def has_parts(messages: Sequence[Message]) -> bool:
-    """Whether a content is a list."""
+    """Whether any content is a list."""
     return any(isinstance(message.get("content"), list | tuple) for message in messages)
 
 

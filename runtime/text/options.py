@@ -1,4 +1,4 @@
-"""What a caller may say, beside the messages, about the prompt that a chat template makes of them."""
+"""The caller's options for a chat template, besides the messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from ..errors import PromptError, shown
 from .plain_data import plain
 
-# What the template is given anyway, under names that a variable cannot take.
+# Variables that the template gets anyway, so template_variables cannot set them.
 OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -31,11 +31,11 @@ class ChatOptions:
     tools: descriptions of functions that the model may call, each an object such as OpenAI's
     `{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}`.
     documents: objects with title and text, for templates that show them.
-    template_variables: what else the template reads, such as `{"enable_thinking": False}`.
-    continue_final_message: the answer goes on with the last message, in place of a new one; a text names the field of
-    the message to go on with (default: content).
-    tokens_in_messages: special tokens that are written in messages are those tokens. False: they are plain text, so
-    that who writes a message cannot forge the end of it, or another role.
+    template_variables: other variables of the template, such as `{"enable_thinking": False}`.
+    continue_final_message: the answer continues the last message instead of beginning a new one; a text names the field
+    to continue (default: content).
+    tokens_in_messages: read special tokens in messages as tokens. False: as plain text, so that the author of a message
+    cannot forge its end or another role.
     Raises: PromptError.
     """
 

@@ -1,6 +1,6 @@
-"""What templates are given: objects of JSON's types and nothing else, as transformers rebuilds them.
+"""Convert a template's inputs to JSON's types and nothing else, as transformers does.
 
-Methods of richer objects (enums, arrays, models of pydantic) are beyond what the sandbox knows as dangerous.
+The sandbox does not know which methods of richer objects (enums, arrays, pydantic models) are dangerous.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 
 
 def plain(value: Any) -> Any:
-    """A copy of JSON's types (and tuples). What has no such form becomes the name of its type, such as "<ndarray>".
+    """A copy in JSON's types (and tuples). Other values become the name of their type, such as "<ndarray>".
 
-    Raises: PromptError for values that hold each other without end.
+    Raises: PromptError for values that contain each other endlessly.
     """
     try:
         return _plain(value)
@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind, base in _BASES:  # subclasses lose what they add
+    for kind, base in _BASES:  # subclasses become their base type
         if isinstance(value, kind):
             return base(value)
     if isinstance(value, Mapping):

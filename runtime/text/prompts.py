@@ -1,4 +1,4 @@
-"""What the caller gives to the token ids that are fed: plain text, messages through the chat template, or ids."""
+"""From a caller's prompt to token ids: plain text, messages through the chat template, or ids."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class PromptEncoder:
         options: ChatOptions = NO_OPTIONS,
         fitting: bool = False,
     ) -> list[int]:
-        """At least one token id; exactly one of the first three is given. options: for messages. fitting: refuse a text
-        that is clearly too long for the context before it is encoded.
+        """The prompt's token ids, at least one. Exactly one of the first three arguments is given. options: for
+        messages. fitting: refuse a text that is clearly too long for the context before encoding it.
 
         Raises: PromptError, TemplateError, ContextLengthError.
         """
@@ -72,12 +72,12 @@ class PromptEncoder:
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """The names that the templates read; none where there is no template."""
+        """The variables that the templates read; empty without a template."""
         found = self.templates
         return frozenset().union(*(template.variables for template in found.all())) if found else frozenset()
 
     def check_length(self, token_ids: Sequence[int]) -> None:
-        """Raises: ContextLengthError, if the context does not hold the prompt."""
+        """Raises: ContextLengthError, if the prompt does not fit into the context."""
         context = self._model.context_length
         if len(token_ids) > context:
             raise ContextLengthError(
@@ -131,7 +131,7 @@ class PromptEncoder:
         return self.templates.of(options)
 
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
-        """Made when the first messages come, since others need none."""
+        """The template's control tokens, made for the first messages: plain prompts do not need them."""
         if template not in self._control:
             assert self.templates is not None
             self._control[template] = ControlTokens(self._tokenizer, template.texts, self.templates.control_tokens)

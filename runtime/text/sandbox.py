@@ -1,8 +1,8 @@
-"""Where chat templates run: jinja2's sandbox, with an end to what a template may compute.
+"""The sandbox of chat templates: jinja2's, with limits on what a template may compute.
 
-jinja2 keeps a template from Python's attributes and from changing what it is given, and refuses a `range` of more than
-100,000 numbers. It does not keep loops in loops, macros that call themselves twice, large powers or a text that is
-doubled again and again from taking hours or all memory, so each rendering has a budget (`bounds`).
+jinja2 prevents access to Python's attributes and changes of the inputs, and refuses a `range` of more than 100,000
+numbers. It does not prevent nested loops, recursive macros, large powers or repeated doubling of a text from taking
+hours or all memory. So each rendering has a budget (`bounds`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from jinja2.visitor import NodeTransformer
 
 from .bounds import Budget, check_call, check_percent, size, written
 
-# Of a repeated text or list, and of whole numbers that are multiplied or raised to a power.
+# Limits for the size of a repeated text or list, and of products and powers of whole numbers.
 _LONGEST = 1_000_000
 _LARGEST_FACTOR = 10**12
 _LARGEST_EXPONENT = 1_000
-# No template can name them: a blank is in each.
+# Templates cannot use these names, since each contains a blank.
 _BUDGET, _COUNTED, _CONCATENATED, _SLICED = "budget left", "counted turns", "concatenated texts", "slice of"
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """`ImmutableSandboxedEnvironment` whose templates raise SecurityError where they compute too much.
+    """`ImmutableSandboxedEnvironment` whose templates raise SecurityError if they exceed the budget.
 
     Render with `budget()` among the variables.
     """
@@ -38,13 +38,13 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, finalize=_shown)
-        del self.globals["lipsum"]  # as many paragraphs as it is asked for
-        # What the template itself writes: in each macro, and at most in a turn of a loop.
+        del self.globals["lipsum"]  # it writes any number of paragraphs
+        # Characters that the template itself writes in each macro, and at most in an iteration of a loop.
         self._in_macros: dict[str, int] = {}
         self._in_loops = 0
 
     def bound_filters(self) -> None:
-        """Count what filters make; call it once, when all are there."""
+        """Make filters count their results. Call it once, after all filters are added."""
         for name, function in list(self.filters.items()):
             self.filters[name] = _bounded_filter(name, function)
         self.filters[_COUNTED] = _counted
@@ -52,7 +52,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self.filters[_SLICED] = _sliced
 
     def bounded(self, source: str) -> nodes.Template:
-        """The syntax tree of a template, with its loops and texts counted. Raises: jinja2.TemplateSyntaxError."""
+        """The syntax tree of a template, changed so that loops and texts are counted. Raises:
+        jinja2.TemplateSyntaxError."""
         tree = self.parse(source)
         for macro in tree.find_all(nodes.Macro):
             self._in_macros[macro.name] = _static_text(macro)
@@ -66,7 +67,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         left = _budget(context)
         left.step(self._in_macros.get(function.name or "", 0) if isinstance(function, Macro) else 0)
-        if isinstance(function, LoopContext):  # a recursive loop, whose turns are not counted as those of others are
+        if isinstance(function, LoopContext):  # a recursive loop, whose iterations are not counted otherwise
             for _ in range(size(args[0]) if args else 0):
                 left.step(self._in_loops)
         method = getattr(function, "__wrapped__", function)  # jinja2 wraps str.format
@@ -93,12 +94,12 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
 
 def budget() -> dict[str, Budget]:
-    """The variable that counts down during one rendering."""
+    """A new budget as a variable for one rendering."""
     return {_BUDGET: Budget()}
 
 
 class _Unseen(NodeTransformer):
-    """`a ~ b` and `a[1:]`, which jinja2 does not let a sandbox see, as filters."""
+    """Turn `a ~ b` and `a[1:]`, which jinja2 hides from its sandbox, into filters."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802, jinja2 calls it
         """Called by jinja2."""
@@ -119,12 +120,13 @@ def _filtered(node: nodes.Node, name: str, arguments: list[nodes.Expr]) -> nodes
 
 
 def _static_text(node: nodes.Node) -> int:
-    """Characters that the template itself writes in a loop or a macro."""
+    """Number of characters that the template itself writes in a loop or a macro."""
     return sum(len(data.data) for data in node.find_all(nodes.TemplateData))
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that looks first what it would make. With a context, so that jinja2 does not call it at compile time."""
+    """A filter that first checks the size of its result. It takes the context, so jinja2 does not call it at compile
+    time."""
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
 
     def call(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +168,7 @@ def _sliced(context: Context, value: Any, start: Any, stop: Any, step: Any) -> A
 
 @pass_context
 def _shown(context: Context, value: Any) -> Any:
-    """What is printed, in whatever buffer."""
+    """Count a value that is printed, in any buffer."""
     _budget(context).make(written(value))
     return value
 

@@ -1,4 +1,4 @@
-"""Stop strings in text that comes in pieces: never shown, wherever the pieces are cut."""
+"""Find stop strings in text that comes in pieces, wherever the pieces are cut."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Lets text through up to the first stop string, holding back only what may be the beginning of one.
+    """Passes text on up to the first stop string, and holds back only what may be the beginning of one.
 
-    The first stop string is the one that is complete first, and the longest of those that are complete at once. So the
-    result does not depend on how the text was cut. Adding costs the length of the piece and of what was held back.
+    The first stop string is the one that is complete first; of several that are complete at the same place, the
+    longest. So the result does not depend on the cuts. Cost of adding: the length of the piece and of the text held
+    back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -19,7 +20,8 @@ class StopMatcher:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """What may be shown now. Where that ends at a stop string, `stopped` is set, and nothing may be added."""
+        """Add a piece. Returns the text that may be shown now. At a stop string, `stopped` is set, and nothing may be
+        added."""
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
@@ -30,12 +32,12 @@ class StopMatcher:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """What was held back, for a text that ended without a stop string."""
+        """The text that was held back, if the text ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, text: str) -> int:
-        """The length of the longest end of the text with which a stop string begins."""
+        """The length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]

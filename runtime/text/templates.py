@@ -1,4 +1,4 @@
-"""Which chat templates a bundle has: one, or several under names, of which one is for requests with tools."""
+"""The chat templates of a bundle: one, or several with names, one of them for requests with tools."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .chat import ChatTemplate
 from .options import ChatOptions
 
 _DEFAULT, _WITH_TOOLS = _NAMES = ("default", "tool_use")
-# The special tokens that transformers hands to templates under their names.
+# The special tokens that templates get as variables, as in transformers.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class Templates:
-    """A bundle's templates. control_tokens: what tokenizer_config.json lists as such, None where it lists nothing."""
+    """A bundle's templates. control_tokens: those that tokenizer_config.json lists, None if it has no list."""
 
     default: ChatTemplate
     with_tools: ChatTemplate | None
@@ -35,8 +35,7 @@ class Templates:
 def find_templates(template_file: str | None, tokenizer_config: Mapping[str, Any]) -> Templates | None:
     """chat_template.jinja, else the entry of tokenizer_config.json, else None.
 
-    Of a list of named templates the one named "default" is taken, and "tool_use" for requests with tools. Raises:
-    TemplateError.
+    From a list of named templates, "default" is used, and "tool_use" for requests with tools. Raises: TemplateError.
     """
     sources = _named(template_file or tokenizer_config.get("chat_template"))
     if _DEFAULT not in sources:
@@ -66,6 +65,6 @@ def _text(source: Any) -> str:
 
 
 def _content(value: Any) -> str | None:
-    """The text of a special token, written plain or as an object; None for what is not a token."""
+    """The text of a special token, given as a text or as an object; None for anything else."""
     content = value.get("content") if isinstance(value, Mapping) else value
     return content if isinstance(content, str) else None

@@ -74,7 +74,7 @@ def check_model(model: str) -> list[str]:
 
 
 def broken_int8(cpu: str, here: compare.Outcome, there: compare.Outcome, ideal: compare.Outcome) -> list[str]:
-    """What an INT8 bundle breaks on a processor, against this machine and the fp32 bundle."""
+    """The promises that an INT8 bundle breaks on a processor, compared with this machine and the fp32 bundle."""
     apart = compare.difference(here, there)
     further = compare.divergence(ideal, there) / compare.divergence(ideal, here)
     checks = {
@@ -90,7 +90,7 @@ def broken_int8(cpu: str, here: compare.Outcome, there: compare.Outcome, ideal: 
 
 
 def broken_fp32(cpu: str, here: compare.Outcome, there: compare.Outcome) -> list[str]:
-    """What an fp32 bundle breaks on a processor."""
+    """The promises that an fp32 bundle breaks on a processor."""
     apart = compare.difference(here, there)
     same = apart.same_token == 1 and here.tokens == there.tokens
     return [] if same else [f"{cpu}: fp32 gives other tokens ({apart})"]

@@ -1,4 +1,4 @@
-"""How far two machines are apart that ran the same bundle on the same texts."""
+"""How far the results of two machines differ that ran the same bundle on the same texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Instructions for each token, counted on emulated Arm cores: a stand-in for speed that no other process disturbs.
+"""Instructions for each token, counted on emulated Arm cores, in place of a speed, because no other process changes the
+count.
 
 Debian's QEMU has no plugins, so this builds one from its source, and `counting.c`, the plugin that counts.
 """

@@ -1,4 +1,4 @@
-"""Machines that are not here: processors that QEMU's user mode emulates, with a Python and the runtime's packages.
+"""Emulated machines: processors of QEMU's user mode, with a Python and the runtime's packages.
 
 Needs a 64-bit x86 machine with Debian. `prepare` fills one folder, as any user, and installs nothing: QEMU and the
 arm64 Python come from the sources that the machine's own apt is configured with, the packages from its pip's.
@@ -51,7 +51,7 @@ _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 class NotHereError(Exception):
-    """The machines cannot be had on this computer; the message says why."""
+    """The machines cannot be prepared on this computer; the message says why."""
 
 
 @dataclass(frozen=True)

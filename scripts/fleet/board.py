@@ -1,7 +1,7 @@
 """A server as a discrete-event model: a queue, rows, steps, prompts fed between them, as the runtime's decoder does it.
 
-Steps in which nothing happens but tokens are jumped over together: a simulated answer costs a few events, not one
-for each token.
+Steps in which rows only get their next token are simulated together: an answer costs a few events, not one for each
+token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Request:
 
 
 class Board:
-    """One server. `run_until` a time, `add` what comes then, ask `wakes` when to look again."""
+    """One server. `run_until` simulates up to a time, `add` takes a request that comes then, `wakes` says when
+    something happens next."""
 
     def __init__(self, times: StepTimes, kept_tokens: int) -> None:
         """kept_tokens: of texts whose prefix is kept for a request that goes on."""
@@ -73,7 +74,7 @@ class Board:
         return lost
 
     def wakes(self) -> float:
-        """When something ends at the latest that can be said now; infinite for an idle board."""
+        """The time by which something ends, as far as is known now; infinite for an idle board."""
         if self._unfed or (self._waiting and len(self._fed) < self.times.rows):
             return self.clock
         if not self._fed:
@@ -113,7 +114,7 @@ class Board:
             self._unfed.append(chosen)
 
     def _step_and_feed(self) -> list[Request]:
-        """A step for those who are answered, then pieces of prompts; whose token comes when both are done."""
+        """A step for the rows that are answered, then pieces of prompts. The step's tokens come when both are done."""
         stepped = list(self._fed)
         seconds = self.times.step(len(stepped), self._tokens()) if stepped else 0.0
         budget = min(self.times.piece, self.times.beside_rows) if stepped else self.times.piece
@@ -138,7 +139,7 @@ class Board:
         return [*ended, *self._ended()]
 
     def _steps(self, count: int, seconds: float) -> list[Request]:
-        """Some steps alike of all rows that are answered."""
+        """Some equal steps of all rows that are answered."""
         self.clock += count * seconds
         for request in self._fed:
             request.said += count

@@ -1,4 +1,4 @@
-"""What came of a run, simulated or real: rates, times to the first token, times between tokens."""
+"""The results of a run, simulated or real: rates, times to the first token, times between tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def quantile(values: Sequence[tuple[float, int]], share: float) -> float:
-    """Of values that stand for so many each; not a number without any."""
+    """The quantile of values of which each counts so many times; NaN without values."""
     ordered = sorted(values)
     wanted, seen = share * sum(count for _, count in ordered), 0
     for value, count in ordered:

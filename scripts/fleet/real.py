@@ -1,4 +1,4 @@
-"""The real server: what its steps take, and users who talk with it, for the simulation to be held against."""
+"""The real server: what its steps take, and users who talk with it. The simulation is compared with this."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ def fit_prompt(points: Sequence[tuple[int, int, float]]) -> tuple[float, float, 
 
 
 def rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The rising numbers that are nearest to some, by squares: more rows take longer, whatever noise says. Neighbours
-    that fall get their mean (pool adjacent violators)."""
+    """The rising sequence that is nearest to the numbers by least squares, because more rows take longer, whatever
+    noise was measured. Neighbours that fall get their mean (pool adjacent violators)."""
     pools: list[list[float]] = []
     for value in values:
         pools.append([value])

@@ -1,4 +1,4 @@
-"""What is there, and whether onnxruntime really computes on the GPU.
+"""Show what is installed, and whether onnxruntime really computes on the GPU.
 
 python scripts/gpu/probe.py RESULTS [--provider cuda]
 """

@@ -1,4 +1,4 @@
-"""Whether steps on the GPU give the tokens that they should.
+"""Check the tokens of steps on the GPU.
 
     python scripts/gpu/tokens.py BUNDLE RESULTS [--provider cuda] [--prompt 100] [--tokens 200] [--capacity 0]
 

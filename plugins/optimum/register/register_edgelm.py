@@ -1,4 +1,4 @@
-"""`optimum-cli export edgelm MODEL`: what `edgelm export MODEL` does, for those who export with optimum.
+"""`optimum-cli export edgelm MODEL`: the same as `edgelm export MODEL`, for users of optimum.
 
 optimum-cli finds commands as modules of `optimum.commands.register`, a namespace to which any distribution may add, and
 knows no entry points. So this file is installed there, without an `__init__.py` anywhere (PEP 420).
@@ -28,7 +28,7 @@ class EdgelmExportCommand(BaseOptimumCLICommand):
         add_debug(parser)
 
     def run(self) -> None:
-        """Export, and end the program with the status that `edgelm export` would have."""
+        """Export, and end the program with the exit status of `edgelm export`."""
         sys.exit(one_line_errors(lambda: export.run(self.args), self.args.debug))
 
 

@@ -1,9 +1,9 @@
 """The file of one block: a header of 32 bytes, then the block's bytes as `KVCache.read` gave them.
 
 Header, little-endian: `edgelmKV`, version (uint32), length of the block (uint32), 16 bytes of BLAKE2b over it, keyed
-with the block's key. What the bytes mean, shapes and types of all layers, is part of the key, so a file need not say
-it; and a file under another's name is seen as damaged. crc32 is five times as fast, but what it misses would be a wrong
-answer, and BLAKE2b costs 1 % of what computing the block does.
+with the block's key. The shapes and types of all layers are part of the key, so the file does not repeat them, and a
+renamed file is seen as damaged. crc32 is five times as fast, but damage that it misses would give a wrong answer;
+BLAKE2b costs 1 % of computing the block.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ HEADER_BYTES = _HEADER.size
 
 
 def encode(key: bytes, block: Block) -> bytes:
-    """The header to write in front of a block. key: 32 bytes."""
+    """The header that stands in front of a block. key: 32 bytes."""
     return _HEADER.pack(_MAGIC, VERSION, block.nbytes, _checksum(key, block))
 
 
 def decode(key: bytes, data: bytes, size: int | None = None) -> Block:
-    """The block in a file's bytes, without copying. size: its bytes, where they are known.
+    """The block in a file's bytes, without copying. size: the expected size in bytes, if known.
 
     Raises: CacheCorruptError, unless the bytes are those written under this key; CacheVersionError.
     """

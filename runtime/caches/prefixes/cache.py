@@ -1,7 +1,7 @@
-"""The prefix cache that a `Decoder` asks: keys and values of texts' beginnings, in memory and in files.
+"""The prefix cache that a `Decoder` asks: keys and values of the beginnings of texts, in memory and in files.
 
-A block is found by a key of everything in front of it and everything that decides its bits (`prefixes.keys`), and put
-back as it was, so logits are those of a cold run. Whatever happens to the files, the engine goes on: it computes.
+A block's key covers all tokens up to its end and everything that decides its bits (`prefixes.keys`). A block is
+restored bit for bit, so logits are those of a cold run. If files fail, the engine computes instead.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .writer import BlockWriter
 
 __all__ = ["PrefixCache", "PrefixCacheSettings", "default_folder", "open_prefix_cache"]
 
-# What may wait for the disk. It is in memory anyway, unless that has a smaller budget.
+# Blocks that may wait for the disk. They are in memory anyway, unless memory has a smaller budget.
 _WAITING_BYTES = 64 * 2**20
 
 log = logging.getLogger(__name__)
 
 
 class PrefixCache:
-    """Beginnings of texts for the rows of one session. Not safe between threads: the decoder's owner calls it.
+    """Beginnings of texts for the rows of one session. Not safe between threads: only the decoder's owner calls it.
 
-    Between processes: files are shared. Raises: MemoryShortageError, where the KV cache cannot grow; of files nothing.
+    Between processes: files are shared. Raises: MemoryShortageError, if the KV cache cannot grow; nothing for files.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class PrefixCache:
         files: BlockFiles | None,
         model_files: Iterable[Path] = (),
     ) -> None:
-        """root: `prefixes.keys.root_key`; both stores belong to this cache from here on. model_files: what the session
-        was loaded from; once one of them was written to, nothing is kept any more."""
+        """root: `prefixes.keys.root_key`. memory, files: from now on used by this cache alone. model_files: the files
+        that the session was loaded from; if one of them is overwritten, nothing more is kept."""
         self._session, self._root = session, root
         self._memory, self._files = memory, files
         self._writer = None if files is None else BlockWriter(files, _WAITING_BYTES)
@@ -57,10 +57,10 @@ class PrefixCache:
         self._block_bytes = session.block_bytes(BLOCK_TOKENS)
 
     def restore(self, row: int, token_ids: Sequence[int]) -> None:
-        """Lengthen what a row holds of a text by the blocks that are known.
+        """Extend a row by the cached blocks that follow what it holds.
 
-        The row holds the first ones of token_ids. At least the last token stays to be computed. Cost: about 0.1 ms a
-        block from memory, 0.4 ms from files.
+        The row holds the first of token_ids. The last token is never restored, since it must run to give logits. Cost:
+        about 0.1 ms a block from memory, 0.4 ms from files.
         """
         keys = block_keys(self._root, token_ids[:-1])
         first = self._session.length(row) // BLOCK_TOKENS
@@ -76,7 +76,7 @@ class PrefixCache:
         self._memory.use(keys)
 
     def keep(self, row: int, token_ids: Sequence[int]) -> None:
-        """Store the whole blocks of what a row holds that are not stored yet. token_ids: all that it holds.
+        """Store the row's whole blocks that are not stored yet. token_ids: all tokens that the row holds.
 
         Cost: a copy of the blocks that are new; files are written in the background.
         """
@@ -103,7 +103,7 @@ class PrefixCache:
             self._writer.start()
 
     def close(self) -> None:
-        """Forget what is in memory, and wait until the files are written."""
+        """Drop the blocks in memory, and wait until the files are written."""
         self._memory.clear()
         if self._writer is not None:
             self._writer.flush()
@@ -125,12 +125,12 @@ class PrefixCache:
 
 
 def default_folder() -> Path:
-    """Where the files are without another word: EDGELM_HOME/prefixes. Raises: CacheError."""
+    """The default folder of the files: EDGELM_HOME/prefixes. Raises: CacheError."""
     return own_folder(home() / FOLDER_NAME)
 
 
 def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings | None:
-    """What `load` was asked for; None for False. Raises: SettingsError."""
+    """The settings that `load` was given; None for False. Raises: SettingsError."""
     if isinstance(wanted, PrefixCacheSettings):
         return wanted
     if not isinstance(wanted, bool):
@@ -139,7 +139,7 @@ def prefix_settings(wanted: bool | PrefixCacheSettings) -> PrefixCacheSettings |
 
 
 def open_prefix_cache(settings: PrefixCacheSettings | None, bundle: Bundle, session: Session) -> PrefixCache | None:
-    """The cache for a session, or None where it is not wanted or would change answers. No file is opened."""
+    """The cache for a session; None if it is not wanted, or would change answers. No file is opened."""
     blocks = session.capabilities.blocks
     if settings is None or blocks is None or not may_cut(bundle):
         return None

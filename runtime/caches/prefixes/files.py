@@ -1,8 +1,8 @@
 """Blocks on the disk: one file each, written to a temporary name and renamed, within a budget that processes share.
 
-FOLDER/ab/abcdef....kv, where the name is the block's key in hexadecimal, and FOLDER/budget, a number of bytes. A file's
-modification time is its last use, a millisecond earlier for each block in front of it, so that the beginning of a text
-is the last of it to go.
+FOLDER/ab/abcdef....kv is a block, named by its key in hexadecimal; FOLDER/budget is a number of bytes. A file's
+modification time is its last use. Later blocks of a text get earlier times, a millisecond each, so that the beginning
+of a text is evicted last.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SUFFIX = ".kv"
 _BUDGET_NAME = "budget"
 _BUDGET_DIGITS = len(str(LARGEST_AMOUNT))
 _NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
-# How long writing rests after it failed.
+# How long writing backs off after a failure.
 _REST_S = 60.0
-# Longer than any write takes: what is older was left by a process that was killed.
+# Longer than any write takes: an older temporary file was left by a process that was killed.
 _ABANDONED_S = 3600.0
 _DEPTH_S = 0.001
-# The part of the budget that is made free at once, and that each process may write before it looks what others wrote.
+# The part of the budget that one eviction frees, and that a process may write before it lists the folder again.
 _SLACK = 16
 _PAGE_BYTES = 4096
 _PART_LETTERS = 2
@@ -51,23 +51,23 @@ class FoundFile:
 
 
 class BlockFiles:
-    """The files of a folder. Nothing is opened or made before the first use.
+    """The files of a folder. Nothing is opened or created before the first use.
 
-    Between threads: `read` from any, `put` from one at a time. Between processes: safe; files appear whole, each
-    process holds the budget as far as it knows, and looks what others wrote after each sixteenth of it. A kill leaves a
-    temporary file, which is deleted after an hour. Raises: nothing; what fails is warned of once, and writing rests for
-    a minute.
+    Between threads: `read` from any, `put` from one at a time. Between processes: safe; files appear whole. Each
+    process keeps to the budget by its own count, and lists the folder again after writing a sixteenth of the budget. A
+    kill leaves a temporary file, which is deleted after an hour. Raises: nothing; a failure gives one warning, and
+    writing backs off for a minute.
     """
 
     def __init__(self, folder: Path, max_bytes: int, clock: Clock | None = None) -> None:
         self._folder, self._max_bytes, self._clock = folder, max_bytes, clock or Clock()
         self._known: int | None = None  # bytes of all files when the folder was looked through
-        self._unseen = 0  # written since then
+        self._unseen = 0  # bytes written since then
         self._rests_until = -float("inf")
         self._warned: set[object] = set()
 
     def read(self, key: bytes, size: int) -> Block | None:
-        """The block of a key, checked, or None. size: its bytes. Cost: one read. A damaged file is deleted."""
+        """The block of a key, checked, or None. size: in bytes. Cost: one read. A damaged file is deleted."""
         path = self._path(key)
         try:
             return decode(key, _read(path, size), size)
@@ -82,7 +82,7 @@ class BlockFiles:
         return None
 
     def put(self, key: bytes, used: float, block: Block | None) -> None:
-        """Store a block, or count a use where it is stored. used: `time_of_use`; block: None to count only.
+        """Store a block, or note its use if it is stored already. used: `time_of_use`; block: None only notes the use.
 
         Cost: one write, no fsync; now and then a listing of the folder.
         """
@@ -97,7 +97,7 @@ class BlockFiles:
             self._warn(error.errno, f"{self._folder} cannot be written ({error}): check its folder and disk")
 
     def trim(self) -> None:
-        """Set the budget for all processes, and delete what is beyond it now. Raises: OSError. Cost: a listing."""
+        """Set the budget for all processes, and evict down to it. Raises: OSError. Cost: a listing."""
         self._make_room(0)
 
     def _path(self, key: bytes) -> Path:
@@ -105,7 +105,7 @@ class BlockFiles:
         return self._folder / name[:2] / (name + _SUFFIX)
 
     def _used(self, path: Path, used: float) -> bool:
-        """Note a use, if the file is there."""
+        """Note a use. Return whether the file is there."""
         try:
             os.utime(path, (used, used))
         except FileNotFoundError:
@@ -124,13 +124,13 @@ class BlockFiles:
         except InUseError:
             if not path.exists():
                 raise
-            # Somebody reads it right now: another process wrote it, the same bytes, since the key is the same.
+            # Another process reads it right now. It holds the same bytes, since the key is the same.
             return
         self._used(path, used)
         self._unseen += size
 
     def _make_room(self, size: int) -> bool:
-        """Delete the files that were used last the longest ago, until so many bytes more fit. Whether they do."""
+        """Evict the least recently used files until so many bytes more fit. Return whether they fit."""
         if self._known is not None and self._unseen + size <= self._room():
             return True
         now = self._clock.wall()
@@ -146,12 +146,13 @@ class BlockFiles:
         return self._known + size <= self._max_bytes
 
     def _room(self) -> int:
-        """Bytes that may be written after the folder was looked through, until it is looked through again."""
+        """Bytes that may be written before the folder is listed again."""
         assert self._known is not None, "the folder was looked through"
         return min(self._max_bytes - self._known, self._max_bytes // _SLACK)
 
     def _agree_on_budget(self) -> None:
-        """Who comes to a folder sets its budget for all processes, which learn it when they look what others wrote."""
+        """Write this process's budget into the folder. It applies to all processes, which read it when they list the
+        folder."""
         if self._known is not None:
             self._max_bytes = read_budget(self._folder) or self._max_bytes
         elif read_budget(self._folder) != self._max_bytes:
@@ -166,12 +167,12 @@ class BlockFiles:
 
 
 def time_of_use(now: float, depth: int) -> float:
-    """What stands for the use of a block at a time, both in seconds since 1970. depth: blocks of its text before it."""
+    """The modification time that notes a use at `now`, in seconds since 1970. depth: blocks of its text before it."""
     return now - depth * _DEPTH_S
 
 
 def found_files(folder: Path) -> Iterator[FoundFile]:
-    """All blocks of a folder, those of newer versions among them; none, where there is no folder. Raises: OSError."""
+    """All blocks of a folder, including those of newer versions; none if there is no folder. Raises: OSError."""
     for entry in _entries(folder):
         if _NAME.fullmatch(entry.name):
             with contextlib.suppress(FileNotFoundError):  # another process evicted it
@@ -180,8 +181,8 @@ def found_files(folder: Path) -> Iterator[FoundFile]:
 
 
 def read_budget(folder: Path) -> int | None:
-    """The bytes that the files of a folder may take, as who came to it last said; None where nobody did, or where it
-    cannot be read, which is warned of."""
+    """The budget in bytes that was written into a folder last; None if there is none. If it cannot be read: None, with
+    a warning."""
     path = folder / _BUDGET_NAME
     try:
         text = read_bytes(path, _PAGE_BYTES).strip()
@@ -190,7 +191,7 @@ def read_budget(folder: Path) -> int | None:
     except OSError as error:
         log.warning("%s cannot be read (%s): the default budget counts", path, error.strerror)
         return None
-    # No more digits than it may have, and no sign: a part of a number, or one below 0, would delete all files.
+    # Limited digits and no sign: a truncated or negative number would evict all files.
     budget = int(text) if text.isdigit() and len(text) <= _BUDGET_DIGITS else 0
     if not 0 < budget <= LARGEST_AMOUNT:
         log.warning("%s holds no number of bytes: the default budget counts", path)
@@ -217,8 +218,8 @@ def delete_all(folder: Path) -> None:
 
 
 def check_all(folder: Path, max_bytes: int) -> None:
-    """Read every block. Raises: CacheCorruptError for the first that is damaged, or if there are more than the budget
-    and what processes may write before they look; CacheVersionError for one of a newer version; OSError."""
+    """Read every block. Raises: CacheCorruptError for the first damaged block, or if the folder exceeds the budget by
+    more than processes may write between two listings; CacheVersionError for one of a newer version; OSError."""
     total = 0
     for file in found_files(folder):
         total += file.bytes
@@ -252,12 +253,12 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _last_use(file: FoundFile, now: float) -> float:
-    """A use in the future is one of a clock that was set back since, nobody knows when: the file goes first."""
+    """The time of last use. A time in the future comes from a clock that was set back: such a file is evicted first."""
     return file.used if file.used <= now + CLOCK_SLACK_S else -float("inf")
 
 
 def _delete(path: Path) -> bool:
-    """Delete a file to make room; whether it counts no more: it is gone, or belongs to a newer version."""
+    """Delete a file. Return whether it no longer counts towards the budget: deleted, or owned by a newer version."""
     try:
         if not _is_newer(path):
             path.unlink(missing_ok=True)

@@ -2,8 +2,7 @@
 
 The key of a block: BLAKE2b-256 of the key before it and the block's token ids, 4 bytes each, little-endian. Before the
 first block stands the hash of the canonical JSON of [format, tokens of a block, bundle digest, the manifest's model,
-numerics]. Two texts share their first n keys exactly where they share their first n blocks: a trie that compares no
-texts.
+numerics]. Two texts have the same first n keys if and only if they have the same first n blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KEY_BYTES = 32
 
 
 def root_key(manifest: Manifest, numerics: str) -> bytes:
-    """What everything that a bundle computes on a machine starts with. numerics: `numerics.of_machine()`."""
+    """The key in front of every first block: bundle and machine. numerics: `numerics.of_machine()`."""
     content = [_FORMAT, BLOCK_TOKENS, manifest.digest, dataclasses.asdict(manifest.model), numerics]
     return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii"))
 

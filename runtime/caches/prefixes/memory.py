@@ -1,4 +1,4 @@
-"""Blocks in this process's memory: the least recently used ones go first, within a budget of bytes."""
+"""Blocks in this process's memory, within a budget of bytes. The least recently used ones are evicted first."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What a block costs beside its bytes: key, array object, place in the table.
+# Overhead of a block: key, array object, table slot.
 _ENTRY_BYTES = 300
 
 Block = NDArray[np.uint8]
 
-# Below this a page's rest would waste much, and a process may have 65,530 maps only.
+# Smaller blocks would waste much of a page, and a process may have only 65,530 mappings.
 _LEAST_MAPPED_BYTES = 64 * 2**10
 
 
 def new_block(size: int) -> Block:
-    """Room for a block of so many bytes.
+    """An uninitialized block of so many bytes.
 
-    Large ones come from the system and go back to it: in the heap, between larger and short-lived arrays of the steps,
-    blocks would leave holes (measured over 20,000 tokens: 20 MB beside a budget of 23 MB).
+    Large blocks are mapped and unmapped one by one: in the heap, among short-lived arrays of the steps, they would
+    leave holes (measured over 20,000 tokens: 20 MB on a budget of 23 MB).
     """
     if size < _LEAST_MAPPED_BYTES or sys.platform == "win32":
         return np.empty(size, np.uint8)
@@ -31,8 +31,9 @@ def new_block(size: int) -> Block:
 
 
 class BlockMemory:
-    """Blocks under their keys. Not safe between threads: the engine's turn is held. Nothing is shared with other
-    processes; a forked child goes on with a copy. Cost: O(1) for each key. Raises: nothing, except `check`.
+    """Blocks under their keys. Not safe between threads: only the thread that runs a step uses it. Nothing is shared
+    with other processes; a forked child continues with a copy. Cost: O(1) for each key. Raises: nothing, except
+    `check`.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -45,7 +46,7 @@ class BlockMemory:
 
     @property
     def used_bytes(self) -> int:
-        """Of all blocks, the tables around them included, estimated."""
+        """Estimated bytes of all blocks, overhead included."""
         return self._bytes
 
     def get(self, key: bytes) -> Block | None:
@@ -53,15 +54,16 @@ class BlockMemory:
         return self._blocks.get(key)
 
     def use(self, keys: Sequence[bytes]) -> None:
-        """Count a use of a chain. Its beginning counts as used last: without it the rest could not be found."""
+        """Note a use of a chain. Its first block counts as used last: without it the others could not be found."""
         for key in reversed(keys):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
     def put(self, key: bytes, block: Block, chain: Collection[bytes]) -> bool:
-        """Store a block of a chain whose other blocks were used just now; whether there was room.
+        """Store a block. Return whether there was room. chain: the keys of its text, which `use` noted just now.
 
-        Others go for it, blocks of the chain itself never: a text that is larger than the budget keeps its beginning.
+        Blocks of other texts are evicted for it, never blocks of its chain: a text larger than the budget keeps its
+        beginning.
         """
         size = block.nbytes + _ENTRY_BYTES
         while self._bytes + size > self._max_bytes:

@@ -16,8 +16,8 @@ LEAST_DISK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PrefixCacheSettings:
-    """How computed beginnings of prompts are kept. `load(..., prefix_cache=True)` means these defaults,
-    or what `edgelm cache budget` set.
+    """Settings of the prefix cache. `load(..., prefix_cache=True)` means these defaults, or what `edgelm cache budget`
+    set.
 
     memory_bytes: budget in this process's memory; 0 for none. disk: keep them in files as well, across restarts and for
     all processes of this user. disk_bytes: budget of the files, 1 MiB or more. folder: where they are; None:

@@ -1,7 +1,7 @@
-"""Whether files that a model was loaded from were written to since.
+"""Detect that a file was overwritten after the model was loaded from it.
 
-A file that was replaced is no matter: what is mapped stays what it was. One that was written in place changes under
-the model that runs, and what it computes from then on must not be found under the digest that was checked.
+Replacing a file by a rename is harmless: the mapped file stays as it was. Writing into it changes the weights of the
+running model, and results from then on must not be stored under the digest that was checked.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 class Watch:
-    """Some files as they were when this was made."""
+    """Remembers files as they are when this is made."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._before = {path: _state(path) for path in paths}
 
     def written(self) -> Path | None:
-        """A file that is the same file, with another content. Cost: a few microseconds a file."""
+        """The first file that was written in place since, or None. Cost: a few microseconds a file."""
         for path, before in self._before.items():
             now = _state(path)
             if before is not None and now is not None and now != before and now[0] == before[0]:
@@ -26,7 +26,7 @@ class Watch:
 
 
 def _state(path: Path) -> tuple[tuple[int, int], int, int] | None:
-    """Which file it is, its size, its modification time in nanoseconds; None where there is none."""
+    """Device and inode, size, and modification time in nanoseconds; None if there is no file."""
     try:
         status = path.stat()
     except OSError:

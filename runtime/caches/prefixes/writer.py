@@ -1,6 +1,7 @@
-"""Writing blocks behind the answers' back: a thread that lives while there is something to write.
+"""Write blocks in the background: a thread that lives while there is something to write.
 
-It is not a daemon, so that a process that ends writes what waits; it ends with its work, so that nobody need stop it.
+The thread is not a daemon, so an ending process still writes what waits. It ends when its queue is empty, so nobody has
+to stop it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .memory import Block
 
 # How long a block counts as written, or its use as noted, before the disk is asked again.
 _NOTED_S = 60.0
-# Pauses, in times of what a write took: the next answer needs the cores, and there is time.
+# Pauses between writes, as a multiple of a write's time: answers need the cores more.
 _PAUSE = 4.0
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class _Waiting(NamedTuple):
 class BlockWriter:
     """Hands blocks to `BlockFiles`. Between threads: safe. Raises: nothing.
 
-    What waits is bounded: where the disk is slower than the model, blocks are left out, a text's last ones first.
+    The queue is bounded: if the disk is slower than the model, blocks are not written, the last ones of a text first.
     """
 
     def __init__(self, files: BlockFiles, max_waiting_bytes: int, clock: Clock | None = None) -> None:
@@ -49,12 +50,12 @@ class BlockWriter:
         watch_forks(self)
 
     def wants(self, key: bytes) -> bool:
-        """Whether the block of a key should be added, be it to write it or to note a use: once a minute. The uses of
-        all blocks before it should be noted with it, or they would seem older."""
+        """Whether to `add` the block of a key, to write it or to note its use, which is worth it once a minute. Then
+        note the uses of all blocks before it too, or they would seem older."""
         return key not in self._noted
 
     def add(self, key: bytes, used: float, block: Block | None) -> None:
-        """Have a block written, or a use of it noted, as `BlockFiles.put`. Cost: a queue's."""
+        """Queue a call of `BlockFiles.put`. Cost: that of a queue."""
         item = _Waiting(key, used, block)
         with self._lock:
             if self._bytes + item.bytes > self._max_bytes:
@@ -65,11 +66,11 @@ class BlockWriter:
             self._bytes += item.bytes
 
     def start(self) -> None:
-        """Begin to write what was added. Cost: a thread's, unless it runs."""
+        """Begin to write what was added. Cost: starting a thread, unless it runs."""
         now = self._clock.monotonic()
         while self._noted and next(iter(self._noted.values())) <= now - _NOTED_S:
             self._noted.popitem(last=False)
-        # A thread that is started while the interpreter ends never runs: until Python 3.11 one would wait for it.
+        # A thread that is started while the interpreter ends never runs, and Python 3.11 would wait for it forever.
         with self._lock:
             if not self._queue or self._thread is not None or sys.is_finalizing():
                 return
@@ -90,7 +91,7 @@ class BlockWriter:
         self._hurry.clear()
 
     def after_fork(self) -> None:
-        """The thread is not in the child, and writes in the parent what waits."""
+        """Start empty in the child: the thread exists only in the parent, which writes what waits."""
         self._reset()
 
     def _reset(self) -> None:

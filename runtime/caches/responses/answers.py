@@ -1,8 +1,8 @@
-"""A finished answer, the key of its request, and the bytes that stores outside of this process keep.
+"""A finished answer, the key of its request, and the bytes that SQLite and Redis store.
 
 Key: "sha256:" and the hash of the canonical JSON of [bundle digest, token ids, settings].
 Bytes: `A1`, 16 bytes of BLAKE2b over key and payload, the payload: UTF-8 JSON [created, reason, [[text, ids], ...]].
-Because the checksum covers the key, an entry that a damaged index finds under another key is seen as damaged too.
+The checksum covers the key, so an entry that a damaged index returns for another key is seen as damaged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HEAD_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
 class CachedAnswer:
     """A finished answer as it was streamed: (text, token ids) of each chunk, and why it ended.
 
-    created: seconds since 1970 by the clock of the machine that computed it; no part of the comparison.
+    created: seconds since 1970 by the clock of the machine that computed it; not compared by `==`.
     """
 
     chunks: tuple[tuple[str, tuple[int, ...]], ...]
@@ -52,9 +52,9 @@ class CachedAnswer:
         return _ENTRY_BYTES + sum(_CHUNK_BYTES + 4 * len(text) + _ID_BYTES * len(ids) for text, ids in self.chunks)
 
     def expired(self, ttl_s: float | None, now: float) -> bool:
-        """Whether it is older than ttl_s at the wall time `now`, or more than a minute from the future.
+        """Whether it is older than ttl_s at the wall time `now`, or more than a minute in the future.
 
-        The latter happens after a clock was set back; its true age is not known, so it counts as too old.
+        The latter happens after a clock was set back: the true age is unknown, so it counts as expired.
         """
         return ttl_s is not None and not -CLOCK_SLACK_S <= now - self.created < ttl_s
 
@@ -69,13 +69,14 @@ def encode_answer(key: str, answer: CachedAnswer) -> bytes:
     """The bytes to store under a key."""
     content = [answer.created, answer.finish_reason, answer.chunks]
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # A model may write half of a surrogate pair, which plain UTF-8 cannot hold.
+    # A model may write half of a surrogate pair, which strict UTF-8 refuses.
     payload = text.encode("utf-8", "surrogatepass")
     return _MAGIC + _checksum(key, payload) + payload
 
 
 def decode_answer(key: str, data: object) -> CachedAnswer:
-    """What `encode_answer` was given. Raises: CacheCorruptError, unless the bytes are those written under this key."""
+    """The answer that `encode_answer` was given. Raises: CacheCorruptError, unless the bytes were written under this
+    key."""
     if not isinstance(key, str) or not isinstance(data, bytes) or data[: len(_MAGIC)] != _MAGIC:
         raise CacheCorruptError(f"the entry {key} does not start as an answer does")
     payload = data[_HEAD_BYTES:]
@@ -96,7 +97,7 @@ def _checksum(key: str, payload: bytes) -> bytes:
 
 
 def _is_answer(answer: CachedAnswer) -> bool:
-    """Whether the types are right: a checksum is not a signature, and a server may hold what others wrote."""
+    """Whether the types are right: a checksum is no signature, and others may have written to the server."""
     return (
         isinstance(answer.created, (int, float))
         and math.isfinite(answer.created)

@@ -1,7 +1,7 @@
 """The response cache that an engine asks: memory first, then a store that outlives the process.
 
-The key holds everything that can change the answer, so a hit is the answer that would be computed. Only finished
-answers are stored. Whatever happens to the outer store, the engine goes on: it computes.
+The key covers everything that can change the answer, so a hit is the answer that would be computed. Only finished
+answers are stored. If the outer store (SQLite or Redis) fails, the engine computes instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "response_key",
 ]
 
-# How long a store that failed is not asked: a server that is gone would cost each request a second.
+# How long to back off from a store that failed: an unreachable server would cost each request a second.
 _REST_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -44,16 +44,16 @@ T = TypeVar("T")
 class ResponseCache:
     """Answers in memory and, with an outer store, beyond this process.
 
-    Atomic between threads: every method; the two stores are asked one after the other, which no caller can tell, since
-    a key has one right answer only. Between processes: as the outer store (`SqliteStore`, `RedisStore`); without one
-    nothing is shared. Raises: nothing but `check`; where the outer store fails, one warning is logged, it is left alone
-    for a minute, and memory serves alone.
+    Atomic between threads: every method. The two stores are asked one after the other; no caller can tell, since a key
+    has only one right answer. Between processes: as the outer store (`SqliteStore`, `RedisStore`); without one nothing
+    is shared. Raises: nothing, except `check`. If the outer store fails, one warning is logged, and memory alone is
+    used for a minute (backing off).
     """
 
     def __init__(
         self, memory: MemoryStore | None = None, outer: AnswerStore | None = None, *, clock: Clock | None = None
     ) -> None:
-        """Both stores belong to this cache from here on. memory: None makes one with the default budgets."""
+        """memory, outer: from now on used by this cache alone. memory: None makes one with the default budgets."""
         self._memory, self._outer = memory or MemoryStore(), outer
         self._clock = clock or Clock()
         self._warned: set[str] = set()
@@ -64,7 +64,8 @@ class ResponseCache:
         watch_forks(self)
 
     def get(self, key: str) -> CachedAnswer | None:
-        """The answer of a key or None; counts a hit or a miss. Cost: a dictionary's, or one read of the outer store."""
+        """The answer of a key or None; counts a hit or a miss. Cost: a dictionary lookup, or one read of the outer
+        store."""
         answer = self._memory.get(key)
         if answer is not None:
             self._ask(lambda outer: outer.touch(key))
@@ -88,7 +89,7 @@ class ResponseCache:
         self._ask(lambda outer: outer.clear())
 
     def stats(self) -> StoreStats:
-        """Of the memory."""
+        """Figures of the memory."""
         return self._memory.stats()
 
     def __len__(self) -> int:
@@ -105,11 +106,11 @@ class ResponseCache:
         self._ask(lambda outer: outer.close())
 
     def after_fork(self) -> None:
-        """A thread that held the lock is not in the child."""
+        """Make a new lock in a child: the thread that held the old one is not there."""
         self._count = threading.Lock()
 
     def _ask(self, operation: Callable[[AnswerStore], T]) -> T | None:
-        """What the outer store says, or None where there is none, it rests, or it fails."""
+        """Return None if there is no outer store, if it is backing off after a failure, or if the call fails."""
         if self._outer is None or self._clock.monotonic() < self._rests_until:
             return None
         try:
@@ -123,12 +124,12 @@ class ResponseCache:
 
 
 def default_folder() -> Path:
-    """Where the database of answers is without another word: EDGELM_HOME/responses. Raises: CacheError."""
+    """The default folder of the database: EDGELM_HOME/responses. Raises: CacheError."""
     return own_folder(home() / FOLDER_NAME)
 
 
 def open_response_cache(wanted: bool | ResponseCacheSettings) -> ResponseCache | None:
-    """The cache that `load` was asked for; None for False. No file is opened and no server is called before it is used.
+    """The cache that `load` was asked for; None for False. Files and servers are opened at the first use.
 
     Raises: SettingsError, MissingExtraError.
     """

@@ -1,6 +1,6 @@
 """The SQLite file of the answers: opening, schema, versions, transactions, setting a damaged one aside.
 
-What is done with it is in `sqlite.py`. sqlite3 is imported late: some builds of Python come without it.
+`sqlite.py` has the queries. sqlite3 is imported late: some builds of Python come without it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ DEFAULT_DISK_BYTES = 256 * 2**20
 DEFAULT_DISK_ENTRIES = 100_000
 FOLDER_NAME = "responses"  # below EDGELM_HOME
 FILE_NAME = "responses.sqlite"
-# The log before the file: a new database must never find the log of an old one.
+# The order of deletion: the log before the file, since a new database must never find the log of an old one.
 _PARTS = (f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", FILE_NAME)
 _LOCK_NAME = "responses.lock"
 _ASIDE = ".corrupt-"
 _BUSY_S = 2.0
 _LOG_BYTES = 4 * 2**20
-# SQLite has error codes for damage, but not for tables that are gone, text that is none, and a header out of range.
+# SQLite has error codes for damage, but not for missing tables, invalid text and a header out of range.
 _DAMAGE = ("no such", "decode", "unsupported file format")
 _VERSION_OFFSET = 60  # of PRAGMA user_version in the file's header, 4 bytes, big-endian
 
-# used: a number that grows with every use, so that recency needs no clock; state.entries: kept by triggers, since
-# counting rows reads them all; the budgets: of whoever set them last, for all processes.
+# used: a number that grows with every use, so recency needs no clock. state.entries: kept by triggers, since counting
+# rows reads them all. Budgets: the values that were set last, for all processes.
 _SCHEMA = (
     "CREATE TABLE answers (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, created REAL NOT NULL,"
     " used INTEGER NOT NULL, uses INTEGER NOT NULL, value BLOB NOT NULL)",
@@ -69,8 +69,8 @@ class Database:
     """An open connection, and which file it is. Not safe between threads: `sqlite.SqliteStore` holds a lock."""
 
     def __init__(self, folder: Path, *, rebuild: bool = True) -> None:
-        """Open the database of a folder, making what is missing. A damaged one is set aside, or, without rebuild,
-        refused.
+        """Open the database of a folder; create it if needed. A damaged one is set aside, or refused if `rebuild` is
+        False.
 
         Raises: CacheVersionError, the file untouched; CacheCorruptError; CacheError, if the system refuses.
         """
@@ -94,8 +94,8 @@ class Database:
                     self._open()
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Only one process at a time makes, converts or sets aside a database: SQLite's own locks do not cover
-        renaming, and a second conversion to the write-ahead log is answered with an error instead of waiting."""
+        """A lock between processes for creating, converting and setting aside a database. SQLite's own locks do not
+        cover renaming, and a second conversion to the write-ahead log fails instead of waiting."""
         return locked(self.path.with_name(_LOCK_NAME), _BUSY_S)
 
     def _open(self) -> None:
@@ -114,8 +114,8 @@ class Database:
 
     def _prepare(self) -> None:
         execute = self.connection.execute
-        execute("PRAGMA auto_vacuum = INCREMENTAL")  # works before the first table only
-        execute("PRAGMA journal_mode = WAL")  # stays as it is on file systems that cannot
+        execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only before the first table
+        execute("PRAGMA journal_mode = WAL")  # no effect on file systems that cannot do it
         # A killed process loses nothing with NORMAL; a power cut may lose the last answers, and damages nothing.
         execute("PRAGMA synchronous = NORMAL")
         execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
@@ -141,7 +141,7 @@ class Database:
                 self.connection.execute("ROLLBACK")
 
     def pages(self) -> tuple[int, int, int]:
-        """Pages of the file, those of them that are free, bytes of a page; as this transaction sees them."""
+        """Pages of the file, free pages among them, bytes of a page; as this transaction sees them."""
         execute = self.connection.execute
         count, free, size = (
             execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -149,14 +149,14 @@ class Database:
         return count, free, size
 
     def free_pages(self, most: int) -> None:
-        """Cut free pages off the file, so many at most."""
+        """Shrink the file by at most so many free pages."""
         _, free, _ = self.pages()
         for _ in range(min(most, free)):
-            # Python's sqlite3 takes one step of this statement, which is one page, whatever number it is given.
+            # Python's sqlite3 runs one step of this statement, which is one page, whatever number is given.
             self.connection.execute("PRAGMA incremental_vacuum(1)")
 
     def moved(self) -> bool:
-        """Whether the path leads elsewhere than when it was opened: deleted, replaced, or its disk is gone."""
+        """Whether the path no longer leads to the open file: deleted, replaced, or its disk is gone."""
         try:
             return _identity(self.path) != self._identity
         except FileNotFoundError:
@@ -171,7 +171,7 @@ class Database:
         import sqlite3
 
         with mapped_errors(self.path), self._alone():
-            moved = self.moved()  # asked before closing: until then nobody else can get this file's number
+            moved = self.moved()  # before closing: until then no other file can get this inode
             with contextlib.suppress(sqlite3.Error):
                 self.connection.close()
             if not moved:
@@ -189,7 +189,7 @@ class Database:
 
 
 def delete_database(folder: Path) -> None:
-    """Delete the database of a folder, and those that were set aside. Who has it open must look whether it `moved`.
+    """Delete the database of a folder, and those that were set aside. Open connections must check `moved`.
 
     Raises: OSError; CacheVersionError, nothing deleted.
     """
@@ -211,7 +211,7 @@ def _delete_set_aside(folder: Path) -> None:
 
 @contextlib.contextmanager
 def mapped_errors(path: Path) -> Iterator[None]:
-    """sqlite3's and the system's errors become CacheError, those that mean damage CacheCorruptError."""
+    """Map errors of sqlite3 and of the system to CacheError, and those that mean damage to CacheCorruptError."""
     try:
         import sqlite3
     except ImportError as error:
@@ -222,7 +222,7 @@ def mapped_errors(path: Path) -> Iterator[None]:
         if any(words in str(error) for words in _DAMAGE):
             raise CacheCorruptError(f"{path} is damaged ({error})") from error
         raise CacheError(f"{path} cannot be used ({error}): check its folder and disk") from error
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes damaged text
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter when a message quotes damaged text
         raise CacheCorruptError(f"{path} is damaged ({error})") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be used ({error}): check its folder and disk") from error
@@ -231,7 +231,7 @@ def mapped_errors(path: Path) -> Iterator[None]:
 
 
 def _refuse_newer(path: Path) -> None:
-    """Look at the version before SQLite touches the file."""
+    """Read the version before SQLite touches the file. Raises: CacheVersionError."""
     with open_regular(path) as file:
         head = file.read(_VERSION_OFFSET + 4)
     if head.startswith(b"SQLite format 3\0"):

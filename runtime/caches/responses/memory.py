@@ -1,4 +1,4 @@
-"""Answers in this process's memory: least recently or least frequently used ones go first, within two budgets."""
+"""Answers in this process's memory, within two budgets. The least recently or least often used are evicted first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Recency:
 
 
 class _Frequency:
-    """The least often used key first, among equals the least recently used. O(1), `victim` O(distinct counts)."""
+    """The least often used key first, among equals the least recently used. O(1); `victim` is O(distinct counts)."""
 
     def __init__(self) -> None:
         self._uses: dict[str, int] = {}
@@ -80,15 +80,15 @@ _ORDERS: dict[Policy, type[_Recency] | type[_Frequency]] = {"lru": _Recency, "lf
 @dataclass(frozen=True)
 class _Entry:
     answer: CachedAnswer
-    deadline: float  # of the monotonic clock, so that an answer's life here is not lengthened by a clock set back
+    deadline: float  # by the monotonic clock, which cannot be set back
 
 
 class MemoryStore:
     """Answers within a budget of estimated bytes and one of entries.
 
-    Atomic: every method, under one lock that is held for dictionary work only. Between threads: safe. Between
-    processes: nothing is shared; a forked child starts empty. Cost: O(1), `put` O(evicted).
-    Raises: nothing, except `check`.
+    Atomic: every method, under one lock that is held only for dictionary operations. Between threads: safe. Between
+    processes: nothing is shared; a forked child starts empty. Cost: O(1), `put` O(evicted). Raises: nothing, except
+    `check`.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class MemoryStore:
         self.get(key)
 
     def put(self, key: str, answer: CachedAnswer) -> None:
-        """Store an answer, evicting others first. One that is larger than the budget or expired is not stored, and
-        the one that was under its key is gone."""
+        """Store an answer, evicting others first. The old one under this key is removed in any case, also if the new
+        one is not stored because it is expired or larger than the budget."""
         with self._lock:
             self._drop(key)
             size, now = answer.size(), self._clock.wall()
@@ -144,7 +144,7 @@ class MemoryStore:
             self._forget()
 
     def stats(self) -> StoreStats:
-        """Entries and estimated bytes, expired answers that nobody asked for since among them."""
+        """Entries and estimated bytes, including expired answers that nobody asked for since."""
         with self._lock:
             return StoreStats(len(self._entries), self._bytes, self._max_entries, self._max_bytes)
 
@@ -160,10 +160,10 @@ class MemoryStore:
                 raise CacheCorruptError(f"{len(self._entries)} entries in memory, at most {self._max_entries}")
 
     def close(self) -> None:
-        """Nothing is to be freed."""
+        """There is nothing to free."""
 
     def after_fork(self) -> None:
-        """A thread that held the lock is not in the child, and may have left half of its work."""
+        """Start empty in a child: the thread that held the lock may have been in the middle of a change."""
         self._lock = threading.Lock()
         self._forget()
 
@@ -173,7 +173,7 @@ class MemoryStore:
         self._bytes = 0
 
     def _expired(self, entry: _Entry) -> bool:
-        # The wall clock as well: the monotonic one stands still while a laptop sleeps.
+        # Check the wall clock too: the monotonic one stands still while a laptop sleeps.
         return self._clock.monotonic() >= entry.deadline or entry.answer.expired(self._ttl_s, self._clock.wall())
 
     def _drop(self, key: str) -> None:

@@ -1,7 +1,7 @@
 """Answers on a Redis server, for machines that share them. Needs the extra `redis`; connects at the first use.
 
-Keys are `edgelm:response:1:` and the answer's key; no other key of the server is read or removed. The server's own
-settings bound the memory: `maxmemory` and a `maxmemory-policy` such as `allkeys-lru` or `volatile-lfu`.
+Keys are `edgelm:response:1:` and the answer's key; no other key of the server is read or removed. The budget is the
+server's own setting: `maxmemory` and a `maxmemory-policy` such as `allkeys-lru` or `volatile-lfu`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 class RedisStore:
     """Answers behind a URL of redis-py: redis://, rediss:// (TLS) or unix://.
 
-    Atomic: `get` and `put`, each one command of the server; `clear`, `stats` and `check` are not, and see some of what
-    others do meanwhile. Between threads, processes and machines: safe. Whoever may write to the server may give
-    answers to all its users: a checksum finds damage, not intent.
-    Raises: CacheError, where the server refuses, or does not answer within a second, twice.
+    Atomic: `get` and `put`, each one command of the server. `clear`, `stats` and `check` are not atomic. Between
+    threads, processes and machines: safe. Anyone who may write to the server can plant answers for all its users: a
+    checksum finds damage, not intent. Raises: CacheError, if the server refuses, or twice does not answer within a
+    second.
     """
 
     def __init__(self, url: str, *, ttl_s: float | None = None, clock: Clock | None = None) -> None:
@@ -46,7 +46,7 @@ class RedisStore:
             raise MissingExtraError("a response cache on a Redis server", "redis") from error
         self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._ttl_s, self._clock = ttl_s, clock or Clock()
-        # The URL may hold a password, so messages show the place alone.
+        # The URL may hold a password, so messages show only host and port.
         self._place = _place(url)
         try:
             self._client: Any = redis.Redis.from_url(
@@ -54,7 +54,7 @@ class RedisStore:
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,
                 decode_responses=False,
-                retry=Retry(NoBackoff(), 1),  # once: for a connection that the server closed meanwhile
+                retry=Retry(NoBackoff(), 1),  # one retry, for a connection that the server closed meanwhile
             )
         except ValueError as error:
             raise SettingsError(
@@ -77,7 +77,7 @@ class RedisStore:
         return None if answer.expired(self._ttl_s, self._clock.wall()) else answer
 
     def touch(self, key: str) -> None:
-        """Does nothing: the server counts what is read from it, and a round trip would cost more than it is worth."""
+        """Do nothing: the server counts reads itself, and a round trip costs more than it is worth."""
 
     def put(self, key: str, answer: CachedAnswer) -> None:
         """Store an answer; the server removes it after ttl_s. Cost: one round trip."""

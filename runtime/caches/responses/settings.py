@@ -14,13 +14,14 @@ from .memory import DEFAULT_MEMORY_BYTES, DEFAULT_MEMORY_ENTRIES
 from .store import Policy
 
 _LEAST_DISK_BYTES = 2**20
-# 30,000 years, in milliseconds well within what a Redis server counts.
+# 30,000 years, which fits a Redis server's milliseconds.
 _LONGEST_TTL_S = 1e12
 
 
 @dataclass(frozen=True)
 class ResponseCacheSettings:
-    """How answers are kept. `load(..., response_cache=True)` means these defaults, or what `edgelm cache budget` set.
+    """Settings of the response cache. `load(..., response_cache=True)` means these defaults, or what `edgelm cache
+    budget` set.
 
     memory_bytes, memory_entries: budgets in memory (estimated bytes). disk: keep them in a database as well, across
     restarts and for all processes of this user. disk_bytes (of the file, 1 MiB or more), disk_entries: its budgets.

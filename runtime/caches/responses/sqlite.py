@@ -1,7 +1,7 @@
 """Answers on the disk, in one SQLite file that any number of threads and processes share.
 
-A hit only reads: uses are noted in memory and written with the next `put`, the next `close`, or when many wait. What a
-killed process loses is the recency of its last hits.
+A hit only reads. Uses are noted in memory and written with the next `put` or `close`, or when many wait. A killed
+process loses only the recency of its last hits.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     import sqlite3
 
 _WAITING_USES = 256
-# Pages beyond its own content that storing an answer takes at most, nearly always: splits in a table and four indexes.
+# Extra pages that storing an answer nearly always stays below: page splits in a table and four indexes.
 _MARGIN_PAGES = 8
-# An answer that takes more than this part of the budget would push out too many others.
+# An answer larger than this part of the budget would evict too many others.
 _LARGEST_PART = 4
 
 _VICTIMS: dict[Policy, str] = {"lru": "used", "lfu": "uses, used"}
 
 T = TypeVar("T")
 
-# Connections that forked children got from their parents. SQLite wants them neither used nor closed there.
+# Connections that forked children inherited. SQLite allows a child neither to use nor to close them.
 _inherited: list[Database] = []
 
 
@@ -44,7 +44,7 @@ class SqliteStore:
     Atomic: every method; `get` is one read, `put` one transaction. Between threads: safe, one at a time. Between
     processes: safe; readers never wait, writers wait for each other up to 2 s; a forked child opens its own connection.
     A `kill -9` at any moment loses no answer whose `put` returned; a power cut may lose the last ones. Budgets hold in
-    the file, whoever writes and after a restart; who set them last set them for all processes.
+    the file, for all processes and after a restart; the last values that were set apply.
     Raises: CacheVersionError for the file of a newer edgelm, which stays untouched; CacheError, where the system
     refuses or another process holds the file for longer than 2 s. A damaged file is set aside with a warning in the
     log, and the method is done with a new one.
@@ -61,8 +61,8 @@ class SqliteStore:
     ) -> None:
         """Nothing is opened before the first use. budget: None keeps the one that is in the file.
 
-        ttl_s: seconds that an answer lives by the wall clock; None: for ever. A clock that is set back makes answers
-        from its future expire; one set forward, all that are older by then.
+        ttl_s: seconds that an answer lives by the wall clock; None: for ever. If the clock is set back, answers from
+        its future expire; if it is set forward, answers expire early.
         """
         self._folder, self._budget = folder, budget
         self._ttl_s, self._policy, self._clock = ttl_s, policy, clock or Clock()
@@ -73,25 +73,26 @@ class SqliteStore:
         watch_forks(self)
 
     def get(self, key: str) -> CachedAnswer | None:
-        """The answer, which counts as used, or None. Cost: one indexed read; a small write at every 256th hit."""
+        """The answer or None; counts a use. Cost: one indexed read; a small write at every 256th hit."""
         return self._run(lambda database: self._get(database, key))
 
     def touch(self, key: str) -> None:
-        """Count a use without reading. Cost: a dictionary's; a small write at every 256th."""
+        """Count a use without reading. Cost: a dictionary operation; a small write at every 256th use."""
         self._run(lambda database: self._note(database, key))
 
     def put(self, key: str, answer: CachedAnswer) -> None:
-        """Store an answer; expired ones, and as many victims as the budgets want, go in the same transaction.
+        """Store an answer, and evict expired and old ones in the same transaction.
 
-        Larger than a quarter of the byte budget, it is not stored. Cost: one write, and one for each victim.
+        An answer larger than a quarter of the byte budget is not stored. Cost: one write, and one for each evicted
+        answer.
         """
         self._run(lambda database: self._put(database, key, answer))
 
     def clear(self) -> None:
-        """Delete the database and what was set aside. Works on a full disk. Cost: a few files'.
+        """Delete the database and those that were set aside. Works on a full disk. Cost: deleting a few files.
 
-        Other processes notice at their next request, and make a new one; what they hold in memory stays there. Raises:
-        CacheError also where the system does not delete open files (Windows).
+        Other processes notice at their next request and make a new one; their memory caches stay. Raises: CacheError,
+        also on Windows while another process has the file open.
         """
         with self._lock, mapped_errors(self._folder / FILE_NAME):
             database, self._database = self._database, None
@@ -123,7 +124,7 @@ class SqliteStore:
                     self._write(database, lambda _: None)
 
     def after_fork(self) -> None:
-        """Start without a connection, and without what another thread left half done."""
+        """Start a child without a connection, and without what another thread left half done."""
         self._lock = threading.Lock()
         self._waiting = {}
         if self._database is not None:
@@ -133,7 +134,7 @@ class SqliteStore:
     # ---- the connection. From here on the lock is held.
 
     def _run(self, operation: Callable[[Database], T]) -> T:
-        """Do something with the database. Where that finds it damaged, it is set aside and a new one is asked."""
+        """Run an operation. If it finds the database damaged, set that aside and run it on a new one."""
         with self._lock:
             try:
                 with mapped_errors(self._folder / FILE_NAME):
@@ -146,7 +147,7 @@ class SqliteStore:
                 return operation(self._current())
 
     def _current(self, *, rebuild: bool = True) -> Database:
-        """The database, opened if it is not, or if its path leads to another file by now."""
+        """The open database; opened anew if its path leads to another file by now."""
         if self._database is not None and self._database.moved():
             self._database.close()
             self._database = None
@@ -159,14 +160,14 @@ class SqliteStore:
         return self._database
 
     def _set_budget(self, database: Database) -> None:
-        """In small steps where it is lowered: a single transaction would need the log to hold half of the file."""
+        """Lower a budget in small steps: a single transaction could fill the log with half of the file."""
         if self._budget is None:
             return
         wanted = (self._budget.max_entries, self._budget.max_bytes)
         while (budget := budget_state(database)[1:]) != wanted:
             now = stats_of(database)
             step = (max(wanted[0], now.entries * 9 // 10), max(wanted[1], now.bytes * 9 // 10))
-            # The file may be unable to shrink: a dozen pages are the least.
+            # The file may be unable to shrink further: a dozen pages are the minimum.
             self._write(database, functools.partial(write_budget, step=wanted if step == budget else step))
 
     # ---- what the methods do
@@ -182,7 +183,7 @@ class SqliteStore:
         return answer
 
     def _note(self, database: Database, key: str) -> None:
-        """Remember a use; the last one goes to the end, so that the order of the uses is kept."""
+        """Remember a use; the last one moves to the end, so that the order of uses is kept."""
         self._waiting[key] = self._waiting.pop(key, 0) + 1
         if len(self._waiting) < _WAITING_USES:
             return
@@ -214,7 +215,8 @@ class SqliteStore:
         self._write(database, insert)
 
     def _write(self, database: Database, change: Callable[[sqlite3.Connection], object]) -> None:
-        """A transaction: uses that wait, expired answers, the change, and then the byte budget holds."""
+        """One transaction: write the noted uses, delete expired answers, make the change, evict down to the byte
+        budget."""
         with database.transaction() as connection:
             used = next_use(connection)
             connection.executemany(
@@ -232,7 +234,7 @@ class SqliteStore:
         self._waiting.clear()
 
     def _evict(self, database: Database, more_entries: int, more_pages: int) -> None:
-        """Delete victims until so many entries and pages more fit into the budgets, or nothing is left."""
+        """Evict until so many entries and pages more fit into the budgets, or nothing is left."""
         while True:
             entries, max_entries, max_bytes = budget_state(database)
             count, free, page = database.pages()

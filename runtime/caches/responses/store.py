@@ -12,7 +12,7 @@ Policy = Literal["lru", "lfu"]
 
 @dataclass(frozen=True)
 class StoreStats:
-    """entries: answers held; bytes: what they take; the budgets, or None where somebody else sets them."""
+    """entries: number of answers; bytes: their size; the budgets, None where the server sets them."""
 
     entries: int
     bytes: int
@@ -30,11 +30,12 @@ class AnswerStore(Protocol):
         """The answer that was stored under this very key, or None. Counts as a use."""
 
     def touch(self, key: str) -> None:
-        """Count a use of an answer that a faster store gave. Never slow: the store may note it later, or not at all."""
+        """Count a use of an answer that a faster store returned. Always fast: a store may note it later, or not at
+        all."""
 
     def put(self, key: str, answer: CachedAnswer) -> None:
-        """Store an answer in place of the one that was there, evicting others until the budgets hold. An answer that
-        the budgets cannot hold is not stored."""
+        """Store an answer, replacing an old one, and evict others until the budgets hold. An answer that exceeds the
+        budgets by itself is not stored."""
 
     def clear(self) -> None:
         """Forget all answers."""

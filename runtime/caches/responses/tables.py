@@ -1,4 +1,4 @@
-"""The tables of an open answers' database: their counters, what the counters must say, and what a check looks for."""
+"""The tables of an open database of answers: counters, budgets, and the check of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .store import StoreStats
 if TYPE_CHECKING:
     import sqlite3
 
-# Counters beyond this come from damage; below it, nothing that is added to them overflows SQLite's integers.
+# A larger counter means damage. Below this, additions cannot overflow SQLite's integers.
 _LARGEST_NUMBER = 2**60
 
 
@@ -39,7 +39,7 @@ def next_use(connection: sqlite3.Connection) -> int:
 
 
 def cut_file(database: Database) -> None:
-    """Give free pages back where the file is larger than its budget. Moves pages, so it is not done without need."""
+    """Shrink the file while it is larger than its budget. This moves pages, so it is done only when needed."""
     count, _, page = database.pages()
     database.free_pages(count - budget_state(database)[2] // page)
 

@@ -1,1 +1,1 @@
-"""OpenAI's endpoints: their fields, what they ask of an engine, and the answers' shapes."""
+"""OpenAI's endpoints: the fields of requests, their translation for an engine, and the form of answers."""

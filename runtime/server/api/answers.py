@@ -1,4 +1,4 @@
-"""From chunks of an engine to what a choice holds: parts of text and calls, the reason of its end, what it cost."""
+"""From an engine's chunks to the contents of a choice: parts of text, calls, the finish reason, usage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...results import Chunk, FinishReason, Stats
 if TYPE_CHECKING:
     from ...serving.asynchronous import ChunkStream
 
-# On the wire there are OpenAI's reasons only.
+# Only OpenAI's finish reasons are sent.
 _REASONS: dict[FinishReason, str] = {
     "stop": "stop",
     "length": "length",
@@ -21,7 +21,7 @@ _REASONS: dict[FinishReason, str] = {
 
 
 def wire_reason(reason: FinishReason, called: bool = False) -> str:
-    """Why a choice ended, in OpenAI's words. called: it holds calls."""
+    """A choice's finish reason, by OpenAI's names. called: whether it holds calls."""
     return "tool_calls" if called and reason == "stop" else _REASONS[reason]
 
 
@@ -55,7 +55,7 @@ async def merged(streams: Sequence[ChunkStream]) -> AsyncGenerator[tuple[int, Ch
             left -= 1
             for task in tasks:
                 if task.done():
-                    task.result()  # raises what ended it
+                    task.result()  # raises the error that ended it
     finally:
         for task in tasks:
             task.cancel()
@@ -63,7 +63,7 @@ async def merged(streams: Sequence[ChunkStream]) -> AsyncGenerator[tuple[int, Ch
 
 
 def usage_of(stats: Sequence[Stats], choices: int) -> dict[str, Any]:
-    """OpenAI's `usage`. stats: of all answers; choices: answers for each prompt, which counts once for them."""
+    """OpenAI's `usage`. stats: of all answers; choices: answers for each prompt; each prompt is counted once."""
     prompts = stats[::choices]
     prompt, generated = sum(item.prompt_tokens for item in prompts), sum(item.generated_tokens for item in stats)
     return {
@@ -75,7 +75,7 @@ def usage_of(stats: Sequence[Stats], choices: int) -> dict[str, Any]:
 
 
 def timings_of(stats: Stats) -> dict[str, Any]:
-    """An answer's figures under llama.cpp's names. Beside OpenAI's fields; clients that do not know it leave it."""
+    """An answer's figures under llama.cpp's names, in a field besides OpenAI's, which other clients ignore."""
     return {
         "cache_n": stats.reused_tokens,
         "prompt_n": stats.prompt_tokens - stats.reused_tokens,

@@ -1,7 +1,8 @@
-"""The arguments of earlier calls as a chat template takes them: as an object, or as the text of one.
+"""The arguments of earlier calls in the form that a chat template takes: an object, or its JSON text.
 
-OpenAI's messages have them as text. Most templates write `arguments | tojson`, or go through the items, so they need an
-object; some join texts, and would fail with one or show how Python writes it. So it is tried what a template does.
+OpenAI's messages have text. Most templates write `arguments | tojson`, or iterate over the items, so they need an
+object. Some join texts: they would fail with an object, or show its Python repr. So both forms are tried on the
+template.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _JSON = '"edgelm_probe"'
 
 
 def as_template_takes_them(lease: Lease, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose calls have objects for arguments, or, where the template wants these, texts. Cost where there are
-    calls: one or two short conversations are rendered."""
+    """Messages whose calls have objects as arguments, or texts if the template needs those. Cost, if there are calls:
+    rendering one or two short conversations."""
     if not any(message.get("tool_calls") for message in messages) or not _takes_texts(lease):
         return list(messages)
     return [_with_texts(message) for message in messages]
 
 
 def _takes_texts(lease: Lease) -> bool:
-    """Whether a template shows arguments that are a text, and none that are an object."""
+    """Whether a template shows arguments given as text, and not those given as an object."""
     shown = _shown(lease, _PROBE)
     if shown is not None and _PYTHONS not in shown:
         return False
@@ -35,7 +36,7 @@ def _takes_texts(lease: Lease) -> bool:
 
 
 def _shown(lease: Lease, arguments: Any) -> str | None:
-    """The prompt of a conversation with a call, or None where the template refuses it."""
+    """The prompt of a conversation with a call, or None if the template refuses it."""
     call = {"id": "edgelm001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: what a body asks for, and its answer whole or in chunks."""
+"""`POST /v1/chat/completions`: reading the body, and the answer as a whole or in chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .prompting import ChatPrompt, Reading, options_of, render
 from .sampling import chat_logprobs, count_of, max_tokens_of, settings_of, streaming_of, structure_of
 from .work import Work, error_event, new_id, respond, with_room
 
-# What asks for something that is not there, and what to do instead.
+# Fields that ask for something this server does not have, and what to do instead.
 _REFUSED = {
     "store": "nothing is kept here; leave it out",
     "audio": "answers are text; leave it out",
@@ -40,7 +40,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A body that was checked, before it meets a model."""
+    """A checked body. It knows nothing of the model yet."""
 
     model: str | None
     prompt: ChatPrompt
@@ -52,7 +52,7 @@ class ChatRequest:
 
 
 def read_chat(fields: Fields, limits: ServerSettings) -> ChatRequest:
-    """What a body asks for. Raises: ApiError; SettingsError."""
+    """Read and check a body. Raises: ApiError; SettingsError."""
     fields.refuse(_REFUSED)
     if any(item != "text" for item in fields.items("modalities") or []):
         raise invalid("modalities must be ['text']: answers are text", "modalities", "unsupported_parameter")
@@ -127,7 +127,7 @@ class ChatAnswer:
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Chunks: the role, what comes, the reason of the end, the usage where it was asked for."""
+        """Chunks: the role, the deltas, the finish reason, and the usage if it was asked for."""
         for index in range(self.work.count):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, chunk in self.work.chunks():
@@ -141,7 +141,7 @@ class ChatAnswer:
         yield DONE
 
     def failure(self, body: dict[str, Any]) -> bytes:
-        """An error in the middle."""
+        """An error in the middle of a stream."""
         return error_event(body)
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class _Choice:
         self._finished: FinishReason | None = None
 
     def add(self, chunk: Chunk) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-        """The deltas that a chunk completes, each with its log-probabilities."""
+        """The deltas of a chunk, each with its log-probabilities."""
         parts = self._parser.add(chunk.text)
         if chunk.finish_reason is not None:
             self._finished = chunk.finish_reason
@@ -197,12 +197,12 @@ class _Choice:
 
     @property
     def reason(self) -> str:
-        """Why it ended, in OpenAI's words."""
+        """The finish reason, by OpenAI's names."""
         assert self._finished is not None, "the last chunk of an answer has the reason"
         return wire_reason(self._finished, bool(self._calls))
 
     def message(self) -> dict[str, Any]:
-        """The whole choice but its index."""
+        """The whole choice except its index."""
         message: dict[str, Any] = {"role": "assistant", "content": self._texts["content"], "refusal": None}
         if self._texts["reasoning"]:
             message["reasoning_content"] = self._texts["reasoning"]

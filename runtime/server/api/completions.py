@@ -33,7 +33,7 @@ _REFUSED = {"suffix": "the model continues a text and fills no gap"}
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A body that was checked, before it meets a model."""
+    """A checked body. It knows nothing of the model yet."""
 
     model: str | None
     prompts: list[str | list[int]]
@@ -46,7 +46,7 @@ class CompletionRequest:
 
 
 def read_completion(fields: Fields, limits: ServerSettings) -> CompletionRequest:
-    """What a body asks for. Raises: ApiError; SettingsError."""
+    """Read and check a body. Raises: ApiError; SettingsError."""
     fields.refuse(_REFUSED)
     choices, logprobs = count_of(fields, limits.max_choices), fields.whole("logprobs", 0, _MAX_LOGPROBS)
     if (fields.whole("best_of", 1) or choices) > choices:
@@ -92,7 +92,7 @@ class CompletionAnswer:
         self.work = Work(lease, ids, asked.settings, asked.choices, context)
         self._asked = asked
         self._id = new_id("cmpl-")
-        # What stands in front of the answer's own text.
+        # The text in front of the answer: the prompt if it is echoed.
         echoed = [lease.engine.tokenizer.decode(tokens) if asked.echo else "" for tokens in ids]
         self._echoed = [text for text in echoed for _ in range(asked.choices)]
         self._lengths = [len(text) for text in self._echoed]
@@ -107,7 +107,7 @@ class CompletionAnswer:
         return {**self._head(), "choices": choices, "usage": self.work.usage(), "timings": timings}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Chunks: the prompt where it is to be echoed, what comes, the usage where it was asked for."""
+        """Chunks: the prompt if it is echoed, the texts, and the usage if it was asked for."""
         usage = {"usage": None} if self._asked.include_usage else {}
         for index, text in enumerate(self._echoed):
             if text:
@@ -120,7 +120,7 @@ class CompletionAnswer:
         yield DONE
 
     def failure(self, body: dict[str, Any]) -> bytes:
-        """An error in the middle."""
+        """An error in the middle of a stream."""
         return error_event(body)
 
     def _head(self) -> dict[str, Any]:

@@ -41,5 +41,5 @@ def _entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, Any]:
 
 
 def _text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; of one that adds none to a text, such as an end, how the vocabulary writes it."""
+    """A token's text. For a token without text, such as an end token: its name in the vocabulary."""
     return tokenizer.token_bytes(token).decode("utf-8", "replace") or tokenizer.token(token)

@@ -1,4 +1,4 @@
-"""A chat's messages: checked, and brought from OpenAI's form to the one that chat templates take."""
+"""Check a chat's messages, and convert them from OpenAI's form to the one that chat templates take."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _message(item: Fields) -> dict[str, Any]:
 
 
 def content_of(item: Fields, field: str) -> str | list[dict[str, str]] | None:
-    """A content: a text, or a list of text parts. Raises: ApiError for images, sound and files."""
+    """The content of a message: a text, or a list of text parts. Raises: ApiError for images, sound and files."""
     value = item.values.get(field)
     if value is None or isinstance(value, str):
         return value
@@ -83,7 +83,7 @@ def _call(call: Fields) -> dict[str, Any]:
 
 
 def arguments_of(function: Fields) -> dict[str, Any]:
-    """The arguments as an object, which templates take; the wire has them as text. Raises: ApiError."""
+    """The arguments as an object, from the JSON text in the request. Raises: ApiError."""
     text = function.values.get("arguments")
     try:
         value = json.loads(text or "{}") if isinstance(text, str | None) else text
@@ -100,7 +100,7 @@ def arguments_of(function: Fields) -> dict[str, Any]:
 def without_template_calls(
     messages: Sequence[dict[str, Any]], tools: Tools | None, form: CallFormat
 ) -> list[dict[str, Any]]:
-    """Messages for a template that knows no tools: a system message describes them, calls and results are texts."""
+    """Messages for a template without tools: a system message describes the tools; calls and results become texts."""
     told = [_as_text(message, form) for message in messages]
     if tools is None:
         return told

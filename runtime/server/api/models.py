@@ -1,4 +1,4 @@
-"""`GET /v1/models`, `/health`, `/metrics`: what the server has and how it is."""
+"""`GET /v1/models`, `/health`, `/metrics`: the models and the state of the server."""
 
 from __future__ import annotations
 

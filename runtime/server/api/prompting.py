@@ -1,4 +1,4 @@
-"""Messages to token ids by a model's chat template, and how its answer is to be read: calls, thoughts."""
+"""Messages to token ids by a model's chat template, and how to read calls and thoughts in the answer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from .call_arguments import as_template_takes_them
 from .messages import without_template_calls
 
 _THINK = "<think>"
-# So many tokens at the end of a prompt may stand behind the mark that opens a thought: blanks.
+# Tokens at the end of a prompt to search for the mark that opens a thought; blanks may follow it.
 _TAIL = 4
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages and what the template is told beside them. options: keywords of `Engine.encode`; effort: how
-    much the model should think, for templates that can say so; structured: the answer follows a schema, so it holds no
-    calls."""
+    """Messages, and the template's other inputs. options: keywords of `Engine.encode`; effort: how much the model
+    should think, for templates with such a variable; structured: the answer follows a schema, so it holds no calls."""
 
     messages: list[dict[str, Any]]
     tools: Tools | None = None
@@ -37,7 +36,7 @@ class ChatPrompt:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read the answers to a prompt. settings: what they need beside the request's own."""
+    """How to read the answers to a prompt. settings: generation settings that this needs, besides the request's own."""
 
     form: CallFormat | None
     names: frozenset[str]
@@ -46,12 +45,12 @@ class Reading:
     settings: dict[str, Any]
 
     def parser(self) -> AnswerParser:
-        """For one answer."""
+        """A parser for one answer."""
         return AnswerParser(self.form, self.names, thinks=self.thinks, begun=self.begun)
 
 
 def options_of(fields: Fields) -> dict[str, Any]:
-    """What the template is told beside messages and tools. Raises: ApiError."""
+    """The template's inputs besides messages and tools. Raises: ApiError."""
     options: dict[str, Any] = {}
     variables = fields.inner("chat_template_kwargs")
     if variables is not None:

@@ -14,7 +14,7 @@ from .logprobs import chat_entries
 from .prompting import Reading
 from .work import Work, new_id
 
-# Fields of the request that a response repeats, with their values where the request has none.
+# Fields of the request that a response repeats, with their defaults.
 _REPEATED: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,
@@ -56,7 +56,7 @@ class ResponseAnswer:
         return self._response(self._status())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Created, in progress, the items as they grow, and the whole response once more."""
+        """The events: created, in progress, the growing items, and at the end the whole response."""
         for name in ("response.created", "response.in_progress"):
             yield self._event(name, {"response": self._response("in_progress")})
         async for _, chunk in self.work.chunks():
@@ -66,7 +66,7 @@ class ResponseAnswer:
         yield self._event(f"response.{status}", {"response": self._response(status)})
 
     def failure(self, body: dict[str, Any]) -> bytes:
-        """An error in the middle: the response has failed."""
+        """An error in the middle of a stream: the event that the response failed."""
         error = {"code": "server_error", "message": body["error"]["message"]}
         return self._event("response.failed", {"response": {**self._response("failed"), "error": error}})
 

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: what a body asks for, brought to a chat's form. Nothing is kept between requests."""
+"""`POST /v1/responses`: reading the body as a chat request. Nothing is kept between requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROLES = ("system", "developer", "user", "assistant")
 
 
 def read_response(fields: Fields, limits: ServerSettings) -> ChatRequest:
-    """What a body asks for. Raises: ApiError; SettingsError."""
+    """Read and check a body. Raises: ApiError; SettingsError."""
     fields.refuse(_REFUSED)
     if fields.choice("truncation", ("auto", "disabled")) == "auto":
         raise unsupported("truncation", "no message is dropped; shorten the input, or send 'disabled'")
@@ -108,5 +108,5 @@ def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
         output = item.values.get("output")
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages.append({"role": "tool", "tool_call_id": item.needed_text("call_id"), "content": text})
-    elif kind != "reasoning":  # what the model thought before, which templates leave out
+    elif kind != "reasoning":  # earlier thoughts of the model, which templates leave out
         raise unsupported(item.name("type"), f"there are messages and calls of functions, found {kind!r:.40}")

@@ -1,4 +1,4 @@
-"""The fields that say how to generate, common to chat, completions and responses, as `GenerationSettings`."""
+"""The generation fields that chat, completions and responses share, as `GenerationSettings`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..http.fields import Fields
 MAX_TOP_LOGPROBS = 20
 _SEEDS = 2**64
 _NO_LIMIT = 2**31
-# Of GenerationSettings under the same name, OpenAI's and ours.
+# Fields with the same name in GenerationSettings, both OpenAI's and ours.
 _NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "timeout")
 _DRAWING = ("top_p", "min_p")
 _OPENAI_TEMPERATURE = 1.0
 
 
 def settings_of(fields: Fields, max_tokens: int | None) -> GenerationSettings:
-    """What the body asks for, but log-probabilities and structure. max_tokens: as asked for, if it was.
+    """The body's settings, except log-probabilities and structure. max_tokens: the request's limit, None without one.
 
-    Without a temperature answers are greedy, except where something is asked for that needs one, which then is
-    OpenAI's. Raises: ApiError; SettingsError.
+    Without a temperature answers are greedy, unless another field needs one: then it is OpenAI's default. Raises:
+    ApiError; SettingsError.
     """
     given: dict[str, Any] = {"max_tokens": max_tokens or _NO_LIMIT}
     given |= {name: fields.number(name) for name in _NUMBERS if fields.given(name)}
@@ -70,7 +70,7 @@ def _drawing(fields: Fields) -> dict[str, Any]:
         temperature = _OPENAI_TEMPERATURE if narrow else 0.0
     if temperature < 0:
         raise invalid(f"temperature must be 0 or more, found {temperature:g}", "temperature", "invalid_value")
-    # The most likely token alone is left in either case, and the settings that narrow the draw have nothing to do.
+    # Either way only the most likely token is left, so settings that narrow the draw have no effect.
     if temperature == 0 or chosen.get("top_p") == 0:
         return {"temperature": 0.0}
     return {"temperature": temperature, **narrow}
@@ -103,7 +103,7 @@ def _token(bias: Fields, name: str) -> int:
 
 
 def chat_logprobs(fields: Fields) -> int | None:
-    """How many alternatives a chat asks for beside each token; None for no log-probabilities. Raises: ApiError."""
+    """The number of alternatives that a chat wants for each token; None for no log-probabilities. Raises: ApiError."""
     top = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if not fields.flag("logprobs"):
         if top is not None:
@@ -113,7 +113,7 @@ def chat_logprobs(fields: Fields) -> int | None:
 
 
 def streaming_of(fields: Fields) -> tuple[bool, bool]:
-    """Whether the answer is a stream, and whether that ends with the usage. Raises: ApiError."""
+    """Whether the answer is a stream, and whether the stream ends with the usage. Raises: ApiError."""
     stream, options = fields.flag("stream"), fields.inner("stream_options")
     if options is not None and not stream:
         raise invalid("stream_options needs stream: set it to true", "stream_options")

@@ -1,6 +1,6 @@
-"""What a request became: the answers of an engine that are under way for it, and how they are sent.
+"""The running answers of one request, and how they are sent.
 
-Every prompt is checked, rendered and compared with the context before the status of a stream is sent.
+All prompts are checked, rendered and compared with the context before a stream's status is sent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SEEDS = 2**64
 
 
 class Work:
-    """The answers to one request. Made in a thread, used on the event loop, once.
+    """The answers to one request. Make it in a thread, use it on the event loop, once.
 
     `stats` has an entry for each answer that has ended.
     """
@@ -62,12 +62,12 @@ class Work:
         ]
 
     async def close(self) -> None:
-        """End the answers that are under way. Calling it again does nothing."""
+        """Cancel the running answers. Calling it again does nothing."""
         for stream in self._streams:
             await stream.aclose()
 
     async def start(self) -> None:
-        """Let the answers be computed. Raises: EdgelmError for what only the engine can tell to be wrong."""
+        """Start computing the answers. Raises: EdgelmError for errors that only the engine can find."""
         for stream in self._streams:
             await stream.start()
 
@@ -95,13 +95,13 @@ class Work:
         return all(item.response_cache_hit for item in self.stats.values())
 
     def progress(self) -> str:
-        """What a silent stream says: tokens of the prompts that were read, and all of them."""
+        """The comment of a silent stream: how many of the prompts' tokens were read."""
         read, total = (sum(counts) for counts in zip(*(stream.progress for stream in self._streams), strict=True))
         return f"{read}/{total}"
 
 
 class Answer(Protocol):
-    """The shape in which an endpoint sends its work."""
+    """The form in which an endpoint sends its answers."""
 
     work: Work
 
@@ -118,8 +118,8 @@ class Answer(Protocol):
 async def respond(
     request: Request, context: ServerContext, lease: Lease, make: Callable[[], Answer], *, stream: bool, prompt: str
 ) -> Response | EventStream:
-    """Answer a request and release its model, in any case. make: checks what is asked and starts it, in a thread;
-    prompt: the field that the prompt came in. Raises: ApiError, ClientGoneError."""
+    """Answer a request, and release its model in any case. make: checks the request and starts its answers, in a
+    thread; prompt: the field that the prompt came in. Raises: ApiError, ClientGoneError."""
     async with AsyncExitStack() as held:
         held.callback(lease.release)
         try:
@@ -141,12 +141,12 @@ async def respond(
 
 
 def with_room(lease: Lease, ids: Sequence[int], asked: int | None, default: int | None) -> int:
-    """The most tokens of an answer: what was asked for, the server's default, or what the context leaves.
+    """The token limit of an answer: the request's, the server's default, or the rest of the context.
 
     Raises: ApiError, where prompt and answer do not fit.
     """
     context = lease.engine.bundle.manifest.model.context_length
-    room = context - len(ids) + 1  # the last token needs no place, since nothing follows it
+    room = context - len(ids) + 1  # the last token is never fed, so it needs no position
     if len(ids) > context or (asked is not None and asked > room):
         raise too_long(len(ids), asked, context)
     return asked if asked is not None else min(default or room, room)
@@ -163,7 +163,7 @@ def error_event(body: dict[str, Any]) -> bytes:
 
 
 def _seeded(settings: GenerationSettings, index: int) -> GenerationSettings:
-    """Settings whose draws differ from those of the other choices."""
+    """Settings with a seed of its own for each choice."""
     if settings.seed is None or settings.deterministic or not index:
         return settings
     return dataclasses.replace(settings, seed=(settings.seed + index) % _SEEDS)

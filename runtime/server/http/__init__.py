@@ -1,1 +1,1 @@
-"""The parts of HTTP that know no model: errors on the wire, reading bodies, who may call, streams."""
+"""The parts of the server that know no model: error responses, reading bodies, access control, streams."""

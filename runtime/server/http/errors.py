@@ -1,6 +1,6 @@
-"""Errors as OpenAI's clients read them: status, `{"error": {...}}`, headers. Maps edgelm's own to these.
+"""Errors in the form that OpenAI's clients read: status, `{"error": {...}}`, headers; edgelm's errors are mapped to it.
 
-No message holds a path of this machine: errors about bundles and files are logged, and the client is pointed there.
+No message contains a path of this machine: errors about bundles and files are logged, and the client is told so.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ...settings import GenerationSettings
 
 INVALID = "invalid_request_error"
 _SETTINGS = {item.name for item in dataclasses.fields(GenerationSettings)}
-# Settings that come in fields of other names.
+# Settings that have another name in requests.
 _WIRE_NAMES = {"lark": "tools", "json_schema": "response_format"}
 _log = logging.getLogger("edgelm.server")
 
 
 class ApiError(EdgelmError):
-    """An answer with a status of 400 or more. extra: fields beside OpenAI's four."""
+    """An error response with a status of 400 or more. extra: fields besides OpenAI's four."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ApiError(EdgelmError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code, **(extra or {})}}
 
     def response(self) -> JsonResponse:
-        """The error as a whole answer."""
+        """The error as a response."""
         return JsonResponse(self.body, self.status, self.headers)
 
 
@@ -74,12 +74,12 @@ def to_json(content: Any) -> bytes:
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Status 400 for a request that cannot be meant so."""
+    """Status 400 for an invalid request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, remedy: str) -> ApiError:
-    """Status 400 for something that OpenAI has and this server has not. Not 501, which clients would try again."""
+    """Status 400 for a feature that OpenAI has and this server lacks. Not 501, which clients would retry."""
     return ApiError(400, f"{param} is not supported: {remedy}", param=param, code="unsupported_parameter")
 
 
@@ -110,17 +110,17 @@ def busy(waiting: int, seconds: float) -> ApiError:
 
 
 def unavailable(message: str, code: str, seconds: int = 1) -> ApiError:
-    """Status 503 for what will be there soon."""
+    """Status 503 for something that will be available soon."""
     return ApiError(503, message, "unavailable_error", code=code, headers={"Retry-After": str(seconds)})
 
 
 def internal() -> ApiError:
-    """Status 500, with nothing of what happened: that is in the log."""
+    """Status 500 without details, which are in the log."""
     return ApiError(500, "the server failed: its log says why, under this answer's x-request-id", "server_error")
 
 
 def api_error(error: EdgelmError, prompt: str = "messages") -> ApiError:  # noqa: PLR0911, one return for each kind
-    """What an error of edgelm is on the wire. prompt: the field that the prompt came in."""
+    """The response for an error of edgelm. prompt: the field that the prompt came in."""
     text = str(error)
     if isinstance(error, ApiError):
         return error

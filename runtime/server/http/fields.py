@@ -1,4 +1,5 @@
-"""A JSON object of a request, read field by field. A wrong type is status 400 and names the field; null is absent."""
+"""Read a JSON object of a request field by field. A wrong type gives status 400 and names the field; null counts as
+absent."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _LARGEST = 2**64
 
 
 class Fields:
-    """An object and where it stands in the body ("" for the body itself)."""
+    """An object, and its path in the body ("" for the body itself)."""
 
     def __init__(self, value: object, path: str = "") -> None:
         """Raises: ApiError for what is not an object."""
@@ -24,7 +25,7 @@ class Fields:
         self.path = path
 
     def name(self, field: str) -> str:
-        """The field's place, as `param` of an error names it."""
+        """The field's full path, for `param` of an error."""
         return f"{self.path}.{field}" if self.path else field
 
     def given(self, field: str) -> bool:
@@ -37,14 +38,14 @@ class Fields:
         return value if value is None or isinstance(value, str) else self.refuse_type(field, "a text")
 
     def needed_text(self, field: str) -> str:
-        """A text that has to be there. Raises: ApiError."""
+        """A required text. Raises: ApiError."""
         value = self.text(field)
         if value is None:
             raise invalid(f"{self.name(field)} is missing: give a text", self.name(field))
         return value
 
     def choice(self, field: str, options: Collection[str]) -> str | None:
-        """One of some texts. Raises: ApiError."""
+        """A text that must be one of `options`. Raises: ApiError."""
         value = self.text(field)
         if value is not None and value not in options:
             raise invalid(
@@ -55,12 +56,12 @@ class Fields:
         return value
 
     def flag(self, field: str) -> bool:
-        """true or false, which it is where it is absent. Raises: ApiError."""
+        """true or false; false if absent. Raises: ApiError."""
         value = self.values.get(field)
         return bool(value) if value is None or isinstance(value, bool) else self.refuse_type(field, "true or false")
 
     def whole(self, field: str, least: int = -_LARGEST, most: int = _LARGEST) -> int | None:
-        """A whole number; 3.0 is one. Raises: ApiError."""
+        """A whole number; 3.0 counts as one. Raises: ApiError."""
         value = self.number(field)
         if value is None:
             return None
@@ -71,7 +72,7 @@ class Fields:
         return int(number)
 
     def number(self, field: str) -> float | None:
-        """A number that is finite. Raises: ApiError."""
+        """A finite number. Raises: ApiError."""
         value = self.values.get(field)
         if value is None:
             return None
@@ -90,8 +91,8 @@ class Fields:
         return None if value is None else Fields(value, self.name(field))
 
     def refuse(self, remedies: Mapping[str, str]) -> None:
-        """Raises: ApiError for a field that asks for what is not there. remedies: {field: what to do instead}; false,
-        null and empty values ask for nothing."""
+        """Raises: ApiError if a field asks for a feature that this server lacks. remedies: {field: what to do instead};
+        false, null and empty values are accepted."""
         for field, remedy in remedies.items():
             if self.values.get(field):
                 raise unsupported(self.name(field), remedy)
@@ -102,7 +103,7 @@ class Fields:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8. Raises: ApiError, also for NaN and infinity, which JSON has not."""
+    """Parse JSON in UTF-8. Raises: ApiError, also for NaN and infinity, which JSON does not have."""
     try:
         return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""What stands in front of every request: its id, who may call from where, what a body may be. Knows no model.
+"""Checks in front of every request: who may call, from where, with what body. Also gives it an id. Knows no model.
 
-The order: Host, Origin (and a browser's question about it), path of the open pages, key, content type, length.
+The order: Host, Origin (and a browser's preflight), public paths, key, content type, length.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..settings import ServerSettings
 from .errors import ApiError, internal
 
-# What anyone may see: nothing of the user's is in it.
+# Paths that need no key: they show nothing of the user's.
 OPEN_PATHS = ("/", "/health")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _log = logging.getLogger("edgelm.server")
 
 
 class Guard:
-    """ASGI middleware. Adds `x-request-id` to each answer, and turns what fails unexpectedly into status 500."""
+    """ASGI middleware. Adds `x-request-id` to each response, and turns unexpected errors into status 500."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
@@ -53,10 +53,10 @@ class Guard:
 
         try:
             await self._checked(scope, receive, answer)
-        except Exception:  # whatever it is, the client gets an error of the interface's form, and the log the rest
+        except Exception:  # any error: the client gets status 500, the log gets the traceback
             _log.exception("%s failed", name)
             if status:
-                raise  # the answer has begun: the connection is cut
+                raise  # the response has begun: the connection is cut
             await internal().response()(scope, receive, answer)
         finally:
             took = (time.perf_counter() - started) * 1000
@@ -103,7 +103,7 @@ class Guard:
             return
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         given = token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
-        # All are compared, so that the time tells nothing.
+        # Compare with all keys, so that the time reveals nothing.
         if not sum(hmac.compare_digest(given.encode("utf-8", "replace"), key) for key in self._keys):
             what = "the API key is wrong" if given else "an API key is missing"
             raise ApiError(
@@ -118,7 +118,7 @@ class Guard:
         if request.method not in ("POST", "PUT", "PATCH"):
             return
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # A page of another origin can send a form or plain text without asking first; JSON it cannot.
+        # A page of another origin can send a form or plain text without a preflight, but not JSON.
         if kind != "application/json":
             raise ApiError(415, "the body must be JSON: send it with  Content-Type: application/json")
         length = request.headers.get("content-length", "0")
@@ -140,7 +140,7 @@ def body_too_large(most: int) -> ApiError:
 
 
 def limited(most: int) -> Callable[[int], None]:
-    """Counts the bytes of a body that comes in pieces. What it returns raises ApiError above the limit."""
+    """A function that counts the bytes of a body in pieces, and raises ApiError above the limit."""
     total = 0
 
     def add(count: int) -> None:
@@ -164,7 +164,7 @@ def _preflight(request: Request) -> Response:
 
 
 def _path(request: Request) -> str:
-    """The path below where the application is mounted."""
+    """The request's path below the mount point of the application."""
     path: str = request.scope["path"]
     return path.removeprefix(request.scope.get("root_path", "")) or "/"
 
@@ -175,7 +175,7 @@ def _without_port(host: str) -> str:
 
 
 def _same_origin(origin: str, host: str) -> bool:
-    """Whether a page's origin is this server, as the client calls it."""
+    """Whether a page's origin is this server, by the name that the client used."""
     try:
         parts = urlsplit(origin)
     except ValueError:  # half an IPv6 address

@@ -1,4 +1,4 @@
-"""Answers while the client listens: work that ends when the client leaves, and server-sent events with keep-alives."""
+"""Work that ends when the client disconnects, and server-sent events with keep-alive comments."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def event(content: Any, name: str | None = None) -> bytes:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work returns; it is cancelled as soon as the client closes the connection.
+    """The result of some work, which is cancelled as soon as the client closes the connection.
 
-    The body has to be read already. Raises: ClientGoneError, and what the work raises.
+    The body must have been read before. Raises: ClientGoneError, and what the work raises.
     """
     task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
@@ -59,8 +59,8 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream:
     """An answer as server-sent events (an ASGI application of one request).
 
-    While nothing comes, a comment is sent each `ping_s` seconds, or proxies and clients take the connection for dead.
-    An error in the middle becomes an event of its own, after which the stream ends. `close` is called in any case.
+    In silence a comment is sent every `ping_s` seconds, since proxies and clients would take the connection for dead.
+    An error in the middle becomes an event of its own, which ends the stream. `close` is called in any case.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class EventStream:
         comment: Callable[[], str],
         failure: Callable[[dict[str, Any]], bytes],
     ) -> None:
-        """comment: what to say while nothing comes; failure: an error's body as an event."""
+        """comment: gives the comment to send in silence; failure: turns an error's body into an event."""
         self._events = events
         self._close = close
         self._ping_s = settings.ping_s or None
@@ -124,7 +124,7 @@ class EventStream:
                 await asyncio.gather(pending, return_exceptions=True)
 
     async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
-        # Not `wait_for`, which loses a cancellation that comes as it ends before Python 3.12.
+        # Not `wait_for`: before Python 3.12 it loses a cancellation that comes while it ends.
         async with asyncio.timeout(self._send_timeout_s):
             await send({"type": "http.response.body", "body": data, "more_body": more})
 

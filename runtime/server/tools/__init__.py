@@ -1,1 +1,1 @@
-"""Calls of functions: how models write them, grammars that make them well formed, and reading them out of answers."""
+"""Function calls: how models write them, grammars that keep them well formed, and the parser that reads them."""

@@ -12,7 +12,7 @@ from ..http.fields import Fields
 
 Mode = Literal["auto", "required"]
 _MAX_TOOLS = 128
-# What lets an object have properties beside those that are declared.
+# Keywords by which a schema allows undeclared properties.
 _OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -28,8 +28,8 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """What the model may call. mode: "auto" (it decides) or "required" (the answer is calls and nothing else);
-    callable: those that the answer may call; parallel: several in one answer."""
+    """The functions that the model may call. mode: "auto" (the model decides) or "required" (the answer consists of
+    calls); callable: the functions that this answer may call; parallel: whether an answer may have several calls."""
 
     declared: tuple[Tool, ...]
     callable: tuple[Tool, ...]
@@ -114,7 +114,7 @@ def _tool(item: Fields, flat: bool) -> Tool:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema of arguments in which only what is declared is an argument, unless it says so itself or is composed."""
+    """A schema of arguments that forbids undeclared ones, unless it allows them explicitly or is composed of others."""
     if "properties" not in schema or not schema.keys().isdisjoint(_OPEN):
         return schema
     return {**schema, "additionalProperties": False}

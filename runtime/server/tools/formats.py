@@ -1,4 +1,4 @@
-"""How models write calls: the markers of the common families, found in a bundle's chat template.
+"""How models write calls: the markers of the common model families, found in a bundle's chat template.
 
 | format | an answer with a call |
 |---|---|

@@ -1,7 +1,7 @@
 """Grammars (llguidance's Lark) of answers with calls: names that were declared, arguments that follow their schemas.
 
-Where the model decides whether to call, text is free up to the marker that begins a call, and the call itself is held
-to its schema from there on. A marker that is one special token stands as its id, since text never holds such a token.
+If the model decides whether to call, text is free up to the marker that begins a call; from there on the call must
+follow its schema. A marker that is one special token is written as its id, since text never contains special tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _free(tools: Tools, form: CallFormat, begin: str, special_id: SpecialId) -> 
 
 
 def _up_to(name: str, mark: str) -> list[str]:
-    """A rule for text up to a marker. A text's first occurrence ends it, which `lazy` says; a token is one anyway."""
+    """A rule for text up to a marker. For a text marker, `lazy` ends it at the first occurrence; a token needs no
+    `lazy`."""
     return [f"{name}: TEXT {mark}"] if mark.startswith("<[") else [f"{name}[lazy]: TEXT {mark}"]
 
 
@@ -73,7 +74,8 @@ def _call_rules(tools: Tools, form: CallFormat) -> list[str]:
             head = json.dumps(tool.name + form.arguments_mark)
             rules.append(f"{name}: {head} %json {_json(tool.parameters)}")
         elif form.optional:
-            # One terminal, or the plain text's would take its first characters and the grammar would end there.
+            # One terminal: otherwise the plain text's terminal would match its first characters, and the grammar would
+            # end there.
             head = rf'/\{{"name": ?"{re.escape(tool.name)}", ?"{form.key}": ?/'
             rules.append(f'{name}: {head} %json {_json(tool.parameters)} GAP "}}"')
         else:

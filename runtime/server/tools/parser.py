@@ -1,4 +1,4 @@
-"""Answers read as they come: thoughts, content and calls. Nothing is shown that may turn out to belong to a marker."""
+"""Parse an answer as it comes into thoughts, content and calls. Text that may belong to a marker is held back."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .formats import CallFormat
 
 _THINK, _THINK_END = "<think>", "</think>"
 _BLANKS = " \n\r\t"
-# How a call begins that is a whole answer and has no marker.
+# The beginning of a call without a marker, which is the whole answer.
 BARE_CALL = '{"n'
-# The name of a call that is written in front of its arguments.
+# The name of a call in front of its arguments.
 _NAME = re.compile(r"([\w.-]+)(?:\[ARGS\])?")
 
 
 @dataclass(frozen=True)
 class Words:
-    """A piece of text, of the answer or of what the model thought first."""
+    """A piece of text, of the answer or of the thought before it."""
 
     kind: Literal["content", "reasoning"]
     text: str
@@ -42,14 +42,15 @@ Part = Words | Call
 class AnswerParser:
     """Reads one answer. Use it once.
 
-    What looks like a call and is none (JSON that was cut, a name that was not declared) stays in the content, so that
-    nothing is lost.
+    Text that looks like a call but is none (truncated JSON, an undeclared name) stays in the content, so that nothing
+    is lost.
     """
 
     def __init__(
         self, form: CallFormat | None, names: frozenset[str] = frozenset(), *, thinks: bool = False, begun: bool = False
     ) -> None:
-        """form: None where there are no calls; thinks: an answer may begin with a thought; begun: it begins in one."""
+        """form: None if there are no calls; thinks: the answer may begin with a thought; begun: the prompt already
+        opened one."""
         self._form = form
         self._names = names
         self._held = ""
@@ -60,12 +61,12 @@ class AnswerParser:
         self._strip = thinks or begun
 
     def add(self, text: str) -> list[Part]:
-        """What the next piece completes."""
+        """Add a piece of text. Returns the parts that it completes."""
         self._held += text
         return list(self._advance(False))
 
     def finish(self) -> list[Part]:
-        """What was held back, at the end of the answer."""
+        """The parts that were held back, at the end of the answer."""
         return list(self._advance(True))
 
     def _advance(self, last: bool) -> Iterator[Part]:
@@ -93,7 +94,7 @@ class AnswerParser:
             self._shown = False
             return
         keep = 0 if last else _overlap(self._held, _THINK_END)
-        # Blanks wait, since those in front of the end are no part of the thought.
+        # Blanks are held back: those in front of the end mark are not part of the thought.
         shown = self._held[: len(self._held) - keep].rstrip(_BLANKS)
         if not self._shown:
             self._held = self._held.lstrip(_BLANKS)
@@ -104,7 +105,7 @@ class AnswerParser:
 
     def _content(self, last: bool) -> Iterator[Part]:
         if self._strip and not self._shown:
-            # A semicolon parts calls that have no marker.
+            # A semicolon separates calls that have no marker.
             self._held = self._held.lstrip(_BLANKS + (";" if self._form is not None and self._form.optional else ""))
         form = self._form
         if form is None:
@@ -122,7 +123,7 @@ class AnswerParser:
             self._state = "call"
             return
         end = len(self._held) - (0 if last else _overlap(self._held, form.begin))
-        # Blanks in front of a call are no content.
+        # Blanks in front of a call are not content.
         yield from self._show(end if last else len(self._held[:end].rstrip(_BLANKS)))
 
     def _call(self, last: bool) -> Iterator[Part]:
@@ -147,8 +148,8 @@ class AnswerParser:
 
 
 def read_calls(text: str, form: CallFormat, last: bool) -> tuple[list[tuple[str, str]], int] | None:
-    """Names and arguments of the calls a text begins with, none where it has none, and the length of what was
-    read; None where more has to come. last: nothing more comes."""
+    """Names and arguments of the calls at the beginning of a text, possibly none, and the length of the text read; None
+    if more text is needed. last: no more text comes."""
     place = _skip(text, 0)
     place = _skip(text, place + len(form.begin)) if text.startswith(form.begin, place) else place
     name = ""
@@ -182,7 +183,7 @@ def _skip(text: str, place: int) -> int:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """The length of the longest end of the text with which the mark begins."""
+    """The length of the longest suffix of the text that is a prefix of the mark."""
     return next(
         (length for length in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-length:])), 0
     )
