@@ -22,7 +22,7 @@ from edgelm.export.compress.run import rehearse
 from edgelm.export.compress.size import weight_bytes
 from edgelm.export.errors import ExportError, OutputError, RecipeError
 from edgelm.export.source.loading import load_module
-from edgelm.export.texts import cut_text
+from edgelm.export.texts import built_in_texts, cut_text
 from edgelm.runtime.cli import main
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
@@ -150,7 +150,7 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
         model, out, first, {**TRAINING, "text": short}
     )
     assert "has 5 tokens, too few to judge by" in refused(model, out, first, {**TRAINING, "held_out": short})
-    assert "the text has 1 tokens, too few" in refused(model, out, first, text=tmp_path / "one.txt")
+    assert "that chooses has 1 tokens, too few to compress by" in refused(model, out, first, text=tmp_path / "one.txt")
     measuring = Measuring(passages=tmp_path / "p.jsonl", count=4)
     assert "has 3 passages, fewer than the 4 asked for" in refused(model, out, first, measuring=measuring)
     measuring = Measuring(passages=tmp_path / "none.jsonl")
@@ -236,7 +236,7 @@ def test_figures_are_those_of_the_module(model: Path, tmp_path: Path) -> None:
     """By hand: the loss of each token but the first, and KL, in windows of 512."""
     record, _ = compress(model, tmp_path / "out", {"use": "drop-layers", "layers": [2]})
     before, after = (record.steps[0][side] for side in ("before", "after"))
-    ids = torch.tensor(list(load_ids(model)))[:2049]
+    ids = torch.tensor(judged_ids(model))
     source, small = load_module(model), load_compressed(tmp_path / "out")
     losses, divergences = [], []
     for start in range(0, len(ids) - 1, 512):
@@ -252,11 +252,13 @@ def test_figures_are_those_of_the_module(model: Path, tmp_path: Path) -> None:
     assert before["agreement_percent"] == 100 > after["agreement_percent"]
 
 
-def load_ids(model: Path) -> list[int]:
+def judged_ids(model: Path) -> list[int]:
+    """Equal parts of the texts that judge, which no step chooses by."""
     from transformers import AutoTokenizer
 
-    ids: list[int] = AutoTokenizer.from_pretrained(model)(TEXT, add_special_tokens=False)["input_ids"]
-    return ids
+    tokenizer, texts = AutoTokenizer.from_pretrained(model), built_in_texts().judging
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in texts]
+    return [int(token) for part in parts for token in part[: 2049 // len(texts)]]
 
 
 def test_a_reader_needs_no_reference_to_read() -> None:

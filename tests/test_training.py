@@ -503,6 +503,7 @@ def test_tuning_brings_int8_nearer_to_the_model_as_it_came(bench: Workbench) -> 
     assert divergence(tuned) < 0.8 * divergence(tiny_llama())
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_path: Path) -> None:
     """Bit-equal products leave what float32 norms and attention differ by, about 1e-6. Where that turns a rounding to
     INT8 around, logits move by more, which short texts rarely see."""
