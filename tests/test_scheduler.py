@@ -109,7 +109,9 @@ def test_requests_that_are_left_anywhere_harm_no_other(engine: Engine) -> None:
     threads = threading.active_count()
 
     async def leaving(ids: list[int]) -> None:
-        task = asyncio.create_task(engine.agenerate(token_ids=ids, max_tokens=20_000, context_full="slide"))
+        task = asyncio.create_task(
+            engine.agenerate(token_ids=ids, max_tokens=9000, min_tokens=9000, context_full="slide")
+        )
         await asyncio.sleep(numbers.random() * 0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

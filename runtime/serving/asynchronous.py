@@ -54,7 +54,8 @@ class ChunkStream(AsyncIterator[Chunk]):
     async def start(self) -> None:
         """Make the request and start computing it, as awaiting the first chunk does. Raises: as `Engine.generate`."""
         try:
-            self._listener = self._listener or await self._ask()
+            if self._listener is None:
+                await self._ask()
         except BaseException:
             self._leave()
             raise
@@ -90,13 +91,13 @@ class ChunkStream(AsyncIterator[Chunk]):
                 loop.call_soon_threadsafe(self._news.set)
 
         def ask() -> Listener:
-            listener = self._scheduler.submit(self._make(), whole=self._whole, wake=wake)
+            # Set here: a task that is cancelled between this thread's return and its own next turn gets no result.
+            self._listener = self._scheduler.submit(self._make(), whole=self._whole, wake=wake)
             if self._left:  # the task was cancelled meanwhile
-                self._scheduler.cancel([listener])
-            return listener
+                self._scheduler.cancel([self._listener])
+            return self._listener
 
-        self._listener = await loop.run_in_executor(None, ask)
-        return self._listener
+        return await loop.run_in_executor(None, ask)
 
     def _leave(self) -> None:
         self._left = True
