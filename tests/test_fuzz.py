@@ -31,23 +31,38 @@ def raising(_: random.Random) -> None:
     raise KeyError("x")
 
 
-def hanging(_: random.Random) -> None:
+def waiting(_: random.Random) -> None:
     while True:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("target", "words"), [(raising, "KeyError: 'x'"), (hanging, "HangError: it takes more than")])
+def working(_: random.Random) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (raising, "KeyError: 'x'"),
+        (waiting, "HangError: it takes more than 2 s,"),
+        (working, "HangError: it takes more than 1 s of work,"),
+    ],
+)
 def test_what_is_raised_and_what_hangs_is_a_finding(
     target: object, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import signal
 
-    monkeypatch.setattr(fuzz, "LONGEST_S", 1)
-    old = signal.signal(signal.SIGALRM, fuzz._hang)
+    monkeypatch.setattr(fuzz, "LONGEST_WORK_S", 1)
+    monkeypatch.setattr(fuzz, "LONGEST_WAIT_S", 60 if target is working else 2)
+    old = {kind: signal.getsignal(kind) for kind in (signal.SIGALRM, signal.SIGPROF)}
+    fuzz._watch_time()
     try:
         fuzz._try(target, "0:manifest:7")
     finally:
-        signal.signal(signal.SIGALRM, old)
+        for kind, handler in old.items():
+            signal.signal(kind, handler)
     assert capsys.readouterr().out.startswith(f"finding\t0:manifest:7: {words}")
 
 
