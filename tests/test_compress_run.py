@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,12 +159,11 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
     assert "none.jsonl cannot be read" in refused(model, out, first, measuring=measuring)
 
 
-def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@contextlib.contextmanager
+def interrupted_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block is interrupted when the first checkpoint is on the disk."""
     from edgelm.export.compress.checkpoint import Checkpoint
 
-    text, out = tmp_path / "t.txt", tmp_path / "out"
-    text.write_text(TEXT, encoding="utf-8")
-    steps = ({"use": "drop-layers", "last": 1}, {**TRAINING, "text": str(text), "checkpoint_every": 2})
     save = Checkpoint.save
 
     def interrupted(self: Checkpoint, *arguments: Any) -> None:
@@ -171,6 +172,14 @@ def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoint, "save", interrupted)
+        yield
+
+
+def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    text, out = tmp_path / "t.txt", tmp_path / "out"
+    text.write_text(TEXT, encoding="utf-8")
+    steps = ({"use": "drop-layers", "last": 1}, {**TRAINING, "text": str(text), "checkpoint_every": 2})
+    with interrupted_at_a_checkpoint(monkeypatch):
         compress(model, out, *steps)
     kept = tmp_path / "out.checkpoints" / "2-recover" / "training.safetensors"
     before = kept.read_bytes()
@@ -332,18 +341,9 @@ def manifest_of(model: Path, tmp_path: Path, step: dict[str, Any]) -> Any:
 
 def test_the_best_weights_survive_an_interruption(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The best reading is before the checkpoint that the training goes on from, which holds other weights."""
-    from edgelm.export.compress.checkpoint import Checkpoint
-
     step = {**TRAINING, "keep": "kl", "evaluate_every": 1, "checkpoint_every": 2}
     whole, _ = compress(model, tmp_path / "whole", step)
-    save = Checkpoint.save
-
-    def interrupted(self: Checkpoint, *arguments: Any) -> None:
-        save(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoint, "save", interrupted)
+    with interrupted_at_a_checkpoint(monkeypatch):
         compress(model, tmp_path / "out", step)
     again, _ = compress(model, tmp_path / "out", step)
     assert again.steps == whole.steps

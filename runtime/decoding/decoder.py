@@ -50,9 +50,8 @@ class Decoder:
         max_rows: int = 1,
         bounded_pieces: bool = False,
     ) -> None:
-        """context_length: needed for rows with `keep`. prefixes: over the same session. piece_tokens: tokens of a
-        prompt to feed at once; None for the best number of the session. max_rows: at most as many as the session has.
-        bounded_pieces: shorten pieces if a row's deadline is near."""
+        """context_length: needed for rows with `keep`. prefixes: over the same session. piece_tokens: of a prompt, fed
+        at once (None: the session's number). bounded_pieces: shorten pieces if a row's deadline is near."""
         capabilities = session.capabilities
         self._session = (capabilities.rows if max_rows > 1 else None) or OneRow(session)
         self.max_rows = min(max_rows, self._session.max_rows)

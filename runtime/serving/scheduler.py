@@ -51,8 +51,7 @@ class Scheduler:
         watch_forks(self)
 
     def submit(self, request: Request, *, whole: bool = False, wake: Callable[[], None] = nobody) -> Listener:
-        """Begin to answer a request: from the response cache, by sharing an equal request's answer, or in a row of its
-        own.
+        """Begin to answer a request: from the response cache, from an equal request's answer, or in a row of its own.
 
         Nothing is computed before somebody wants a chunk. whole, wake: as of `Listener`; with a `wake`, the worker
         thread computes. Raises: SettingsError, EngineClosedError.
