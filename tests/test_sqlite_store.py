@@ -462,6 +462,16 @@ SqliteStore(disk / "r").clear()
 assert store.get("1") is None
 store.put("1", answer(1))
 assert store.get("1") == answer(1)
+store.close()
+with open(disk / "filler", "wb", buffering=0) as filler:
+    try:
+        while True: filler.write(b" " * 4096)
+    except OSError: pass
+checked = SqliteStore(disk / "r")
+checked.check()
+assert checked.stats().entries
+checked.close()
+(disk / "filler").unlink()
 mount("-o", "remount,size=4m")
 store.put("more", answer(1))
 store.check()

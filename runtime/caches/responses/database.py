@@ -36,6 +36,7 @@ _BUSY_S = 2.0
 _LOG_BYTES = 4 * 2**20
 # SQLite has error codes for damage, but not for missing tables, invalid text and a header out of range.
 _DAMAGE = ("no such", "decode", "unsupported file format")
+_NO_ROOM = "SQLITE_IOERR_SHMSIZE"  # the index of the write-ahead log cannot be made
 _VERSION_OFFSET = 60  # of PRAGMA user_version in the file's header, 4 bytes, big-endian
 
 # used: a number that grows with every use, so recency needs no clock. state.entries: kept by triggers, since counting
@@ -68,9 +69,11 @@ class DiskBudget:
 class Database:
     """An open connection, and which file it is. Not safe between threads: `sqlite.SqliteStore` holds a lock."""
 
-    def __init__(self, folder: Path, *, rebuild: bool = True) -> None:
-        """Open the database of a folder; create it if needed. A damaged one is set aside, or refused if `rebuild` is
-        False.
+    def __init__(self, folder: Path, *, rebuild: bool = True, for_reading: bool = False) -> None:
+        """Open the database of a folder; create it if needed.
+
+        rebuild: set a damaged one aside; otherwise refuse it.
+        for_reading: on a full disk, open it `exclusive` instead of failing. Close it after use.
 
         Raises: CacheVersionError, the file untouched; CacheCorruptError; CacheError, if the system refuses.
         """
@@ -92,27 +95,39 @@ class Database:
                         raise
                     self._rename_aside(str(error))
                     self._open()
+                except CacheError as error:
+                    if not for_reading or getattr(error.__cause__, "sqlite_errorname", "") != _NO_ROOM:
+                        raise
+                    self._open(exclusive=True)
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """A lock between processes for creating, converting and setting aside a database. SQLite's own locks do not
         cover renaming, and a second conversion to the write-ahead log fails instead of waiting."""
         return locked(self.path.with_name(_LOCK_NAME), _BUSY_S)
 
-    def _open(self) -> None:
+    def _open(self, *, exclusive: bool = False) -> None:
+        """exclusive: for reading alone, and until it is closed no other process can open the file. In exchange SQLite
+        keeps the index of the write-ahead log in memory, where it otherwise needs a file of 32 KiB
+        (https://sqlite.org/wal.html, section 8)."""
         import sqlite3
 
         # SQLite gives the files beside it the same mode.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600))
         _refuse_newer(self.path)
         self._identity = _identity(self.path)
+        self.exclusive = exclusive
         self.connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            self._prepare()
+            if exclusive:
+                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            else:
+                self._set_modes()
+            self._check_schema()
         except BaseException:
             self.connection.close()
             raise
 
-    def _prepare(self) -> None:
+    def _set_modes(self) -> None:
         execute = self.connection.execute
         execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only before the first table
         execute("PRAGMA journal_mode = WAL")  # no effect on file systems that cannot do it
@@ -120,6 +135,10 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
         execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
         execute("PRAGMA cell_size_check = ON")
+
+    def _check_schema(self) -> None:
+        """Make the tables in a new file. Raises: CacheCorruptError, if it is someone else's."""
+        execute = self.connection.execute
         (version,) = execute("PRAGMA user_version").fetchone()
         tables = {name for (name,) in execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if version == 0 and not tables:

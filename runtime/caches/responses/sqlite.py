@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -103,15 +103,18 @@ class SqliteStore:
 
     def stats(self) -> StoreStats:
         """Entries, bytes of the file, budgets. Cost: O(1)."""
-        return self._run(stats_of)
+        return self._run(stats_of, for_reading=True)
 
     def check(self) -> None:
         """Raises: CacheCorruptError, if SQLite finds damage, an entry is not what was written, the counters are wrong
         or a budget is exceeded. Cost: reads the whole file; writers wait. Nothing is changed or set aside."""
-        with self._lock, mapped_errors(self._folder / FILE_NAME):
-            database = self._current(rebuild=False)
-            with database.transaction() as connection:
-                check_tables(database, connection)
+        with (
+            self._lock,
+            mapped_errors(self._folder / FILE_NAME),
+            self._opened(rebuild=False, for_reading=True) as database,
+            database.transaction() as connection,
+        ):
+            check_tables(database, connection)
 
     def close(self) -> None:
         """Write the uses that wait, and close the file. A later call opens it again."""
@@ -133,26 +136,37 @@ class SqliteStore:
 
     # ---- the connection. From here on the lock is held.
 
-    def _run(self, operation: Callable[[Database], T]) -> T:
+    def _run(self, operation: Callable[[Database], T], *, for_reading: bool = False) -> T:
         """Run an operation. If it finds the database damaged, set that aside and run it on a new one."""
         with self._lock:
             try:
-                with mapped_errors(self._folder / FILE_NAME):
-                    return operation(self._current())
+                with mapped_errors(self._folder / FILE_NAME), self._opened(for_reading=for_reading) as database:
+                    return operation(database)
             except CacheCorruptError as error:
-                database, self._database = self._database, None
-                if database is not None:
-                    database.set_aside(str(error))
+                damaged, self._database = self._database, None
+                if damaged is not None:
+                    damaged.set_aside(str(error))
             with mapped_errors(self._folder / FILE_NAME):
                 return operation(self._current())
 
-    def _current(self, *, rebuild: bool = True) -> Database:
+    @contextlib.contextmanager
+    def _opened(self, *, rebuild: bool = True, for_reading: bool = False) -> Iterator[Database]:
+        """The database for one operation. An exclusive one is closed behind it: other processes wait for its end."""
+        database = self._current(rebuild=rebuild, for_reading=for_reading)
+        try:
+            yield database
+        finally:
+            if database.exclusive:
+                self._database = None
+                database.close()
+
+    def _current(self, *, rebuild: bool = True, for_reading: bool = False) -> Database:
         """The open database; opened anew if its path leads to another file by now."""
         if self._database is not None and self._database.moved():
             self._database.close()
             self._database = None
         if self._database is None:
-            self._database = Database(self._folder, rebuild=rebuild)
+            self._database = Database(self._folder, rebuild=rebuild, for_reading=for_reading)
             self._budget_is_set = False
         if not self._budget_is_set:
             self._set_budget(self._database)
