@@ -15,8 +15,8 @@ from ..runtime.bundle.manifest import CacheType, Model
 from ..runtime.errors import SessionError, VerificationError
 from ..runtime.sessions import providers
 from ..runtime.text.tokenizer import Tokenizer
-from .compress.weights_int4 import SCHEME as WEIGHTS_SCHEME
-from .compress.weights_int4 import noted_weights, require_agreement
+from .compress.steps.weights_int4 import SCHEME as WEIGHTS_SCHEME
+from .compress.steps.weights_int4 import noted_weights, require_agreement
 from .errors import RecipeError, TraceError
 from .gate import verify
 from .gate.cache_prompts import UnusualTokens, unusual_tokens

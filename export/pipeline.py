@@ -28,7 +28,7 @@ from .compress.folder import without_figures
 from .compress.processes import require_one
 from .compress.recipe import load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
-from .compress.weights_int4 import WeightsInt4, require_agreement
+from .compress.steps.weights_int4 import WeightsInt4, require_agreement
 from .config import ExportConfig
 from .fp32_graph import load, make_fp32_graph
 from .output import package, place

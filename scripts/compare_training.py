@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from train_example_model import END_OF_TEXT, STORIES, Recipe, read_stories
 
 from edgelm.export.compress.recipe import parse_recipe
-from edgelm.export.compress.steps import Workbench
+from edgelm.export.compress.step import Workbench
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.source.finding import find_source
 from edgelm.export.source.loading import load_module

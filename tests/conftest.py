@@ -49,6 +49,7 @@ LONG = {
     "test_compress_bundles",
     "test_cuda",
     "test_decompositions",
+    "test_emulated",
     "test_export_input",
     "test_genai",
     "test_kernels",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import compress_model
-from edgelm.export.compress.weights_int4 import WeightsInt4, noted_weights
+from edgelm.export.compress.steps.weights_int4 import WeightsInt4, noted_weights
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.passes.graph import MICROSOFT
@@ -38,7 +38,7 @@ from edgelm.targets import load_target
 from .conftest import ROOT, TEXT, compare_texts, tiny_llama
 
 if TYPE_CHECKING:
-    from edgelm.export.compress.steps import Workbench
+    from edgelm.export.compress.step import Workbench
 
 INPUTS, OUTPUTS = 96, 40
 

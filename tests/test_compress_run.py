@@ -162,7 +162,7 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
 @contextlib.contextmanager
 def interrupted_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The block is interrupted when the first checkpoint is on the disk."""
-    from edgelm.export.compress.checkpoint import Checkpoint
+    from edgelm.export.compress.training.checkpoint import Checkpoint
 
     save = Checkpoint.save
 
@@ -230,7 +230,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_before_the_first_step(
 def test_a_loss_that_is_no_number_in_the_first_step_blames_what_was_there(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgelm.export.compress import training
+    from edgelm.export.compress.training import train as training
 
     monkeypatch.setattr(training, "next_token", lambda student, rows: student(rows).logits.sum() * float("nan"))
     with pytest.raises(RecipeError, match="not a finite number in the first step, before any weight was changed"):
@@ -353,8 +353,8 @@ def test_the_best_weights_survive_an_interruption(model: Path, tmp_path: Path, m
 def test_the_end_of_the_text_is_held_out_and_not_trained_on(model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from edgelm.export.compress.recover import Recover
-    from edgelm.export.compress.steps import Workbench
+    from edgelm.export.compress.step import Workbench
+    from edgelm.export.compress.steps.recover import Recover
 
     bench = Workbench(range(5000), AutoTokenizer.from_pretrained(model), model, tmp_path / "c", 512, print)
     texts = Recover(length=64).read_texts(bench)

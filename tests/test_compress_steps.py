@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from edgelm.export.compress.edits import edit, edits_of, present_layers, replay
 from edgelm.export.compress.folder import Record, load_compressed, write_compressed
-from edgelm.export.compress.influence import MOST_TOKENS, all_windows, layer_influence, windows
-from edgelm.export.compress.leaving_out import least_missed_attention, least_missed_layers
+from edgelm.export.compress.importance.influence import MOST_TOKENS, all_windows, layer_influence, windows
+from edgelm.export.compress.importance.leaving_out import least_missed_attention, least_missed_layers
+from edgelm.export.compress.module.edits import edit, edits_of, present_layers, replay
+from edgelm.export.compress.module.structure import attention_sublayers
 from edgelm.export.compress.recipe import available_recipes, load_recipe
-from edgelm.export.compress.steps import Applied, Workbench, step_class, step_name
-from edgelm.export.compress.structure import attention_sublayers
+from edgelm.export.compress.step import Applied, Workbench, step_class, step_name
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.quantization.schemes import Quantizer

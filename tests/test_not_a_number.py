@@ -16,12 +16,7 @@ import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 
-from edgelm.export.passes.functions import (
-    GATED_ROWWISE_MATMUL,
-    ROWWISE_MATMUL,
-    ROWWISE_MATMUL_TRANSPOSED,
-    WIDE,
-)
+from edgelm.export.passes.functions import GATED_ROWWISE_MATMUL, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, WIDE
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import GRAPH_NAME, MANIFEST_NAME, file_digest
 from edgelm.runtime.errors import SessionError

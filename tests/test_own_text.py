@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from edgelm.export import ExportConfig, compress_model
-from edgelm.export.compress.own_text import chat_opening, write_own_text
 from edgelm.export.compress.recipe import parse_recipe
+from edgelm.export.compress.training.own_text import chat_opening, write_own_text
 from edgelm.export.errors import RecipeError
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
@@ -56,7 +56,7 @@ def test_a_tokenizer_without_a_template_has_no_chats(tmp_path: Path) -> None:
 
 def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkeypatch: Any) -> None:
     """Rows come from it as well, and an interrupted run reads what was written before."""
-    from edgelm.export.compress import training
+    from edgelm.export.compress.training import train as training
 
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "m")
     byte_tokenizer(tmp_path / "m")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.export.compress.simulate import Int8, product, round_rows
+from edgelm.export.compress.training.simulate import Int8, product, round_rows
 from edgelm.export.passes.quantize_linears import QuantizeLinears
 from edgelm.export.passes.widen_activations import WidenActivations
 from edgelm.runtime.host.machine import saturates_int8

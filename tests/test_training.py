@@ -20,17 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from edgelm.export import ExportConfig, compress_model, export_model
-from edgelm.export.compress.checkpoint import Checkpoint
-from edgelm.export.compress.distil import Distil
-from edgelm.export.compress.edits import edit, edits_of
-from edgelm.export.compress.loop import make_accelerator, pace, rows_of
-from edgelm.export.compress.quantization_aware import QuantizationAware
+from edgelm.export.compress.module.edits import edit, edits_of
 from edgelm.export.compress.recipe import parse_recipe
-from edgelm.export.compress.recover import Recover
-from edgelm.export.compress.schedule import Schedule
-from edgelm.export.compress.simulate import Int8
-from edgelm.export.compress.steps import Workbench
-from edgelm.export.compress.training import distillation, next_token
+from edgelm.export.compress.step import Workbench
+from edgelm.export.compress.steps.distil import Distil
+from edgelm.export.compress.steps.quantization_aware import QuantizationAware
+from edgelm.export.compress.steps.recover import Recover
+from edgelm.export.compress.training.checkpoint import Checkpoint
+from edgelm.export.compress.training.loop import make_accelerator, pace, rows_of
+from edgelm.export.compress.training.schedule import Schedule
+from edgelm.export.compress.training.simulate import Int8
+from edgelm.export.compress.training.train import distillation, next_token
 from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.source.loading import load_module

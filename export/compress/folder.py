@@ -104,7 +104,7 @@ def load_compressed(folder: Path) -> PreTrainedModel:
     from safetensors.torch import load_model
     from transformers.initialization import no_init_weights
 
-    from .edits import KEY, replay
+    from .module.edits import KEY, replay
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     edits = list(getattr(config, KEY, None) or [])

@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from .last_words import Passages
 from .reading import Reader
 from .size import weight_bytes
-from .weights_int4 import noted_weights
+from .steps.weights_int4 import noted_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

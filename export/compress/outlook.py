@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RecipeError, SourceError
 from .recipe import step_settings
-from .steps import Checked, Outlook, Step, Workbench, step_name
+from .step import Checked, Outlook, Step, Workbench, step_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

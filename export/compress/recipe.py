@@ -17,7 +17,7 @@ from typing import Any
 
 from ...runtime.host.files import read_text
 from ..errors import RecipeError
-from .steps import Step, step_class, step_name, step_names
+from .step import Step, step_class, step_name, step_names
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"}
 

@@ -31,7 +31,7 @@ from .outlook import look_ahead, step_benches
 from .processes import is_first, wait_for_all
 from .progress import telling
 from .recipe import Recipe, load_recipe, step_settings
-from .steps import Step, Workbench, step_name
+from .step import Step, Workbench, step_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from ...targets.abilities import MIXED_SCHEME
 from ..errors import RecipeError
 from ..quantization.blocks import BLOCK_SCHEMES, BlockSettings
 from ..quantization.nibbles import BLOCK
-from .weights_int4 import SCHEME, noted_weights
+from .steps.weights_int4 import SCHEME, noted_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def weight_bytes(module: PreTrainedModel, profile: Profile, context_length: int)
 def _matrices(module: PreTrainedModel) -> dict[int, tuple[tuple[int, int], bool]]:
     """id of each weight that is a factor of a product, or the input embedding -> (inputs, outputs), and whether it is
     that table. Other tables, such as learned positions, are not among them."""
-    from .linears import is_linear, shape_of
+    from .module.linears import is_linear, shape_of
 
     whole: Any = module
     embedding = whole.get_input_embeddings()
@@ -91,7 +91,7 @@ def _beside_weights(module: PreTrainedModel, context_length: int, *, scales: boo
     There are none where attention cannot be told apart, and no table where heads are rotated in part, or have a size
     that is no multiple of 16.
     """
-    from .structure import attention_calls
+    from .module.structure import attention_calls
 
     try:
         calls = attention_calls(module).values()

@@ -8,14 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..quantization.nibbles import Nibbles, load_nibbles
-from .functions import (
-    BIASED,
-    EDGELM,
-    PRODUCTS,
-    ROWWISE_MATMUL,
-    ROWWISE_MATMUL_TRANSPOSED,
-    define,
-)
+from .functions import BIASED, EDGELM, PRODUCTS, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
 from .graph import Builder, GraphPass, add_weight, lazy_weight, producer, replace_value
 from .narrow_functions import EMBEDDING, NARROW
 

@@ -15,14 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bundle.folder import (
-    CHAT_TEMPLATE_NAME,
-    GRAPH_NAME,
-    TOKENIZER_CONFIG_NAME,
-    TOKENIZER_NAME,
-    WEIGHTS_NAME,
-    Bundle,
-)
+from ..bundle.folder import CHAT_TEMPLATE_NAME, GRAPH_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Bundle
 from ..bundle.manifest import Manifest
 from ..engine import Engine
 from ..errors import BundleError, BundleMissingError, EdgelmError, MemoryShortageError

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import RecipeError
+from ...errors import RecipeError
+from ..disk import require_bytes
+from ..progress import Clock, Say
 from .checkpoint import Checkpoint, State
-from .disk import require_bytes
 from .held_out import HeldOut, better
-from .progress import Clock, Say
 from .schedule import Schedule
 
 if TYPE_CHECKING:

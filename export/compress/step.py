@@ -1,7 +1,7 @@
 """What a step of a recipe is, and which there are.
 
-A step is a frozen dataclass whose fields are its keys in the recipe, which
-checks them when it is made, and whose `apply` takes a module and returns one. Each is a file of its own.
+A step is a frozen dataclass. Its fields are its keys in the recipe, and it checks them when it is made. Its `apply`
+takes a module and returns one. Each step is a file in `steps/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .last_words import Passages
 
-# Name in recipes -> class. The file is named as the step is, with underscores.
+# Name in recipes -> class. The file in steps/ has the step's name, with underscores.
 _STEPS = {
     "drop-layers": "DropLayers",
     "skip-attention": "SkipAttention",
@@ -132,7 +132,7 @@ def step_names() -> list[str]:
 
 def step_class(name: str) -> Any:
     """The dataclass of a step. name: one of `step_names`."""
-    return getattr(importlib.import_module(f".{name.replace('-', '_')}", __package__), _STEPS[name])
+    return getattr(importlib.import_module(f".steps.{name.replace('-', '_')}", __package__), _STEPS[name])
 
 
 def step_name(step: Step) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...runtime.host.files import read_text, replacing
-from ..errors import RecipeError
-from .schedule import Keep, Schedule
-from .steps import Applied, Outlook, Workbench
+from ....runtime.host.files import read_text, replacing
+from ...errors import RecipeError
+from ..step import Applied, Outlook, Workbench
+from ..training.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,8 +57,8 @@ class Distil(Schedule):
         """See `Step`."""
         import copy
 
-        from ..source.loading import load_module
-        from .training import distillation, next_token, train
+        from ...source.loading import load_module
+        from ..training.train import distillation, next_token, train
 
         folders = self._folders(bench)
         student = load_module(folders["student"]) if "student" in folders else copy.deepcopy(module)
@@ -73,7 +73,7 @@ class Distil(Schedule):
 
     def _own_text(self, teacher: PreTrainedModel, bench: Workbench) -> list[int]:
         """What the teacher writes; of an interrupted run, what it wrote then."""
-        from .own_text import write_own_text
+        from ..training.own_text import write_own_text
 
         if not self.own_text or bench.rehearsal:
             return []
@@ -92,7 +92,7 @@ def _find(what: str, name: str, bench: Workbench) -> Path:
     """A model's folder, whose tokenizer is checked. Raises: RecipeError, SourceError."""
     import transformers
 
-    from ..source.finding import find_source
+    from ...source.finding import find_source
 
     folder = find_source(name, None)
     try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RecipeError
-from ..quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
-from .steps import Applied, Workbench
+from ...errors import RecipeError
+from ...quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
+from ..step import Applied, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .reading import Reader
+from ..reading import Reader
+from ..step import Workbench
 from .schedule import Keep
-from .steps import Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

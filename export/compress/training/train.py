@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..source.loading import load_module
+from ...source.loading import load_module
+from ..progress import telling
+from ..step import Workbench
 from .checkpoint import Checkpoint, State, identify
 from .held_out import HeldOut
 from .loop import Loop, Place, make_accelerator, mean_of, rows_of
-from .progress import telling
 from .schedule import Schedule
-from .steps import Workbench
-from .training_texts import TrainingTexts
+from .texts import TrainingTexts
 from .zeros import pruned_zeros, was_pruned
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .edits import AbsentAttention, AbsentLayer, present_layers
+from ..module.edits import AbsentAttention, AbsentLayer, present_layers
+from ..module.structure import attention_sublayers
+from ..module.units import same_logits
 from .influence import windows
-from .structure import attention_sublayers
-from .units import same_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RecipeError
-from .steps import Applied, Outlook, Workbench
+from ...errors import RecipeError
+from ..step import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .curvature import Portion
-    from .steps import Outlook
-    from .units import Block
+    from ..importance.curvature import Portion
+    from ..module.units import Block
+    from ..step import Outlook
 
 # Multiples of so many channels stay: integer kernels pack columns by 16.
 _CHANNELS = 16
@@ -49,15 +49,15 @@ class PruneStructured:
     def check(self, outlook: Outlook) -> None:
         """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
         heads and channels in the model as it came."""
-        from .units import find_blocks
+        from ..module.units import find_blocks
 
         if outlook.steps:
             find_blocks(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: the text forward and back, and for each layer the inverse of a matrix of its channels."""
-        from .influence import all_windows
-        from .units import find_blocks
+        from ..importance.influence import all_windows
+        from ..module.units import find_blocks
 
         blocks = find_blocks(module)
         texts = all_windows(bench.token_ids, bench.context_length)
@@ -69,7 +69,7 @@ class PruneStructured:
         self, module: PreTrainedModel, blocks: list[Block], portions: list[list[Portion]], inputs: list[torch.Tensor]
     ) -> dict[str, Any]:
         """Prune in place, by what was `measured`. Returns details. Raises: RecipeError."""
-        from .linears import matrix_of, own
+        from ..module.linears import matrix_of, own
 
         costs = [block.parameters(module) for block in blocks]
         before = module.num_parameters()
@@ -85,8 +85,8 @@ class PruneStructured:
         self, module: PreTrainedModel, blocks: list[Block], texts: list[torch.Tensor]
     ) -> tuple[list[list[Portion]], list[torch.Tensor]]:
         """Of each block: what may go, in order, and the second moment of what is read, where it is refitted."""
-        from .curvature import find_moments, portions_by_curvature
-        from .importance import magnitudes, taylor
+        from ..importance.curvature import find_moments, portions_by_curvature
+        from ..importance.ranks import magnitudes, taylor
         from .low_rank import input_moments
 
         if self.importance == "curvature":
@@ -104,7 +104,7 @@ class PruneStructured:
 
 def portions_by_score(block: Block, score: torch.Tensor) -> list[Portion]:
     """What may go of a block, in the order of the units' scores, which add up to the harm."""
-    from .curvature import Portion
+    from ..importance.curvature import Portion
 
     order, portions, end = score.argsort(), [], 0
     for size in _portion_sizes(block):
@@ -171,8 +171,8 @@ def _fitted(
     module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The matrices that read what stays of a block, by name, of blocks that lose something."""
-    from .curvature import refitted
-    from .linears import matrix_of, own
+    from ..importance.curvature import refitted
+    from ..module.linears import matrix_of, own
 
     return {
         block.outer: refitted(matrix_of(own(module, block.outer)), moment, block.columns(units))
@@ -184,8 +184,8 @@ def _fitted(
 def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]) -> None:
     """Cut the matrices, and check that the answers are those of the whole model with the other units silenced. Raises:
     RecipeError where they are not, and the module is as it was."""
-    from .edits import KEY, edit, edits_of
-    from .units import keep_units, outer_inputs, probe_logits, same_logits
+    from ..module.edits import KEY, edit, edits_of
+    from ..module.units import keep_units, outer_inputs, probe_logits, same_logits
 
     def silence(number: int, values: torch.Tensor) -> torch.Tensor:
         columns = blocks[number].columns(kept[number])
@@ -212,7 +212,7 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
 
 
 def _shapes(module: PreTrainedModel, blocks: list[Block]) -> dict[str, list[int]]:
-    from .linears import own, shape_of
+    from ..module.linears import own, shape_of
 
     return {name: list(shape_of(own(module, name))) for block in blocks for name in (*block.inner, block.outer)}
 

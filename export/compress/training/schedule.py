@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...runtime.host.files import read_text
-from ..errors import RecipeError
-from .processes import count_processes
-from .steps import Applied, Outlook, Workbench
-from .training_texts import TrainingTexts
+from ....runtime.host.files import read_text
+from ...errors import RecipeError
+from ..processes import count_processes
+from ..step import Applied, Outlook, Workbench
+from .texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

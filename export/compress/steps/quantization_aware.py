@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import RecipeError
-from .schedule import Keep, Schedule
-from .steps import Applied, Workbench
+from ...errors import RecipeError
+from ..step import Applied, Workbench
+from ..training.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,8 @@ class QuantizationAware(Schedule):
         """See `Step`."""
         import copy
 
-        from .simulate import Int8
-        from .training import distillation, train
+        from ..training.simulate import Int8
+        from ..training.train import distillation, train
 
         student = copy.deepcopy(module)
         # It rounds products with the student's weights alone, and its teacher, the module as it came, has others.

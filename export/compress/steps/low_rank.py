@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError
-from .steps import Applied, Outlook, Workbench
+from ...errors import RecipeError
+from ..step import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,9 @@ class LowRank:
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text; memory for
         the second moments of one layer's inputs at a time."""
-        from .edits import edit
-        from .influence import windows
-        from .linears import own, require_unshared
+        from ..importance.influence import windows
+        from ..module.edits import edit
+        from ..module.linears import own, require_unshared
 
         texts = windows(bench.token_ids, bench.context_length)
         layers = self._chosen(module)
@@ -78,7 +78,7 @@ class LowRank:
 
     def _chosen(self, module: PreTrainedModel) -> dict[str, int]:
         """Name -> layer of the linear layers that the patterns name. Raises: RecipeError for a pattern without one."""
-        from .linears import layer_linears
+        from ..module.linears import layer_linears
 
         there = layer_linears(module)
         for pattern in self.matrices:
@@ -94,7 +94,7 @@ class LowRank:
         """wide (outputs, rank) and narrow (rank, inputs), or None where they would be no smaller than the matrix."""
         import torch
 
-        from .linears import matrix_of
+        from ..module.linears import matrix_of
 
         matrix = matrix_of(linear)
         root = None if moment is None else _root(moment)
@@ -125,7 +125,7 @@ def input_moments(
     (1, tokens)."""
     import torch
 
-    from .linears import own
+    from ..module.linears import own
 
     sums: dict[str, torch.Tensor] = {}
 

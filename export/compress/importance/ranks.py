@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..module.linears import matrix_of, own
+from ..module.units import Block, outer_inputs
 from .curvature import without_weight_gradients
-from .linears import matrix_of, own
-from .units import Block, outer_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

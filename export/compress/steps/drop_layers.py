@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..step import Applied, Outlook, Workbench
 from .selection import Selection
-from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,15 +21,15 @@ class DropLayers(Selection):
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`."""
-        from .edits import present_layers
+        from ..module.edits import present_layers
 
         self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Layers keep their indexes."""
-        from .edits import edit, present_layers
-        from .influence import layer_influence
-        from .leaving_out import least_missed_layers
+        from ..importance.influence import layer_influence
+        from ..importance.leaving_out import least_missed_layers
+        from ..module.edits import edit, present_layers
 
         def least(count: int) -> dict[int, float]:
             influence = layer_influence(module, bench.token_ids, bench.context_length)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError
-from .schedule import Schedule
-from .steps import Applied, Outlook, Workbench
+from ...errors import RecipeError
+from ..step import Applied, Outlook, Workbench
+from ..training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class Recover(Schedule):
         """See `Step`."""
         import copy
 
-        from .training import next_token, train
+        from ..training.train import next_token, train
 
         student = copy.deepcopy(module)
         if self.lora_rank is None:
@@ -62,8 +62,8 @@ def _adapted(module: PreTrainedModel, rank: int, seed: int) -> Any:
 def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None:
     """At the end a change is added to each matrix: twice to one that two layers share, and into zeros that a step made.
     Raises: RecipeError."""
-    from .linears import shape_of
-    from .zeros import was_pruned
+    from ..module.linears import shape_of
+    from ..training.zeros import was_pruned
 
     if was_pruned(bench.before):
         raise RecipeError("prune-magnitude set weights to zero, which lora_rank would fill: leave one of the two out")

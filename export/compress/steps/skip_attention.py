@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..step import Applied, Outlook, Workbench
 from .selection import Selection
-from .steps import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +21,8 @@ class SkipAttention(Selection):
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`. Attention goes with the layers that steps before this one leave out."""
-        from .edits import present_layers
-        from .structure import attention_sublayers
+        from ..module.edits import present_layers
+        from ..module.structure import attention_sublayers
 
         layers = outlook.parts("layer", present_layers)
         attention = outlook.parts("attention sublayer", attention_sublayers)
@@ -31,10 +31,10 @@ class SkipAttention(Selection):
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
-        from .edits import edit
-        from .influence import attention_influence
-        from .leaving_out import least_missed_attention
-        from .structure import attention_sublayers
+        from ..importance.influence import attention_influence
+        from ..importance.leaving_out import least_missed_attention
+        from ..module.edits import edit
+        from ..module.structure import attention_sublayers
 
         def least(count: int) -> dict[int, float]:
             influence = attention_influence(module, bench.token_ids, bench.context_length)

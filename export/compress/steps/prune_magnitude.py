@@ -11,8 +11,8 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError
-from .steps import Applied, Workbench
+from ...errors import RecipeError
+from ..step import Applied, Workbench
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class PruneMagnitude:
 
 def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
     """The weights of all linear layers, each once, detached; a table that is read by its rows is not among them."""
-    from .linears import is_linear
+    from ..module.linears import is_linear
 
     embedding = module.get_input_embeddings().weight
     linears: list[Any] = [part for part in module.modules() if is_linear(part)]
@@ -67,7 +67,7 @@ def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
 
 def _compressed_bytes(weight: torch.Tensor) -> int:
     """The size of a matrix in INT8 after zlib, which archives and package managers use."""
-    from ..passes.quantize_linears import quantize_columns
+    from ...passes.quantize_linears import quantize_columns
 
     # Scales are by output in the bundle: rows here, or columns in a Conv1D, which changes this figure by little.
     return len(zlib.compress(quantize_columns(weight.numpy().T, _LIMIT).tobytes()))

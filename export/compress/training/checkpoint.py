@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...runtime.bundle.folder import file_digest
-from ..errors import OutputError, RecipeError
-from .edits import edits_of
-from .recipe import step_settings
-from .steps import Step, Workbench
-from .training_texts import TrainingTexts
+from ....runtime.bundle.folder import file_digest
+from ...errors import OutputError, RecipeError
+from ..module.edits import edits_of
+from ..recipe import step_settings
+from ..step import Step, Workbench
+from .texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

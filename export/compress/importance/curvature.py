@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .linears import matrix_of, own
-from .units import Block, outer_inputs
+from ..module.linears import matrix_of, own
+from ..module.units import Block, outer_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

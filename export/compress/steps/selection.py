@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 
 if TYPE_CHECKING:
-    from .steps import Parts
+    from ..step import Parts
 
 
 @dataclass(frozen=True)

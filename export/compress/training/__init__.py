@@ -1,0 +1,1 @@
+"""Training: texts, losses, the loop, checkpoints, the INT8 products simulated."""
