@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgelm.runtime import Bundle, Chunk, Completion, Engine, GenerationSettings
+from edgelm.runtime import Bundle, Chunk, Completion, Engine, GenerationSettings, load
 from edgelm.runtime.bundle.manifest import FileEntry
 from edgelm.runtime.caches.responses.cache import ResponseCache
 from edgelm.runtime.decoding.row import shortened
@@ -487,6 +488,14 @@ def test_a_deadline_beyond_what_threads_can_wait_is_none(new_engine: NewEngine, 
     waiting = ThreadPoolExecutor(1).submit(engine.generate, token_ids=[1], max_tokens=8, timeout=timeout)
     answers += stream
     assert waiting.result(10).token_ids == tuple(token for chunk in answers for token in chunk.token_ids)
+
+
+def test_the_longest_timeout_allows_a_prompt_in_pieces(tiny_bundle: Path) -> None:
+    """From the second prompt on, the speed is known by which a deadline limits a piece."""
+    with load(tiny_bundle) as engine:
+        for first in (1, 2):
+            done = engine.generate(token_ids=[first] * 200, max_tokens=2, timeout=sys.float_info.max)
+            assert len(done.token_ids) == 2
 
 
 @pytest.mark.parametrize(

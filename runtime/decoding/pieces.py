@@ -49,8 +49,9 @@ class Pieces:
         left = row.seconds_left() if self._bounded else None
         if left is None:
             return most
-        size = _FIRST_PIECE if self._tokens_per_s is None else int(left * self._tokens_per_s)
-        return min(most, max(_LEAST_PIECE, size))
+        # The product is infinite for a timeout near the largest float.
+        fits = _FIRST_PIECE if self._tokens_per_s is None else min(most, left * self._tokens_per_s)
+        return min(most, max(_LEAST_PIECE, int(fits)))
 
     def fed(self, tokens: int, started: float) -> None:
         """Note that a piece was fed. started: when it began, by `time.perf_counter`."""
