@@ -45,7 +45,7 @@ def torch_greedy(module: Any, ids: list[int], steps: int) -> list[int]:
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([], "no [[step]]"),
+        ([], "one or more [[step]]"),
         ([{"use": "drop-layer", "last": 1}], "did you mean drop-layers?"),
         ([{"last": 1}], "the key use is missing"),
         ([{"use": "drop-layers", "first": 1}], "has no key first"),

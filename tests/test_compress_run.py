@@ -152,7 +152,7 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
         model, out, first, {**TRAINING, "text": short}
     )
     assert "has 5 tokens, too few to judge by" in refused(model, out, first, {**TRAINING, "held_out": short})
-    assert "that chooses has 1 tokens, too few to compress by" in refused(model, out, first, text=tmp_path / "one.txt")
+    assert "to calibrate on has 1 tokens, too few" in refused(model, out, first, text=tmp_path / "one.txt")
     measuring = Measuring(passages=tmp_path / "p.jsonl", count=4)
     assert "has 3 passages, fewer than the 4 asked for" in refused(model, out, first, measuring=measuring)
     measuring = Measuring(passages=tmp_path / "none.jsonl")
@@ -304,7 +304,7 @@ def test_nothing_is_measured_where_that_is_asked(
     shown = capsys.readouterr().out
     assert "perplexity" not in shown
     assert re.search(r"drop-layers +[\d,]+ +[\d.]+ kB", shown)
-    with pytest.raises(RecipeError, match="passages cannot be read where nothing is measured"):
+    with pytest.raises(RecipeError, match="passages cannot be measured if measuring is off"):
         Measuring(reads=False, passages=tmp_path / "p.jsonl")
 
 
