@@ -92,18 +92,18 @@ def refused(
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([TRAINING, {"use": "drop-layers", "last": 4}], "step 2, drop-layers: of 4 layers at most 3 can go, not 4"),
+        ([TRAINING, {"use": "drop-layers", "last": 4}], "step 2, drop-layers: at most 3 of 4 layers can be removed"),
         (
             [{"use": "drop-layers", "least_useful": 2}, {"use": "drop-layers", "last": 2}],
-            "step 2, drop-layers: of 2 layers at most 1 can go, not 2",
+            "step 2, drop-layers: at most 1 of 2 layers can be removed, not 2",
         ),
         (
             [{"use": "drop-layers", "least_useful": 2}, {"use": "skip-attention", "least_useful": 2}],
-            "step 2, skip-attention: of 2 attention sublayers at most 1",
+            "step 2, skip-attention: at most 1 of 2 attention sublayers",
         ),
         (
             [{"use": "drop-layers", "layers": [1]}, {"use": "skip-attention", "layers": [1]}],
-            "step 2, skip-attention: there is no attention sublayer 1: there are 0, 2, 3",
+            "step 2, skip-attention: there is no attention sublayer 1: the model has 0, 2, 3",
         ),
         ([TRAINING, {"use": "skip-attention", "layers": [17]}], "step 2, skip-attention: there is no attention"),
         (
@@ -114,7 +114,7 @@ def refused(
         ([TRAINING, {"use": "share-weights", "embedding": True}], "step 2, share-weights: LlamaForCausalLM shares"),
         (
             [{"use": "drop-layers", "last": 1}, {**TRAINING, "lora_rank": 33}],
-            "step 2, recover: lora_rank is 33, more than model.layers.0.self_attn.k_proj can have, whose smaller side",
+            "step 2, recover: lora_rank is 33, but the smaller side of model.layers.0.self_attn.k_proj is",
         ),
         (
             [{"use": "prune-magnitude", "ratio": 0.5}, {**TRAINING, "lora_rank": 2}],
