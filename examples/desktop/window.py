@@ -39,7 +39,7 @@ class Window(Layout):
         self._show(self._conversations[0] if self._conversations else self._open)
         self._tick()
 
-    # ---- what the user does
+    # ---- user actions
 
     def open_model(self, name: str) -> None:
         """Load a model by its name in the chooser."""
@@ -133,7 +133,7 @@ class Window(Layout):
         if chosen and chosen[0] is not self._open:
             self._show(chosen[0])
 
-    # ---- what the worker tells
+    # ---- worker events
 
     def _tick(self) -> None:
         """Handle the worker's events, then show its progress."""
@@ -201,7 +201,7 @@ class Window(Layout):
         self._say("")
         self._update_buttons()
 
-    # ---- what changes on the window
+    # ---- updates of the window
 
     def _show(self, conversation: Conversation) -> None:
         self._open = conversation

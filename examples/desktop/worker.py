@@ -75,7 +75,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    # ---- for the window's thread
+    # ---- called from the window's thread
 
     def open(self, path: Path) -> None:
         """Load a model. Unloads the current one first."""
@@ -104,7 +104,7 @@ class Worker:
         self._jobs.put(None)
         self._thread.join(patience_s)
 
-    # ---- in the thread
+    # ---- run in the engine's thread
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
