@@ -242,7 +242,7 @@ def test_the_step_stands_once() -> None:
     model, bench = tiny_llama(), cast("Workbench", None)
     WeightsInt4("hqq", 64).apply(model, bench)
     assert noted_weights(model) == BlockSettings(4, 64, "hqq")
-    with pytest.raises(RecipeError, match="weights-int4 was applied to this model before"):
+    with pytest.raises(RecipeError, match="weights-int4 was already applied to this model"):
         WeightsInt4().apply(model, bench)
 
 

@@ -45,7 +45,7 @@ def torch_greedy(module: Any, ids: list[int], steps: int) -> list[int]:
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([], "no [[step]]"),
+        ([], "one or more [[step]]"),
         ([{"use": "drop-layer", "last": 1}], "did you mean drop-layers?"),
         ([{"last": 1}], "the key use is missing"),
         ([{"use": "drop-layers", "first": 1}], "has no key first"),
@@ -67,7 +67,7 @@ def torch_greedy(module: Any, ids: list[int], steps: int) -> list[int]:
         ([{"use": "low-rank", "energy": 1.0}], "energy must be between 0 and 1"),
         ([{"use": "low-rank", "ratio": 0.1, "matrices": "*"}], "must be a list"),
         ([{"use": "share-weights"}], "give embedding = true, groups or every"),
-        ([{"use": "share-weights", "every": 1}], "two layers or more"),
+        ([{"use": "share-weights", "every": 1}], "every must be 2 or more"),
         ([{"use": "share-weights", "every": 2, "groups": [[0, 1]]}], "found both"),
         ([{"use": "share-weights", "groups": [[0]]}], "two layers or more"),
         ([{"use": "share-weights", "groups": [[0, 1], [1, 2]]}], "a layer twice"),
@@ -98,7 +98,7 @@ def test_recipe_file_that_is_no_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use", ["drop-layers", "skip-attention"])
-@pytest.mark.parametrize(("keys", "words"), [({"layers": [7]}, "there is no"), ({"last": 2}, "at most 1 can go")])
+@pytest.mark.parametrize(("keys", "words"), [({"layers": [7]}, "there is no"), ({"last": 2}, "at most 1 of 2")])
 def test_more_layers_than_there_are(
     tiny_model: Path, tmp_path: Path, use: str, keys: dict[str, Any], words: str
 ) -> None:

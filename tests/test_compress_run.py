@@ -92,18 +92,18 @@ def refused(
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([TRAINING, {"use": "drop-layers", "last": 4}], "step 2, drop-layers: of 4 layers at most 3 can go, not 4"),
+        ([TRAINING, {"use": "drop-layers", "last": 4}], "step 2, drop-layers: at most 3 of 4 layers can be removed"),
         (
             [{"use": "drop-layers", "least_useful": 2}, {"use": "drop-layers", "last": 2}],
-            "step 2, drop-layers: of 2 layers at most 1 can go, not 2",
+            "step 2, drop-layers: at most 1 of 2 layers can be removed, not 2",
         ),
         (
             [{"use": "drop-layers", "least_useful": 2}, {"use": "skip-attention", "least_useful": 2}],
-            "step 2, skip-attention: of 2 attention sublayers at most 1",
+            "step 2, skip-attention: at most 1 of 2 attention sublayers",
         ),
         (
             [{"use": "drop-layers", "layers": [1]}, {"use": "skip-attention", "layers": [1]}],
-            "step 2, skip-attention: there is no attention sublayer 1: there are 0, 2, 3",
+            "step 2, skip-attention: there is no attention sublayer 1: the model has 0, 2, 3",
         ),
         ([TRAINING, {"use": "skip-attention", "layers": [17]}], "step 2, skip-attention: there is no attention"),
         (
@@ -114,7 +114,7 @@ def refused(
         ([TRAINING, {"use": "share-weights", "embedding": True}], "step 2, share-weights: LlamaForCausalLM shares"),
         (
             [{"use": "drop-layers", "last": 1}, {**TRAINING, "lora_rank": 33}],
-            "step 2, recover: lora_rank is 33, more than model.layers.0.self_attn.k_proj can have, whose smaller side",
+            "step 2, recover: lora_rank is 33, but the smaller side of model.layers.0.self_attn.k_proj is",
         ),
         (
             [{"use": "prune-magnitude", "ratio": 0.5}, {**TRAINING, "lora_rank": 2}],
@@ -151,8 +151,8 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
     assert "has 5 tokens, too few to train on: a row needs 33" in refused(
         model, out, first, {**TRAINING, "text": short}
     )
-    assert "has 5 tokens, too few to judge by" in refused(model, out, first, {**TRAINING, "held_out": short})
-    assert "that chooses has 1 tokens, too few to compress by" in refused(model, out, first, text=tmp_path / "one.txt")
+    assert "has 5 tokens, too few to evaluate on" in refused(model, out, first, {**TRAINING, "held_out": short})
+    assert "to calibrate on has 1 tokens, too few" in refused(model, out, first, text=tmp_path / "one.txt")
     measuring = Measuring(passages=tmp_path / "p.jsonl", count=4)
     assert "has 3 passages, fewer than the 4 asked for" in refused(model, out, first, measuring=measuring)
     measuring = Measuring(passages=tmp_path / "none.jsonl")
@@ -186,11 +186,11 @@ def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: 
     text.write_text(TEXT[100:] + TEXT[:100], encoding="utf-8")
     words = refused(model, out, *steps)
     assert "step 2, recover: " in words, words
-    assert "differs in the text to train on, the text that is held out, and is left alone" in words
+    assert "differs in the training text, the held-out text: " in words
     assert kept.read_bytes() == before
     text.write_text(TEXT, encoding="utf-8")
     _, listener = compress(model, out, *steps)
-    assert any(line.startswith("goes on after step 2 of 4") for line in listener.lines)
+    assert any(line.startswith("resumed after step 2 of 4") for line in listener.lines)
 
 
 # --- faults in the middle ---------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(model: Path, tmp_path:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(
-            OutputError, match=r"the checkpoint after step 1 cannot be written .* nothing was kept before"
+            OutputError, match=r"the checkpoint after step 1 cannot be written .* there is no earlier one"
         ):
             compress(model, tmp_path / "out", step)
     finally:
@@ -304,7 +304,7 @@ def test_nothing_is_measured_where_that_is_asked(
     shown = capsys.readouterr().out
     assert "perplexity" not in shown
     assert re.search(r"drop-layers +[\d,]+ +[\d.]+ kB", shown)
-    with pytest.raises(RecipeError, match="passages cannot be read where nothing is measured"):
+    with pytest.raises(RecipeError, match="passages cannot be measured if measuring is off"):
         Measuring(reads=False, passages=tmp_path / "p.jsonl")
 
 
@@ -329,7 +329,7 @@ def test_the_best_weights_are_kept_and_a_training_in_vain_ends_early(model: Path
     assert training["stopped_after"] == 3
     assert [point["step"] for point in training["curve"]] == [0, 1, 2, 3]
     assert record.steps[0]["after"]["perplexity"] == record.steps[0]["before"]["perplexity"]
-    assert any("stopped: no better since step 0" in line for line in listener.lines)
+    assert any("stopped early: no improvement since step 0" in line for line in listener.lines)
     assert "training" not in json.dumps(manifest_of(model, tmp_path, step))
 
 

@@ -125,10 +125,10 @@ def test_a_budget_that_would_empty_a_layer_is_refused() -> None:
     [
         ("bloom", "does not call transformers' attention registry"),
         ("falcon", "does not call transformers' attention registry"),
-        ("deepseek_v3", "an attention of another kind"),
-        ("afmoe", "an MLP of another kind"),
-        ("olmo2", "heads and channels change places"),  # norms queries over all heads
-        ("gpt_oss", "heads and channels change places"),  # a number for each head beside the matrices
+        ("deepseek_v3", "an attention of unknown structure"),
+        ("afmoe", "an MLP of unknown structure"),
+        ("olmo2", "reordering heads and channels changes the logits"),  # norms queries over all heads
+        ("gpt_oss", "reordering heads and channels changes the logits"),  # a number for each head beside the matrices
     ],
 )
 def test_models_whose_heads_cannot_be_told_are_refused(kind: str, words: str) -> None:
@@ -142,7 +142,7 @@ def test_models_whose_heads_cannot_be_told_are_refused(kind: str, words: str) ->
 def test_order_of_steps_that_cannot_be() -> None:
     factored, shared = tiny_llama(), tiny_llama()
     apply(factored, "low-rank", ratio=0.3)
-    with pytest.raises(RecipeError, match="models that were factored before cannot be pruned"):
+    with pytest.raises(RecipeError, match="prune-structured cannot be used with it, nor after low-rank"):
         apply(factored, "prune-structured", ratio=0.1)
     apply(shared, "share-weights", groups=((0, 1),))
     with pytest.raises(RecipeError, match="put prune-structured before share-weights"):
@@ -201,7 +201,7 @@ def test_a_matrix_whose_factors_would_be_larger_is_left_alone() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"a name like \*\.c_attn: there is down_proj, gate_proj"):
+    with pytest.raises(RecipeError, match=r"a name like \*\.c_attn: the model has down_proj, gate_proj"):
         apply(tiny_llama(), "low-rank", matrices=("*.c_attn",), ratio=0.3)
 
 
@@ -254,7 +254,7 @@ def write(module: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"groups": ((0, 7),)}, "there is no layer 7: there are 0, 1"),
+        ({"groups": ((0, 7),)}, "there is no layer 7: the model has 0, 1"),
         ({"embedding": True}, "shares embedding and head already"),
     ],
 )

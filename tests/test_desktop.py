@@ -112,7 +112,7 @@ def test_a_killed_program_goes_on_where_it_was(desk: Desk) -> None:
     # Or the very next token ended the answer.
     assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"]) or not after["unfinished"]
     # What was computed for the turn before the kill is on the disk.
-    assert "known)" in found["continued"]["status"]
+    assert "cached)" in found["continued"]["status"]
 
 
 def test_a_long_prompt_shows_how_much_is_read(desk: Desk) -> None:

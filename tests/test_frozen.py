@@ -204,7 +204,7 @@ def test_an_app_takes_as_much_memory_as_before_and_little_room(frozen: Frozen, b
 def test_the_example_with_a_window_finds_its_parts(frozen: Frozen) -> None:
     """Without a screen it can only say how it is called, for which all of it is imported."""
     done = frozen.run("desktop", "--help")
-    assert done.returncode == 0 and "a window to talk to a model" in done.stdout, done.stderr
+    assert done.returncode == 0 and "a chat window for a model" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

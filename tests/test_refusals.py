@@ -107,7 +107,7 @@ def test_a_perplexity_beyond_floats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compression_without_a_recipe_or_a_place() -> None:
     for config in (ExportConfig("builtin:tales"), ExportConfig("builtin:tales", compress="light")):
-        with pytest.raises(RecipeError, match="needs a recipe and a place"):
+        with pytest.raises(RecipeError, match="needs a recipe and an output folder"):
             compress_model(config)
 
 

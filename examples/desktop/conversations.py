@@ -1,6 +1,6 @@
-"""Conversations on the disk: one JSON file for each, written whole and put into place by one rename.
+"""Conversations on disk: one JSON file each, replaced atomically.
 
-A program that is killed in the middle of an answer loses at most what was written since the last save.
+A crash during an answer loses at most the text since the last save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TITLE_LENGTH = 40
 
 @dataclass
 class Conversation:
-    """Messages as edgelm takes them. unfinished: the last answer was stopped, or the program was, while it came."""
+    """messages: in edgelm's form; unfinished: the last answer is missing or incomplete, after a stop or a crash."""
 
     name: str
     title: str = UNTITLED
@@ -26,7 +26,7 @@ class Conversation:
     unfinished: bool = False
 
     def ask(self, text: str) -> None:
-        """Add what the user says; the first message is the title."""
+        """Add a message of the user. The first one becomes the title."""
         if not self.messages:
             self.title = " ".join(text.split())[:_TITLE_LENGTH] or UNTITLED
         self.messages.append({"role": "user", "content": text})
@@ -47,16 +47,16 @@ class Store:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def new(self) -> Conversation:
-        """A conversation that is written when something is said in it."""
+        """A new conversation. It is not written before `save`."""
         return Conversation(f"{time.time_ns():x}")
 
     def all(self) -> list[Conversation]:
-        """The latest one first. Files that hold no conversation are left where they are."""
+        """All conversations, latest first. Files that cannot be read are ignored."""
         files = sorted(self._folder.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
         return [found for file in files if (found := _read(file)) is not None]
 
     def save(self, conversation: Conversation) -> None:
-        """Write a conversation. A file that is there stays as it is until the new one is complete."""
+        """Write a conversation. Atomic: an existing file is replaced only by a complete one."""
         file = self._folder / f"{conversation.name}.json"
         scratch = file.with_suffix(".tmp")
         with open(scratch, "w", encoding="utf-8", opener=_private) as stream:
@@ -64,12 +64,12 @@ class Store:
         scratch.replace(file)
 
     def delete(self, conversation: Conversation) -> None:
-        """Remove a conversation, if it was written."""
+        """Remove a conversation's file, if any."""
         (self._folder / f"{conversation.name}.json").unlink(missing_ok=True)
 
 
 def data_folder() -> Path:
-    """Where this program keeps what is the user's."""
+    """The program's folder for the user's data."""
     if sys.platform == "win32":
         return Path(os.environ.get("APPDATA", Path.home() / "AppData" / "Roaming")) / "edgelm-desktop"
     if sys.platform == "darwin":

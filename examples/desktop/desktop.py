@@ -1,8 +1,8 @@
-"""A window to talk to a model that runs on this machine. See README.md beside this file.
+"""A chat window for a model that runs on this machine. See README.md in this folder.
 
     python desktop.py [FOLDER ...]
 
-Each FOLDER is a bundle that `edgelm export` wrote, or holds several. Without any, `models` beside the program is used.
+Each FOLDER is a bundle written by `edgelm export`, or a folder of bundles. The default is `models` beside the program.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from edgelm.runtime import GenerationSettings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="a window to talk to a model on this machine")
+    parser = argparse.ArgumentParser(description="a chat window for a model on this machine")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="a bundle, or a folder of bundles")
-    parser.add_argument("--data", type=Path, default=data_folder(), help="where conversations are kept (%(default)s)")
-    parser.add_argument("--dark", action="store_true", help="begin with the dark colours")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="folder for conversations (%(default)s)")
+    parser.add_argument("--dark", action="store_true", help="start with dark colours")
     given = parser.parse_args()
     store = Store(given.data / "conversations")
     models = Models(given.folders or [beside() / "models"], given.data)

@@ -1,4 +1,4 @@
-"""What there is to see in the window, and where. What it does is `window.py`'s."""
+"""The widgets of the window and their layout. `window.py` implements the actions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transcript import Transcript
 
 
 class Layout(ABC):
-    """The widgets. A subclass says what the user's actions do."""
+    """The widgets. A subclass implements the user's actions."""
 
     def __init__(self, root: tk.Tk, models: Sequence[str], dark: bool) -> None:
         """models: names for the chooser."""

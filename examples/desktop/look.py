@@ -13,8 +13,8 @@ _FAMILIES = ("Inter", "Segoe UI", "SF Pro Text", "Cantarell", "Noto Sans", "Deja
 
 @dataclass(frozen=True)
 class Colours:
-    """ground: behind the conversation; side: the list and the bars; mine: behind what the user says; weak: small print;
-    line: between areas; accent: buttons and progress."""
+    """ground: background of the conversation; side: of list and bars; mine: of the user's messages; weak: small print;
+    line: between areas; accent: buttons and progress; chosen: selected rows."""
 
     ground: str
     side: str
@@ -32,7 +32,7 @@ DARK = Colours("#1b1d22", "#141619", "#262b36", "#e7e9ee", "#939bab", "#2c3038",
 
 
 class Fonts:
-    """The same family everywhere, in three sizes."""
+    """One font family in three sizes."""
 
     def __init__(self, window: tk.Misc) -> None:
         there = set(font.families(window))
@@ -43,7 +43,7 @@ class Fonts:
 
 
 def sharpen() -> None:
-    """Let Windows draw the window in the screen's own resolution. To be called before there is a window."""
+    """Make Windows draw the window at the screen's native resolution. Call before creating a window."""
     if sys.platform == "win32":
         import ctypes
 
@@ -51,7 +51,7 @@ def sharpen() -> None:
 
 
 def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
-    """Give ttk's widgets the colours and fonts."""
+    """Apply colours and fonts to ttk widgets."""
     found = ttk.Style(window)
     found.theme_use("clam")
     found.configure(
@@ -82,7 +82,7 @@ def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
     )
     found.map("TCombobox", fieldbackground=[("readonly", colours.ground)], foreground=[("readonly", colours.text)])
     found.configure(
-        "Horizontal.TProgressbar",  # invisible while nothing is read
+        "Horizontal.TProgressbar",  # invisible at 0
         background=colours.accent,
         troughcolor=colours.side,
         bordercolor=colours.side,
@@ -97,7 +97,7 @@ def style(window: tk.Misc, colours: Colours, fonts: Fonts) -> None:
         ("font", fonts.text),
     ):
         window.option_add(f"*TCombobox*Listbox.{option}", value)
-    # A scroll bar without arrows, and a list whose rows have air between them.
+    # A scroll bar without arrows, and a list with space between its rows.
     thumb: list[Any] = [("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})]
     found.layout("Vertical.TScrollbar", [("Vertical.Scrollbar.trough", {"sticky": "ns", "children": thumb})])
     found.configure(

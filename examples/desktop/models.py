@@ -1,4 +1,4 @@
-"""Which models there are: folders with a manifest, below a folder of models or chosen one by one."""
+"""The available models: bundles in given folders, and those that the user opened."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _CHOSEN = "chosen.json"
 
 
 class Models:
-    """Bundles by the name that the chooser shows. What the user opens is remembered in the program's own folder."""
+    """Bundles by their name in the chooser. Folders that the user opens are saved in the program's data folder."""
 
     def __init__(self, folders: Iterable[Path], data: Path) -> None:
-        """folders: each a bundle or a folder of bundles."""
+        """folders: bundles or folders of bundles; data: the program's data folder."""
         self._file = data / _CHOSEN
         self.by_name: dict[str, Path] = {}
         for folder in [*folders, *self._remembered()]:
             self._find(folder)
 
     def add(self, folder: Path) -> list[str]:
-        """Take in a bundle or a folder of bundles and remember it; the names that are new."""
+        """Add a bundle or a folder of bundles and save it. Returns the new names."""
         before = set(self.by_name)
         self._find(folder)
         new = [name for name in self.by_name if name not in before]

@@ -1,4 +1,4 @@
-"""The area that shows a conversation."""
+"""The view of a conversation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ _NAMES = {"user": "You", "assistant": "Model", "system": "System"}
 
 
 class Transcript(ttk.Frame):
-    """Messages below each other, what the user says on a tinted ground. Follows what is added, unless the reader has
-    scrolled up."""
+    """A list of messages, those of the user on a tinted background. Scrolls to new text unless the user scrolled up."""
 
     def __init__(self, parent: tk.Misc, fonts: Fonts) -> None:
         super().__init__(parent)
@@ -49,7 +48,7 @@ class Transcript(ttk.Frame):
         self._text.tag_raise("sel")
 
     def show(self, conversation: Conversation, hint: str) -> None:
-        """Show a conversation from its beginning. hint: what an empty one says."""
+        """Show a conversation. hint: text for an empty one."""
         self._change("1.0", "end")
         for message in conversation.messages:
             self.begin(message["role"])
@@ -59,7 +58,7 @@ class Transcript(ttk.Frame):
         self._text.see("end")
 
     def begin(self, role: str) -> None:
-        """Begin a message."""
+        """Start a message."""
         if self._text.tag_ranges("hint"):
             self._change("1.0", "end")
         if self._text.index("end-1c") != "1.0":
@@ -69,14 +68,14 @@ class Transcript(ttk.Frame):
         self._change("end", None, f"{_NAMES.get(role, role)}\n", _name_of(role))
 
     def add(self, role: str, text: str) -> None:
-        """Add to the message that was begun last."""
+        """Add text to the last message."""
         follows = self._text.yview()[1] >= 0.999
         self._change("end", None, text, role)
         if follows:
             self._text.see("end")
 
     def note(self, text: str) -> None:
-        """Say something below the last message."""
+        """Show a note below the last message."""
         self._change("end", None, f"\n{text}", "hint")
         self._text.see("end")
 
@@ -85,11 +84,11 @@ class Transcript(ttk.Frame):
         if end is not None:
             self._text.delete(begin, end)
         if text:
-            self._text.insert("end", text.replace("\0", "\ufffd"), tag)  # Tk ends a text there
+            self._text.insert("end", text.replace("\0", "\ufffd"), tag)  # Tk ends a string at \0
         self._text.configure(state="disabled")
 
 
-# Names of tags hold no blank: Tk would take two.
+# Tag names have no spaces, because Tk splits them at spaces.
 def _name_of(role: str) -> str:
     return f"{role}-name"
 

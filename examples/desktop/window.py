@@ -1,4 +1,4 @@
-"""The window: conversations on the left, the one that is open on the right, and what the model is doing below."""
+"""The window: conversations on the left, the open one on the right, the model's status below."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from models import Models
 from worker import Done, Event, Failed, Loaded, Loading, Piece, Worker
 
 _TICK_MS = 40
-_SAVE_S = 0.5  # an answer is saved so often while it comes
+_SAVE_S = 0.5  # seconds between saves while an answer is streamed
 _MB = 1e6
 _TITLE_LETTERS = 29
-_HINT = "Choose a model above, write below, and press Enter. Shift+Enter begins a new line."
-_REASONS = {"length": "the answer has its most tokens", "context_full": "the context is full", None: "stopped"}
+_HINT = "Choose a model above, write below, and press Enter. Shift+Enter starts a new line."
+_REASONS = {"length": "maximum length reached", "context_full": "the context is full", None: "stopped"}
 
 
 class Window(Layout):
-    """Everything that the user sees. All of it runs in one thread, which never computes and never waits."""
+    """The user interface. It runs in one thread, which never computes and never waits."""
 
     def __init__(self, root: tk.Tk, worker: Worker, store: Store, models: Models, dark: bool) -> None:
         self._worker, self._store, self._models = worker, store, models
         self._conversations = store.all()
         self._open = store.new()
-        self._answers: Conversation | None = None  # the one that the answer belongs to
+        self._answers: Conversation | None = None  # the conversation that is being answered
         self._ready = False
         self._saved = 0.0
         super().__init__(root, list(models.by_name), dark)
@@ -39,7 +39,7 @@ class Window(Layout):
         self._show(self._conversations[0] if self._conversations else self._open)
         self._tick()
 
-    # ---- what the user does
+    # ---- user actions
 
     def open_model(self, name: str) -> None:
         """Load a model by its name in the chooser."""
@@ -50,7 +50,7 @@ class Window(Layout):
         self._update_buttons()
 
     def send(self) -> None:
-        """Ask what stands in the input; or stop, while an answer comes."""
+        """Send the input, or stop the current answer."""
         if self._answers is not None:
             self._worker.stop()
             return
@@ -65,7 +65,7 @@ class Window(Layout):
         self._ask(goes_on=False)
 
     def go_on(self) -> None:
-        """Continue an answer that was stopped."""
+        """Continue a stopped answer."""
         if self._ready and self._answers is None and self._open.unfinished:
             answered = self._open.messages[-1]["role"] == "assistant"
             if answered:
@@ -75,12 +75,12 @@ class Window(Layout):
             self._ask(goes_on=answered)
 
     def new(self) -> None:
-        """Begin a conversation."""
+        """Start a conversation."""
         self._show(self._store.new())
         self._input.focus_set()
 
     def delete(self) -> None:
-        """Delete the conversation that is open."""
+        """Delete the open conversation. If it is being answered, only stop the answer."""
         if self._answers is self._open:
             self._worker.stop()
             return
@@ -90,12 +90,12 @@ class Window(Layout):
         self.new()
 
     def turn_light(self) -> None:
-        """Change between the light and the dark colours."""
+        """Switch between light and dark colours."""
         self._dark = not self._dark
         self._paint()
 
     def close(self) -> None:
-        """Keep what came of an answer, and leave."""
+        """Save an unfinished answer and close the window."""
         if self._answers is not None:
             self._store.save(self._answers)
         self._worker.close()
@@ -118,14 +118,14 @@ class Window(Layout):
         return "break"
 
     def _open_folder(self) -> None:
-        name = filedialog.askdirectory(parent=self.root, title="The folder of a model, or a folder of models")
+        name = filedialog.askdirectory(parent=self.root, title="Folder of a model, or folder of models")
         if name:
             new = self._models.add(Path(name))
             self._chooser.configure(values=list(self._models.by_name))
             if new:
                 self.open_model(new[0])
             else:
-                self._say(f"{name} holds no model that is not listed: export one with  edgelm export MODEL")
+                self._say(f"{name} has no model that is not listed already. Create one with  edgelm export MODEL")
 
     def _choose_conversation(self) -> None:
         names = {conversation.name: conversation for conversation in self._conversations}
@@ -133,10 +133,10 @@ class Window(Layout):
         if chosen and chosen[0] is not self._open:
             self._show(chosen[0])
 
-    # ---- what the worker tells
+    # ---- worker events
 
     def _tick(self) -> None:
-        """Read the worker's events, then look at its progress."""
+        """Handle the worker's events, then show its progress."""
         while True:
             try:
                 event = self._worker.events.get_nowait()
@@ -182,13 +182,13 @@ class Window(Layout):
         conversation.unfinished = event.reason != "stop"
         self._save(conversation)
         if conversation is self._open and conversation.unfinished:
-            self._transcript.note(f"({_REASONS.get(event.reason, event.reason)}: Continue goes on)")
+            self._transcript.note(f"({_REASONS.get(event.reason, event.reason)}: press Continue)")
         if event.stats is not None:
-            known = f" ({event.stats.reused_tokens:,} known)" if event.stats.reused_tokens else ""
+            known = f" ({event.stats.reused_tokens:,} cached)" if event.stats.reused_tokens else ""
             self._say(
-                f"{event.stats.prompt_tokens:,} tokens read{known}, first word after "
+                f"{event.stats.prompt_tokens:,} tokens read{known}, first token after "
                 f"{event.stats.time_to_first_token_s:.2f} s, {event.stats.generated_tokens:,} tokens written at "
-                f"{event.stats.decode_tokens_per_s:.0f} a second"
+                f"{event.stats.decode_tokens_per_s:.0f} tokens/s"
             )
         self._show_memory()
         self._update_buttons()
@@ -201,13 +201,13 @@ class Window(Layout):
         self._say("")
         self._update_buttons()
 
-    # ---- what changes on the window
+    # ---- updates of the window
 
     def _show(self, conversation: Conversation) -> None:
         self._open = conversation
         self._transcript.show(conversation, _HINT)
         if conversation.unfinished and conversation is not self._answers and conversation.messages:
-            self._transcript.note("(interrupted: Continue goes on)")
+            self._transcript.note("(interrupted: press Continue)")
         self._mark()
         self._update_buttons()
 

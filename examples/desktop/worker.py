@@ -1,7 +1,6 @@
-"""The thread that owns the engine: it loads, answers and unloads, so that the window never waits.
+"""The thread that owns the engine. It loads, answers and unloads, so that the window never waits.
 
-The window gives it jobs and reads events from a queue. Stopping an answer and asking for its progress are the two
-things that the window does itself; both are safe between threads and take no time.
+Jobs and events go through queues. `stop` and `progress` act directly; both are thread-safe and return at once.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Any
 
 from edgelm.runtime import EdgelmError, Engine, GenerationSettings, MemoryEstimate, Stats, estimate_memory, load
 
-# An answer needs room in the context: so much of it stays free.
+# Share of the context that stays free for the answer.
 _ROOM = 0.25
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A model is being loaded, which will take about so much memory."""
+    """A model is being loaded. memory: estimate of what it will need."""
 
     path: Path
     memory: MemoryEstimate
@@ -46,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer is complete, or was stopped: then there is no reason."""
+    """The answer is complete, or was stopped (reason: None)."""
 
     reason: str | None
     stats: Stats | None
@@ -54,7 +53,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """What went wrong, in words for the user."""
+    """An error. text: message for the user."""
 
     text: str
 
@@ -72,30 +71,30 @@ class Worker:
         self._engine: Engine | None = None
         self._stream: Any = None
         self._stopped = threading.Event()
-        # A daemon: a step that is running does not keep a window open that was closed.
+        # A daemon, so that a running step does not keep the program alive after the window is closed.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    # ---- for the window's thread
+    # ---- called from the window's thread
 
     def open(self, path: Path) -> None:
-        """Load a model in place of the one that is loaded."""
+        """Load a model. Unloads the current one first."""
         self._jobs.put(lambda: self._open(path))
 
     def answer(self, messages: list[dict[str, str]], goes_on: bool = False) -> None:
-        """Answer a conversation. goes_on: continue its last message, an answer that was stopped."""
+        """Answer a conversation. goes_on: continue its last message, a stopped answer."""
         self._stopped.clear()
         self._jobs.put(lambda: self._answer(messages, goes_on))
 
     def stop(self) -> None:
-        """End the answer that is being computed, after the step that is running."""
+        """Stop the current answer after the current step."""
         self._stopped.set()
         stream = self._stream
         if stream is not None:
             stream.close()
 
     def progress(self) -> tuple[int, int] | None:
-        """Tokens of the prompt that were read, and all of them; None when nothing is being read."""
+        """Tokens of the prompt that are read, and their total; None if no answer is being computed."""
         stream = self._stream
         return None if stream is None else stream.progress
 
@@ -105,7 +104,7 @@ class Worker:
         self._jobs.put(None)
         self._thread.join(patience_s)
 
-    # ---- in the thread
+    # ---- run in the engine's thread
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -123,14 +122,14 @@ class Worker:
     def _open(self, path: Path) -> None:
         self._unload()
         self.events.put(Loading(path, estimate_memory(path)))
-        # What is computed for a conversation is kept on the disk, so that it goes on at once after a restart.
+        # The prefix cache keeps a conversation's KV cache on disk, so that it continues at once after a restart.
         self._engine = load(path, prefix_cache=True, response_cache=False)
         self._engine.warm_up()
         self.events.put(Loaded(path, self._engine.bundle.manifest.name, self._engine.context_length))
 
     def _answer(self, messages: list[dict[str, str]], goes_on: bool) -> None:
         if self._engine is None:
-            self.events.put(Failed("No model is loaded: choose one first."))
+            self.events.put(Failed("No model is loaded. Choose one first."))
             return
         stats = reason = None
         with contextlib.ExitStack() as stack:
@@ -149,9 +148,9 @@ class Worker:
         self._stream = None
 
     def _request(self, engine: Engine, messages: list[dict[str, str]], goes_on: bool) -> dict[str, Any]:
-        """The arguments of `Engine.stream`. The oldest turns are left out where the context has no room for them."""
+        """Arguments of `Engine.stream`. Drops the oldest turns until the conversation fits into the context."""
         room = int(engine.context_length * (1 - _ROOM))
-        if not engine.takes_messages:  # a model that goes on with a text
+        if not engine.takes_messages:  # a base model, which continues a text
             ids = engine.encode("".join(message["content"] for message in messages))
             return {"token_ids": ids[-room:], "settings": self._settings}
         options: dict[str, Any] = {"continue_final_message": True} if goes_on else {}

@@ -1,7 +1,7 @@
-// Runs `edgelm serve` as a part of a JavaScript program: Electron's main process, or any program in Node.
+// Runs `edgelm serve` from a JavaScript program, such as Electron's main process or any Node program.
 //
-// The server chooses a free port and says so in one line of JSON. It holds one end of a pipe, whose other end is this
-// process: when this process ends, be it killed, the pipe closes and the server ends too. No orphan is left.
+// The server chooses a free port and prints it in one line of JSON. Its standard input is a pipe from this process: if
+// this process ends, even if it is killed, the pipe closes and the server exits.
 
 import { spawn } from "node:child_process";
 import { createInterface } from "node:readline";
@@ -9,9 +9,9 @@ import { createInterface } from "node:readline";
 /**
  * Start a server and wait until its first model is loaded.
  *
- * program: path of `edgelm`, or of a frozen command line; bundles: folders; options: more words for `edgelm serve`.
- * Returns { address, models, pid, stop, ended }: `stop()` ends it, `ended` is a promise of its exit status.
- * Rejects with the server's last words if it cannot start.
+ * program: path of `edgelm` or of a frozen command line; bundles: folders; options: more arguments of `edgelm serve`.
+ * Returns { address, models, pid, stop, ended }: `stop()` ends the server, `ended` is a promise of its exit status.
+ * Rejects with the server's last line on standard error if it cannot start.
  */
 export function startSidecar(program, bundles, options = []) {
   const child = spawn(program, ["serve", ...bundles, "--port", "0", "--ready-json", ...options], {
@@ -36,7 +36,7 @@ export function startSidecar(program, bundles, options = []) {
   });
 }
 
-/** The text of an answer, piece by piece. signal: an AbortSignal; aborting ends the computation, too. */
+/** Yield the text of an answer in pieces. signal: an AbortSignal; aborting also stops the server's computation. */
 export async function* chat(sidecar, messages, { signal, ...settings } = {}) {
   const response = await fetch(`${sidecar.address}/v1/chat/completions`, {
     method: "POST",
@@ -53,7 +53,7 @@ export async function* chat(sidecar, messages, { signal, ...settings } = {}) {
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Error(event.error.message);
       const piece = event.choices[0]?.delta?.content;
-      signal?.throwIfAborted(); // several pieces may have come at once
+      signal?.throwIfAborted(); // one read may contain several pieces
       if (piece) yield piece;
     }
   }

@@ -1,4 +1,4 @@
-// node talk.mjs EDGELM BUNDLE "a question": starts the server, prints the answer as it comes, stops the server.
+// node talk.mjs EDGELM BUNDLE "a question": starts the server, streams the answer to standard output, stops the server.
 
 import process from "node:process";
 

@@ -1,4 +1,4 @@
-"""`edgelm compress`: a recipe makes a model smaller, step by step before the user's eyes."""
+"""`edgelm compress`: apply a recipe to a model and print size and quality after each step."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ SUMMARY = "make a model smaller by a recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("model", help="model folder, GGUF file, hub id such as owner/name, or builtin:tales")
-    parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a TOML file")
+    parser.add_argument("--recipe", required=True, help="light, balanced, small, smallest, or a path ending in .toml")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--target", help="machine that sizes are stated for (this machine)")
+    parser.add_argument("--target", help="target that bundle sizes are computed for (this machine)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to calibrate and measure on")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; half to calibrate, half to measure on")
     parser.add_argument(
-        "--lambada", type=Path, metavar="FILE", help="JSON lines with passages, whose last words to measure"
+        "--lambada", type=Path, metavar="FILE", help="LAMBADA passages (JSON Lines) to measure last-word accuracy on"
     )
-    parser.add_argument("--passages", type=int, default=100, metavar="N", help="how many of them (100)")
-    parser.add_argument("--no-measure", action="store_true", help="measure nothing: sizes only")
+    parser.add_argument("--passages", type=int, default=100, metavar="N", help="number of LAMBADA passages (100)")
+    parser.add_argument("--no-measure", action="store_true", help="do not measure quality, only sizes")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what each step would remove and how long it would take; write nothing",
+        help="print what each step would remove and how long it would take, without writing anything",
     )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="file to which progress is appended as well")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="file to append progress lines to")
     parser.add_argument("--force", action="store_true", help="replace an existing compressed model")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress and print what each step cost and bought."""
+    """Compress the model and print the table of steps."""
     require_extra("edgelm compress")
     names = ("model", "target", "revision", "text", "out", "force")
     config = ExportConfig(**{name: getattr(arguments, name) for name in names}, compress=arguments.recipe)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             progress.stop()
     if not is_first():
-        return 0  # of several processes that train together, the first one writes and speaks
+        return 0  # only the first of several processes prints
     if arguments.json:
         print(json.dumps({"folder": None if arguments.dry_run else str(arguments.out), **dataclasses.asdict(record)}))
     elif arguments.dry_run:
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_table(console: Console, record: Record, table: Sequence[Sequence[str]]) -> None:
-    """Print a table and the steps' notes."""
+    """Print the table of steps and their notes."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,11 +1,11 @@
-"""A compressed model as a folder: Hugging Face's files, the recipe, and a record of where it came from.
+"""A compressed model as a folder: Hugging Face's files and a record of the compression.
 
-    config.json          of the source, with the edits of its structure under `edgelm_edits`
-    model.safetensors    float32; a matrix that several modules share is in it once
-    compression.json     source, name, recipe, and what each step did, cost and bought
-    tokenizer files and generation_config.json, as the source has them
+    config.json          the source's, with structural edits under `edgelm_edits`
+    model.safetensors    float32; a shared matrix is stored once
+    compression.json     source, name, recipe, and each step's settings, choices and figures
+    tokenizer files and generation_config.json of the source
 
-Exporting such a folder gives the graph and the weights that exporting with the recipe gives.
+Exporting this folder gives the same graph and weights as exporting the source with the recipe.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 RECORD_NAME = "compression.json"
 _WEIGHTS_NAME = "model.safetensors"
 _VERSION = 1
-# Keys of a recorded step that hold what was measured.
+# Keys of a recorded step that hold measurements.
 _MEASURED = ("before", "after", "training")
 
 
 @dataclass(frozen=True)
 class Record:
-    """compression.json. source, name: of the model that was compressed; recipe: its name; steps: each step's settings
-    with its `details`, figures before and after it, and for one that trained its curve under `training`."""
+    """compression.json. source, name: the original model; recipe: name; steps: settings of each step, with its
+    `details`, figures `before` and `after` it, and for a training step its curve under `training`."""
 
     source: Source
     name: str
@@ -45,17 +45,17 @@ class Record:
 
 
 def without_figures(step: dict[str, Any]) -> dict[str, Any]:
-    """A step's settings and choices, without what was measured: the part that is the same each time."""
+    """A recorded step without measurements: its settings and choices, which are the same in every run."""
     return {key: value for key, value in step.items() if key not in _MEASURED}
 
 
 def settings_of(step: dict[str, Any]) -> dict[str, Any]:
-    """A recorded step's settings alone."""
+    """The settings of a recorded step."""
     return {key: value for key, value in without_figures(step).items() if key not in ("details", "promise")}
 
 
 def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, folder: Path) -> None:
-    """Fill an empty folder. Raises: OSError."""
+    """Write a compressed model into an empty folder. Raises: OSError."""
     from safetensors.torch import save_file
 
     tokenizer.save_pretrained(folder)
@@ -64,14 +64,14 @@ def write_compressed(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         module.generation_config.save_pretrained(folder)
     save_file(_tensors(module), folder / _WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(folder / RECORD_NAME, {"version": _VERSION, **dataclasses.asdict(record)})
-    # safetensors makes its file readable for the owner only.
+    # safetensors creates its file readable by the owner only.
     shutil.copymode(folder / RECORD_NAME, folder / _WEIGHTS_NAME)
 
 
 def _tensors(module: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """By name, each once, under the first of its names.
+    """Name -> tensor. A shared tensor is kept once, under its first name.
 
-    safetensors' own `save_model` also notes the other names, in an order that no two runs share.
+    safetensors' `save_model` also writes the other names, in an order that varies between runs.
     """
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -80,7 +80,7 @@ def _tensors(module: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a compressed folder, or None for a folder of any other kind. Raises: SourceError."""
+    """The record of a compressed folder; None for any other folder. Raises: SourceError if it cannot be read."""
     path = folder / RECORD_NAME
     if not path.is_file():
         return None
@@ -94,10 +94,10 @@ def read_record(folder: Path) -> Record | None:
 
 
 def load_compressed(folder: Path) -> PreTrainedModel:
-    """Build the model of the configuration, make its edits again, and read the weights. float32, evaluation mode.
+    """Build the model from its configuration, replay its edits and load the weights. float32, evaluation mode.
 
-    Raises: SourceError for edits that are unknown or do not fit; whatever transformers, safetensors and torch raise for
-    files that are damaged.
+    Raises: SourceError for edits that are unknown or do not fit; errors of transformers, safetensors and torch for
+    damaged files.
     """
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""Passages of LAMBADA, which a module ends: how often it says the last word."""
+"""Accuracy of a module on the last words of LAMBADA passages."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Passages:
-    """texts: one or more passages; tokenizer: as a bundle has it; context_length: of the model."""
+    """texts: one or more passages; tokenizer: the runtime's; context_length: the model's, in tokens."""
 
     texts: tuple[str, ...]
     tokenizer: Tokenizer
     context_length: int
 
     def accuracy(self, module: torch.nn.Module) -> float:
-        """The share of the passages, 0 to 1, whose last word a module in evaluation mode says. Cost: a pass over each.
-        Raises: PromptError for a passage of one word."""
+        """Share of the passages, 0 to 1, whose last word the module predicts.
+
+        module: in evaluation mode. Cost: one forward pass per passage. Raises: PromptError for a passage of one word.
+        """
         from ..gate.torch_session import TorchSession
         from .progress import tracked
 
@@ -40,7 +42,7 @@ class Passages:
 def load_passages(
     path: Path, count: int, tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel, context_length: int
 ) -> Passages:
-    """The first passages of a file of JSON lines. Raises: RecipeError where it cannot be read or has fewer."""
+    """The first `count` passages of a JSON Lines file. Raises: RecipeError if it cannot be read or has fewer."""
     texts = read_texts(path, count)
     with tempfile.TemporaryDirectory(prefix="edgelm-") as scratch:
         write_tokenizer(tokenizer, module, Path(scratch))
@@ -48,11 +50,11 @@ def load_passages(
 
 
 def read_texts(path: Path, count: int) -> tuple[str, ...]:
-    """As `load_passages`, the texts alone."""
+    """The texts of `load_passages`. Raises: RecipeError."""
     try:
         texts = read_passages(path)
     except PromptError as error:
-        raise RecipeError(f"the passages to measure on: {error}") from error
+        raise RecipeError(f"the LAMBADA passages: {error}") from error
     if len(texts) < count:
         raise RecipeError(f"{path} has {len(texts)} passages, fewer than the {count} asked for: lower --passages")
     return tuple(texts[:count])

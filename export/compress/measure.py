@@ -1,4 +1,4 @@
-"""What a step cost and what it bought: one pass over a text in torch, and the size that its bundle will have."""
+"""Size and quality of a model after a step: bytes of its bundle, and one pass over a text in torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MOST_TOKENS = 2049  # of which the first is not predicted
 
 @dataclass(frozen=True)
 class Measuring:
-    """What a compression measures. reads: the text, before and after each step, or nothing; passages: file of LAMBADA's
-    passages, of which the first `count` are read as well (None: none)."""
+    """What a compression measures. reads: quality on the text, before and after each step (False: sizes only);
+    passages: LAMBADA file, whose first `count` passages are also measured (None: none)."""
 
     reads: bool = True
     passages: Path | None = None
@@ -34,7 +34,7 @@ class Measuring:
         if self.count < 1:
             raise RecipeError(f"the number of passages must be 1 or more, found {self.count}")
         if self.passages is not None and not self.reads:
-            raise RecipeError("passages cannot be read where nothing is measured: leave one of the two out")
+            raise RecipeError("passages cannot be measured if measuring is off: leave out --lambada or --no-measure")
 
 
 EVERYTHING = Measuring()
@@ -42,12 +42,11 @@ EVERYTHING = Measuring()
 
 @dataclass(frozen=True)
 class Figures:
-    """A model before it is rounded to INT8, beside the source.
+    """Figures of a model before quantization, compared with the source.
 
-    parameters: each shared one once; bytes: of the weights in the bundle; perplexity, kl, agreement_percent: of up to
-    2,048 tokens of the text in windows of 512: the perplexity, the divergence from the source in nats a token, and the
-    share of positions where the most likely token is the source's; last_words_percent: accuracy on LAMBADA's passages.
-    None is what was not measured.
+    parameters: shared ones count once; bytes: of the weights in the bundle; perplexity, kl, agreement_percent: on up to
+    2,048 tokens of the text in windows of 512: perplexity, KL divergence from the source in nats a token, and share of
+    positions where the most likely token is the source's; last_words_percent: accuracy on LAMBADA. None: not measured.
     """
 
     parameters: int
@@ -59,22 +58,22 @@ class Figures:
 
 
 class Meter:
-    """Measures one module after another against the first one.
+    """Measures modules against the first one measured.
 
-    Cost, each time: a pass over the text, and over the passages; memory for what the first module said to the text.
+    Cost of each measurement: a forward pass over text and passages. Memory: see `Reader`.
     """
 
     def __init__(
         self, profile: Profile, token_ids: Sequence[int], context_length: int, passages: Passages | None, *, reads: bool
     ) -> None:
-        """passages: of LAMBADA, if they are to be read; reads: whether anything is, or parameters and bytes are all."""
+        """passages: LAMBADA passages to measure on; reads: whether quality is measured or only parameters and bytes."""
         self._profile, self._context = profile, context_length
         self._reader = Reader(token_ids[:MOST_TOKENS], context_length) if reads else None
         self._passages = passages
 
     def measure(self, module: PreTrainedModel) -> Figures:
-        """Of a module in evaluation mode. Weights that will have 4 bits are not what the module holds: it is not
-        read."""
+        """Figures of a module in evaluation mode. After `weights-int4`, quality is not measured: the module holds
+        weights that are not rounded yet."""
         parameters, size = module.num_parameters(), weight_bytes(module, self._profile, self._context)
         if self._reader is None or noted_weights(module) is not None:
             return Figures(parameters, size)

@@ -1,4 +1,4 @@
-"""Looking ahead: what can be told of a recipe before its first step runs, with the model as it came."""
+"""Checks of a recipe against the source model, made before the first step runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def look_ahead(steps: Sequence[Step], module: PreTrainedModel, benches: Sequence[Workbench]) -> None:
-    """Check every step that can be checked. benches: of each step. Raises: RecipeError, SourceError, which name the
-    step."""
+    """Check every step that can be checked. benches: one per step. Raises: RecipeError, SourceError with the step's
+    name."""
     outlook = Outlook(module, benches[0])
     for number, (step, bench) in enumerate(zip(steps, benches, strict=True), 1):
         outlook.bench = bench
@@ -29,7 +29,7 @@ def look_ahead(steps: Sequence[Step], module: PreTrainedModel, benches: Sequence
 
 
 def step_benches(steps: Sequence[Step], bench: Workbench) -> list[Workbench]:
-    """What each step works with: its own folder for checkpoints, and the settings of those before it."""
+    """One workbench per step, with its own checkpoint folder and the settings of the steps before it."""
     settings = [step_settings(step) for step in steps]
     return [
         replace(

@@ -1,6 +1,6 @@
-"""The processes that `accelerate launch` started for one compression: all of them train, the first measures and writes.
+"""Processes that `accelerate launch` starts for one compression: all train, the first one measures and writes.
 
-Each holds the whole model and does every step; they meet only inside a training, and at the end.
+Each process holds the whole model and applies every step. They synchronize only inside a training and at the end.
 """
 
 from __future__ import annotations
@@ -10,29 +10,31 @@ import sys
 
 from ..errors import RecipeError
 
-# As torch's own launcher and those of MPI name it.
+# Set by torch's launcher and by MPI launchers.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def is_first() -> bool:
-    """Whether this process is the one that measures and writes: always, where there is only one."""
+    """Whether this process measures and writes. True for a single process."""
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     return rank == "0"
 
 
 def count_processes() -> int:
-    """How many processes a launcher started for this work."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def require_one() -> None:
-    """Raises: RecipeError in one of several processes."""
+    """Raise RecipeError if there are several processes."""
     if count_processes() > 1:
-        raise RecipeError("edgelm export does not run in several processes: compress with them, then export in one")
+        raise RecipeError(
+            "edgelm export does not run in several processes: run edgelm compress in them, then edgelm export in one"
+        )
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here. At once where no step trained."""
+    """Block until every process calls this. Returns at once if no step trained."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,7 +1,7 @@
-"""How far a piece of work is, and about how long it still takes: said from the first moment on, every few seconds.
+"""Progress of a long step: share done and estimated remaining time, reported every few seconds.
 
-Whoever runs a recipe says where the lines go (`telling`); whatever loops inside it wraps what it loops over (`tracked`)
-and need not know of anyone who listens.
+The code that runs a recipe sets the receiver of the lines (`telling`). A loop inside a step wraps its items in
+`tracked` and does not know the receiver.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EVERY_S = 5.0
 
 @dataclass
 class _Voice:
-    """say: takes lines; busy: a loop has it, so that loops inside that one are silent."""
+    """say: receives lines; busy: a tracked loop is running, so loops inside it report nothing."""
 
     say: Say
     busy: bool = False
@@ -34,7 +34,7 @@ _VOICE: ContextVar[_Voice | None] = ContextVar("edgelm_compress_voice", default=
 
 @contextmanager
 def telling(say: Say) -> Iterator[None]:
-    """While the block runs, `tracked` says its lines to `say`."""
+    """While the block runs, `tracked` sends its lines to `say`."""
     token = _VOICE.set(_Voice(say))
     try:
         yield
@@ -43,10 +43,10 @@ def telling(say: Say) -> Iterator[None]:
 
 
 def tracked(items: Collection[_T], what: str) -> Iterator[_T]:
-    """The items one after another, with lines such as "3 of 8 windows read, about 4 s left".
+    """Yield the items and report lines such as "3 of 8 windows read, about 4 s left".
 
-    what: has been done with an item, in the plural. A loop inside another tracked loop says nothing of its own. Nothing
-    is said where nobody listens.
+    what: what is done with the items, such as "windows read". Reports nothing inside another tracked loop or outside
+    of `telling`.
     """
     voice = _VOICE.get()
     if voice is None or voice.busy:
@@ -65,18 +65,20 @@ def tracked(items: Collection[_T], what: str) -> Iterator[_T]:
 
 
 class Clock:
-    """Knows when a line is due, and how long the rest takes if it goes on as it went so far."""
+    """Decides when a progress line is due, and extrapolates the remaining time."""
 
     def __init__(self, total: int, first: int = 0, guess_s: float | None = None) -> None:
-        """total: pieces of work; first: of them that were done before; guess_s: what a piece may take, while none was
-        done."""
+        """total: pieces of work; first: pieces done before the start; guess_s: estimated seconds a piece, used until
+        the first one is done."""
         self._total, self._first, self._guess_s = total, first, guess_s
         self._started = time.monotonic()
         self._told: float | None = None
 
     def line(self, done: int) -> str | None:
-        """ ", about 4 s left" where a line is due, "" where one is due and nothing is known yet, or None. Due are the
-        first one, the one after the first piece, and then one every five seconds."""
+        """End of the progress line: ", about 4 s left", or "" without an estimate. None if no line is due.
+
+        A line is due at the first call, after the first and the last piece, and every five seconds.
+        """
         now = time.monotonic()
         soon = done == self._first + 1 or done == self._total
         if self._told is not None and not soon and now - self._told < EVERY_S:

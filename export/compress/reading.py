@@ -1,7 +1,7 @@
-"""A module reads a text in one forward pass: how well it predicts it, and how far it is from a reference.
+"""Loss of a module on a text, and its KL divergence from a reference module.
 
-The text is cut into windows, each of which predicts the token after it as well, so that every token but the first is
-predicted once and none is computed twice.
+The text is cut into windows. Each window also predicts the first token of the next one, so every token but the first is
+predicted once, and no position is computed twice.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     pass
 
 WINDOW = 512
-_ROWS = 64  # of logits whose distributions are computed at once: some 12 MB of a vocabulary of 49,152
-_LEAST = -6e4  # float16 holds no less
+_ROWS = 64  # rows of logits per log_softmax: about 12 MB with a vocabulary of 49,152
+_LEAST = -6e4  # close to float16's lowest finite number
 
 
 @dataclass(frozen=True)
 class Reading:
-    """loss: mean negative log-likelihood, nats a token; kl: divergence of the predictions from the reference's, nats a
-    token; same: share of the tokens, 0 to 1, at which both hold one token most likely."""
+    """loss: mean negative log-likelihood, nats a token; kl: KL divergence from the reference, nats a token; same: share
+    of the positions, 0 to 1, where the most likely token is the reference's."""
 
     loss: float
     kl: float
@@ -34,14 +34,14 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss; infinite where no float holds it."""
+        """exp of the loss; infinity if it exceeds the range of float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Reader:
-    """One text, and what a reference says to it.
+    """A text, and the reference's predictions on it.
 
-    Memory: 2 bytes for each token of the text and each of the vocabulary, once the reference has read it.
+    Memory: 2 bytes x tokens of the text x vocabulary, after `expect`.
     """
 
     def __init__(self, token_ids: Sequence[int], context_length: int) -> None:
@@ -56,7 +56,7 @@ class Reader:
         return len(self._ids) - 1
 
     def expect(self, module: torch.nn.Module) -> Reading:
-        """Take a module, in evaluation mode, as the reference from now on."""
+        """Make a module in evaluation mode the reference."""
         self._expected, loss = [], 0.0
         for logits, targets in self._predictions(module):
             says = torch.log_softmax(logits.float(), -1)
@@ -65,7 +65,7 @@ class Reader:
         return Reading(loss / self.tokens, 0.0, 1.0)
 
     def read(self, module: torch.nn.Module) -> Reading:
-        """A module, in evaluation mode, beside the reference. Where there is none yet, the module is it."""
+        """Compare a module in evaluation mode with the reference. Without a reference, the module becomes it."""
         if not self._expected:
             return self.expect(module)
         expected = iter(self._expected)
@@ -76,7 +76,7 @@ class Reader:
         return Reading(loss, kl, same)
 
     def _predictions(self, module: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits (n, vocabulary) in blocks of rows, and the tokens (n) that they predict."""
+        """Yield logits (rows, vocabulary) and the tokens (rows) that they predict."""
         device = next(module.parameters()).device
         starts = range(0, self.tokens, self._window)
         for start in tracked(starts, "windows read"):
@@ -87,9 +87,9 @@ class Reader:
 
 
 def _sums(logits: torch.Tensor, targets: torch.Tensor, says: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Sums over rows of the loss, of the divergence, and of the rows with the same first choice, (3) float64."""
+    """Sums over rows of loss, KL divergence and equal most likely tokens, (3) float64."""
     got = torch.log_softmax(logits.float(), -1)
-    # float16 holds log probabilities to 2^-12 of their size: they are made a distribution again.
+    # Rounding to float16 (relative error 2^-12) leaves probabilities that do not sum to 1: normalize again.
     wanted = torch.log_softmax(says.to(got.device).float(), -1)
     kl = (wanted.exp() * (wanted - got)).double().sum()
     same = (got.argmax(-1) == first.to(got.device)).double().sum()
@@ -97,5 +97,5 @@ def _sums(logits: torch.Tensor, targets: torch.Tensor, says: torch.Tensor, first
 
 
 def _chosen(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the targets' log probabilities, float64."""
+    """Sum of the targets' log probabilities, float64."""
     return log_probabilities.gather(1, targets[:, None]).double().sum()

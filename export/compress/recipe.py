@@ -1,6 +1,6 @@
 """A recipe: a TOML file with a list of tables `[[step]]`, each with `use = "<step>"` and that step's own keys.
 
-Reading is strict: unknown steps, unknown keys and values out of range are errors that say where.
+Parsing is strict: an unknown step, an unknown key or a value out of range is an error that names the place.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in the order in which they run. max_kl: how far the result may be from the source, in nats a token, to be
-    what the recipe is named for (None: it promises nothing)."""
+    """Steps in the order in which they run. max_kl: largest KL divergence from the source that the recipe promises, in
+    nats a token (None: no promise)."""
 
     name: str
     steps: tuple[Step, ...]
@@ -37,23 +37,23 @@ class Recipe:
 
 
 def step_settings(step: Step) -> dict[str, Any]:
-    """One step as a recipe would write it, with its defaults filled in and what is not set left out."""
+    """One step as a recipe writes it, with defaults filled in. Keys that are None are left out."""
     given = {key: value for key, value in dataclasses.asdict(step).items() if value is not None}
     return {"use": step_name(step), **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
 
 
 def available_recipes() -> list[str]:
-    """Names of the recipes that come with edgelm, the mildest first."""
+    """Names of the recipes that come with edgelm, mildest first."""
     order = ("light", "balanced", "small", "smallest")
     return [name for name in order if (_folder() / f"{name}.toml").is_file()]
 
 
 def load_recipe(name: str) -> Recipe:
-    """Read a recipe by name, or from a path that ends in .toml. Raises: RecipeError."""
+    """Read a built-in recipe by name, or a recipe from a path that ends in .toml. Raises: RecipeError."""
     path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
     if not name.endswith(".toml") and name not in available_recipes():
         near = difflib.get_close_matches(name, available_recipes(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(available_recipes())}, or a .toml file"
+        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(available_recipes())}, or a .toml file"
         raise RecipeError(f"unknown recipe {name!r}: {hint}")
     try:
         data = tomllib.loads(read_text(path))
@@ -63,16 +63,16 @@ def load_recipe(name: str) -> Recipe:
 
 
 def parse_recipe(data: dict[str, Any], name: str, where: str) -> Recipe:
-    """A recipe of plain data. where: named in messages. Raises: RecipeError."""
+    """Parse a recipe from plain data. where: the file, for messages. Raises: RecipeError."""
     unknown = sorted(set(data) - {"step", "max_kl"})
     if unknown:
-        raise RecipeError(f"{where}: unknown key {unknown[0]}: a recipe is max_kl and a list of tables [[step]]")
+        raise RecipeError(f"{where}: unknown key {unknown[0]}: a recipe has max_kl and tables [[step]]")
     most = _value(float | None, data["max_kl"], f"{where}: max_kl") if "max_kl" in data else None
     if most is not None and most <= 0:
         raise RecipeError(f"{where}: max_kl must be above 0, found {most:g}")
     tables = data.get("step")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise RecipeError(f"{where}: no [[step]] is there: a recipe needs one or more")
+        raise RecipeError(f"{where}: a recipe needs one or more [[step]] tables")
     return Recipe(name, tuple(_step(table, f"{where}, step {index}") for index, table in enumerate(tables, 1)), most)
 
 
@@ -80,7 +80,7 @@ def _step(table: dict[str, Any], where: str) -> Step:
     use = table.get("use")
     if use not in step_names():
         near = difflib.get_close_matches(str(use), step_names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(step_names())}"
+        hint = f"did you mean {near[0]}?" if near else f"steps are {', '.join(step_names())}"
         raise RecipeError(
             f"{where}: use = {use!r} is not a step: {hint}" if use else f"{where}: the key use is missing"
         )
@@ -91,7 +91,7 @@ def _step(table: dict[str, Any], where: str) -> Step:
     for key in given:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(keys)}"
+            hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(keys)}"
             raise RecipeError(f"{where}: {use} has no key {key}: {hint}")
     needed = [key for key in keys if _required(kind, key) and key not in given]
     if needed:
@@ -110,8 +110,8 @@ def _required(kind: type[Step], name: str) -> bool:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """Check a TOML value against a field's annotation: int, float, str, bool, tuple[T, ...], Literal, or one of them
-    or None."""
+    """Check a TOML value against a field's annotation: int, float, str, bool, tuple[T, ...], Literal, or one of these
+    with None."""
     options = [item for item in typing.get_args(hint) if item is not type(None)]
     if type(None) in typing.get_args(hint):
         hint = options[0]

@@ -1,7 +1,7 @@
-"""A model and a recipe to a compressed folder: the steps one after another, each measured before and after.
+"""Apply a recipe to a model and write the compressed folder. Measure the model before the first step and after each.
 
-All that can be known to be wrong is refused before the first step. A rehearsal does the same and writes nothing: steps
-that train only find out how long they would take.
+Errors that can be detected early are raised before the first step. A dry run (`rehearse`) writes nothing, and its
+training steps only estimate their time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What is compressed. model: as the user named it; folder: where it is; profile: of the target that the figures are
-    measured for; texts: those that calibrate decide what matters, the others are measured on; measuring: what is
-    measured."""
+    """A compression. model: as the user named it; folder: the model's; profile: of the target that sizes are computed
+    for; texts: calibration texts and texts to measure on."""
 
     model: str
     folder: Path
@@ -53,7 +52,7 @@ class Task:
 
 @dataclass
 class _Context:
-    """What the stages hand on."""
+    """State shared by the stages. Comments name the stage that sets a field."""
 
     task: Task
     checkpoints: Path
@@ -74,10 +73,10 @@ def compress_folder(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Record:
-    """Apply a recipe and fill `out`, an empty folder, as `folder.py` describes it.
+    """Apply a recipe and write the result to `out`, an empty folder, in the form that `folder.py` describes.
 
-    checkpoints: folder for what long steps keep, which may outlive the run; say: takes lines about how far a long step
-    is. Of several processes the first one alone measures and writes; the others' records have no figures. Raises:
+    checkpoints: folder for the checkpoints of training steps, kept after an interruption; say: receives progress lines.
+    Of several processes, only the first one measures and writes; the records of the others have no figures. Raises:
     SourceError, RecipeError, OSError, StageError.
     """
     context = _Context(task, checkpoints, say, rehearsal=False)
@@ -109,17 +108,17 @@ def _load(context: _Context) -> None:
     task = context.task
     context.module = load_module(task.folder)
     context.source = source = describe_source(task.model, task.folder, context.module)
-    # Without special tokens, as the runtime's tokenizer gives them to the gate of an export.
+    # No special tokens: the export's gate uses the runtime's tokenizer, which adds none.
     ids, *judging = (
         list(source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         for text in (task.texts.calibrating, *(text for _, text in task.texts.judging))
     )
     judged = [token for part in judging for token in part[: MOST_TOKENS // len(judging)]]
-    for what, found in (("chooses", ids), ("judges", judged)):
+    for what, found in (("calibrate", ids), ("measure", judged)):
         if len(found) < 2:
             raise RecipeError(
-                f"the part of {task.texts.origin} that {what} has {len(found)} tokens, too few to compress by: give a "
-                "longer text with --text"
+                f"the part of {task.texts.origin} to {what} on has {len(found)} tokens, too few: give a longer text "
+                "with --text"
             )
     measuring, passages = task.measuring, None
     if measuring.passages is not None:
@@ -165,12 +164,12 @@ def _apply(context: _Context, index: int, step: Step) -> None:
 
 
 def _measure(context: _Context) -> dict[str, Any]:
-    """Figures of the module as it is; none in a process that another one measures for."""
+    """Figures of the current module; empty in all processes but the first."""
     return dataclasses.asdict(context.meter.measure(context.module)) if is_first() else {}
 
 
 def _record(context: _Context) -> Record:
-    """A model that was compressed before keeps its first source, and the steps that led here."""
+    """The record of this compression. A model that was compressed before keeps its first source and earlier steps."""
     earlier = read_record(context.task.folder)
     steps = (*(earlier.steps if earlier else ()), *context.done)
     recipe = f"{earlier.recipe}, {context.task.recipe.name}" if earlier else context.task.recipe.name
@@ -183,11 +182,11 @@ def compress_model(
     say: Callable[[str], None] = lambda _: None,
     measuring: Measuring = EVERYTHING,
 ) -> Record:
-    """Compress a model to a folder. Either the whole folder is in place afterwards, or nothing is.
+    """Compress a model to a folder. Atomic: the folder appears complete, or not at all.
 
-    config: with `compress` and `out`; its target's scheme is what sizes are stated for. What long steps keep,
-    to go on after an interruption, is beside the folder, in OUT.checkpoints, until the folder is done. Of several
-    processes the first one writes. Raises: as `compress_folder`; OutputError.
+    config: needs `compress` and `out`; sizes are computed for its target's scheme. Checkpoints of training steps stay
+    in OUT.checkpoints until the folder is complete. Of several processes, the first one writes. Raises: as
+    `compress_folder`; OutputError.
     """
     task, out = _task(config, measuring)
     checkpoints = checkpoint_folder(out)
@@ -211,11 +210,11 @@ def rehearse(
     say: Callable[[str], None] = lambda _: None,
     measuring: Measuring = EVERYTHING,
 ) -> Record:
-    """What `compress_model` would do, without writing anything: the record of its steps, each with the parameters and
-    bytes that it leaves and the `seconds` that it takes, without what measuring and writing take.
+    """Record of what `compress_model` would do, without writing anything: for each step the parameters and bytes after
+    it, and its `seconds` without measuring and writing.
 
-    Steps choose and cut as they would; those that train compute one row, and say what all would take. So what a step
-    after a training chooses may differ. Raises: as `compress_model`.
+    Steps that cut do so in memory. Training steps compute one row to estimate their time and leave the weights as they
+    are, so a step after a training may choose differently than in the real run. Raises: as `compress_model`.
     """
     task, out = _task(config, measuring)
     context = _Context(task, checkpoint_folder(out), say, rehearsal=True)
@@ -224,10 +223,11 @@ def rehearse(
 
 
 def _task(config: ExportConfig, measuring: Measuring) -> tuple[Task, Path]:
-    """What a configuration asks for, and where to. What reading it shows to be wrong is refused here, before the model
-    is loaded."""
+    """The task and output folder of a configuration. Checks recipe, paths and passages before the model is loaded."""
     if config.compress is None or config.out is None:
-        raise RecipeError("a compression needs a recipe and a place: ExportConfig(model, compress=RECIPE, out=FOLDER)")
+        raise RecipeError(
+            "a compression needs a recipe and an output folder: ExportConfig(model, compress=RECIPE, out=FOLDER)"
+        )
     recipe, profile, out = load_recipe(config.compress), config.profile(), config.out
     folder = find_source(config.model, config.revision)
     place.check_output(out, config.force, RECORD_NAME)
@@ -237,5 +237,5 @@ def _task(config: ExportConfig, measuring: Measuring) -> tuple[Task, Path]:
 
 
 def checkpoint_folder(out: Path) -> Path:
-    """Where a compression, or an export with a recipe, to `out` keeps what it can go on from."""
+    """Folder for the checkpoints of a compression, or of an export with a recipe, that writes to `out`."""
     return out.with_name(f"{out.name}.checkpoints")

@@ -1,8 +1,7 @@
-"""How many bytes a module's weights take in the bundle that an export makes of it, known without an export.
+"""Bytes of a module's weights in its bundle, computed without an export.
 
-Counted are the matrices in the scheme's form with their scales, each shared one once, all other weights and the tables
-of the rotation in the type of the activations, and the scales of an INT8 cache. Some constants of the graph, a few
-hundred bytes, are left out.
+The count includes the quantized matrices with their scales (a shared matrix once), all other weights and the rotation
+tables in the activation type, and the scales of an INT8 KV cache. It leaves out graph constants of a few hundred bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ _SCALE = 4  # bytes
 
 
 def weight_bytes(module: PreTrainedModel, profile: Profile, context_length: int) -> int:
-    """Of the bundle for this target, in its scheme or in that which `weights-int4` noted."""
+    """Bytes of the weights in the bundle for this target, in its scheme or in that of `weights-int4` if it was applied.
+
+    context_length: in tokens.
+    """
     noted = noted_weights(module)
     scheme = profile.scheme if noted is None else SCHEME
     plain = 2 if profile.activations == "float16" else 4
@@ -47,8 +49,10 @@ def weight_bytes(module: PreTrainedModel, profile: Profile, context_length: int)
 
 
 def _matrices(module: PreTrainedModel) -> dict[int, tuple[tuple[int, int], bool]]:
-    """id of each weight that is a factor of a product, or the input embedding -> (inputs, outputs), and whether it is
-    that table. Other tables, such as learned positions, are not among them."""
+    """id of each weight matrix -> (inputs, outputs), and whether it is the input embedding.
+
+    Other embedding tables, such as learned positions, are left out.
+    """
     from .module.linears import is_linear, shape_of
 
     whole: Any = module
@@ -67,29 +71,29 @@ def _matrices(module: PreTrainedModel) -> dict[int, tuple[tuple[int, int], bool]
 
 
 def _last_two(weight: torch.Tensor) -> tuple[int, int]:
-    """(inputs, outputs) of a matrix (outputs, inputs), or of each in a stack of them."""
+    """(inputs, outputs) of a matrix (outputs, inputs) or of each matrix in a stack."""
     outputs, inputs = weight.shape[-2:]
     return int(inputs), int(outputs)
 
 
 def _column_in_blocks(inputs: int, blocks: BlockSettings, plain: int, *, zero_points: bool) -> int:
-    """Bytes of a column whose blocks each have a scale, and a zero point unless embedding and head share it."""
+    """Bytes of a column in blocks. Each block has a scale, and with `zero_points` a zero point."""
     count = -(-inputs // blocks.block)
     zeros = -(-count * blocks.bits // 8) if zero_points else 0
     return count * (blocks.block * blocks.bits // 8 + plain) + zeros
 
 
 def _column_by_row(inputs: int, *, narrow: bool) -> int:
-    """Bytes of a column of the row-wise schemes, narrow with 4 bits a weight."""
+    """Bytes of a column in the row-wise schemes. narrow: 4 bits a weight."""
     return (-(-inputs // BLOCK) * (BLOCK // 2 + 1) if narrow else inputs) + _SCALE
 
 
 def _beside_weights(module: PreTrainedModel, context_length: int, *, scales: bool) -> tuple[int, int]:
-    """Numbers in the tables of rotations (cosines and sines of each position and one more), and scales of an INT8
-    cache, one a channel.
+    """Numbers in the rotation tables (cosine and sine for context_length + 1 positions), and scales of an INT8 KV
+    cache, one per channel.
 
-    There are none where attention cannot be told apart, and no table where heads are rotated in part, or have a size
-    that is no multiple of 16.
+    Both are 0 if the attention modules cannot be found. A table counts only if whole heads are rotated and the head
+    size is a multiple of 16.
     """
     from .module.structure import attention_calls
 

@@ -1,7 +1,7 @@
-"""What a step of a recipe is, and which there are.
+"""The step protocol and the list of steps.
 
-A step is a frozen dataclass. Its fields are its keys in the recipe, and it checks them when it is made. Its `apply`
-takes a module and returns one. Each step is a file in `steps/`.
+A step is a frozen dataclass in a file of `steps/`. Its fields are its keys in the recipe; the constructor checks them.
+`apply` takes a module and returns one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .last_words import Passages
 
-# Name in recipes -> class. The file in steps/ has the step's name, with underscores.
+# Name in recipes -> class, in the file of steps/ that has the step's name with underscores.
 _STEPS = {
     "drop-layers": "DropLayers",
     "skip-attention": "SkipAttention",
@@ -35,14 +35,13 @@ _STEPS = {
 
 @dataclass(frozen=True)
 class Workbench:
-    """What steps work with beside the module.
+    """What a step needs beside the module.
 
-    token_ids: of the text that decides what matters (calibration); tokenizer: the source's; source: folder of the
-    uncompressed model, for a step that needs a teacher; checkpoints: the step's own folder, which outlives an
-    interrupted run, made by whoever writes into it; say: takes one line about how far a long step is; before: settings
-    of the steps that the model went through, those of the recipe before this one last; passages: of LAMBADA, which
-    steps that train read now and then; rehearsal: whether a step that trains only finds out how long it would take, and
-    changes no weights.
+    token_ids: calibration text; tokenizer: the source's; source: folder of the uncompressed model, the default teacher;
+    checkpoints: this step's folder, kept after an interruption and created by its first writer; context_length: the
+    model's, in tokens; say: receives progress lines; before: settings of the steps before this one, oldest first;
+    passages: LAMBADA passages that training steps evaluate on; rehearsal: a dry run, in which a training step only
+    estimates its time and changes no weights.
     """
 
     token_ids: Sequence[int]
@@ -58,7 +57,7 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Applied:
-    """What a step made: the module (the same one, or another), and what it chose, as plain data for the report."""
+    """Result of a step. module: the same or a new one; details: the step's choices, as plain data for the report."""
 
     module: PreTrainedModel
     details: dict[str, Any] = field(default_factory=dict)
@@ -70,37 +69,40 @@ class Step(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """Take a module in evaluation mode, float32, and return one. Raises: RecipeError where it cannot be done, in
-        which case the module is as it was."""
+        """Take a float32 module in evaluation mode and return one. Raises: RecipeError if the step does not fit the
+        module, which then stays unchanged."""
 
 
 @dataclass
 class Parts:
-    """What there is of a kind, layers or attention sublayers, as the steps so far leave it. left: indexes that may be
-    there still; count: how many are, which is less where nobody knows yet which of them go."""
+    """Layers or attention sublayers that remain after the steps checked so far.
+
+    left: indexes that may remain; count: how many remain. count is smaller than len(left) after a step that names no
+    indexes, because its choice is not known yet.
+    """
 
     left: list[int]
     count: int
 
     def drop(self, choose: Callable[[Collection[int]], list[int]], *, named: bool) -> None:
-        """Let a step take some. choose: the step's own choice among these indexes; named: whether the recipe names
-        them."""
+        """Remove what a step chooses. choose: returns the step's choice among the given indexes; named: whether the
+        recipe names the indexes."""
         gone = choose(self.left if named else self.left[: self.count])
         if named:
             self.left = [index for index in self.left if index not in gone]
         self.count = min(self.count - len(gone), len(self.left))
 
     def bound(self, others: Parts) -> None:
-        """There are no more of these than of others that hold them."""
+        """Limit these parts to those inside `others`, such as attention sublayers to the remaining layers."""
         self.left = [index for index in self.left if index in others.left]
         self.count = min(self.count, others.count, len(self.left))
 
 
 @dataclass
 class Outlook:
-    """The model as it came, and what steps are known to have done to it by the time of the step that is checked.
+    """The source model, and what the steps before the checked one are known to remove.
 
-    bench: as the step will have it; steps: how many were looked at.
+    bench: workbench of the checked step; steps: number of steps before it.
     """
 
     module: PreTrainedModel
@@ -109,7 +111,7 @@ class Outlook:
     _parts: dict[str, Parts] = field(default_factory=dict)
 
     def parts(self, kind: str, find: Callable[[PreTrainedModel], Collection[int]]) -> Parts:
-        """What there is of a kind. find: where it is, in the model as it came."""
+        """Remaining parts of a kind. find: returns the indexes in the source model."""
         if kind not in self._parts:
             found = sorted(find(self.module))
             self._parts[kind] = Parts(found, len(found))
@@ -118,15 +120,15 @@ class Outlook:
 
 @runtime_checkable
 class Checked(Protocol):
-    """A step that can be refused before any step runs."""
+    """A step that can be checked before any step runs."""
 
     def check(self, outlook: Outlook) -> None:
-        """Note what the step does to the model that is looked ahead to. Raises: RecipeError, SourceError where it
-        cannot be done whatever the steps before it choose."""
+        """Record in `outlook` what the step removes. Raises: RecipeError, SourceError if the step cannot work whatever
+        the steps before it choose."""
 
 
 def step_names() -> list[str]:
-    """Every step's name in recipes."""
+    """Names of all steps, as recipes write them."""
     return list(_STEPS)
 
 
@@ -136,5 +138,5 @@ def step_class(name: str) -> Any:
 
 
 def step_name(step: Step) -> str:
-    """A step's name in recipes."""
+    """Name of a step, as recipes write it."""
     return next(name for name, class_name in _STEPS.items() if class_name == type(step).__name__)

@@ -1,1 +1,1 @@
-"""How much a layer, an attention sublayer, a head or a channel matters."""
+"""Importance of layers, attention sublayers, heads and channels."""

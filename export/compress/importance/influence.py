@@ -1,7 +1,7 @@
-"""How much a layer, or its attention, changes what passes through: the less, the sooner it can go.
+"""Block influence: how much a layer, or its attention, changes the hidden state.
 
-Block influence is 1 minus the mean cosine similarity of the stream before and after, over the tokens of a text (Men et
-al., ShortGPT, arXiv 2403.03853).
+It is 1 minus the cosine similarity of the hidden states before and after, averaged over the tokens of a text (Men et
+al., ShortGPT, arXiv 2403.03853). Parts with low influence are candidates for removal.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WINDOW, _WINDOWS = 256, 8
-# Of a text that second moments are taken of: more change little, and each costs a pass.
+# Tokens of a text used for second moments. More change little and take more passes.
 MOST_TOKENS = 1 << 14
 
 
 def windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]:
-    """Up to 8 windows of a text, evenly spread, (1, up to 256) int64 each."""
+    """Up to 8 evenly spread windows of a text, each (1, up to 256) int64."""
     size = min(_WINDOW, context_length, len(token_ids))
     room = len(token_ids) - size
     count = min(_WINDOWS, 1 + room // size)
@@ -31,7 +31,7 @@ def windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]
 
 
 def all_windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]:
-    """All of a text, or up to 16,384 tokens from all over it, as windows (1, up to 256) int64."""
+    """The whole text, or up to 16,384 tokens spread over it, as windows (1, up to 256) int64."""
     size = min(_WINDOW, context_length, len(token_ids))
     starts = range(0, len(token_ids) - size + 1, size)
     step = -(-len(starts) * size // MOST_TOKENS)
@@ -39,7 +39,7 @@ def all_windows(token_ids: Sequence[int], context_length: int) -> list[torch.Ten
 
 
 def layer_influence(module: PreTrainedModel, token_ids: Sequence[int], context_length: int) -> dict[int, float]:
-    """Influence of each layer, by index; 0 for one that changes nothing. Cost: eight passes of 256 tokens."""
+    """Index of each layer -> influence, 0 if the layer changes nothing. Cost: eight passes of 256 tokens."""
     names = decoder_layers(module)
     sums = dict.fromkeys(names, 0.0)
     for ids in windows(token_ids, context_length):
@@ -51,8 +51,8 @@ def layer_influence(module: PreTrainedModel, token_ids: Sequence[int], context_l
 
 
 def attention_influence(module: PreTrainedModel, token_ids: Sequence[int], context_length: int) -> dict[int, float]:
-    """Influence of each attention sublayer, by its layer's index: of adding its output to what came into the layer.
-    Cost: eight passes of 256 tokens."""
+    """Layer index of each attention sublayer -> influence of adding its output to the layer's input. Cost: eight passes
+    of 256 tokens."""
     attention = attention_sublayers(module)
     layers = {index: name for index, name in decoder_layers(module).items() if index in attention}
     sums = dict.fromkeys(attention, 0.0)

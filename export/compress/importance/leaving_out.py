@@ -1,9 +1,9 @@
-"""Which layers, or attention sublayers, a model misses least: measured by leaving them out, one after another.
+"""Find the layers, or attention sublayers, whose removal changes the predictions least, one after another.
 
-The measure is the KL divergence of the model's next tokens without the part from those of the whole model, on a text.
-After each one that goes, those that are left are measured again, as two parts that are little use alone may do the same
-work. Block influence (`influence.py`) only decides which are tried at all: it is one pass for all of them, but does not
-tell which change of the stream the answers depend on.
+The measure is the KL divergence of the model without the part from the whole model, on a text. After each removal, the
+remaining parts are measured again, because two parts that seem unimportant alone may do the same work. Block influence
+(`influence.py`) only selects the candidates: it takes one pass for all parts, but does not tell which changes of the
+hidden state affect the predictions.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .influence import windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the text, from all over it. Twice as many rank the layers of a model of 135M parameters the same.
+# Spread over the text. Twice as many rank the layers of a model of 135M parameters the same.
 MEASURED_TOKENS = 1024
-# Of those that may go: twice as many as shall go, and some.
+# Candidates beyond twice the number of parts to remove.
 _TRIED_MORE = 6
-# A model of many tokens to choose from is measured on fewer positions: so many log-probabilities are held.
+# Log-probabilities held in memory. With a large vocabulary, fewer positions are measured.
 _MOST_NUMBERS = 1 << 27
 
 
 def least_missed_layers(
     module: PreTrainedModel, count: int, token_ids: Sequence[int], context_length: int, influence: Mapping[int, float]
 ) -> dict[int, float]:
-    """The layers to leave out, in the order in which they go -> KL, in nats a token, without it and those before it.
+    """Index of each layer to remove, in order of removal -> KL in nats a token without it and those before it.
 
-    influence: of each layer, which decides what is tried. Cost: a third of a pass over 1,024 tokens for each that is
-    tried, and for the first few of them again after each that goes.
+    influence: layer index -> block influence, which selects the candidates. Cost: a third of a pass over 1,024 tokens
+    per candidate, and again for the first few candidates after each removal.
     """
     return _LeavingOut(module, present_layers(module), AbsentLayer, token_ids, context_length).least(count, influence)
 
@@ -44,13 +44,13 @@ def least_missed_layers(
 def least_missed_attention(
     module: PreTrainedModel, count: int, token_ids: Sequence[int], context_length: int, influence: Mapping[int, float]
 ) -> dict[int, float]:
-    """The attention sublayers to leave out, by their layers' indexes. See `least_missed_layers`."""
+    """Layer indexes of the attention sublayers to remove. See `least_missed_layers`."""
     names = attention_sublayers(module)
     return _LeavingOut(module, names, AbsentAttention, token_ids, context_length).least(count, influence)
 
 
 class _LeavingOut:
-    """A module, of which parts are put aside while this measures; it is whole again after each call."""
+    """Measures a module without some of its parts. The module is restored after each call."""
 
     def __init__(
         self,
@@ -72,18 +72,18 @@ class _LeavingOut:
         logits = self._read()
         self._whole = torch.log_softmax(logits.float(), -1)
         middle = sorted(self._layers)[len(self._layers) // 2]
-        # Models that hand more than one tensor from layer to layer run from their first layer each time.
+        # Runs can start at a middle layer only if a layer passes a single tensor to the next one.
         self._short = same_logits(logits, self._run(middle, {}))
 
     def least(self, count: int, influence: Mapping[int, float]) -> dict[int, float]:
-        """Part -> KL, in the order in which they go."""
+        """Index of each removed part -> KL, in order of removal."""
         tried = sorted(self._names, key=lambda index: influence[index])[: 2 * count + _TRIED_MORE]
         known = dict.fromkeys(tried, 0.0)
         chosen: dict[int, float] = {}
         while len(chosen) < count:
             found: dict[int, float] = {}
-            # Leaving more out does not make a part less missed: who was missed more before than the least missed of
-            # those measured again need not be.
+            # Further removals are assumed not to make a part less missed. So a part whose earlier KL is above the
+            # lowest new KL need not be measured again.
             for index in sorted(known, key=lambda index: known[index]):
                 if found and min(found.values()) <= known[index]:
                     break
@@ -111,7 +111,7 @@ class _LeavingOut:
         return float(mean)
 
     def _read(self) -> torch.Tensor:
-        """Run the module without what is gone, and note what each layer reads. Returns the logits."""
+        """Run the module without the removed parts and record each layer's input. Returns the logits."""
         names = {**{-1 - index: name for index, name in self._names.items()}, **self._layers}
 
         def note(index: int, args: tuple[Any, ...], known: dict[str, Any], output: Any) -> None:
@@ -131,7 +131,8 @@ class _LeavingOut:
         return logits
 
     def _run(self, first: int | None, absent: dict[str, torch.nn.Module]) -> torch.Tensor:
-        """Logits without what is gone and absent. first: index of the layer to begin at, with what it read."""
+        """Logits without the removed parts and those in `absent`. first: index of the layer to start at, with its
+        recorded input (None: run all layers)."""
         before = [] if first is None else [(i, name) for i, name in self._layers.items() if i < first]
         passed = {name: AbsentLayer(self._module.get_submodule(name), self._forms[name]) for _, name in before}
         parts = {name: part for name, part in {**self._gone, **absent}.items() if not _inside(name, passed)}
@@ -154,7 +155,7 @@ def _inside(name: str, layers: Mapping[str, object]) -> bool:
 
 @contextlib.contextmanager
 def _replaced(module: PreTrainedModel, parts: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """Put other submodules in place while the block runs. parts: by the names of those that they replace."""
+    """Replace submodules while the block runs. parts: submodule name -> replacement."""
     originals = {name: module.get_submodule(name) for name in parts}
     try:
         for name, part in parts.items():

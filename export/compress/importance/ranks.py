@@ -1,9 +1,9 @@
-"""How much each head and channel matters to what the model says.
+"""Importance of heads and channels by Taylor expansion or by magnitude.
 
-By Taylor expansion: the change of the loss, to first order, if a unit were silent, |sum of activation times gradient|,
-averaged over the tokens of a text (Michel et al., arXiv 1905.10650, for heads; Molchanov et al., arXiv 1906.10771).
-By magnitude: the norm of a unit's weights, in units of the mean over all heads, or all channels, of the model, since
-the two kinds of matrices are not of one scale.
+Taylor: first-order change of the loss if a unit's activation were 0, |sum of activation times gradient|, summed over
+the tokens of a text (Michel et al., arXiv 1905.10650, for heads; Molchanov et al., arXiv 1906.10771).
+Magnitude: norm of a unit's weights, relative to the mean over all heads, or all channels, of the model, because their
+matrices differ in scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def magnitudes(module: PreTrainedModel, blocks: list[Block]) -> list[torch.Tenso
     """Importance of the units of each block, (count) float32."""
     squares = [_squares(module, block) for block in blocks]
     costs = [block.parameters(module) for block in blocks]
-    # Norms are compared for each weight: a head has many more than a channel.
+    # The norm is taken per weight: a head has many more weights than a channel.
     sizes = [(square / cost).sqrt() for square, cost in zip(squares, costs, strict=True)]
     scores = []
     for block, size, cost in zip(blocks, sizes, costs, strict=True):
@@ -35,8 +35,8 @@ def magnitudes(module: PreTrainedModel, blocks: list[Block]) -> list[torch.Tenso
 
 
 def taylor(module: PreTrainedModel, blocks: list[Block], texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Importance of the units of each block, (count) float32. texts: windows (1, tokens). Cost: each forward and back;
-    gradients of activations only, none of weights."""
+    """Importance of the units of each block, (count) float32. texts: windows (1, tokens) int64. Cost: a forward and
+    backward pass per window, with gradients of activations only."""
     scores = [torch.zeros(block.count) for block in blocks]
     seen: dict[int, torch.Tensor] = {}
 
@@ -56,7 +56,7 @@ def taylor(module: PreTrainedModel, blocks: list[Block], texts: Sequence[torch.T
 
 
 def _squares(module: PreTrainedModel, block: Block) -> torch.Tensor:
-    """The sum of the squared weights of each unit."""
+    """Sum of the squared weights of each unit, (count) float32."""
     outer = matrix_of(own(module, block.outer))
     total = outer.square().sum(0).reshape(block.count, block.width).sum(1)
     for name, layout in block.inner.items():

@@ -1,8 +1,8 @@
-"""Changes of a module's structure, each logged in its configuration, so that a saved model can be built again.
+"""Structural edits of a module, logged in its configuration so that a saved model can be rebuilt.
 
-A Hugging Face configuration describes layers that are alike. What makes them unlike is a list of edits under the
-configuration's key `edgelm_edits`: names of functions of this file with their arguments, in order. Making the model of
-the configuration and then the same edits gives modules of the right shapes, into which the weights are read.
+A Hugging Face configuration describes layers that are alike. Their differences are a list of edits under the
+configuration's key `edgelm_edits`: names of functions in this file with their arguments, in order. Building the model
+from the configuration and replaying the edits gives modules of the right shapes to load the weights into.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ KEY = "edgelm_edits"
 
 
 class _Absent(torch.nn.Module):
-    """Stands where a layer or an attention sublayer was, and keeps transformers' count of the tokens in its cache
-    right, which it reads off the first layer."""
+    """Placeholder of a removed layer or attention sublayer.
+
+    transformers takes the number of cached tokens from the first layer, so a placeholder there updates the KV cache.
+    """
 
     def __init__(self, original: torch.nn.Module, form: int | None) -> None:
         super().__init__()
-        # Modeling code reads a layer's plain settings from outside, such as the kind of its attention.
+        # Modeling code reads plain attributes of a layer from outside, such as its attention type.
         for name, value in vars(original).items():
             if not name.startswith("_") and isinstance(value, (int, float, str, bool, type(None))):
                 setattr(self, name, value)
@@ -47,56 +49,55 @@ class _Absent(torch.nn.Module):
 
 
 class AbsentLayer(_Absent):
-    """What comes in goes out."""
+    """Returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **known: Any) -> Any:
-        """hidden_states (batch, tokens, hidden), returned as they are in the form of the layer that was here."""
+        """hidden_states: (batch, tokens, hidden), returned unchanged in the form of the original layer's output."""
         self._count(hidden_states, known)
         return self._formed(hidden_states)
 
 
 class AbsentAttention(_Absent):
-    """Adds nothing: zeros that the residual is added to, which the exporter's passes take out."""
+    """Returns zeros. The exporter's passes remove their addition to the residual."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **known: Any) -> Any:
-        """hidden_states (batch, tokens, hidden); returns zeros (1, 1, hidden) in the form of the attention that was
-        here."""
+        """hidden_states: (batch, tokens, hidden). Returns zeros (1, 1, hidden) in the form of the original attention's
+        output."""
         self._count(hidden_states, known)
         return self._formed(hidden_states.new_zeros(1, 1, hidden_states.shape[-1]))
 
 
 def edit(module: PreTrainedModel, name: str, **arguments: Any) -> None:
-    """Change a module's structure in place and log it. name: of a function in `EDITS`; arguments: plain data."""
+    """Apply an edit in place and log it. name: key of `_EDITS`; arguments: plain data."""
     _EDITS[name](module, **arguments)
     done = [*edits_of(module), {"edit": name, **arguments}]
     setattr(module.config, KEY, done)
 
 
 def edits_of(module: PreTrainedModel) -> list[dict[str, Any]]:
-    """The edits that were made on a module since its configuration described it."""
+    """The edits logged in a module's configuration, oldest first."""
     return list(getattr(module.config, KEY, None) or [])
 
 
 def replay(module: PreTrainedModel, edits: list[dict[str, Any]]) -> None:
-    """Make logged edits again. Raises: SourceError for a log that this edgelm cannot follow."""
+    """Apply logged edits to a module. Raises: SourceError for an edit that this version does not know."""
     setattr(module.config, KEY, [])
     for item in edits:
         arguments = {key: value for key, value in item.items() if key != "edit"}
         function = _EDITS.get(str(item.get("edit")))
         if function is None or set(arguments) != set(list(inspect.signature(function).parameters)[1:]):
-            raise SourceError(f"the model's config.json asks for an edit that this edgelm does not know: {item!r:.100}")
+            raise SourceError(f"the model's config.json has an edit that this edgelm does not know: {item!r:.100}")
         edit(module, item["edit"], **arguments)
 
 
 class LayerConfig:
-    """A configuration in which one layer differs: its own values first, the model's for everything else. What is set
-    on it is set on the model's."""
+    """The configuration of one layer: its own values, and the model's for all else. Assignments go to the model's."""
 
     def __init__(self, original: Any, values: dict[str, int]) -> None:
         vars(self).update(_original=original, _values=values)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked for by copies before there is an original
+        if name.startswith("__"):  # copy looks these up before `_original` is set
             raise AttributeError(name)
         values = vars(self)
         return values["_values"][name] if name in values["_values"] else getattr(values["_original"], name)
@@ -106,7 +107,7 @@ class LayerConfig:
 
 
 def present_layers(module: PreTrainedModel) -> dict[int, str]:
-    """Index of each layer that was not left out -> name of its module. Raises: RecipeError."""
+    """Index of each remaining layer -> name of its module. Raises: RecipeError."""
     names = decoder_layers(module)
     return {index: name for index, name in names.items() if not isinstance(module.get_submodule(name), AbsentLayer)}
 
@@ -132,8 +133,8 @@ def _replace(module: PreTrainedModel, names: dict[int, str], stand_in: type[_Abs
 
 
 def _resize(module: PreTrainedModel, linears: dict[str, list[int]], attributes: dict[str, dict[str, int]]) -> None:
-    """Give linear layers (outputs, inputs); weights that have this shape already stay. attributes: module's name ->
-    what its code reads of its own size, or as `config.NAME` of the configuration's."""
+    """Resize linear layers. linears: name -> [outputs, inputs]; weights of that shape stay; attributes: module name ->
+    values of its size attributes, or of its configuration's as `config.NAME`."""
     for name, (outputs, inputs) in linears.items():
         linear = module.get_submodule(name)
         if shape_of(linear) != (outputs, inputs):
@@ -152,14 +153,14 @@ def _resize(module: PreTrainedModel, linears: dict[str, list[int]], attributes: 
 
 
 def _factor(module: PreTrainedModel, ranks: dict[str, int]) -> None:
-    """Put two matrices in the place of one: name of a linear layer -> columns of the first."""
+    """Replace linear layers by two factors. ranks: name -> rank."""
     for name, rank in ranks.items():
         linear = module.get_submodule(name)
         module.set_submodule(name, FactoredLinear.like(linear, rank))
 
 
 def _share(module: PreTrainedModel, groups: list[list[int]], embedding: bool) -> None:
-    """Let the layers of each group read the first one's matrices, and the head the embedding's."""
+    """Make the layers of each group use the first one's matrices. embedding: make the head use the embedding's."""
     for group in groups:
         for first, *others in shared_matrices(module, group):
             for name in others:

@@ -1,6 +1,6 @@
-"""Linear layers as compression sees them: a matrix (outputs, inputs) with or without a bias, however it is stored.
+"""Linear layers as a matrix (outputs, inputs) with an optional bias, independent of how they are stored.
 
-transformers writes them as `torch.nn.Linear` and, in GPT-2 and its kin, as `Conv1D`, whose weight lies the other way.
+transformers uses `torch.nn.Linear` and, in models like GPT-2, `Conv1D`, whose weight is transposed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FactoredLinear(torch.nn.Module):
-    """A matrix as the product of two: `wide` (outputs, rank) times `narrow` (rank, inputs). The bias is wide's."""
+    """A matrix as a product: `wide` (outputs, rank) times `narrow` (rank, inputs). The bias belongs to `wide`."""
 
     def __init__(self, inputs: int, rank: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class FactoredLinear(torch.nn.Module):
 
     @classmethod
     def like(cls, linear: Any, rank: int) -> FactoredLinear:
-        """Of a linear layer's size, with its bias and weights that are not set yet."""
+        """A factored layer with the shape and bias of `linear`. Its weights are random."""
         outputs, inputs = shape_of(linear)
         factored = cls(inputs, rank, outputs, linear.bias is not None)
         if linear.bias is not None:
@@ -40,14 +40,14 @@ class FactoredLinear(torch.nn.Module):
 
 
 def is_linear(part: torch.nn.Module) -> bool:
-    """Whether a module is a plain linear layer. Subclasses, which may compute otherwise, are not."""
+    """Whether a module is a plain linear layer. Subclasses are not, because they may compute something else."""
     from transformers.pytorch_utils import Conv1D
 
     return type(part) in (torch.nn.Linear, Conv1D)
 
 
 def layer_linears(module: PreTrainedModel) -> dict[str, int]:
-    """Name of each linear layer inside the layers -> its layer's index, in order. Raises: RecipeError."""
+    """Name of each linear layer inside a decoder layer -> index of the decoder layer, in order. Raises: RecipeError."""
     found = {}
     for index, layer in decoder_layers(module).items():
         names = [name for name, part in module.get_submodule(layer).named_modules() if is_linear(part)]
@@ -61,19 +61,19 @@ def own(module: PreTrainedModel, name: str) -> Any:
 
 
 def matrix_of(linear: Any) -> torch.Tensor:
-    """The weight as a view (outputs, inputs), detached: what is written into it is written into the layer."""
+    """The weight as a detached view (outputs, inputs). Writing to it changes the layer."""
     weight: torch.Tensor = linear.weight.detach()
     return weight if isinstance(linear, torch.nn.Linear) else weight.T
 
 
 def shape_of(linear: Any) -> tuple[int, int]:
-    """(outputs, inputs)"""
+    """Shape of the matrix, (outputs, inputs)."""
     outputs, inputs = matrix_of(linear).shape
     return int(outputs), int(inputs)
 
 
 def put_matrix(linear: Any, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a linear layer another matrix (outputs, inputs) and bias (outputs), as parameters of its own."""
+    """Replace a linear layer's matrix (outputs, inputs) and bias (outputs) by new parameters."""
     outputs, inputs = (int(size) for size in matrix.shape)
     plain = isinstance(linear, torch.nn.Linear)
     linear.weight = torch.nn.Parameter((matrix if plain else matrix.T).contiguous())
@@ -85,9 +85,9 @@ def put_matrix(linear: Any, matrix: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def shared_matrices(module: PreTrainedModel, group: list[int]) -> list[list[str]]:
-    """Names of the linear layers that the layers of a group have in common, those that share one matrix together.
+    """Names of the linear layers in a group of decoder layers, as one list per matrix to share.
 
-    group: indexes of layers. Raises: RecipeError where the layers' matrices differ in number or shape.
+    group: indexes of layers. Raises: RecipeError if the layers' matrices differ in name, number or shape.
     """
     layers = decoder_layers(module)
     parts: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def shared_matrices(module: PreTrainedModel, group: list[int]) -> list[list[str]
 
 
 def require_unshared(module: PreTrainedModel, names: list[str], step: str) -> None:
-    """Raise RecipeError where one of these linear layers shares its matrix with another part of the model."""
+    """Raise RecipeError if one of these linear layers shares its matrix with another part of the model."""
     owners: dict[int, int] = {}
     for _, parameter in module.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1

@@ -1,4 +1,4 @@
-"""Where a module's layers and attention sublayers are, found by running it, not by its architecture's name."""
+"""Find a module's layers and attention sublayers by running it, not by the name of its architecture."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _TRIED = 2  # tokens
 
 
 def decoder_layers(module: PreTrainedModel) -> dict[int, str]:
-    """Index of each layer -> name of its module. Raises: RecipeError where the model has no list of layers."""
+    """Index of each layer -> name of its module. Raises: RecipeError if the model has no list of layers."""
     count = int(getattr(module.config.get_text_config(), "num_hidden_layers", 0))
     lists = [
         name for name, item in module.named_modules() if isinstance(item, torch.nn.ModuleList) and len(item) == count
     ]
     if not lists:
-        raise RecipeError(f"{type(module).__name__} has no list of {count} layers, so none can be left out")
+        raise RecipeError(f"{type(module).__name__} has no list of {count} layers: this step cannot be used with it")
     outer = min(lists, key=len)
     return {index: f"{outer}.{index}" for index in range(count)}
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """An attention module by its name, and what it hands to transformers' registry."""
+    """Name of an attention module, and the sizes that it passes to transformers' attention registry."""
 
     name: str
     heads: int
@@ -48,7 +48,7 @@ def attention_sublayers(module: PreTrainedModel) -> dict[int, str]:
 def attention_calls(module: PreTrainedModel) -> dict[int, AttentionCall]:
     """Index of each layer that has attention -> its attention module, in order.
 
-    An attention module is one that calls transformers' attention registry. Raises: RecipeError where none does.
+    An attention module is one that calls transformers' attention registry. Raises: RecipeError if none does.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -67,22 +67,24 @@ def attention_calls(module: PreTrainedModel) -> dict[int, AttentionCall]:
     reason = ""
     try:
         run_briefly(module)
-    except Exception as error:  # noqa: BLE001, modeling code that looks the name up elsewhere fails in its own ways
+    except Exception as error:  # noqa: BLE001, modeling code that looks the name up elsewhere may raise anything
         reason = f" ({error})"
     finally:
         module.config._attn_implementation = before
     if not found or reason:
         raise RecipeError(
-            f"{type(module).__name__} does not call transformers' attention registry{reason}, so its attention cannot "
-            "be told apart: this step cannot be used with it"
+            f"{type(module).__name__} does not call transformers' attention registry{reason}, so its attention "
+            "sublayers cannot be found: this step cannot be used with it"
         )
     return dict(sorted(found.items()))
 
 
 @contextlib.contextmanager
 def observed(module: PreTrainedModel, names: dict[int, str]) -> Iterator[dict[int, list[tuple[Any, Any]]]]:
-    """Note what goes into and comes out of submodules while the block runs: index -> (input, output) of each call, the
-    first tensor of each. names: index -> name of the submodule."""
+    """Record inputs and outputs of submodules while the block runs: index -> (first input, output) of each call.
+
+    names: index -> name of the submodule.
+    """
     seen: dict[int, list[tuple[Any, Any]]] = {index: [] for index in names}
 
     def hook(index: int) -> Any:
@@ -102,6 +104,6 @@ def observed(module: PreTrainedModel, names: dict[int, str]) -> Iterator[dict[in
 
 
 def run_briefly(module: PreTrainedModel) -> None:
-    """A step of a few tokens, for what hooks then see."""
+    """Run a forward pass over a few tokens, to trigger hooks."""
     with torch.no_grad():
         module(input_ids=torch.zeros(1, _TRIED, dtype=torch.int64), use_cache=False)

@@ -1,8 +1,8 @@
-"""What structured pruning can leave out: KV groups of attention and channels of MLPs, found by running the model.
+"""Find the units of structured pruning: KV groups of attention and channels of MLPs.
 
-A KV group is a key and a value head with all query heads that read them. A channel is one input of the MLP's last
-matrix with everything that computes it. Which rows of which matrix belong to a unit is guessed from shapes and held
-against the model: its answers stay the same when all units change places. No architecture is named here.
+A KV group is a key head and a value head with all query heads that read them. A channel is one input of the MLP's last
+matrix with all weights that compute it. The rows of each unit are guessed from shapes. The guess is tested by reversing
+the order of all units, which must not change the logits. No architecture is named here.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .structure import AttentionCall, attention_calls, decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Sums in another order differ by about 1e-6 of the largest logit; a wrong guess by far more.
+# Another order of sums changes logits by about 1e-6 of the largest; a wrong guess changes them by far more.
 _TOLERANCE = 1e-3
 _PROBE_TOKENS = 16
-# A matrix's outputs in blocks one behind the other, each with so many rows for each unit: (1, 1) is gate and up in one
-# matrix, (2,) the two interleaved.
+# Rows per unit in each of the consecutive blocks of a matrix's outputs: (1, 1) is gate and up in one matrix, (2,) is
+# gate and up interleaved.
 _Layout = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The units of one attention or MLP.
+    """The units of one attention sublayer or MLP.
 
-    layer: index; count: units; inner: names of the linear layers that compute the units -> layout of their outputs;
-    outer: the one that reads them; width: inputs of `outer` for each unit; call: of an attention.
+    layer: index; count: of units; inner: name of each linear layer that computes the units -> layout of its outputs;
+    outer: name of the linear layer that reads them; width: inputs of `outer` per unit; call: None for an MLP.
     """
 
     kind: Literal["attention", "MLP"]
@@ -47,7 +47,7 @@ class Block:
     call: AttentionCall | None = None
 
     def rows(self, layout: _Layout, units: torch.Tensor) -> torch.Tensor:
-        """Indexes of the outputs of these units, in their order within each block."""
+        """Indexes of these units' outputs in a matrix of this layout, block by block."""
         starts = itertools.accumulate((width * self.count for width in layout), initial=0)
         parts = [
             start + (units[:, None] * width + torch.arange(width)).flatten()
@@ -56,11 +56,11 @@ class Block:
         return torch.cat(parts)
 
     def columns(self, units: torch.Tensor) -> torch.Tensor:
-        """Indexes of the inputs of `outer` that these units give."""
+        """Indexes of the inputs of `outer` that these units compute."""
         return self.rows((self.width,), units)
 
     def parameters(self, module: PreTrainedModel) -> int:
-        """Weights of one unit."""
+        """Number of parameters of one unit."""
         inner = sum(
             sum(layout) * (shape_of(own(module, name))[1] + (own(module, name).bias is not None))
             for name, layout in self.inner.items()
@@ -69,9 +69,9 @@ class Block:
 
 
 def find_blocks(module: PreTrainedModel) -> list[Block]:
-    """All attentions and MLPs of a module, which is as it was afterwards.
+    """All attention sublayers and MLPs of a module. The module is unchanged afterwards.
 
-    Raises: RecipeError where the matrices of a layer do not make an attention or an MLP that this edgelm can prune.
+    Raises: RecipeError if a layer's matrices do not form an attention sublayer or MLP of a known layout.
     """
     calls, layers = attention_calls(module), decoder_layers(module)
     order = _called_linears(module, list(layers.values()))
@@ -90,13 +90,13 @@ def find_blocks(module: PreTrainedModel) -> list[Block]:
         if _can_change_places(module, blocks):
             return blocks
     raise RecipeError(
-        f"{type(module).__name__}: it is not known which rows of its matrices belong to a head or a channel (its "
-        "answers change when heads and channels change places), so prune-structured cannot be used with it"
+        f"{type(module).__name__}: prune-structured cannot find the matrix rows of each head and channel "
+        "(reordering heads and channels changes the logits), so it cannot be used with this model"
     )
 
 
 def keep_units(module: PreTrainedModel, block: Block, kept: torch.Tensor) -> None:
-    """Keep the weights of these units only, in ascending order or any other."""
+    """Keep only the weights of these units. kept: indexes in any order."""
     for name, layout in block.inner.items():
         linear, rows = own(module, name), block.rows(layout, kept)
         put_matrix(linear, matrix_of(linear)[rows], None if linear.bias is None else linear.bias.detach()[rows])
@@ -105,7 +105,7 @@ def keep_units(module: PreTrainedModel, block: Block, kept: torch.Tensor) -> Non
 
 
 def probe_logits(module: PreTrainedModel) -> torch.Tensor:
-    """Logits of some tokens from all over the vocabulary."""
+    """Logits of 16 tokens spread over the vocabulary."""
     vocabulary = int(module.config.get_text_config().vocab_size)
     ids = (torch.arange(1, _PROBE_TOKENS + 1) * 7919 % vocabulary)[None]
     with torch.no_grad():
@@ -114,14 +114,14 @@ def probe_logits(module: PreTrainedModel) -> torch.Tensor:
 
 
 def same_logits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two results differ by no more than the order of sums."""
+    """Whether two results differ by no more than rounding."""
     return float((first - second).abs().max()) <= _TOLERANCE * float(first.abs().max())
 
 
 @contextlib.contextmanager
 def outer_inputs(module: PreTrainedModel, blocks: list[Block], hook: Any) -> Iterator[None]:
-    """Call hook(number of the block, what its `outer` reads) while the block runs; a tensor that it returns is read
-    instead."""
+    """While the block runs, call hook(number, input of `outer`) for each block. A tensor that it returns replaces the
+    input. number: position in `blocks`."""
 
     def handle(number: int) -> Any:
         def read(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
@@ -139,7 +139,7 @@ def outer_inputs(module: PreTrainedModel, blocks: list[Block], hook: Any) -> Ite
 
 
 def _called_linears(module: PreTrainedModel, layers: list[str]) -> list[str]:
-    """Names of the linear layers inside the layers, in the order in which a step calls them."""
+    """Names of the linear layers inside the decoder layers, in the order of their calls."""
     order: dict[str, None] = {}
 
     def note(name: str) -> Any:
@@ -160,7 +160,7 @@ def _called_linears(module: PreTrainedModel, layers: list[str]) -> list[str]:
 
 
 def _attention_blocks(module: PreTrainedModel, index: int, call: AttentionCall, names: list[str]) -> list[Block]:
-    """The guesses at an attention's layout, the likelier first."""
+    """Guesses of an attention sublayer's layout, likeliest first. Raises: RecipeError."""
     groups = call.heads // call.kv_heads
     query, key, value = groups * call.key_size, call.key_size, call.value_size
     layouts = [(query,), (key,), (value,), (query, key, value), (key, value)]
@@ -178,15 +178,15 @@ def _blocks(
     layouts: list[_Layout],
     rest: tuple[Literal["attention", "MLP"], int, int, int, AttentionCall | None],
 ) -> list[Block]:
-    """Two guesses: several blocks in one matrix lie one behind the other, or unit by unit."""
+    """Two guesses: blocks in one matrix follow each other, or are interleaved unit by unit. Raises: RecipeError."""
     kind, index, count, width, call = rest
     *inner, outer = names or [""]
     known = {sum(layout) * count: layout for layout in reversed(layouts)}
     sizes = {name: shape_of(own(module, name))[0] for name in inner}
     if not inner or shape_of(own(module, outer))[1] != width * count or not set(sizes.values()) <= set(known):
         raise RecipeError(
-            f"layer {index} of {type(module).__name__} has an {kind} of another kind than prune-structured knows: "
-            f"{', '.join(names) or 'no linear layers'}; models that were factored before cannot be pruned either"
+            f"layer {index} of {type(module).__name__} has an {kind} of unknown structure: "
+            f"{', '.join(names) or 'no linear layers'}. prune-structured cannot be used with it, nor after low-rank"
         )
     behind: dict[str, _Layout] = {name: known[size] for name, size in sizes.items()}
     mixed: dict[str, _Layout] = {name: (sum(layout),) for name, layout in behind.items()}
@@ -194,7 +194,7 @@ def _blocks(
 
 
 def _can_change_places(module: PreTrainedModel, blocks: list[Block]) -> bool:
-    """Whether the answers stay the same when the units of each block stand in the opposite order. Puts them back."""
+    """Whether the logits stay the same when the units of each block are reversed. Restores their order."""
     before = probe_logits(module)
     _reverse(module, blocks)
     try:

@@ -1,1 +1,1 @@
-"""The steps of a recipe, a file each, named as the recipe names it."""
+"""The steps of a recipe, one file per step, with the step's name."""

@@ -1,4 +1,4 @@
-"""`distil`: a smaller model learns to answer as a larger one does (Hinton et al., arXiv 1503.02531)."""
+"""`distil`: train a smaller model on the predictions of a larger one (Hinton et al., arXiv 1503.02531)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_OWN_TEXT = "own_text.json"  # tokens
+_OWN_TEXT = "own_text.json"  # a list of token ids
 
 
 @dataclass(frozen=True)
 class Distil(Schedule):
-    """See `Schedule`. teacher: folder of the model that is learned from (None: the source, uncompressed); student:
-    folder of the model that learns, in place of the one so far; temperature: T, by which both models' logits are
-    divided; alpha: share of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy; own_text: tokens
-    that the teacher writes itself, to be trained on as well as the text is."""
+    """See `Schedule`. teacher: folder, hub id or `builtin:` name (None: the uncompressed source); student: the same, of
+    a model that replaces the current one (None: train the current one); temperature: T, which divides both models'
+    logits; alpha: weight of the teacher in the loss, alpha * T^2 * KL + (1 - alpha) * cross-entropy; own_text: number
+    of tokens that the teacher generates as additional training text."""
 
     KEEPS: ClassVar[Keep] = "kl"
 
@@ -45,7 +45,7 @@ class Distil(Schedule):
             raise RecipeError(f"own_text must be 0 or more, found {self.own_text}")
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`: also that teacher and student are there and read the same tokens."""
+        """See `Checked`. Also checks that teacher and student exist and have the model's tokenizer."""
         super().check(outlook)
         self._folders(outlook.bench)
 
@@ -72,7 +72,7 @@ class Distil(Schedule):
         return Applied(student, train(self, student, student, loss, bench, *folders.values(), more=own))
 
     def _own_text(self, teacher: PreTrainedModel, bench: Workbench) -> list[int]:
-        """What the teacher writes; of an interrupted run, what it wrote then."""
+        """Token ids that the teacher generates. An interrupted run's text is reused."""
         from ..training.own_text import write_own_text
 
         if not self.own_text or bench.rehearsal:
@@ -89,7 +89,7 @@ class Distil(Schedule):
 
 
 def _find(what: str, name: str, bench: Workbench) -> Path:
-    """A model's folder, whose tokenizer is checked. Raises: RecipeError, SourceError."""
+    """The folder of a model. Raises: SourceError; RecipeError if its tokenizer differs from the model's."""
     import transformers
 
     from ...source.finding import find_source
@@ -98,14 +98,14 @@ def _find(what: str, name: str, bench: Workbench) -> Path:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing file surfaces as OSError, ValueError, TypeError or KeyError
-        raise RecipeError(f"{what} = {name!r} has no tokenizer that can be loaded ({error})") from error
+        raise RecipeError(f"the tokenizer of {what} = {name!r} cannot be loaded ({error})") from error
     if _written(tokenizer) != _written(bench.tokenizer):
-        raise RecipeError(f"{what} = {name!r} has another tokenizer than the model: both must read the same tokens")
+        raise RecipeError(f"{what} = {name!r} has another tokenizer than the model: they must be the same")
     return folder
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> object:
-    """All that decides which tokens a text becomes, or for a tokenizer in Python its vocabulary."""
+    """Everything that determines a fast tokenizer's token ids; the vocabulary of a tokenizer in Python."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     return tokenizer.get_vocab() if fast is None else fast.to_str()
 
@@ -113,7 +113,7 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> object:
 def _check_fit(model: PreTrainedModel, module: PreTrainedModel, what: str, bench: Workbench) -> None:
     sizes = [int(item.config.get_text_config().vocab_size) for item in (model, module)]
     if sizes[0] != sizes[1]:
-        raise RecipeError(f"the {what} predicts {sizes[0]} tokens, the model {sizes[1]}: they must be the same")
+        raise RecipeError(f"the {what} has a vocabulary of {sizes[0]}, the model of {sizes[1]}: they must be the same")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and context < bench.context_length:
         raise RecipeError(

@@ -1,6 +1,6 @@
-"""`drop-layers`: leave whole layers out, by index or those that the model's answers miss least.
+"""`drop-layers`: remove whole layers, by index or those whose removal changes the predictions least.
 
-Layers keep their indexes: the manifest counts those of the source.
+The remaining layers keep their indexes, because the manifest lists the source's layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DropLayers(Selection):
         self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`. Layers keep their indexes."""
+        """See `Step`."""
         from ..importance.influence import layer_influence
         from ..importance.leaving_out import least_missed_layers
         from ..module.edits import edit, present_layers

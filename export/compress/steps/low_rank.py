@@ -1,8 +1,9 @@
-"""`low-rank`: put two thin matrices in the place of one, by a truncated singular value decomposition.
+"""`low-rank`: replace a matrix by two factors, with a truncated singular value decomposition.
 
-With W = U S V^T, the first r columns of U sqrt(S) and rows of sqrt(S) V^T are the best product of that rank for W. With
-`weighted` they are the best for what W computes: W L is decomposed instead, where L L^T is the second moment of the
-inputs that the calibration text gives W, and L is taken out again (Wang et al., SVD-LLM, arXiv 2403.07378).
+With W = U S V^T, the first r columns of U sqrt(S) and the first r rows of sqrt(S) V^T are the best approximation of W
+of rank r. With `weighted` they are the best approximation of W's outputs on the calibration text: W L is decomposed,
+where L L^T is the second moment of W's inputs, and the right factor is multiplied by L^-1 (Wang et al., SVD-LLM, arXiv
+2403.07378).
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Added to the second moment's diagonal, in units of its mean: a text has fewer directions than the inputs.
+# Added to the second moment's diagonal, relative to its mean: the moment is singular if the text has fewer directions
+# than there are inputs.
 _DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """matrices: patterns of names, as a shell's, of linear layers inside the layers; ratio: share of each matrix's
-    weights that goes; energy: share of its squared singular values that stays, for the smallest rank that keeps it. One
-    of the two. weighted: by the calibration text's activations."""
+    """matrices: shell patterns of the names of linear layers inside decoder layers; ratio: share of each matrix's
+    weights to remove; energy: share of the sum of squared singular values to keep, with the smallest rank that does.
+    Give either ratio or energy. weighted: minimize the error of outputs on the calibration text, not of weights."""
 
     matrices: tuple[str, ...] = ("*",)
     ratio: float | None = None
@@ -45,12 +47,12 @@ class LowRank:
                 raise RecipeError(f"{key} must be between 0 and 1, found {value:g}")
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`. No step renames a matrix that stays whole."""
+        """See `Checked`. The names are checked on the source: no step renames a matrix that it keeps whole."""
         self._chosen(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text; memory for
-        the second moments of one layer's inputs at a time."""
+        """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text per layer.
+        Memory: second moments of one layer's inputs at a time."""
         from ..importance.influence import windows
         from ..module.edits import edit
         from ..module.linears import own, require_unshared
@@ -77,7 +79,8 @@ class LowRank:
         return Applied(module, {"ranks": ranks, "left_alone": left, **_note(left, layers)})
 
     def _chosen(self, module: PreTrainedModel) -> dict[str, int]:
-        """Name -> layer of the linear layers that the patterns name. Raises: RecipeError for a pattern without one."""
+        """Name of each linear layer that a pattern matches -> index of its decoder layer. Raises: RecipeError if a
+        pattern matches none."""
         from ..module.linears import layer_linears
 
         there = layer_linears(module)
@@ -85,13 +88,13 @@ class LowRank:
             if not fnmatch.filter(there, pattern):
                 names = sorted({name.rsplit(".", 1)[-1] for name in there})
                 raise RecipeError(
-                    f"no plain linear layer inside the layers has a name like {pattern}: there is "
+                    f"no plain linear layer inside the decoder layers has a name like {pattern}: the model has "
                     f"{', '.join(names) or 'none'}" + (f", such as {next(iter(there))}" if there else "")
                 )
         return {name: i for name, i in there.items() if any(fnmatch.fnmatch(name, item) for item in self.matrices)}
 
     def _factors(self, linear: Any, moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """wide (outputs, rank) and narrow (rank, inputs), or None where they would be no smaller than the matrix."""
+        """Factors wide (outputs, rank) and narrow (rank, inputs); None if they would not be smaller than the matrix."""
         import torch
 
         from ..module.linears import matrix_of
@@ -121,8 +124,10 @@ class LowRank:
 def input_moments(
     module: PreTrainedModel, names: Sequence[str], texts: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The second moment (inputs, inputs) of what each of these linear layers reads: the mean of x x^T. texts: windows
-    (1, tokens)."""
+    """Name of each linear layer -> second moment of its inputs, the mean of x x^T, (inputs, inputs) float32.
+
+    texts: windows (1, tokens) int64. Cost: a forward pass per window.
+    """
     import torch
 
     from ..module.linears import own
@@ -149,7 +154,7 @@ def input_moments(
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
-    """L, lower triangular, with L L^T = the moment, somewhat damped."""
+    """Cholesky factor L, lower triangular, of the damped moment."""
     import torch
 
     wide = moment.double()
@@ -162,4 +167,4 @@ def _root(moment: torch.Tensor) -> torch.Tensor:
 def _note(left: list[str], chosen: dict[str, int]) -> dict[str, str]:
     if not left:
         return {}
-    return {"note": f"{len(left)} of {len(chosen)} matrices stay whole: two factors of them would be no smaller"}
+    return {"note": f"{len(left)} of {len(chosen)} matrices stay whole: their factors would not be smaller"}

@@ -1,8 +1,8 @@
-"""`prune-magnitude`: set the smallest weights of each linear layer to zero, without structure.
+"""`prune-magnitude`: set the smallest weights of each linear layer to zero (unstructured pruning).
 
-It saves size where bundles are compressed for download, and no time: ONNX Runtime has no kernels for sparse matrices,
-so zeros are stored and multiplied like all others. The ranking is within each matrix, not over the model: matrices
-differ in scale, and one order for all would empty the small-scaled ones first.
+It reduces the size of compressed downloads but saves no time: ONNX Runtime has no kernels for sparse matrices, so zeros
+are stored and multiplied like other numbers. Weights are ranked within each matrix, because matrices differ in scale: a
+ranking over the model would empty the matrices of small scale first.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LIMIT = 127
 
 @dataclass(frozen=True)
 class PruneMagnitude:
-    """ratio: share of the weights of each linear layer, the head included unless it is the embedding, that become
-    zero: those of least magnitude (L1)."""
+    """ratio: share of each linear layer's weights to set to zero, those of least magnitude (L1). The head is included
+    unless it is tied to the embedding."""
 
     ratio: float
 
@@ -34,7 +34,7 @@ class PruneMagnitude:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`. Cost: each matrix is sorted, and compressed twice."""
+        """See `Step`. Cost: each matrix is sorted once and compressed by zlib twice."""
         import torch
         from torch.nn.utils import prune
 
@@ -43,7 +43,7 @@ class PruneMagnitude:
         method: Any = prune.L1Unstructured(self.ratio)
         for weight in weights:
             before += _compressed_bytes(weight)
-            # The method's mask, not its parametrization: a parameter that is replaced would no longer be shared.
+            # Apply the mask in place: torch's parametrization replaces the parameter, which would no longer be shared.
             weight.mul_(method.compute_mask(weight, torch.ones_like(weight)))
             after += _compressed_bytes(weight)
             zeros += int((weight == 0).sum())
@@ -56,7 +56,7 @@ class PruneMagnitude:
 
 
 def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights of all linear layers, each once, detached; a table that is read by its rows is not among them."""
+    """Detached weights of all linear layers, each once, without a head tied to the embedding."""
     from ..module.linears import is_linear
 
     embedding = module.get_input_embeddings().weight
@@ -66,8 +66,8 @@ def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _compressed_bytes(weight: torch.Tensor) -> int:
-    """The size of a matrix in INT8 after zlib, which archives and package managers use."""
+    """Bytes of a matrix in INT8 after zlib, which archives and package managers use."""
     from ...passes.quantize_linears import quantize_columns
 
-    # Scales are by output in the bundle: rows here, or columns in a Conv1D, which changes this figure by little.
+    # The bundle has a scale per output. For a Conv1D this takes one per input, which hardly changes the figure.
     return len(zlib.compress(quantize_columns(weight.numpy().T, _LIMIT).tobytes()))

@@ -1,9 +1,9 @@
-"""`prune-structured`: leave out attention heads, whole KV groups of them, and channels of MLPs: smaller matrices, which
-every kernel runs faster.
+"""`prune-structured`: remove attention heads, in whole KV groups, and MLP channels.
 
-All heads and channels of the model are ranked together, by importance for each weight that they cost, and the least
-important go until the budget is met. So layers end up unlike each other; in each, one KV group and some channels stay.
-The matrix that reads those that stay is fitted to what it computed before, by least squares: no training.
+The remaining matrices are smaller and dense, so every kernel runs them faster. All heads and channels of the model are
+ranked together by importance per weight, and the least important are removed until the budget is met. Layers end up
+with different sizes; each keeps at least one KV group and 16 channels. The matrix that reads the remaining units is
+refitted to its earlier outputs by least squares, without training.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ..module.units import Block
     from ..step import Outlook
 
-# Multiples of so many channels stay: integer kernels pack columns by 16.
+# The number of channels left is a multiple of this: integer kernels pack columns by 16.
 _CHANNELS = 16
-_PORTIONS = 48  # of the channels of a wide MLP
-# Attributes in which attention modules keep their sizes, where they do.
+_PORTIONS = 48  # approximate number for a wide MLP
+# Attributes in which attention modules may store their sizes.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WIDTHS = ("split_size", "embed_dim", "hidden_size")
@@ -34,8 +34,8 @@ _WIDTHS = ("split_size", "embed_dim", "hidden_size")
 
 @dataclass(frozen=True)
 class PruneStructured:
-    """ratio: share of the whole model's parameters that goes; importance: "curvature" or "taylor", both of the
-    calibration text, or "magnitude" of the weights; refit: whether matrices are fitted anew on that text."""
+    """ratio: share of the whole model's parameters to remove; importance: "curvature" or "taylor", both measured on the
+    calibration text, or "magnitude" of the weights; refit: whether to refit matrices on that text."""
 
     ratio: float
     importance: Literal["curvature", "taylor", "magnitude"] = "curvature"
@@ -47,15 +47,16 @@ class PruneStructured:
             raise RecipeError(f"ratio must be between 0 and 1, found {self.ratio:g}")
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`. The first step finds out soon enough. After others, whose work would be in vain, it looks for
-        heads and channels in the model as it came."""
+        """See `Checked`. Looks for heads and channels in the source, unless this is the first step, where `apply` does
+        so at once."""
         from ..module.units import find_blocks
 
         if outlook.steps:
             find_blocks(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`. Cost: the text forward and back, and for each layer the inverse of a matrix of its channels."""
+        """See `Step`. Cost: a forward and backward pass over the text, and per layer the inverse of a matrix (channels,
+        channels)."""
         from ..importance.influence import all_windows
         from ..module.units import find_blocks
 
@@ -68,7 +69,7 @@ class PruneStructured:
     def cut(
         self, module: PreTrainedModel, blocks: list[Block], portions: list[list[Portion]], inputs: list[torch.Tensor]
     ) -> dict[str, Any]:
-        """Prune in place, by what was `measured`. Returns details. Raises: RecipeError."""
+        """Prune in place. portions, inputs: from `measured`. Returns details. Raises: RecipeError."""
         from ..module.linears import matrix_of, own
 
         costs = [block.parameters(module) for block in blocks]
@@ -84,7 +85,10 @@ class PruneStructured:
     def measured(
         self, module: PreTrainedModel, blocks: list[Block], texts: list[torch.Tensor]
     ) -> tuple[list[list[Portion]], list[torch.Tensor]]:
-        """Of each block: what may go, in order, and the second moment of what is read, where it is refitted."""
+        """For each block its portions in order of removal, and the second moment of the inputs of its `outer`.
+
+        The moments may be empty if `refit` is off. Cost: see `apply`.
+        """
         from ..importance.curvature import find_moments, portions_by_curvature
         from ..importance.ranks import magnitudes, taylor
         from .low_rank import input_moments
@@ -103,7 +107,7 @@ class PruneStructured:
 
 
 def portions_by_score(block: Block, score: torch.Tensor) -> list[Portion]:
-    """What may go of a block, in the order of the units' scores, which add up to the harm."""
+    """Portions of a block in ascending order of the units' scores. A portion's harm is the sum of its scores."""
     from ..importance.curvature import Portion
 
     order, portions, end = score.argsort(), [], 0
@@ -117,10 +121,10 @@ def portions_by_score(block: Block, score: torch.Tensor) -> list[Portion]:
 def choose_units(
     blocks: list[Block], portions: list[list[Portion]], costs: list[int], budget: float
 ) -> list[torch.Tensor]:
-    """The units of each block that stay, in ascending order.
+    """Units of each block to keep, in ascending order.
 
-    portions: of each block, in the order in which they go; costs: parameters of each unit; budget: parameters that
-    shall go. Raises: RecipeError where they cannot without emptying a layer.
+    portions: of each block, in order of removal; costs: parameters per unit of each block; budget: parameters to
+    remove. Raises: RecipeError if that would empty a layer.
     """
     gone: list[list[int]] = [[] for _ in blocks]
     removed = 0.0
@@ -132,15 +136,15 @@ def choose_units(
     if removed < budget:
         most = 100 * removed / budget
         raise RecipeError(
-            f"heads and channels can give {most:.0f} % of what ratio asks for, if each layer keeps one KV group and "
-            f"{_CHANNELS} channels: lower the ratio"
+            f"heads and channels have only {most:.0f} % of the parameters that ratio asks for, if each layer keeps one "
+            f"KV group and {_CHANNELS} channels: lower the ratio"
         )
     return [_without(block.count, units) for block, units in zip(blocks, gone, strict=True)]
 
 
 def _ranked(portions: list[list[Portion]], costs: list[int]) -> Iterator[tuple[float, int, list[int]]]:
-    """Each portion: harm for each weight, number of the block, units. Within a block the harm never falls, so sorting
-    never takes a later portion first."""
+    """Yield harm per weight, block number and units of each portion. The harm is made non-decreasing within a block, so
+    that sorting keeps the block's order."""
     for number, (cost, found) in enumerate(zip(costs, portions, strict=True)):
         most = 0.0
         for portion in found:
@@ -149,8 +153,7 @@ def _ranked(portions: list[list[Portion]], costs: list[int]) -> Iterator[tuple[f
 
 
 def _portion_sizes(block: Block) -> list[int]:
-    """How many units go at a time: after each, a multiple of 16 channels is left, and at the end 16 to 31; or a KV
-    group."""
+    """Units per portion: one KV group, or channels such that after each portion the number left is a multiple of 16."""
     if block.kind == "attention":
         return [1] * (block.count - 1)
     size = max(1, block.count // (_CHANNELS * _PORTIONS)) * _CHANNELS
@@ -170,7 +173,7 @@ def _without(count: int, gone: list[int]) -> torch.Tensor:
 def _fitted(
     module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The matrices that read what stays of a block, by name, of blocks that lose something."""
+    """Name of each matrix that reads a pruned block -> the matrix refitted to the remaining units."""
     from ..importance.curvature import refitted
     from ..module.linears import matrix_of, own
 
@@ -182,8 +185,10 @@ def _fitted(
 
 
 def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]) -> None:
-    """Cut the matrices, and check that the answers are those of the whole model with the other units silenced. Raises:
-    RecipeError where they are not, and the module is as it was."""
+    """Cut the matrices, and check that the logits equal those of the whole model with the removed units set to 0.
+
+    Raises: RecipeError if they do not; the module is then unchanged.
+    """
     from ..module.edits import KEY, edit, edits_of
     from ..module.units import keep_units, outer_inputs, probe_logits, same_logits
 
@@ -200,7 +205,7 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
             keep_units(module, block, units)
         edit(module, "resize", linears=_shapes(module, blocks), attributes=_attributes(module, blocks, kept))
         same = same_logits(expected, probe_logits(module))
-    except Exception as error:  # noqa: BLE001, modeling code that counts on the sizes that were fails in its own ways
+    except Exception as error:  # noqa: BLE001, modeling code that relies on the old sizes may raise anything
         same, reason = False, f" ({error})"
     else:
         reason = ""
@@ -208,7 +213,7 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
         for part, state in saved:
             vars(part).update(state)
         setattr(module.config, KEY, log)
-        raise RecipeError(f"{type(module).__name__} does not compute as it should with fewer heads or channels{reason}")
+        raise RecipeError(f"{type(module).__name__} does not work with fewer heads or channels{reason}")
 
 
 def _shapes(module: PreTrainedModel, blocks: list[Block]) -> dict[str, list[int]]:
@@ -218,7 +223,7 @@ def _shapes(module: PreTrainedModel, blocks: list[Block]) -> dict[str, list[int]
 
 
 def _attributes(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor]) -> dict[str, dict[str, int]]:
-    """What attention modules' code reads of their sizes, by the modules' names."""
+    """Name of each pruned attention module -> new values of its size attributes, see `edits`."""
     found = {}
     for block, units in zip(blocks, kept, strict=True):
         if block.call is None or len(units) == block.count:
@@ -239,7 +244,7 @@ def _attributes(module: PreTrainedModel, blocks: list[Block], kept: list[torch.T
 
 
 def _sizes(blocks: list[Block], kept: list[torch.Tensor]) -> dict[str, dict[str, list[int]]]:
-    """By layer: KV groups and channels before and after."""
+    """Layer index -> KV groups and channels, each as [before, after]."""
     sizes: dict[str, dict[str, list[int]]] = {}
     for block, units in zip(blocks, kept, strict=True):
         what = "kv_groups" if block.kind == "attention" else "channels"

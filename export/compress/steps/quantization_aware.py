@@ -1,7 +1,7 @@
-"""`quantization-aware`: a short training in which every matrix product is computed as the INT8 bundle will compute it
-(Jacob et al., arXiv 1712.05877), towards the answers that the model gives without rounding (LLM-QAT, arXiv 2305.17888).
+"""`quantization-aware`: a short training with every matrix product computed as in the INT8 bundle (Jacob et al., arXiv
+1712.05877). The teacher is the same model without rounding (LLM-QAT, arXiv 2305.17888).
 
-The text's own tokens are not learned: a model that knows the text would learn it by heart, which costs it more on other
+The loss does not use the text's own tokens: a model that knows the text would memorize it, which costs more on other
 texts than rounding does.
 """
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizationAware(Schedule):
-    """See `Schedule`; the scheme is int8-rowwise. learning_rate: lower than elsewhere, the model is good already;
-    weight_bits: as the target's profile says, 8 or 7; activation_bits: 16, as most matrices of a bundle have, or 8."""
+    """See `Schedule`. The scheme is int8-rowwise. learning_rate: low, because the model starts near the minimum;
+    weight_bits: 8 or 7, as in the target's profile; activation_bits: 16, as for most matrices of a bundle, or 8."""
 
     KEEPS: ClassVar[Keep] = "kl"
 
@@ -46,7 +46,7 @@ class QuantizationAware(Schedule):
         from ..training.train import distillation, train
 
         student = copy.deepcopy(module)
-        # It rounds products with the student's weights alone, and its teacher, the module as it came, has others.
+        # Int8 rounds products with the student's weights only, so the teacher (`module`) is not rounded.
         int8 = Int8(student, self.weight_bits, self.activation_bits)
         divergence = distillation(module, temperature=1.0, alpha=1.0)
 
@@ -57,4 +57,4 @@ class QuantizationAware(Schedule):
         try:
             return Applied(student, train(self, student, student, loss, bench, within=int8))
         finally:
-            module.cpu()  # a teacher goes where the student is trained
+            module.cpu()  # the loss moved the teacher to the student's device

@@ -1,5 +1,8 @@
-"""`recover`: a short training on text after steps that cost quality. All weights, or a low-rank change of each matrix
-(LoRA, Hu et al., arXiv 2106.09685), which needs far less memory and is added to the weights at the end."""
+"""`recover`: a short training on text after steps that cost quality.
+
+It trains all weights, or a low-rank change of each matrix (LoRA, Hu et al., arXiv 2106.09685), which needs far less
+memory and is added to the weights at the end.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recover(Schedule):
-    """See `Schedule`. lora_rank: of the change of each linear layer but the head (None: all weights are trained)."""
+    """See `Schedule`. lora_rank: rank of the change of each linear layer but the head (None: train all weights)."""
 
     lora_rank: int | None = None
 
@@ -27,7 +30,7 @@ class Recover(Schedule):
             raise RecipeError(f"lora_rank must be 1 or more, found {self.lora_rank}")
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`: also that the model can have changes of this rank."""
+        """See `Checked`. Also checks that the model's matrices allow changes of this rank."""
         super().check(outlook)
         if self.lora_rank is not None:
             _require_plain(outlook.module, self.lora_rank, outlook.bench)
@@ -54,14 +57,16 @@ def _adapted(module: PreTrainedModel, rank: int, seed: int) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # The scale 2 (alpha / rank) is the custom; adapters start as no change.
+        # The scale alpha / rank = 2 is customary.
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         return get_peft_model(module, settings)
 
 
 def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None:
-    """At the end a change is added to each matrix: twice to one that two layers share, and into zeros that a step made.
-    Raises: RecipeError."""
+    """Raise RecipeError if adding the changes to the matrices would do harm.
+
+    A matrix that two layers share would get its change twice, and zeros of `prune-magnitude` would be filled.
+    """
     from ..module.linears import shape_of
     from ..training.zeros import was_pruned
 
@@ -75,13 +80,13 @@ def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None
         side = min(shape_of(layer))
         if rank > side:
             raise RecipeError(
-                f"lora_rank is {rank}, more than {name} can have, whose smaller side is {side}: a change of full rank "
-                f"is cheaper without lora_rank. Take less than {side}, or leave it out"
+                f"lora_rank is {rank}, but the smaller side of {name} is {side}: use a rank below {side}, or leave "
+                "lora_rank out, because a change of full rank is cheaper without it"
             )
 
 
 def _adapted_layers(module: PreTrainedModel) -> list[tuple[str, Any]]:
-    """All linear layers but the head, under each of their names."""
+    """All linear layers but the head. A shared layer is listed under each of its names."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

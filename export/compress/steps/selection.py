@@ -1,4 +1,4 @@
-"""Which layers a step means: the last ones, those named, or the least useful. One rule for all steps that choose."""
+"""How steps choose layers or attention sublayers: the last ones, given indexes, or the least useful ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """The keys of a step that chooses. last: so many last ones; layers: these; least_useful: so many that
-    the answers miss least. One of the three. How many is a whole number, or a share between 0 and 1 of those there are.
+    """Keys of a step that chooses; exactly one is given.
+
+    last: number of last ones; layers: indexes; least_useful: number of those whose removal changes the predictions
+    least. A number is a whole number, or a share between 0 and 1 of the layers or sublayers present.
     """
 
     last: float | None = None
@@ -31,7 +33,7 @@ class Selection:
         for name in ("last", "least_useful"):
             count = getattr(self, name)
             if count is not None and float(count).is_integer():
-                object.__setattr__(self, name, int(count))  # as it was written, for records
+                object.__setattr__(self, name, int(count))  # records show 2, not 2.0
             elif count is not None and not 0 < count < 1:
                 raise RecipeError(f"{given[0]} takes a whole number or a share between 0 and 1, found {count:g}")
         counts = [count for count in (self.last, self.least_useful) if count is not None]
@@ -41,7 +43,7 @@ class Selection:
             raise RecipeError(f"layers names a layer twice: {list(self.layers or ())}")
 
     def _count(self, there: int) -> int:
-        """How many of so many layers are meant: of a share, the nearest number, and at least one."""
+        """Number to choose among `there`. A share is rounded to the nearest number, at least 1."""
         if self.layers is not None:
             return len(self.layers)
         given = self.last if self.last is not None else self.least_useful
@@ -49,7 +51,8 @@ class Selection:
         return int(given) if given >= 1 else max(1, round(given * there))
 
     def check_parts(self, parts: Parts, what: str) -> None:
-        """Look ahead, with nobody knowing yet which are least useful. Raises: as `choose`."""
+        """Remove the choice from `parts` before any step runs; the least useful ones are not known yet. Raises: as
+        `choose`."""
 
         def choose(there: Collection[int]) -> list[int]:
             return self.choose(there, what, lambda count: dict.fromkeys(sorted(there)[:count], 0.0))[0]
@@ -59,18 +62,18 @@ class Selection:
     def choose(
         self, there: Collection[int], what: str, least: Callable[[int], dict[int, float]]
     ) -> tuple[list[int], dict[int, float]]:
-        """The chosen indexes, sorted, and what `least` measured, where it was asked.
+        """The chosen indexes in ascending order, and the result of `least`, empty if it was not needed.
 
-        there: indexes that can be chosen; what: they are, for messages; least: so many least useful ones, each with
-        what it measured. Raises: RecipeError where an index is not there or nothing would be left.
+        there: indexes to choose from; what: their name in messages; least: returns that many of the least useful
+        indexes, each with its measured KL. Raises: RecipeError if an index does not exist or none would be left.
         """
         order = sorted(there)
         missing = sorted(set(self.layers or ()) - set(order))
         if missing:
-            raise RecipeError(f"there is no {what} {missing[0]}: there are {', '.join(map(str, order))}")
+            raise RecipeError(f"there is no {what} {missing[0]}: the model has {', '.join(map(str, order))}")
         count = self._count(len(order))
         if count >= len(order):
-            raise RecipeError(f"of {len(order)} {what}s at most {len(order) - 1} can go, not {count}")
+            raise RecipeError(f"at most {len(order) - 1} of {len(order)} {what}s can be removed, not {count}")
         if self.layers is not None:
             return sorted(self.layers), {}
         if self.last is not None:

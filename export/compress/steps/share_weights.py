@@ -1,7 +1,7 @@
-"""`share-weights`: several parts of a model read one matrix, which exists once, in memory and in every file.
+"""`share-weights`: several parts of a model use one matrix, which is stored once in memory and in every file.
 
-Layers share the matrices of their linear layers, each keeps its norms and biases. The head shares the embedding's.
-Layers that are computed twice save no time, only size.
+Layers share the matrices of their linear layers and keep their own norms and biases. The head can share the embedding's
+matrix. This saves size but no time, because shared layers are still computed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShareWeights:
-    """embedding: head and embedding share; groups: indexes of layers that share, group by group; every: each n layers
-    in a row share, of those that are left; value: what the shared matrix is, the "mean" of those that it replaces or
-    the "first" of them (for the embedding: the embedding's)."""
+    """embedding: head and embedding share; groups: lists of indexes of layers that share; every: each run of this many
+    remaining layers shares; value: the shared matrix, the "mean" of those that it replaces or the "first" of them (with
+    `embedding`: the embedding's)."""
 
     embedding: bool = False
     groups: tuple[tuple[int, ...], ...] | None = None
@@ -34,10 +34,10 @@ class ShareWeights:
         if not self.embedding and self.groups is None and self.every is None:
             raise RecipeError("give embedding = true, groups or every")
         if self.every is not None and self.every < 2:
-            raise RecipeError(f"every takes two layers or more, found {self.every}")
+            raise RecipeError(f"every must be 2 or more, found {self.every}")
         named = [index for group in self.groups or () for index in group]
         if self.groups is not None and (not self.groups or any(len(group) < 2 for group in self.groups)):
-            raise RecipeError("each of groups takes two layers or more")
+            raise RecipeError("each group must name two layers or more")
         if len(set(named)) < len(named):
             raise RecipeError(f"groups name a layer twice: {sorted(named)}")
 
@@ -80,13 +80,13 @@ class ShareWeights:
         groups = [order[begin : begin + self.every] for begin in range(0, len(order), self.every)]
         groups = [group for group in groups if len(group) > 1]
         if not groups:
-            raise RecipeError(f"every = {self.every} finds no two layers to share: there are {len(order)}")
+            raise RecipeError(f"every = {self.every} needs two layers or more, but the model has {len(order)}")
         return groups
 
     def _require(self, order: list[int]) -> None:
         missing = sorted({index for group in self.groups or () for index in group} - set(order))
         if missing:
-            raise RecipeError(f"there is no layer {missing[0]}: there are {', '.join(map(str, order))}")
+            raise RecipeError(f"there is no layer {missing[0]}: the model has {', '.join(map(str, order))}")
 
     def _require_head(self, module: PreTrainedModel) -> None:
         if not self.embedding:
@@ -94,6 +94,6 @@ class ShareWeights:
         whole: Any = module
         embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
         if head is None or embedding.weight.shape != head.weight.shape:
-            raise RecipeError(f"{type(module).__name__} has no head of its embedding's shape, so they cannot share it")
+            raise RecipeError(f"{type(module).__name__} has no head with the embedding's shape, so they cannot share")
         if head.weight is embedding.weight:
             raise RecipeError(f"{type(module).__name__} shares embedding and head already: leave embedding out")

@@ -1,6 +1,6 @@
-"""`skip-attention`: leave attention sublayers out and keep the MLP beside them. Such a layer has no KV cache at all.
+"""`skip-attention`: remove attention sublayers and keep the MLPs of their layers, which then need no KV cache.
 
-Later sublayers are redundant more often than earlier ones (Tyukin et al., arXiv 2404.05741).
+Later attention sublayers are redundant more often than earlier ones (Tyukin et al., arXiv 2404.05741).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SkipAttention(Selection):
     """See `Selection`."""
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`. Attention goes with the layers that steps before this one leave out."""
+        """See `Checked`. Attention sublayers of layers removed by earlier steps do not count."""
         from ..module.edits import present_layers
         from ..module.structure import attention_sublayers
 

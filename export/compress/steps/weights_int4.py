@@ -1,7 +1,7 @@
-"""`weights-int4`: weights of 4 bits in blocks, with float activations. The smallest bundle, at a price in quality.
+"""`weights-int4`: 4-bit weights in blocks, with float activations. The smallest bundle, at a cost in quality.
 
-Nothing is changed in the module: what is to be done with its weights is noted in its configuration, which a compressed
-folder keeps, and done when the graph is quantized. An export of such a model has the scheme `int4-weight`.
+The step does not change the weights. It notes its settings in the module's configuration, which a compressed folder
+keeps, and the graph is quantized accordingly. An export of such a model has the scheme `int4-weight`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEY = "edgelm_weights"
 
 @dataclass(frozen=True)
 class WeightsInt4:
-    """method: how weights become 4 bits, see `quantization.blocks`; block: how many inputs share a scale."""
+    """method: rounding method, see `quantization.blocks`; block: number of inputs that share a scale."""
 
     method: Method = "rtn"
     block: Literal[32, 64, 128] = 32
@@ -30,13 +30,13 @@ class WeightsInt4:
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
         if noted_weights(module) is not None:
-            raise RecipeError("weights-int4 was applied to this model before: a model has one type of weights")
+            raise RecipeError("weights-int4 was already applied to this model: remove this step")
         setattr(module.config, _KEY, {"method": self.method, "block": self.block})
         return Applied(module)
 
 
 def noted_weights(module: PreTrainedModel) -> BlockSettings | None:
-    """What a step noted in a module's configuration, or None. Raises: RecipeError, for a note that is none of ours."""
+    """Settings noted in a module's configuration; None without a note. Raises: RecipeError for an invalid note."""
     note: Any = getattr(module.config, _KEY, None)
     if note is None:
         return None
@@ -47,7 +47,7 @@ def noted_weights(module: PreTrainedModel) -> BlockSettings | None:
 
 
 def require_agreement(asked: str | None, why: str) -> None:
-    """Raise RecipeError if another scheme was asked for than the one that 4-bit weights have. why: where these come
-    from."""
+    """Raise RecipeError if `asked` is another scheme than `int4-weight`. why: what asks for 4-bit weights, for the
+    message."""
     if asked not in (None, SCHEME):
         raise RecipeError(f"{why} asks for the scheme {SCHEME}, and --scheme says {asked}: leave one of them out")

@@ -1,1 +1,1 @@
-"""Training: texts, losses, the loop, checkpoints, the INT8 products simulated."""
+"""Training: texts, losses, the loop, checkpoints, simulated INT8 products."""

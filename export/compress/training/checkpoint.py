@@ -1,11 +1,11 @@
-"""What a training step keeps to go on from: one safetensors file, replaced as a whole.
+"""Checkpoint of a training step: one safetensors file, replaced atomically.
 
-    weight/NAME          a parameter that is trained
-    best/NAME            the same when the held-out text was read best, if that was before
-    exp_avg/NAME, ...    AdamW's moments and count of it; left out when the training is done
-    metadata             JSON under `edgelm`: version, state, and digests of all that decides what is trained and how
+    weight/NAME          a trained parameter
+    best/NAME            the parameter at the best held-out evaluation, if that was an earlier step
+    exp_avg/NAME, ...    AdamW's moments and step count; left out when the training is done
+    metadata             JSON under `edgelm`: version, state, and digests of everything that determines the result
 
-Tensors and state are one file, so they never disagree. accelerate's own `save_state` is not used: it writes pickles.
+Tensors and state are one file, so they never disagree. accelerate's `save_state` is not used: it writes pickles.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 _NAME = "training.safetensors"
 _KEY, _VERSION = "edgelm", 2
-# What a digest is of, in words for whoever changed it.
+# Key of a digest -> its subject, for messages.
 _PARTS = {
-    "step": "settings of the step",
+    "step": "the step's settings",
     "before": "the steps before it",
-    "edits": "what the steps before it chose",
-    "text": "the text to train on",
-    "held_out": "the text that is held out",
-    "choosing": "the text of the compression",
+    "edits": "the choices of the steps before it",
+    "text": "the training text",
+    "held_out": "the held-out text",
+    "choosing": "the calibration text",
     "weights": "the model",
 }
 
@@ -51,9 +51,9 @@ Parts = dict[str, str]
 
 @dataclass
 class State:
-    """How far a training is. losses: of every step; curve: what `HeldOut.read` gave, and when; best: the step of the
-    best reading so far, -1 for none; done: whether no step is left; samples: then, what the weights that stay say,
-    see `HeldOut.samples`."""
+    """State of a training. losses: one per step; curve: results of `HeldOut.read`, each with its step; best: step of
+    the best evaluation so far, -1 for none; done: the training has ended; samples: `HeldOut.samples` of the kept
+    weights, set at the end."""
 
     losses: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -63,21 +63,21 @@ class State:
 
 
 class Checkpoint:
-    """One step's place. Nothing is written before the first `save`."""
+    """The checkpoint file of one step. Nothing is written before the first `save`."""
 
     def __init__(self, folder: Path, parts: Parts) -> None:
-        """parts: `identify`'s, without which a file that is there is not read."""
+        """parts: from `identify`; an existing file is loaded only if its parts are equal."""
         self.path = folder / _NAME
         self._parts = parts
 
     def load(
         self, weights: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> tuple[State, dict[str, torch.Tensor]]:
-        """Put what was kept into the parameters and the optimizer. Returns the state, that of a beginning where
-        nothing was kept, and the best weights, none where they are the last ones.
+        """Load the checkpoint into the parameters and the optimizer.
 
-        Raises: RecipeError for a file of another step, recipe, text or model, and for one that is damaged; it stays as
-        it is.
+        Returns the state, a new one if there is no checkpoint, and the best weights by name, empty if those are the
+        last ones. Raises: RecipeError if the file is damaged or belongs to another step, recipe, text or model. The
+        file is not changed.
         """
         if not self.path.is_file():
             return State(), {}
@@ -104,7 +104,7 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer | None,
         state: State,
     ) -> None:
-        """Replace the file. optimizer: None where no step is left. Raises: OutputError; the earlier file stays."""
+        """Replace the file. optimizer: None if no step is left. Raises: OutputError; the earlier file stays."""
         tensors = {f"weight/{name}": weight.detach() for name, weight in weights.items()}
         tensors |= {f"best/{name}": weight for name, weight in best.items()}
         if optimizer is not None:
@@ -117,16 +117,16 @@ class Checkpoint:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(plain, partial, metadata={_KEY: json.dumps(metadata)})
             partial.replace(self.path)
-        except (OSError, SafetensorError) as error:  # safetensors says so of a full disk
+        except (OSError, SafetensorError) as error:  # SafetensorError: a full disk
             raise OutputError(self._not_written(len(state.losses), error)) from error
         finally:
             partial.unlink(missing_ok=True)
 
     def _not_written(self, step: int, error: Exception) -> str:
-        kept = f"an earlier one is in {self.path}" if self.path.is_file() else "nothing was kept before"
+        kept = f"the earlier one stays in {self.path}" if self.path.is_file() else "there is no earlier one"
         return (
             f"the checkpoint after step {step} cannot be written to {self.path.parent} ({error}), and {kept}: free "
-            "some space, and the same command goes on from what was kept"
+            "some space and run the same command again to continue"
         )
 
 
@@ -134,9 +134,10 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Runtim
 
 
 def identify(step: Step, module: PreTrainedModel, texts: TrainingTexts, bench: Workbench, *others: Path) -> Parts:
-    """Digests of all that decides what a training gives: settings, the steps before it, texts, and weights.
+    """Digests of everything that determines a training's result: settings, steps before it, texts and weights.
 
-    module: that is trained, before; others: folders of further models that take part. Cost: reading the weights once.
+    module: the model before the training; others: folders of further models, such as a teacher. Cost: the weights are
+    read once.
     """
     files = [path for folder in (bench.source, *others) for path in sorted(folder.glob("*.safetensors"))]
     return {
@@ -147,7 +148,7 @@ def identify(step: Step, module: PreTrainedModel, texts: TrainingTexts, bench: W
 
 
 def check_ahead(step: Step, texts: TrainingTexts, bench: Workbench) -> None:
-    """Before any step runs: is the checkpoint that is there, if any, this step's, as far as can be known? Raises:
+    """Check before any step runs that an existing checkpoint belongs to this step, as far as is known. Raises:
     RecipeError."""
     path = bench.checkpoints / _NAME
     if not path.is_file():
@@ -182,23 +183,25 @@ def _metadata(file: Any) -> dict[str, Any]:
 
 def _compare(path: Path, metadata: dict[str, Any], parts: Parts) -> None:
     if metadata.get("version") != _VERSION:
-        raise RecipeError(f"{path} was kept by another version of edgelm, and is left alone: {_REMEDY}")
+        raise RecipeError(f"{path} is left unchanged, because another version of edgelm wrote it: {_REMEDY}")
     kept = metadata["parts"]
     other = [words for name, words in _PARTS.items() if name in parts and kept.get(name) != parts[name]]
     if other:
-        raise RecipeError(f"{path} was kept by a run that differs in {', '.join(other)}, and is left alone: {_REMEDY}")
+        raise RecipeError(
+            f"{path} is left unchanged, because it was written by a run that differs in {', '.join(other)}: {_REMEDY}"
+        )
 
 
-_REMEDY = "run that one again, compress to another place, or remove the file to begin this step from its start"
+_REMEDY = "repeat that run, choose another --out, or remove the file to start this step over"
 
 
 def _damaged(path: Path, error: Exception) -> RecipeError:
-    return RecipeError(f"{path} cannot be read ({error}): remove it, and the step begins again from its start")
+    return RecipeError(f"{path} cannot be read ({error}): remove it to start this step over")
 
 
 def _put(weight: torch.nn.Parameter, kind: str, tensor: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     if kind == "weight":
         weight.copy_(tensor)
     else:
-        # AdamW counts its steps on the CPU.
+        # AdamW keeps its step count, a scalar, on the CPU.
         optimizer.state[weight][kind] = tensor.to(weight.device) if tensor.dim() else tensor

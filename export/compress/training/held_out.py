@@ -1,4 +1,4 @@
-"""The text that is held out of a training: read now and then, and what the readings say of the weights."""
+"""Evaluation of a training on its held-out text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PROMPT, _ANSWER = 16, 32  # tokens of a sample
 
 
 class HeldOut:
-    """Reads a student in evaluation mode, and puts it back into training.
+    """Evaluates a student on the held-out text.
 
-    Cost: a pass of the source over the text, once; a pass of the student each time, and one over each passage of
-    LAMBADA, if there are some. Memory: see `Reader`.
+    Cost: one forward pass of the source over the text; for each evaluation a pass of the student over the text and the
+    LAMBADA passages, if any. Memory: see `Reader`.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class HeldOut:
         within: AbstractContextManager[Any] | None,
         samples: int,
     ) -> None:
-        """source: whose predictions divergence is from, which is not kept; within: what a student computes in, such as
-        a simulation of INT8."""
+        """source: reference of the KL divergence, not kept; within: context that the student computes in, such as the
+        INT8 simulation; samples: number of sample prompts."""
         self._reader = Reader(token_ids, bench.context_length)
         self._passages, self._within = bench.passages, within or nullcontext()
         self._reader.expect(source)
@@ -43,11 +43,14 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are predicted in a reading."""
+        """Tokens that an evaluation predicts."""
         return self._reader.tokens
 
     def read(self, student: torch.nn.Module) -> dict[str, float]:
-        """held_out_loss, kl, and where passages are read last_words_percent."""
+        """held_out_loss and kl, in nats a token, and with LAMBADA passages last_words_percent.
+
+        The student is evaluated in evaluation mode and left in training mode.
+        """
         student.eval()
         with self._within:
             reading = self._reader.read(student)
@@ -58,7 +61,8 @@ class HeldOut:
         return found
 
     def samples(self, student: torch.nn.Module) -> list[dict[str, list[int]]]:
-        """Beginnings of passages (`prompt`), and what `source` and student (`after`) say next, as token ids."""
+        """Beginnings of held-out passages (`prompt`) and the continuations of `source` and student (`after`), as token
+        ids."""
         student.eval()
         with self._within:
             said = _continued(student, self._prompts)
@@ -68,13 +72,13 @@ class HeldOut:
 
 
 def better(point: dict[str, Any], best: dict[str, Any] | None, keep: Keep) -> bool:
-    """Whether a reading is better than the best so far."""
+    """Whether an evaluation is better than the best so far. keep: "kl" compares KL, all else the held-out loss."""
     key = "kl" if keep == "kl" else "held_out_loss"
     return best is None or bool(point[key] < best[key])
 
 
 def _prompts(token_ids: list[int], count: int) -> torch.Tensor:
-    """Beginnings of passages spread over a text, (up to count, 16) int64."""
+    """Passages evenly spread over a text, (up to count, up to 16) int64."""
     size = min(_PROMPT, len(token_ids))
     room = len(token_ids) - size
     starts = sorted({index * room // max(1, count) for index in range(count)})
@@ -82,8 +86,8 @@ def _prompts(token_ids: list[int], count: int) -> torch.Tensor:
 
 
 def _continued(module: Any, prompts: torch.Tensor) -> list[list[int]]:
-    """The most likely tokens after each prompt, chosen one after another. All tokens are read again for each: not every
-    model that steps made has a cache."""
+    """Greedy continuation of each prompt. Each token takes a pass over the whole text: not every compressed model
+    has a KV cache."""
     ids = prompts.to(next(module.parameters()).device)
     with torch.no_grad():
         for _ in range(_ANSWER if len(prompts) else 0):

@@ -1,8 +1,8 @@
-"""The one training loop: rows of a text, a loss, AdamW, readings of a held-out text, checkpoints.
+"""The training loop of all steps: rows of a text, a loss, AdamW, evaluations on held-out text, checkpoints.
 
-It runs through Hugging Face accelerate, so the same code serves a CPU, a GPU, and the processes that `accelerate
-launch` started. Every row and every random number is a function of the seed and the step: the same seed on the same
-machine gives the same weights, also where the training was interrupted and went on from a checkpoint.
+It uses Hugging Face accelerate, so the same code runs on a CPU, on a GPU and in several processes. Rows and random
+numbers depend only on the seed and the step: the same seed on the same machine gives the same weights, also if the
+training was interrupted and resumed from a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 _BETAS, _LARGEST_GRADIENT = (0.9, 0.95), 1.0
 _PATIENCE = timedelta(hours=6)
-_SHOWN = 10  # losses that a line of progress is a mean of
-# Forward and back cost about three times as much as forward alone.
+_SHOWN = 10  # losses averaged in a progress line
+# Forward and backward cost about three times as much as forward alone.
 _LEARNING = 3
-# A checkpoint holds the weights, two moments of each, and the best ones so far, in float32.
+# A checkpoint holds the weights, AdamW's two moments and the best weights so far, in float32.
 _KEPT_BYTES = 4 * 4
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a training runs. say: takes lines about how far it is; hold: what reads the held-out text, made when it
-    is needed: None where nothing is held out, and in processes that another one reads for."""
+    """Environment of a training. say: receives progress lines; hold: creates the held-out evaluation when it is needed,
+    None without held-out text and in all processes but the first."""
 
     checkpoint: Checkpoint
     accelerator: Accelerator
@@ -47,7 +47,7 @@ class Place:
 
 
 class Loop:
-    """One training, from wherever its checkpoint stands to its last step."""
+    """One training, from its checkpoint, if any, to its last step."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Loop:
         place: Place,
         zeros: Mapping[str, torch.Tensor],
     ) -> None:
-        """zeros: where weights stay zero, by their names."""
+        """zeros: parameter name -> mask of the weights that stay zero."""
         self._step, self._student, self._loss = step, student, loss
         self._checkpoint, self._hold = place.checkpoint, place.hold
         self._held: HeldOut | None = None
@@ -70,13 +70,13 @@ class Loop:
         self._best: dict[str, torch.Tensor] = {}
 
     def run(self, token_ids: torch.Tensor, length: int) -> State:
-        """Returns what became of it. The student's weights are those that are kept: the best, or the last."""
+        """Train, and return the final state. The student then has the kept weights: the best or the last ones."""
         state, self._best = self._checkpoint.load(self._weights, self._optimizer)
-        if state.best == len(state.losses):  # a checkpoint keeps them once
+        if state.best == len(state.losses):  # the checkpoint stores weights that are best and last once
             self._best = self._copied()
         self._agree(len(state.losses))
         if state.losses:
-            self._say(f"goes on after step {len(state.losses)} of {self._step.steps}, from {self._checkpoint.path}")
+            self._say(f"resumed after step {len(state.losses)} of {self._step.steps} from {self._checkpoint.path}")
         if not state.done:
             self._require_room()
             self._held = self._hold()
@@ -121,8 +121,8 @@ class Loop:
         return mean
 
     def _read(self, state: State) -> float | None:
-        """Add a point to the curve, and note whether the weights are the best so far. Returns seconds a token of
-        reading, None where nothing is held out."""
+        """Evaluate, add a point to the curve, and copy the weights if they are the best so far. Returns the seconds a
+        token that the evaluation took, None if this process did not evaluate."""
         done = len(state.losses)
         since = state.curve[-1]["step"] if state.curve else 0
         point: dict[str, Any] = {"step": done}
@@ -146,7 +146,7 @@ class Loop:
         return {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}
 
     def _shared(self, reading: dict[str, float]) -> dict[str, float]:
-        """What the first process read, in all processes: they go on alike."""
+        """Broadcast the first process's evaluation, so that all processes decide alike."""
         if self._accelerator.num_processes == 1:
             return reading
         from accelerate.utils import broadcast_object_list
@@ -156,7 +156,7 @@ class Loop:
         return shared[0]
 
     def _is_in_vain(self, state: State) -> bool:
-        """Whether the last readings were no better than one before them, as many as the step has patience for."""
+        """Whether the last `patience` evaluations were no better than an earlier one."""
         patience = self._step.patience
         if patience is None or state.best < 0:
             return False
@@ -164,7 +164,7 @@ class Loop:
         return len(worse) >= patience
 
     def _keep(self, state: State) -> None:
-        """Write a checkpoint where one is due, the last one of the weights that stay."""
+        """Write a checkpoint if one is due. The last one holds the kept weights."""
         done = len(state.losses)
         if state.done:
             self._finish(state)
@@ -187,50 +187,50 @@ class Loop:
             return
         loss = f", loss {mean_of(state.losses[-_SHOWN:]):.3f}" if done else ""
         point = next((point for point in reversed(state.curve) if "kl" in point), None)
-        held = "" if point is None else f", held out {point['held_out_loss']:.3f}, KL {point['kl']:.4f}"
-        early = f", stopped: no better since step {state.best}" if state.done and done < steps else ""
+        held = "" if point is None else f", held-out loss {point['held_out_loss']:.3f}, KL {point['kl']:.4f}"
+        early = f", stopped early: no improvement since step {state.best}" if state.done and done < steps else ""
         self._say(f"step {done} of {steps}{loss}{held}{early or line or ''}")
 
     def _diverged(self, done: int, mean: float) -> str:
-        """done: steps that changed weights before."""
+        """The error message. done: steps that changed weights; mean: the loss."""
         if done == 0:
             return (
-                "the loss or its gradient is not a finite number in the first step, before any weight was changed: the "
-                "model that the steps before this one left, or the teacher, cannot be trained on this text"
+                "the loss or its gradient is not a finite number in the first step, before any weight was changed: "
+                "the model that the earlier steps produced, or the teacher, does not work with this text"
             )
         path = self._checkpoint.path
-        kept = f"the last good weights are in {path}" if path.is_file() else "nothing was kept before that"
+        kept = f"the last good weights are in {path}" if path.is_file() else "there is no checkpoint"
         what = "the loss" if not math.isfinite(mean) else "its gradient"
         return (
             f"{what} is no longer a finite number after step {done} of {self._step.steps}, and {kept}: compress with "
-            "a lower learning_rate or a longer warmup, to another place"
+            "a lower learning_rate or a longer warmup, to another --out"
         )
 
     def _require_room(self) -> None:
-        """Before the first step: does a checkpoint fit on the disk?"""
+        """Raise OutputError if the disk has no room for a checkpoint."""
         if self._accelerator.is_main_process:
             count = sum(weight.numel() for weight in self._weights.values())
             require_bytes(count * _KEPT_BYTES, self._checkpoint.path.parent, "a checkpoint of the training")
 
     def _agree(self, done: int) -> None:
-        """All processes go on from the same step."""
+        """Raise RecipeError unless all processes start from the same step."""
         found = self._accelerator.gather(torch.tensor([done], device=self._accelerator.device)).tolist()
         if len(set(found)) > 1:
             raise RecipeError(
-                f"processes found checkpoints of unlike steps ({', '.join(map(str, found))}) in "
-                f"{self._checkpoint.path.parent}: use a folder that all machines share, or remove it"
+                f"the processes found checkpoints of different steps ({', '.join(map(str, found))}) in "
+                f"{self._checkpoint.path.parent}: use a folder that all machines share, or remove this one"
             )
 
 
 def rows_of(token_ids: torch.Tensor, length: int, step: Schedule, index: int) -> torch.Tensor:
-    """The batch of a step, of windows that begin anywhere in the text: (batch, length + 1) int64."""
+    """The batch of a step: windows at random positions of the text, (batch, length + 1) int64."""
     chance = torch.Generator().manual_seed((step.seed << 20) + index)
     starts = torch.randint(len(token_ids) - length, (step.batch, 1), generator=chance)
     return token_ids[starts + torch.arange(length + 1)]
 
 
 def pace(step: Schedule, index: int) -> float:
-    """The share of the learning rate at a step: a linear rise, then half a cosine down to 0."""
+    """Factor of the learning rate at a step: linear warmup, then half a cosine down to 0."""
     rising = max(1, round(step.warmup * step.steps))
     if index < rising:
         return (index + 1) / rising
@@ -238,13 +238,14 @@ def pace(step: Schedule, index: int) -> float:
 
 
 def make_accelerator(step: Schedule) -> Accelerator:
-    """Data parallel, float32: the same numbers on one process and on several, but for the order of sums."""
+    """Data parallel, float32. One process and several give the same numbers up to the order of sums. Raises:
+    RecipeError."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import DistributedType
 
-    # One process may measure, between two steps that train, for longer than accelerate lets the others wait.
+    # The first process measures between two training steps, for longer than accelerate's default timeout.
     patience = InitProcessGroupKwargs(timeout=_PATIENCE)
-    # A mixture of experts leaves the experts that no token chose without a gradient.
+    # In a mixture of experts, an expert that no token chose has no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused, patience])
     kind, count = accelerator.distributed_type, accelerator.num_processes
@@ -255,5 +256,5 @@ def make_accelerator(step: Schedule) -> Accelerator:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """To four digits behind the point; 0 of none."""
+    """Mean, rounded to four decimals; 0 for no values."""
     return round(math.fsum(values) / max(1, len(values)), 4)

@@ -1,4 +1,4 @@
-"""The keys that every step that trains has, and its texts: the one that it trains on, and the one that is held out."""
+"""Keys of all training steps, and their training and held-out texts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _TENTH = 10
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """How long and on what a step trains.
+    """Settings of a training.
 
-    text: UTF-8 file, a relative path is one from the current folder (None: the text of the compression); steps: of the
-    optimizer; batch: rows a step, over all processes; length: tokens a row (None: 256, or the model's context where
-    that is shorter); learning_rate: AdamW's highest; warmup: share of the steps in which it rises from 0, before it
-    falls along a cosine; seed: of the rows and of what is random in the model; checkpoint_every: steps.
+    text: UTF-8 file, relative to the current folder (None: the calibration text); steps: optimizer steps; batch: rows a
+    step, over all processes; length: tokens a row (None: 256, or the context length if that is shorter); learning_rate:
+    AdamW's maximum; warmup: share of the steps in which the rate rises from 0 before its cosine decay; seed: of the
+    rows and of randomness in the model; checkpoint_every: steps between checkpoints.
 
-    held_out: UTF-8 file to read now and then (None: the last tenth of the text, which is then not trained on, where
-    that is a row or more); evaluate_every: steps between two readings (None: a tenth of them); keep: which weights
-    stay, those of the least held-out "loss", of the least divergence from the source ("kl"), or the "last" (None: as
-    the step is meant); patience: readings in a row that are no better before the training ends early (None: it goes
-    on); samples: beginnings of held-out passages that source and model go on from, for the report.
+    held_out: UTF-8 file to evaluate on (None: the last tenth of the text, which is then not trained on; nothing if that
+    is shorter than a row); evaluate_every: steps between evaluations (None: a tenth of `steps`); keep: weights to keep,
+    those of the lowest held-out "loss", of the lowest KL divergence from the source ("kl"), or the "last" (None: the
+    step's default); patience: consecutive evaluations without improvement before the training stops early (None:
+    never); samples: number of held-out passages that source and model continue, for the report.
     """
 
     KEEPS: ClassVar[Keep] = "loss"
@@ -74,57 +74,57 @@ class Schedule(ABC):
         if self.samples < 0:
             raise RecipeError(f"samples must be 0 or more, found {self.samples}")
         if self.keep == "last" and self.patience is not None:
-            raise RecipeError('patience waits for better weights, and keep = "last" has no use for them: leave one out')
+            raise RecipeError('patience has no effect with keep = "last": leave one of them out')
 
     @abstractmethod
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
-        """See `Step`. What is trained is a copy: the module stays as it is."""
+        """See `Step`. Trains a copy; the module stays unchanged."""
 
     def row_length(self, context_length: int) -> int:
-        """Tokens a row. Raises: RecipeError where a row does not fit into the model's context."""
+        """Tokens a row. Raises: RecipeError if a row exceeds the model's context."""
         if self.length is not None and self.length > context_length:
             raise RecipeError(f"length is {self.length}, but the model's context has {context_length} tokens")
         return self.length or min(_LENGTH, context_length)
 
     def check(self, outlook: Outlook) -> None:
-        """See `Checked`: the texts, and whether a checkpoint that is there is this step's."""
+        """See `Checked`. Checks the texts, and that an existing checkpoint belongs to this step."""
         from .checkpoint import check_ahead
 
         self.require_shares(count_processes())
         check_ahead(self, self.read_texts(outlook.bench), outlook.bench)
 
     def require_shares(self, processes: int) -> None:
-        """Raise RecipeError where so many processes cannot share a batch."""
+        """Raise RecipeError unless the batch is a multiple of the number of processes."""
         if self.batch % processes:
             raise RecipeError(
-                f"batch is {self.batch}, which {processes} processes cannot share: take a multiple of {processes}"
+                f"batch is {self.batch}, which {processes} processes cannot share: use a multiple of {processes}"
             )
 
     def read_texts(self, bench: Workbench) -> TrainingTexts:
-        """The text and the one that is held out as token ids; of special tokens there are those that they write out.
+        """Token ids of training and held-out text. No special tokens are added; those written in a text are parsed.
 
-        Raises: RecipeError where one cannot be read or is too short for one row and the token after it.
+        Raises: RecipeError if a text cannot be read or is shorter than a row and the token after it.
         """
         needed = self.row_length(bench.context_length) + 1
         ids = list(bench.token_ids) if self.text is None else _ids(self.text, "text", bench)
-        _require(ids, needed, self.text or "the text of the compression", "train on", "text")
+        _require(ids, needed, self.text or "the calibration text", "train on", "text")
         if self.held_out is not None:
             held = _ids(self.held_out, "held_out", bench)[:_HELD_OUT_TOKENS]
-            _require(held, needed, self.held_out, "judge by", "held_out")
+            _require(held, needed, self.held_out, "evaluate on", "held_out")
             return TrainingTexts(ids, held, self.held_out)
         tail = min(len(ids) // _TENTH, _HELD_OUT_TOKENS)
         if tail < needed:
             return TrainingTexts(ids, [], "")
-        return TrainingTexts(ids[:-tail], ids[-tail:], f"the end of {self.text or 'the text of the compression'}")
+        return TrainingTexts(ids[:-tail], ids[-tail:], f"the end of {self.text or 'the calibration text'}")
 
     def due(self, done: int) -> bool:
-        """Whether the held-out text is read after so many steps."""
+        """Whether an evaluation is due after `done` steps."""
         every = self.evaluate_every or math.ceil(self.steps / _TENTH)
         return done % every == 0 or done == self.steps
 
     @property
     def kept(self) -> Keep:
-        """Which weights stay."""
+        """Which weights are kept."""
         return self.keep or self.KEEPS
 
 
@@ -136,12 +136,12 @@ def _ids(path: str, key: str, bench: Workbench) -> list[int]:
 def _require(ids: list[int], needed: int, what: str, aim: str, key: str) -> None:
     if len(ids) < needed:
         raise RecipeError(
-            f"{what} has {len(ids)} tokens, too few to {aim}: a row needs {needed}. Name a longer file with {key}, or "
-            "set a smaller length"
+            f"{what} has {len(ids)} tokens, too few to {aim}: a row needs {needed}. Set {key} to a longer file, or "
+            "length to fewer tokens"
         )
 
 
-# As in the rest of a compression; and transformers need not warn of a text longer than the context.
+# No special tokens, as in the rest of a compression; no warning of transformers about texts longer than the context.
 _PLAIN = {"add_special_tokens": False, "verbose": False}
 
 

@@ -1,12 +1,12 @@
-"""`int8-rowwise` in torch: a module's products as the bundle's graph computes them, with gradients.
+"""Simulation of `int8-rowwise` in torch: a module's products as the bundle's graph computes them, with gradients.
 
-The rules are those of `passes/quantize_linears.py`, `passes/widen_activations.py` and `passes/quantize_embedding.py`,
-in the same order of the same float32 operations, so that a product equals onnxruntime's bit for bit, where the weights
-are rounded to the nearest (halves to even).
+It applies the float32 operations of `passes/quantize_linears.py`, `passes/widen_activations.py` and
+`passes/quantize_embedding.py` in the same order. A product equals onnxruntime's bit for bit if the weights are rounded
+to nearest (ties to even).
 
-Simulated are products with a two-dimensional parameter (`linear`, `addmm`, `matmul`) and the rows of the input
-embedding; not the cache, and not experts whose matrices are stacked. Gradients pass the rounding as if it were not
-there (straight through), and see the weights and activations that the product saw.
+Simulated are products with a two-dimensional parameter (`linear`, `addmm`, `matmul`) and rows of the input embedding,
+but neither the KV cache nor stacked matrices of experts. Gradients ignore the rounding (straight-through estimator) and
+use the rounded weights and activations.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LIMIT, _TINY = 127, 1e-30
-# Steps of the low plane in one of the high plane.
+# Steps of the low plane per step of the high plane.
 _LOW_STEPS = 256
-# Sums of so many products of two int8 are exact in float32, in whatever order they are added.
+# A sum of this many products of two int8 values is exact in float32, in any order of additions.
 _EXACT = 1024
 
 
 class Int8(TorchFunctionMode):
-    """While it is active (`with`), products with a module's weights are those of the INT8 bundle.
+    """Context manager in which products with a module's weights are computed as in the INT8 bundle.
 
-    Catches torch's functions, not classes of layers: whatever calls them with the module's own parameters is meant.
+    It intercepts torch functions rather than layer classes, so it covers every call with the module's own parameters.
     """
 
     def __init__(self, module: PreTrainedModel, weight_bits: int = 8, activation_bits: int = 16) -> None:
-        """activation_bits: of all products, 8 or 16."""
+        """weight_bits: 8 or 7; activation_bits: 8 or 16, for all products."""
         super().__init__()
         self._limit = (1 << (weight_bits - 1)) - 1
         self._planes = activation_bits // 8
@@ -71,15 +71,17 @@ _EMBEDDING = {torch.nn.functional.embedding, torch.embedding}
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, limit: int = _LIMIT, planes: int = 1) -> torch.Tensor:
-    """x (..., inputs) float32 @ weight (inputs, outputs) float32 as int8-rowwise. limit: 127 for 8 bits, 63 for 7;
-    planes of x: 1 for 8 bits, 2 for 16."""
+    """x (..., inputs) float32 @ weight (inputs, outputs) float32 as int8-rowwise, (..., outputs) float32.
+
+    limit: largest weight, 127 for 8 bits, 63 for 7; planes: of x, 1 for 8 bits, 2 for 16.
+    """
     result: torch.Tensor = _Product.apply(x, weight, limit, planes)  # type: ignore[no-untyped-call]
     return result
 
 
 def round_rows(rows: torch.Tensor, limit: int = _LIMIT) -> torch.Tensor:
-    """Rows of an embedding table (..., hidden) float32 as the int8 table gives them. Each has a scale of its own, so
-    those that were looked up are enough."""
+    """Rows of an embedding table (..., hidden) float32, rounded as in the int8 table. Each row has its own scale, so
+    only the rows that were looked up are needed."""
     scale = _scales(rows.detach(), limit, -1)
     return rows + (torch.round(rows.detach() / scale) * scale - rows.detach())
 
@@ -90,7 +92,7 @@ class _Product(torch.autograd.Function):
         row = x.abs().amax(-1, keepdim=True).clamp_min(_TINY)
         step = torch.tensor(1 / _LIMIT, dtype=torch.float32, device=x.device)
         share = x / row
-        # The graph's uint8 values, less their zero point 128.
+        # The graph's uint8 values minus their zero point 128.
         values = torch.round(share / step).clamp(-128, 127)
         scale = _scales(weight, limit, 0)
         matrix = torch.round(weight / scale)
@@ -111,13 +113,13 @@ class _Product(torch.autograd.Function):
 
 
 def _scales(array: torch.Tensor, limit: int, axis: int) -> torch.Tensor:
-    """As `column_scales` of the pass: largest magnitude / limit, or 1 where all are 0."""
+    """As `column_scales` of the pass: largest magnitude / limit, or 1 if all values are 0."""
     largest = array.abs().amax(axis, keepdim=True)
     return torch.where(largest > 0, largest / limit, torch.ones_like(largest))
 
 
 def _exact(values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """The integers' product, rounded to float32 once, as onnxruntime's from int32."""
+    """Product of integer matrices, rounded to float32 once, as onnxruntime rounds its int32 result."""
     if matrix.shape[0] <= _EXACT:
         return values @ matrix
     parts = zip(torch.split(values, _EXACT, -1), torch.split(matrix, _EXACT, 0), strict=True)

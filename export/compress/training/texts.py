@@ -1,4 +1,4 @@
-"""What a step trains on, and what it is judged by, as token ids."""
+"""Training and held-out text of a step, as token ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """training: token ids to train on; held_out: others, or none; origin: of those, in words."""
+    """training: token ids; held_out: other token ids, may be empty; origin: source of held_out, in words."""
 
     training: list[int]
     held_out: list[int]

@@ -1,4 +1,4 @@
-"""What is learned in a training, and the training itself: rows of a text, a loss, AdamW, checkpoints (`loop.py`)."""
+"""Losses of the training steps, and `train`, which runs the loop of `loop.py`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# Of a model, and rows (rows, length + 1) int64 of which the last token is only predicted; returns the mean over tokens.
+# Arguments: model; rows (rows, length + 1) int64, whose last token is only predicted. Returns the mean over tokens.
 Loss = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
-_SHOWN = 10  # losses that the figures of a step are a mean of
+_SHOWN = 10  # losses averaged in first-loss and last-loss
 
 
 def next_token(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token given those before it."""
+    """Mean cross-entropy of each token given the tokens before it, in nats. rows: (rows, length + 1) int64."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 def distillation(teacher: torch.nn.Module, temperature: float, alpha: float) -> Loss:
-    """alpha * T^2 * KL(teacher || student), both softened by T, + (1 - alpha) * cross-entropy (Hinton et al., arXiv
-    1503.02531). The factor T^2 keeps the gradient's size when T changes."""
+    """The loss alpha * T^2 * KL(teacher || student) at temperature T + (1 - alpha) * cross-entropy (Hinton et al.,
+    arXiv 1503.02531). The factor T^2 keeps the gradient's size when T changes."""
 
     def loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1).float()
@@ -66,14 +66,14 @@ def train(
     within: AbstractContextManager[Any] | None = None,
     more: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Train the parameters of a student that ask for gradients, in place. Returns figures for the step's details, with
-    the curve and samples under `training`.
+    """Train, in place, the student's parameters that require gradients. Returns figures for the step's details, with
+    curve and samples under `training`.
 
-    student: `module`, or what stands around it; others: folders of further models that the loss needs; within: what the
-    student computes in when the held-out text is read; more: tokens to train on behind the text. Afterwards it is on
-    the CPU and in evaluation mode. Weights that `prune-magnitude` set to zero stay zero. Raises: RecipeError for a
-    text, a checkpoint or processes that do not fit, and for a loss that is not a finite number; OutputError for one
-    that cannot be written.
+    student: `module` or a wrapper of it; others: folders of further models that the loss needs; within: context that
+    the student computes in during evaluations; more: token ids to train on after the text. The student ends on the CPU,
+    in evaluation mode. Weights that `prune-magnitude` set to zero stay zero. Raises: RecipeError if a text, a
+    checkpoint or the number of processes does not fit, or if the loss is not finite; OutputError if a checkpoint cannot
+    be written.
     """
     texts, length = step.read_texts(bench), step.row_length(bench.context_length)
     sizes = {
@@ -85,7 +85,7 @@ def train(
     checkpoint = Checkpoint(bench.checkpoints, identify(step, module, texts, bench, *others))
     zeros = pruned_zeros(student) if was_pruned(bench.before, others) else {}
     accelerator = make_accelerator(step)
-    with torch.random.fork_rng(), telling(lambda _: None):  # the loop has lines of its own
+    with torch.random.fork_rng(), telling(lambda _: None):  # the loop reports its own progress
         place = Place(checkpoint, accelerator, bench.say, lambda: _held_out(step, texts, bench, within, accelerator))
         state = Loop(step, student, loss, place, zeros).run(torch.tensor([*texts.training, *more]), length)
     return {
@@ -99,17 +99,17 @@ def train(
 def _held_out(
     step: Schedule, texts: TrainingTexts, bench: Workbench, within: AbstractContextManager[Any] | None, accelerator: Any
 ) -> HeldOut | None:
-    """In the process that reads; the others are told what it read."""
+    """The held-out evaluation; None without held-out text and in all processes but the first."""
     if not texts.held_out or not accelerator.is_main_process:
         return None
-    bench.say(f"the source reads the {len(texts.held_out) - 1} tokens that are held out")
+    bench.say(f"evaluating the source on {len(texts.held_out) - 1} held-out tokens")
     source: Any = load_module(bench.source)
     source.to(accelerator.device)
     return HeldOut(texts.held_out, source, bench, within=within, samples=step.samples)
 
 
 def _told(step: Schedule, state: State, texts: TrainingTexts, bench: Workbench) -> dict[str, Any]:
-    """How a training went, and what it was judged by, as plain data."""
+    """Curve, samples and held-out text of a training, as plain data for the report."""
     decode: Any = bench.tokenizer.decode
     told: dict[str, Any] = {
         "held_out": texts.origin,
@@ -124,7 +124,8 @@ def _told(step: Schedule, state: State, texts: TrainingTexts, bench: Workbench) 
 
 
 def _estimate(step: Schedule, student: torch.nn.Module, loss: Loss, texts: TrainingTexts, length: int) -> float:
-    """Seconds that a training takes here, from one row forward and back and one row forward. It changes no weights."""
+    """Estimated seconds of the training on this machine, from one row forward and backward and one row forward.
+    Changes no weights."""
     row = rows_of(torch.tensor(texts.training), length, step, 0)[:1]
     started = time.monotonic()
     loss(student, row).backward()  # type: ignore[no-untyped-call]

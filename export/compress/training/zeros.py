@@ -1,7 +1,7 @@
-"""Which zeros of a model are there because a step pruned weights: those shall stay.
+"""Find the zeros that `prune-magnitude` made, which must stay zero in a training.
 
-A model may have zeros of its own, thousands of them in an embedding of a real one. They are weights like others. So the
-steps that a model went through decide, not a count of zeros.
+A model may also have zeros of its own (the embedding of a real model has thousands), which are trained like other
+weights. So the model's earlier steps decide, not a count of zeros.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _PRUNES = "prune-magnitude"
 
 
 def was_pruned(steps: Iterable[Mapping[str, Any]], folders: Iterable[Path] = ()) -> bool:
-    """Whether `prune-magnitude` is among these steps, or among those that a model of the folders went through."""
+    """Whether `prune-magnitude` is among these steps or in the record of a model in one of the folders."""
     records = [read_record(folder) for folder in folders if folder.is_dir()]
     earlier = [settings_of(step) for record in records if record is not None for step in record.steps]
     return any(step.get("use") == _PRUNES for step in (*steps, *earlier))
 
 
 def pruned_zeros(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Where the matrices of a pruned model's linear layers are zero, by the names of the parameters. A head that is the
-    embedding was not pruned."""
+    """Parameter name -> mask of the zeros, for the matrices of a pruned model's linear layers. A head tied to the
+    embedding is left out: it was not pruned."""
     import torch
 
     from ..module.linears import is_linear
