@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_a_tokenizer_without_a_template_has_no_chats(tmp_path: Path) -> None:
 
 
 def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkeypatch: Any) -> None:
-    """Rows come from it as well, and an interrupted run reads what was written before."""
+    """An interrupted run reuses the text, unless it is of another recipe."""
+    from edgelm.export.compress.training import own_text
     from edgelm.export.compress.training import train as training
 
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "m")
@@ -68,15 +70,20 @@ def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkey
     monkeypatch.setattr(training.Loop, "run", lambda self, ids, length: (seen.append(ids), run(self, ids, length))[1])
     config = ExportConfig(str(tmp_path / "m"), out=tmp_path / "out", compress=recipe, text=tmp_path / "text.txt")
     kept = tmp_path / "out.checkpoints" / "2-distil" / "own_text.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps([7] * 1056), encoding="utf-8")
+    found: list[dict[str, Any]] = []
+    keep = own_text.keep_own_text
+    monkeypatch.setattr(own_text, "keep_own_text", lambda *a: (keep(*a), found.append(json.loads(kept.read_text())))[0])
     compress_model(config)
-    kept_rows = seen[0]
-    compress_model(ExportConfig(config.model, out=tmp_path / "again", compress=recipe, text=config.text))
-    written = seen[1]
-    assert kept_rows[-1056:].tolist() == [7] * 1056
-    assert len(written) == len(kept_rows) and written[-1056:].tolist() != [7] * 1056
-    assert written[:-1056].tolist() == kept_rows[:-1056].tolist()
+    kept.parent.mkdir(parents=True)
+    for origin, token_ids in ((found[0]["origin"], [7] * 1056), ("of another recipe", [9] * 1056)):
+        shutil.rmtree(tmp_path / "out")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"origin": origin, "token_ids": token_ids}), encoding="utf-8")
+        compress_model(config)
+    written, reused, renewed = (rows[-1056:].tolist() for rows in seen)
+    assert reused == [7] * 1056
+    assert written == renewed != reused
+    assert seen[0][:-1056].tolist() == seen[1][:-1056].tolist() and len(seen[0]) == len(seen[1])
 
 
 def test_own_text_below_nothing_is_refused() -> None:

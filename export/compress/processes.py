@@ -15,7 +15,9 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def is_first() -> bool:
-    """Whether this process measures and writes. True for a single process."""
+    """Whether this process measures and writes. True for a single process, whose variables may be another run's."""
+    if count_processes() == 1 and "RANK" in os.environ:
+        return True
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     return rank == "0"
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .progress import tracked
-
-if TYPE_CHECKING:
-    pass
 
 WINDOW = 512
 _ROWS = 64  # rows of logits per log_softmax: about 12 MB with a vocabulary of 49,152

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ....runtime.host.files import read_text, replacing
+from ....runtime.bundle.folder import file_digest
 from ...errors import RecipeError
 from ..step import Applied, Outlook, Workbench
+from ..training.checkpoint import weight_files
 from ..training.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_OWN_TEXT = "own_text.json"  # a list of token ids
+_OWN_TEXT = "own_text.json"
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,21 @@ class Distil(Schedule):
         teacher = load_module(folders.get("teacher", bench.source)).requires_grad_(False)
         _check_fit(teacher, module, "teacher", bench)
         loss = distillation(teacher, self.temperature, self.alpha)
-        own = self._own_text(teacher, bench)
+        own = self._own_text(teacher, folders.get("teacher", bench.source), bench)
         return Applied(student, train(self, student, student, loss, bench, *folders.values(), more=own))
 
-    def _own_text(self, teacher: PreTrainedModel, bench: Workbench) -> list[int]:
-        """Token ids that the teacher generates. An interrupted run's text is reused."""
-        from ..training.own_text import write_own_text
+    def _own_text(self, teacher: PreTrainedModel, folder: Path, bench: Workbench) -> list[int]:
+        """Token ids that the teacher generates. An interrupted run's text is reused. folder: the teacher's."""
+        from ..training.own_text import keep_own_text, write_own_text
 
         if not self.own_text or bench.rehearsal:
             return []
-        kept = bench.checkpoints / _OWN_TEXT
-        if kept.is_file():
-            return list(json.loads(read_text(kept)))
         length = self.row_length(bench.context_length) + 1
-        written = write_own_text(teacher, bench.tokenizer, bench.token_ids, self.own_text, length)
-        bench.checkpoints.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as file:
-            file.write(json.dumps(written).encode())
-        return written
+        return keep_own_text(
+            bench.checkpoints / _OWN_TEXT,
+            [self.own_text, length, list(bench.token_ids), [file_digest(path) for path in weight_files(folder)]],
+            lambda: write_own_text(teacher, bench.tokenizer, bench.token_ids, self.own_text, length),
+        )
 
 
 def _find(what: str, name: str, bench: Workbench) -> Path:

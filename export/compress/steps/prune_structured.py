@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ..importance.curvature import Portion
     from ..module.units import Block
-    from ..step import Outlook
 
 # The number of channels left is a multiple of this: integer kernels pack columns by 16.
 _CHANNELS = 16

@@ -80,8 +80,8 @@ def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None
         side = min(shape_of(layer))
         if rank > side:
             raise RecipeError(
-                f"lora_rank is {rank}, but the smaller side of {name} is {side}: use a rank below {side}, or leave "
-                "lora_rank out, because a change of full rank is cheaper without it"
+                f"lora_rank is {rank}, but the smaller side of {name} is {side}: use a rank of at most {side}, or "
+                "leave lora_rank out, because a change of full rank is cheaper without it"
             )
 
 

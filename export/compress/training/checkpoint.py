@@ -139,12 +139,17 @@ def identify(step: Step, module: PreTrainedModel, texts: TrainingTexts, bench: W
     module: the model before the training; others: folders of further models, such as a teacher. Cost: the weights are
     read once.
     """
-    files = [path for folder in (bench.source, *others) for path in sorted(folder.glob("*.safetensors"))]
+    files = [path for folder in (bench.source, *others) for path in weight_files(folder)]
     return {
         **_known_ahead(step, texts, bench),
         "edits": _digest(edits_of(module)),
         "weights": _digest([file_digest(path) for path in files]),
     }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, in the order of their names."""
+    return sorted(folder.glob("*.safetensors"))
 
 
 def check_ahead(step: Step, texts: TrainingTexts, bench: Workbench) -> None:

@@ -7,11 +7,15 @@ sampled at temperature 1, so that the text follows the distribution that the stu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ....runtime.host.files import read_text, replacing
 from ..progress import tracked
 
 if TYPE_CHECKING:
@@ -43,6 +47,23 @@ def write_own_text(
                 prompts = [opening] * _ROWS
             written += _write(module, torch.tensor(prompts), length).flatten().tolist()
     return written
+
+
+def keep_own_text(path: Path, origin: Any, write: Callable[[], list[int]]) -> list[int]:
+    """The text in a file if it has this origin; otherwise the text that `write` returns, which replaces the file.
+
+    origin: everything that determines the text, as plain data. The file is JSON: the origin's digest and the token ids.
+    """
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    if path.is_file():
+        kept = json.loads(read_text(path))
+        if kept["origin"] == digest:
+            return list(kept["token_ids"])
+    token_ids = write()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps({"origin": digest, "token_ids": token_ids}).encode())
+    return token_ids
 
 
 def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
