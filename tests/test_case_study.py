@@ -1,4 +1,4 @@
-"""The report of the case study: ratios of the same round, and yes or no for each thing promised."""
+"""The report of the case study: ratios within a round, and yes or no for each promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edgelm doctor` says what the machine is, and what is missing."""
+"""`edgelm doctor` describes the machine and names what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgelm.runtime.sessions import kernels
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine without GPU, whose instruction sets a test may set."""
+    """A machine without GPU, whose instruction sets a test can set."""
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(cpuid, "instruction_sets", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
@@ -62,7 +62,7 @@ def test_a_gpu_with_its_provider_gets_its_target(pretend: pytest.MonkeyPatch) ->
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     fake = SimpleNamespace(__version__="1", get_available_providers=lambda: providers)
     pretend.setattr(doctor, "load_onnxruntime", lambda: fake)
-    assert diagnose().target != "cuda", "there is no driver"
+    assert diagnose().target != "cuda", "without a driver the target is not cuda"
     pretend.setattr(doctor, "gpu_names", lambda: ("NVIDIA Test 1",))
     assert diagnose().target == "cuda"
 
