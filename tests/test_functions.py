@@ -355,9 +355,7 @@ def test_attention_with_an_unsupported_input_stays(index: int) -> None:
 @pytest.mark.parametrize(
     ("extra", "cached", "open_"), [("", "int8", 4), ("", "float32", 0), (", softcap=30.0", "int8", 0)]
 )
-def test_row_length_is_symbolic_if_kernels_may_compute_all_attention(
-    extra: str, cached: str, open_: int
-) -> None:
+def test_row_length_is_symbolic_if_kernels_may_compute_all_attention(extra: str, cached: str, open_: int) -> None:
     """If any attention stays onnxruntime's, which has no scales per row, all rows are of head size."""
     model = attention(extra, cached)
     shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if ".0." in (value.name or "")]
