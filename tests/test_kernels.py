@@ -240,8 +240,8 @@ LIMITS = [1e-42, 1e-38, 2.0**-60, 2.0**60, 1e30, 3e38]
 @pytest.mark.parametrize("name", [name + WIDE for name in BARE])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 40])
 def test_a_product_of_16_bits_has_the_bits_of_its_body_at_the_ends_of_floats(name: str, rows: int) -> None:
-    """Largest magnitudes near the smallest and the largest float. Values halfway between two steps of the high plane and
-    of the low one, and values far below a step."""
+    """Largest magnitudes near the smallest and the largest float. Values halfway between two steps of the high plane
+    and of the low one, and values far below a step."""
     random = np.random.default_rng(rows)
     weight = random.integers(-127, 128, (128, 70)).astype(np.int8)
     model = product_model(name, weight, np.full(70, 1e-3, np.float32))

@@ -1250,7 +1250,7 @@ def test_cache_of_a_channel_that_was_always_zero_is_finite() -> None:
     assert not key[..., 2].any()
 
 
-def test_cache_raises_where_a_cache_is_not_quantized() -> None:
+def test_cache_raises_if_a_cache_stays_unquantized() -> None:
     """A cache that no attention operator reads keeps its type, which the runtime could not bind."""
     model = attention_graph(
         PLAIN + ATTEND.format(out="y", q="q", k="k", v="v") + "also = Exp(past_key_values.0.key)",
