@@ -82,6 +82,7 @@ def operations(tmp_path: Path, clients: None) -> Iterator[list[Any]]:
 def try_operation(operation: Any, examples: int, modes: Sequence[str]) -> int:
     """Send requests that follow an operation's description (positive) or violate it (negative). Returns their
     number."""
+    from schemathesis import GenerationMode  # type: ignore[import-not-found]
     from schemathesis.checks import not_a_server_error  # type: ignore[import-not-found]
     from schemathesis.specs.openapi.checks import response_schema_conformance  # type: ignore[import-not-found]
 

@@ -88,7 +88,7 @@ def test_an_installation_without_a_compiler_computes_with_kernels(tiny_bundle: P
     wheel("linux-x86_64")
     (edgelm,) = DIST.glob("edgelm-*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    """Installs edgelm and kernels from the folder of wheels, the rest from the package index, in tested versions."""
+    bin_folder = tmp_path / "venv" / "bin"
     environment = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX", kernels.SWITCH)}
     environment["PATH"] = str(bin_folder)
 
