@@ -39,7 +39,7 @@ def section(title: str) -> str:
 
 
 @pytest.mark.parametrize("title", PACKAGES)
-def test_each_step_of_a_tour_is_where_it_says(title: str) -> None:
+def test_each_step_of_a_tour_names_the_right_file(title: str) -> None:
     package, text = PACKAGES[title], section(title)
     files = re.findall(r"`([a-z_/0-9]+\.py)`", text)
     assert len(files) >= 8

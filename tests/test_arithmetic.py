@@ -54,7 +54,7 @@ def bits_of(found: Arithmetic, kind: str) -> set[int]:
     return {bits for name, bits in found.activations.items() if name.endswith(kind)}
 
 
-def test_what_costs_little_gets_8_bits_and_what_costs_much_keeps_16() -> None:
+def test_matrices_of_low_cost_get_8_bits_and_others_keep_16() -> None:
     found, _ = choose({"attention": 1e-3, "up": 1e-3, "down": 1.0}, 1e-3)
     assert bits_of(found, "attention") == bits_of(found, "up") == {8}
     assert bits_of(found, "down") == {16}

@@ -202,7 +202,7 @@ def test_a_short_prompt_overtakes_a_long_one_four_times_at_most() -> None:
     assert ended.index(rows[0]) == 4
 
 
-def test_a_row_that_cannot_go_on_takes_no_other_with_it() -> None:
+def test_a_failing_row_harms_no_other() -> None:
     class Refusing(Greedy):
         def choose(self, logits: NDArray[np.float32]) -> int:
             raise SettingsError("no token is left")
@@ -340,7 +340,7 @@ def test_one_call_of_the_graph_serves_all_rows(
     ("switch", "settings"),
     [("off", {"kv": "float32"}), ("on", {"kv": "float32", "scheme": "fp32"}), ("on", {"scheme": "int8-tensor"})],
 )
-def test_what_cannot_be_exact_in_a_batch_is_answered_one_by_one(
+def test_bundles_that_are_not_exact_in_a_batch_answer_one_by_one(
     export_tiny: Callable[..., Path], switch: str, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(kernels.SWITCH, switch)

@@ -90,7 +90,7 @@ def test_without_a_board_no_board_line_is_printed(pi: Path, capsys: pytest.Captu
     assert "board" not in capsys.readouterr().out
 
 
-def test_a_system_of_32_bits_is_told_what_to_do_beside_everything_else(
+def test_a_32_bit_system_gets_advice_and_the_full_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -46,7 +46,7 @@ def test_what_is_written_is_read(edgelm_home: Path) -> None:
         assert stat.S_IMODE((edgelm_home / "budgets.json").stat().st_mode) == 0o600
 
 
-def test_only_what_differs_is_written(edgelm_home: Path) -> None:
+def test_only_budgets_that_differ_from_the_defaults_are_written(edgelm_home: Path) -> None:
     write_budgets(edgelm_home, Budgets(prefixes=PrefixCacheSettings(disk_bytes=2 * MIB)))
     data = json.loads((edgelm_home / "budgets.json").read_text(encoding="utf-8"))
     assert data == {"version": 1, "responses": {}, "prefixes": {"disk_bytes": 2 * MIB}}
@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_written_is_an_error(edgelm_home: Path) -> None:
         write_budgets(edgelm_home, Budgets())
 
 
-def test_the_command_sets_what_it_is_told_and_keeps_the_rest(
+def test_the_command_sets_the_given_budgets_and_keeps_the_rest(
     edgelm_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", "budget", "--responses-disk", "64MiB", "--prefixes-memory", "1.5 MB"]) == 0

@@ -135,7 +135,7 @@ def answer(folder: Path, prompt: list[int]) -> tuple[Any, int]:
         return (done.token_ids, done.logprobs), done.stats.reused_tokens
 
 
-def test_what_is_on_the_disk_is_found_after_a_restart_and_by_its_own_form_alone(
+def test_stored_prefixes_are_reused_after_a_restart_only_in_the_same_form(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows without scales, read as rows with scales, would be misaligned values."""
@@ -175,7 +175,7 @@ def test_a_graph_for_other_runtimes_has_rows_of_one_head(tiny_bundle: Path) -> N
     assert all(value.shape is not None and value.shape[-1] == SIZE for value in values)
 
 
-def test_inspect_tells_what_a_token_takes_in_both_forms(
+def test_inspect_shows_bytes_per_token_in_both_forms(
     tiny_bundle: Path, fixed_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two layers, two heads: 2 x 2 x 2 rows of 16 bytes, or of 20 with scales."""

@@ -265,7 +265,7 @@ def test_check_fails_with_one_line(
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_cache_wants_to_know_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_without_a_known_action_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["cache"], ["cache", "burn"]):
         with pytest.raises(SystemExit) as ended:
             main(words)

@@ -125,7 +125,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys: Captured) ->
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_bundle_that_is_not_there_is_one_line(command: str, tmp_path: Path, capsys: Captured) -> None:
+def test_a_missing_bundle_is_one_line_of_error(command: str, tmp_path: Path, capsys: Captured) -> None:
     prompt = ["hello"] if command == "run" else []
     assert str(tmp_path / "absent") in refused(capsys, command, tmp_path / "absent", *prompt)
     (tmp_path / "empty").mkdir()
@@ -195,7 +195,7 @@ def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured
     assert data["finish_reason"] in ("stop", "length")
 
 
-def test_run_tells_of_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
+def test_run_reports_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
     assert call(*command, "--stats") == 0
@@ -587,7 +587,7 @@ def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
-def test_a_program_that_is_terminated_removes_what_is_half_written(tmp_path: Path) -> None:
+def test_a_terminated_program_removes_partial_output(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path

@@ -81,7 +81,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_irregular_layers_go_all_the_way(bundle: Callable[[str], Path], name: str) -> None:
+def test_irregular_layers_work_with_prefixes_batches_and_drafts(bundle: Callable[[str], Path], name: str) -> None:
     """Answers with the prefix cache, in a batch and with draft tokens are those of plain decoding."""
     layers = Bundle.open(bundle(name)).manifest.model.layers
     prompts = [TEXT[begin : begin + 40] for begin in (0, 0, 100, 200)] + [TEXT[:90], "ab ab ab ab ab ab ab"]

@@ -384,7 +384,7 @@ def test_a_rehearsal_says_what_each_step_would_do_and_writes_nothing(
     assert not list(tmp_path.glob("out*/")) and not list(tmp_path.glob(".out*"))
 
 
-def test_progress_is_told_from_the_beginning_and_in_a_file(
+def test_progress_is_printed_from_the_start_and_logged_to_a_file(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "r.toml", {"use": "skip-attention", "least_useful": 1}, TRAINING)

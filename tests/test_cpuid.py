@@ -53,7 +53,7 @@ def unread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unread")
-def test_a_hardened_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_executable_memory_the_sets_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 

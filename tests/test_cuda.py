@@ -353,7 +353,7 @@ def test_the_provider_is_the_bundles_unless_told_otherwise(
         ("DmlExecutionProvider", None, CPU_ONLY, SessionError, "has no DmlExecutionProvider: install"),
     ],
 )
-def test_a_provider_that_is_not_there_is_named_with_what_helps(
+def test_a_missing_provider_is_an_error_with_a_remedy(
     *,
     tiny_bundle: Path,
     made_for: str,
@@ -397,7 +397,7 @@ class _FullGpu:
         raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
 
 
-def test_a_gpu_without_memory_left_is_an_error_with_what_helps(tiny_bundle: Path) -> None:
+def test_a_full_gpu_is_an_error_with_a_remedy(tiny_bundle: Path) -> None:
     model = Bundle.open(tiny_bundle).manifest.model
     session = DeviceSession(_FullGpu(), False, model, "cpu")
     with pytest.raises(MemoryShortageError, match=r"a step of 3 tokens at position 0 takes more memory than there is"):

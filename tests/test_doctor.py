@@ -53,7 +53,7 @@ def test_target_and_speed_follow_the_processor(
     assert any("no target" in sentence for sentence in found.advice) == (target is None)
 
 
-def test_a_gpu_without_its_provider_is_told(pretend: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_its_provider_is_reported(pretend: pytest.MonkeyPatch) -> None:
     pretend.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     assert any("onnxruntime-gpu" in sentence for sentence in diagnose().advice)
 
@@ -67,7 +67,7 @@ def test_a_gpu_with_its_provider_gets_its_target(pretend: pytest.MonkeyPatch) ->
     assert diagnose().target == "cuda"
 
 
-def test_a_home_that_cannot_be_used_is_told(pretend: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unusable_home_is_reported(pretend: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     pretend.setenv("EDGELM_HOME", str(tmp_path / "file" / "below"))
     assert any("set EDGELM_HOME" in sentence for sentence in diagnose().advice)
@@ -92,7 +92,7 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     assert 0 < found["available_bytes"] <= found["memory_bytes"]
 
 
-def test_kernels_that_cannot_be_used_are_a_finding_beside_the_others(
+def test_unusable_kernels_are_reported_with_the_other_findings(
     pretend: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> str:

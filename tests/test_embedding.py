@@ -190,7 +190,7 @@ def test_the_estimate_is_what_the_manifest_says(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory differs between systems")
-def test_the_estimate_is_near_what_is_taken(tiny_bundle: Path) -> None:
+def test_the_estimate_is_close_to_the_memory_taken(tiny_bundle: Path) -> None:
     done = subprocess.run([sys.executable, "-c", TAKES, str(tiny_bundle)], capture_output=True, text=True, check=True)
     taken, estimated = map(int, done.stdout.split())
     assert 0.8 < estimated / taken < 1.6
@@ -206,7 +206,7 @@ def test_kernels_need_less_for_their_work_and_scales_in_the_cache(
     assert with_kernels.cache_bytes > without.cache_bytes
 
 
-def test_a_machine_with_too_little_is_told(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda: 10 * MIB)
     found = estimate_memory(tiny_bundle)
     assert isinstance(found, MemoryEstimate)

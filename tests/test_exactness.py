@@ -201,7 +201,7 @@ def recorded(session: OrtSession) -> Iterator[list[NDArray[np.float32]]]:
 
 @pytest.mark.parametrize("prompt", [1, 2, 60, 250])
 def test_decoding_gives_the_logits_of_the_whole_text(exact: Exact, prompt: int) -> None:
-    """Each choice and the logits behind it are those of the finished text fed at once."""
+    """Each choice and its logits are those of the finished text fed at once."""
     session = exact.fresh(2)
     with recorded(session) as rows:
         tokens = list(Sequencer(session, piece_tokens=100).greedy(exact.ids[:prompt], 30, ()))

@@ -111,7 +111,7 @@ def test_other_norms_stay(case: str) -> None:
     assert_left(SUM, NOT_NORMED[case], weights)
 
 
-# Norms behind a layer
+# Norms after a layer
 
 
 POST = "p = SimplifiedLayerNormalization <axis = -1, epsilon = 0.001> (b, v)"

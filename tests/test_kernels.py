@@ -135,7 +135,7 @@ def test_a_damaged_library_is_refused_in_one_line(damage: str, tmp_path: Path, t
         assert f"{library} is damaged" in line and "install it again" in line and "EDGELM_KERNELS=off" in line
 
 
-def test_the_doctor_goes_on_beside_a_damaged_library(tmp_path: Path) -> None:
+def test_the_doctor_reports_everything_despite_a_damaged_library(tmp_path: Path) -> None:
     library = install(tmp_path, edgelm_kernels.library().read_bytes())
     library.write_bytes(library.read_bytes()[:9000])
     done = with_library(library, "doctor")

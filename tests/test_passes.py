@@ -320,7 +320,7 @@ NO_NORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", NO_NORMS.values(), ids=NO_NORMS.keys())
-def test_norm_what_only_looks_like_one_is_left(changes: dict[str, Any]) -> None:
+def test_norm_lookalikes_are_left(changes: dict[str, Any]) -> None:
     model = norm_graph(**changes)
     compute(model, norm_feeds())  # the graph is valid
     assert unchanged(FuseRMSNorm(), model)
@@ -415,7 +415,7 @@ NO_RESIDUALS = {
 
 
 @pytest.mark.parametrize(("signature", "body"), NO_RESIDUALS.values(), ids=NO_RESIDUALS.keys())
-def test_residual_what_does_not_fit_is_left(signature: str, body: str) -> None:
+def test_residual_sums_of_other_forms_are_left(signature: str, body: str) -> None:
     model = graph(signature, f"t = Add(a, b) {body}", {**sum_weights(), "k": floats(NEW, HIDDEN)})
     assert unchanged(FuseResidualNorms(), model)
 
@@ -752,7 +752,7 @@ NO_ROTATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", NO_ROTATIONS.values(), ids=NO_ROTATIONS.keys())
-def test_rotation_what_is_not_plain_stays_outside(changes: dict[str, Any]) -> None:
+def test_rotation_of_other_forms_stays_outside(changes: dict[str, Any]) -> None:
     settings = dict(changes)
     edits = settings.pop("edits")
     model = rotary_graph(16, *edits, **settings)
@@ -869,7 +869,7 @@ NO_MERGES = {
 
 
 @pytest.mark.parametrize("body", NO_MERGES.values(), ids=NO_MERGES.keys())
-def test_merge_what_is_shared_or_alone_is_left(body: str) -> None:
+def test_merge_leaves_shared_and_single_layers(body: str) -> None:
     model = graph(MLP, body, {**mlp_weights(), "first": np.array([0])})
     compute(model, {"x": floats(BATCH, NEW, HIDDEN)})
     assert unchanged(MergeLinears(), model)

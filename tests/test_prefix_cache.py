@@ -227,7 +227,7 @@ def test_the_sessions_own_cache_is_used_if_it_holds_more() -> None:
     assert session.tokens == prompt
 
 
-def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
+def test_a_cancelled_answer_leaves_its_computed_prefix(tiny_bundle: Path) -> None:
     ids = ids_of(tiny_bundle)
     with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         for chunk in engine.stream(token_ids=ids[:100], max_tokens=50, context_full="slide"):

@@ -352,7 +352,7 @@ def test_reasoning_is_a_separate_field(tmp_path: Path) -> None:
         assert (message["reasoning_content"], message["content"]) == ("hm", "Yes.")
 
 
-def test_stop_texts_go_with_calls(tmp_path: Path) -> None:
+def test_stop_texts_work_with_tool_calls(tmp_path: Path) -> None:
     with saying_engine(tmp_path, "Well, stop here") as engine, client_of(engine) as client:
         assert chat(client, tools=TOOLS, stop="stop").json()["choices"][0]["message"]["content"] == "Well, "
 

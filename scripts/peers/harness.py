@@ -82,7 +82,7 @@ def cold(load: Callable[[int], Model], vocab: int) -> dict[str, Any]:
 
 
 def warm(load: Callable[[int], Model], context: int, vocab: int) -> dict[str, Any]:
-    """Tokens per second of reading a prompt and of generating behind it, medians of runs after an uncounted one."""
+    """Tokens per second of reading a prompt and of generating after it, medians of runs after an uncounted one."""
     model = load(context + DECODE_TOKENS)
     timed(model, prompt(context, 0, vocab), 4)
     runs = [timed(model, prompt(context, repeat, vocab), DECODE_TOKENS) for repeat in range(1, REPEATS + 1)]
