@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
     )
-    parser.add_argument("--shape", default="llama", choices=SHAPES, help="of the model (%(default)s)")
+    parser.add_argument("--shape", default="llama", choices=SHAPES, help="shape of the model (%(default)s)")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model in place of one with random weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)

@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of model and bundle")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 12])
-    parser.add_argument("--kv", default="int8", choices=("int8", "float32"), help="of the bundle (%(default)s)")
+    parser.add_argument(
+        "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     arguments = parser.parse_args()

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for models and bundles, kept")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each context (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each engine (%(default)s)")
-    parser.add_argument("--text", type=Path, default=_TEXT, help="what perplexity is measured on (%(default)s)")
+    parser.add_argument("--text", type=Path, default=_TEXT, help="text for perplexity (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     arguments = parser.parse_args()
     bundles = {kv: arguments.work / f"bundle-{kv}" for kv in KINDS}

@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("bundle")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--prompt-tokens", type=int, default=1900, help="of the long prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=1900, help="tokens of the long prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")

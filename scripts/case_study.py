@@ -90,8 +90,10 @@ class Study:
 def main() -> None:
     """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="their first 40 kB are read")
-    parser.add_argument("--lambada", type=Path, metavar="FILE", help="of which 500 passages are read")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], metavar="FILE", help="texts; the first 40 kB of each are read"
+    )
+    parser.add_argument("--lambada", type=Path, metavar="FILE", help="passages; 500 of them are read")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with the key turns")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "case-study", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=3)

@@ -53,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--parts", choices=("layers", "attention"), default="layers")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="how many of them go")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="of the kind that the models know")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="numbers of parts to remove")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text of the kind that the models know")
     arguments = parser.parse_args()
     quiet_libraries()
     for model in arguments.models:

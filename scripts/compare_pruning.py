@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--importance", nargs="+", default=["curvature"], choices=("curvature", "taylor", "magnitude"))
-    parser.add_argument("--not-refitted", action="store_true", help="also without fitting matrices anew")
+    parser.add_argument("--not-refitted", action="store_true", help="also without refitting matrices")
     parser.add_argument("--text", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     quiet_libraries()

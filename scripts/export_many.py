@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
 def parse(words: list[str] | None) -> argparse.Namespace:
     """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="as of  edgelm export")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as for  edgelm export")
     parser.add_argument("--target", action="append", required=True, metavar="NAME", dest="targets")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the bundles")
     parser.add_argument("--scheme")
@@ -81,9 +81,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compress", metavar="RECIPE")
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="cores for an export (2)")
     parser.add_argument("--memory-gb", type=float, default=4.0, metavar="GB", help="memory for an export (4)")
-    parser.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, such as auto (start one here)")
+    parser.add_argument("--address", metavar="ADDRESS", help="address of a Ray cluster, such as auto (start one here)")
     parser.add_argument("--in-turn", action="store_true", help="one after the other in this process, without Ray")
-    parser.add_argument("--again", action="store_true", help="also export what is there")
+    parser.add_argument("--again", action="store_true", help="also export existing bundles")
     return parser.parse_args(words)
 
 

@@ -39,9 +39,9 @@ def main() -> int:
     """Parse, then try until the time is over. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="how long to try (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these kinds alone")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="what is tried upon")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these kinds")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="the bundle to try")
     parser.add_argument("--trial", metavar="NAME:NUMBER", help="run one trial and show its result")
     parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="folder that  edgelm export  wrote")
     parser.add_argument("--kills", type=int, default=1000, help="programs to kill (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and moments (%(default)s)")
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.home is not None:

@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="folder of a bundle, or NAME=FOLDER")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=2, help="cores of a replica (2)")
-    parser.add_argument("--address", help="of a Ray cluster, such as auto (start one here)")
+    parser.add_argument("--address", help="address of a Ray cluster, such as auto (start one here)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", type=Path, metavar="FILE")

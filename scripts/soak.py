@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path, help="folder that  edgelm export  wrote")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of all prompts and answers (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads to compute with (physical cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return _soak(arguments, Path(folder))

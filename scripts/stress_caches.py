@@ -227,7 +227,7 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="of each part (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="seconds for each part (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=3)

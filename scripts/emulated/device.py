@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--generate", type=int, default=24, help="tokens of the greedy answer (%(default)s)")
-    parser.add_argument("--saturate", action="store_true", help="as if no processor saturated: to see what that costs")
+    parser.add_argument("--saturate", action="store_true", help="act as if no processor saturated, to see the effect")
     arguments = parser.parse_args()
     if arguments.saturate:
         machine.saturates_int8 = lambda: False

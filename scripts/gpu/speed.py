@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--provider", default="cuda")
     parser.add_argument("--note", default="")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 1900])
-    parser.add_argument("--quick", action="store_true", help="captured steps and whole prompts alone")
+    parser.add_argument("--quick", action="store_true", help="only captured steps and whole prompts")
     arguments = parser.parse_args()
     bundle, session = open_device(arguments.bundle, arguments.provider)
     vocabulary = bundle.manifest.model.vocab_size
