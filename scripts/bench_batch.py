@@ -69,7 +69,7 @@ def measure(engine: Engine, sizes: Sequence[int], seed: int) -> dict[int, dict[s
         figures[rows], together = in_batch(engine, prompts[:rows], rows)
         for done, expected in zip(together, alone, strict=False):
             if (done.text, done.token_ids) != (expected.text, expected.token_ids):
-                raise SystemExit("a prompt of the batch was answered otherwise than alone")
+                raise SystemExit("a prompt was answered differently in the batch")
     return figures
 
 

@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
     return parser.parse_args()
 
 

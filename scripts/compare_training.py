@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="folder of the texts")
     parser.add_argument("--only", choices=sorted(COMPARISONS), action="append", help="one of the comparisons")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of each training (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     compare(given.texts, given.steps, given.only or COMPARISONS)

@@ -276,7 +276,7 @@ def real_model() -> Path:
         return Path(named)
     script = real_model_script()
     if not script.is_complete(script.FOLDER):
-        missing("the real model is not here: python scripts/real_model.py fetches it")
+        missing("no real model: python scripts/real_model.py fetches it")
     folder: Path = script.FOLDER
     return folder
 

@@ -197,7 +197,7 @@ def test_no_command_ends_the_conversation(
     assert "prompt tokens" in err.splitlines()[-1]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="access rights are inherited there")
+@pytest.mark.skipif(os.name == "nt", reason="Windows inherits access rights")
 def test_a_saved_conversation_is_its_writers_alone(tmp_path: Path) -> None:
     Conversation("s").save(tmp_path / "c")
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
@@ -440,7 +440,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(chat_bundle: Path) -> Iterator[Terminal]:
-    pytest.importorskip("pty", reason="there are no pseudo-terminals here")
+    pytest.importorskip("pty", reason="needs pseudo-terminals")
     opened = Terminal(str(chat_bundle), *SETTINGS)
     yield opened
     opened.close()
@@ -474,7 +474,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
 
 
 def test_the_last_message_is_edited_in_the_line(terminal: Terminal) -> None:
-    pytest.importorskip("readline", reason="there is no line editing here")
+    pytest.importorskip("readline", reason="needs readline")
     terminal.expect("> ")
     terminal.type("hello\n")
     terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")

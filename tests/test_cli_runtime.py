@@ -574,7 +574,7 @@ def test_streams_that_were_never_open_give_no_traceback(tiny_bundle: Path, argum
     assert (b"standard output is closed" if closed == "1" else b"empty") in done.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locales and signals")
 def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path) -> None:
     prompt = "Zażółć 你好"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -586,7 +586,7 @@ def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path
     assert done.stdout == (expected + "\n").encode("ascii", "backslashreplace")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locales and signals")
 def test_a_terminated_program_removes_partial_output(tmp_path: Path) -> None:
     code = f"""
 import sys, time

@@ -196,7 +196,7 @@ def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: 
 # --- faults in the middle ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(model: Path, tmp_path: Path) -> None:
     import resource
 

@@ -19,7 +19,7 @@ machines, compare, counting = check.machines, check.compare, check.counting
 
 emulated = pytest.mark.skipif(
     not machines.is_ready() and os.environ.get(REQUIRE) != "all",
-    reason="no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian",
+    reason="no emulated machines: scripts/arm_check.sh --prepare downloads QEMU and arm64 Debian",
 )
 HASWELL = "Haswell-noTSX"
 Run = Callable[..., "compare.Outcome"]

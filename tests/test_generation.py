@@ -425,7 +425,7 @@ def test_a_deadline_ends_the_answer_early(new_engine: NewEngine) -> None:
     done = engine.generate("abc", max_tokens=1_500, timeout=0.3)
     assert done.finish_reason == "deadline"
     assert 0 < len(done.token_ids) < 1_500
-    assert len(responses) == 0, "the place where it ended is chance"
+    assert len(responses) == 0, "where it ends is random"
     whole = engine.generate("abc", max_tokens=3, timeout=60)
     assert whole.finish_reason == "length"
     assert engine.generate("abc", max_tokens=3).stats.response_cache_hit, "a deadline that is met changes nothing"

@@ -66,7 +66,7 @@ def test_a_kill_while_a_bundle_is_replaced_loses_no_bundle(step: str, tmp_path: 
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")
 def test_a_replaced_bundle_exists_at_every_moment(tmp_path: Path) -> None:
     out = bundle(tmp_path / "out", "0")
     reader = os.fork()

@@ -147,7 +147,7 @@ def test_a_windows_lock_has_one_holder_and_is_released_at_once(tmp_path: Path, m
             assert not free
         with pytest.raises(TimeoutError), file_lock.locked(tmp_path / "lock", 0.03):
             pass
-        assert len(fake.holders) == 1, "a process that did not get the lock releases nothing"
+        assert len(fake.holders) == 1, "a process without the lock releases nothing"
     assert not fake.holders
     with file_lock.lock_if_free(tmp_path / "lock") as free:
         assert free
