@@ -171,7 +171,7 @@ def _plain_cases(english: list[int], vocab_size: int) -> Iterator[Case]:
 
 
 def _without_repetition(ids: Sequence[int], count: int) -> list[int]:
-    """The first piece of a text in which no three consecutive tokens repeat, so that every accepted draft is a copy."""
+    """The first piece of a text in which no three consecutive tokens repeat, so that only copying repeats tokens."""
     for begin in range(len(ids) - count):
         piece = list(ids[begin : begin + count])
         if len(set(zip(piece, piece[1:], piece[2:], strict=False))) == count - 2:

@@ -67,7 +67,7 @@ TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="also run the files whose tests take long together")
+    parser.addoption("--all", action="store_true", help="also run the files that take long")
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes each")
     parser.addoption("--bundles", type=Path, help="folder of exported bundles, for machines that cannot export")
 

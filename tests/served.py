@@ -48,7 +48,7 @@ CLIENTS = ROOT / "build" / "clients"  # where scripts/setup_clients puts third-p
 
 
 class SayingSession(FakeSession):
-    """Answers each prompt as a function of its text says. pause_s: duration of a step; `steps_done` counts steps."""
+    """Answers each prompt with a function of its text. pause_s: duration of a step; `steps_done` counts steps."""
 
     def __init__(self, answer: Answering, pause_s: float = 0.0) -> None:
         self.answer = answer

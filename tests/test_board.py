@@ -118,7 +118,7 @@ def test_little_memory_is_measured_with_less_of_it(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_table_counts_as_read_only_if_tied(tmp_path: Path, tied: bool) -> None:
+def test_an_embedding_table_counts_as_streamed_if_tied(tmp_path: Path, tied: bool) -> None:
     table, head = np.zeros((10, 8), np.float32), np.zeros((8, 10), np.float32)
     nodes = [helper.make_node("Gather", ["table", "ids"], ["x"]), helper.make_node("MatMul", ["x", "head"], ["y"])]
     nodes += [helper.make_node("MatMul", ["y", "table"], ["z"])] * tied

@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import reference_model
 from . import machines
 
-# INT8 schemes with arm-cpu's default cache, and the default scheme with the other cache.
+# Each scheme with arm-cpu's cache for it, and the default scheme also with the other cache.
 SCHEMES = ("int8-rowwise", "int8-weight", "int4-weight", "int8-tensor", "fp32")
 SERVED = "int8-rowwise"  # by compiled kernels
 OTHER = (SERVED, "float32")
