@@ -2,13 +2,13 @@
 
     python scripts/bench.py [--shape llama | --model FOLDER] [--work build/bench] [--rounds 5] [--json FILE]
 
-Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms behind layers and of
-queries and keys, gates of GELU) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys).
-Builds the model from its configuration in `scripts/reference`, exports it, then measures both systems in alternation,
-each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is how
-fast decoding reads the weights, in parts of how fast memory is read. Speed depends on weights' values by the arithmetic
-that the export chooses, no more: a bundle of random weights has activations of 16 bits everywhere, which is nearly what
-a real model's export chooses. `--model` measures an existing model, such as the one that scripts/real_model.py makes.
+Other shapes: `gemma3` (270M parameters, a vocabulary of 262,144, heads of 256 values, norms after layers and of
+queries and keys, GELU gates) and `qwen3` (as wide as its 0.6B, 12 layers, norms of queries and keys).
+Builds the model from its configuration in `scripts/reference` and exports it. Measures both systems in alternation,
+each round in fresh processes, and prints medians and the medians of each round's ratio. `weights_read_share` is the
+speed at which decoding reads the weights, as a share of the memory's speed. Weights' values affect speed only through
+the arithmetic that the export chooses: with random weights all activations have 16 bits, nearly as in a real model's
+bundle. `--model` measures an existing model, such as the one of scripts/real_model.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from reference_model import SHAPES, export, prepare
 
 CONTEXTS = (128, 1024, 1900)
 DECODE_TOKENS = 64
-# In which decoding and reading memory are compared.
+# For the comparison of decoding with reading memory.
 TURNS, PASSES = 15, 16
 
 
 def main() -> None:
-    """Parse, then measure all (or, in a child process, one system)."""
+    """Parse, then measure everything, or one system in a child process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench"), help="folder for model and bundle, kept for the next run"
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
     )
-    parser.add_argument("--shape", default="llama", choices=SHAPES, help="of the model (%(default)s)")
+    parser.add_argument("--shape", default="llama", choices=SHAPES, help="shape of the model (%(default)s)")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model in place of one with random weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
@@ -83,7 +83,7 @@ def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(bundle: Path, threads: int) -> dict[str, float]:
-    """`edgelm run` as a user starts it: from the process's start to the first character of the answer."""
+    """`edgelm run` as a user starts it: from process start to the first character of the answer."""
     command = [
         str(Path(sys.executable).with_name("edgelm")),
         "run",
@@ -119,7 +119,7 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
         firsts, rates, shares = [], [], []
         for repeat in range(3):
             inside.clear()
-            # Another first token each time, so that nothing of an earlier prompt is reused.
+            # The first token differs each time, so that nothing is reused from an earlier prompt.
             done = engine.generate(token_ids=[repeat, *_ids(context - 1)], max_tokens=DECODE_TOKENS)
             assert done.stats.reused_tokens == 0 and done.stats.generated_tokens == DECODE_TOKENS
             firsts.append(done.stats.time_to_first_token_s)
@@ -137,8 +137,8 @@ def _work_edgelm(bundle: Path, threads: int) -> dict[str, Any]:
 
 def _weights_read(engine: Any, size: int, threads: int) -> dict[str, float]:
     """The speed at which decoding reads weights of `size` bytes, as a share of the memory's speed, on the shortest
-    context. A step reads each weight once. Both speeds are averages over about 0.2 s, measured in alternation because
-    other processes use the memory too; the medians count."""
+    context. A step reads each weight once. Both speeds are averages over about 0.2 s, in alternation because other
+    processes use the memory too. Returns medians."""
     import numpy as np
 
     parts = [np.ones(1 << 25, np.int64) for _ in range(threads)]
@@ -152,11 +152,10 @@ def _weights_read(engine: Any, size: int, threads: int) -> dict[str, float]:
 
 
 def _reading(pool: ThreadPoolExecutor, parts: list[Any]) -> float:
-    """Bytes per second that the threads of a pool read together, from arrays that are too large for processor
-    caches."""
+    """Bytes per second that the threads of a pool read together, from arrays larger than the processor's caches."""
     started = time.perf_counter()
     for _ in range(PASSES):
-        list(pool.map(type(parts[0]).max, parts))  # numpy lets other threads run meanwhile
+        list(pool.map(type(parts[0]).max, parts))  # numpy releases the GIL
     return float(PASSES * sum(part.nbytes for part in parts)) / (time.perf_counter() - started)
 
 
@@ -214,7 +213,7 @@ _WORKERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 
 def summarize(rounds: list[dict[str, dict[str, Any]]], bundle: Path) -> dict[str, Any]:
-    """Medians of each system's figures, and of each round's ratio edgelm / transformers for those that both have."""
+    """Medians of each system's figures, and of each round's ratio edgelm / transformers for figures of both."""
     systems = {name: _medians([one[name] for one in rounds]) for name in rounds[0]}
     both = [key for key in systems["edgelm"] if key in systems["transformers"]]
     return {
@@ -236,7 +235,7 @@ def _medians(figures: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The figures as a table for people."""
+    """Print the figures as a table."""
     print(
         f"\nmodel of {report['shape']}'s shape, {report['rounds']} rounds, "
         + ", ".join(f"{k} {v}" for k, v in report["versions"].items())

@@ -1,13 +1,13 @@
-"""Measure prompts in a batch against one: tokens per second of 4, 8 and 12 prompts at once, texts compared.
+"""Measure batches of prompts: tokens per second of 4, 8 and 12 prompts at once against one, with equal answers.
 
     python scripts/bench_batch.py [--work build/bench] [--rounds 5] [--rows 4 8 12] [--kv int8] [--threads 2]
         [--json FILE]
 
-Uses the reference model of `scripts/bench.py` and builds it where it is missing. Each round answers the same prompts of
-unlike lengths one by one with `generate`, then as one batch of each size, and compares all texts and tokens; then come
-medians, and the medians of each round's ratio. Decoding counts from each answer's first token: a batch's is the tokens
-of all common steps over their time. "whole" is everything, the feeding of the prompts included, on either side. Batches
-on a float32 cache need the compiled kernels.
+Uses the reference model of `scripts/bench.py` and builds it if it is missing. Each round answers the same prompts of
+different lengths one by one with `generate`, then as one batch of each size, and compares all texts and tokens. Prints
+medians and the medians of each round's ratio. Decoding is counted from each answer's first token; for a batch, it is
+the tokens of all common steps over their time. "whole" includes feeding the prompts. Batches on a float32 cache need
+the compiled kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of model and bundle")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 12])
-    parser.add_argument("--kv", default="int8", choices=("int8", "float32"), help="of the bundle (%(default)s)")
+    parser.add_argument(
+        "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     arguments = parser.parse_args()
@@ -59,7 +61,7 @@ _COLUMNS = {"decode": 14, "decode_ratio": 8, "whole": 14, "whole_ratio": 8}
 
 
 def measure(engine: Engine, sizes: Sequence[int], seed: int) -> dict[int, dict[str, float]]:
-    """Tokens per second of one round, by the number of rows; 1 is `generate`."""
+    """Tokens per second in one round, by number of rows; 1 is `generate`."""
     prompts = [prompt_of(LENGTHS[index % len(LENGTHS)], seed * 100 + index) for index in range(max(sizes))]
     one, alone = one_by_one(engine, prompts)
     figures = {1: one}
@@ -67,12 +69,12 @@ def measure(engine: Engine, sizes: Sequence[int], seed: int) -> dict[int, dict[s
         figures[rows], together = in_batch(engine, prompts[:rows], rows)
         for done, expected in zip(together, alone, strict=False):
             if (done.text, done.token_ids) != (expected.text, expected.token_ids):
-                raise SystemExit("a prompt of the batch was answered otherwise than alone")
+                raise SystemExit("a prompt was answered differently in the batch")
     return figures
 
 
 def one_by_one(engine: Engine, prompts: Sequence[list[int]]) -> tuple[dict[str, float], list[Completion]]:
-    """Each prompt by itself, nothing reused."""
+    """Each prompt by itself, with nothing reused."""
     started = time.perf_counter()
     done = [engine.generate(token_ids=ids, max_tokens=ANSWER_TOKENS) for ids in prompts]
     seconds = time.perf_counter() - started
@@ -89,7 +91,8 @@ def in_batch(engine: Engine, prompts: Sequence[list[int]], rows: int) -> tuple[d
     ends = [0.0]
 
     def timed(self: OrtRows, token_ids: Sequence[int]) -> Any:
-        # From the end of the last step, so that choosing tokens and text count; the first has fed a prompt before.
+        # From the end of the last step, so that choosing tokens and text count. Before the first step, a prompt was
+        # fed.
         started = ends[0] or time.perf_counter()
         logits = original(self, token_ids)
         ends[0] = time.perf_counter()
@@ -109,7 +112,7 @@ def in_batch(engine: Engine, prompts: Sequence[list[int]], rows: int) -> tuple[d
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
-    """Ids of a prompt whose first token is its own, so that nothing is reused."""
+    """Ids of a prompt with a unique first token, so that nothing is reused."""
     return [50 + seed, *((1000 + 7 * (seed + index)) % 40_000 for index in range(length - 1))]
 
 

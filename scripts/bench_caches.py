@@ -1,11 +1,10 @@
-"""Measure how long a hit takes in the response cache: in memory, in a database of 100,000 answers, in Redis.
+"""Measure the duration of a hit in the response cache: in memory, in a database of 100,000 answers, in Redis.
 
     python scripts/bench_caches.py [--entries 100000] [--requests 2000] [--json FILE]
 
-A hit is measured as an engine does it: computing the key of a request with 128 token ids, asking the store, and
-recording the use. An answer has 64 chunks of one token. Requests are drawn at random from all entries. Prints medians
-and 99th percentiles in milliseconds. Filling the database takes some minutes. Redis is measured where `redis-server` is
-installed.
+A hit is measured as in an engine: computing the key of a request with 128 token ids, asking the store, and recording
+the use. An answer has 64 chunks of one token. Requests are drawn at random from all entries. Prints medians and 99th
+percentiles in milliseconds. Filling the database takes some minutes. Redis is measured if `redis-server` is installed.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def answer_of(number: int) -> CachedAnswer:
 
 
 def measure(make: Callable[[], ResponseCache], entries: int, requests: int) -> dict[str, float]:
-    """Milliseconds of each hit. `make` may give a new cache for each."""
+    """Milliseconds of each hit. `make` may return a new cache for each."""
     source = random.Random(0)  # noqa: S311
     times = []
     for _ in range(requests):
@@ -61,7 +60,7 @@ def measure(make: Callable[[], ResponseCache], entries: int, requests: int) -> d
 
 
 def fill(store: AnswerStore, entries: int) -> float:
-    """Store all answers; milliseconds of one `put` on average."""
+    """Store all answers; returns the average milliseconds of a `put`."""
     start = time.perf_counter()
     for number in range(entries):
         store.put(key_of(number), answer_of(number))

@@ -1,10 +1,10 @@
-"""Measure a bundle for the cuda target against transformers on the same GPU, and against what its memory could give.
+"""Measure a bundle for the cuda target against transformers on the same GPU, and against the memory's limit.
 
     python scripts/bench_cuda.py MODEL BUNDLE [--contexts 128 1024 1900] [--repeats 5] [--json FILE]
 
-MODEL: folder or hub id that BUNDLE was exported from. Decoding reads every weight and the whole cache once for each
-token, so the memory's speed over these bytes is the most that is possible; the speed is measured by copying, too. Needs
-onnxruntime-gpu and a torch that knows the GPU; without them it says what is missing and measures nothing.
+MODEL: folder or hub id that BUNDLE was exported from. Decoding reads every weight and the whole cache once per token,
+so the memory's speed limits it; that speed is measured by copying. Needs onnxruntime-gpu and a torch with CUDA; without
+them it says what is missing and measures nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def what_is_missing() -> str | None:
-    """Why nothing can be measured here, or None."""
+    """Return the reason why nothing can be measured, or None."""
     from edgelm.runtime.host.ort import can_start
 
     if not can_start(_CUDA):
@@ -59,7 +59,7 @@ def what_is_missing() -> str | None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures, of one system after the other, so that each has the GPU's memory for itself."""
+    """All figures, one system after the other, so that each has the GPU's memory to itself."""
     import onnxruntime
     import torch
 
@@ -91,7 +91,7 @@ def memory_bandwidth() -> float:
 
 
 def measure_edgelm(bundle: Path, contexts: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Prefill and greedy decoding for each length, with the bytes that a token has to read."""
+    """Prefill and greedy decoding for each length, with the bytes read per token."""
     from edgelm.runtime.evaluation.speed import measure_speed
     from edgelm.runtime.sessions.kv_cache import KVCache
     from edgelm.runtime.sessions.loading import open_folder
@@ -110,7 +110,7 @@ def measure_edgelm(bundle: Path, contexts: list[int], repeats: int) -> list[dict
 
 
 def measure_transformers(model: str, contexts: list[int], repeats: int) -> list[dict[str, Any]]:
-    """The same with transformers in float16 on the same GPU, with transformers' own growing cache."""
+    """The same with transformers in float16 on the same GPU, with its own growing cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +158,7 @@ def _row(context: int, prefill_s: float, step_s: float) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """A line for each length, with the ratio of both systems and the share of the memory's speed."""
+    """Print a line for each length, with the ratio of both systems and the share of the memory's speed."""
     speed = report["memory_bytes_per_s"] / 1e9
     print(f"{report['gpu']}, {speed:,.0f} GB/s, onnxruntime {report['onnxruntime']}, torch {report['torch']}")
     titles = ("context", "prefill", "transformers", "decode", "transformers", "most by memory")

@@ -1,10 +1,10 @@
-"""Measure an export of a large model: time and memory of each stage, against the size of the model's weights.
+"""Measure the export of a large model: time and memory of each stage, relative to the size of the model's weights.
 
     python scripts/bench_export.py [--config scripts/reference/tinyllama.json | --model FOLDER] [--json FILE]
 
-Builds a Llama model of TinyLlama-1.1B's sizes with random weights, stored as bfloat16 as most models are, and exports
-it in a fresh process. The memory is the most that was resident, files that are mapped into memory included. Neither
-time nor memory depends on the weights' values, but the choice of arithmetic does: `--model` exports an existing model.
+Builds a Llama model of TinyLlama-1.1B's sizes with random weights, stored as bfloat16 like most models, and exports it
+in a fresh process. Memory is the peak resident memory, including mapped files. Time and memory do not depend on the
+weights' values, but the choice of arithmetic does: `--model` exports an existing model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from reference_model import build_model, random_target
 
 _CONFIG = Path(__file__).parent / "reference" / "tinyllama.json"
-# What an export may take at most, in units of the fp32 weights and of the source's files; the larger one counts.
+# Limits for an export, in units of the fp32 weights and of the source's files; the larger one applies.
 _WEIGHTS_LIMIT, _FILES_LIMIT = 1.6, 2.5
 
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure(model: Path, bundle: Path, target: Path | None) -> dict[str, Any]:
-    """Export once; returns what it cost."""
+    """Export once; returns the cost."""
     shutil.rmtree(bundle, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("edgelm")), "export", str(model), "--out", str(bundle)]
     command += [] if target is None else ["--target", str(target)]
@@ -70,7 +70,7 @@ def measure(model: Path, bundle: Path, target: Path | None) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The figures as a table."""
+    """Print the figures as a table."""
     gib = 1 << 30
     print(f"{report['parameters'] / 1e6:,.0f} million parameters, {report['fp32_bytes'] / gib:.2f} GiB in float32,")
     print(f"{report['source_bytes'] / gib:.2f} GiB as stored, {report['bundle_bytes'] / gib:.2f} GiB as a bundle\n")

@@ -1,11 +1,11 @@
-"""Measure what more processes and proxies gain and cost on one machine, in alternation.
+"""Measure the benefit and cost of more processes and proxies on one machine, in alternation.
 
     python scripts/bench_fleet.py BUNDLE [--rounds 5] [--clients 8] [--tokens 64] [--threads 2] [--json]
 
-One server with all threads beside three with a thread each behind HAProxy, as docs/fleet.md has it: tokens per second
-of all clients, and tokens per second of CPU time, which other programs on the machine disturb less. Then one request
-of an answer that the server knows, straight and through HAProxy and LiteLLM's proxy: the time that it takes, and what
-the proxy computes for it. What is not installed is left out, with a message.
+Compares one server with all threads to three with a thread each behind HAProxy, as in docs/fleet.md: tokens per second
+of all clients, and tokens per second of CPU time, which is less disturbed by other programs. Then it measures a request
+for a cached answer, directly and through HAProxy and LiteLLM's proxy: its duration, and the proxy's CPU time. Programs
+that are not installed are left out, with a message.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 @contextmanager
 def three(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """Three servers with a thread each behind HAProxy; its address."""
+    """Start three servers with a thread each behind HAProxy; yields the address."""
     with ExitStack() as stack:
         addresses = [stack.enter_context(served(arguments.bundle, 1, WITHOUT_CACHES))[0] for _ in range(3)]
         yield stack.enter_context(running(HAPROXY, addresses, "model", folder))[0]
@@ -85,7 +85,7 @@ def processes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def servers(known: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The edgelm processes that this process started, without some of them."""
+    """The edgelm processes that this process started, without the known ones."""
     found = psutil.Process().children()
     return [process for process in found if "edgelm.runtime.cli" in process.cmdline() and process not in known]
 
@@ -93,7 +93,7 @@ def servers(known: Sequence[psutil.Process]) -> list[psutil.Process]:
 async def rates(
     address: str, computing: Sequence[psutil.Process], arguments: argparse.Namespace, number: int
 ) -> dict[str, float]:
-    """Tokens per second, and per second of the servers' CPU time, of all clients at once, each a conversation."""
+    """Tokens per second, and per second of the servers' CPU time, of all clients at once, one conversation each."""
     prompts = [f"Tell me about the number {1000 * number + client}." for client in range(arguments.clients)]
     wall, cpu = time.perf_counter(), sum(cpu_s(process.pid) for process in computing)
     answers = await asyncio.gather(*(ask(address, prompt, arguments.tokens, prompt) for prompt in prompts))
@@ -103,7 +103,7 @@ async def rates(
 
 
 def proxies(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The time of a request whose answer is known, straight and through each proxy, by turns."""
+    """The time of a request for a cached answer, directly and through each proxy, in alternation."""
     found = [proxy for proxy in (HAPROXY, LITELLM) if find(proxy) is not None]
     figures: dict[str, Any] = {
         f"{item.program} is not installed": None for item in (HAPROXY, LITELLM) if item not in found
@@ -125,13 +125,13 @@ def proxies(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def before_one(proxy: Proxy, address: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """A proxy whose three boards are one server."""
+    """A proxy whose three boards are the same server."""
     with running(proxy, [address] * 3, "model", folder) as place:
         yield place
 
 
 def asked(address: str, process: int) -> tuple[float, float]:
-    """Milliseconds of a request: its median time, and the mean of what the proxy computed for it."""
+    """Milliseconds of a request: its median duration, and the mean CPU time of the proxy."""
     before = cpu_s(process)
     taken = []
     with httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {MASTER_KEY}"}) as client:
@@ -143,7 +143,7 @@ def asked(address: str, process: int) -> tuple[float, float]:
 
 
 def cpu_s(process: int) -> float:
-    """Seconds that a process and its children computed; 0 for none."""
+    """CPU seconds of a process and its children; 0 for no process."""
     if not process:
         return 0.0
     whole = psutil.Process(process)

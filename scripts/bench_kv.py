@@ -2,10 +2,10 @@
 
     python scripts/bench_kv.py [--work build/bench] [--rounds 7] [--threads 2] [--text FILE] [--json FILE]
 
-Two bundles of the reference model of `bench.py` (135M parameters, random weights), which differ in their cache alone,
-are open at the same time. Each round runs the same prompts on both, in alternation, with draft tokens off and nothing
-reused, so what else the machine does meets both. Printed are the medians, and the median and the range of each round's
-ratio int8 / float32. Perplexity needs a model that was trained: that of builtin:tales, on a text.
+Opens two bundles of `bench.py`'s reference model (135M parameters, random weights) that differ only in their cache.
+Each round runs the same prompts on both, in alternation, without draft tokens and without reuse, so that other load on
+the machine affects both. Prints medians, and the median and range of each round's ratio int8 / float32. Perplexity
+needs a trained model: it is measured for builtin:tales on a text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for models and bundles, kept")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each context (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each engine (%(default)s)")
-    parser.add_argument("--text", type=Path, default=_TEXT, help="what perplexity is measured on (%(default)s)")
+    parser.add_argument("--text", type=Path, default=_TEXT, help="text for perplexity (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     arguments = parser.parse_args()
     bundles = {kv: arguments.work / f"bundle-{kv}" for kv in KINDS}
@@ -58,12 +58,12 @@ def main() -> None:
 
 
 def measure_speed(bundles: dict[str, Path], rounds: int, threads: int) -> dict[str, Any]:
-    """For each figure the median of both bundles, and the ratio int8 / float32 of each round."""
+    """For each figure, the medians of both bundles, and the ratio int8 / float32 of each round."""
     engines = {
         kv: load(path, threads=threads, response_cache=False, prefix_cache=False) for kv, path in bundles.items()
     }
     seen: dict[str, list[dict[str, float]]] = {}
-    # One round that is not counted: it brings the weights into memory.
+    # One uncounted round loads the weights into memory.
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr)
         for context in CONTEXTS:
@@ -79,7 +79,7 @@ def measure_speed(bundles: dict[str, Path], rounds: int, threads: int) -> dict[s
 
 
 def _run(engine: Any, context: int, number: int) -> Iterator[tuple[str, float]]:
-    # Another first token each time, so that nothing of an earlier prompt is reused.
+    # The first token differs each time, so that nothing is reused from an earlier prompt.
     ids = [number + context, *(1000 + 7 * index % 40000 for index in range(context - 1))]
     done = engine.generate(token_ids=ids, max_tokens=DECODE_TOKENS, lookup=False)
     if done.stats.reused_tokens or done.stats.generated_tokens != DECODE_TOKENS:
@@ -111,7 +111,7 @@ def _perplexity(folder: Path, text: Path, threads: int) -> dict[str, float]:
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """The figures for people."""
+    """Print the figures as a table."""
     print(f"{'':28}{'int8':>12}{'float32':>12}{'ratio':>9}")
     for name, found in figures["speed"].items():
         span = f"({min(found['ratios']):.2f} to {max(found['ratios']):.2f})"

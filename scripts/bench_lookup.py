@@ -1,15 +1,15 @@
-"""Measure what draft tokens gain where an answer repeats its prompt, and what they cost where nothing repeats.
+"""Measure what draft tokens save if an answer repeats its prompt, and what they cost if nothing repeats.
 
     python scripts/bench_lookup.py [--work build/bench] [--rounds 7] [--threads 2] [--kv int8] [--json FILE]
 
-Three bundles: the reference model of `bench.py` (135M parameters, random weights, whose answers repeat nothing), a
-model of the same shape and cost, two layers of which have weights that copy from the prompt (`copying_model.py`), and
-builtin:tales, a real story model. In "played" cases the reference model must answer with the tokens of an English text,
-whatever its logits say: as many draft tokens are accepted as on that text, and steps cost what they cost in this model.
+Three bundles: the reference model of `bench.py` (135M parameters, random weights, answers without repetition); a model
+of the same shape and cost, two layers of which copy from the prompt (`copying_model.py`); and builtin:tales, a real
+story model. In "played" cases the reference model must answer with the tokens of an English text, whatever its logits:
+as many draft tokens are accepted as on that text, at this model's cost per step.
 
-Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token: what
-else the machine does meets both. Both must give the same tokens. Printed are medians of the speeds, and the median and
-the range of each round's ratio with / without.
+Each round decodes with and without draft tokens, on two sessions of one bundle, in alternation token by token, so that
+other load on the machine affects both. Both must give the same tokens. Prints medians of the speeds, and the median and
+range of each round's ratio with / without.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pair:
         self._sequencers = [Sequencer(session) for session in self._sessions]
 
     def run(self, case: Case, first: int) -> dict[str, Any]:
-        """One round. first: which of the two begins each time. Returns tokens per second of both, and counts."""
+        """One round. first: which session begins each time. Returns tokens per second of both, and counts."""
         lookup = Lookup()
         streams = [
             sequencer.tokens(Row(case.prompt, case.max_tokens, case.chooser(), self.manifest.tokens.eos, lookup=drafts))
@@ -93,19 +93,19 @@ class Pair:
         }
 
     def close(self) -> None:
-        """Free both."""
+        """Close both sessions."""
         for session in self._sessions:
             session.close()
 
 
 class Player:
-    """A chooser that plays tokens back."""
+    """A chooser that returns given tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = iter(tokens)
 
     def choose(self, logits: Any) -> int:
-        """The next one, at the cost of a greedy choice."""
+        """The next token, at the cost of a greedy choice."""
         logits.argmax()
         return next(self._tokens)
 
@@ -123,7 +123,7 @@ def main() -> None:
     for folder, cases in _build(arguments.work, arguments.kv):
         pair = Pair(folder, arguments.threads)
         for case in cases:
-            # One round that is not counted: it feeds the prompt, which the others find in the cache.
+            # One uncounted round feeds the prompt, so that the other rounds find it in the cache.
             rounds = [pair.run(case, number % 2) for number in range(arguments.rounds + 1)][1:]
             figures[case.name] = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             figures[case.name]["ratios"] = [one["ratio"] for one in rounds]
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _build(work: Path, kv: str) -> Iterator[tuple[Path, list[Case]]]:
-    """The bundles, made where an earlier run did not, and their cases."""
+    """The bundles, built unless an earlier run did, and their cases."""
     reference, copying, tales = work / f"bundle-{kv}", work / f"copying-bundle-{kv}", work / f"tales-{kv}"
     prepare(work / "model", reference, kv)
     if not (copying / "manifest.json").is_file():
@@ -171,7 +171,7 @@ def _plain_cases(english: list[int], vocab_size: int) -> Iterator[Case]:
 
 
 def _without_repetition(ids: Sequence[int], count: int) -> list[int]:
-    """The first piece of a text in which no three tokens come twice in a row, so that it is clear what copying is."""
+    """The first piece of a text in which no three consecutive tokens repeat, so that only copying repeats tokens."""
     for begin in range(len(ids) - count):
         piece = list(ids[begin : begin + count])
         if len(set(zip(piece, piece[1:], piece[2:], strict=False))) == count - 2:

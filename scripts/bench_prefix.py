@@ -1,10 +1,10 @@
-"""Measure the prefix cache on the reference model: time to the first token, cold, warm in memory, warm from the disk.
+"""Measure the prefix cache on the reference model: time to the first token, cold, warm in memory, warm from disk.
 
     python scripts/bench_prefix.py [--work build/bench] [--shared 500] [--rounds 7] [--threads 2] [--json FILE]
 
-Uses the bundle of `scripts/bench.py`, and exports it if it is not there. A round is: a process that answers a prompt
-cold, then an unrelated one, then one that shares its first tokens with the first; and a process after it, in which the
-files are all that is left. The home of each round is empty. Prints medians and the medians of each round's ratio.
+Uses the bundle of `scripts/bench.py`, and exports it if it is missing. In a round, one process answers a prompt cold,
+then an unrelated one, then one that shares its first tokens with the first; a second process finds only the files. The
+home of each round starts empty. Prints medians and the medians of each round's ratio.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 from reference_model import prepare
 
-_REST = 8  # tokens of a prompt behind what it shares
+_REST = 8  # tokens of a prompt after the shared ones
 _VOCABULARY = 40_000
 
 
 def main() -> None:
-    """Parse, then measure all (or, in a child process, one half of a round)."""
+    """Parse, then measure everything, or half of a round in a child process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of model and bundle")
     parser.add_argument("--shared", type=int, default=500, help="tokens that the prompts have in common (%(default)s)")
@@ -66,7 +66,7 @@ def _measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
     settings = PrefixCacheSettings(folder=arguments.home / "prefixes")
     with load(bundle, threads=arguments.threads, response_cache=False, prefix_cache=settings) as engine:
-        engine.generate(token_ids=[7] * 64, max_tokens=2)  # what the first steps of a process cost is not the question
+        engine.generate(token_ids=[7] * 64, max_tokens=2)  # warm-up: the first steps of a process are slower
         ask = _Asker(engine, arguments.shared)
         if arguments.worker == "restarted":
             return {"disk_s": ask(0, 2)}
@@ -77,13 +77,13 @@ def _measure(bundle: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 class _Asker:
-    """Asks prompts for one token; `asked` seconds of each are the time to it."""
+    """Asks prompts for one token; a call returns the seconds to it."""
 
     def __init__(self, engine: Any, shared: int) -> None:
         self._engine, self._shared = engine, shared
 
     def __call__(self, beginning: int, rest: int) -> float:
-        """beginning, rest: which of many the prompt has; the rest is short."""
+        """beginning, rest: numbers of the prompt's shared part and of its short end."""
         ids = _ids(beginning, self._shared) + _ids(100 + rest, _REST)
         started = time.perf_counter()
         next(self._engine.stream(token_ids=ids, max_tokens=1))

@@ -1,14 +1,14 @@
-"""What a server gives one client and several: tokens per second, time between tokens, silence beside a long prompt.
+"""Measure a server with one client and several: tokens per second, time between tokens, gaps beside a long prompt.
 
     python scripts/bench_server.py BUNDLE [--clients 8] [--tokens 96] [--threads N] [--json]
     python scripts/bench_server.py BUNDLE --beside PYTHON FILE.gguf [--rounds 3]
 
-Starts `edgelm serve` without the response cache, measures from the start of the process to the first token, then one
-client, several at once, and several while a long prompt comes in between. Texts are compared with those of `generate`.
+Starts `edgelm serve` without the response cache. Measures the time from process start to the first token, then one
+client, several at once, and several while a long prompt is fed. Texts are compared with those of `generate`.
 
---beside compares, by turns, with llama.cpp that decodes as many texts at once (llama_cpp_rows.py in the environment of
-llama-cpp-python whose Python is given, as scripts/compare_peers.py makes it): tokens per second, and per second of CPU
-time, which other programs on the machine disturb less.
+--beside compares, in alternation, with llama.cpp decoding as many texts at once (llama_cpp_rows.py, run by PYTHON, the
+Python of the environment that scripts/compare_peers.py makes for llama-cpp-python): tokens per second, and per second
+of CPU time, which is less disturbed by other programs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WITHOUT_CACHES = ("--no-response-cache", "--no-prefix-cache")
 
 @dataclass(frozen=True)
 class Stream:
-    """One answer: when each chunk with text came, in seconds, and the text."""
+    """One answer: the time of each chunk with text, in seconds, and the text."""
 
     times: list[float]
     text: str
@@ -72,16 +72,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("bundle")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--prompt-tokens", type=int, default=1900, help="of the long prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=1900, help="tokens of the long prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
     return parser.parse_args()
 
 
 def beside_llama_cpp(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of all clients, ours with HTTP and llama.cpp's without, and the medians of the ratios."""
+    """Tokens per second of all clients, edgelm with HTTP and llama.cpp without, and the medians of the ratios."""
     python, gguf = arguments.beside
     numbers = {"threads": arguments.threads, "rows": arguments.clients, "tokens": arguments.tokens}
     command = [python, str(Path(__file__).parent / "peers" / "llama_cpp_rows.py"), gguf]
@@ -103,7 +103,7 @@ def beside_llama_cpp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def rates(address: str, server: psutil.Process, arguments: argparse.Namespace, number: int) -> dict[str, float]:
-    """What all clients at once get, by time and by what the server computed."""
+    """Tokens per second of all clients together, and per second of the server's CPU time."""
     prompts = [f"Tell me about the number {100 * number + client} and others." for client in range(arguments.clients)]
     wall, cpu = time.perf_counter(), sum(server.cpu_times()[:2])
     answers = await asyncio.gather(*(ask(address, prompt, arguments.tokens) for prompt in prompts))
@@ -114,7 +114,7 @@ async def rates(address: str, server: psutil.Process, arguments: argparse.Namesp
 
 @contextmanager
 def served(bundle: str, threads: int, options: Sequence[str] = WITHOUT_CACHES) -> Iterator[tuple[str, float]]:
-    """A server's address, and when its process was started."""
+    """A server's address and the start time of its process."""
     begun = time.perf_counter()
     where = ["--port", "0", "--threads", str(threads)]
     process = subprocess.Popen(
@@ -136,7 +136,7 @@ def served(bundle: str, threads: int, options: Sequence[str] = WITHOUT_CACHES) -
 
 
 async def measure(address: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures but the start's."""
+    """All figures except the start."""
     prompts = [f"Tell me about {SUBJECTS[number % len(SUBJECTS)]} ({number})." for number in range(arguments.clients)]
     await ask(address, "warm up", 8)
     alone = await ask(address, prompts[0], arguments.tokens)
@@ -159,7 +159,7 @@ async def measure(address: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 async def beside_long_prompt(address: str, prompts: list[str], arguments: argparse.Namespace) -> float:
-    """The longest time that a stream is silent while a long prompt is fed, in ms."""
+    """The longest gap in a stream while a long prompt is fed, in ms."""
     streams = [asyncio.create_task(ask(address, prompt + " Please.", 2 * arguments.tokens)) for prompt in prompts]
     await asyncio.sleep(1.0)
     count = await tokens_of(address, WORDS)
@@ -168,14 +168,14 @@ async def beside_long_prompt(address: str, prompts: list[str], arguments: argpar
 
 
 async def tokens_of(address: str, text: str) -> int:
-    """How many tokens a text has."""
+    """The number of tokens in a text."""
     async with httpx.AsyncClient(timeout=START_S) as client:
         return int((await client.post(f"{address}/tokenize", json={"content": text})).json()["count"])
 
 
 async def ask(address: str, prompt: str, tokens: int, session: str = "") -> Stream:
-    """Stream an answer to a text. session: by which a proxy may choose a server."""
-    # A model that was trained to chat would end a plain text at once.
+    """Stream an answer to a text. session: a proxy may choose the server by it."""
+    # Raw text would make a chat model end at once.
     body = {
         "prompt": prompt,
         "max_tokens": tokens,
@@ -207,7 +207,7 @@ def p95(gaps: list[float]) -> float:
 
 
 def compare(arguments: argparse.Namespace, texts: dict[str, str]) -> bool:
-    """Whether `generate` gives the same texts."""
+    """Return whether `generate` gives the same texts."""
     with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=False) as engine:
         asked = {"max_tokens": arguments.tokens, "min_tokens": arguments.tokens}
         return all(engine.generate(prompt, **asked).text == text for prompt, text in texts.items())

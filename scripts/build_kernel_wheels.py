@@ -1,10 +1,10 @@
-"""Build the wheels of the compiled kernels for Linux, Windows and macOS on this machine, and edgelm's wheel with them.
+"""Build wheels of the compiled kernels for Linux, Windows and macOS on this machine, and edgelm's wheel with them.
 
     python scripts/build_kernel_wheels.py [--out DIR] [PLATFORM ...]
 
-Everything that is needed comes from PyPI into build/wheels: zig, which compiles for all of them, CMake, auditwheel.
-Each library is read again and checked: what it needs, what it exports, for what machine it is. Afterwards
-`pip install --find-links DIR edgelm` installs both on any of these platforms, without a compiler.
+All tools come from PyPI into build/wheels: zig, which compiles for every platform, CMake, auditwheel. Each library is
+checked: its imports, its exports, its target machine. Afterwards,
+`pip install --find-links DIR edgelm` installs both on any of these platforms without a compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scripts.wheels.platforms import PLATFORMS
 
 
 def main() -> int:
-    """Parse, build, print the wheels' paths. Returns: the process's exit status."""
+    """Parse, build, print the wheels' paths. Returns the process's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("platforms", nargs="*", metavar="PLATFORM", help=f"of {', '.join(PLATFORMS)} (all)")
     parser.add_argument(

@@ -1,12 +1,12 @@
-"""One real model, from transformers in float32 to what edgelm makes of it: time, memory, bytes, quality, answers.
+"""One real model, from transformers in float32 to edgelm's bundles: time, memory, bytes, quality, answers.
 
     python scripts/case_study.py --texts wikitext-2/test.txt stories.txt --lambada lambada_test.jsonl \
         --questions mt_bench_questions.jsonl [--rounds 3] [--only speed quality ...] [--without pruned ...]
 
-Takes the model of real_model.py. Everything is made and noted below --work, figure by figure: a run that is stopped
-goes on with what is missing, and --only does some parts of it (models, speed, quality, answers, report). Speeds are
-measured in alternation, each in a process of its own. Needs edgelm with the extra `export`; `edgelm-kernels` are used
-where they are installed. The report is printed, and kept as report.md beside the figures.
+Uses the model of real_model.py. Results are stored below --work figure by figure: a run that was stopped continues with
+the missing ones, and --only runs some parts (models, speed, quality, answers, report). Speeds are measured in
+alternation, each in a process of its own. Needs edgelm with the extra `export`; uses `edgelm-kernels` if installed.
+Prints the report and stores it as report.md beside the figures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SOURCE = "transformers"
 @dataclass(frozen=True)
 class Variant:
     """A form of the model. title: in the report; share: of the float32 weights' bytes that a bundle may take; recipe:
-    that it is compressed with first."""
+    applied before the export."""
 
     name: str
     title: str
@@ -53,7 +53,7 @@ VARIANTS = (
 
 
 class Study:
-    """The folder, the figures in it, and what the parts measure with."""
+    """The folder, its figures, and the tools of the parts."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.work, self.model = arguments, arguments.work, real_model.make()
@@ -63,11 +63,11 @@ class Study:
         self.variants = [item for item in VARIANTS if item.name not in arguments.without]
 
     def folder(self, variant: Variant) -> Path:
-        """Of the source, or of the variant's bundle."""
+        """The folder of the source or of the variant's bundle."""
         return self.model if variant.name == SOURCE else self.work / variant.name
 
     def note(self, key: str, measure: Callable[[], Any]) -> None:
-        """Measure what has no figure yet, and keep it at once."""
+        """Measure a figure unless it is known, and store it at once."""
         if key in self.figures:
             return
         started = time.monotonic()
@@ -78,20 +78,22 @@ class Study:
         print(f"{key}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     def run(self, *command: str) -> str:
-        """What a command of edgelm or this file prints. Raises: CalledProcessError."""
+        """The output of a command of edgelm or of this file. Raises: CalledProcessError."""
         print(f"$ {' '.join(command)}", file=sys.stderr, flush=True)
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT / "scripts").stdout
 
     def edgelm(self, *arguments: str) -> str:
-        """What edgelm's command line prints."""
+        """The output of edgelm's command line."""
         return self.run(sys.executable, "-m", "edgelm.runtime.cli", *arguments)
 
 
 def main() -> None:
-    """Do the parts that are asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="their first 40 kB are read")
-    parser.add_argument("--lambada", type=Path, metavar="FILE", help="of which 500 passages are read")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], metavar="FILE", help="texts; the first 40 kB of each are read"
+    )
+    parser.add_argument("--lambada", type=Path, metavar="FILE", help="passages; 500 of them are read")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with the key turns")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "case-study", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=3)
@@ -114,7 +116,7 @@ def main() -> None:
 
 
 def models(study: Study) -> None:
-    """Make the bundles, and note parameters and bytes."""
+    """Make the bundles; record parameters and bytes."""
     whole = (study.model / "model.safetensors").stat().st_size
     study.note(f"{SOURCE}/bytes", lambda: whole)
     for variant in study.variants[1:]:
@@ -126,7 +128,7 @@ def models(study: Study) -> None:
 
 
 def _make(study: Study, variant: Variant, whole: int) -> float:
-    """Seconds that making a bundle took."""
+    """Make a bundle; returns the seconds it took."""
     started, source = time.monotonic(), str(study.model)
     if variant.recipe is not None:
         smaller = str(study.work / f"{variant.name}-folder")
@@ -138,7 +140,7 @@ def _make(study: Study, variant: Variant, whole: int) -> float:
 
 
 def speed(study: Study) -> None:
-    """A chat prompt's answer of 200 tokens, in alternation."""
+    """Answers of 200 tokens to a chat prompt, in alternation."""
     for index in range(study.arguments.rounds):
         for variant in study.variants:
             study.note(f"{variant.name}/speed/{index}", lambda variant=variant: _apart(study, variant, "speed"))
@@ -204,7 +206,7 @@ def _measure(study: Study, name: str, what: str) -> Any:
 
 
 def _load(study: Study, variant: Variant) -> tuple[Callable[[list[int], int], Iterator[int]], Any]:
-    """What generates, and the source's tokenizer."""
+    """A generating function, and the source's tokenizer."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(study.model, local_files_only=True)
@@ -233,7 +235,7 @@ def _chat(tokenizer: Any, question: str) -> list[int]:
 
 
 def _timed(generate: Callable[[list[int], int], Iterator[int]], ids: list[int]) -> dict[str, float]:
-    """Of the second answer, to a prompt that no cache knows: the first one warms up."""
+    """Times of the second answer, to a prompt that is in no cache; the first answer warms up."""
     for _ in generate([*ids[:-1], ids[0], ids[-1]], 8):
         pass
     started, first, count = time.perf_counter(), 0.0, 0
@@ -247,7 +249,7 @@ def _timed(generate: Callable[[list[int], int], Iterator[int]], ids: list[int]) 
 
 
 def report(study: Study) -> None:
-    """Print what is known, and keep it."""
+    """Print the known figures, and store the report."""
     from case_study_report import markdown
 
     text = markdown(study.figures, {variant.name: variant.title for variant in study.variants})

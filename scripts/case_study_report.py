@@ -1,4 +1,4 @@
-"""The report of case_study.py: a table of all forms of the model, what was promised of them, and their answers."""
+"""The report of case_study.py: a table of all forms of the model, their promises, and their answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 SOURCE = "transformers"
-# The promise: 800 to 150 ms, half the size, 30 % fewer parameters, quality kept. Kept is what the gate of an export
-# calls so for perplexity, and for LAMBADA what 500 passages tell apart.
+# The promise: 800 to 150 ms, half the size, 30 % fewer parameters, quality kept. For perplexity, "kept" means within
+# the export gate's limit; for LAMBADA, within the resolution of 500 passages.
 _TIMES, _SIZE, _PARAMETERS = 800 / 150, 0.5, 0.7
 _PERPLEXITY_PERCENT, _POINTS = 3.0, 3.0
 _MISSING = "-"
@@ -17,7 +17,7 @@ Figures = Mapping[str, Any]
 
 
 def markdown(figures: Figures, titles: Mapping[str, str]) -> str:
-    """The whole report. figures: of case_study.py; titles: of the forms, by name, the source's first."""
+    """The whole report. figures: from case_study.py; titles: of the forms by name, the source's first."""
     return "\n".join([*_table(figures, titles), "", *_promises(figures, titles), "", *_answers(figures, titles)])
 
 
@@ -41,7 +41,7 @@ def _table(figures: Figures, titles: Mapping[str, str]) -> Iterator[str]:
 
 
 def _promises(figures: Figures, titles: Mapping[str, str]) -> Iterator[str]:
-    """A row for each figure that was promised, with yes or no."""
+    """A row for each promised figure, with yes or no."""
     others = [name for name in titles if name != SOURCE]
     rows: list[tuple[str, Callable[[str], bool | None]]] = [
         (f"an answer {_TIMES:.1f} times as fast", lambda name: _holds(_middle(_times(figures, name)), _TIMES)),
@@ -69,7 +69,7 @@ def _answers(figures: Figures, titles: Mapping[str, str]) -> Iterator[str]:
 
 
 def _kept(figures: Figures, name: str) -> bool | None:
-    """Whether every perplexity and LAMBADA are the source's, within bounds; None where one was not measured."""
+    """Whether every perplexity and LAMBADA are within bounds of the source's; None if one was not measured."""
     texts = [key.rsplit("/", 1)[1] for key in figures if key.startswith(f"{SOURCE}/perplexity/")]
     rises = [_rise(figures, name, text) for text in texts]
     words = (_last_words(figures, SOURCE), _last_words(figures, name))
@@ -79,7 +79,7 @@ def _kept(figures: Figures, name: str) -> bool | None:
 
 
 def _rise(figures: Figures, name: str, text: str) -> Any:
-    """Percent by which the perplexity of a text is above the source's."""
+    """Percent by which a text's perplexity exceeds the source's."""
     whole, own = _perplexity(figures, SOURCE, text), _perplexity(figures, name, text)
     return None if whole is None or own is None else 100 * (own / whole - 1)
 
@@ -99,7 +99,7 @@ def _last_words(figures: Figures, name: str) -> Any:
 
 
 def _parameters(figures: Figures, name: str) -> Any:
-    """The source's are those of the form that nothing was left out of."""
+    """The source's number is that of the form without pruning."""
     return figures.get("int8/parameters" if name == SOURCE else f"{name}/parameters")
 
 
@@ -118,7 +118,7 @@ def _median(figures: Figures, name: str, key: str) -> float | None:
 
 
 def _times(figures: Figures, name: str) -> list[float]:
-    """The source's time of an answer over this one's, of each round that has both."""
+    """The source's answer time divided by this form's, for each round with both."""
     rounds = [at.rsplit("/", 1)[1] for at in figures if at.startswith(f"{name}/speed/")]
     pairs = [(figures.get(f"{SOURCE}/speed/{index}"), figures[f"{name}/speed/{index}"]) for index in rounds]
     return [whole["answer_s"] / own["answer_s"] for whole, own in pairs if whole]

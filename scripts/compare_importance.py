@@ -1,12 +1,12 @@
-"""Which layers a model misses least, by four measures: what the answers lose when so many of them go.
+"""Which layers a model misses least, by four measures: the loss when so many layers are removed.
 
     python scripts/compare_importance.py MODEL... [--parts layers|attention] [--counts 1 2 4] [--text FILE]
 
-MODEL is a folder, a GGUF file or a builtin model. Layers are chosen on the text that calibrates an export, or the first
-half of FILE; the table is of the texts that judge one, or of the second half, which none of the measures sees: KL
-divergence from the whole model in nats a token, and perplexity. `random` is the mean of three choices. Taylor is
-|gradient of the loss times what the part adds to the stream|, summed over the stream, averaged over tokens (Molchanov
-et al., arXiv 1906.10771).
+MODEL is a folder, a GGUF file or a builtin model. Layers are chosen on the text that calibrates an export, or on the
+first half of FILE. The table is measured on the texts that judge an export, or on the second half, which no measure
+sees: KL divergence from the whole model in nats a token, and perplexity. `random` is the mean of three choices. Taylor
+is |gradient of the loss times what the part adds to the stream|, summed over the stream, averaged over tokens
+(Molchanov et al., arXiv 1906.10771).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WINDOW, _WINDOWS, _SEEDS = 512, 8, 3
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes. names: of its edit and, by index, of the submodules."""
+    """The parts to remove. names: of the submodules, by index; edit: removes them."""
 
     edit: str
     names: dict[int, str]
@@ -49,12 +49,12 @@ class Parts:
 
 
 def main() -> None:
-    """Print a table of each model."""
+    """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--parts", choices=("layers", "attention"), default="layers")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="how many of them go")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="of the kind that the models know")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="numbers of parts to remove")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text of the kind that the models know")
     arguments = parser.parse_args()
     quiet_libraries()
     for model in arguments.models:
@@ -86,7 +86,7 @@ def compare(model: str, kind: str, counts: list[int], text: Path | None) -> None
 
 
 class Judge:
-    """What a whole model says to texts, and how far others are from it."""
+    """The predictions of a whole model on texts, and the distance of others from them."""
 
     def __init__(self, module: PreTrainedModel, texts: list[list[int]], context_length: int) -> None:
         size = min(_WINDOW, context_length)
@@ -122,7 +122,7 @@ def _parts(module: PreTrainedModel, kind: str) -> Parts:
 def _choices(
     module: PreTrainedModel, parts: Parts, ids: list[int], context_length: int, counts: list[int]
 ) -> Iterator[tuple[str, list[list[list[int]]], float]]:
-    """Of each measure: its name, for each count the choices that are averaged, and how long it took."""
+    """For each measure: its name, the choices to average for each count, and the seconds it took."""
     drawn = [np.random.default_rng(seed).permutation(sorted(parts.names)).tolist() for seed in range(_SEEDS)]
     yield "random", [[order[:count] for order in drawn] for count in counts], 0.0
     started = time.monotonic()
@@ -160,7 +160,7 @@ def _taylor(module: PreTrainedModel, parts: Parts, ids: list[int], context_lengt
 
 
 def _cell(module: PreTrainedModel, parts: Parts, choices: list[list[int]], judge: Judge) -> str:
-    """KL and perplexity, means over choices: of perplexity the geometric one."""
+    """KL and perplexity, averaged over choices; the geometric mean for perplexity."""
     found = []
     for chosen in choices:
         smaller = copy.deepcopy(module)

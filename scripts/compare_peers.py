@@ -1,13 +1,13 @@
-"""Measure edgelm beside other ways to run a language model on a CPU: the same model, machine, token ids and threads.
+"""Compare edgelm with other ways to run a language model on a CPU: same model, machine, token ids and threads.
 
     python scripts/compare_peers.py --rounds 3 --text wikitext-2/test.txt --questions mt_bench_questions.jsonl
 
-Takes the real model of real_model.py and bench.py's reference with random weights, unless --model names others. Makes a
-virtual environment for each peer and converts the model for each of them (kept below --cache for the next run;
-`--rounds 0` makes no measurement of speed), then measures all in alternation, every measurement in a fresh process, and
-prints tables of medians. With --text and --questions it also measures what each peer's arithmetic costs: KL divergence
-from the fp32 model and perplexity on the text's first 40 kB, and greedy answers that are fp32's. Needs edgelm with the
-extra `export`, a C++ compiler for llama.cpp, and about 10 GB on the disk. pip's own settings say where packages come
+Uses the real model of real_model.py and bench.py's reference with random weights, unless --model names others. Makes a
+virtual environment for each peer and converts the model for it (kept below --cache for the next run; `--rounds 0`
+measures no speed). Then measures all peers in alternation, every measurement in a fresh process, and prints tables of
+medians. With --text and --questions it also measures the cost of each peer's arithmetic: KL divergence from the fp32
+model and perplexity on the text's first 40 kB, and greedy answers equal to fp32's. Needs edgelm with the extra
+`export`, a C++ compiler for llama.cpp, and about 10 GB of disk space. pip's own settings decide where packages come
 from. A peer that cannot be installed or that fails is reported with the reason.
 """
 
@@ -34,7 +34,7 @@ from peers.source_model import fingerprint, readable
 CONTEXTS = (128, 1024, 1900)
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "-kernels"
-# What the others' distributions and answers are compared with.
+# The peer whose distributions and answers are the reference for the others.
 REFERENCE = "transformers-fp32"
 QUALITY = "quality"
 TEXT_BYTES, WINDOW, STRIDE = 40_000, 512, 256
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def compare(model: Path, arguments: argparse.Namespace, out: Path) -> str:
-    """Prepare, measure, and write JSON and plot of one model; its tables."""
+    """Prepare and measure one model, write JSON and plot; returns its tables."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     longest = config.get("max_position_embeddings", max(CONTEXTS) * 2)
     kinds = [COLD, *(str(context) for context in CONTEXTS if context + 100 <= longest)]
@@ -124,7 +124,7 @@ def _names(text: str) -> list[str]:
 
 
 def _random_model() -> Path:
-    """The folder of the reference with random weights, built where it is not there yet."""
+    """The folder of the reference with random weights, built if it is missing."""
     model = ROOT / "build" / "bench" / "model"
     if not (model / "tokenizer.json").is_file():
         reference_model.build_model(model, ROOT / "scripts" / "reference" / "config.json", "float32")
@@ -132,9 +132,9 @@ def _random_model() -> Path:
 
 
 def quality_task(model: Path, text: Path | None, questions: Path | None) -> dict[str, Any] | None:
-    """What quality is measured on, as token ids, so that no peer's tokenizer decides anything; None for nothing.
+    """The texts and prompts for quality, as token ids, so that no peer's tokenizer matters; None for no quality.
 
-    Prompts of a model without a chat template are the questions alone.
+    Without a chat template, prompts are the bare questions.
     """
     if text is None and questions is None:
         return None
@@ -163,8 +163,7 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
 
 
 class Comparison:
-    """One model for several peers. `failures` holds the reason of each failure, by peer and by what the peer was
-    doing."""
+    """One model for several peers. `failures` holds the reason of each failure, by peer and stage."""
 
     def __init__(self, cache: Path, model: Path, vocab: int, threads: int, failures: dict[str, dict[str, str]]) -> None:
         self.environments = Environments(cache, threads)
@@ -175,7 +174,7 @@ class Comparison:
         self._failures = failures
 
     def prepare(self, peer: report.Peer) -> bool:
-        """Install and convert, and run once, so that files are in the system's cache. Whether all of it went well."""
+        """Install, convert, and run once to fill the system's file cache. Returns whether all of it succeeded."""
         for stage, work in (("installation", self._install), ("conversion", self._convert)):
             print(f"{peer.name}: {stage}", file=sys.stderr, flush=True)
             try:
@@ -197,7 +196,7 @@ class Comparison:
             stamp.write_text(json.dumps(made_by), encoding="utf-8")
 
     def round(self, peers: list[report.Peer], kinds: list[str], number: int, rounds: int) -> dict[str, Any]:
-        """Figures by the peer's name. Each kind of measurement runs on all peers, in the opposite order in every second
+        """Figures by peer name. Each kind of measurement runs on all peers, in the opposite order in every second
         round."""
         figures: dict[str, dict[str, Any]] = {peer.name: {} for peer in peers}
         for kind in kinds:
@@ -208,7 +207,7 @@ class Comparison:
         return figures
 
     def quality(self, peers: list[report.Peer], task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Figures by the peer's name; the reference's first, which is prepared where it is not among the peers."""
+        """Figures by peer name, the reference's first; the reference is prepared even if it is not among the peers."""
         reference = PEERS[REFERENCE]
         if reference not in peers and not self.prepare(reference):
             return {}
@@ -228,7 +227,7 @@ class Comparison:
                 continue
             expected = found[reference.name]["answers"]
             found[peer.name] |= quality.equal_answers(expected, found[peer.name]["answers"])
-        (self._work / quality.REFERENCE_NAME).unlink(missing_ok=True)  # gigabytes that nothing else needs
+        (self._work / quality.REFERENCE_NAME).unlink(missing_ok=True)  # gigabytes, and nothing else needs them
         return {name: {"label": PEERS[name].label, **figures} for name, figures in found.items()}
 
     def _measure(self, peer: report.Peer, kind: str) -> dict[str, Any] | None:
@@ -244,7 +243,7 @@ class Comparison:
         return self.environments.harness(peer.adapter, [task, peer.adapter, peer.variant], self._folder(peer), words)
 
     def _folder(self, peer: report.Peer) -> Path:
-        """A bundle is the same one with kernels and without."""
+        """With and without kernels, the bundle is the same."""
         return self._work / peer.name.removesuffix(KERNELS)
 
     def _fail(self, peer: report.Peer, stage: str, error: PeerError) -> None:
@@ -253,7 +252,7 @@ class Comparison:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """The machine that was measured."""
     import psutil
 
     name, flags = platform.processor() or platform.machine(), set()

@@ -1,10 +1,10 @@
-"""What `prune-structured` costs at several ratios, of one model: measured on texts that nothing was chosen by.
+"""The cost of `prune-structured` at several ratios, for one model, on texts that influenced no choice.
 
     python scripts/compare_pruning.py MODEL [--ratios 0.05 0.1] [--importance curvature taylor] [--text FILE]
 
-Everything is chosen on the texts that calibrate an export. The table is of those that judge one, and of the first 8,192
-tokens of FILE in windows of 512: KL divergence from the whole model in nats a token, and perplexity. Each importance is
-measured once for all ratios, as the step does it; "not refitted" is the step with `refit = false`.
+Choices are made on the texts that calibrate an export. The table is measured on the texts that judge one, and on the
+first 8,192 tokens of FILE in windows of 512: KL divergence from the whole model in nats a token, and perplexity. Each
+importance is computed once for all ratios, as in the step; "not refitted" is the step with `refit = false`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--importance", nargs="+", default=["curvature"], choices=("curvature", "taylor", "magnitude"))
-    parser.add_argument("--not-refitted", action="store_true", help="also without fitting matrices anew")
+    parser.add_argument("--not-refitted", action="store_true", help="also without refitting matrices")
     parser.add_argument("--text", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     quiet_libraries()

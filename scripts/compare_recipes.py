@@ -2,13 +2,13 @@
 
     python scripts/compare_recipes.py [--work build/bench] [--rounds 5] [--threads 2] [--texts FOLDER] [--json FILE]
 
-Each bundle is INT8 and passed the gate of its export; bundles with one type of cache are compared with each other. A
-round measures each of them in a fresh process, every other round in the opposite order; the table shows medians of the
-rounds, with the least and the largest ratio of a round. (In one process, in turns, the waiting threads of the sessions
-take the processor from each other: what saved a fifth of the time in a process of its own then saved nothing.)
+Each bundle is INT8 and passed the gate of its export; bundles with the same type of cache are compared. A round
+measures each bundle in a fresh process, every second round in the opposite order. The table shows medians over the
+rounds, with the smallest and largest ratio of a round. (In one process, in turns, waiting threads of other sessions
+take the processor: a saving of a fifth in separate processes then disappeared.)
 
-The reference has random weights, which decide neither size nor speed; what steps cost in quality, and what training
-gives back, is compared on a trained model, by `compare_training.py`, whose table follows where --texts names its texts.
+The reference has random weights, which affect neither size nor speed. The cost of steps in quality, and the effect of
+training, are compared on a trained model by `compare_training.py`; its table follows if --texts names its texts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from reference_model import prepare, random_target
 CONTEXTS = (128, 1900)
 CACHES = ("int8", "float32")
 UNCOMPRESSED = "uncompressed"
-# Steps that are timed, behind some that are not.
+# Timed steps, and untimed ones before them.
 _STEPS, _SETTLING = 150, 10
 
-# By bundle and context: seconds of a step.
+# Seconds of a step, by bundle and context.
 Round = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe as text; least: the smallest ratio of decoding speed that each context promises, with an INT8 cache; kv:
-    the share of the cache's bytes that may stay; caches: the types that it is compared with."""
+    """A recipe as text; least: the smallest promised ratio of decoding speed at each context, with an INT8 cache; kv:
+    the promised share of the cache's bytes; caches: the types of cache to compare with."""
 
     recipe: str
     least: dict[int, float]
@@ -46,9 +46,9 @@ class Case:
 
 
 def cases(layers: int) -> dict[str, Case]:
-    """What is compared, for a model of so many layers."""
+    """The cases for a model of so many layers."""
     return {
-        # A float32 cache too: attention takes more of a step there.
+        # A float32 cache too: there, attention takes a larger part of a step.
         "skip half of attention": Case(
             f'[[step]]\nuse = "skip-attention"\nlast = {layers // 2}\n', {128: 1.15, 1900: 1.35}, 0.5, CACHES
         ),
@@ -57,7 +57,7 @@ def cases(layers: int) -> dict[str, Case]:
 
 
 def main() -> None:
-    """Parse, then measure all (or, in a child process, one round). Exit status 1 where a promise is not kept."""
+    """Parse, then measure everything, or one round in a child process. Exit status 1 if a promise is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench"), help="folder for models and bundles, kept for the next run"
@@ -65,9 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every bundle (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
-    parser.add_argument(
-        "--texts", type=Path, metavar="FOLDER", help="also compare the steps that train, on these texts"
-    )
+    parser.add_argument("--texts", type=Path, metavar="FOLDER", help="also compare training steps on these texts")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -99,7 +97,7 @@ def layers_of(model: Path) -> int:
 
 
 def export_all(work: Path, model: Path, kv: str) -> tuple[dict[str, Path], dict[str, Case]]:
-    """The bundles with this type of cache by name, the uncompressed one first, and the cases that they are of."""
+    """The bundles with this type of cache by name, the uncompressed one first, and their cases."""
     bundles = {UNCOMPRESSED: work / f"bundle-{kv}"}
     prepare(model, bundles[UNCOMPRESSED], kv)
     wanted = {name: case for name, case in cases(layers_of(model)).items() if kv in case.caches}
@@ -110,7 +108,7 @@ def export_all(work: Path, model: Path, kv: str) -> tuple[dict[str, Path], dict[
 
 
 def export(model: Path, recipe: str, bundle: Path, kv: str) -> None:
-    """Compress and export, unless an earlier run did. The gate of the export judges the result."""
+    """Compress and export, unless an earlier run did. The export's gate judges the result."""
     if (bundle / "manifest.json").is_file():
         return
     from edgelm.export import ExportConfig, export_model
@@ -123,7 +121,7 @@ def export(model: Path, recipe: str, bundle: Path, kv: str) -> None:
 
 
 def measure_all(bundles: dict[str, Path], rounds: int, threads: int) -> list[Round]:
-    """What each round measured."""
+    """The measurements of each round."""
     found = []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
@@ -149,7 +147,7 @@ def measure(bundle: Path, threads: int) -> dict[str, float]:
 
 
 def row(name: str, kv: str, bundles: dict[str, Path], rounds: list[Round]) -> dict[str, Any]:
-    """The figures of a bundle beside those of the uncompressed one with the same type of cache."""
+    """The figures of a bundle beside the uncompressed one's with the same type of cache."""
     own, other = (_sizes(bundles[one]) for one in (name, UNCOMPRESSED))
     ratios = {str(c): [found[UNCOMPRESSED][str(c)] / found[name][str(c)] for found in rounds] for c in CONTEXTS}
     return {
@@ -166,7 +164,7 @@ def row(name: str, kv: str, bundles: dict[str, Path], rounds: list[Round]) -> di
 
 
 def misses(found: dict[str, Any], case: Case) -> list[str]:
-    """The promises that a row does not keep, in words."""
+    """The promises that a row does not keep, as texts."""
     least = case.least if found["kv"] == "int8" else {}
     slow = [
         f"{found['name']}: {found['decode_ratio'][str(context)]:.2f} times the speed at {context}, not {ratio}"
@@ -178,7 +176,7 @@ def misses(found: dict[str, Any], case: Case) -> list[str]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a bundle."""
+    """Print one line a bundle."""
     print(
         f"{'':26}{'cache':>9}{'MB':>8}{'KV bytes/token':>16}" + "".join(f"{f'tokens/s at {c}':>28}" for c in CONTEXTS)
     )

@@ -1,16 +1,16 @@
-"""What the steps that train give back: perplexities on stories that nothing was trained on, of `builtin:tales`.
+"""What training steps recover: perplexities of `builtin:tales` on stories that were not trained on.
 
     python scripts/compare_training.py TEXTS [--only recover|distil|quantization-aware] [--steps 100]
 
-TEXTS holds `tinystories/tinystories_1000.json`. The stories are split as `train_example_model.py` split them when it
-trained the model, so its held-out stories are held out here as well. Perplexity is that of the graph that a bundle
-ships, INT8 by row with a float32 cache, in the runtime; windows of 512 tokens of which 256 count.
+TEXTS holds `tinystories/tinystories_1000.json`. The stories are split as in `train_example_model.py`, which trained the
+model, so its held-out stories are held out here too. Perplexity is that of a bundle's graph, INT8 by row with a float32
+cache, in the runtime, in windows of 512 tokens of which 256 count.
 
-What INT8 costs is less than what perplexities of 50 stories tell apart. It is measured token by token against float32,
-on these stories and the 50 that only chose the model's checkpoint; the error is that of the mean, by bootstrap over
-stories. (Two more versions of each story, with other names, lessened it by a sixth only.) The mean KL divergence from
-the model's own predictions is what the change costs on text that the model itself would write; it is known far more
-exactly, because no token is drawn.
+INT8 costs less than perplexities of 50 stories can resolve. Its cost is measured token by token against float32, on
+these stories and on the 50 that only chose the model's checkpoint. The error is that of the mean, by bootstrap over
+stories. (Two more versions of each story, with other names, reduced it only by a sixth.) The mean KL divergence from
+the model's own predictions is the cost on text that the model itself would write. It is far more exact, because no
+token is sampled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _RESAMPLES = 4000
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of a graph on all texts, by token, in nats: negative log-likelihoods, and KL divergences from the model's
+    """Scores of a graph on all texts, by token, in nats: negative log-likelihoods, and KL divergences from the model's
     predictions, both (tokens) float64."""
 
     losses: NDArray[np.float64]
@@ -61,7 +61,7 @@ class Scores:
 
 
 class Comparison:
-    """The model, the texts, and what every comparison does with them."""
+    """The model, the texts, and the operations shared by all comparisons."""
 
     def __init__(self, texts: Path, steps: int) -> None:
         import transformers
@@ -72,7 +72,7 @@ class Comparison:
         self._work = Path(tempfile.mkdtemp(prefix="compare-training-"))
         self._text = self._work / "train.txt"
         self._text.write_text(_joined(stories.train), encoding="utf-8")
-        # The first one is that of perplexities.
+        # The first part is for perplexities.
         self._texts = [self._ids(_joined(part)) for part in (stories.held_out, stories.dev)]
         self._story = self._stories_of_tokens()
         self._choosing = self._ids(_joined(stories.train))[:_CHOOSING]
@@ -83,11 +83,11 @@ class Comparison:
         self._plain = self._score(self._reference).losses
 
     def trained(self, use: str, **keys: Any) -> dict[str, Any]:
-        """A step that trains on the stories that are for it."""
+        """A step that trains on the training stories."""
         return {"use": use, **self._training, **{key.replace("_", "-"): value for key, value in keys.items()}}
 
     def apply(self, module: PreTrainedModel, *steps: dict[str, Any]) -> PreTrainedModel:
-        """A copy of a module, after these steps."""
+        """A copy of a module after these steps."""
         module = copy.deepcopy(module)
         for step in parse_recipe({"step": list(steps)}, "comparison", "comparison").steps:
             self._runs += 1
@@ -131,7 +131,7 @@ class Comparison:
         return make_session(graph, model, machine.default_threads(), ["CPUExecutionProvider"])
 
     def _score(self, session: Session) -> Scores:
-        """Of a session, which is closed unless it is the reference's."""
+        """Scores of a session, which is closed unless it is the reference's."""
         losses, divergences = [], []
         for text in self._texts:
             wanted = np.concatenate(list(_predictions(self._reference, text)))
@@ -146,14 +146,14 @@ class Comparison:
         return math.exp(scores.losses[: len(self._texts[0]) - 1].mean())
 
     def _difference(self, one: NDArray[np.float64], other: NDArray[np.float64]) -> str:
-        """By how much perplexity differs, in percent, and the standard error of that."""
+        """The difference in perplexity, in percent, and its standard error."""
         sums, counts = np.bincount(self._story, other - one), np.bincount(self._story)
         picks = np.random.default_rng(0).integers(0, len(sums), (_RESAMPLES, len(sums)))
         error = float((sums[picks].sum(1) / counts[picks].sum(1)).std())
         return f"{100 * math.expm1((other - one).mean()):+.3f} +- {100 * error:.3f} %"
 
     def _stories_of_tokens(self) -> NDArray[np.int64]:
-        """The number of the story of each scored token, its end included."""
+        """The story number of each scored token, the end of a story included."""
         end = self._ids(END_OF_TEXT)[0]
         ends = np.concatenate([np.asarray(text[1:]) == end for text in self._texts])
         return np.asarray(np.cumsum(ends) - ends)
@@ -179,7 +179,7 @@ def compare_recover(comparison: Comparison) -> None:
 
 
 def compare_distil(comparison: Comparison) -> None:
-    """Half of the parameters: learning from the large model against learning from the text alone, with equal steps."""
+    """Half of the parameters: learning from the large model against learning only from the text, with equal steps."""
     half = comparison.apply(comparison.source, {"use": "prune-structured", "ratio": 0.5})
     comparison.row("prune-structured 50 %", lambda: half)
     for name, keys in (("text alone (alpha 0)", {"alpha": 0.0}), ("distil (alpha 1)", {"alpha": 1.0})):
@@ -188,7 +188,7 @@ def compare_distil(comparison: Comparison) -> None:
 
 
 def compare_quantization_aware(comparison: Comparison) -> None:
-    """Tuned with INT8 in the forward pass, by three seeds, and as long as by default: what INT8 then costs."""
+    """Tuned with INT8 in the forward pass, with three seeds, and for the default length: the remaining cost of INT8."""
     keys: dict[str, dict[str, Any]] = {f"seed {seed}": {"seed": seed} for seed in range(3)}
     for name, chosen in (keys | {"default length": {"steps": 200, "length": 256}}).items():
         tune = comparison.trained("quantization-aware", **chosen)
@@ -199,7 +199,7 @@ COMPARISONS = {"recover": compare_recover, "distil": compare_distil, "quantizati
 
 
 def _predictions(session: Session, text: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """Log-probabilities of every token at each position of a text but its last, piece by piece."""
+    """Log-probabilities of every token at each position of a text except its last, piece by piece."""
     for _, logits in score(session, text, _WINDOW, _WINDOW // 2):
         shifted = logits - logits.max(1, keepdims=True)
         yield shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -226,8 +226,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("texts", type=Path, help="folder of the texts")
     parser.add_argument("--only", choices=sorted(COMPARISONS), action="append", help="one of the comparisons")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of each training (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     compare(given.texts, given.steps, given.only or COMPARISONS)

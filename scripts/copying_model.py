@@ -1,10 +1,10 @@
-"""Build a model that copies: the reference architecture of 135M parameters, of which two layers repeat what was read.
+"""Build a model that copies: the 135M reference architecture, in which two layers repeat what was read.
 
-No training: the weights of an induction circuit are written down. In the first layer head group g looks g + 1 tokens
-back and notes a short code of that token. In the second layer each token looks for the place whose three tokens in
-front are the text's last three, and takes the token there as the next one. The other 28 layers, and all MLPs, are as
-large and dense as in any model of this shape, and add nearly nothing. So a step costs what it costs such a model, and
-the answer to a text and its first words is the text.
+There is no training: the weights of an induction circuit are set directly. In the first layer, head group g looks g + 1
+tokens back and stores a short code of that token. In the second layer, each token looks for the position whose three
+preceding tokens are the text's last three, and predicts the token at that position. The other 28 layers and all MLPs
+are as large and dense as in any model of this shape, and add nearly nothing. So a step costs as much as in such a
+model, and the answer to a text followed by its first words is the text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 from reference_model import build_model
 
-# The hidden state's parts: a token's code, short codes of the three tokens in front of it, and a one.
+# The hidden state's parts: a token's code, short codes of the three tokens before it, and a constant one.
 _CODE, _NOTE = 192, 64
 _ONE = _CODE + 3 * _NOTE
 _HEAD, _GROUP = 64, 3
 _STEP = 1 / math.sqrt(_CODE)  # so that a token's code has length 1
 _PREVIOUS_SHARPNESS, _MATCH_SHARPNESS = 15.0, 60.0
-_COPIED = 4.0  # how much louder the copied token is than the present one
-_LOUDNESS = 0.7  # of the logits: the copied token has some 15 where chance has up to 5
+_COPIED = 4.0  # weight of the copied token relative to the present one
+_LOUDNESS = 0.7  # scale of the logits: some 15 for the copied token, up to 5 by chance
 _QUIET = 1e-4
 
 
@@ -55,8 +55,8 @@ def _write_tokens(table: Any, random: Any) -> None:
 
 
 def _write_notes(attention: Any, notes: Any, frequencies: Any) -> None:
-    """All keys are equal before rotary positions turn them; queries are turned back by as many places as the group
-    looks back."""
+    """All keys are equal before rotary positions rotate them; queries are rotated back by as many positions as the
+    group looks back."""
     import torch
 
     norm = math.sqrt((_CODE * _STEP**2 + (2 * _STEP) ** 2) / attention.q_proj.in_features)
@@ -76,11 +76,11 @@ def _write_notes(attention: Any, notes: Any, frequencies: Any) -> None:
 
 
 def _write_match(attention: Any, notes: Any, frequencies: Any, random: Any) -> None:
-    """Queries hold the last three tokens, keys the three in front of theirs, both in dimensions that hardly turn."""
+    """Queries hold the last three tokens, keys their three preceding ones, both in dimensions that hardly rotate."""
     import torch
 
     hidden, half = attention.q_proj.in_features, _HEAD // 2
-    # Code and notes have entries of the same size, and the one is twice as large.
+    # Code and notes have entries of the same magnitude, and the constant is twice as large.
     norm = _STEP * math.sqrt((_CODE + 3 * _NOTE + 4) / hidden)
     slow = [place for place in range(half) if frequencies[place] < 1e-3]  # one radian in 1,000 tokens
     rows = torch.tensor([*slow, *(place + half for place in slow)])

@@ -1,13 +1,13 @@
-"""Export several models for several targets: on all machines of a Ray cluster, or one after the other here.
+"""Export several models for several targets, on all machines of a Ray cluster or one after another on this one.
 
     python scripts/export_many.py MODEL ... --target x86-cpu --target arm-cpu --out bundles
         [--cpus 2] [--memory-gb 8] [--address auto] [--in-turn] [--again] [--scheme S] [--kv K] [--compress RECIPE]
 
-Ray (extra `cluster`) runs each export as a task of its own with so many cores and so much memory; --address joins a
-cluster, without it one is started on this machine. All machines have to see the models and the folder --out.
-Each export leaves NAME-TARGET and NAME-TARGET.json in it: what was asked, and the bundle's digest or the error. A
-second run of the same command continues the first: it exports what failed or is missing, and nothing else. A failure
-ends no other export. Exit status 1 with failures.
+Ray (extra `cluster`) runs each export as a task with the given cores and memory. --address joins a cluster; without it,
+one is started on this machine. All machines must see the models and the folder --out. Each export writes NAME-TARGET
+and NAME-TARGET.json there: the request, and the bundle's digest or the error. A second run of the same command
+continues the first: it exports only what failed or is missing. A failure stops no other export. Exit status 1 with
+failures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an export: the bundle's digest, or an error in words."""
+    """The result of an export: the bundle's digest, or an error message."""
 
     digest: str | None
     error: str | None
@@ -55,7 +55,7 @@ Runner = Callable[[Iterable[Job], argparse.Namespace], Iterator[tuple[Job, Outco
 
 
 def main(words: list[str] | None = None) -> int:
-    """Plan, export what is missing, print the outcomes. Returns: the exit status."""
+    """Plan, export what is missing, print the outcomes. Returns the exit status."""
     arguments = parse(words)
     jobs = plan(arguments)
     left = [job for job in jobs if arguments.again or not is_done(job)]
@@ -71,9 +71,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="as of  edgelm export")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as for  edgelm export")
     parser.add_argument("--target", action="append", required=True, metavar="NAME", dest="targets")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the bundles")
     parser.add_argument("--scheme")
@@ -81,14 +81,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compress", metavar="RECIPE")
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="cores for an export (2)")
     parser.add_argument("--memory-gb", type=float, default=4.0, metavar="GB", help="memory for an export (4)")
-    parser.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, such as auto (start one here)")
+    parser.add_argument("--address", metavar="ADDRESS", help="address of a Ray cluster, such as auto (start one here)")
     parser.add_argument("--in-turn", action="store_true", help="one after the other in this process, without Ray")
-    parser.add_argument("--again", action="store_true", help="also export what is there")
+    parser.add_argument("--again", action="store_true", help="also export existing bundles")
     return parser.parse_args(words)
 
 
 def plan(arguments: argparse.Namespace) -> list[Job]:
-    """All exports, each model for each target. Raises: SystemExit, where two would be written to one place."""
+    """All exports, each model for each target. Raises: SystemExit, if two have the same output."""
     from edgelm.export.source.loading import short_name
 
     jobs = []
@@ -103,7 +103,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the bundle exists, complete and with the settings that were asked for."""
+    """Return whether the bundle exists, complete and with the requested settings."""
     try:
         record = json.loads(job.record.read_text(encoding="utf-8"))
         return bool(record["asked"] == asdict(job) and record["digest"] == Bundle.open(job.out).manifest.digest)
@@ -112,14 +112,14 @@ def is_done(job: Job) -> bool:
 
 
 def perform(job: Job) -> Outcome:
-    """Export and record the outcome, on the machine where the task runs: if the driver ends, nothing is lost."""
+    """Export and record the outcome, on the machine where the task runs: nothing is lost if the driver ends."""
     from edgelm.export import ExportConfig, export_model
 
     started, digest, error = time.perf_counter(), None, None
     asked = asdict(job)
     try:
         digest = export_model(ExportConfig(**{**asked, "out": Path(job.out)}, force=True)).manifest.digest
-    except Exception as failure:  # noqa: BLE001, whatever it is, it ends no other export
+    except Exception as failure:  # noqa: BLE001, no failure may stop other exports
         error = f"{type(failure).__name__}: {failure}"
     return written(job, Outcome(digest, error, round(time.perf_counter() - started, 1)))
 
@@ -134,13 +134,14 @@ def written(job: Job, outcome: Outcome) -> Outcome:
 
 
 def in_turn(jobs: Iterable[Job], _: argparse.Namespace) -> Iterator[tuple[Job, Outcome]]:
-    """One after the other in this process."""
+    """Run the exports one after another in this process."""
     for job in jobs:
         yield job, perform(job)
 
 
 def on_ray(jobs: Iterable[Job], arguments: argparse.Namespace) -> Iterator[tuple[Job, Outcome]]:
-    """As tasks of a Ray cluster, in the order in which they end. A task whose process dies is tried once more."""
+    """Run as tasks of a Ray cluster; yields in the order in which they end. A task whose process dies is retried
+    once."""
     try:
         import ray
     except ImportError as error:

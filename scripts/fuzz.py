@@ -1,12 +1,10 @@
-"""Give edgelm random input of each kind that comes from outside. The result must be an answer or one of edgelm's
-errors.
+"""Give edgelm random input of each external kind. The result must be an answer or one of edgelm's errors.
 
     python -m scripts.fuzz [--seconds 60] [--seed 0] [--only NAME ...] [--bundle FOLDER] [--trial NAME:NUMBER]
 
 Kinds: manifest, template, tokenizer, settings, schema, messages, budgets, home, command, kernels (their graphs).
-Findings are raw exceptions, answers that change, what hangs, and whatever ends the process: each
-is printed with its trial, which --trial repeats. Exit status 1 with findings. --bundle: what is tried upon; the model
-that comes with edgelm is exported without it.
+Findings are raw exceptions, changed answers, hangs, and crashes; each is printed with its trial, which --trial repeats.
+Exit status 1 with findings. --bundle: the bundle to try; by default the model that comes with edgelm is exported.
 """
 
 from __future__ import annotations
@@ -27,23 +25,23 @@ from typing import NoReturn
 
 from scripts.fuzzing.targets import Targets
 
-# A trial that computes or waits longer hangs. Apart, because on a busy machine seconds of work take minutes.
+# A trial that computes or waits longer counts as a hang. On a busy machine, seconds of work may take minutes.
 LONGEST_WORK_S, LONGEST_WAIT_S = 20, 120
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "build" / "fuzz" / "bundle"
 
 
 class HangError(BaseException):
-    """A trial takes too long. Not a subclass of Exception, which the code under test might catch."""
+    """A trial takes too long. No subclass of Exception, which the code under test might catch."""
 
 
 def main() -> int:
-    """Parse, then try until the time is up. Returns: the exit status."""
+    """Parse, then try until the time is over. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="how long to try (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these kinds alone")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="what is tried upon")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these kinds")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FOLDER", help="the bundle to try")
     parser.add_argument("--trial", metavar="NAME:NUMBER", help="run one trial and show its result")
     parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -57,7 +55,7 @@ def main() -> int:
 
 
 def watch(arguments: argparse.Namespace) -> int:
-    """Run trials in child processes. When a trial ends its process, the next process continues after it. Returns: the
+    """Run trials in child processes. If a trial crashes its process, the next process continues after it. Returns the
     exit status."""
     end, first, findings = time.monotonic() + arguments.seconds, 0, 0
     while (left := end - time.monotonic()) > 0:
@@ -72,7 +70,7 @@ def watch(arguments: argparse.Namespace) -> int:
             str(first),
         ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None, "its output is read"
+        assert process.stdout is not None, "its output is a pipe"
         last = ""
         for line in process.stdout:
             kind, _, rest = line.rstrip("\n").partition("\t")
@@ -92,7 +90,7 @@ def watch(arguments: argparse.Namespace) -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Run trials, or the one that is named. Each is printed before it begins."""
+    """Run trials, or the named one. Each is printed before it begins."""
     logging.disable(logging.CRITICAL)
     _watch_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,12 +110,12 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def _try(target: object, trial: str) -> None:
-    assert callable(target), "a target is tried"
+    assert callable(target), "a target is a function"
     signal.setitimer(signal.ITIMER_PROF, LONGEST_WORK_S)
     signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT_S)
     try:
         target(random.Random(trial))  # noqa: S311
-    except (Exception, HangError) as error:  # noqa: BLE001  what is looked for
+    except (Exception, HangError) as error:  # noqa: BLE001  these are the findings
         where = traceback.extract_tb(error.__traceback__)[-1]
         words = " ".join(str(error).split())[:300]
         print(f"finding\t{trial}: {type(error).__name__}: {words} ({where.filename}:{where.lineno})", flush=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Check and measure the target cuda on a machine with an NVIDIA GPU, Python 3.12, torch for CUDA 13, and no network.
 #
-#   scripts/gpu_check.sh pack FOLDER            where there is a network: what has to travel, into FOLDER/parts
-#   scripts/gpu_check.sh run [STEP...]          on the machine with the GPU: all steps, or those that are named
+#   scripts/gpu_check.sh pack FOLDER            on a machine with a network: everything to transfer, into FOLDER/parts
+#   scripts/gpu_check.sh run [STEP...]          on the machine with the GPU: all steps, or the named ones
 #   scripts/gpu_check.sh rehearse [STEP...]     the same on the CPU provider with small models, anywhere
 #
-# PARTS: where the parts lie (.gpu/parts); WORK: where they are unpacked, and what is done is remembered, so that a
-# second run goes on where the first ended (/tmp/edgelm-gpu); OUT: where results are written (WORK/out); PYTHON: python3.
-# Each step has a time limit, and its results are written as they come: OUT/steps, OUT/results.jsonl, OUT/logs.tgz.
+# PARTS: folder of the parts (.gpu/parts); WORK: folder where they are unpacked and finished steps are recorded, so that
+# a second run continues the first (/tmp/edgelm-gpu); OUT: folder for results (WORK/out); PYTHON: python3.
+# Each step has a time limit, and its results are written at once: OUT/steps, OUT/results.jsonl, OUT/logs.tgz.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-}; shift || true
@@ -35,7 +35,7 @@ pack() {
         "$PYTHON" $here/pack.py "$folder" --add "$folder/135m" "$folder/1b"
 }
 
-# The most valuable first.
+# The most important steps first.
 steps() {
     mkdir -p "$WORK/logs" "$WORK/done" "$OUT"
     [ $provider = cpu ] || setup
@@ -82,7 +82,7 @@ step() {
 
 show() { tail -n 12 "$WORK/logs/$1.log" | cut -c1-400; }
 
-# CUDA's libraries are those that torch brings as packages.
+# torch's packages bring CUDA's libraries.
 setup() {
     local site libraries
     site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
@@ -95,7 +95,7 @@ install() {
     (cd "$PARTS" && sha256sum -c digests)
     cat "$PARTS"/site.tar.xz.* | "$PYTHON" -c 'import sys, tarfile
 tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall(sys.argv[1], filter="data")' "$WORK"
-    # As an editable install would, without a build.
+    # Like an editable installation, without a build.
     mkdir -p "$WORK"/site/edgelm "$WORK"/site/edgelm-0.dist-info
     for part in export runtime targets; do ln -sfn "$PWD/$part" "$WORK/site/edgelm/$part"; done
     printf 'Metadata-Version: 2.1\nName: edgelm\nVersion: 0\n' >"$WORK/site/edgelm-0.dist-info/METADATA"
@@ -104,7 +104,7 @@ tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall(sys.argv[1], filt
 # A small model to rehearse with.
 skeleton() { "$PYTHON" $here/skeleton.py scripts/reference/small.json "$bundles/small" int8-weight fp16 int4-weight; }
 
-# The weights of one model's bundles, made side by side.
+# Make the weights of one model's bundles in parallel.
 weights() {
     local folder
     for folder in "$bundles/$1"/*/; do "$PYTHON" $here/random_weights.py "${folder%/}" & done
@@ -137,7 +137,7 @@ tokens() {
 speed_small() { extra=(--contexts $contexts); each speed.py $small int8-weight fp16 int4-weight; }
 speed_large() { extra=(--contexts $contexts); each speed.py $large int8-weight fp16 int4-weight; }
 
-# onnxruntime's own switches, each alone: other kernels for products of few bits, for attention of one token.
+# Each of onnxruntime's own switches alone: other kernels for few-bit products, and for attention of one token.
 switches() {
     local status=0 switch
     extra=(--contexts $contexts --quick)

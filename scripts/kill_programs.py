@@ -1,11 +1,11 @@
-"""Kill programs that answer, and see whether one of their caches loses or changes anything.
+"""Kill answering programs, and check that none of their caches loses or changes anything.
 
     python scripts/kill_programs.py BUNDLE [--kills 1000] [--seed 0]
 
-Two programs at a time answer prompts with all caches on one home folder, whose prefixes have room for a few prompts
-only, so that blocks are evicted all the time. A program prints each answer once it has it, and is killed with SIGKILL
-at a random moment. Each printed answer must be what an engine without caches gives. After every 20 kills, and at the
-end, each must be in the response cache, word for word, and all caches must pass their own check. Exit status 1
+Two programs at a time answer prompts with all caches in one home folder. The prefix cache has room for only a few
+prompts, so blocks are evicted constantly. A program prints each answer once it is complete, and is killed with SIGKILL
+at a random moment. Each printed answer must be that of an engine without caches. After every 20 kills and at the end,
+each must be in the response cache, word for word, and all caches must pass their own check. Exit status 1
 otherwise.
 """
 
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="folder that  edgelm export  wrote")
     parser.add_argument("--kills", type=int, default=1000, help="programs to kill (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and moments (%(default)s)")
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.home is not None:
@@ -45,8 +45,8 @@ def main() -> int:
 
 
 def _answer(bundle: Path, home: Path, seed: int) -> None:
-    """The program: answers prompts in random order and prints each, until it is killed."""
-    source = random.Random(seed)  # noqa: S311, nothing is encrypted
+    """The program: answers prompts in random order and prints each answer, until it is killed."""
+    source = random.Random(seed)  # noqa: S311, not for cryptography
     with _open(bundle, home) as engine:
         while True:
             number = source.randrange(_PROMPTS)
@@ -66,7 +66,7 @@ def _open(bundle: Path, home: Path) -> Engine:
 
 
 def _prompt(engine: Engine, number: int) -> list[int]:
-    """Prompts share one of eight beginnings."""
+    """Prompts share one of eight prefixes."""
     size = engine.bundle.manifest.model.vocab_size
     shared, own = (random.Random(seed) for seed in (number % 8, _PROMPTS + number))  # noqa: S311
     beginning = [shared.randrange(size) for _ in range(_PROMPT_TOKENS[0])]
@@ -114,13 +114,13 @@ def _killed(bundle: Path, home: Path, seed: int, source: random.Random) -> list[
     for program in programs:
         program.kill()
         text, _ = program.communicate()
-        # A line that was cut off was not printed.
+        # An incomplete line does not count as printed.
         printed += [tuple(json.loads(line)) for line in text.split("\n")[:-1]]
     return printed
 
 
 def _lost(bundle: Path, home: Path, plain: Engine, printed: dict[int, list[int]]) -> list[int]:
-    """Prompts whose answer is no longer in the response cache, or another one."""
+    """Prompts whose answer is missing from the response cache, or differs."""
     with _open(bundle, home) as engine:
         found = {
             number: engine.generate(token_ids=_prompt(plain, number), max_tokens=_ANSWER_TOKENS) for number in printed

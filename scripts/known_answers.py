@@ -1,4 +1,4 @@
-"""Answers whose right content follows from their number, and random use of a store with a check of each answer."""
+"""Answers whose correct content follows from their number, and random use of a store that checks each answer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def key_of(number: int) -> str:
 
 
 def answer_of(number: int) -> CachedAnswer:
-    """The one right answer of a numbered request: some words, sometimes many."""
+    """The correct answer of a numbered request: some words, sometimes many."""
     source = random.Random(number)  # noqa: S311
     words = source.choice((1, 5, 40, 400))
     return CachedAnswer(tuple((f"word{source.randrange(10**6)} ", (number, index)) for index in range(words)), "stop")
 
 
 def expect(number: int, found: CachedAnswer | None, *, stored: bool = False) -> None:
-    """Raise BrokenError if an answer is not the right one, or is missing although it must be there."""
+    """Raise BrokenError if an answer is wrong, or missing although it must be stored."""
     if found is None and stored:
         raise BrokenError(f"answer {number} was stored and is lost")
     if found is not None and found != answer_of(number):
@@ -37,7 +37,7 @@ def expect(number: int, found: CachedAnswer | None, *, stored: bool = False) -> 
 
 
 def use(store: AnswerStore, source: random.Random, seconds: float) -> int:
-    """Random requests until the time is over; returns how many."""
+    """Make random requests until the time is over; returns their number."""
     end, done = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         number = min(source.randrange(KEYS), source.randrange(KEYS))
@@ -55,7 +55,7 @@ def use(store: AnswerStore, source: random.Random, seconds: float) -> int:
 
 
 def in_threads(store: AnswerStore, seed: int, threads: int, seconds: float) -> int:
-    """`use` from several threads at once; raises the first error of any."""
+    """`use` from several threads at once; raises the first error."""
     done: list[int] = []
     errors: list[Exception] = []
 

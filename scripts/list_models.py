@@ -1,6 +1,6 @@
-"""Write docs/models.md: what export does with each model type that the tests run.
+"""Write docs/models.md: export's result for each model type that the tests run.
 
-The verdicts are those of tests/model_zoo.py, and tests/test_models.py holds each of them.
+The verdicts come from tests/model_zoo.py, and tests/test_models.py checks each of them.
 
     python scripts/list_models.py [--print]
 """

@@ -1,14 +1,14 @@
-"""Make tests/fixtures/optimum: a tiny random Llama, exported by optimum in the forms that people publish.
+"""Make tests/fixtures/optimum: a tiny random Llama, exported by optimum in the published forms.
 
-Run by scripts/make_optimum_fixture, which makes the environment that it needs. Everything is written anew:
+Run by scripts/make_optimum_fixture, which makes its environment. All files are rewritten:
 
     model.onnx               `optimum-cli export onnx --task text-generation-with-past`: one graph that takes the past
     model_quantized.onnx     the same after onnxruntime's dynamic quantization, as optimum does it
-    decoder_model.onnx       the older form: a graph for the first step, beside one for the others, which is model.onnx
-                             byte for byte. Today's optimum writes it no more, but its classes still can.
+    decoder_model.onnx       the older form: a graph for the first step, and one for the others, which is model.onnx
+                             byte for byte. Current optimum no longer writes it, but its classes can.
     decoder_model_merged.onnx
-                             the two in one, by optimum's merge_decoders, with the input use_cache_branch
-    expected.json            prompts, and the greedy tokens after each: of transformers, and of optimum's own runtime
+                             both in one, by optimum's merge_decoders, with the input use_cache_branch
+    expected.json            prompts and the greedy tokens after each: from transformers, and from optimum's own runtime
                              with the quantized graph
 """
 
@@ -38,7 +38,7 @@ TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def make_model(folder: Path) -> LlamaForCausalLM:
-    """A Llama of two layers with widely spread logits, and a tokenizer of single bytes."""
+    """A Llama of two layers with logits far apart, and a byte tokenizer."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=257,
@@ -65,7 +65,7 @@ def make_model(folder: Path) -> LlamaForCausalLM:
 
 
 def greedy(model: Any, ids: torch.Tensor) -> list[int]:
-    """The tokens that a model gives after a prompt, without the prompt."""
+    """The tokens that a model generates after a prompt."""
     mask = torch.ones_like(ids)
     tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
     return list(tokens[0, ids.shape[1] :].tolist())
@@ -84,7 +84,7 @@ def expected(model: LlamaForCausalLM, made: Path) -> list[dict[str, Any]]:
 
 
 def export_older_form(model: LlamaForCausalLM, folder: Path) -> None:
-    """decoder_model.onnx, decoder_with_past_model.onnx and the two in one."""
+    """decoder_model.onnx, decoder_with_past_model.onnx and both in one."""
     first = LlamaOnnxConfig(model.config, task="text-generation", use_past=True, use_past_in_inputs=False)
     later = LlamaOnnxConfig(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
     paths = [folder / "decoder_model.onnx", folder / "decoder_with_past_model.onnx"]
@@ -94,7 +94,7 @@ def export_older_form(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def strip(graph: onnx.GraphProto) -> None:
-    """Leave out what only debuggers read: half of a small file."""
+    """Remove debugging data: half of a small file."""
     del graph.value_info[:]
     for node in graph.node:
         node.ClearField("name")

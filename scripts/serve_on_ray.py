@@ -3,10 +3,10 @@
     python scripts/serve_on_ray.py BUNDLE [NAME=BUNDLE ...] [--replicas 3] [--cpus 2] [--address auto]
         [--host 127.0.0.1] [--port 8000] [--api-key-file FILE] [--allow-host NAME] [--redis URL]
 
-Needs the extras `cluster` and `serve`. Each replica is a process with so many cores that has loaded all bundles, whose
-folders every machine has to see; Ray starts one anew that ended. --address joins a cluster, without it one is started
-on this machine. Requests go to the replica with fewer requests of two, so a conversation does not find the prefix that
-another replica holds: docs/fleet.md compares that with a proxy that hashes conversations.
+Needs the extras `cluster` and `serve`. Each replica is a process with so many cores that has loaded all bundles; every
+machine must see their folders. Ray restarts replicas that end. --address joins a cluster; without it, one is started on
+this machine. A request goes to the less busy of two replicas, so a conversation may not find the prefix that another
+replica holds: docs/fleet.md compares this with a proxy that hashes conversations.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from edgelm.runtime.errors import SettingsError
 from edgelm.runtime.server import ServerSettings, app
 from edgelm.runtime.server.settings import LOOPBACK_HOSTS
 
-# A replica's own queue is as long; beyond that Ray holds requests back.
+# As long as a replica's own queue; beyond that, Ray holds requests back.
 MAX_ONGOING = 64
 
 
 def build(bundles: Mapping[str, str], settings: ServerSettings, cpus: int, redis_url: str | None) -> Any:
-    """The ASGI application of a replica, with all bundles loaded: Ray sends it requests only then."""
+    """The ASGI application of a replica with all bundles loaded; only then does Ray send requests to it."""
     answers: bool | ResponseCacheSettings = True if redis_url is None else ResponseCacheSettings(redis_url=redis_url)
     engines = {
         name: load(path, threads=cpus, response_cache=answers, prefix_cache=True) for name, path in bundles.items()
@@ -44,12 +44,12 @@ def deployment(
     cpus: int = 1,
     redis_url: str | None = None,
 ) -> Any:
-    """Ray Serve's application of bundles, for `serve.run`."""
+    """The Ray Serve application of the bundles, for `serve.run`."""
     from ray import serve
 
     folders = {name: str(path.resolve()) for name, path in bundles.items()}
 
-    def application() -> Any:  # Ray takes a function for what makes an application, and nothing else that can be called
+    def application() -> Any:  # Ray accepts only a function as an application factory, no other callable
         return build(folders, settings, cpus, redis_url)
 
     @serve.ingress(application)
@@ -63,7 +63,7 @@ def deployment(
 
 
 def main() -> int:
-    """Deploy, and wait until a signal ends it."""
+    """Deploy, and wait for a signal to end."""
     arguments = parse()
     keys = () if arguments.api_key_file is None else read_keys(arguments.api_key_file)
     local = arguments.host in ("127.0.0.1", "localhost")
@@ -87,12 +87,12 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="folder of a bundle, or NAME=FOLDER")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=2, help="cores of a replica (2)")
-    parser.add_argument("--address", help="of a Ray cluster, such as auto (start one here)")
+    parser.add_argument("--address", help="address of a Ray cluster, such as auto (start one here)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", type=Path, metavar="FILE")

@@ -1,15 +1,15 @@
-"""How many boards do so many users need? Measure a server's steps, simulate fleets of it, check the simulation.
+"""Estimate how many boards a number of users needs: measure a server's steps, simulate fleets, check the simulation.
 
     python scripts/simulate_fleet.py measure BUNDLE --threads 2 --times times.json     on the board itself
     python scripts/simulate_fleet.py check BUNDLE --threads 2 --times times.json       the real server beside the model
     python scripts/simulate_fleet.py plan --times times.json [--slower 4] [--boards 1 100 1000]
     python scripts/simulate_fleet.py policies --times times.json [--boards 100] [--users-per-board 8]
 
-`measure` starts `edgelm serve` and writes what steps, prompts and requests take. `check` lets users talk with the
-server and with the model of it, and prints both; exit status 1 where they differ by more than --most-error-percent.
-`plan` finds how many users a board takes, and for fleets what they see. `policies` compares how a proxy may choose
-boards, with and without boards that fail. --slower: a machine on which everything takes so many times as long.
-Users ask, read, think and ask again, with all that was said before; docs/fleet.md says what is taken for granted.
+`measure` starts `edgelm serve` and writes the durations of steps, prompts and requests. `check` lets users talk with
+the server and with its model, and prints both; exit status 1 if they differ by more than --most-error-percent. `plan`
+finds how many users a board takes, and the times they see in fleets. `policies` compares ways for a proxy to choose
+boards, with and without failing boards. --slower: a machine that takes so many times as long for everything. Users ask,
+read, think and ask again, with the conversation so far; docs/fleet.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fleet.real import measure, talk
 from fleet.simulation import POLICIES, Fleet
 from fleet.times import StepTimes
 
-# What users put up with: 95 of 100 first tokens within so many seconds, 95 of 100 gaps between tokens.
+# Acceptable to users: 95 of 100 first tokens, and 95 of 100 gaps between tokens, within so many seconds.
 FIRST_S, GAP_S = 2.0, 0.25
-# Turns are short, so that the check sees many; users of a plan take their time.
+# Short turns, so that the check covers many; users of a plan are slower.
 _CHECKED = Load(6, prompt=50, answer=40, think_s=1.5, turns=4, preamble=100, answers_return=False)
 _PLANNED = Load(1)
 
 
 def main() -> int:
-    """Do what was asked. Returns: the exit status."""
+    """Run the subcommand. Returns the exit status."""
     arguments = parse()
     if arguments.act == "measure":
         with served(arguments.bundle, arguments.threads, ["--no-response-cache", "--no-prefix-cache"]) as (address, _):
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     acts = parser.add_subparsers(dest="act", required=True)
     for name in ("measure", "check", "plan", "policies"):
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace, times: StepTimes) -> int:
-    """The same users with the real server and with the model of it. Returns: the exit status."""
+    """Run the same users with the real server and with its model. Returns the exit status."""
     load = replace(_CHECKED, users=arguments.users)
     with served(arguments.bundle, arguments.threads, ["--no-response-cache"]) as (address, _):
         real = asyncio.run(talk(address, load, arguments.seconds)).figures()
@@ -97,12 +97,12 @@ def check(arguments: argparse.Namespace, times: StepTimes) -> int:
 
 
 def content(outcome: Outcome) -> bool:
-    """Whether users put up with it."""
+    """Return whether the times are acceptable to users."""
     return outcome.first_s(0.95) <= FIRST_S and outcome.gap_s(0.95) <= GAP_S
 
 
 def users_of_a_board(times: StepTimes, boards: int, seconds: float) -> int:
-    """The most users for each board of a fleet who put up with what they get."""
+    """The largest number of users per board with acceptable times."""
     fleet = [times] * boards
 
     def enough(users: int) -> bool:
@@ -123,16 +123,16 @@ def run(fleet: Sequence[StepTimes], users: int, seconds: float, policy: str = "s
 
 
 def plan(arguments: argparse.Namespace, times: StepTimes) -> None:
-    """How many users a board takes alone and among others, and what they see."""
+    """Print how many users a board takes, alone and in fleets, and the times they see."""
     print("boards | users a board | users | first token p50, p95 s | gap p95 ms | tokens/s | busy, mean and most")
     for boards in arguments.boards:
-        # Larger fleets take as many a board as 100 do, whose number is found within minutes.
+        # Larger fleets take as many users per board as 100 boards do, and 100 are simulated within minutes.
         each = users_of_a_board(times, min(boards, 100), arguments.seconds)
         print_line(str(boards), each, run([times] * boards, each * boards, arguments.seconds), each * boards)
 
 
 def compare_policies(arguments: argparse.Namespace, times: StepTimes) -> None:
-    """What users see by each policy, and while a tenth of the boards fails."""
+    """Print the times that users see with each policy, also while a tenth of the boards fails."""
     users = round(arguments.users_per_board * arguments.boards)
     for policy in POLICIES:
         for failing in (0, arguments.boards // 10):
@@ -141,7 +141,7 @@ def compare_policies(arguments: argparse.Namespace, times: StepTimes) -> None:
 
 
 def print_line(title: str, each: int, outcome: Outcome, users: int) -> None:
-    """A row of a table."""
+    """Print a row of a table."""
     first = f"{outcome.first_s(0.5):.2f}, {outcome.first_s(0.95):.2f}"
     busy = f"{mean(outcome.busy):.0%}, {max(outcome.busy):.0%}"
     cells = [
@@ -157,7 +157,7 @@ def print_line(title: str, each: int, outcome: Outcome, users: int) -> None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of a few."""
+    """The mean of a few values."""
     return sum(values) / len(values)
 
 

@@ -1,11 +1,11 @@
-"""Run many requests through one engine and see that memory stays flat and answers right.
+"""Run many requests through one engine and check that memory stays flat and answers are right.
 
     python scripts/soak.py BUNDLE [--tokens 20000] [--threads N] [--seed 0]
 
-Prompts share random beginnings, so that blocks are found, evicted and written all the time; the prefix cache has room
-for a tenth of the run's tokens in memory, and for twice as many on the disk. Every tenth answer is compared with that
-of an engine without caches. Prints resident memory as it goes; ends with status 1 where an answer differs, or where the
-last quarter of the run holds more than the second one by more than 16 MiB.
+Prompts share random prefixes, so that blocks are found, evicted and written constantly. The prefix cache has room for a
+tenth of the run's tokens in memory, and for twice as many on disk. Every tenth answer is compared with that of an
+engine without caches. Prints resident memory on the way. Exit status 1 if an answer differs, or if the last quarter of
+the run uses over 16 MiB more than the second.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from edgelm.runtime import Engine, PrefixCacheSettings, load
 
-# Without any cache resident memory goes up and down by 12 MB with the reference model; a leak of a tenth of what 20,000
-# tokens compute would be 23 MB.
+# Without caches, resident memory varies by 12 MB with the reference model. Leaking a tenth of what 20,000 tokens
+# compute would add 23 MB.
 _ALLOWED_BYTES = 16 * 2**20
 _BEGINNINGS = 12
 _ANSWER_TOKENS = 12
@@ -32,14 +32,14 @@ def main() -> int:
     parser.add_argument("bundle", type=Path, help="folder that  edgelm export  wrote")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of all prompts and answers (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads to compute with (physical cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return _soak(arguments, Path(folder))
 
 
 def _soak(arguments: argparse.Namespace, folder: Path) -> int:
-    rng = random.Random(arguments.seed)  # noqa: S311, nothing is encrypted
+    rng = random.Random(arguments.seed)  # noqa: S311, not for cryptography
     with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=False) as plain:
         room = arguments.tokens // 10 * _bytes_per_token(plain)
         settings = PrefixCacheSettings(memory_bytes=room, disk_bytes=max(2**20, 2 * room), folder=folder)

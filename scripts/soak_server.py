@@ -1,9 +1,9 @@
-"""Test a server for long: thousands of requests of mixed kinds, from several clients that often disconnect, and kills.
+"""Test a server with thousands of mixed requests from several clients that often disconnect, and with kills.
 
     python scripts/soak_server.py BUNDLE [--requests 10000] [--clients 8] [--kills 50] [--seed 1] [--threads 1]
 
 Each answer is compared with that of `generate`. At the end no request may be running, and memory, threads and open
-files of the last server may not have grown. Prints what was done as JSON; exit status 1 where something was wrong.
+files of the last server must not have grown. Prints a summary as JSON; exit status 1 if something was wrong.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PROMPTS = [
     f"{begin} {middle}" for begin in ("Once upon a time", "The old man", "A cat") for middle in ("was", "and a", "")
 ]
 START_S, TIMEOUT_S = 120.0, 120.0
-LEAVES = 0.3  # so many of the streams are left in the middle
+LEAVES = 0.3  # the share of streams that are abandoned
 
 
 @dataclass
 class Soak:
-    """What was asked, and what came."""
+    """The requests, and their results."""
 
     arguments: argparse.Namespace
     expected: dict[tuple[str, int], str]
@@ -48,9 +48,9 @@ class Soak:
 
 
 def main() -> int:
-    """Run it."""
+    """Run the test."""
     arguments = parse()
-    soak = Soak(arguments, expected_texts(arguments), random.Random(arguments.seed))  # noqa: S311, to repeat a run
+    soak = Soak(arguments, expected_texts(arguments), random.Random(arguments.seed))  # noqa: S311, to make runs repeatable
     begun = time.perf_counter()
     start(soak)
     try:
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--requests", type=int, default=10_000)
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 
 def expected_texts(arguments: argparse.Namespace) -> dict[tuple[str, int], str]:
-    """What `generate` says to each prompt, by prompt and number of tokens."""
+    """The texts of `generate`, by prompt and number of tokens."""
     with load(arguments.bundle, threads=arguments.threads, response_cache=False, prefix_cache=False) as engine:
         return {
             (prompt, count): engine.generate(prompt, max_tokens=count).text
@@ -115,7 +115,7 @@ def start(soak: Soak) -> None:
 
 
 async def wear(soak: Soak) -> None:
-    """All requests, in rounds between which the server may be killed."""
+    """Send all requests, in rounds; between them the server may be killed."""
     rounds = max(2 * soak.arguments.kills, 20)
     each = max(1, soak.arguments.requests // rounds)
     for number in range(rounds):
@@ -130,7 +130,7 @@ async def wear(soak: Soak) -> None:
 
 
 async def round_of_requests(soak: Soak, count: int, kill: bool) -> None:
-    """Some requests at once; in the middle the server is killed."""
+    """Send some requests at once; the server may be killed meanwhile."""
     places = asyncio.Semaphore(soak.arguments.clients)
     done = 0
 
@@ -161,7 +161,7 @@ async def completion(soak: Soak, client: httpx.AsyncClient) -> None:
 
 
 async def stream(soak: Soak, client: httpx.AsyncClient) -> None:
-    """A text, continued in chunks, and often left in the middle."""
+    """A text continued in chunks, often abandoned on the way."""
     prompt, count = soak.random.choice(list(soak.expected))
     body = {"prompt": prompt, "max_tokens": count, "stream": True}
     leave_after = soak.random.randrange(6) if soak.random.random() < LEAVES else None
@@ -178,7 +178,7 @@ async def stream(soak: Soak, client: httpx.AsyncClient) -> None:
 
 
 async def drawn(soak: Soak, client: httpx.AsyncClient) -> None:
-    """Several drawn answers, twice."""
+    """Several sampled answers, twice."""
     body = {"prompt": soak.random.choice(PROMPTS), "max_tokens": 12, "temperature": 1.0, "n": 2}
     body["seed"] = soak.random.randrange(50)
     answers = [await client.post("/v1/completions", json=body) for _ in range(2)]
@@ -195,14 +195,14 @@ async def schema(soak: Soak, client: httpx.AsyncClient) -> None:
 
 
 async def error(soak: Soak, client: httpx.AsyncClient) -> None:
-    """What has to be refused."""
+    """A request that must be refused."""
     bodies: list[Any] = [{"prompt": 5}, {"prompt": "x " * 20_000}, {"prompt": "a", "model": "none"}, [], {"n": 99}]
     answer = await client.post("/v1/completions", json=soak.random.choice(bodies))
     check(soak, "error", answer.status_code in (400, 404) and bool(answer.json()["error"]["message"]))
 
 
 async def other(soak: Soak, client: httpx.AsyncClient) -> None:
-    """Tokens, models and figures."""
+    """Tokens, models and metrics."""
     counted = await client.post("/tokenize", json={"content": "Once upon a time"})
     found = await client.get(soak.random.choice(["/v1/models", "/metrics", "/health", "/"]))
     check(soak, "other", counted.json()["count"] > 0 and found.status_code == 200)
@@ -226,7 +226,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 async def idle(soak: Soak) -> bool:
-    """Whether nothing is under way soon."""
+    """Return whether all requests end soon."""
     async with httpx.AsyncClient(base_url=soak.address) as client:
         for _ in range(100):
             if 'requests_processing{model="model"} 0' in (await client.get("/metrics")).text:
@@ -236,14 +236,14 @@ async def idle(soak: Soak) -> bool:
 
 
 def sample(soak: Soak) -> tuple[int, int, int]:
-    """Memory of its own in bytes, threads and open files of the server."""
+    """The server's own memory in bytes, its threads and open files."""
     assert soak.process is not None
     process = psutil.Process(soak.process.pid)
     return process.memory_full_info().uss, process.num_threads(), process.num_fds()
 
 
 def growth(samples: list[tuple[int, int, int]]) -> float:
-    """How much more memory the last samples have than those of the second quarter, in percent."""
+    """How much more memory the last samples have than the second quarter's, in percent."""
     if len(samples) < 8:
         return 0.0
     quarter = len(samples) // 4

@@ -1,17 +1,16 @@
-"""Use the stores of answers from many threads and processes, with kills and full disks, and check that no answer is
-lost or wrong.
+"""Use the stores of answers from many threads and processes, with kills and full disks; no answer may be lost or wrong.
 
     python scripts/stress_caches.py [--seconds 30] [--seed 0] [--processes 3] [--threads 3] [--only NAME ...]
 
-memory    threads use and clear one store in memory, for each eviction policy
-sqlite    processes of several threads use one database, for each policy, with small budgets and a time to live
-kill      writers are killed with SIGKILL in the middle of their work: no answer whose `put` returned may be missing
+memory    threads use and clear one in-memory store, for each eviction policy
+sqlite    multithreaded processes use one database, for each policy, with small budgets and a time to live
+kill      writers are killed with SIGKILL at random moments: no answer whose `put` returned may be missing
 evict     the same with budgets so small that every `put` evicts: counts and sizes must be right after each kill
-full      the disk is full for a while (the size of files is limited): what was stored stays, and later writes work
-redis     processes of several threads share a Redis server
+full      the disk is full for a while (simulated by a file size limit): stored answers stay, and later writes work
+redis     multithreaded processes share a Redis server
 
-Every part ends in the store's own `check()`. Whether an answer is the right one can be told from its key. The same seed
-makes the same requests; which thread or process comes first is up to the machine. Exit status 1 with the first error.
+Every part ends in the store's own `check()`. The correct answer follows from its key. The same seed makes the same
+requests; the order of threads and processes depends on the machine. Exit status 1 at the first error.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ POLICIES: tuple[Policy, ...] = ("lru", "lfu")
 
 
 def start(role: str, place: Path | str, seed: int, arguments: argparse.Namespace, *more: str) -> subprocess.Popen[str]:
-    """A child that does one role on one place; it prints what it did."""
+    """Start a child with one role in one place; it prints its result."""
     command = [sys.executable, __file__, "--child", role, str(place), "--seed", str(seed)]
     command += ["--threads", str(arguments.threads), "--seconds", str(arguments.seconds), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def finish(children: list[subprocess.Popen[str]]) -> int:
-    """Wait for children that print a count, and must succeed; returns the sum."""
+    """Wait for children, which must succeed and print a count; returns the sum."""
     total = 0
     for child in children:
         text, _ = child.communicate()
@@ -65,7 +64,7 @@ def finish(children: list[subprocess.Popen[str]]) -> int:
 
 
 def child(role: str, place: str, arguments: argparse.Namespace) -> None:
-    """What a child does."""
+    """The work of a child."""
     if role == "use":
         store = SqliteStore(Path(place), SMALL, ttl_s=0.5, policy=POLICIES[arguments.seed % 2])
         print(in_threads(store, arguments.seed, arguments.threads, arguments.seconds))
@@ -77,7 +76,7 @@ def child(role: str, place: str, arguments: argparse.Namespace) -> None:
 
 
 def write_on(store: SqliteStore, seed: int) -> None:
-    """Store one answer after the other, and say each number once its `put` returned, until killed."""
+    """Store answer after answer, and print each number once its `put` returned, until killed."""
     for number in range(seed * 10**6, (seed + 1) * 10**6):
         store.put(key_of(number), answer_of(number))
         os.write(1, f"{number}\n".encode())
@@ -186,7 +185,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], str]] = {
 
 
 def _rounds(arguments: argparse.Namespace) -> Iterator[int]:
-    """Seeds of groups of processes, no two alike, until the time is over."""
+    """Different seeds for groups of processes, until the time is over."""
     end, seed = time.monotonic() + arguments.seconds, 1
     while time.monotonic() < end:
         yield seed
@@ -194,12 +193,12 @@ def _rounds(arguments: argparse.Namespace) -> Iterator[int]:
 
 
 def _killed(role: str, folder: Path, seed: int, arguments: argparse.Namespace) -> list[int]:
-    """Let writers work for a moment, kill them; the numbers of the answers that they had stored."""
+    """Let writers work for a moment, then kill them; returns the numbers of the answers they stored."""
     children = [start(role, folder, seed + index, arguments) for index in range(arguments.processes)]
     begun = []
-    for process in children:  # they import for a while before they write
+    for process in children:  # imports take a while
         assert process.stdout is not None
-        begun.append(process.stdout.readline().endswith("\n"))  # not, where others held the database for too long
+        begun.append(process.stdout.readline().endswith("\n"))  # false if others held the database for too long
     time.sleep(random.Random(arguments.seed + seed).random() * 0.3)  # noqa: S311
     numbers = []
     for index, process in enumerate(children):
@@ -212,7 +211,7 @@ def _killed(role: str, folder: Path, seed: int, arguments: argparse.Namespace) -
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """A server of our own behind a socket in the folder; its URL."""
+    """Run a Redis server on a socket in the folder; yields its URL."""
     socket = folder / "redis.sock"
     command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -228,7 +227,7 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="of each part (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="seconds for each part (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=3)

@@ -1,14 +1,14 @@
 """Train the small story model that ships with the project, from two public texts.
 
-Owns the whole recipe: cleaning the texts, the byte-level BPE tokenizer, the schedule, and the Hugging Face folder that
-comes out. Needs torch, transformers, tokenizers and safetensors; nothing of the project imports it.
+Covers the whole recipe: cleaning the texts, the byte-level BPE tokenizer, the schedule, and the resulting Hugging Face
+folder. Needs torch, transformers, tokenizers and safetensors; nothing in the project imports it.
 
-Two kinds of text are mixed. The stories (TinyStories) are the target, but there is under one megabyte of them, so
-general English (WikiText-2) fills more than half of the rows at first and fades out. The stories fall into three parts
-by the seed: one to train on, one that chooses the checkpoint, one that only the final report reads.
+Two kinds of text are mixed. The stories (TinyStories) are the target, but they are under one megabyte, so general
+English (WikiText-2) fills more than half of the rows at first and fades out. The seed splits the stories into three
+parts: one to train on, one that chooses the checkpoint, one that only the final report reads.
 
-Every batch and every dropout mask is a function of the seed and the step, so a run that is stopped and started again
-with ``--resume`` takes the same steps as one that was not. The same seed and number of threads on the same machine give
+Every batch and every dropout mask is a function of the seed and the step, so a run that is stopped and resumed with
+``--resume`` takes the same steps as an uninterrupted one. The same seed and number of threads on the same machine give
 the same model. Nothing is written in place: a file appears complete or not at all. No pickle is read or written.
 
     python scripts/train_example_model.py --texts TEXTS --out OUT
@@ -73,18 +73,6 @@ class Score:
     tokens: int
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-
-# --- tokenizer --------------------------------------------------------------------------------------------------------
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
-# --- model ------------------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def score(model: LlamaForCausalLM, tokenizer: Tokenizer, stories: list[str]) -> Score:
     """Predict each story on its own, from the end-of-text token to the end-of-text token, in float32."""
@@ -127,7 +115,7 @@ def continue_greedily(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, positions: int) -> None:
-    """Write the Hugging Face folder; each file is renamed into place when all of them are complete."""
+    """Write the Hugging Face folder; each file is renamed into place once all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         partial = Path(name)
@@ -137,7 +125,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, position
         tokenizer.save(str(partial / "tokenizer.json"))
         write_json(partial / "tokenizer_config.json", tokenizer_settings(positions))
         for file in sorted(partial.iterdir()):
-            file.chmod(0o644)  # safetensors makes it readable for its owner only
+            file.chmod(0o644)  # safetensors makes it readable only for its owner
             file.replace(folder / file.name)
 
 
@@ -161,7 +149,7 @@ def train_step(model: LlamaForCausalLM, optimizers: Optimizers, rows: Tensor, pa
 
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, batches: Batches, dev: list[str], run: Run) -> None:
-    """Take the steps of the recipe; leaves the weights in the model that were best on the development stories."""
+    """Take the steps of the recipe; leaves the best weights on the development stories in the model."""
     recipe, checkpoints = run.recipe, Checkpoints(run.work)
     optimizers = build_optimizers(model, recipe)
     first, best = checkpoints.load_state(model, optimizers) if run.resume else (0, math.inf)
@@ -186,12 +174,12 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, batches: Batches, dev: 
 
 
 def report(line: str) -> None:
-    """Print at once, even into a file that is being followed."""
+    """Print and flush, so that a log file can be followed."""
     print(line, flush=True)
 
 
 def report_result(model: LlamaForCausalLM, tokenizer: Tokenizer, stories: Stories, run: Run) -> None:
-    """Measure the rounded model once on the stories that nothing else has read, and show what it writes."""
+    """Measure the rounded model once on stories that nothing else has read, and print samples."""
     numbers = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dev": dataclasses.asdict(score(model, tokenizer, stories.dev)),
@@ -204,7 +192,7 @@ def report_result(model: LlamaForCausalLM, tokenizer: Tokenizer, stories: Storie
 
 
 def parse_arguments(arguments: list[str]) -> Run:
-    """Turn the command line into a run."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

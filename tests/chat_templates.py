@@ -1,5 +1,5 @@
-# ruff: noqa: E501 (templates are as long as they are)
-"""Chat templates in the manner of models that are in use, written from their public formats."""
+# ruff: noqa: E501 (templates keep their long lines)
+"""Chat templates like those of models in use, written from their public formats."""
 
 from __future__ import annotations
 

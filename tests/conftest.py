@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: tiny models built in code, bundles exported once a run, the optional shared data."""
+"""Shared fixtures: tiny models built in code, bundles exported once a run, the optional shared data."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 # Tests never use the network; transformers and huggingface_hub read this at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# No test reads or fills the user's own caches; this one serves fixtures that outlive a test.
+# No test reads or fills the user's own caches. This folder serves fixtures that outlive a test.
 os.environ["EDGELM_HOME"] = tempfile.mkdtemp(prefix="edgelm-home-")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
-# x86-cpu for models of random weights, which have no quality to lose: INT8 moves their flat distributions further than
-# the target allows.
+# x86-cpu with looser limits, for models of random weights: their distributions are so flat that INT8 exceeds the
+# target's limits.
 WIDE_TARGET = str(Path(os.environ["EDGELM_HOME"]) / "wide.toml")
 Path(WIDE_TARGET).write_text(
     'extends = "x86-cpu"\nname = "x86-cpu"\n[gate]\nmean_kl = 0.2\np99_kl = 3.0\nperplexity_increase_percent = 8.0\n'
     "answers_percent = 80.0\ncache_kl_limit = 0.02\n",
     encoding="utf-8",
 )
-# Of the real model that scripts/real_model.py fetches: another folder for it, and whether its tests may be skipped.
+# Environment variables: a folder that holds the real model already, and whether its tests may be skipped.
 REAL_MODEL, REQUIRE = "EDGELM_REAL_MODEL", "EDGELM_REQUIRE"
 _EXPORT_S = 1800
 
-# Files that take more than half a minute each, together three quarters of all time: --all runs them, or their names do.
+# Files that take over 30 seconds each, three quarters of the total. They run with --all or when named.
 LONG = {
     "test_blocks",
     "test_compress",
@@ -62,12 +62,12 @@ LONG = {
     "test_weight_bits",
 }
 
-# Two paragraphs of simple English: long enough to calibrate and judge tiny models on.
+# Simple English, long enough to calibrate and judge tiny models.
 TEXT = (ROOT / "export" / "text" / "default.txt").read_text(encoding="utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="also run the files whose tests take long together")
+    parser.addoption("--all", action="store_true", help="also run the files that take long")
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes each")
     parser.addoption("--bundles", type=Path, help="folder of exported bundles, for machines that cannot export")
 
@@ -78,14 +78,14 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def edgelm_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of its own for each test, or one test would answer from another's cache."""
+    """A home of its own for each test, so that no test answers from another's cache."""
     home = tmp_path_factory.mktemp("home") / "edgelm"
     monkeypatch.setenv("EDGELM_HOME", str(home))
     return home
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Files that are named on the command line are meant.
+    # Files named on the command line always run.
     named = any(argument.partition("::")[0].endswith(".py") for argument in config.args)
     if not config.getoption("--all") and not named:
         config.hook.pytest_deselected(items=[item for item in items if item.path.stem in LONG])
@@ -97,10 +97,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the shared data, which may be `missing`."""
+    """A file or folder of the shared data; skips or fails the test, as `missing` does, if it is absent."""
     found = SHARED / path
     if not found.exists():
-        missing(f"the shared data are not here ({path})")
+        missing(f"no shared data: {path}")
     return found
 
 
@@ -116,14 +116,14 @@ def byte_tokenizer(folder: Path, vocab_size: int = 257) -> None:
     tokenizer.add_special_tokens(["<end>"])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    # As transformers writes it, which is not on every machine that runs tests.
+    # Written as transformers writes it, because transformers is not installed on every machine that runs tests.
     named = {"backend": "tokenizers", "bos_token": "<end>", "eos_token": "<end>"}
     settings = {**named, "model_max_length": 10**30, "tokenizer_class": "TokenizersBackend"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def tiny_llama(**changes: Any) -> Any:
-    """A random Llama of two layers, head size 16, whose logits are spread widely enough to have no near-ties."""
+    """A random Llama of two layers, head size 16, with logits far enough apart that there are no near-ties."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -146,7 +146,7 @@ def tiny_llama(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """Tiny models gain nothing from more, and torch's and onnxruntime's threads get into each other's way."""
+    """More threads do not speed up tiny models, and those of torch compete with those of onnxruntime."""
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -156,7 +156,7 @@ def _one_torch_thread() -> None:
 def compare_texts(
     before: Session, after: Session, token_ids: Sequence[int], window: int, gate: Gate
 ) -> QuantizedAgreement:
-    """What the gate measures of two graphs on a text, in windows."""
+    """Compare two graphs on a text in windows, as the gate does."""
     from edgelm.export.gate.judging import Judging
     from edgelm.export.gate.quality import measure
     from edgelm.export.gate.reference import observe
@@ -168,7 +168,7 @@ def compare_texts(
 
 
 def require_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Let what is opened now use the compiled kernels, which may be `missing`."""
+    """Use the compiled kernels in what is opened from now on; calls `missing` if there are none."""
     if importlib.util.find_spec("edgelm_kernels") is None:
         missing("edgelm-kernels is not installed")
     from edgelm.runtime.sessions import kernels
@@ -180,14 +180,14 @@ def require_kernels(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what onnxruntime alone computes: tests use the compiled kernels where they are installed."""
+    """Hide the compiled kernels from a test of what onnxruntime computes: they are used wherever they are installed."""
     from edgelm.runtime.sessions import kernels
 
     monkeypatch.setenv(kernels.SWITCH, "off")
 
 
 def ready_bundle(folder: Path, name: str, settings: dict[str, Any]) -> Path:
-    """The bundle of a shared model in the folder that `--bundles` names; skips the test if it is not there."""
+    """The bundle of a shared model in the folder given by `--bundles`; skips the test if it is not there."""
     found = folder / "-".join([name, *(f"{key}-{value}" for key, value in sorted(settings.items()))])
     if not found.exists():
         pytest.skip(f"no bundle {found.name} was exported beforehand")
@@ -205,7 +205,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Export the tiny model with some settings, once a run for each set of settings; returns the bundle's folder."""
+    """Export the tiny model, once a run for each set of settings; returns the bundle's folder."""
     ready = request.config.getoption("--bundles")
     if ready is not None:
         return lambda **settings: ready_bundle(ready, "tiny", settings)
@@ -226,7 +226,7 @@ def export_tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def tiny_bundle(export_tiny: Callable[..., Path]) -> Path:
-    """The tiny model with the default scheme, row-wise INT8 and an INT8 cache. Read only: copy it to change it."""
+    """The tiny model with the default scheme, row-wise INT8, and an INT8 cache. Read only: copy it to change it."""
     return export_tiny()
 
 
@@ -251,7 +251,7 @@ def stories_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip the test for something that is not here; fail where all has to be here (EDGELM_REQUIRE=all)."""
+    """Skip the test because something is not installed; with EDGELM_REQUIRE=all, fail it."""
     if os.environ.get(REQUIRE) == "all":
         pytest.fail(f"{reason}, and {REQUIRE}=all asks for it", pytrace=False)
     pytest.skip(reason)
@@ -268,7 +268,7 @@ def real_model_script() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct. Nothing is fetched here: tests use no network."""
+    """The folder of SmolLM2-135M-Instruct. It is never fetched here: tests do not use the network."""
     named = os.environ.get(REAL_MODEL)
     if named is not None:
         if not (Path(named) / "model.safetensors").is_file():
@@ -276,14 +276,14 @@ def real_model() -> Path:
         return Path(named)
     script = real_model_script()
     if not script.is_complete(script.FOLDER):
-        missing("the real model is not here: python scripts/real_model.py fetches it")
+        missing("no real model: python scripts/real_model.py fetches it")
     folder: Path = script.FOLDER
     return folder
 
 
 @pytest.fixture(scope="session")
 def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model exported with default settings, once a run: processes that test at once share it. Read only."""
+    """The real model exported with default settings, once a run: parallel test processes share it. Read only."""
     ready = request.config.getoption("--bundles")
     if ready is not None:
         return ready_bundle(ready, "real", {})
@@ -291,7 +291,7 @@ def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     from edgelm.runtime.host.file_lock import locked
 
     model = request.getfixturevalue("real_model")
-    # A process of xdist has a folder of its own below the run's.
+    # Each process of xdist has its own folder below the run's folder.
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-bundle"
     with locked(out.with_suffix(".lock"), _EXPORT_S):
@@ -304,8 +304,8 @@ def real_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def engine_of(
     export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], Engine]]:
-    """An engine by name, opened once for all tests of a file, which keeps nothing but its last text. Those with kernels
-    have them whatever `EDGELM_KERNELS` says; without, their tests are skipped."""
+    """Engines by name, each opened once a file, without response or prefix cache. Names with kernels use them whatever
+    `EDGELM_KERNELS` says; without kernels, their tests are skipped."""
     from edgelm.runtime import load
 
     folders: dict[str, Callable[[], Path]] = {
@@ -331,7 +331,7 @@ def engine_of(
 
 @pytest.fixture(scope="module")
 def clients() -> Iterator[None]:
-    """What scripts/setup_clients installed can be imported, behind what the environment itself has."""
+    """Make the packages that scripts/setup_clients installed importable, after the environment's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "build" / "clients")])
         yield
@@ -339,7 +339,7 @@ def clients() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project built from a copy, so that no build folder of the working tree leaks in."""
+    """A wheel built from a copy of the project, so that no build folder of the working tree gets in."""
     source = tmp_path_factory.mktemp("source") / "edgelm"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__"))
     out = source / "dist"

@@ -1,6 +1,6 @@
-"""Drives the example of a desktop program as a user would, in a process of its own: what tests/test_desktop.py runs.
+"""Drives the desktop example as a user would, in a process of its own. tests/test_desktop.py runs it.
 
-python desktop_driver.py SCENARIO BUNDLES DATA [SCREENSHOT]: prints one line of JSON.
+python desktop_driver.py SCENARIO BUNDLES DATA [SCREENSHOT] prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEP_S, TOKEN_S = 0.01, 0.0005
 
 
 class User:
-    """Somebody in front of the window."""
+    """A simulated user of the window."""
 
     def __init__(self, bundles: Path, data: Path, max_tokens: int, dark: bool = False) -> None:
         data.mkdir(parents=True, exist_ok=True)
@@ -44,10 +44,10 @@ class User:
         self.wait(lambda: self.window._ready)
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Look at the window until something is so."""
+        """Process the window's events until the condition holds."""
         end = time.monotonic() + PATIENCE_S
         while not until():
-            assert time.monotonic() < end, f"in vain: {self.status} {self.text!r}"
+            assert time.monotonic() < end, f"timed out: {self.status} {self.text!r}"
             self.root.update()
             self.bars.append(float(self.window._bar["value"]))
             time.sleep(0.001)
@@ -61,7 +61,7 @@ class User:
         self.root.update()
 
     def kept(self) -> list[Path]:
-        """The files of the conversations."""
+        """The files of saved conversations."""
         return list(self.window._store._folder.glob("*.json"))
 
     def is_done(self) -> bool:
@@ -151,7 +151,7 @@ SCENARIOS = {"talk": (talk, 24), "stop": (stop, 10_000), "killed": (killed, 80),
 
 
 def slow_down() -> None:
-    """Let each step of the tiny model take as long as one of a real model."""
+    """Make each step of the tiny model as slow as one of a real model."""
     feed = OrtRows.feed
 
     def slowly(self: OrtRows, row: int, token_ids: Sequence[int], *more: Any) -> Any:

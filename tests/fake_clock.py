@@ -6,7 +6,7 @@ from edgelm.runtime.host.clock import Clock
 
 
 class FakeClock:
-    """`clock` goes to stores; `pass_time` moves both times, `jump` what the wall shows."""
+    """Pass `clock` to a store. `pass_time` advances wall and monotonic time, `jump` only wall time."""
 
     def __init__(self) -> None:
         self._wall, self._monotonic = 1_700_000_000.0, 50.0

@@ -1,4 +1,4 @@
-"""Small GGUF files, written by llama.cpp's Python package from models that are built in code."""
+"""Small GGUF files, written with llama.cpp's Python package from models built in code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wide_llama(**changes: Any) -> Any:
 
 
 def tiny_qwen2() -> Any:
-    """Has biases, and a head of its own."""
+    """A Qwen2 with biases and an untied head."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -62,7 +62,7 @@ def tiny_qwen2() -> Any:
 
 
 def tiny_qwen3() -> Any:
-    """Norms of queries and keys, and heads of another size than the default's."""
+    """A Qwen3: it normalizes queries and keys, and its head size is not the default."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -90,7 +90,7 @@ def write_gguf(path: Path, model: Any, kind: str = "F32", **changes: Any) -> Pat
 
 
 def write_parts(folder: Path, model: Any, kind: str = "F32") -> list[Path]:
-    """The same in parts of a few tensors each, as llama-gguf-split names them."""
+    """Write the model in parts of a few tensors each, named as llama-gguf-split names them."""
     _write(gguf.GGUFWriter(str(folder / "model.gguf"), model.config.model_type, split_max_tensors=8), model, kind, {})
     return sorted(folder.glob("*.gguf"))
 
@@ -104,7 +104,7 @@ def _write(writer: gguf.GGUFWriter, model: Any, kind: str, changes: dict[str, An
 
 
 def _fill(writer: gguf.GGUFWriter, model: Any, kind: str, changes: dict[str, Any]) -> None:
-    """Everything that a file says.
+    """Write metadata, tokenizer and tensors.
 
     changes: tokenizer (False: none), tokenizer_model, pre, template, ends (ids by name), layers, scaling, extra
     (further tensors), without (names of tensors to leave out).
@@ -143,7 +143,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, changes: dict[str, Any]) -> None:
     writer.add_tokenizer_pre(changes.get("pre", "gpt-2"))
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL])
-    # The package writes no empty list of merges; without one, transformers looks for merges in the tokens, in vain.
+    # The package writes no empty list of merges. Without a list, transformers fails to derive merges from the tokens.
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_eos_token_id(256)
     writer.add_add_bos_token(False)
@@ -163,7 +163,7 @@ def gguf_name(name: str) -> str:
 
 
 def _as_llama_cpp(name: str, weight: Any, config: Any) -> Any:
-    """llama.cpp turns neighbouring values of a head where transformers turns its halves, for Llama only."""
+    """llama.cpp rotates neighbouring values of a head where transformers rotates its halves, for Llama only."""
     values = weight.numpy()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if config.model_type != "llama" or heads is None:
@@ -183,10 +183,10 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Any, kind: str) -> N
 
 
 def quantized(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
-    """Blocks of a type. The package does not write K-quants: random blocks with small scales stand in for them."""
+    """Blocks of a type. The package cannot write K-quants: random blocks with small scales stand in for them."""
     try:
         return gguf.quantize(values, kind)
-    except NotImplementedError:  # what gguf raises for a type that it reads and does not write
+    except NotImplementedError:  # gguf reads this type and cannot write it
         return _random_blocks(values.shape, kind)
 
 
@@ -194,7 +194,7 @@ def _random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> A
     size, count = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(sum(shape))
     blocks = random.integers(0, 256, (shape[0], shape[1] // size, count), np.uint8)
-    # Every type has its scales of float16 at the beginning or the end of a block.
+    # Every type has its float16 scales at the beginning or the end of a block.
     half = np.frombuffer(np.float16(3e-4).tobytes(), np.uint8)
     blocks[..., 0:2] = blocks[..., 2:4] = blocks[..., -2:] = blocks[..., -4:-2] = half
     return blocks.reshape(shape[0], -1)

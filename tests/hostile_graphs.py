@@ -1,9 +1,9 @@
-"""Graphs that call kernels with what no export writes. Runs all in a process of its own and prints the result of each.
+"""Graphs that call kernels with inputs that no export writes. Runs them all in a process of its own.
 
 python -m tests.hostile_graphs [--arithmetics]
 
-Prints a line for each case: its name, and "computed" or the first line of the error. A graph is data from anywhere:
-none may end the process, or make it read or write what is not its own.
+Prints a line for each case: its name, and "computed" or the first line of the error. A graph may come from anywhere:
+none may crash the process or access memory outside its own arrays.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from edgelm.runtime.sessions import kernels
 
 from .test_passes import Array, graph
 
-# The instruction sets that there is code for.
+# The instruction sets that have code.
 ARITHMETICS = ("avx512_vnni", "avx_vnni", "avx2", "asimddp", "asimd")
 HEADS, GROUPS, SIZE, NEW, PAST = 4, 2, 16, 3, 40
 
 
 class Case(NamedTuple):
-    """A graph with its inputs; expected: a part of the error, or None where it computes."""
+    """A graph with its inputs; expected: a part of the error, or None if it computes."""
 
     name: str
     build: Callable[[], tuple[ir.Model, dict[str, Array]]]
@@ -38,8 +38,8 @@ class Case(NamedTuple):
 
 
 def attention(**changes: Any) -> tuple[ir.Model, dict[str, Array]]:
-    """A call of attention on an INT8 cache, and its inputs, each of which `changes` replaces by its name: arrays, or
-    None for one that is not there; `name` and `attributes` too."""
+    """A call of attention on an INT8 cache, and its inputs. `changes` replaces inputs by name with arrays, or with None
+    to leave one out; `name` and `attributes` too."""
     random, width = np.random.default_rng(0), (HEADS + 2 * GROUPS) * SIZE
     arrays: dict[str, Any] = {
         "q": random.normal(size=(1, NEW, width)).astype(np.float32),
@@ -69,7 +69,7 @@ def attention(**changes: Any) -> tuple[ir.Model, dict[str, Array]]:
 
 
 def product(name: str, attributes: str = "", outputs: str = "y", **arrays: Any) -> tuple[ir.Model, dict[str, Array]]:
-    """A call of a product, whose inputs stand in their order; all but x and skip are constant."""
+    """A call of a product with its inputs in order; all but x and skip are constant."""
     constants = set(arrays) - {"x", "skip"}
     return call(name, attributes, arrays, constants, dict.fromkeys(outputs.split(", "), "float"))
 
@@ -91,7 +91,7 @@ def call(
 
 
 def sizes(name: str, array: Array) -> str:
-    """The shape of an input as onnx's text form has it: open, but for the length of a cache's rows."""
+    """The shape of an input in onnx's text form: symbolic, except for the length of a cache's rows."""
     names = [f"{name}{axis}" for axis in range(array.ndim)]
     if name == "pk" and array.ndim == 4:
         names[3] = str(array.shape[3])
@@ -122,7 +122,7 @@ NOTHING = zeros(0, GROUPS, 0, SIZE, kind=np.int8)
 NORMS = {"name": "NormedGroupQueryAttention", "attributes": {"epsilon": 0.01}}
 KEPT = "KeptGroupQueryAttention"
 INT64 = np.int64
-# What replaces an input or an attribute of attention, and a part of what is said.
+# Replaced inputs or attributes of attention, and a part of the expected error.
 ATTENTION: list[tuple[str, dict[str, Any], str | None]] = [
     ("nothing wrong", {}, None),
     ("separate", SEPARATE, None),
@@ -211,7 +211,7 @@ PRODUCTS: list[tuple[str, str, dict[str, Any], str | None]] = [
 
 
 def cases() -> Iterator[Case]:
-    """All graphs, with what is said to each."""
+    """All graphs with their expected errors."""
     for name, changes, expected in ATTENTION:
         yield Case(f"attention: {name}", lambda changes=changes: attention(**changes), expected)
     for name, function, arrays, expected in PRODUCTS:
@@ -219,7 +219,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(model: ir.Model, feeds: dict[str, Array], threads: int, own_threads: bool) -> str:
-    """Run a graph on memory that a sanitizer watches array by array; returns the result or the error."""
+    """Run a graph with an allocation for each array, which a sanitizer can watch; returns the result or the error."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -230,7 +230,7 @@ def run(model: ir.Model, feeds: dict[str, Array], threads: int, own_threads: boo
             ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         session.run(None, feeds)
-    except Exception as error:  # noqa: BLE001  onnxruntime has many
+    except Exception as error:  # noqa: BLE001  onnxruntime raises many types
         return str(error).splitlines()[0]
     return "computed"
 

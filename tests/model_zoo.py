@@ -1,6 +1,6 @@
-"""Tiny random models of transformers' causal model types, shrunk by rule, and what export does with each.
+"""Tiny random models of transformers' causal model types, shrunk by rule, and how export treats each type.
 
-Sizes are set where a configuration class has them under their common names.
+Sizes are set on a configuration class under their common names, as far as it has them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _GATED_DELTA: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-# What a type needs beyond the common sizes, or in their place; None leaves one out.
+# Settings that a type needs beyond or instead of the common sizes; None removes one.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**{name: value for name, value in _MAMBA.items() if name != "layer_types"}, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
@@ -117,7 +117,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-# Give the tokens of transformers' generate, on the path that is named.
+# Types whose bundles give the tokens of transformers' generate, on the path named.
 SAME: dict[str, str] = {
     "afmoe": FUSED,
     "apertus": FUSED,
@@ -183,7 +183,7 @@ SAME: dict[str, str] = {
     "xglm": PLAIN,
 }
 
-# The same, of types that fewer people use: their tests take minutes and are marked as slow.
+# As SAME, for less used types. Their tests take minutes and are marked as slow.
 SAME_TOO: dict[str, str] = {
     "aria_text": FUSED,
     "axk1": FUSED,
@@ -237,7 +237,7 @@ SAME_TOO: dict[str, str] = {
     "youtu": FUSED,
 }
 
-# Cannot be exported, and why, in the words of docs/models.md. Their tests are marked as slow.
+# Types that cannot be exported, with the reason as docs/models.md gives it. Their tests are marked as slow.
 REFUSED: dict[str, str] = {
     "deepseek_v2": "torch's exporter fails to convert it on each path (ConversionError)",
     "deepseek_v4": "loops over tokens; token by token the graph lacks a tensor of its cache",
@@ -255,7 +255,7 @@ REFUSED: dict[str, str] = {
     "rwkv": "loops over tokens, and leaves nothing in transformers' cache",
 }
 
-# Not tried, and why.
+# Types that are not tried, by reason.
 _UNTRIED: dict[str, tuple[str, ...]] = {
     "an encoder first, which transformers also lists as a decoder": (
         "bert",
@@ -342,7 +342,7 @@ def causal_types() -> list[str]:
 
 
 def tiny_model(model_type: str) -> Any:
-    """A random model of two layers, float32, whose biases and norm weights are not what they are initialized to."""
+    """A random float32 model of two layers, whose biases and norm weights differ from their initial values."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -360,7 +360,7 @@ def tiny_model(model_type: str) -> Any:
 
 
 def tiny_config(model_type: str) -> Any:
-    """The type's own configuration with the sizes above, where it has them."""
+    """The type's own configuration with the sizes above, as far as it has them."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]

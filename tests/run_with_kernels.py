@@ -1,8 +1,8 @@
-"""Compute graphs with a library of kernels in a process of its own: on another processor, or with other code on this.
+"""Compute graphs with a kernel library in a process of its own: for another processor, or for other code on this one.
 
 python run_with_kernels.py FOLDER LIBRARY
 
-FOLDER holds NAME.onnx, and NAME.0.npz, NAME.1.npz, ... with inputs; of each, all outputs are printed as a digest.
+FOLDER holds NAME.onnx with inputs in NAME.0.npz, NAME.1.npz, ... Prints a digest of all outputs for each input.
 """
 
 from __future__ import annotations

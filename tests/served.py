@@ -1,5 +1,5 @@
-"""What tests of the server share: engines that say what they are told, clients of an application in this process,
-servers that are processes of their own, and other people's clients."""
+"""Shared by the server's tests: engines with scripted answers, clients of an application in this process, servers in
+processes of their own, and third-party clients."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ CHAT = (
 JSON = {"Content-Type": "application/json"}
 Answering = Callable[[str], str]
 START_S = 60.0
-CLIENTS = ROOT / "build" / "clients"  # where scripts/setup_clients puts other people's clients
+CLIENTS = ROOT / "build" / "clients"  # where scripts/setup_clients puts third-party clients
 
 
 class SayingSession(FakeSession):
-    """Answers each prompt as a function of its text says. pause_s: how long a step takes; `steps_done` counts them."""
+    """Answers each prompt with a function of its text. pause_s: duration of a step; `steps_done` counts steps."""
 
     def __init__(self, answer: Answering, pause_s: float = 0.0) -> None:
         self.answer = answer
@@ -74,7 +74,7 @@ class SayingSession(FakeSession):
 
 
 def byte_folder(folder: Path) -> Path:
-    """Write the tokenizer of bytes whose ids are the bytes themselves."""
+    """Write a byte tokenizer whose ids are the byte values."""
     byte_tokenizer(folder)
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def saying_engine(
     pause_s: float = 0.0,
     cache: bool = False,
 ) -> Engine:
-    """An engine with a tokenizer of bytes. answer: what it says, or a function of the prompt's text."""
+    """An engine with a byte tokenizer. answer: its answer, or a function of the prompt's text."""
     byte_folder(folder)
     files = {"tokenizer.json": FileEntry((folder / "tokenizer.json").stat().st_size, "")}
     if template is not None:
@@ -140,7 +140,7 @@ def chat(client: httpx.Client, content: str = "hi", **fields: Any) -> httpx.Resp
 
 
 def events_of(text: str) -> list[Any]:
-    """The data of a stream's events, and its comments as texts."""
+    """The data of a stream's events; comments as plain strings."""
     found: list[Any] = []
     for block in text.split("\n\n"):
         lines = block.split("\n")
@@ -154,7 +154,7 @@ def events_of(text: str) -> list[Any]:
 
 @contextlib.contextmanager
 def listening(bundles: Any, **settings: Any) -> Iterator[str]:
-    """An application of this process that listens on a port, in a thread of its own; its address."""
+    """Run an application of this process on a port, in a thread of its own; yields its address."""
     listener = bind(Listening(port=0))
     server = make_server(app(bundles, ServerSettings(**settings)), 1.0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -178,7 +178,7 @@ class Server:
 
     @property
     def base(self) -> str:
-        """What OpenAI's clients call base_url."""
+        """The base_url for OpenAI's clients."""
         return f"{self.address}/v1"
 
 
@@ -189,7 +189,7 @@ def serving(
     wait: bool = True,
     program: str = "import sys; from edgelm.runtime.cli import main; sys.exit(main(sys.argv[1:]))",
 ) -> Iterator[Server]:
-    """Run `edgelm serve` on a free port of this machine, until the block ends. program: what runs the command."""
+    """Run `edgelm serve` on a free local port until the block ends. program: Python code that runs the command."""
     where = [] if {"--unix", "--port"} & set(map(str, words)) else ["--port", "0"]
     command = [sys.executable, "-c", program, "serve", *map(str, words), *where, "--threads", "1"]
     process = subprocess.Popen(
@@ -232,7 +232,7 @@ def _address(process: subprocess.Popen[str], lines: list[str]) -> str:
 
 
 def eventually(fulfilled: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether something becomes so within some seconds."""
+    """Return whether the condition becomes true within some seconds."""
     deadline = time.monotonic() + seconds
     while not fulfilled():
         if time.monotonic() > deadline:
@@ -242,7 +242,7 @@ def eventually(fulfilled: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def with_template(bundle: Path, folder: Path, template: str = CHAT) -> Path:
-    """A copy of a bundle that has a chat template."""
+    """A copy of a bundle with a chat template."""
     shutil.copytree(bundle, folder)
     path = folder / "chat_template.jinja"
     path.write_text(template, encoding="utf-8")
@@ -253,7 +253,7 @@ def with_template(bundle: Path, folder: Path, template: str = CHAT) -> Path:
 
 
 def client_package(name: str) -> Any:
-    """One of other people's clients, which may be `missing`. Use the fixture `clients`."""
+    """A third-party client package; calls `missing` if it is not installed. Use with the fixture `clients`."""
     if importlib.util.find_spec(name) is None:
-        missing(f"{name} is not here: run  scripts/setup_clients")
+        missing(f"{name} is not installed: run  scripts/setup_clients")
     return importlib.import_module(name)

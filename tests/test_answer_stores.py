@@ -1,4 +1,4 @@
-"""The stores of answers against one simple model of them: recency, frequency, time to live, budgets; and the bytes."""
+"""The stores of answers against a simple model: recency, frequency, time to live, budgets, encoding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def answer(words: int, letter: str = "a", reason: CompleteReason = "stop", creat
 
 
 class Model:
-    """A model of a store: a list of entries, each with its uses, the least recently used one first."""
+    """A list of entries with their use counts, least recently used first."""
 
     def __init__(self, max_bytes: int | None, max_entries: int, ttl: float | None, policy: Policy) -> None:
         self.max_bytes, self.max_entries, self.ttl, self.policy = max_bytes, max_entries, ttl, policy
@@ -67,7 +67,7 @@ class Model:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Random use of a store and its model."""
+    """Random operations on a store and its model."""
 
     on_disk: ClassVar[bool]
     store: AnswerStore
@@ -104,7 +104,7 @@ class StoreMachine(RuleBasedStateMachine):
     def get(self, key: str) -> None:
         found = self.store.get(key)
         assert found == self.model.find(key, self.clock.wall())
-        if found is None:  # expired ones leave memory when they are asked for
+        if found is None:  # reading removes expired entries from memory
             self.forget_expired(key)
 
     @rule(key=st.sampled_from(KEYS))
@@ -163,7 +163,7 @@ TestMemoryMachine = MemoryMachine.TestCase
 TestDiskMachine = DiskMachine.TestCase
 
 
-# ---- memory alone
+# ---- memory only
 
 
 def test_an_answer_of_exactly_the_budget_is_stored_and_a_byte_more_is_not() -> None:
@@ -256,16 +256,16 @@ def test_a_clock_that_jumps_shortens_lives(timed: tuple[FakeClock, AnswerStore])
     clock, store = timed
     store.put("key", answer(1, created=clock.wall()))
     clock.jump(-30)
-    assert store.get("key") == answer(1), "a minute is not a jump"
+    assert store.get("key") == answer(1), "under a minute counts as an adjustment"
     clock.jump(-3600)
     store.put("new", answer(2, created=clock.wall()))
     assert store.get("new") == answer(2)
-    assert store.get("key") is None, "nobody knows its age"
+    assert store.get("key") is None, "its age is unknown"
     clock.jump(10**6)
     assert store.get("new") is None
 
 
-def test_memory_does_not_believe_a_clock_that_is_set_back_a_little() -> None:
+def test_a_small_clock_adjustment_does_not_extend_lives_in_memory() -> None:
     clock = FakeClock()
     store = MemoryStore(ttl_s=100, clock=clock.clock)
     store.put("key", answer(1, created=clock.wall()))
@@ -284,7 +284,7 @@ def test_without_a_time_to_live_clocks_play_no_part(tmp_path: Path) -> None:
         store.close()
 
 
-# ---- bytes
+# ---- encoding
 
 ANSWERS = st.builds(
     CachedAnswer,
@@ -297,13 +297,13 @@ ANSWERS = st.builds(
 
 
 @given(ANSWERS, st.text())
-def test_an_answer_survives_its_bytes_half_surrogates_included(kept: CachedAnswer, key: str) -> None:
+def test_an_answer_survives_encoding_with_lone_surrogates(kept: CachedAnswer, key: str) -> None:
     found = decode_answer(key, encode_answer(key, kept))
     assert found == kept and found.created == kept.created
 
 
 @given(ANSWERS, st.data())
-def test_no_changed_byte_goes_unseen(kept: CachedAnswer, data: st.DataObject) -> None:
+def test_every_changed_byte_is_detected(kept: CachedAnswer, data: st.DataObject) -> None:
     good = encode_answer("key", kept)
     position = data.draw(st.integers(0, len(good) - 1))
     bad = bytearray(good)
@@ -332,7 +332,7 @@ def test_no_changed_byte_goes_unseen(kept: CachedAnswer, data: st.DataObject) ->
     ],
     ids=json.dumps,
 )
-def test_a_right_checksum_over_something_else_is_refused(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_content_with_a_valid_checksum_is_refused(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "dumps", lambda *_, plain=json.dumps, **__: plain(content))
     data = encode_answer("key", answer(1))
     with pytest.raises(CacheCorruptError):

@@ -1,4 +1,4 @@
-"""The files, classes and functions that docs/architecture.md names exist."""
+"""docs/architecture.md names only files, classes and functions that exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def section(title: str) -> str:
 
 
 @pytest.mark.parametrize("title", PACKAGES)
-def test_each_step_of_a_tour_is_where_it_says(title: str) -> None:
+def test_each_step_of_a_tour_names_the_right_file(title: str) -> None:
     package, text = PACKAGES[title], section(title)
     files = re.findall(r"`([a-z_/0-9]+\.py)`", text)
     assert len(files) >= 8
@@ -47,9 +47,9 @@ def test_each_step_of_a_tour_is_where_it_says(title: str) -> None:
     named = set(re.findall(r"`((?:[A-Z]\w+(?:\.[a-z_]+)?)|[a-z0-9]+(?:_[a-z0-9]+)+)`", text))
     assert len(named) >= 4
     assert named <= everything | {"Request", "Queue"}, named - everything
-    # A name behind a file and a colon is in that file.
+    # Names after "file:" are defined in that file.
     behind = re.findall(r"`([a-z_/0-9]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
-    assert len({file for file, _ in behind}) == len(behind) >= 12, "each file is entered once"
+    assert len({file for file, _ in behind}) == len(behind) >= 12, "each file occurs once"
     for file, names in behind:
         assert set(re.findall(r"[\w.]+", names)) <= names_of(f"{package}/{file}"), file
 

@@ -1,4 +1,4 @@
-"""The choice between activations of 8 and of 16 bits: what gets 8 bits, what goes back to 16, what always has 16."""
+"""The choice between activations of 8 and of 16 bits, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [list(range(5)), list(range(3, 9))]
 
 
 class Noisy(FakeSession):
-    """A session with the fake's logits, and more noise in them for each matrix with 8 bits."""
+    """A fake session whose logits get noisier with each matrix of 8 bits."""
 
     def __init__(self, noise: float) -> None:
         super().__init__(11, lambda known: sum(known) % 11)
@@ -37,7 +37,7 @@ class Noisy(FakeSession):
 
 
 def choose(noise: Mapping[str, float], budget: float, extra: float = 0.0) -> tuple[Arithmetic, list[set[str]]]:
-    """noise: of each kind of matrix; extra: what more than one group costs beside."""
+    """noise: by kind of matrix; extra: additional cost of more than one group."""
     probed: list[set[str]] = []
 
     @contextmanager
@@ -54,7 +54,7 @@ def bits_of(found: Arithmetic, kind: str) -> set[int]:
     return {bits for name, bits in found.activations.items() if name.endswith(kind)}
 
 
-def test_what_costs_little_gets_8_bits_and_what_costs_much_keeps_16() -> None:
+def test_matrices_of_low_cost_get_8_bits_and_others_keep_16() -> None:
     found, _ = choose({"attention": 1e-3, "up": 1e-3, "down": 1.0}, 1e-3)
     assert bits_of(found, "attention") == bits_of(found, "up") == {8}
     assert bits_of(found, "down") == {16}
@@ -64,8 +64,8 @@ def test_what_costs_little_gets_8_bits_and_what_costs_much_keeps_16() -> None:
     assert set(found.wide()) == {name for name in MATRICES if name.endswith(("down", "head"))}
 
 
-def test_the_most_multiply_adds_for_a_loss_come_first() -> None:
-    """All kinds lose alike; there is room for some groups only."""
+def test_groups_with_most_multiply_adds_per_loss_come_first() -> None:
+    """All kinds cost the same; the budget covers only some groups."""
     _, probed = choose({"attention": 0.1, "up": 0.1, "down": 0.1}, 1.0)
     one_group = choose({"attention": 0.1, "up": 0.1, "down": 0.1}, 0.0)[0].groups[0].kl
     found, _ = choose({"attention": 0.1, "up": 0.1, "down": 0.1}, 3.5 * one_group)
@@ -74,7 +74,7 @@ def test_the_most_multiply_adds_for_a_loss_come_first() -> None:
     assert probed[0] == set()
 
 
-def test_groups_that_cost_more_together_are_given_back() -> None:
+def test_groups_that_cost_more_together_return_to_16_bits() -> None:
     found, probed = choose({"attention": 1e-3, "up": 1e-3, "down": 1.0}, 1e-3, extra=1.0)
     assert bits_of(found, "up") == {8}
     assert bits_of(found, "attention") == {16}
@@ -83,7 +83,7 @@ def test_groups_that_cost_more_together_are_given_back() -> None:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_what_is_no_number_keeps_16_bits(loss: float) -> None:
+def test_a_loss_that_is_not_finite_keeps_16_bits(loss: float) -> None:
     found, _ = choose({"attention": loss, "up": loss, "down": loss}, 1.0)
     assert set(found.activations.values()) == {16}
     assert found.kl == 0

@@ -1,4 +1,4 @@
-"""Several prompts at once: the rows' loop on a fake, and batches of real bundles against each prompt alone."""
+"""Several prompts at once: the batch loop on a fake, and batches of real bundles against each prompt alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LETTERS = 5
 
 
 class FakeRows(FakeSession):
-    """A `FakeSession` for each row; it is the first of them itself."""
+    """A `FakeSession` for each row; row 0 is this object."""
 
     def __init__(self, max_rows: int, piece_tokens: int = 4) -> None:
         super().__init__(LETTERS, rule(LETTERS))
@@ -102,7 +102,7 @@ class FakeSeveral:
 def decoded(
     session: FakeRows, rows: Sequence[Row], context_length: int = 100
 ) -> Iterator[tuple[Row, int | EdgelmError | None]]:
-    """What happens to rows that are admitted as soon as there is a place for them."""
+    """The events of rows that are admitted as soon as there is room."""
     decoder, waiting = Decoder(session, context_length, max_rows=session.max_rows), list(rows)
     while waiting or decoder.rows:
         if waiting and decoder.has_place(len(waiting[0].known)):
@@ -139,7 +139,7 @@ def test_every_row_gets_the_tokens_that_it_gets_alone(
     assert [got[row] for row in rows] == [expected(*text, rule(LETTERS)) for text in asked]
     assert len(left) == len(rows)
     assert max(session.pieces, default=0) <= piece_tokens
-    # Each token but a row's last is fed once, and each of a prompt's that was not reused: nothing is computed in vain.
+    # Nothing is computed twice: prompt tokens that are not reused and chosen tokens before the last are fed once.
     prompts = sum(len(row.token_ids) - row.reused for row in rows)
     assert sum(session.together) + sum(session.pieces) == prompts + sum(len(tokens) - 1 for tokens in got.values())
 
@@ -153,7 +153,7 @@ def test_a_row_that_leaves_is_replaced_before_the_next_step() -> None:
     assert len(session.together) <= 9
 
 
-def test_what_prompts_have_in_common_is_fed_once() -> None:
+def test_a_common_prefix_is_fed_once() -> None:
     session = FakeRows(6, 9)
     prompts = [[1, 2, 3, 4], [1, 2, 3, 0, 1], [2, 2], [1, 2, 3, 4], [1, 2, 3, 0, 1, 1]]
     rows = [Row(prompt, 4, Greedy()) for prompt in prompts]
@@ -161,7 +161,7 @@ def test_what_prompts_have_in_common_is_fed_once() -> None:
     for row, token in decoded(session, rows):
         got[row] += [token] if isinstance(token, int) else []
     assert [got[row] for row in rows] == [expected(prompt, 4, set(), rule(LETTERS)) for prompt in prompts]
-    # The short ones are fed first, and the last token of each has to run.
+    # Short prompts are fed first. The last token of each has to run.
     assert [row.reused for row in rows] == [0, 3, 0, 3, 5]
 
 
@@ -188,7 +188,7 @@ def test_a_context_that_slides_at_every_token_needs_no_deep_stack(keep: int, oth
 
 
 def test_a_long_prompt_is_fed_between_the_steps_of_others() -> None:
-    """Nobody's next token waits for more than one piece."""
+    """No row waits for more than one piece before its next token."""
     session = FakeRows(3, 4)
     short, long = Row([1], 60, Greedy()), Row([2] * 100, 3, Greedy())
     order = [row is short for row, token in decoded(session, [short, long]) if isinstance(token, int)]
@@ -202,7 +202,7 @@ def test_a_short_prompt_overtakes_a_long_one_four_times_at_most() -> None:
     assert ended.index(rows[0]) == 4
 
 
-def test_a_row_that_cannot_go_on_takes_no_other_with_it() -> None:
+def test_a_failing_row_harms_no_other() -> None:
     class Refusing(Greedy):
         def choose(self, logits: NDArray[np.float32]) -> int:
             raise SettingsError("no token is left")
@@ -220,7 +220,7 @@ def test_a_row_that_cannot_go_on_takes_no_other_with_it() -> None:
 
 @pytest.fixture
 def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test fail where rows are computed together."""
+    """Fail the test if rows are computed together."""
     refuse_rows(monkeypatch)
 
 
@@ -234,7 +234,7 @@ def engine(engine_of: Callable[[str], Engine]) -> Engine:
 
 
 def facts(done: Completion) -> tuple[Any, ...]:
-    """All of an answer but the times."""
+    """Everything in an answer except times."""
     return done.text, done.token_ids, done.finish_reason, done.logprobs, done.stats.generated_tokens
 
 
@@ -250,7 +250,7 @@ def some_settings(draw: st.DrawFn) -> GenerationSettings:
     return GenerationSettings(**chosen)
 
 
-# Lengths around what matters: one token, a piece of 256 and one more, the context of 512 and what leaves little room.
+# Lengths around the limits: one token, a piece of 256, the context of 512.
 lengths = st.one_of(st.integers(1, 40), st.sampled_from([1, 255, 256, 257, 300, 500, 511, 512]))
 asked = st.lists(st.tuples(lengths, st.integers(0, 2**32), some_settings()), min_size=1, max_size=7)
 
@@ -289,7 +289,7 @@ EXACT = pytest.mark.parametrize("name", ["int8 cache", "float32 cache, kernels"]
 
 @EXACT
 def test_logits_of_a_row_are_bit_for_bit_those_alone(engine_of: Callable[[str], Engine], name: str) -> None:
-    """Beside rows of other lengths, behind rows that left, and after the buffers grew."""
+    """Beside rows of other lengths, after rows that left, and after the buffers grew."""
     engine = engine_of(name)
     alone = engine._session
     assert isinstance(alone, OrtSession)
@@ -340,7 +340,7 @@ def test_one_call_of_the_graph_serves_all_rows(
     ("switch", "settings"),
     [("off", {"kv": "float32"}), ("on", {"kv": "float32", "scheme": "fp32"}), ("on", {"scheme": "int8-tensor"})],
 )
-def test_what_cannot_be_exact_in_a_batch_is_answered_one_by_one(
+def test_bundles_that_are_not_exact_in_a_batch_answer_one_by_one(
     export_tiny: Callable[..., Path], switch: str, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(kernels.SWITCH, switch)
@@ -383,7 +383,7 @@ def test_texts_messages_and_ids_in_one_batch(engine: Engine) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_rows")
-def test_what_is_wrong_is_said_before_anything_is_computed(
+def test_invalid_requests_are_refused_before_anything_is_computed(
     engine: Engine, prompts: Any, keywords: Any, error: type[InputError], text: str
 ) -> None:
     with pytest.raises(error, match=text):
@@ -405,7 +405,7 @@ def test_a_step_that_fails_ends_the_batch_and_the_engine_goes_on(
     assert len(engine.generate_batch(["a", "b"], max_tokens=4)) == 2
 
 
-def test_onnxruntimes_errors_are_mapped(engine: Engine) -> None:
+def test_errors_of_onnxruntime_are_mapped(engine: Engine) -> None:
     session = engine._session
     assert isinstance(session, OrtSession)
     rows = session.rows()
@@ -436,7 +436,7 @@ def test_leaving_a_stream_frees_the_engine(engine: Engine) -> None:
     stream = engine.stream_batch(["Once", "b"], max_tokens=50)
     next(stream)
     assert engine._scheduler.counts() == (2, 0)
-    assert len(engine.generate_batch(["c"])) == 1, "rows that nobody reads on are in nobody's way"
+    assert len(engine.generate_batch(["c"])) == 1, "abandoned rows block nothing"
     stream.close()
     assert engine._scheduler.counts() == (0, 0)
 
@@ -456,7 +456,7 @@ def test_deadlines_are_each_rows_own(engine: Engine) -> None:
     assert fine.finish_reason != "deadline"
 
 
-def test_a_deadline_ends_a_row_with_what_is_there(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_ends_a_row_with_a_partial_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = time.perf_counter
     step, late = OrtRows.step, []
 

@@ -1,4 +1,4 @@
-"""Batches and the prefix cache: a prompt's beginning is found and kept, and no answer changes by a bit."""
+"""Batches and the prefix cache: a batch reads and fills it, and no answer changes by a bit."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def engine(bundle: Path) -> Iterator[Engine]:
 
 
 def answers(engine: Engine, prompts: list[list[int]] = PROMPTS, **settings: Any) -> tuple[list[Any], list[int]]:
-    """All of the answers but what they cost, and the tokens reused."""
+    """The answers without costs, and the reused tokens of each prompt."""
     done = engine.generate_batch(prompts, max_tokens=12, logprobs=2, **settings)
     facts = [(one.text, one.token_ids, one.finish_reason, one.logprobs) for one in done]
     return facts, [one.stats.reused_tokens for one in done]
 
 
 @pytest.mark.parametrize("max_rows", [2, 5])
-def test_a_batch_finds_what_a_batch_kept(cold: Engine, engine: Engine, max_rows: int) -> None:
+def test_a_batch_reuses_prefixes_of_an_earlier_batch(cold: Engine, engine: Engine, max_rows: int) -> None:
     expected, _ = answers(cold, max_rows=max_rows)
     first, _ = answers(engine, max_rows=max_rows)
     again, reused = answers(engine, max_rows=max_rows)
     assert first == again == expected
-    # Whole blocks of 16, of all but the last token; or more, from another row.
+    # At least the whole blocks of 16 before the last token; more if copied from another row.
     assert [count >= (len(prompt) - 1) // 16 * 16 for count, prompt in zip(reused, PROMPTS, strict=True)] == [True] * 5
     assert min(reused[0], reused[1]) >= 32
 
 
-def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: Engine, engine: Engine) -> None:
+def test_batches_and_single_requests_reuse_each_others_prefixes(cold: Engine, engine: Engine) -> None:
     expected, _ = answers(cold)
     engine.generate(token_ids=PREAMBLE, max_tokens=1)
     found, reused = answers(engine)
@@ -66,17 +66,17 @@ def test_a_batch_finds_what_a_single_request_kept_and_the_other_way_round(cold: 
     assert reused[2] == 0
     engine.generate(token_ids=[1, 2, 3], max_tokens=1)
     done = engine.generate(token_ids=PROMPTS[4], max_tokens=12, logprobs=2)
-    assert done.stats.reused_tokens == 96, "whole blocks of the 110 tokens in front of the last one"
+    assert done.stats.reused_tokens == 96, "whole blocks of the 110 tokens before the last one"
     assert (done.text, done.token_ids, done.finish_reason, done.logprobs) == expected[4]
 
 
-def test_a_restart_finds_it_in_the_files(bundle: Path, cold: Engine) -> None:
+def test_prefixes_are_reused_from_files_after_a_restart(bundle: Path, cold: Engine) -> None:
     expected, _ = answers(cold)
     for kept in (False, True):
         with load(bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
             found, reused = answers(engine)
             assert found == expected
-            assert (reused[1] > 0) == kept, "it is fed first of those that begin alike"
+            assert (reused[1] > 0) == kept, "it is fed first among the prompts with this beginning"
 
 
 def test_a_cancelled_batch_keeps_what_it_computed(cold: Engine, engine: Engine) -> None:
@@ -84,7 +84,7 @@ def test_a_cancelled_batch_keeps_what_it_computed(cold: Engine, engine: Engine) 
     next(chunks)
     chunks.close()
     done = engine.generate_batch([PROMPTS[4]], max_tokens=1)
-    assert done[0].stats.reused_tokens == 110, "the row is there still"
+    assert done[0].stats.reused_tokens == 110, "the row is still in the session"
     assert done[0].token_ids == cold.generate(token_ids=PROMPTS[4], max_tokens=1).token_ids
 
 

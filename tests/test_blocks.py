@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits in blocks: what is stored, what the graph computes with it, and what it costs in quality."""
+"""Weights of 4 and 8 bits in blocks: the stored values, what the graph computes with them, the cost in quality."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def matrix(seed: int = 0) -> NDArray[np.float32]:
 
 
 def dequantized(blocks: Blocks, settings: BlockSettings, inputs: int = INPUTS) -> NDArray[np.float32]:
-    """(inputs, outputs) of what is stored, unpacked here by itself."""
+    """The stored weights as (inputs, outputs), with an unpacking of its own."""
     values = blocks.values
     if settings.bits == 4:
         values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:2], -1)
@@ -73,7 +73,7 @@ def test_rounding_is_off_by_half_a_step_at_most(bits: int, block: int, symmetric
     assert blocks.scales.shape == (OUTPUTS, count)
     assert (blocks.zero_points is None) == symmetric
     step = np.abs(np.repeat(blocks.scales, block, axis=1)[:, :INPUTS].T)
-    # A symmetric range ends one step earlier on one side; a zero point is rounded, which shifts both ends.
+    # A symmetric range is one step shorter on one side; rounding a zero point shifts both ends.
     assert (np.abs(dequantized(blocks, settings) - matrix()) <= 1.01 * step).all()
     assert np.abs(dequantized(blocks, settings) - matrix()).mean() < 0.3 * step.mean()
 
@@ -90,7 +90,7 @@ def test_half_quadratic_quantization_is_as_near_as_rounding(block: int) -> None:
 
 
 def test_gptq_makes_products_with_the_texts_inputs_more_exact() -> None:
-    """Inputs that go together, as those of a real layer do."""
+    """On correlated inputs, as a real layer's are."""
     draw = np.random.default_rng(1)
     rows = (draw.standard_normal((400, 12)) @ draw.standard_normal((12, INPUTS))).astype(np.float32)
     rows += 0.1 * draw.standard_normal(rows.shape).astype(np.float32)
@@ -102,20 +102,20 @@ def test_gptq_makes_products_with_the_texts_inputs_more_exact() -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_a_matrix_is_quantized_once() -> None:
+def test_a_matrix_is_quantized_only_once() -> None:
     quantizer = BlockQuantizer(BlockSettings(4))
     assert quantizer.quantized("w", matrix(), True) is quantizer.quantized("w", matrix(), True)
     assert quantizer.quantized("w", matrix(), False) is not quantizer.quantized("w", matrix(), True)
 
 
-def test_a_programs_logging_stays_as_it_is() -> None:
+def test_quantizing_leaves_the_programs_logging_unchanged() -> None:
     before = (logging.getLogger().level, list(logging.getLogger().handlers))
     BlockQuantizer(BlockSettings(4)).quantized("w", matrix(), True)
     assert (logging.getLogger().level, list(logging.getLogger().handlers)) == before
 
 
 def small_graph(tied: bool) -> ir.Model:
-    """ids -> embedding -> head, with or without one table for both. Hidden size 96: no multiple of 64 or 128."""
+    """ids -> embedding -> head, tied or not. Hidden size 96: no multiple of 64 or 128."""
     draw = np.random.default_rng(2)
     table = ir.Value(name="table", const_value=ir.tensor(draw.standard_normal((50, INPUTS)).astype(np.float32)))
     head = table if tied else ir.Value(name="head", const_value=ir.tensor(matrix()))
@@ -185,7 +185,7 @@ def test_a_bundle_with_weights_in_blocks(export_tiny: Callable[..., Path]) -> No
     assert manifest.model.kv.type == "int8"
     assert not manifest.exact_under_cuts
     assert manifest.quality["against_fp32"]["perplexity_increase_percent"] < 3
-    # 8 bits and a float32 scale for 32 of them, and the rotary tables: 513 positions, 8 angles, cosine and sine.
+    # 8 bits, a float32 scale per 32 of them, and the rotary tables: 513 positions, 8 angles, cosine and sine.
     assert manifest.files["model.onnx.data"].bytes < 1.3 * manifest.model.parameters + 2 * 4 * 513 * 8
     with load(bundle.path) as engine:
         assert len(engine.generate("Once", max_tokens=8).token_ids) == 8
@@ -238,7 +238,7 @@ def test_a_note_that_no_step_wrote_is_refused(note: Any) -> None:
         noted_weights(model)
 
 
-def test_the_step_stands_once() -> None:
+def test_a_second_weights_step_is_refused() -> None:
     model, bench = tiny_llama(), cast("Workbench", None)
     WeightsInt4("hqq", 64).apply(model, bench)
     assert noted_weights(model) == BlockSettings(4, 64, "hqq")
@@ -247,7 +247,7 @@ def test_the_step_stands_once() -> None:
 
 
 def lax_target(folder: Path) -> str:
-    """The machine's target with a gate that lets through what 4 bits do to random weights."""
+    """The machine's target with gate limits that 4 bits on random weights stay within."""
     text = (ROOT / "targets" / "x86-cpu.toml").read_text(encoding="utf-8")
     for strict, lax in (("percent = 3.0", "percent = 1e9"), ("percent = 97.0", "percent = 0.0")):
         assert strict in text
@@ -258,7 +258,7 @@ def lax_target(folder: Path) -> str:
 
 
 def test_a_recipe_sets_the_scheme_and_a_compressed_folder_keeps_it(tiny_model: Path, tmp_path: Path) -> None:
-    """Exporting what a recipe wrote is exporting with the recipe."""
+    """Exporting a folder that a recipe wrote gives the same bundle as exporting with the recipe."""
     path, target = write_recipe(tmp_path, "gptq"), lax_target(tmp_path)
     compress_model(ExportConfig(str(tiny_model), target, out=tmp_path / "small", compress=path))
     direct = export_model(ExportConfig(str(tiny_model), target, out=tmp_path / "direct", compress=path))
@@ -322,7 +322,7 @@ def test_what_a_scheme_costs_a_trained_model(
 
 
 def test_hessians_are_those_of_the_inputs(tmp_path: Path) -> None:
-    """The first norm's output, computed by torch, against what the graph's run collects."""
+    """The first norm's output computed by torch, against what the graph's run collects."""
     import torch
 
     model = tiny_llama()

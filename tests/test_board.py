@@ -1,4 +1,4 @@
-"""What `edgelm doctor` says of a small board, and of a bundle before it is loaded."""
+"""What `edgelm doctor` says about a small board, and about a bundle before it is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING, LOW_NOW, LOW_BEFORE, HOT_NOW, HOT_BEFORE = "0", "50005", "10000", "8000
 
 @pytest.fixture
 def pi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A board whose files a test writes below the folder."""
+    """A board whose system files a test writes below the folder."""
     (tmp_path / "model").write_bytes(PI.encode() + b"\0")
     zone = tmp_path / "thermal" / "thermal_zone0"
     zone.mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_a_raspberry_pi_says_why_it_is_slow(pi: Path, where: str, bits: str, wor
     ("kind", "state", "is_hot"),
     [("thermal-cpufreq-0", 3, True), ("cpufreq-cpu0", 1, True), ("thermal-cpufreq-0", 0, False), ("pwm-fan", 4, False)],
 )
-def test_other_boards_tell_by_how_they_are_cooled(pi: Path, kind: str, state: int, is_hot: bool) -> None:
+def test_other_boards_report_throttling_by_their_cooling_devices(pi: Path, kind: str, state: int, is_hot: bool) -> None:
     device = pi / "thermal" / "cooling_device0"
     device.mkdir()
     (device / "type").write_text(f"{kind}\n")
@@ -69,7 +69,7 @@ def test_other_boards_tell_by_how_they_are_cooled(pi: Path, kind: str, state: in
     assert bool(board.slowed()) == is_hot
 
 
-def test_a_firmware_that_tells_no_number_is_passed_over(pi: Path) -> None:
+def test_a_firmware_value_that_is_no_number_is_ignored(pi: Path) -> None:
     tell(pi, "unknown")
     assert board.slowed() == ()
 
@@ -84,13 +84,13 @@ def test_the_doctor_names_the_board_and_its_pages(
     assert f"{PI}, pages of 16 KiB" in text and "power supply" in text
 
 
-def test_no_board_is_no_line(pi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_board_no_board_line_is_printed(pi: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pi / "model").unlink()
     assert main(["doctor"]) == 0
     assert "board" not in capsys.readouterr().out
 
 
-def test_a_system_of_32_bits_is_told_what_to_do_beside_everything_else(
+def test_a_32_bit_system_gets_advice_and_the_full_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -118,7 +118,7 @@ def test_little_memory_is_measured_with_less_of_it(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_table_from_which_rows_are_gathered_is_not_read(tmp_path: Path, tied: bool) -> None:
+def test_an_embedding_table_counts_as_streamed_if_tied(tmp_path: Path, tied: bool) -> None:
     table, head = np.zeros((10, 8), np.float32), np.zeros((8, 10), np.float32)
     nodes = [helper.make_node("Gather", ["table", "ids"], ["x"]), helper.make_node("MatMul", ["x", "head"], ["y"])]
     nodes += [helper.make_node("MatMul", ["y", "table"], ["z"])] * tied

@@ -1,4 +1,4 @@
-"""Budgets that outlive a process: the file, the command that sets it, and what reads it."""
+"""Budgets that outlive a process: the file, the command that sets it, and the code that reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(home: Path, text: str) -> None:
     (home / "budgets.json").write_text(text, encoding="utf-8")
 
 
-def test_without_a_file_the_defaults_count(edgelm_home: Path) -> None:
+def test_without_a_file_the_defaults_apply(edgelm_home: Path) -> None:
     assert read_budgets(edgelm_home) == default_budgets() == Budgets()
     assert not edgelm_home.exists()
 
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(edgelm_home: Path) -> None:
         assert stat.S_IMODE((edgelm_home / "budgets.json").stat().st_mode) == 0o600
 
 
-def test_only_what_differs_is_written(edgelm_home: Path) -> None:
+def test_only_budgets_that_differ_from_the_defaults_are_written(edgelm_home: Path) -> None:
     write_budgets(edgelm_home, Budgets(prefixes=PrefixCacheSettings(disk_bytes=2 * MIB)))
     data = json.loads((edgelm_home / "budgets.json").read_text(encoding="utf-8"))
     assert data == {"version": 1, "responses": {}, "prefixes": {"disk_bytes": 2 * MIB}}
@@ -72,7 +72,7 @@ def test_only_what_differs_is_written(edgelm_home: Path) -> None:
         ('{"version": 1, "prefixes": {"disk_bytes": "1GB"}}', "disk_bytes must be"),
     ],
 )
-def test_a_file_that_is_none_is_an_error_for_the_command_and_a_warning_for_load(
+def test_an_invalid_file_is_an_error_for_the_command_and_a_warning_for_load(
     edgelm_home: Path, text: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     edgelm_home.mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_written_is_an_error(edgelm_home: Path) -> None:
         write_budgets(edgelm_home, Budgets())
 
 
-def test_the_command_sets_what_it_is_told_and_keeps_the_rest(
+def test_the_command_sets_the_given_budgets_and_keeps_the_rest(
     edgelm_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", "budget", "--responses-disk", "64MiB", "--prefixes-memory", "1.5 MB"]) == 0
@@ -125,7 +125,7 @@ def test_the_command_sets_what_it_is_told_and_keeps_the_rest(
 
 
 @pytest.mark.parametrize("words", [["--responses-disk", "many"], ["--prefixes-disk", "1XB"], ["--responses-ttl", "-1"]])
-def test_what_is_no_size_is_wrong_usage(edgelm_home: Path, words: list[str]) -> None:
+def test_an_unreadable_size_is_a_usage_error(edgelm_home: Path, words: list[str]) -> None:
     with pytest.raises(SystemExit) as found:
         main(["cache", "budget", *words])
     assert found.value.code == 2
@@ -144,7 +144,7 @@ def test_what_is_no_size_is_wrong_usage(edgelm_home: Path, words: list[str]) -> 
     ],
     ids=lambda words: " ".join(words)[:40],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(edgelm_home: Path, words: list[str]) -> None:
+def test_impossible_budgets_are_refused_and_nothing_is_written(edgelm_home: Path, words: list[str]) -> None:
     assert main(["cache", *words]) == 1
     assert not (edgelm_home / "budgets.json").exists()
 
@@ -172,7 +172,7 @@ def test_the_largest_size_is_read_to_the_byte(edgelm_home: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["-5", "+5", "1_0", "9" * 19 + "0", "9" * 400, "", "many", "0"])
-def test_a_budget_of_the_files_that_is_none_is_warned_of_and_deletes_nothing(
+def test_an_invalid_budget_file_warns_and_deletes_nothing(
     edgelm_home: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = edgelm_home / "prefixes"
@@ -187,7 +187,7 @@ def test_a_budget_of_the_files_that_is_none_is_warned_of_and_deletes_nothing(
     assert len(list(found_files(folder))) == 2
 
 
-def test_what_is_over_goes_at_once(edgelm_home: Path) -> None:
+def test_a_lower_budget_takes_effect_at_once(edgelm_home: Path) -> None:
     store = SqliteStore(edgelm_home / "responses", DiskBudget(64 * MIB, 10_000))
     for index in range(64):
         store.put(response_key("d", [index], {}), CachedAnswer((("x" * 60_000, (1,)),), "stop"))
@@ -199,12 +199,12 @@ def test_what_is_over_goes_at_once(edgelm_home: Path) -> None:
     assert (edgelm_home / "responses" / "responses.sqlite").stat().st_size <= MIB
     left = list(found_files(edgelm_home / "prefixes"))
     assert 0 < sum(file.bytes for file in left) <= MIB
-    assert min(file.used for file in left) > 1e9 + 40, "what was used last stays"
+    assert min(file.used for file in left) > 1e9 + 40, "the most recently used files stay"
     assert read_budget(edgelm_home / "prefixes") == MIB
     assert main(["cache", "check"]) == 0
 
 
-def test_load_goes_by_the_file_and_arguments_go_before_it(tiny_bundle: Path, edgelm_home: Path) -> None:
+def test_load_reads_the_file_and_arguments_override_it(tiny_bundle: Path, edgelm_home: Path) -> None:
     assert main(["cache", "budget", "--responses-disk", "2MiB", "--prefixes-disk", "3MiB"]) == 0
     prompt = list(range(40))
     with load(tiny_bundle, response_cache=True, prefix_cache=True) as engine:

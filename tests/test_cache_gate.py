@@ -1,5 +1,5 @@
-"""The INT8 cache's gate: values that calibration did not show are found, and get wider scales or fail the export with
-their name."""
+"""The INT8 cache's gate: values outside the calibrated range are found. They get wider scales or fail the export, which
+names the layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, tiny_llama
 IDS = list(range(32, 120)) * 30
 VOCABULARY = 257
 END = 256
-# A channel of layer 0's keys, of its first KV head.
+# A channel of layer 0's keys, in its first KV head.
 CHANNEL = 5
 
 
@@ -32,15 +32,15 @@ def prompts_of(unusual: UnusualTokens) -> CachePrompts:
 
 
 def never_shown(model: Path) -> int:
-    """A token that no prompt holds which calibrates the model in a folder."""
+    """A token that occurs in no prompt that calibrates the model in a folder."""
     text = Tokenizer(model / "tokenizer.json").encode(TEXT)
     prompts = cache_prompts(text, UnusualTokens((END,), (), ()), VOCABULARY, 512)
     return min(set(range(VOCABULARY)) - {token for prompt in prompts.calibrating for token in prompt})
 
 
 def planted(folder: Path, size: float) -> Path:
-    """A model in which one token has, in one direction of its embedding, what no other has, and a key channel that
-    reads that direction alone: on all other tokens it is what other directions give."""
+    """A model with an outlier: of all embeddings only one token's has a component in a certain direction, and one key
+    channel alone reads that direction."""
     import torch
 
     folder.mkdir()
@@ -66,7 +66,7 @@ def report_of(bundle: Path) -> Any:
     return json.loads((bundle / "report.json").read_text(encoding="utf-8"))["cache"]
 
 
-def test_what_calibrates_does_not_judge() -> None:
+def test_calibrating_and_judging_prompts_are_disjoint() -> None:
     strange = tuple(range(VOCABULARY))
     prompts = prompts_of(UnusualTokens((END, 3), strange, (65, 66, 67)))
     calibrating = [*map(tuple, prompts.calibrating)]
@@ -74,7 +74,7 @@ def test_what_calibrates_does_not_judge() -> None:
     assert not set(calibrating) & {prompt for _, prompt in judging}
     kinds = dict.fromkeys(kind for kind, _ in judging)
     assert list(kinds) == ["text", "random tokens", "special tokens", "rare tokens"]
-    assert any(prompt[0] == END for prompt in calibrating), "a text that begins with the beginning-of-text token"
+    assert any(prompt[0] == END for prompt in calibrating), "a text that begins with the begin-of-text token"
     assert (65, 66, 67) in calibrating
     shown = {token for prompt in calibrating for token in prompt}
     rare = [token for kind, prompt in judging if kind == "rare tokens" for token in prompt]
@@ -85,8 +85,8 @@ def test_what_calibrates_does_not_judge() -> None:
     text = [token for kind, prompt in judging if kind == "text" for token in prompt]
     held_out = IDS[-(len(IDS) // 4) :]
     assert len(text) == 512 < len(held_out)
-    assert text == held_out[:512], "the first window of what calibrates nothing"
-    assert max(map(len, prompts.calibrating)) == 512, "keys and values of later positions have other ranges"
+    assert text == held_out[:512], "the first window of held-out text"
+    assert max(map(len, prompts.calibrating)) == 512, "later positions have other ranges of keys and values"
 
 
 @pytest.mark.parametrize("context", [1, 2, 16])
@@ -98,7 +98,7 @@ def test_no_prompt_is_longer_than_the_context(context: int) -> None:
 
 @pytest.fixture(scope="module")
 def widened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Model and bundle, where the planted token's key is 6 times as large as any on the calibrating prompts."""
+    """A model and its bundle; the planted token's key is 6 times as large as any on the calibrating prompts."""
     folder = tmp_path_factory.mktemp("planted")
     model = planted(folder / "model", 6.0)
     return model, export(model, folder / "bundle")
@@ -117,10 +117,10 @@ def test_a_far_value_is_found_and_its_channel_widened(widened: tuple[Path, Path]
     assert after["rare tokens"] < before["rare tokens"] / 10
     scales = ir.load(bundle / "model.onnx").graph.initializers["cache.0.key.scale"].const_value
     assert scales is not None
-    assert int(np.argmax(scales.numpy())) in (CHANNEL, (CHANNEL + 8) % 16), "the channel, or the one it rotates with"
+    assert int(np.argmax(scales.numpy())) in (CHANNEL, (CHANNEL + 8) % 16), "the channel, or its rotary partner"
 
 
-def test_answers_with_that_token_are_those_of_a_float32_cache(widened: tuple[Path, Path], tmp_path: Path) -> None:
+def test_answers_with_the_planted_token_equal_a_float32_caches(widened: tuple[Path, Path], tmp_path: Path) -> None:
     model, bundle = widened
     prompt = [*IDS[:20], never_shown(model), *IDS[40:50]]
     sessions = []
@@ -136,7 +136,7 @@ def test_answers_with_that_token_are_those_of_a_float32_cache(widened: tuple[Pat
 
 
 def test_a_model_that_wide_scales_spoil_is_refused_by_layer(tmp_path: Path) -> None:
-    """The same channel, 50 times: a scale that holds it leaves two bits for all other tokens."""
+    """The channel 50 times as large: a scale that holds it leaves two bits for all other tokens."""
     with pytest.raises(VerificationError, match=r"INT8 cache does not suit .*layer 0 \(.* times\).*--kv float32"):
         export(planted(tmp_path / "model", 50.0), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -144,7 +144,7 @@ def test_a_model_that_wide_scales_spoil_is_refused_by_layer(tmp_path: Path) -> N
     assert report_of(bundle) is None
 
 
-def test_the_report_says_what_the_cache_met(widened: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_shows_what_the_gate_found(widened: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, bundle = widened
     assert main(["inspect", str(bundle), "--report"]) == 0
     shown = capsys.readouterr().out

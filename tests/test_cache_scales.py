@@ -1,6 +1,6 @@
-"""An INT8 cache in both its forms: fixed scales of channels, and with kernels a scale of its own behind each row.
+"""An INT8 cache in both forms: fixed scales per channel, and with kernels a scale stored behind each row.
 
-What kernels compute of one attention is in test_kernels.py; here it is whole bundles, and what is kept of them.
+test_kernels.py covers a single attention; these tests cover whole bundles and stored prefixes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS = 300  # more than the 256 positions that the cache starts with
 
 @pytest.fixture(scope="module")
 def fixed_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as it was exported before there were scales of rows: the graph fixes the length of a row."""
+    """The tiny model exported as before scales per row: the graph fixes the length of a row."""
     out = tmp_path_factory.mktemp("fixed") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(call_attention, "_open_rows", lambda graph: None)
@@ -49,7 +49,7 @@ def fixed_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def folder(
     request: pytest.FixtureRequest, tiny_bundle: Path, fixed_bundle: Path, monkeymodule: pytest.MonkeyPatch
 ) -> Path:
-    """A bundle, with the switch of kernels set as it is to be opened."""
+    """A bundle, with the kernel switch set for opening it."""
     if request.param == "channels":
         monkeymodule.setenv(kernels.SWITCH, "off")
     else:
@@ -129,16 +129,16 @@ def test_rows_of_a_batch_have_the_bits_of_their_texts_alone(folder: Path) -> Non
 
 
 def answer(folder: Path, prompt: list[int]) -> tuple[Any, int]:
-    """What an engine answers that knows what is on the disk, and how many tokens it found there."""
+    """The answer of an engine with a prefix cache on disk, and the number of tokens it reused."""
     with load(folder, threads=1, response_cache=False, prefix_cache=PrefixCacheSettings()) as engine:
         done = engine.generate(token_ids=prompt, max_tokens=6, logprobs=3)
         return (done.token_ids, done.logprobs), done.stats.reused_tokens
 
 
-def test_what_is_on_the_disk_is_found_after_a_restart_and_by_its_own_form_alone(
+def test_stored_prefixes_are_reused_after_a_restart_only_in_the_same_form(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows without scales, read as rows with scales, would be shifted values."""
+    """Rows without scales, read as rows with scales, would be misaligned values."""
     require_kernels(monkeypatch)
     prompt = ids_of(tiny_bundle)[:100]
     cold, reused = answer(tiny_bundle, prompt)
@@ -175,10 +175,10 @@ def test_a_graph_for_other_runtimes_has_rows_of_one_head(tiny_bundle: Path) -> N
     assert all(value.shape is not None and value.shape[-1] == SIZE for value in values)
 
 
-def test_inspect_tells_what_a_token_takes_in_both_forms(
+def test_inspect_shows_bytes_per_token_in_both_forms(
     tiny_bundle: Path, fixed_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two layers, two heads: 2 x 2 x 2 rows of 16 bytes, or of 20."""
+    """Two layers, two heads: 2 x 2 x 2 rows of 16 bytes, or of 20 with scales."""
     assert main(["inspect", str(tiny_bundle)]) == 0
     assert "int8 per token, 128 bytes a token, 160 with kernels" in capsys.readouterr().out
     assert main(["inspect", str(fixed_bundle)]) == 0
@@ -196,7 +196,7 @@ def test_a_manifest_of_another_granularity_is_refused(
     assert f"model.kv.granularity of {kind} must be" in capsys.readouterr().err
 
 
-# A real model: what no random weights have are channels and tokens of unlike sizes.
+# A real model, because random weights have no channels and tokens of different magnitude.
 
 REAL_MODEL = Path(os.environ.get("EDGELM_REAL_MODEL", ROOT / "build" / "smollm2"))
 WINDOW, WINDOWS = 512, 4
@@ -205,7 +205,7 @@ WINDOW, WINDOWS = 512, 4
 @pytest.fixture(scope="module")
 def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not REAL_MODEL.is_dir():
-        pytest.skip(f"no real model in {REAL_MODEL}: set EDGELM_REAL_MODEL to the folder of one")
+        pytest.skip(f"no real model in {REAL_MODEL}: set EDGELM_REAL_MODEL to its folder")
     out = tmp_path_factory.mktemp("real") / "bundle"
     return export_model(ExportConfig(str(REAL_MODEL), target="x86-cpu", scheme="fp32", kv="int8", out=out)).path
 
@@ -213,7 +213,7 @@ def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "most_kl"), [("token", 0.0005), ("channel", 0.0013)])
 def test_a_real_model_loses_next_to_nothing(real_bundle: Path, form: str, most_kl: float) -> None:
-    """KL divergence of the next token's distribution, weights in float32, on a text that calibrated nothing; mean."""
+    """Mean KL divergence of the next token's distribution on a text not used for calibration; float32 weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

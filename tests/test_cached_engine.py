@@ -1,4 +1,4 @@
-"""The response cache as users meet it: `load`, `edgelm run`, `edgelm cache`; on real bundles, across processes."""
+"""The response cache as users see it: `load`, `edgelm run`, `edgelm cache`; on real bundles, across processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask(bundle: Path, prompt: str = "Once", max_tokens: int = 6) -> Completion:
 
 
 def talkative(bundle: Path) -> Engine:
-    """The bundle's engine with a fake model in it, which writes a letter in every step and never stops."""
+    """The bundle's engine with a fake model that writes a letter in every step and never stops."""
     opened = Bundle.open(bundle)
     tokenizer = Tokenizer(opened.path / "tokenizer.json")
     letters = tokenizer.encode("abcdefghijklmnop")
@@ -87,7 +87,7 @@ def test_a_program_that_asks_for_nothing_leaves_nothing_on_the_disk(tiny_bundle:
             done = engine.generate("Once upon a time, there was a little girl named Lily.", max_tokens=40)
         list(engine.stream("Once upon", max_tokens=9, temperature=1.0))
         engine.generate_batch(["one", "two"], max_tokens=3)
-    assert done.stats.response_cache_hit, "answers are known again while the program runs"
+    assert done.stats.response_cache_hit, "answers are cached while the program runs"
     assert not edgelm_home.exists()
 
 
@@ -126,7 +126,7 @@ def test_when_the_first_of_two_is_cancelled_the_second_goes_on(tiny_bundle: Path
 
 
 def test_threads_that_hold_and_want_each_others_requests_are_all_answered(tiny_bundle: Path) -> None:
-    """One is in the middle of a stream and asks for what the other one computes, and the other way round."""
+    """Each thread is in the middle of a stream and asks for the answer that the other thread computes."""
     done: list[Completion] = []
     with talkative(tiny_bundle) as engine:
         stream = engine.stream("a", max_tokens=30)
@@ -142,7 +142,7 @@ def test_threads_that_hold_and_want_each_others_requests_are_all_answered(tiny_b
 def test_a_bundle_that_is_replaced_while_loaded_mixes_up_nothing(
     export_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The engine goes on with the files that it opened, under their digest; who loads later gets the new ones."""
+    """A loaded engine keeps its files and their digest; a later load gets the new files."""
     old, new, place = export_tiny(), export_tiny(scheme="fp32"), tmp_path / "bundle"
     expected = {bundle: ask(bundle, "Tom", 24) for bundle in (old, new)}
     shutil.copytree(old, place)
@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_used_is_one_warning_and_right_answers(
         for _ in range(2):
             again = [engine.generate(prompt, max_tokens=6) for prompt in ("Once", "Tom")]
             assert [done.token_ids for done in again] == expected
-    assert all(done.stats.response_cache_hit for done in again), "memory goes on"
+    assert all(done.stats.response_cache_hit for done in again), "the memory cache goes on"
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1 and warning in warnings[0]
 
@@ -246,7 +246,7 @@ def test_cache_shows_checks_and_clears(
 
     assert cache("stats")["entries"] == 0
     assert cache("check")["entries"] == cache("clear")["entries"] == 0
-    assert not edgelm_home.exists(), "looking makes no file"
+    assert not edgelm_home.exists(), "reading creates no file"
     ask(tiny_bundle)
     assert cache("check")["entries"] == cache("stats")["entries"] == 1
     assert main(["cache", "stats"]) == 0
@@ -265,7 +265,7 @@ def test_check_fails_with_one_line(
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_cache_wants_to_know_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_without_a_known_action_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["cache"], ["cache", "burn"]):
         with pytest.raises(SystemExit) as ended:
             main(words)

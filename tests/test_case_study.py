@@ -1,4 +1,4 @@
-"""The report of the case study: ratios of the same round, and yes or no for each thing promised."""
+"""The report of the case study: ratios within a round, and yes or no for each promise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_promises_are_kept_or_not(report: ModuleType) -> None:
     assert found["times as fast, same round"][1] == "5.8 (5.0 to 6.7)"
 
 
-def test_what_was_not_measured_is_no_promise_kept(report: ModuleType) -> None:
+def test_missing_figures_keep_no_promise(report: ModuleType) -> None:
     some = {key: value for key, value in figures().items() if "lambada" not in key and "speed" not in key}
     found = rows(report.markdown(some, TITLES))
     assert found["an answer 5.3 times as fast"] == ["-", "-"]

@@ -1,4 +1,4 @@
-"""Chat templates: the same prompt as transformers makes, and templates cannot leave the sandbox."""
+"""Chat templates: the same prompt as transformers makes, and no way out of the sandbox."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "thoughts": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}, USER],
     "a later system message": [USER, ASSISTANT, SYSTEM, USER],
     "further keys": [{"role": "user", "content": "a", "name": "Ann", "tool_calls": [{"id": 1}]}],
-    # As OpenAI's clients dump them: every field of the type is there.
+    # As OpenAI's clients dump them, with every field of the type.
     "a call of a tool": [
         {**USER, "name": None},
         {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None, "tool_calls": [
@@ -195,7 +195,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tokenizer of transformers that has our special tokens and no template of its own."""
+    """A tokenizer of transformers with our special tokens and no template of its own."""
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("reference")
@@ -207,7 +207,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def outcome_of_transformers(
     reference: Any, template: str, messages: list[dict[str, Any]], prompt: bool, **special: Any
 ) -> str | None:
-    """The text, or None where transformers raises for these messages."""
+    """The text, or None if transformers raises for these messages."""
     import jinja2
 
     settings = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt, **special}
@@ -251,7 +251,7 @@ def test_published_templates_give_the_prompt_of_transformers(reference: Any, nam
 
 
 def test_the_templates_answer_as_their_models_expect() -> None:
-    """What transformers says is not all: some of the prompts, written out."""
+    """Some prompts in full, as a check that does not depend on transformers."""
     hello = [{"role": "user", "content": "Hello"}]
     assert ChatTemplate(CHATML, SPECIAL).render(hello) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert ChatTemplate(MISTRAL, SPECIAL).render(hello) == "<s>[INST] Hello[/INST]"
@@ -305,7 +305,7 @@ def test_a_template_that_leaves_a_system_message_out_is_an_error(source: str, me
     template = ChatTemplate(source, SPECIAL)
     with pytest.raises(TemplateError, match="leaves this system message out"):
         template.prompt(messages)
-    assert template.render(messages), "transformers says nothing"
+    assert template.render(messages), "transformers accepts it"
     for fine in ([USER], [{"role": "system", "content": " "}, USER], [{"role": "system"}, USER], [USER, ASSISTANT]):
         assert template.prompt(fine) == template.render(fine)
 
@@ -330,7 +330,7 @@ PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
 def test_text_parts_are_one_text(name: str, parts: list[dict[str, str]], role: str) -> None:
     template = ChatTemplate(TEMPLATES[name], SPECIAL)
     joined = "".join(part["text"] for part in parts)
-    if TEMPLATES[name] == GEMMA_3 and role == "user":  # takes parts, and strips each of them
+    if TEMPLATES[name] == GEMMA_3 and role == "user":  # takes parts and strips each
         joined = "".join(part["text"].strip() for part in parts)
     rest = [] if role == "user" else [USER]
     assert template.prompt([{"role": role, "content": parts}, *rest]) == template.prompt(
@@ -476,7 +476,7 @@ def test_templates_that_would_take_all_memory_are_stopped(source: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_template_has_so_many_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_SECONDS", 0.05)
     slow = "{% for a in range(99999) %}{{ range(5000) | map('string') | join | length }}{% endfor %}"
     with pytest.raises(TemplateError, match="seconds"):
@@ -517,7 +517,7 @@ def test_each_rendering_has_its_own_budget_and_long_conversations_fit() -> None:
 
 
 @pytest.mark.parametrize("source", ["{{ messages[0].content.__class__ }}", "{{ raise_exception.__globals__ }}"])
-def test_an_unsafe_attribute_alone_is_nothing(source: str) -> None:
+def test_an_unsafe_attribute_renders_as_nothing(source: str) -> None:
     assert ChatTemplate(source, SPECIAL).render([USER]) == ""
 
 
@@ -579,7 +579,7 @@ def test_broken_templates_are_refused_when_they_are_compiled(source: str) -> Non
 
 
 @pytest.mark.parametrize("messages", [[5], ["text"], 5, [None]])
-def test_messages_that_are_none_are_refused(messages: Any) -> None:
+def test_invalid_messages_are_refused(messages: Any) -> None:
     for use in (plain_messages, ChatTemplate(CHATML, SPECIAL).render, ChatTemplate(CHATML, SPECIAL).prompt):
         with pytest.raises(PromptError):
             use(messages)

@@ -1,4 +1,4 @@
-"""`edgelm chat`: the conversation behind it, its commands from a pipe, and a session in a terminal."""
+"""`edgelm chat`: its conversation, its commands read from a pipe, and a session in a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edgelm.runtime.text.conversation import Conversation
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 )
-# Random weights say little that is text; drawn widely they say something each time.
+# Random weights seldom give text; a high temperature gives some each time.
 SETTINGS = ["--max-tokens", "12", "--temperature", "5", "--seed", "3"]
 Captured = pytest.CaptureFixture[str]
 
@@ -98,7 +98,7 @@ def test_a_saved_conversation_is_loaded_again_and_never_overwritten(tmp_path: Pa
 @pytest.mark.parametrize(
     "content", ["", "{", "{}", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]', "[" * 9_999]
 )
-def test_what_is_no_saved_conversation_changes_nothing(tmp_path: Path, content: str) -> None:
+def test_loading_an_invalid_file_changes_nothing(tmp_path: Path, content: str) -> None:
     path, conversation = tmp_path / "talk.json", Conversation("s")
     path.write_text(content, encoding="utf-8")
     conversation.ask("a")
@@ -117,7 +117,7 @@ def test_what_is_no_saved_conversation_changes_nothing(tmp_path: Path, content: 
 def chat(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, bundle: Path, *lines: str, options: list[str] | None = None
 ) -> tuple[str, str]:
-    """What stands on standard output and standard error after these lines."""
+    """Standard output and standard error after these lines."""
     data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     capsys.readouterr()
@@ -159,7 +159,7 @@ def test_undo_retry_and_edit_change_the_last_message(
     assert err.count("nothing to take back") == 3
 
 
-def test_settings_are_changed_and_wrong_ones_leave_the_old(
+def test_settings_are_changed_and_invalid_ones_are_ignored(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path
 ) -> None:
     lines = ("/set seed 8", "/set temperature -1", "/set nonsense 4", "/set top_p", "/set stop zz", "hello", "/set")
@@ -197,7 +197,7 @@ def test_no_command_ends_the_conversation(
     assert "prompt tokens" in err.splitlines()[-1]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="access rights are inherited there")
+@pytest.mark.skipif(os.name == "nt", reason="Windows inherits access rights")
 def test_a_saved_conversation_is_its_writers_alone(tmp_path: Path) -> None:
     Conversation("s").save(tmp_path / "c")
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
@@ -279,7 +279,7 @@ def test_an_answer_that_ended_at_a_limit_goes_on(
 def test_the_oldest_turns_are_left_out_where_the_context_is_full(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
 ) -> None:
-    """The tiny model's context holds 512 tokens, of one byte each."""
+    """The tiny model's context holds 512 tokens of one byte each."""
     options = [*SETTINGS, "--system", "be kind"]
     lines = [f"{number}" * 120 for number in range(9)]
     _, err = chat(
@@ -292,7 +292,7 @@ def test_the_oldest_turns_are_left_out_where_the_context_is_full(
     assert err.endswith("0 of 512 tokens\n")
     saved = json.loads((tmp_path / "c").read_text(encoding="utf-8"))
     assert len(saved) == 19 and [message["content"] for message in saved[1::2]] == lines
-    # The last answer is the one to the system message and the latest turns.
+    # The last answer answers the system message and the latest turns.
     last = [answer(chat_bundle, [saved[0], *saved[first:-1]]) for first in (13, 15, 17)]
     assert saved[-1]["content"] in last
 
@@ -330,7 +330,7 @@ def test_a_loaded_conversation_is_shown(
     assert chat(monkeypatch, capsys, chat_bundle, options=["--load", str(path)])[1] == expected
 
 
-def test_what_the_template_reads_is_set_like_a_setting(
+def test_template_options_are_set_like_settings(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, chat_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(chat_bundle, tmp_path / "b")
@@ -382,7 +382,7 @@ def test_no_line_is_too_long_and_nothing_but_blanks_is_lost() -> None:
 
 
 class Terminal:
-    """A process whose terminal is a pseudo-terminal of ours."""
+    """A process in a pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
         import pty
@@ -400,17 +400,17 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def expect(self, pattern: str) -> str:
-        """Wait until the output that was not yet expected has the pattern; returns it up to the pattern's end."""
+        """Wait until the output not yet consumed matches the pattern; returns it up to the match's end."""
         deadline = time.monotonic() + 60
         while not self._waits(pattern, 1.0):
-            assert time.monotonic() < deadline, f"{pattern!r} did not come: {self.seen!r}"
+            assert time.monotonic() < deadline, f"{pattern!r} did not appear: {self.seen!r}"
         found = re.search(pattern, self.seen)
         assert found is not None
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
     def _waits(self, pattern: str, seconds: float) -> bool:
-        """Read for some seconds or until the pattern is there; returns whether it is."""
+        """Read until the pattern appears or the time is over; returns whether it appeared."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.seen):
             if time.monotonic() > deadline:
@@ -420,8 +420,8 @@ class Terminal:
         return True
 
     def interrupt(self, pattern: str) -> None:
-        """What the terminal does for Ctrl-C to the process in the foreground, until the pattern comes. Again after some
-        seconds, as a person would: Python's readline misses a signal in the moment before it waits for a key."""
+        """Send Ctrl-C to the foreground process until the pattern appears. It is repeated after some seconds: Python's
+        readline misses a signal in the moment before it waits for a key."""
         for _ in range(5):
             os.kill(self._process.pid, signal.SIGINT)
             if self._waits(pattern, 10):
@@ -440,7 +440,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(chat_bundle: Path) -> Iterator[Terminal]:
-    pytest.importorskip("pty", reason="there are no pseudo-terminals here")
+    pytest.importorskip("pty", reason="needs pseudo-terminals")
     opened = Terminal(str(chat_bundle), *SETTINGS)
     yield opened
     opened.close()
@@ -453,7 +453,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")
     terminal.type("/stats\n")
     terminal.expect("prompt tokens.*\n\\S*> ")
-    # Ctrl-C at the prompt leaves the session; so does an interrupted answer, and the conversation goes on.
+    # Ctrl-C does not end the session, neither at the prompt nor during an answer.
     terminal.type("half a lin")
     terminal.expect("half a lin")
     terminal.interrupt("Ctrl-D or /quit leaves.*\n\\S*> ")
@@ -474,7 +474,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
 
 
 def test_the_last_message_is_edited_in_the_line(terminal: Terminal) -> None:
-    pytest.importorskip("readline", reason="there is no line editing here")
+    pytest.importorskip("readline", reason="needs readline")
     terminal.expect("> ")
     terminal.type("hello\n")
     terminal.expect(r"\[length: /continue goes on\]\r\n\d+/512> ")

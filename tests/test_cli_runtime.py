@@ -1,6 +1,6 @@
-"""The command line of the runtime: exit statuses, what stands on which stream, JSON, and never a traceback.
+"""The command line of the runtime: exit statuses, output streams, JSON, and never a traceback.
 
-Most tests call `main` in this process; those about broken streams need a process of their own.
+Most tests call `main` in this process. Tests of broken streams start a process of their own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def call(*arguments: str | Path) -> int:
 
 
 def refused(capsys: Captured, *arguments: str | Path) -> str:
-    """Run a command that must fail; returns its one line of error."""
+    """Run a command that must fail; returns its one-line error."""
     capsys.readouterr()
     assert call(*arguments) == 1
     out, err = capsys.readouterr()
@@ -61,7 +61,7 @@ def answer(bundle: Path, prompt: str, max_tokens: int) -> str:
 
 
 class Stdin(io.TextIOWrapper):
-    """Standard input that holds some bytes."""
+    """Standard input with the given bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -125,7 +125,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys: Captured) ->
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_bundle_that_is_not_there_is_one_line(command: str, tmp_path: Path, capsys: Captured) -> None:
+def test_a_missing_bundle_is_one_line_of_error(command: str, tmp_path: Path, capsys: Captured) -> None:
     prompt = ["hello"] if command == "run" else []
     assert str(tmp_path / "absent") in refused(capsys, command, tmp_path / "absent", *prompt)
     (tmp_path / "empty").mkdir()
@@ -195,7 +195,7 @@ def test_run_with_json_prints_the_completion(tiny_bundle: Path, capsys: Captured
     assert data["finish_reason"] in ("stop", "length")
 
 
-def test_run_tells_of_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
+def test_run_reports_draft_tokens_and_makes_none_without_lookup(tiny_bundle: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     command = ["run", tiny_bundle, "abcd" * 20, "--regex", "(abcd){20,30}", "--max-tokens", "60", "--no-response-cache"]
     assert call(*command, "--stats") == 0
@@ -341,7 +341,7 @@ def test_lines_of_a_file_go_through_the_bundles_template(tiny_bundle: Path, tmp_
         assert json.loads(capsys.readouterr().out)["text"] == answer(tiny_bundle, prompt, 6)
 
 
-def test_an_empty_prompt_is_no_message(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_an_empty_prompt_is_refused_as_a_message(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert "empty" in refused(capsys, "run", with_template(tiny_bundle, tmp_path, "asked"), "")
 
 
@@ -350,7 +350,7 @@ CONTINUED = """{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}
 {%- if tools %}{{ tools | tojson }}{% endif %}{{ documents }}{{ mood }}"""
 
 
-def test_run_takes_what_a_template_reads(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_run_passes_options_to_the_template(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     bundle = with_template(tiny_bundle, tmp_path, CONTINUED)
     tools, documents = tmp_path / "tools.json", tmp_path / "documents.json"
     tools.write_text('[{"type": "function"}]', encoding="utf-8")
@@ -394,7 +394,7 @@ def test_options_for_messages_that_cannot_be_met_are_one_line(
 @pytest.mark.parametrize(
     "other", [["--chat"], ["--system", "be brief"], ["--begin", "a"], ["--template-variable", "a=1"]]
 )
-def test_raw_stands_against_what_needs_a_template(tiny_bundle: Path, other: list[str], capsys: Captured) -> None:
+def test_raw_excludes_options_that_need_a_template(tiny_bundle: Path, other: list[str], capsys: Captured) -> None:
     assert "give one of them" in refused(capsys, "run", tiny_bundle, "hello", "--raw", *other)
 
 
@@ -430,7 +430,7 @@ def test_inspect_with_json_is_the_manifest_and_the_digest(tiny_bundle: Path, cap
     assert data == manifest
 
 
-def test_inspect_shows_what_a_person_asks_for(tiny_bundle: Path, capsys: Captured) -> None:
+def test_inspect_shows_the_main_facts(tiny_bundle: Path, capsys: Captured) -> None:
     assert call("inspect", tiny_bundle) == 0
     out = capsys.readouterr().out
     for words in (
@@ -454,7 +454,7 @@ def test_inspect_survives_whatever_the_exporter_measured(
     assert "int8-rowwise" in capsys.readouterr().out
 
 
-def test_verify_finds_the_promise_kept(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_verify_confirms_exactness_under_cuts(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:600], encoding="utf-8")
     assert call("verify", tiny_bundle, "--json", "--text", text) == 0
@@ -469,7 +469,7 @@ def test_verify_finds_the_promise_kept(tiny_bundle: Path, tmp_path: Path, capsys
     assert "bit for bit" in capsys.readouterr().out
 
 
-def test_verify_fails_where_the_promise_is_broken(
+def test_verify_fails_if_cuts_change_the_logits(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr("edgelm.runtime.commands.verify.cut_difference", lambda *_: 0.25)
@@ -523,7 +523,7 @@ def test_bench_refuses_what_it_cannot_measure(tiny_bundle: Path, arguments: list
     assert arguments[0] in refused(capsys, "bench", tiny_bundle, *arguments)
 
 
-# ---- streams of a process of its own
+# ---- streams of a separate process
 
 
 def check_one_line(done: subprocess.CompletedProcess[bytes], words: str) -> None:
@@ -544,7 +544,7 @@ def test_standard_input_that_is_no_text_is_refused(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "inspect"])
-def test_a_reader_that_is_gone_is_one_line(tiny_bundle: Path, command: str) -> None:
+def test_a_broken_pipe_is_one_line(tiny_bundle: Path, command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -554,13 +554,13 @@ def test_a_reader_that_is_gone_is_one_line(tiny_bundle: Path, command: str) -> N
     check_one_line(done, "output was closed")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         check_one_line(process("inspect", tiny_bundle, stdout=full), "No space left")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as POSIX shells do")
+@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors with a POSIX shell")
 @pytest.mark.parametrize(("arguments", "closed"), [(["run", "Once"], "1"), (["inspect"], "1"), (["run"], "0")])
 def test_streams_that_were_never_open_give_no_traceback(tiny_bundle: Path, arguments: list[str], closed: str) -> None:
     command, *more = arguments
@@ -574,7 +574,7 @@ def test_streams_that_were_never_open_give_no_traceback(tiny_bundle: Path, argum
     assert (b"standard output is closed" if closed == "1" else b"empty") in done.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locales and signals")
 def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path) -> None:
     prompt = "Zażółć 你好"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -586,8 +586,8 @@ def test_an_argument_that_is_not_ascii_is_read_in_every_locale(tiny_bundle: Path
     assert done.stdout == (expected + "\n").encode("ascii", "backslashreplace")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locales and signals of POSIX")
-def test_a_program_that_is_terminated_removes_what_is_half_written(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locales and signals")
+def test_a_terminated_program_removes_partial_output(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
@@ -693,7 +693,7 @@ def test_run_reports_log_probabilities_as_json(tiny_bundle: Path, capsys: Captur
     assert "--json" in refused(capsys, "run", tiny_bundle, "Once", "--logprobs", "2")
 
 
-def test_run_writes_what_a_schema_or_an_expression_wants(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_run_follows_a_schema_or_an_expression(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
@@ -711,7 +711,7 @@ def test_run_writes_what_a_schema_or_an_expression_wants(tiny_bundle: Path, tmp_
     "options",
     ["--temperature -1", "--temperature nan", "--top-p 0.5", "--stop ", "--keep 5", "--seed -4", "--logprobs -1"],
 )
-def test_run_refuses_settings_that_are_none(tiny_bundle: Path, options: str, capsys: Captured) -> None:
+def test_run_refuses_invalid_settings(tiny_bundle: Path, options: str, capsys: Captured) -> None:
     option, value = options.split(" ")
     assert option.removeprefix("--").replace("-", " ").split()[0] in refused(
         capsys, "run", tiny_bundle, "Once", option, value

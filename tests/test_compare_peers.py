@@ -1,4 +1,4 @@
-"""The comparison with other runtimes: its sums, tables and plot, and how it recognizes a model."""
+"""The comparison with other runtimes: its statistics, tables and plot, and how it identifies a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .conftest import ROOT, tiny_llama
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """scripts/compare_peers.py, imported as it runs: with its own folder on the path."""
+    """scripts/compare_peers.py, imported with its own folder on the path, as when it runs."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import compare_peers
@@ -42,7 +42,7 @@ def _figures(decode: float, load: float) -> dict[str, Any]:
 
 @pytest.fixture
 def found(script: ModuleType) -> dict[str, Any]:
-    """Three rounds, in which genai fails from the second on, and optimum could not be installed."""
+    """Three rounds. genai fails from the second on, and optimum could not be installed."""
     rounds = [
         {"edgelm-int8": _figures(100, 0.2), "genai-int8": _figures(80, 0.4), "llama.cpp-q8_0": _figures(50, 0.1)},
         {"edgelm-int8": _figures(120, 0.3), "genai-int8": {}, "llama.cpp-q8_0": _figures(80, 0.1)},
@@ -63,7 +63,7 @@ def test_medians_ranges_and_ratios(found: dict[str, Any]) -> None:
     llama = found["peers"]["llama.cpp-q8_0"]
     assert llama["medians"]["decode_128"] == 80
     assert llama["ranges"]["decode_128"] == [50, 110]
-    # Of each round's ratio, 2.0, 1.5 and 1.0, not the ratio of the medians.
+    # The median of the rounds' ratios 2.0, 1.5 and 1.0, not the ratio of the medians.
     assert llama["ratios"]["decode_128"] == 1.5
     assert "tokens_128" not in llama["medians"]
     assert found["peers"]["optimum-int8"]["medians"] == {}
@@ -126,7 +126,7 @@ def test_timing_counts_what_came_after_the_first_token(script: ModuleType) -> No
         harness.timed(type("Short", (), {"generate": lambda *_: iter([7])})(), [1], 3)
 
 
-def test_a_model_is_known_again_elsewhere_and_read_by_older_readers(script: ModuleType, tmp_path: Path) -> None:
+def test_a_moved_model_is_recognized_and_older_readers_get_a_copy(script: ModuleType, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
@@ -144,7 +144,7 @@ def test_a_model_is_known_again_elsewhere_and_read_by_older_readers(script: Modu
     assert script.fingerprint(tmp_path / "moved") != before
 
 
-def test_a_failing_program_gives_its_last_word(script: ModuleType) -> None:
+def test_a_failing_program_is_reported_with_its_last_line(script: ModuleType) -> None:
     from peers import environments
 
     with pytest.raises(environments.PeerError, match=r"^no wheel fits$"):
@@ -162,7 +162,7 @@ def test_every_peer_has_an_adapter_and_pinned_packages(script: ModuleType) -> No
 
 
 class Told:
-    """A model whose logits at a position depend on nothing but the token there."""
+    """A model whose logits at a position depend only on the token there."""
 
     def __init__(self, table: Any) -> None:
         self.table, self.asked = table, []
@@ -176,7 +176,7 @@ class Told:
 
 
 def test_quality_is_measured_as_edgelm_eval_measures_it(script: ModuleType, tmp_path: Path) -> None:
-    """The same windows, the same scored positions, each of them once."""
+    """Same windows, same scored positions, each scored once."""
     from edgelm.runtime.evaluation.scoring import negative_log_likelihood, score
     from edgelm.runtime.fake import FakeSession
 
@@ -222,7 +222,7 @@ def test_transformers_answers_prompts_together_as_it_does_alone(script: ModuleTy
     assert script.quality.measure(model, task, ROOT, True) == {"answers": together[:2]}
 
 
-def test_answers_are_equal_from_beginning_to_end_or_not(script: ModuleType) -> None:
+def test_answers_count_as_equal_only_as_a_whole(script: ModuleType) -> None:
     found = script.quality.equal_answers([[1, 2], [3, 4], [5], []], [[1, 2], [3, 5], [6], []])
     assert found == {"answer_count": 4, "equal_answers": 2, "equal_first": 3}
 
@@ -239,7 +239,7 @@ CPUINFO = (
 )
 
 
-def test_llama_cpp_is_built_for_what_the_system_allows(script: ModuleType, tmp_path: Path) -> None:
+def test_llama_cpp_is_built_for_the_usable_instruction_sets(script: ModuleType, tmp_path: Path) -> None:
     from peers import environments, processor
 
     (tmp_path / "cpuinfo").write_text(CPUINFO.format(more="avx512_vnni"), encoding="utf-8")

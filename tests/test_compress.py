@@ -1,4 +1,4 @@
-"""Compression: recipes are read strictly, steps change what they say, and a compressed model exports like any other."""
+"""Compression: recipes are parsed strictly, steps do what they say, and a compressed model exports like any other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = ["Once upon a time", "One day, Tom", "The cat", "a"]
 
 
 def write_recipe(path: Path, *steps: dict[str, Any]) -> str:
-    """A TOML file of these steps."""
+    """Write a TOML file of these steps."""
     lines = []
     for step in steps:
         lines += ["[[step]]", *(f"{key} = {json.dumps(value)}" for key, value in step.items()), ""]
@@ -32,7 +32,7 @@ def write_recipe(path: Path, *steps: dict[str, Any]) -> str:
 
 
 def torch_greedy(module: Any, ids: list[int], steps: int) -> list[int]:
-    """The most likely tokens, without a cache: what the compressed torch model says, as plainly as can be."""
+    """The most likely tokens of the compressed torch model, computed without a cache."""
     import torch
 
     tokens = list(ids)
@@ -91,7 +91,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         load_recipe("ligth")
 
 
-def test_recipe_file_that_is_no_toml(tmp_path: Path) -> None:
+def test_a_recipe_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[[step", encoding="utf-8")
     with pytest.raises(RecipeError, match="cannot be read as TOML"):
         load_recipe(str(tmp_path / "bad.toml"))
@@ -99,7 +99,7 @@ def test_recipe_file_that_is_no_toml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use", ["drop-layers", "skip-attention"])
 @pytest.mark.parametrize(("keys", "words"), [({"layers": [7]}, "there is no"), ({"last": 2}, "at most 1 of 2")])
-def test_more_layers_than_there_are(
+def test_layers_that_do_not_exist_are_refused(
     tiny_model: Path, tmp_path: Path, use: str, keys: dict[str, Any], words: str
 ) -> None:
     recipe = write_recipe(tmp_path / "r.toml", {"use": use, **keys})
@@ -108,7 +108,7 @@ def test_more_layers_than_there_are(
     assert not (tmp_path / "out").exists()
 
 
-def test_edits_can_be_made_again() -> None:
+def test_replayed_edits_give_the_same_module() -> None:
     module = tiny_llama(num_hidden_layers=4)
     edit(module, "skip_attention", layers=[1, 2])
     edit(module, "drop_layers", layers=[3])
@@ -164,7 +164,7 @@ def test_layer_without_attention_leaves_no_trace_in_the_graph(tiny_model: Path, 
     assert Bundle.open(result.path).manifest.compression[0]["details"]["layers"] == [1]
 
 
-def test_output_that_stands_there_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_not_overwritten(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     recipe = write_recipe(tmp_path / "r.toml", {"use": "drop-layers", "last": 1})

@@ -1,5 +1,5 @@
-"""Bundles of compressed models have irregular layers from export to decoding, and give the tokens of the compressed
-torch model."""
+"""Bundles of compressed models: irregular layers work from export to decoding and give the compressed torch model's
+tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .conftest import TEXT, WIDE_TARGET, byte_tokenizer, shared, tiny_llama
 from .model_zoo import tiny_model as zoo_model
 from .test_compress import torch_greedy, write_recipe
 
-# Layers that differ in every way, and layers that are alike in size and are one another.
+# UNEQUAL makes layers differ in every way; SHARED keeps their sizes and shares weights between layers.
 UNEQUAL: list[dict[str, Any]] = [
     {"use": "drop-layers", "layers": [1]},
     {"use": "skip-attention", "layers": [3]},
@@ -44,7 +44,7 @@ TOKENS = 24
 
 
 def compress(model: Path, steps: list[dict[str, Any]], folder: Path) -> Any:
-    """The compressed folder of a model, without the figures, which cost an export each; returns the torch module."""
+    """Compress without figures, which cost an export each; writes the folder and returns the torch module."""
     module: Any = load_module(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     bench = Workbench(tokenizer(TEXT)["input_ids"], tokenizer, model, folder, 512, print)
@@ -58,8 +58,8 @@ def compress(model: Path, steps: list[dict[str, Any]], folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The INT8 bundle of a tiny model of five layers, compressed by one of the recipes: "shared" by the export, as
-    users do it, "unequal" before it, without the figures, which cost as much again. Made once."""
+    """The INT8 bundle of a tiny model of five layers, compressed by a recipe; made once. "shared" is compressed by the
+    export, as users do it, "unequal" before it without figures, which would take as long again."""
     done: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -81,15 +81,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_irregular_layers_go_all_the_way(bundle: Callable[[str], Path], name: str) -> None:
-    """The prefix cache, a batch, draft tokens: answers are those of plain decoding."""
+def test_irregular_layers_work_with_prefixes_batches_and_drafts(bundle: Callable[[str], Path], name: str) -> None:
+    """Answers with the prefix cache, in a batch and with draft tokens are those of plain decoding."""
     layers = Bundle.open(bundle(name)).manifest.model.layers
     prompts = [TEXT[begin : begin + 40] for begin in (0, 0, 100, 200)] + [TEXT[:90], "ab ab ab ab ab ab ab"]
     with load(bundle(name), response_cache=False, prefix_cache=False) as engine:
         alone = [engine.generate(prompt, max_tokens=TOKENS, lookup=False).token_ids for prompt in prompts]
         assert [engine.generate(prompt, max_tokens=TOKENS).token_ids for prompt in prompts] == alone
         assert [done.token_ids for done in engine.generate_batch(prompts, max_tokens=TOKENS)] == alone
-    for _ in range(2):  # the second time prefixes come from files
+    for _ in range(2):  # the second time, prefixes come from files
         with load(bundle(name), response_cache=False) as engine:
             assert [engine.generate(prompt, max_tokens=TOKENS).token_ids for prompt in prompts] == alone
     assert main(["verify", str(bundle(name))]) == 0

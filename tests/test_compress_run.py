@@ -1,4 +1,4 @@
-"""A compression as a whole: refused before work where that can be known, measured in one pass, rehearsed, told."""
+"""A whole compression: refusals before any work, measurement in one pass, rehearsal, messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRAINING: dict[str, Any] = {"use": "recover", "steps": 4, "batch": 2, "length": 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Four layers, with norms that are not alike: equal weights are in a bundle once."""
+    """Four layers with different norms, because a bundle stores equal weights once."""
     module = tiny_llama(num_hidden_layers=4)
     for number, (name, weight) in enumerate(module.named_parameters()):
         if "norm" in name:
@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> Path:
 
 
 class Listener:
-    """Progress that remembers which stages began, and what was said."""
+    """Records the stages that began and the lines that were said."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -59,7 +59,7 @@ class Listener:
         self.lines.append(line)
 
     def finished(self, record: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def compress(model: Path, out: Path, *steps: dict[str, Any], **options: Any) -> tuple[Any, Listener]:
@@ -74,7 +74,7 @@ def compress(model: Path, out: Path, *steps: dict[str, Any], **options: Any) -> 
 def refused(
     model: Path, out: Path, *steps: dict[str, Any], error: type[Exception] = ExportError, **options: Any
 ) -> str:
-    """The words of a refusal, which came while the model was loaded or before."""
+    """The message of a refusal, which must come no later than while the model is loaded."""
     listener = Listener()
     recipe = write_recipe(out.with_suffix(".toml"), *steps)
     measuring = options.pop("measuring", Measuring())
@@ -135,7 +135,7 @@ def refused(
         ),
     ],
 )
-def test_a_step_that_cannot_be_is_refused_before_the_first_one(
+def test_an_impossible_step_is_refused_before_the_first_one(
     model: Path, tmp_path: Path, steps: list[dict[str, Any]], words: str
 ) -> None:
     assert words in refused(model, tmp_path / "out", *steps)
@@ -161,7 +161,7 @@ def test_texts_that_are_too_short_are_refused_before_the_first_step(model: Path,
 
 @contextlib.contextmanager
 def interrupted_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The block is interrupted when the first checkpoint is on the disk."""
+    """Interrupt the block as soon as the first checkpoint is on the disk."""
     from edgelm.export.compress.training.checkpoint import Checkpoint
 
     save = Checkpoint.save
@@ -196,7 +196,7 @@ def test_a_changed_text_is_noticed_before_the_first_step(model: Path, tmp_path: 
 # --- faults in the middle ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(model: Path, tmp_path: Path) -> None:
     import resource
 
@@ -227,7 +227,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_before_the_first_step(
     assert not any(line.startswith("step ") for line in listener.lines)
 
 
-def test_a_loss_that_is_no_number_in_the_first_step_blames_what_was_there(
+def test_a_nan_loss_in_the_first_step_blames_the_model_as_it_came(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgelm.export.compress.training import train as training
@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number_in_the_first_step_blames_what_was_there(
 
 
 def test_figures_are_those_of_the_module(model: Path, tmp_path: Path) -> None:
-    """By hand: the loss of each token but the first, and KL, in windows of 512."""
+    """Computed by hand: the loss of each token but the first, and KL, in windows of 512."""
     record, _ = compress(model, tmp_path / "out", {"use": "drop-layers", "layers": [2]})
     before, after = (record.steps[0][side] for side in ("before", "after"))
     ids = torch.tensor(judged_ids(model))
@@ -262,7 +262,7 @@ def test_figures_are_those_of_the_module(model: Path, tmp_path: Path) -> None:
 
 
 def judged_ids(model: Path) -> list[int]:
-    """Equal parts of the texts that judge, which no step chooses by."""
+    """Equal parts of the texts that judge. No step uses them to choose."""
     from transformers import AutoTokenizer
 
     tokenizer, texts = AutoTokenizer.from_pretrained(model), built_in_texts().judging
@@ -270,7 +270,7 @@ def judged_ids(model: Path) -> list[int]:
     return [int(token) for part in parts for token in part[: 2049 // len(texts)]]
 
 
-def test_a_reader_needs_no_reference_to_read() -> None:
+def test_the_first_reading_becomes_the_reference() -> None:
     module = tiny_llama()
     reader = Reader(list(TEXT.encode())[:700], 512)
     first = reader.read(module)
@@ -281,8 +281,8 @@ def test_a_reader_needs_no_reference_to_read() -> None:
     assert again.same == 1.0
 
 
-def test_the_size_is_that_which_the_bundle_states(tmp_path: Path) -> None:
-    """Of a model of real stories: one of random weights would not pass the gate."""
+def test_the_figures_size_is_the_bundles_size(tmp_path: Path) -> None:
+    """On a model of real stories, because random weights would not pass the gate."""
     steps = (
         {"use": "skip-attention", "layers": [4]},
         {"use": "prune-structured", "ratio": 0.05},
@@ -294,7 +294,7 @@ def test_the_size_is_that_which_the_bundle_states(tmp_path: Path) -> None:
     assert record.steps[-1]["after"]["bytes"] == pytest.approx(report["memory"]["after"]["weights_bytes"], rel=1e-3)
 
 
-def test_nothing_is_measured_where_that_is_asked(
+def test_measuring_can_be_switched_off(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("the text was read"))
@@ -320,8 +320,8 @@ def test_last_words_are_measured_where_passages_are_given(model: Path, tmp_path:
 # --- held-out text ----------------------------------------------------------------------------------------------------
 
 
-def test_the_best_weights_are_kept_and_a_training_in_vain_ends_early(model: Path, tmp_path: Path) -> None:
-    """Towards the source's own predictions, whose divergence from themselves is 0 before the first step."""
+def test_the_best_weights_are_kept_and_a_useless_training_ends_early(model: Path, tmp_path: Path) -> None:
+    """The target is the source's own predictions, so KL is 0 before the first step and cannot improve."""
     step = {**TRAINING, "keep": "kl", "steps": 40, "evaluate_every": 1, "patience": 3}
     record, listener = compress(model, tmp_path / "out", step)
     training = record.steps[0]["training"]
@@ -340,7 +340,7 @@ def manifest_of(model: Path, tmp_path: Path, step: dict[str, Any]) -> Any:
 
 
 def test_the_best_weights_survive_an_interruption(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """The best reading is before the checkpoint that the training goes on from, which holds other weights."""
+    """The best reading precedes the checkpoint that training resumes from, which holds other weights."""
     step = {**TRAINING, "keep": "kl", "evaluate_every": 1, "checkpoint_every": 2}
     whole, _ = compress(model, tmp_path / "whole", step)
     with interrupted_at_a_checkpoint(monkeypatch):
@@ -363,7 +363,7 @@ def test_the_end_of_the_text_is_held_out_and_not_trained_on(model: Path, tmp_pat
     assert (texts.training, texts.held_out) == (list(range(400)), [])
 
 
-# --- told -------------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_rehearsal_says_what_each_step_would_do_and_writes_nothing(
@@ -374,7 +374,7 @@ def test_a_rehearsal_says_what_each_step_would_do_and_writes_nothing(
     done, _ = compress(model, tmp_path / "done", steps[0])
     assert record.steps[0]["after"]["parameters"] == done.steps[0]["after"]["parameters"]
     assert record.steps[0]["after"]["bytes"] == done.steps[0]["after"]["bytes"]
-    assert record.steps[1]["seconds"] > 2  # 10,000 rows are not learned in less, and the test takes less than that
+    assert record.steps[1]["seconds"] > 2  # an estimate: 10,000 rows take longer to learn than this test takes
     recipe = write_recipe(tmp_path / "r.toml", *steps)
     words = ["compress", str(model), "--recipe", recipe, "--out", str(tmp_path / "out"), "--dry-run"]
     assert main(words) == 0
@@ -384,7 +384,7 @@ def test_a_rehearsal_says_what_each_step_would_do_and_writes_nothing(
     assert not list(tmp_path.glob("out*/")) and not list(tmp_path.glob(".out*"))
 
 
-def test_progress_is_told_from_the_beginning_and_in_a_file(
+def test_progress_is_printed_from_the_start_and_logged_to_a_file(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "r.toml", {"use": "skip-attention", "least_useful": 1}, TRAINING)
@@ -413,11 +413,11 @@ def test_curves_and_samples_are_in_the_page(model: Path, tmp_path: Path) -> None
 
 
 def test_weight_bytes_of_a_model_without_compression() -> None:
-    """By hand: int8 matrices, a scale for each output, norms, tables of 512 positions, scales of the cache."""
+    """Computed by hand: int8 matrices, a scale per output, norms, tables of 512 positions, scales of the cache."""
     from edgelm.targets import load_target
 
     module = tiny_llama()
-    matrices = 257 * (64 + 4)  # head and embedding are one
+    matrices = 257 * (64 + 4)  # head and embedding are tied
     matrices += 2 * (2 * 64 * (64 + 4) + 2 * 32 * (64 + 4) + 2 * 96 * (64 + 4) + 64 * (96 + 4))
     rest = 4 * (5 * 64) + 4 * 2 * 513 * 8 + 4 * 2 * (32 + 32)
     assert weight_bytes(module, load_target("x86-cpu"), 512) == matrices + rest
@@ -438,12 +438,12 @@ def test_a_recipe_that_cannot_keep_its_promise_says_so(
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, "small", True])
-def test_a_promise_that_is_none_is_refused(limit: Any) -> None:
+def test_an_invalid_promise_is_refused(limit: Any) -> None:
     with pytest.raises(RecipeError, match="max_kl must be"):
         parse_recipe({"max_kl": limit, "step": [{"use": "drop-layers", "last": 1}]}, "test", "test.toml")
 
 
-def test_what_is_chosen_by_one_text_is_measured_on_another(model: Path, tmp_path: Path) -> None:
+def test_choosing_and_measuring_use_different_texts(model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     halves = "aaaa bbbb\n\n" * 100, TEXT[:1100]

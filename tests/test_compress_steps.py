@@ -1,5 +1,5 @@
-"""What the steps that change weights do to a module: the right ones go, the rest answers as before, and the log of
-edits builds the same module again."""
+"""Steps that change weights: they remove the right ones and leave the answers of the rest unchanged, and the log of
+edits rebuilds the module."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 
 
 def apply(module: Any, use: str, **keys: Any) -> Applied:
-    """One step on a module, with a text to decide by."""
+    """Apply one step to a module, with a text for its choices."""
     bench = Workbench(IDS, None, Path(), Path(), 320, print)  # type: ignore[arg-type]
     return step_class(use)(**keys).apply(module, bench)  # type: ignore[no-any-return]
 
 
 def logits(module: Any, ids: list[int] = IDS[:24]) -> torch.Tensor:
-    """What a module says, without a cache."""
+    """The module's logits, without a cache."""
     with torch.no_grad():
         found: torch.Tensor = module(torch.tensor([ids]), use_cache=False).logits
     return found
@@ -62,7 +62,7 @@ def test_replayed_edits_take_the_weights(kind: str, use: str, keys: dict[str, An
     assert again.num_parameters() == applied.num_parameters()
 
 
-def test_ready_recipes_leave_less_and_less() -> None:
+def test_each_built_in_recipe_leaves_fewer_parameters() -> None:
     sizes = []
     for name in available_recipes():
         module = tiny_llama(num_hidden_layers=4)
@@ -79,7 +79,7 @@ def test_ready_recipes_leave_less_and_less() -> None:
 
 
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
-def test_what_does_nothing_goes_first(importance: str) -> None:
+def test_unused_channels_and_heads_are_pruned_first(importance: str) -> None:
     module = tiny_llama(num_hidden_layers=3, intermediate_size=128, tie_word_embeddings=False)
     mlp, attention = module.model.layers[1].mlp, module.model.layers[2].self_attn
     for linear in (mlp.gate_proj, mlp.up_proj):
@@ -131,7 +131,7 @@ def test_a_budget_that_would_empty_a_layer_is_refused() -> None:
         ("gpt_oss", "reordering heads and channels changes the logits"),  # a number for each head beside the matrices
     ],
 )
-def test_models_whose_heads_cannot_be_told_are_refused(kind: str, words: str) -> None:
+def test_models_whose_heads_cannot_be_identified_are_refused(kind: str, words: str) -> None:
     module = zoo_model(kind).eval()
     before = logits(module)
     with pytest.raises(RecipeError, match=words):
@@ -139,7 +139,7 @@ def test_models_whose_heads_cannot_be_told_are_refused(kind: str, words: str) ->
     torch.testing.assert_close(logits(module), before)
 
 
-def test_order_of_steps_that_cannot_be() -> None:
+def test_impossible_orders_of_steps_are_refused() -> None:
     factored, shared = tiny_llama(), tiny_llama()
     apply(factored, "low-rank", ratio=0.3)
     with pytest.raises(RecipeError, match="prune-structured cannot be used with it, nor after low-rank"):
@@ -222,7 +222,7 @@ def test_shared_matrices_are_one(value: str, tmp_path: Path) -> None:
     assert layers[1].mlp.up_proj.weight is layers[3].mlp.up_proj.weight and head.weight is table.weight
     torch.testing.assert_close(layers[3].mlp.up_proj.weight, first if value == "first" else (first + second) / 2)
     torch.testing.assert_close(head.weight, embedding if value == "first" else (embedding + output) / 2)
-    assert not torch.equal(layers[1].input_layernorm.weight, layers[3].input_layernorm.weight), "norms are their own"
+    assert not torch.equal(layers[1].input_layernorm.weight, layers[3].input_layernorm.weight), "norms are not shared"
 
     write(module, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 4 * module.num_parameters() + 20_000
@@ -230,8 +230,8 @@ def test_shared_matrices_are_one(value: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(module)) and again.num_parameters() == module.num_parameters()
 
 
-def test_same_weights_are_the_same_file_each_time(tmp_path: Path) -> None:
-    """Its bytes, with many matrices of several names; and its mode, which is that of the files beside it."""
+def test_writing_the_same_weights_gives_the_same_file(tmp_path: Path) -> None:
+    """The same bytes, with many matrices of several names, and the same mode as the files beside it."""
     module = tiny_llama(num_hidden_layers=4)
     apply(module, "share-weights", every=2)
     folders = [tmp_path / str(index) for index in range(4)]
@@ -243,7 +243,7 @@ def test_same_weights_are_the_same_file_each_time(tmp_path: Path) -> None:
 
 
 def write(module: Any, folder: Path) -> None:
-    """A compressed folder of a module."""
+    """Write the compressed folder of a module."""
     from transformers import AutoTokenizer
 
     byte_tokenizer(folder)
@@ -258,7 +258,7 @@ def write(module: Any, folder: Path) -> None:
         ({"embedding": True}, "shares embedding and head already"),
     ],
 )
-def test_sharing_that_cannot_be(keys: dict[str, Any], words: str) -> None:
+def test_impossible_sharing_is_refused(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         apply(tiny_llama(), "share-weights", **keys)
 
@@ -294,7 +294,7 @@ def test_the_smallest_weights_become_zero() -> None:
 
 
 def int8_bytes(module: Any, folder: Path) -> dict[str, int]:
-    """Name -> bytes of the INT8 matrices that a module's bundle would store."""
+    """Name -> bytes of the INT8 matrices in the module's bundle."""
     import onnx_ir as ir
 
     folder.mkdir()
@@ -306,14 +306,14 @@ def int8_bytes(module: Any, folder: Path) -> dict[str, int]:
     left = [
         item.name for item in graph.initializers.values() if item.dtype == ir.DataType.FLOAT and len(item.shape) > 1
     ]
-    assert all("rotary" in name for name in left), f"matrices are left in float32: {left}"
+    assert all("rotary" in name for name in left), f"matrices remain in float32: {left}"
     return {
         name: item.const_value.nbytes for name, item in graph.initializers.items() if item.dtype == ir.DataType.INT8
     }
 
 
 def test_a_shared_matrix_is_stored_once(tmp_path: Path) -> None:
-    """Merged queries, keys and values, and merged gate and up among them."""
+    """Including merged query, key and value matrices and merged gate and up matrices."""
     module = tiny_llama(num_hidden_layers=4, tie_word_embeddings=False)
     whole = int8_bytes(module, tmp_path / "whole")
     apply(module, "share-weights", every=2, embedding=True)
@@ -324,23 +324,23 @@ def test_a_shared_matrix_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_two_factors_are_two_int8_matrices(tmp_path: Path) -> None:
-    """What reads one input is merged: queries' factor with whole keys and values."""
+    """Matrices with the same input are merged: the query's factor with whole keys and values."""
     module = tiny_llama()
     apply(module, "low-rank", matrices=("*.q_proj", "*.up_proj"), ratio=0.5)
     stored = int8_bytes(module, tmp_path / "factored")
     matrices = [value for _, value in module.named_parameters() if value.dim() == 2]
     assert sum(stored.values()) == sum(matrix.numel() for matrix in matrices)
-    # Of each layer: q, k, v; q's second factor; o; gate and up; up's second factor; down. And the embedding.
+    # Per layer: q, k, v; q's second factor; o; gate and up; up's second factor; down. Plus the embedding.
     assert len(stored) == 2 * 6 + 1
 
 
-# ---- what goes by measuring
+# ---- choices by measurement
 
 
-def test_a_layer_that_turns_the_stream_where_no_answer_depends_on_it_goes_first() -> None:
-    """Block influence sees how far a layer turns the stream, the measured KL whether that reaches the answers."""
+def test_a_layer_whose_output_no_answer_depends_on_is_dropped_first() -> None:
+    """Block influence measures how far a layer turns the residual stream; KL measures whether answers depend on it."""
     module = tiny_llama(num_hidden_layers=4, tie_word_embeddings=False)
-    deaf = slice(48, 64)  # of the stream: the head does not read it, and only layer 3 writes it much
+    deaf = slice(48, 64)  # part of the stream that the head does not read and mostly layer 3 writes
     module.lm_head.weight.data[:, deaf] = 0
     for linear in (module.model.layers[3].self_attn.o_proj, module.model.layers[3].mlp.down_proj):
         linear.weight.data[:48] = 0
@@ -351,8 +351,8 @@ def test_a_layer_that_turns_the_stream_where_no_answer_depends_on_it_goes_first(
     assert details["layers"] == [3]
 
 
-def test_what_is_left_is_measured_again() -> None:
-    """Each figure is that of the model without the layer and those before it."""
+def test_each_choice_is_measured_on_the_reduced_model() -> None:
+    """Each figure is the KL of the model without this layer and those before it in the list."""
     module = tiny_llama(num_hidden_layers=4)
     found = least_missed_layers(module, 3, IDS, 320, layer_influence(module, IDS, 320))
     values = list(found.values())
@@ -361,11 +361,11 @@ def test_what_is_left_is_measured_again() -> None:
         smaller = copy.deepcopy(module)
         edit(smaller, "drop_layers", layers=list(found)[:count])
         assert values[count - 1] == pytest.approx(kl(module, smaller), rel=1e-3)
-    assert torch.equal(logits(module), whole), "the module is whole again"
+    assert torch.equal(logits(module), whole), "the module is restored"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "phi3"])
-def test_measuring_from_the_middle_is_measuring_all(kind: str) -> None:
+def test_measuring_from_a_middle_layer_equals_measuring_the_whole_model(kind: str) -> None:
     module = zoo_model(kind).eval()
     before = logits(module)
     for names, least in ((present_layers, least_missed_layers), (attention_sublayers, least_missed_attention)):
@@ -376,11 +376,11 @@ def test_measuring_from_the_middle_is_measuring_all(kind: str) -> None:
     assert torch.equal(logits(module), before)
 
 
-# ---- what is fitted anew
+# ---- refitting
 
 
 def kl(module: Any, other: Any) -> float:
-    """Of the second from the first, nats a token of the text."""
+    """KL divergence of the second from the first, in nats a token."""
     with torch.no_grad():
         first, second = (
             torch.log_softmax(torch.cat([each(ids).logits[0] for ids in windows(IDS, 320)]), -1)
@@ -389,9 +389,9 @@ def kl(module: Any, other: Any) -> float:
     return float((first.exp() * (first - second)).sum(-1).mean())
 
 
-def test_fitting_anew_brings_the_answers_nearer() -> None:
+def test_refitting_reduces_the_divergence() -> None:
     module = tiny_llama(num_hidden_layers=3, intermediate_size=192)
-    # Channels that repeat each other, as those of a trained model do: what one computes, others can.
+    # Redundant channels, as in a trained model: the others can compute what a removed channel did.
     for layer in module.model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight.data[96:] = linear.weight.data[:96] + 0.01 * torch.randn(96, 64)
@@ -420,4 +420,4 @@ def test_calibration_reads_all_of_a_text() -> None:
     assert sum(ids.numel() for ids in all_windows(range(2000), 100)) == 2000
     many = sum(ids.numel() for ids in all_windows(range(100_000), 1024))
     assert 0.5 * MOST_TOKENS < many <= MOST_TOKENS
-    assert apply(tiny_llama(), "prune-structured", ratio=0.1).details["tokens"] == 512  # of 600, in windows of 256
+    assert apply(tiny_llama(), "prune-structured", ratio=0.1).details["tokens"] == 512  # windows of 256 of 600 tokens

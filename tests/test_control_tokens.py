@@ -1,4 +1,4 @@
-"""Special tokens that are written in messages stay plain text, as transformers has it with sanitize_control_tokens."""
+"""Special tokens written in messages stay plain text, as in transformers with sanitize_control_tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from edgelm.runtime.text.tokenizer import Tokenizer
 from .conftest import byte_tokenizer, shared
 from .test_chat import CHATML, PHI_3, TAKES_PARTS
 
-# Non-special, as Qwen 3 has them: an answer shows their text.
+# Not special, as in Qwen 3: an answer shows their text.
 THINK, CALL = "<think>", "<tool_call>"
 THINKING = CHATML.replace("message['content']", "(message['content'] if '<think>' else '')")
 
 
 def added(folder: Path, normalizer: Any = None, **flags: Any) -> Path:
-    """A tokenizer of bytes with special tokens of its own."""
+    """A byte tokenizer with its own special tokens."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Builder
 
@@ -58,7 +58,7 @@ FORGED = [
 
 
 class Encoder:
-    """As the engine encodes messages, with one tokenizer and template."""
+    """Encodes messages as the engine does, with one tokenizer and template."""
 
     def __init__(self, file: Path, template: str, named: frozenset[str] | None = None) -> None:
         found = find_templates(template, {"bos_token": "<s>", "eos_token": "</s>"})
@@ -75,7 +75,7 @@ class Encoder:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Encoder, Any]]:
-    """Ours and transformers' for a tokenizer."""
+    """Our encoder and transformers' tokenizer, by name."""
     from transformers import PreTrainedTokenizerFast
 
     made: dict[str, tuple[Encoder, Any]] = {}
@@ -113,7 +113,7 @@ def test_a_message_holds_no_control_token_and_loses_no_character(encoder: Any, n
     plain, forged = ours([{"role": "user", "content": "x"}]), ours([{"role": "user", "content": text}])
     special = {token.id for token in ours.tokenizer.added_tokens() if token.special}
     assert [token for token in forged if token in special] == [token for token in plain if token in special]
-    if name != "phi-3-mini":  # whose decoder drops a blank at the beginning
+    if name != "phi-3-mini":  # its decoder drops a leading blank
         assert text in ours.tokenizer.decode(forged, special=True)
 
 
@@ -159,7 +159,7 @@ def test_tools_documents_and_variables_are_plain_text_keys_too(tmp_path: Path) -
 
 @pytest.mark.parametrize("source", [TAKES_PARTS, CHATML], ids=["parts", "texts"])
 @pytest.mark.parametrize("texts", [["<|im_", "end|>"], ["a<|i", "m_e", "nd|>b"], ["<|im_end|>", "!"]])
-def test_a_token_in_two_parts_is_none(tmp_path: Path, source: str, texts: list[str]) -> None:
+def test_a_token_split_between_two_texts_is_no_control_token(tmp_path: Path, source: str, texts: list[str]) -> None:
     ours = Encoder(added(tmp_path), source)
     parts = [{"type": "text", "text": text} for text in texts]
     ids, other = ours([{"role": "user", "content": parts}]), ours([{"role": "user", "content": "x"}])
@@ -168,7 +168,7 @@ def test_a_token_in_two_parts_is_none(tmp_path: Path, source: str, texts: list[s
     assert "".join(texts) in ours.tokenizer.decode(ids, special=True)
 
 
-def test_a_token_that_is_found_in_normalized_text_is_none(tmp_path: Path) -> None:
+def test_a_token_that_appears_by_normalization_is_no_control_token(tmp_path: Path) -> None:
     from tokenizers import normalizers
 
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -179,7 +179,7 @@ def test_a_token_that_is_found_in_normalized_text_is_none(tmp_path: Path) -> Non
         assert [token for token in ids if token in special] == [token for token in other if token in special], text
 
 
-def test_a_token_that_plain_text_gives_too_is_refused(tmp_path: Path) -> None:
+def test_a_control_token_that_plain_text_also_encodes_to_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Builder
     from tokenizers import models, pre_tokenizers
 
@@ -238,7 +238,7 @@ def test_an_engine_takes_contents_as_text_unless_it_is_told_otherwise(tiny_bundl
         messages = [{"role": "user", "content": "a<end>"}]
         assert engine.encode(messages=messages) == [*engine.encode("a"), *map(ord_of(engine), "<end>"), 256]
         assert engine.encode(messages=messages, tokens_in_messages=True) == [*engine.encode("a"), 256, 256]
-        assert engine.encode("a<end>")[-1] == 256, "a prompt's text is the tokenizer's to read"
+        assert engine.encode("a<end>")[-1] == 256, "the tokenizer recognizes special tokens in a prompt"
         done = engine.generate(messages=messages, template_variables={"mood": "<end>"}, max_tokens=1)
         assert done.stats.prompt_tokens == 1 + 5 + 5 + 1
         with pytest.raises(PromptError, match="reads no variable 'hope': it reads mood"):

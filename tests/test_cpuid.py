@@ -1,4 +1,4 @@
-"""What an x86 processor says that it can do is read as Linux reads it."""
+"""The instruction sets of an x86 processor are those that Linux reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from edgelm.runtime.host import cpuid
 
-# Registers eax, ebx, ecx, edx as CPUID gives them on an Intel Haswell, Ice Lake and Alder Lake.
+# Registers eax, ebx, ecx, edx that CPUID returns on an Intel Haswell, Ice Lake and Alder Lake.
 BASIC = (0, 0, 1 << 12 | 1 << 19 | 1 << 27 | 1 << 28 | 1 << 29, 0)
 AVX512 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31
 HASWELL = {(1, 0): BASIC, (7, 0): (0, 1 << 5, 0, 0)}
@@ -21,7 +21,7 @@ ALDER_LAKE = {(1, 0): BASIC, (7, 0): (1, 1 << 5, 0, 0), (7, 1): (1 << 4, 0, 0, 0
 SAVES_AVX, SAVES_AVX512 = 0b111, 0b1110_0111
 
 
-def test_each_generation_has_its_sets() -> None:
+def test_each_processor_generation_has_its_instruction_sets() -> None:
     haswell = {"sse4_1", "fma", "avx", "f16c", "avx2"}
     assert cpuid.sets_of(HASWELL, SAVES_AVX) == haswell
     assert cpuid.sets_of(ALDER_LAKE, SAVES_AVX) == haswell | {"avx_vnni"}
@@ -29,7 +29,7 @@ def test_each_generation_has_its_sets() -> None:
     assert cpuid.sets_of(ICE_LAKE, SAVES_AVX512) == haswell | avx512
 
 
-def test_what_the_system_does_not_save_cannot_be_used() -> None:
+def test_sets_whose_registers_the_system_does_not_save_are_left_out() -> None:
     assert "avx512_vnni" not in cpuid.sets_of(ICE_LAKE, SAVES_AVX)
     assert cpuid.sets_of(ICE_LAKE, 0) == {"sse4_1"}
     assert cpuid.sets_of({}, SAVES_AVX512) == frozenset()
@@ -41,7 +41,7 @@ def test_this_processor_says_what_linux_says() -> None:
     linux = set(next(line for line in lines if line.startswith("flags")).split())
     told = cpuid.instruction_sets()
     if told is None:
-        pytest.skip("this system lets no process make memory executable")
+        pytest.skip("this system forbids executable memory")
     assert told == linux & cpuid._SETS.keys()
 
 
@@ -53,7 +53,7 @@ def unread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unread")
-def test_a_hardened_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_executable_memory_the_sets_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 

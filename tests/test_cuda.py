@@ -1,6 +1,6 @@
-"""The cuda target: float16 graphs, arg-max in the graph, sessions on a device, and what is said where there is no GPU.
+"""The cuda target: float16 graphs, arg-max in the graph, sessions on a device, messages without a GPU.
 
-All but the last test run on the CPU provider, which has the same operators in float16. None measures a GPU.
+All but one test run on the CPU provider, which has the same operators in float16. None measures a GPU.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .conftest import TEXT, byte_tokenizer
 
 IDS = list(TEXT[:40].encode())
 
-# Operators of ONNX's own set 20 that onnxruntime computes on CUDA, with the version of the set that changed each
-# last: a kernel for an older version alone is not taken. From onnxruntime's docs/OperatorKernels.md, without those that
-# our graphs never have. `Shape` gives its result on the CPU, where the sizes that come of it are wanted.
+# Operators of ONNX's own set 20 that onnxruntime computes on CUDA, with the version of the set that last changed each:
+# a kernel for an older version is not used. From onnxruntime's docs/OperatorKernels.md, without those that our graphs
+# never have. `Shape` returns its result on the CPU, where it is needed.
 CUDA_OPERATORS = {
     "Add": 14, "Cast": 19, "Concat": 13, "Cos": 7, "Div": 14, "Erf": 13, "Exp": 13, "Expand": 13, "Gather": 13,
     "Gelu": 20, "LayerNormalization": 17, "Less": 13, "MatMul": 13, "Mul": 14, "Neg": 13, "Pow": 15, "Range": 11,
@@ -49,7 +49,7 @@ CUDA_OPERATORS = {
     "Sin": 7, "Slice": 13, "Softmax": 13, "Split": 18, "Sqrt": 13, "Squeeze": 13, "Sub": 14, "Tanh": 13, "TopK": 11,
     "Transpose": 13, "Unsqueeze": 13, "Where": 16,
 }  # fmt: skip
-# Those of com.microsoft and onnxruntime's own norm, which have one version.
+# Operators of com.microsoft and onnxruntime's own norm, which have one version.
 CUDA_CONTRIB = {
     "GatherBlockQuantized",
     "GroupQueryAttention",
@@ -59,7 +59,7 @@ CUDA_CONTRIB = {
     "SkipSimplifiedLayerNormalization",
 }
 
-# Inputs that kernels on CUDA read on the CPU: sizes, places and counts.
+# Inputs that CUDA kernels read on the CPU: sizes, positions and counts.
 _ON_THE_CPU = {
     "Expand": (1,), "GroupQueryAttention": (6,), "Range": (0, 1, 2), "Reshape": (1,), "Slice": (1, 2, 3, 4),
     "Split": (1,), "Squeeze": (1,), "TopK": (1,), "Unsqueeze": (1,),
@@ -81,7 +81,7 @@ def export_cuda(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 def sessions(bundle: Path, captures: bool = False) -> tuple[DeviceSession, OrtSession]:
-    """The same graph with buffers on a device, which is the CPU here, and with arrays of numpy."""
+    """The same graph with device buffers, on the CPU here, and with numpy arrays."""
     model = Bundle.open(bundle).manifest.model
     inference = load_graph(bundle / GRAPH_NAME, 1, [providers.CPU])
     return DeviceSession(inference, captures, model, "cpu"), OrtSession(bundle / GRAPH_NAME, model, 1)
@@ -141,7 +141,7 @@ def test_a_float16_graph_answers_nearly_as_the_fp32_graph(
 
 @pytest.mark.parametrize("kind", ["gemma", "gpt2", "qwen3"])
 def test_other_models_become_float16_too(tmp_path: Path, kind: str) -> None:
-    """Norms with 1 + weight, learned positions and biases, norms of heads."""
+    """Norms with 1 + weight, learned positions and biases, norms per head."""
     import torch
     import transformers
 
@@ -164,7 +164,7 @@ def test_other_models_become_float16_too(tmp_path: Path, kind: str) -> None:
 
 
 def picked(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """What a graph whose logits are its input picks."""
+    """The ids that the arg-max graph picks from these logits."""
     value = ir.Value(
         name="x", shape=ir.Shape(["batch", "kept", logits.shape[-1]]), type=ir.TensorType(ir.DataType.FLOAT)
     )
@@ -192,7 +192,7 @@ def test_the_lowest_id_wins_a_tie() -> None:
     np.testing.assert_array_equal(picked(logits), logits.argmax(-1))
 
 
-def test_where_no_logit_is_a_number_an_id_comes_out() -> None:
+def test_nan_logits_still_give_a_valid_id() -> None:
     assert 0 <= picked(np.full((1, 1, 301), np.nan, np.float32))[0, 0] < 301
 
 
@@ -224,7 +224,7 @@ def test_buffers_on_a_device_grow_without_losing_anything(
 def test_steps_of_fixed_shape_choose_the_same_tokens(
     export_cuda: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    """As they are captured on a GPU: the mask as long as the buffers, which grow on the way, and after a rewind."""
+    """Shaped as for capture on a GPU: the mask is as long as the buffers. Covers growing buffers and a rewind."""
     monkeypatch.setattr("edgelm.runtime.sessions.kv_cache._FIRST_DEVICE_CAPACITY", 8)
     device, plain = sessions(export_cuda(scheme), captures=True)
     for length in (6, 3):
@@ -239,7 +239,7 @@ def test_steps_of_fixed_shape_choose_the_same_tokens(
     assert device._captured._graphs == 4  # buffers of 8, 16, 32 and 64 positions
 
 
-def test_what_is_not_captured_reads_what_captured_steps_wrote(export_cuda: Callable[..., Path]) -> None:
+def test_ordinary_steps_read_what_captured_steps_wrote(export_cuda: Callable[..., Path]) -> None:
     device, plain = sessions(export_cuda("fp16"), captures=True)
     for session in (device, plain):
         session.step(IDS[:5])
@@ -251,8 +251,8 @@ def test_what_is_not_captured_reads_what_captured_steps_wrote(export_cuda: Calla
 
 @pytest.mark.parametrize("scheme", ["int8-weight", "fp16"])
 def test_nothing_that_the_gpu_computes_is_read_on_the_cpu(export_cuda: Callable[..., Path], scheme: str) -> None:
-    """onnxruntime refuses to capture a graph that copies from one to the other. It keeps on the CPU what comes of
-    shapes and reads, beside such, only inputs and small constants."""
+    """onnxruntime cannot capture a graph that copies between GPU and CPU. On the CPU it keeps values computed from
+    shapes; apart from these, kernels there read only inputs and small constants."""
     graph = ir.load(export_cuda(scheme) / GRAPH_NAME).graph
     here = {value for node in graph for value in node.outputs if node.op_type == "Shape"}
     free = {*graph.inputs, *graph.initializers.values()}
@@ -353,7 +353,7 @@ def test_the_provider_is_the_bundles_unless_told_otherwise(
         ("DmlExecutionProvider", None, CPU_ONLY, SessionError, "has no DmlExecutionProvider: install"),
     ],
 )
-def test_a_provider_that_is_not_there_is_named_with_what_helps(
+def test_a_missing_provider_is_an_error_with_a_remedy(
     *,
     tiny_bundle: Path,
     made_for: str,
@@ -384,7 +384,7 @@ def test_a_provider_that_onnxruntime_could_not_start_is_no_silent_cpu() -> None:
 
 
 class _FullGpu:
-    """Stands in for onnxruntime's session where a GPU has no memory left."""
+    """Fakes onnxruntime's session on a GPU without free memory."""
 
     def io_binding(self) -> Any:
         class Binding:
@@ -397,7 +397,7 @@ class _FullGpu:
         raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
 
 
-def test_a_gpu_without_memory_left_is_an_error_with_what_helps(tiny_bundle: Path) -> None:
+def test_a_full_gpu_is_an_error_with_a_remedy(tiny_bundle: Path) -> None:
     model = Bundle.open(tiny_bundle).manifest.model
     session = DeviceSession(_FullGpu(), False, model, "cpu")
     with pytest.raises(MemoryShortageError, match=r"a step of 3 tokens at position 0 takes more memory than there is"):
@@ -458,31 +458,31 @@ def test_gpu_names_are_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_same_tokens_on_a_gpu(export_cuda: Callable[..., Path]) -> None:
-    """Needs a GPU: decoding there against the CPU provider, and nothing of it on the CPU."""
+    """Needs a GPU: decoding there, with no operator on the CPU, against the CPU provider."""
     if not can_start(providers.CUDA):
-        pytest.skip("onnxruntime starts no CUDAExecutionProvider here: it needs onnxruntime-gpu and an NVIDIA GPU")
+        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     with load(export_cuda(), provider="cpu", response_cache=False) as engine:
         expected = engine.generate("Once upon a time", max_tokens=16)
     with load(export_cuda(), response_cache=False) as engine:
         assert isinstance(engine._session, DeviceSession)
         got = engine.generate("Once upon a time", max_tokens=16)
-    # Near-ties may part the two; on this model, whose logits are spread widely, they do not come so early.
+    # Near-ties may make the two diverge, but not this early: the model's logits are far apart.
     assert got.token_ids[:8] == expected.token_ids[:8]
 
 
 @pytest.mark.parametrize(
     ("listed", "started", "starts"), [(False, False, False), (True, False, False), (True, True, True)]
 )
-def test_a_provider_counts_when_it_starts(
+def test_a_provider_is_available_only_if_it_starts(
     monkeypatch: pytest.MonkeyPatch, listed: bool, started: bool, starts: bool
 ) -> None:
-    """onnxruntime-gpu lists CUDA everywhere, and falls back to the CPU where it does not start."""
+    """onnxruntime-gpu lists CUDA everywhere and falls back to the CPU if CUDA does not start."""
     onnxruntime = load_onnxruntime()
     real = onnxruntime.InferenceSession
 
     class Session:
         def __init__(self, graph: bytes, providers: list[str]) -> None:
-            real(graph, providers=["CPUExecutionProvider"])  # the graph itself is right
+            real(graph, providers=["CPUExecutionProvider"])  # the graph itself is valid
 
         def get_providers(self) -> list[str]:
             return [providers.CUDA, providers.CPU] if started else [providers.CPU]

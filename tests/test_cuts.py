@@ -1,4 +1,4 @@
-"""Bundles whose answers are not exact under cuts: what is off, which outputs say so, and what `exact=False` gives."""
+"""Bundles whose answers are not exact under cuts: disabled features, the outputs that say so, and `exact=False`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_arithmetic_gives_batches_prefixes_and_draft_tokens(
     for known in (False, True):
         with load(float_bundle, threads=1, response_cache=False, prefix_cache=True, exact=False) as engine:
             done = engine.generate(PROMPTS[0], max_tokens=24)
-            assert done.text == expected[0], "random weights that are drawn widely have no near-ties"
+            assert done.text == expected[0], "these random weights have no near-ties"
             assert (done.stats.reused_tokens > 0) == known
             assert answers(engine) == expected
             batch = engine.generate_batch(PROMPTS, max_tokens=24)
@@ -64,7 +64,7 @@ def test_a_batch_is_computed_at_once_only_where_roundings_are_accepted(
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8-tensor"])
-def test_what_is_off_is_one_line_of_load_inspect_and_export(
+def test_load_and_inspect_name_disabled_features_in_one_line(
     scheme: str, export_tiny: Export, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = export_tiny(scheme=scheme)
@@ -76,7 +76,7 @@ def test_what_is_off_is_one_line_of_load_inspect_and_export(
     assert capsys.readouterr().out.count(OFF) == 1
 
 
-def test_nothing_is_off_where_bits_are_equal(
+def test_exact_bundles_have_no_disabled_features(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert what_is_off(Bundle.open(tiny_bundle).manifest) is None
@@ -86,14 +86,14 @@ def test_nothing_is_off_where_bits_are_equal(
     assert OFF not in capsys.readouterr().out
 
 
-def test_where_arithmetic_depends_on_the_step_nothing_is_gained(export_tiny: Export, edgelm_home: Path) -> None:
-    """int8-tensor: one scale for all tokens of a step."""
+def test_exact_false_enables_nothing_if_arithmetic_depends_on_the_step(export_tiny: Export, edgelm_home: Path) -> None:
+    """int8-tensor has one scale for all tokens of a step."""
     with load(export_tiny(scheme="int8-tensor"), prefix_cache=True, response_cache=False, exact=False) as engine:
         assert engine.generate(PROMPTS[1], max_tokens=60, logit_bias={97: 1e6}).stats.guessed_tokens == 0
     assert not edgelm_home.exists()
 
 
-def test_commands_take_it_too(float_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_inexact_answers_too(float_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", str(float_bundle), PROMPTS[0], "--max-tokens", "4", "--stats", "--no-response-cache"]
     for known in (False, True):
         assert main([*arguments, "--inexact"]) == 0

@@ -1,6 +1,6 @@
 """From token ids to token ids and chunks: `Sequencer` and `Engine` on a session that computes by a rule.
 
-The rule of most tests depends on every token so far, so that any mistake with the cache gives another answer.
+The rule of most tests depends on every token so far, so any mistake with the cache changes the answer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rule(vocab_size: int) -> NextToken:
 
 
 def expected(prompt: Sequence[int], max_tokens: int, stop_ids: set[int], next_token: NextToken) -> list[int]:
-    """What greedy decoding gives, without any cache."""
+    """The tokens of greedy decoding without a cache."""
     known = list(prompt)
     for _ in range(max_tokens):
         known.append(next_token(known))
@@ -75,7 +75,7 @@ def expected(prompt: Sequence[int], max_tokens: int, stop_ids: set[int], next_to
 
 
 class FailingSession(FakeSession):
-    """Raises at the steps whose numbers (from 0, over its whole life) are in `fail_at`, before anything changed."""
+    """Raises at the step numbers in `fail_at`, counted from 0 over its lifetime, before any change."""
 
     def __init__(self, vocab_size: int, next_token: NextToken, fail_at: set[int]) -> None:
         super().__init__(vocab_size, next_token)
@@ -253,7 +253,7 @@ NewEngine = Callable[..., Engine]
 
 @pytest.fixture
 def new_engine(tokenizer: Tokenizer, tmp_path: Path) -> NewEngine:
-    """Make an engine on a session; keyword arguments go to the manifest."""
+    """Create an engine on a session; keyword arguments go to the manifest."""
 
     def make(session: FakeSession, responses: ResponseCache | None = None, **settings: Any) -> Engine:
         return Engine(Bundle(tmp_path, manifest(**settings)), session, tokenizer, responses)
@@ -266,7 +266,7 @@ def fake(next_token: NextToken | None = None) -> FakeSession:
 
 
 def saying(tokenizer: Tokenizer, prompt: str, text: str) -> FakeSession:
-    """A session that answers a prompt with a text and the end token."""
+    """A session that answers the prompt with the text and the end token."""
     start, answer = len(tokenizer.encode(prompt)), tokenizer.encode(text)
     return fake(lambda tokens: answer[len(tokens) - start] if len(tokens) - start < len(answer) else END)
 
@@ -330,7 +330,7 @@ def test_a_full_context_ends_the_answer(new_engine: NewEngine, prompt_tokens: in
     engine = new_engine(session, context_length=20)
     prompt = list(range(prompt_tokens))
     done = engine.generate(token_ids=prompt, max_tokens=100)
-    # The last token that is chosen needs no place.
+    # The last chosen token needs no position.
     assert len(done.token_ids) == 20 - prompt_tokens + 1
     assert done.finish_reason == "context_full"
     assert len(session.tokens) == 20
@@ -377,7 +377,7 @@ def test_a_conversation_that_goes_on_runs_only_what_is_new(new_engine: NewEngine
     ],
     ids=repr,
 )
-def test_prompts_that_are_none_are_refused_at_the_call(new_engine: NewEngine, arguments: dict[str, Any]) -> None:
+def test_invalid_prompts_are_refused_at_the_call(new_engine: NewEngine, arguments: dict[str, Any]) -> None:
     session = fake()
     engine = new_engine(session)
     for call in (engine.generate, engine.stream, engine.encode):
@@ -387,7 +387,7 @@ def test_prompts_that_are_none_are_refused_at_the_call(new_engine: NewEngine, ar
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1, True, False, 1.5, 3.0, "3", None])
-def test_max_tokens_that_are_none_are_refused_at_the_call(new_engine: NewEngine, max_tokens: Any) -> None:
+def test_invalid_max_tokens_are_refused_at_the_call(new_engine: NewEngine, max_tokens: Any) -> None:
     engine = new_engine(fake())
     for call in (engine.generate, engine.stream):
         with pytest.raises(SettingsError, match="max_tokens"):
@@ -470,7 +470,7 @@ def test_a_nested_request_of_the_same_thread_is_answered_and_harms_nothing(new_e
 
 
 def test_a_request_from_within_a_step_is_refused(new_engine: NewEngine) -> None:
-    """It would wait for the step in which it runs, forever."""
+    """It would wait forever for the step that it runs in."""
     refused: list[Exception] = []
 
     class Asking(FakeSession):
@@ -499,7 +499,7 @@ def test_a_failing_step_frees_the_engine_and_stores_nothing(new_engine: NewEngin
 
 
 class WatchfulSession(FakeSession):
-    """Lets other threads run inside each step, and notes when one of them steps as well."""
+    """Lets other threads run inside each step, and notes if another thread steps meanwhile."""
 
     inside = False
     overlapped = False
@@ -582,7 +582,7 @@ def test_closing_ends_streams_and_requests_that_wait(new_engine: NewEngine) -> N
         engine._scheduler.next([waiting])
 
 
-def test_a_closed_engine_refuses_and_closes_again_in_peace(new_engine: NewEngine) -> None:
+def test_a_closed_engine_refuses_requests_and_can_be_closed_again(new_engine: NewEngine) -> None:
     session = fake()
     with new_engine(session) as engine:
         waiting = engine.stream("a", max_tokens=2)
@@ -621,7 +621,7 @@ def test_the_same_request_is_computed_once_and_streams_the_same_chunks(
     assert second[-1].stats.generated_tokens == first[-1].stats.generated_tokens
     assert second[-1].stats.prompt_tokens == 3
     done = engine.generate(token_ids=tokenizer.encode("ask"), max_tokens=20)
-    assert done.stats.response_cache_hit, "the ids count, not how they were given"
+    assert done.stats.response_cache_hit, "only the ids count, not how they were given"
     assert done.text == "a😀 b"
 
 
@@ -674,7 +674,7 @@ def test_stats_and_chunks_cannot_be_changed(new_engine: NewEngine) -> None:
             item.text = ""  # type: ignore[misc,union-attr]
 
 
-# ---- the fake itself keeps the protocol
+# ---- the fake follows the protocol
 
 
 def test_the_fake_gives_the_logits_of_the_last_rows_and_refuses_impossible_requests() -> None:

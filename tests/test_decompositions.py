@@ -1,4 +1,4 @@
-"""The trace without torch's second pass: when it is taken, and that it gives the same graph."""
+"""Tracing without torch's second pass: when it is used, and that it gives the same graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .model_zoo import CONTEXT, tiny_model
 
 @pytest.fixture
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
-    """The programs that torch decomposes itself."""
+    """Records the programs that torch decomposes itself."""
     programs = []
     decompose = ExportedProgram.run_decompositions
 
@@ -52,8 +52,8 @@ def test_torch_decomposes_as_before_afterwards() -> None:
 
 
 def _nodes(model: Any) -> list[Any]:
-    """The nodes of the fused graph with their attributes and inputs, of which constants stand for themselves and
-    others for the node that computes them."""
+    """The nodes of the fused graph with attributes and inputs: constants by value, other inputs by the node that
+    computes them."""
     graph = attention.trace_model(model).graph
     ir.passes.PassManager(fusing_passes(CONTEXT))(graph)
     places: dict[ir.Value | None, Any] = {None: None}

@@ -1,4 +1,4 @@
-"""The example of a desktop program, used on a virtual screen: answers, stopping, a kill and a restart."""
+"""The desktop example, used on a virtual screen: answers, stopping, a kill and a restart."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def screen() -> Iterator[str]:
     """The name of a display."""
     program = shutil.which("Xvfb")
     if program is None or importlib.util.find_spec("_tkinter") is None:
-        missing("there is no Xvfb, or no tkinter, for programs with a window")
+        missing("needs Xvfb and tkinter")
     read, write = os.pipe()
     command = [program, "-displayfd", str(write), "-screen", "0", "1280x800x24", "-nolisten", "tcp"]
     with subprocess.Popen(command, pass_fds=[write], stderr=subprocess.DEVNULL) as server:
         os.close(write)
-        assert select.select([read], [], [], 20)[0], "Xvfb does not start"
+        assert select.select([read], [], [], 20)[0], "Xvfb did not start"
         yield ":" + os.read(read, 20).decode().strip()
         server.terminate()
     os.close(read)
@@ -47,12 +47,12 @@ def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def shown(text: str) -> str:
-    """A model of random weights writes every character."""
+    """The text as the window shows it: random weights write any character."""
     return text.replace("\0", "\ufffd")
 
 
 class Desk:
-    """Runs scenarios of `desktop_driver.py` with the same conversations and caches."""
+    """Runs scenarios of `desktop_driver.py` on the same conversations and caches."""
 
     def __init__(self, screen: str, bundles: Path, data: Path) -> None:
         self._screen, self._bundles, self.data = screen, bundles, data
@@ -96,7 +96,7 @@ def test_an_answer_is_stopped_and_continued(desk: Desk) -> None:
     assert found["stopped"]["button"] == "Send" and found["stopped"]["can_continue"]
     assert "stopped" in found["stopped"]["text"]
     (kept,) = desk.conversations()
-    assert len(kept["messages"]) == 2, "what was continued is the same answer"
+    assert len(kept["messages"]) == 2, "continuing extends the same answer"
     assert kept["unfinished"] and shown(kept["messages"][1]["content"]) in found["continued"]["text"]
 
 
@@ -109,9 +109,9 @@ def test_a_killed_program_goes_on_where_it_was(desk: Desk) -> None:
     assert "interrupted" in found["restarted"]["text"] and found["restarted"]["can_continue"]
     (after,) = desk.conversations()
     assert after["messages"][3]["content"].startswith(before["messages"][3]["content"])
-    # Or the very next token ended the answer.
+    # Unless the very next token ended the answer.
     assert len(after["messages"][3]["content"]) > len(before["messages"][3]["content"]) or not after["unfinished"]
-    # What was computed for the turn before the kill is on the disk.
+    # The prefixes of the turn before the kill are on the disk.
     assert "cached)" in found["continued"]["status"]
 
 
@@ -121,12 +121,12 @@ def test_a_long_prompt_shows_how_much_is_read(desk: Desk) -> None:
     assert bars[0] == 0 and bars[-1] == 1 and len(bars) > 2
 
 
-# ---- what is on the disk, without a window
+# ---- saved files, without a window
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The example's modules can be imported, and are forgotten afterwards: their names are anybody's."""
+    """Import the example's modules, and forget them afterwards because their names are generic."""
     folder = ROOT / "examples" / "desktop"
     monkeypatch.syspath_prepend(str(folder))
     yield

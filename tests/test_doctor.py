@@ -1,4 +1,4 @@
-"""`edgelm doctor` says what the machine is, and what is missing."""
+"""`edgelm doctor` describes the machine and names what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgelm.runtime.sessions import kernels
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine without GPU, whose instruction sets a test may set."""
+    """A machine without GPU, whose instruction sets a test can set."""
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(cpuid, "instruction_sets", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
@@ -53,7 +53,7 @@ def test_target_and_speed_follow_the_processor(
     assert any("no target" in sentence for sentence in found.advice) == (target is None)
 
 
-def test_a_gpu_without_its_provider_is_told(pretend: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_its_provider_is_reported(pretend: pytest.MonkeyPatch) -> None:
     pretend.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     assert any("onnxruntime-gpu" in sentence for sentence in diagnose().advice)
 
@@ -62,12 +62,12 @@ def test_a_gpu_with_its_provider_gets_its_target(pretend: pytest.MonkeyPatch) ->
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     fake = SimpleNamespace(__version__="1", get_available_providers=lambda: providers)
     pretend.setattr(doctor, "load_onnxruntime", lambda: fake)
-    assert diagnose().target != "cuda", "there is no driver"
+    assert diagnose().target != "cuda", "without a driver the target is not cuda"
     pretend.setattr(doctor, "gpu_names", lambda: ("NVIDIA Test 1",))
     assert diagnose().target == "cuda"
 
 
-def test_a_home_that_cannot_be_used_is_told(pretend: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unusable_home_is_reported(pretend: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     pretend.setenv("EDGELM_HOME", str(tmp_path / "file" / "below"))
     assert any("set EDGELM_HOME" in sentence for sentence in diagnose().advice)
@@ -92,7 +92,7 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     assert 0 < found["available_bytes"] <= found["memory_bytes"]
 
 
-def test_kernels_that_cannot_be_used_are_a_finding_beside_the_others(
+def test_unusable_kernels_are_reported_with_the_other_findings(
     pretend: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> str:

@@ -1,6 +1,6 @@
-"""Documents have one title each; the files that they link to and the commands and options that they name exist.
+"""Every document has one title, its links lead to existing files, and its commands and options exist.
 
-`test_readme` runs those of the README.
+`test_readme` runs the README's commands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").
 
 
 def anchors(path: Path) -> set[str]:
-    """Of a document's headings, as GitHub makes them."""
+    """The anchors that GitHub makes of a document's headings."""
     titles = re.findall(r"^#+ (.*)$", without_code(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -47,9 +47,9 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path.name} links to {link}"
 
 
-# Notes tell of what was tried, some of which is no more.
+# Notes describe experiments whose commands may no longer exist.
 CURRENT = [path for path in DOCUMENTS if path.parent.name != "notes" and path.name != "CHANGELOG.md"]
-# Options of pip, pytest, PyInstaller and accelerate, which documents name too; accelerate's others have underscores.
+# Options of pip, pytest, PyInstaller and accelerate that documents name; accelerate's other options have underscores.
 FOREIGN = {
     "--no-deps",
     "--slow",
@@ -63,7 +63,7 @@ FOREIGN = {
 
 
 def command_lines(path: Path) -> Iterator[list[str]]:
-    """The words of all lines with a command of ours."""
+    """The words of all lines with one of our commands."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     code = [
         *re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL),
@@ -105,7 +105,7 @@ def test_options_in_running_text_exist() -> None:
 
 
 def test_the_page_of_commands_is_what_help_says() -> None:
-    """In both directions: every argument of `--help` is in docs/commands.md, with its text, and no other."""
+    """docs/commands.md has every argument of `--help` with its text, and no other."""
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert page == list_commands.document(), "run  python scripts/list_commands.py"
     for name in cli._names():
@@ -116,7 +116,7 @@ def test_the_page_of_commands_is_what_help_says() -> None:
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All arguments of a parser, and of the parsers of its subcommands."""
+    """All arguments of a parser and of its subcommands' parsers."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

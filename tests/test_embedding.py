@@ -1,4 +1,4 @@
-"""What a program with a window needs beside answers: progress, cancelling, rendering, warming up, how much memory."""
+"""What a graphical program needs beside answers: progress, cancelling, rendering, warming up, memory estimates."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_progress_goes_up_while_the_prompt_is_read(new_engine: NewEngine) -> Non
     assert len({done for done, _ in seen}) > 3
 
 
-def test_progress_is_whole_where_nothing_is_read_for_it(tmp_path: Path) -> None:
+def test_progress_is_complete_for_cached_and_shared_answers(tmp_path: Path) -> None:
     with saying_engine(tmp_path, cache=True, pause_s=0.005) as engine:
         first, second = engine.stream("Hello", max_tokens=9), engine.stream("Hello", max_tokens=9)
         next(first)
-        next(second)  # the same answer, which is being computed
+        next(second)  # the first stream is computing the same answer
         assert second.progress == (5, 5)
         assert "".join(chunk.text for chunk in first)
         with engine.stream("Hello", max_tokens=9) as known:
@@ -116,7 +116,7 @@ def test_warming_up_runs_one_step_and_keeps_no_answer(tmp_path: Path) -> None:
         assert engine._responses is not None and len(engine._responses) == 0
 
 
-def test_what_was_warmed_up_with_is_known_to_later_prompts(tiny_bundle: Path) -> None:
+def test_later_prompts_reuse_the_warm_up_prompt(tiny_bundle: Path) -> None:
     beginning = "A long beginning of every prompt, which is computed ahead of the first question. " * 3
     with load(tiny_bundle, threads=1) as engine:
         engine.warm_up(beginning)
@@ -163,7 +163,7 @@ print(1024 * int(peak), estimate_memory(sys.argv[1]).total_bytes)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what is given back differs between systems")
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory returned to the system differs between systems")
 def test_loading_and_unloading_again_and_again_takes_no_more_memory(tiny_bundle: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LOADS, str(tiny_bundle)], capture_output=True, text=True, check=True)
     first, *_, last = map(int, done.stdout.split())
@@ -189,8 +189,8 @@ def test_the_estimate_is_what_the_manifest_says(
     assert whole.fits
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what is resident differs between systems")
-def test_the_estimate_is_near_what_is_taken(tiny_bundle: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory differs between systems")
+def test_the_estimate_is_close_to_the_memory_taken(tiny_bundle: Path) -> None:
     done = subprocess.run([sys.executable, "-c", TAKES, str(tiny_bundle)], capture_output=True, text=True, check=True)
     taken, estimated = map(int, done.stdout.split())
     assert 0.8 < estimated / taken < 1.6
@@ -206,7 +206,7 @@ def test_kernels_need_less_for_their_work_and_scales_in_the_cache(
     assert with_kernels.cache_bytes > without.cache_bytes
 
 
-def test_a_machine_with_too_little_is_told(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda: 10 * MIB)
     found = estimate_memory(tiny_bundle)
     assert isinstance(found, MemoryEstimate)

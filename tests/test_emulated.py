@@ -1,4 +1,4 @@
-"""What bundles promise across machines, on processors that QEMU emulates; `scripts/arm_check.sh --prepare` gets it."""
+"""Promises across machines, on processors that QEMU emulates; set up with `scripts/arm_check.sh --prepare`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from edgelm.export import ExportConfig, export_model
 
 from .conftest import REQUIRE, ROOT
 
-check = pytest.importorskip("scripts.emulated.check", reason="scripts/ is not here")
+check = pytest.importorskip("scripts.emulated.check", reason="scripts/ is missing")
 machines, compare, counting = check.machines, check.compare, check.counting
 
 emulated = pytest.mark.skipif(
     not machines.is_ready() and os.environ.get(REQUIRE) != "all",
-    reason="no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian",
+    reason="no emulated machines: scripts/arm_check.sh --prepare downloads QEMU and arm64 Debian",
 )
 HASWELL = "Haswell-noTSX"
 Run = Callable[..., "compare.Outcome"]
@@ -27,7 +27,7 @@ Run = Callable[..., "compare.Outcome"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """What a processor makes of `builtin:tales` with a scheme, computed once for each."""
+    """The outcome of `builtin:tales` with a scheme on a processor, computed once for each."""
     bundles: dict[str, Path] = {}
     outcomes: dict[tuple[str, ...], compare.Outcome] = {}
 
@@ -48,8 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize(
     "cpu", ["cortex-a72", "cortex-a76", HASWELL, pytest.param("neoverse-v1", marks=pytest.mark.slow)]
 )
-def test_int8_is_what_it_is_here(run: Run, cpu: str) -> None:
-    """Perplexity, most likely tokens, nothing systematic, and cuts that change no bit."""
+def test_int8_matches_this_machine(run: Run, cpu: str) -> None:
+    """Compares perplexity, most likely tokens and systematic error; cuts change no bit."""
     broken = check.broken_int8(cpu, run(check.HOST), run(cpu), run(check.HOST, "fp32"))
     assert not broken
 
@@ -66,8 +66,8 @@ def test_fp32_gives_the_same_tokens_on_arm_and_x86(run: Run) -> None:
 
 
 @emulated
-def test_saturation_would_be_seen(run: Run) -> None:
-    """The runtime finds out by itself that this processor saturates; were that missed, the check above would fail."""
+def test_undetected_saturation_fails_the_check(run: Run) -> None:
+    """The runtime detects that this processor saturates. If it did not, the check of int8 would fail."""
     assert run(HASWELL).saturates
     missed = run(HASWELL, "int8-rowwise", "--saturate")
     assert not missed.saturates
@@ -76,7 +76,7 @@ def test_saturation_would_be_seen(run: Run) -> None:
 
 
 def runtime_tests(cpu: str, bundles: Path, *arguments: str) -> str:
-    """The last line of pytest on an emulated processor, over bundles that were exported here."""
+    """The last line of pytest on an emulated processor, over bundles exported on this machine."""
     options = ("-m", "pytest", "-p", "no:cacheprovider", "--bundles", str(bundles), *arguments)
     command = machines.command(cpu, *options)
     home = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(bundles)}
@@ -87,7 +87,7 @@ def runtime_tests(cpu: str, bundles: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the option --bundles wants it."""
+    """A folder for the option --bundles."""
     folder = tmp_path_factory.mktemp("ready")
     (folder / "tiny").symlink_to(export_tiny())
     (folder / "tiny-kv-float32").symlink_to(export_tiny(kv="float32"))
@@ -113,16 +113,16 @@ def test_all_tests_of_decoding_and_caches_pass_on_arm(bundles: Path, cpu: str) -
 
 
 @emulated
-def test_the_steps_that_are_counted_are_marked_and_nothing_else_is(bundles: Path) -> None:
-    """The mark is a system call, which QEMU writes down without any plugin."""
+def test_only_the_counted_steps_are_marked(bundles: Path) -> None:
+    """The mark is a system call, which QEMU logs without a plugin."""
     arguments = (str(counting.STEPS), str(bundles / "tiny"), "2", "4", "6")
     command = machines.command("cortex-a72", *arguments, options=("-strace",))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.count("getsid(0)") == 4
 
 
-def test_what_is_counted_is_split_into_what_a_token_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token behind 6 costs 115, one behind 26 costs 175; 26 of a prompt cost 182."""
+def test_counted_instructions_are_split_into_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token after 6 costs 115, one after 26 costs 175; a prompt of 26 costs 182."""
     for name, value in {"_DECODED": 1, "_SHORT": 5, "_LONG": 26}.items():
         monkeypatch.setattr(counting, name, value)
     told = "executed: 1000\na warning: 7\nexecuted: 1115\nexecuted: 1297\nexecuted: 1472\n"
@@ -131,7 +131,7 @@ def test_what_is_counted_is_split_into_what_a_token_costs(monkeypatch: pytest.Mo
         counting.split("executed: 1000\n")
 
 
-def test_what_is_counted_has_the_proportions_of_the_reference_model(
+def test_the_counted_model_has_the_proportions_of_the_reference_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machines, "FOLDER", tmp_path)

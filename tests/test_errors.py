@@ -1,4 +1,4 @@
-"""The exception tree; every exception of onnxruntime becomes one of edgelm's."""
+"""The exception tree; every exception of onnxruntime becomes one of edgelm."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def pybind_errors() -> list[type[Exception]]:
     return [item for item in vars(state).values() if inspect.isclass(item) and issubclass(item, Exception)]
 
 
-def test_the_tree_is_as_it_is_drawn() -> None:
+def test_the_tree_matches_its_drawing() -> None:
     assert {name: item.__bases__[0].__name__ for name, item in public_classes(errors).items()} == TREE
     assert all(name in str(errors.__doc__) for name in TREE)
     assert all(issubclass(item, EdgelmError) for item in public_classes(errors).values())
@@ -83,7 +83,7 @@ def test_no_exception_class_of_onnxruntime_is_missed() -> None:
     assert {RuntimeError, ValueError} <= set(onnxruntime_errors())
 
 
-def test_each_of_them_is_mapped() -> None:
+def test_each_exception_of_onnxruntime_is_mapped() -> None:
     for kind in onnxruntime_errors():
         original = kind("first line\n  second line")
         with pytest.raises(SessionError) as caught, mapped_errors("could not do it", "try again"):
@@ -102,8 +102,8 @@ def test_other_exceptions_pass_unchanged(error: BaseException) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", bytes(range(256)), b"\x08\x07\x12\x04fake"], ids=["empty", "text", "bytes", "protobuf"]
 )
-def test_a_graph_that_is_none_gives_a_session_error(tmp_path: Path, content: bytes, without_kernels: None) -> None:
-    """onnxruntime's error: with kernels, edgelm reads the graph first and says that it is damaged."""
+def test_an_invalid_graph_gives_a_session_error(tmp_path: Path, content: bytes, without_kernels: None) -> None:
+    """Without kernels: with them, edgelm reads the graph first and reports that it is damaged."""
     graph = tmp_path / "model.onnx"
     graph.write_bytes(content)
     with pytest.raises(SessionError) as caught:

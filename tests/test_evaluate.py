@@ -1,4 +1,4 @@
-"""`edgelm eval`: perplexity and last words, the same for a model and for its bundle."""
+"""`edgelm eval`: perplexity and last-word accuracy, equal for a model and its bundle."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def knowing(tokenizer: Tokenizer, *texts: str) -> FakeSession:
-    """A session that goes on with these texts where it reads the beginning of one."""
+    """A session that continues these texts from any of their beginnings."""
     known = [tokenizer.encode(text) for text in texts]
 
     def follow(tokens: Sequence[int]) -> int:
@@ -65,14 +65,14 @@ def test_model_and_bundle_have_one_perplexity(
     assert (ours.window, ours.stride) == (window or 512, stride or 256)
 
 
-def test_last_words_are_those_that_are_said(tokenizer: Tokenizer) -> None:
+def test_last_words_count_if_the_model_predicts_them(tokenizer: Tokenizer) -> None:
     others = [PASSAGE, "the cat sat on the dog", "a word", "one two three"]
     found = last_words(knowing(tokenizer, PASSAGE, "one two three"), tokenizer, others, 512)
     assert (found.accuracy, found.passages) == (0.5, 4)
 
 
-def test_a_word_that_is_begun_right_is_not_said(tokenizer: Tokenizer) -> None:
-    """Each token counts, the blank too, and each after the true ones before it."""
+def test_a_word_predicted_in_part_does_not_count(tokenizer: Tokenizer) -> None:
+    """Each token of the word counts, the blank included, and each is predicted after the true ones before it."""
     session = knowing(tokenizer, "the cat sat on the man")
     assert last_words(session, tokenizer, [PASSAGE], 512).accuracy == 0
 
@@ -94,14 +94,14 @@ def test_passages_without_a_last_word(tokenizer: Tokenizer, passages: list[str],
 
 
 @pytest.mark.parametrize("line", ["{", '{"words": 1}', "[]", "3"])
-def test_a_file_that_is_no_json_lines(tmp_path: Path, line: str) -> None:
+def test_a_file_that_is_not_json_lines_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a b"}\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(PromptError, match="line 3 is not a JSON object with the key text"):
         read_passages(tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize("sizes", [{"stride": 0}, {"window": 0}, {"window": 8, "stride": 0}], ids=repr)
-def test_a_size_of_0_is_not_one_that_was_not_given(tokenizer: Tokenizer, sizes: dict[str, int]) -> None:
+def test_a_size_of_0_is_refused_and_not_taken_as_the_default(tokenizer: Tokenizer, sizes: dict[str, int]) -> None:
     one, other = knowing(tokenizer, TEXT), knowing(tokenizer, TEXT)
     with pytest.raises(SettingsError, match="found 0"):
         text_perplexity(one, tokenizer, TEXT, 512, **sizes)
@@ -143,7 +143,7 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_command_takes_a_model(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By what pyproject.toml declares, be it installed or not; without it the message says what is missing."""
+    """With the entry points that pyproject.toml declares, installed or not; without them, a message names the extra."""
     (tmp_path / "t.txt").write_text(TEXT[:200], encoding="utf-8")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
     points = [importlib.metadata.EntryPoint(*item, "edgelm.models") for item in declared["edgelm.models"].items()]
@@ -172,8 +172,8 @@ def rows_like(rows: NDArray[np.float32], change: float) -> NDArray[np.float32]:
     return np.asarray(rows + np.random.default_rng(1).normal(0, change, rows.shape), np.float32)
 
 
-def test_a_model_beside_a_reference(tokenizer: Tokenizer) -> None:
-    """As its definition over all rows at once says, whatever the pieces are."""
+def test_divergence_from_a_reference(tokenizer: Tokenizer) -> None:
+    """Equal to the definition over all rows at once, whatever the pieces are."""
     text = TEXT[:301]
     ids = tokenizer.encode(text)
     theirs = np.random.default_rng(0).normal(0, 2, (len(ids) - 1, 257)).astype(np.float32)
@@ -246,7 +246,7 @@ def test_a_reference_with_another_tokenizer(
         (["--text", "{text}", "--window", "64", "--stride", "64"], "the stride must be at least 1 and less"),
     ],
 )
-def test_options_that_cannot_be(
+def test_impossible_options_are_refused(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
     (tmp_path / "t.txt").write_text(TEXT[:600], encoding="utf-8")

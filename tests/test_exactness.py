@@ -1,4 +1,4 @@
-"""The promise of row-wise INT8: the same bits however a text is cut, rewound or reused, and on any threads."""
+"""Row-wise INT8 gives the same bits however a text is cut, rewound or reused, on any number of threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUNDLES = ["int8 cache", "float32 cache", "stories260k", "4 bits"]
 
 
 class Exact:
-    """A bundle, a text for it, sessions of one and of two threads, and the logits of the text fed whole."""
+    """A bundle, a text for it, sessions with one and two threads, and the logits of the text fed whole."""
 
     def __init__(self, folder: Path) -> None:
         self.bundle = Bundle.open(folder)
@@ -39,7 +39,7 @@ class Exact:
         self.engine = load(folder, threads=1, response_cache=False)
 
     def fresh(self, threads: int) -> OrtSession:
-        """A session that has not run yet, whose cache has no buffers yet."""
+        """A session that has not run yet, so its cache has no buffers."""
         return OrtSession(self.bundle.path / GRAPH_NAME, self.bundle.manifest.model, threads)
 
     @property
@@ -51,7 +51,7 @@ class Exact:
 def exact_of(
     export_tiny: Callable[..., Path], stories_bundle: Callable[[str], Path]
 ) -> Iterator[Callable[[str], Exact]]:
-    """The bundle of a name, opened once for all tests of this file."""
+    """Bundles by name, opened once for all tests of this file."""
     opened: dict[str, Exact] = {}
 
     def get(name: str) -> Exact:
@@ -76,7 +76,7 @@ def exact(request: pytest.FixtureRequest, exact_of: Callable[[str], Exact]) -> E
 
 
 def feed(session: OrtSession, ids: Sequence[int], cuts: Sequence[int]) -> NDArray[np.float32]:
-    """Logits of a text's rest, from where the session stands, in pieces of these sizes, over and over."""
+    """Logits of the text from the session's position on, fed in pieces of these sizes, repeated in turn."""
     rows, turn = [], 0
     while session.length < len(ids):
         piece = ids[session.length : session.length + cuts[turn % len(cuts)]]
@@ -100,7 +100,7 @@ def test_the_caches_are_of_the_types_they_are_named_for(exact_of: Callable[[str]
 
 
 def test_the_text_is_not_trivial(exact: Exact) -> None:
-    """Else the comparisons below would prove nothing: rows differ from each other, and none is empty of meaning."""
+    """Otherwise the comparisons below would prove nothing: logits must be finite and differ between rows."""
     assert np.isfinite(exact.whole).all()
     assert len(np.unique(exact.whole.argmax(axis=1))) > 10
     assert len(np.unique(exact.whole, axis=0)) > TOKENS // 2
@@ -140,7 +140,7 @@ def test_random_cuts(exact_of: Callable[[str], Exact], name: str, cuts: list[int
 @given(data=st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rewinds_leave_no_trace(exact_of: Callable[[str], Exact], name: str, data: st.DataObject) -> None:
-    """Feed, go back, feed something else over it, go back again: the text's logits stay what they always are."""
+    """Feed, rewind, feed something else over it, rewind again: the text's logits never change."""
     exact = exact_of(name)
     session = exact.session
     session.rewind(0)
@@ -159,7 +159,7 @@ def test_rewinds_leave_no_trace(exact_of: Callable[[str], Exact], name: str, dat
 
 
 def test_growth_of_the_cache_changes_nothing(exact: Exact) -> None:
-    """A fresh session grows its buffers while it is fed; one that was used holds all of them from the start."""
+    """A fresh session grows its buffers while it is fed; a used one has full-sized buffers from the start."""
     growing = exact.fresh(1)
     capacities = []
     rows = []
@@ -167,7 +167,7 @@ def test_growth_of_the_cache_changes_nothing(exact: Exact) -> None:
         rows.append(growing.step(exact.ids[growing.length : growing.length + 40], 40).copy())
         capacities.append(growing.cache.capacity)
         growing.cache.check()
-    assert capacities[0] < TOKENS < capacities[-1], "the buffers did not grow in between"
+    assert capacities[0] < TOKENS < capacities[-1], "the buffers did not grow on the way"
     assert_same_bits(np.concatenate(rows), exact.whole)
     growing.rewind(0)
     assert_same_bits(feed(growing, exact.ids, [40]), exact.whole)
@@ -183,7 +183,7 @@ def test_growth_by_a_single_token(exact: Exact, before: int) -> None:
 
 @contextmanager
 def recorded(session: OrtSession) -> Iterator[list[NDArray[np.float32]]]:
-    """The logits that the steps inside the block give, each of its last token."""
+    """The logits of the last token of each step inside the block."""
     rows: list[NDArray[np.float32]] = []
     step = session.step
 
@@ -201,7 +201,7 @@ def recorded(session: OrtSession) -> Iterator[list[NDArray[np.float32]]]:
 
 @pytest.mark.parametrize("prompt", [1, 2, 60, 250])
 def test_decoding_gives_the_logits_of_the_whole_text(exact: Exact, prompt: int) -> None:
-    """Every logit behind a choice, and the choice, is that of the finished text fed at once."""
+    """Each choice and its logits are those of the finished text fed at once."""
     session = exact.fresh(2)
     with recorded(session) as rows:
         tokens = list(Sequencer(session, piece_tokens=100).greedy(exact.ids[:prompt], 30, ()))
@@ -212,13 +212,13 @@ def test_decoding_gives_the_logits_of_the_whole_text(exact: Exact, prompt: int) 
 
 
 def engine_ids(engine: Engine, ids: Sequence[int], count: int) -> tuple[list[int], int]:
-    """Tokens that an engine answers with, and how many of the prompt's it did not have to run."""
+    """The engine's answer and the number of prompt tokens that it reused."""
     done = engine.generate(token_ids=ids, max_tokens=count)
     return list(done.token_ids), done.stats.reused_tokens
 
 
 @pytest.mark.parametrize("prompt", [30, 240])
-def test_the_engine_answers_what_the_whole_text_says(exact: Exact, prompt: int) -> None:
+def test_the_engine_answers_as_the_text_fed_whole(exact: Exact, prompt: int) -> None:
     tokens, _ = engine_ids(exact.engine, exact.ids[:prompt], 24)
     text = [*exact.ids[:prompt], *tokens]
     whole = exact.fresh(1).step(text, len(text)).copy()
@@ -229,7 +229,7 @@ def test_the_engine_answers_what_the_whole_text_says(exact: Exact, prompt: int) 
 
 
 def test_a_reused_prefix_changes_no_answer(exact: Exact) -> None:
-    """The prompts share beginnings of unlike lengths, so most of them find a part of themselves in the cache."""
+    """The prompts share prefixes of different lengths, so most of them reuse part of the cache."""
     prompts = [exact.ids[:200], exact.ids[:90] + exact.ids[150:180], exact.ids[:130], exact.ids[:280], exact.ids[:31]]
     reused_in_all = 0
     for prompt in prompts:
@@ -240,11 +240,11 @@ def test_a_reused_prefix_changes_no_answer(exact: Exact) -> None:
         if expected[-1] in exact.bundle.manifest.tokens.eos:
             expected.pop()
         assert tokens == expected
-    assert reused_in_all > 300, "hardly anything was reused, so nothing was tried"
+    assert reused_in_all > 300, "too few tokens were reused to test anything"
 
 
 @pytest.mark.parametrize(("prompt", "capacity"), [(200, 400), (280, 513), (31, 256)])
-def test_room_for_a_prompt_and_its_answer_is_made_once(exact: Exact, prompt: int, capacity: int) -> None:
+def test_buffers_for_prompt_and_answer_are_allocated_once(exact: Exact, prompt: int, capacity: int) -> None:
     session = exact.fresh(1)
     for _ in Sequencer(session, piece_tokens=100).greedy(exact.ids[:prompt], 60, ()):
         assert session.cache.capacity == capacity

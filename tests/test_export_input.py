@@ -1,4 +1,4 @@
-"""`edgelm export` on bad input, a full disk, a kill, an interrupt: one line of error, and no file is left behind."""
+"""`edgelm export` on bad input, a full disk, a kill, an interrupt: one line of error, and no files remain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder: whatever appears in it was written by the command under test."""
+    """An empty current folder: everything in it was written by the command under test."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -37,9 +37,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run `edgelm export` with arguments that it must refuse, and check all that each refusal has in common.
+    """Run `edgelm export` with arguments that it must refuse, and check what all refusals have in common.
 
-    Returns: the message. A refusal is one line, without a traceback, with an exit status of 1 or 2; nothing is written.
+    Returns the message. A refusal is one line without a traceback, has exit status 1 or 2, and writes nothing.
     """
 
     def run(*arguments: str | Path, words: tuple[str, ...]) -> str:
@@ -53,7 +53,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         assert len(lines) == 1, errors
         assert lines[0].startswith("edgelm: error: ")
         assert "Traceback" not in errors
-        assert "unexpected" not in errors, "nobody foresaw it"
+        assert "unexpected" not in errors, "the error has no message of its own"
         for word in words:
             assert word in lines[0]
         assert contents(here) == before
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may spoil."""
+    """A copy of the tiny model that a test may damage."""
     return shutil.copytree(tiny_model, tmp_path / "spoiled")
 
 
@@ -129,7 +129,7 @@ def test_a_model_that_is_not_causal(refused: Refused, model: Path, kind: str) ->
 
 
 def save_config(folder: Path, config: Any, architecture: str) -> Path:
-    """A model folder of a configuration alone: what is told from it must not need weights."""
+    """A model folder with only a configuration: refusals based on it must not need weights."""
     config.architectures = [architecture]
     config.save_pretrained(folder)
     byte_tokenizer(folder)
@@ -140,7 +140,7 @@ def save_config(folder: Path, config: Any, architecture: str) -> Path:
 def test_a_bidirectional_model_that_transformers_can_also_load_as_a_decoder(
     refused: Refused, tmp_path: Path, architecture: str
 ) -> None:
-    """transformers lists bert among the causal models, for those who train it as a decoder. This one was not."""
+    """transformers lists bert among the causal models, for bert trained as a decoder. This one was not."""
     import transformers
 
     folder = tmp_path / "bert"
@@ -177,7 +177,7 @@ def test_an_encoder_and_a_decoder(refused: Refused, tmp_path: Path, config: str,
     )
 
 
-def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path) -> None:
+def test_the_decoder_of_an_encoder_decoder_saved_by_itself_is_accepted(tmp_path: Path) -> None:
     import transformers
 
     from edgelm.export.source.finding import find_source
@@ -189,7 +189,7 @@ def test_the_decoder_of_such_a_model_saved_by_itself_is_accepted(tmp_path: Path)
 
 
 def test_an_encoder_and_a_decoder_by_its_type_alone(refused: Refused, model: Path) -> None:
-    """The configuration says nothing of an encoder, and names an architecture that is causal."""
+    """The configuration does not mention an encoder and names a causal architecture."""
     change_config(model, model_type="t5")
     refused(model, words=(str(model / "config.json"), "'t5'", "an encoder and a decoder"))
 
@@ -205,7 +205,7 @@ def test_an_encoder_and_a_decoder_by_its_type_alone(refused: Refused, model: Pat
     ],
 )
 def test_a_multimodal_model(refused: Refused, tmp_path: Path, config: str, architecture: str, sense: str) -> None:
-    """transformers itself lists some of them among the causal ones."""
+    """transformers lists some of them among the causal models."""
     import transformers
 
     folder = save_config(tmp_path / "senses", getattr(transformers, config)(), architecture)
@@ -285,7 +285,7 @@ def test_a_weight_of_another_shape(refused: Refused, model: Path) -> None:
     ],
 )
 def test_weights_that_the_model_does_not_use(refused: Refused, model: Path, names: list[str], advice: str) -> None:
-    """torch leaves them out too, so that no comparison with it can tell."""
+    """torch ignores them too, so no comparison with torch can find them."""
     import torch
 
     change_weights(model, lambda weights: weights.update({name: torch.ones(96) for name in names}))
@@ -301,7 +301,7 @@ def test_many_weights_that_the_model_does_not_use_are_counted(refused: Refused, 
 
 
 def test_what_a_model_computes_from_its_configuration_is_no_unused_weight(tmp_path: Path) -> None:
-    """Older versions of transformers saved masks and rotations beside the weights, and the hub is full of them."""
+    """Older versions of transformers saved masks and rotary tables with the weights, and many hub models have them."""
     import torch
 
     from edgelm.export.source.finding import find_source
@@ -328,7 +328,7 @@ def test_a_weight_that_is_only_shaped_like_a_mask_is_refused(refused: Refused, m
 
 
 def quantize_to_fp8(folder: Path, block: int) -> None:
-    """Store the matrices of a model's layers as FP8 with one scale for each block, as released models are."""
+    """Store the matrices of a model's layers as FP8 with a scale per block, as released models do."""
     import torch
 
     def quantize(weights: dict[str, Any]) -> None:
@@ -375,7 +375,7 @@ def test_fp8_weights_whose_scales_would_be_left_out(refused: Refused, model: Pat
 
 
 def test_fp8_blocks_that_do_not_fit_a_matrix(refused: Refused, model: Path) -> None:
-    """64 rows are one block of 48 and a rest of 16: transformers would cut them into two halves."""
+    """64 rows are a block of 48 and a rest of 16; transformers would split them into two halves."""
     quantize_to_fp8(model, 32)
     settings = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     change_config(model, quantization_config={**settings, "weight_block_size": [48, 32]})
@@ -456,7 +456,7 @@ def test_a_tokenizer_with_one_token_too_many_that_the_text_does_not_use(refused:
 def test_a_token_for_padding_that_the_model_has_no_row_for(
     here: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was added for a training. transformers answers all prompts that do not hold it."""
+    """It was added for training. transformers answers every prompt without it."""
     import transformers
 
     from edgelm.runtime import load
@@ -486,7 +486,7 @@ def test_a_token_without_a_row_that_the_template_writes(refused: Refused, model:
 
 
 def test_a_model_with_more_rows_than_the_tokenizer_has_tokens(here: Path, tmp_path: Path) -> None:
-    """Rows are often padded to a round number; nothing is wrong with that."""
+    """Valid: rows are often padded to a round number."""
     folder = tmp_path / "padded"
     tiny_llama(vocab_size=320).save_pretrained(folder)
     byte_tokenizer(folder)
@@ -534,7 +534,7 @@ def test_a_weight_that_is_not_a_number_in_one_of_several_files(refused: Refused,
 
 
 def test_a_model_without_an_end_token(here: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is wrong with it, but its answers end nowhere, so it is said."""
+    """Valid, but its answers never end by themselves, so a note says so."""
     change_config(model, eos_token_id=None)
     change_tokenizer(model, eos_token=None)
     (model / "generation_config.json").unlink()
@@ -556,7 +556,7 @@ def change_tokenizer(model: Path, **changes: Any) -> None:
 def test_an_answer_ends_at_the_tokenizers_own_end_too(
     here: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In chat models it is the end of a turn, and the generation configuration may name the end of a text alone."""
+    """In chat models it ends a turn, and the generation configuration may name only the end of a text."""
     (model / "generation_config.json").write_text('{"eos_token_id": 65}', encoding="utf-8")
     assert main(["export", str(model), "--out", "bundle", "--scheme", "fp32"]) == 0
     said = "answers end at the tokenizer's end token '<end>' too, where the generation configuration names"
@@ -572,7 +572,7 @@ def test_an_answer_ends_at_the_tokenizers_own_end_too(
 
 
 @pytest.mark.parametrize("name", [None, "<end>"])
-def test_nothing_is_said_of_an_end_that_is_known_or_missing(model: Path, name: str | None) -> None:
+def test_no_note_if_the_tokenizers_end_is_known_or_missing(model: Path, name: str | None) -> None:
     from edgelm.export.source.loading import describe_source, load_module
 
     change_tokenizer(model, eos_token=name)
@@ -583,7 +583,7 @@ def test_nothing_is_said_of_an_end_that_is_known_or_missing(model: Path, name: s
 @pytest.mark.parametrize(
     ("template", "said"), [(None, 'edgelm run bundle "Once upon a time"'), ("{{ messages }}", "edgelm chat bundle")]
 )
-def test_what_is_suggested_at_the_end(
+def test_the_last_line_suggests_the_next_command(
     here: Path, model: Path, template: str | None, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_tokenizer(model, chat_template=template)
@@ -646,7 +646,7 @@ def test_a_text_that_is_not_utf8(refused: Refused, tiny_model: Path, tmp_path: P
     ids=["empty", "short", "one word", "one token short of a window"],
 )
 def test_a_text_that_is_too_short(refused: Refused, tiny_model: Path, tmp_path: Path, text: str, left: int) -> None:
-    """A half of the text judges, and must fill a window."""
+    """Half of the text judges, and it must fill a window."""
     (tmp_path / "short.txt").write_text(text, encoding="utf-8")
     words = ("short.txt", f"has {left} tokens, 512 are needed", "1024 tokens or more")
     refused(tiny_model, "--text", tmp_path / "short.txt", words=words)
@@ -666,7 +666,7 @@ def test_a_revision_of_a_builtin_model(refused: Refused) -> None:
 
 
 def test_a_hub_id_without_a_network(refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """conftest sets HF_HUB_OFFLINE, so nothing is asked of the hub."""
+    """conftest sets HF_HUB_OFFLINE, so no request is sent."""
     refused("nobody/no-such-model", words=("nobody/no-such-model", "cannot be fetched", "check the name"))
 
 
@@ -732,7 +732,7 @@ def test_force_replaces_a_bundle(tiny_model: Path, tiny_bundle: Path, here: Path
     assert {path.name for path in (here / "out").iterdir()} == {*bundle.manifest.files, "manifest.json"}
 
 
-# An export in a process of its own, which can be limited and killed. {before} runs ahead of the export.
+# An export in a process of its own, which can be limited and killed. {before} runs before the export.
 PROGRAM = """
 import os, resource, sys
 {before}
@@ -755,7 +755,7 @@ def start(here: Path, model: Path, before: str = "") -> subprocess.Popen[str]:
 
 
 def wait_for_partial(here: Path, process: subprocess.Popen[str]) -> Path:
-    """Wait until the export has written something into its hidden folder."""
+    """Wait until the export has written something into its scratch folder."""
     while process.poll() is None:
         for folder in here.glob(".out.partial-*"):
             if any(path.is_file() and path.name != "lock" for path in folder.rglob("*")):
@@ -764,9 +764,9 @@ def wait_for_partial(here: Path, process: subprocess.Popen[str]) -> Path:
     raise AssertionError(f"the export ended by itself: {process.communicate()}")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
 def test_a_full_disk(here: Path, tiny_model: Path) -> None:
-    # Stands in for a full disk: a file may not grow beyond this many bytes. The tokenizer fits, the weights do not.
+    # A file size limit simulates a full disk. The tokenizer fits, the weights do not.
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     output, errors = start(here, tiny_model, limit).communicate(timeout=600)
     assert output == ""
@@ -777,7 +777,7 @@ def test_a_full_disk(here: Path, tiny_model: Path) -> None:
     assert not contents(here)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(here: Path, tiny_model: Path) -> None:
     process = start(here, tiny_model)
     partial = wait_for_partial(here, process)
@@ -786,7 +786,7 @@ def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(here: Path,
     assert process.returncode == -signal.SIGKILL
     assert [path.name for path in here.iterdir()] == [partial.name]
     assert not list(here.rglob("manifest.json"))
-    # What belongs to others is left alone: names that only look alike, and an export that still runs.
+    # Everything else stays: names that only look similar, and the folder of an export that still runs.
     bystanders = [here / ".out.partial-", here / ".out.partial-notes", here / f".out.partial-{os.getppid()}"]
     bystanders += [here / ".other.partial-99999999"]
     for folder in bystanders:
@@ -797,7 +797,7 @@ def test_a_kill_leaves_nothing_visible_and_the_next_export_cleans_up(here: Path,
     bundle.check_files(bundle.manifest.files)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
     process = start(here, tiny_model)
     wait_for_partial(here, process)
@@ -810,7 +810,7 @@ def test_an_interrupt_leaves_nothing(here: Path, tiny_model: Path) -> None:
     assert not contents(here)
 
 
-# ---- what folders are called, and what is not a model
+# ---- names of folders, and folders that are no model
 
 
 def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""scripts/export_many.py: what is planned, what is done again, what a failure leaves; and the same as Ray's tasks."""
+"""scripts/export_many.py: what it plans, skips and repeats, how it handles failures, and the same with Ray."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from edgelm.runtime import Bundle, load
 from .conftest import ROOT, WIDE_TARGET
 from .served import with_template
 
-many = pytest.importorskip("scripts.export_many", reason="scripts/ is not here")
+many = pytest.importorskip("scripts.export_many", reason="scripts/ is missing")
 
 
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> list[str]:
-    """The outputs that were exported. Bundles are copies of one; models called "broken" cannot be exported."""
+    """Records exported outputs. Bundles are copies of one; the export of a model named "broken" fails."""
     done: list[str] = []
 
     class Result:
@@ -51,7 +51,7 @@ def test_each_model_is_exported_for_each_target(exports: list[str], tmp_path: Pa
     assert record["digest"] == Bundle.open(tmp_path / "one-arm-cpu").manifest.digest
 
 
-def test_a_failure_ends_no_other_and_is_tried_again(
+def test_a_failure_stops_no_other_export_and_is_retried(
     exports: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "broken", "two") == 1
@@ -63,7 +63,7 @@ def test_a_failure_ends_no_other_and_is_tried_again(
     assert "4 exports, 2 of them done before" in capsys.readouterr().out
 
 
-def test_what_is_there_is_not_exported_again(exports: list[str], tmp_path: Path) -> None:
+def test_existing_bundles_are_not_exported_again(exports: list[str], tmp_path: Path) -> None:
     run(tmp_path, "one")
     exports.clear()
     assert run(tmp_path, "one") == 0 and exports == []
@@ -73,7 +73,7 @@ def test_what_is_there_is_not_exported_again(exports: list[str], tmp_path: Path)
 @pytest.mark.parametrize(
     "change", ["other settings", "no record", "half a record", "no bundle", "a file cut", "another"]
 )
-def test_what_is_not_there_as_it_was_asked_for_is(
+def test_missing_or_different_bundles_are_exported_again(
     exports: list[str], tiny_bundle: Path, tmp_path: Path, change: str
 ) -> None:
     run(tmp_path, "one")
@@ -111,7 +111,7 @@ def test_without_ray_it_says_what_to_install(
 
 
 @pytest.mark.slow
-def test_rays_tasks_export_and_one_that_dies_ends_no_other(
+def test_ray_tasks_export_and_one_that_dies_stops_no_other(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray", reason='not installed: pip install "edgelm[cluster]"')

@@ -1,4 +1,4 @@
-"""The first model of `edgelm serve`, which is loaded while the server's own modules are imported."""
+"""The first model of `edgelm serve`, loaded while the server's modules are imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgelm.runtime.errors import BundleCorruptError
 
 
 class Opener:
-    """Opens what says whether it was closed. begun: set once something is being opened."""
+    """Opens a fake engine that counts how often it was closed. begun: set when opening begins."""
 
     def __init__(self) -> None:
         self.begun, self.closed = threading.Event(), 0
@@ -30,25 +30,25 @@ class Opener:
         self.closed += 1
 
 
-def test_it_is_opened_before_it_is_asked_for_and_once() -> None:
+def test_the_first_model_is_opened_early_and_once() -> None:
     opener = Opener()
     with FirstLoad(opener, Path("one")) as opening:
         assert opener.begun.wait(10)
         assert opening(Path("two")) is opening(Path("one")) is opener
         assert opener.opened == [Path("one"), Path("two")]
         opening(Path("one"))
-        assert opener.opened[2:] == [Path("one")], "after it was unloaded"
-    assert opener.closed == 0, "who asked for it closes it"
+        assert opener.opened[2:] == [Path("one")], "opened again after unloading"
+    assert opener.closed == 0, "the caller closes it"
 
 
-def test_one_that_nobody_asked_for_is_closed() -> None:
+def test_an_unused_first_model_is_closed() -> None:
     opener = Opener()
     with pytest.raises(KeyError), FirstLoad(opener, Path("one")):
         raise KeyError
     assert opener.opened == [Path("one")] and opener.closed == 1
 
 
-def test_its_error_is_raised_where_it_is_asked_for_and_only_there() -> None:
+def test_an_error_is_raised_only_when_the_model_is_asked_for() -> None:
     opener = Opener()
     with FirstLoad(opener, Path("broken")) as opening, pytest.raises(BundleCorruptError):
         opening(Path("broken"))

@@ -1,4 +1,4 @@
-"""Folders of other exporters: what optimum wrote (tests/fixtures/optimum) runs, with the tokens of transformers."""
+"""Folders of other exporters: optimum's files (tests/fixtures/optimum) run with the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ IDS: list[int] = EXPECTED[2]["prompt_ids"][:40]
 
 
 def lay_out(folder: Path, **files: str) -> Path:
-    """A folder with the fixture's configuration and tokenizer, and graphs: name=source, "__" standing for "/"."""
+    """A folder with the fixture's configuration and tokenizer, and graphs: name=source, "__" means "/"."""
     folder.mkdir(exist_ok=True)
     for name in TEXTS:
         shutil.copyfile(FIXTURE / name, folder / name)
@@ -55,7 +55,7 @@ def lay_out(folder: Path, **files: str) -> Path:
 
 
 def external(folder: Path) -> Path:
-    """With the weights in a file beside the graph, as large models have them."""
+    """Weights in a file beside the graph, as in large models."""
     lay_out(folder)
     (folder / "onnx").mkdir()
     graph = onnx.load(FIXTURE / "model.onnx")
@@ -66,7 +66,7 @@ def external(folder: Path) -> Path:
 
 
 def half(folder: Path) -> Path:
-    """In float16, as transformers.js's conversion makes it."""
+    """In float16, as transformers.js converts it."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     lay_out(folder)
@@ -88,13 +88,13 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(params=FORMS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder in each of the forms that are published."""
+    """A folder in each published form."""
     return FORMS[request.param](tmp_path / "model")
 
 
 @pytest.fixture
 def several(tmp_path: Path) -> Path:
-    """A folder as onnx-community has them: a model in several precisions."""
+    """A folder laid out like onnx-community's: one model in several precisions."""
     return lay_out(tmp_path / "model", onnx__model="model", onnx__model_q8="model_quantized")
 
 
@@ -129,8 +129,8 @@ def test_a_float16_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), [("num_logits_to_keep", []), ("logits_to_keep", [1])])
-def test_a_graph_that_is_told_how_many_logits_to_keep(tmp_path: Path, name: str, shape: list[int]) -> None:
-    """As models of onnx-community are; without it they compute logits for a whole prompt."""
+def test_a_graph_with_an_input_for_the_number_of_logits(tmp_path: Path, name: str, shape: list[int]) -> None:
+    """As in onnx-community's models; without the input they compute logits for the whole prompt."""
     folder = lay_out(tmp_path / "model")
     model = onnx.load(FIXTURE / "model.onnx")
     (producer,) = [node for node in model.graph.node if "logits" in node.output]
@@ -192,7 +192,7 @@ def test_a_conversation_reuses_what_is_in_the_cache(folder: Path) -> None:
         assert fresh.generate(token_ids=[*IDS, *first.token_ids], max_tokens=8).token_ids == again.token_ids
 
 
-def test_what_is_known_of_a_model_without_a_manifest(several: Path) -> None:
+def test_facts_of_a_model_without_a_manifest(several: Path) -> None:
     with load(several, graph="onnx/model.onnx") as engine:
         manifest = engine.bundle.manifest
     assert not engine.bundle.has_manifest
@@ -206,7 +206,7 @@ def test_what_is_known_of_a_model_without_a_manifest(several: Path) -> None:
     assert set(manifest.files) == {*TEXTS, "onnx/model.onnx"}
 
 
-def test_settings_of_generation_stand_above_those_of_the_model(tmp_path: Path) -> None:
+def test_generation_settings_override_the_models(tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "model", model="model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 256]}', encoding="utf-8")
     assert open_folder(folder)[0].manifest.tokens.eos == (7, 256)
@@ -215,7 +215,8 @@ def test_settings_of_generation_stand_above_those_of_the_model(tmp_path: Path) -
 
 
 def test_an_answer_ends_at_the_tokenizers_own_end_too(tmp_path: Path) -> None:
-    """Chat models often name the end of a text for generation, and the end of a turn in the tokenizer alone."""
+    """Chat models often name the end of a text in the generation configuration, and the end of a turn only in the
+    tokenizer."""
     folder = lay_out(tmp_path / "model", model="model")
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
     assert open_folder(folder)[0].manifest.tokens.eos == (7, 256)
@@ -225,8 +226,8 @@ def test_an_answer_ends_at_the_tokenizers_own_end_too(tmp_path: Path) -> None:
     assert open_folder(folder)[0].manifest.tokens.eos == (7,)
 
 
-def test_the_digest_is_that_of_what_makes_the_answers(tmp_path: Path) -> None:
-    """So an answer never comes from another model's cache, even if size and time of the file are the same."""
+def test_the_digest_covers_everything_that_affects_answers(tmp_path: Path) -> None:
+    """No answer comes from another model's cache, even if size and time of the file are the same."""
     folder = external(tmp_path / "model")
     weights = folder / "onnx" / "model.onnx_data"
     before, times = open_folder(folder)[0].manifest, weights.stat()
@@ -385,7 +386,7 @@ def test_a_graph_without_a_cache(tmp_path: Path) -> None:
 
 
 def other_graph(folder: Path, cache: int = TensorProto.FLOAT, **inputs: Sequence[int | str]) -> Path:
-    """A graph of other inputs: name=shape. Keys and values have the type `cache`, all else is int64."""
+    """A graph with other inputs: name=shape. Keys and values have the type `cache`, all else is int64."""
     lay_out(folder)
     taken = [
         helper.make_tensor_value_info(
@@ -480,7 +481,7 @@ def test_operators_of_a_graph(tiny_bundle: Path) -> None:
     assert operators(path) == Counter((node.domain, node.op_type) for node in nodes)
 
 
-def test_weight_files_of_what_is_no_graph(tmp_path: Path) -> None:
+def test_weight_files_of_an_invalid_graph(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     good = (FIXTURE / "model.onnx").read_bytes()
     generator = np.random.default_rng(0)
@@ -509,6 +510,6 @@ def test_weights_outside_the_folder_are_refused_before_anything_opens_them(
     entry.key, entry.value = "location", place
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     (folder / place.replace("/", "_")).write_bytes(bytes(1 << 20))
-    monkeypatch.setattr(foreign, "load_graph", lambda *_: pytest.fail("onnxruntime opens them"))
+    monkeypatch.setattr(foreign, "load_graph", lambda *_: pytest.fail("onnxruntime would open them"))
     with pytest.raises(BundleCorruptError, match="is not a file of its folder"):
         foreign.open_foreign(folder, None, 1)

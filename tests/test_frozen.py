@@ -1,6 +1,6 @@
-"""Programs that PyInstaller freezes without any option: moved to another folder, with no Python beside them.
+"""Programs frozen by PyInstaller without options: moved to another folder, and without Python on the machine.
 
-Installs from the package index, as the tests of packaging do.
+Installs from the package index, as the packaging tests do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgelm.runtime.sessions import kernels
 from .conftest import ROOT
 from .served import with_template
 
-MOST_MB = 118  # without Python's own library, which some builds of Python leave with what debuggers read
+MOST_MB = 118  # without Python's own library, which some builds ship with debug symbols
 MOST_MORE_RESIDENT = 10e6
 CLI = "import sys\nfrom edgelm.runtime.cli import main\nsys.exit(main())\n"
 APP = """import sys
@@ -37,7 +37,7 @@ with load(sys.argv[1], prefix_cache=True) as engine:
     done = engine.generate("Once", max_tokens=4)
     print(done.finish_reason, done.stats.resident_bytes)
 """
-# A command of another distribution, as its installation leaves it.
+# A command of another distribution, laid out as its installation does.
 PLUGIN = """SUMMARY = "say hello"
 def add_arguments(parser): ...
 def run(arguments):
@@ -55,7 +55,7 @@ def test_the_hooks_are_where_pyinstaller_looks() -> None:
     assert project["entry-points"]["pyinstaller40"] == {"hook-dirs": "edgelm.runtime.frozen:hook_folders"}
 
 
-def test_a_frozen_program_announces_what_it_has(
+def test_a_frozen_program_lists_its_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"here": "json", "gone": "edgelm_gone.commands.gone"}
@@ -68,7 +68,7 @@ def test_a_frozen_program_announces_what_it_has(
 
 
 def has_kernels() -> bool:
-    """Whether compiled kernels of this version are installed, which are packed then."""
+    """Whether compiled kernels of this version are installed; if so, they are packed."""
     if importlib.util.find_spec("edgelm_kernels") is None:
         return False
     import edgelm_kernels
@@ -78,7 +78,7 @@ def has_kernels() -> bool:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Folders of frozen programs, what a program that is not frozen takes, and an environment without Python."""
+    """Folders of frozen programs, the memory that the program takes unfrozen, and an environment without Python."""
 
     folder: Path
     unfrozen_bytes: int
@@ -98,7 +98,7 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def frozen(wheel: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Frozen:
-    """Freeze the programs, move them, and put the environment that froze them out of reach."""
+    """Freeze the programs, move them, and hide the environment that froze them."""
     place = tmp_path_factory.mktemp("frozen")
     python = _environment(place / "venv", wheel)
     for name, text in (("cli", CLI), ("app", APP)):
@@ -145,7 +145,7 @@ def test_the_command_line_has_its_commands_and_those_of_others(frozen: Frozen) -
     assert done.returncode == 0, done.stderr
     commands = done.stdout.split("commands:")[1]
     assert all(f"  {name} " in commands for name in ("run", "chat", "serve", "doctor", "cache", "hello"))
-    # What needs torch is not packed, and so it is not announced.
+    # Commands that need torch are not packed, so they are not listed.
     assert "  export " not in commands and "cannot be imported" not in commands
     assert frozen.run("cli", "hello").stdout == "hello\n"
     refused = frozen.run("cli", "export", "builtin:tales")
@@ -174,7 +174,7 @@ def test_it_answers(frozen: Frozen, bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_serves_until_its_parent_closes_the_pipe(frozen: Frozen, bundle: Path) -> None:
+def test_a_frozen_program_serves_until_its_parent_closes_the_pipe(frozen: Frozen, bundle: Path) -> None:
     command = [str(frozen.folder / "cli" / "cli"), "serve", str(bundle), "--port", "0", "--ready-json"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=frozen.environment
@@ -186,7 +186,7 @@ def test_it_serves_until_its_parent_closes_the_pipe(frozen: Frozen, bundle: Path
 
 
 @pytest.mark.slow
-def test_an_app_takes_as_much_memory_as_before_and_little_room(frozen: Frozen, bundle: Path) -> None:
+def test_an_app_takes_no_more_memory_than_unfrozen_and_little_disk_space(frozen: Frozen, bundle: Path) -> None:
     done = frozen.run("app", bundle)
     assert done.returncode == 0, done.stderr
     reason, resident = done.stdout.split()
@@ -202,7 +202,7 @@ def test_an_app_takes_as_much_memory_as_before_and_little_room(frozen: Frozen, b
 
 @pytest.mark.slow
 def test_the_example_with_a_window_finds_its_parts(frozen: Frozen) -> None:
-    """Without a screen it can only say how it is called, for which all of it is imported."""
+    """Without a screen it can only print its usage, which imports all of it."""
     done = frozen.run("desktop", "--help")
     assert done.returncode == 0 and "a chat window for a model" in done.stdout, done.stderr
 

@@ -1,6 +1,6 @@
-"""The last place of a context, in models that look positions up in a table, which has no row behind it.
+"""The last position of a context in models with a table of positions, which has no row after it.
 
-With a float32 cache and without kernels, a step of one token has a padding row behind it.
+With a float32 cache and without kernels, a step of one token has a padding row after it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT = list(b"It was a bright cold day in April, and the clocks were striking 
 
 
 def learned(kind: str) -> Any:
-    """A tiny random model whose positions are learned. OPT's table has two rows in front of the first position."""
+    """A tiny random model with learned positions. OPT's table has two rows before the first position."""
     import torch
     import transformers
 
@@ -55,16 +55,16 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield opened
 
 
-def test_an_answer_reaches_the_last_place(engine: Engine) -> None:
-    """The last token that is chosen needs no place, so a prompt of 58 of 64 tokens leaves room for 7."""
+def test_an_answer_reaches_the_last_position(engine: Engine) -> None:
+    """The last chosen token needs no position, so a prompt of 58 of 64 tokens leaves room for 7."""
     done = engine.generate(token_ids=PROMPT, max_tokens=10)
     assert (len(done.token_ids), done.finish_reason) == (ROOM, "context_full")
-    # The last one is what the whole text gives at once, where no padding row stands behind it.
+    # The last token must equal the one of the whole text fed at once, which has no padding row.
     whole = engine.generate(token_ids=[*PROMPT, *done.token_ids[:-1]], max_tokens=1)
     assert whole.token_ids == done.token_ids[-1:]
 
 
-def test_answers_of_a_batch_reach_the_last_place(engine: Engine) -> None:
+def test_answers_of_a_batch_reach_the_last_position(engine: Engine) -> None:
     alone = engine.generate(token_ids=PROMPT, max_tokens=10)
     batch = engine.generate_batch([PROMPT, PROMPT[1:], PROMPT], max_tokens=10)
     assert [(len(done.token_ids), done.finish_reason) for done in batch] == [
@@ -75,15 +75,15 @@ def test_answers_of_a_batch_reach_the_last_place(engine: Engine) -> None:
     assert batch[0].token_ids == batch[2].token_ids == alone.token_ids
 
 
-def test_an_answer_slides_past_the_last_place(engine: Engine) -> None:
+def test_an_answer_slides_past_the_last_position(engine: Engine) -> None:
     slid = engine.generate(token_ids=PROMPT, max_tokens=80, context_full="slide")
     stopped = engine.generate(token_ids=PROMPT, max_tokens=80)
     assert (len(slid.token_ids), slid.finish_reason) == (80, "length")
     assert slid.token_ids[:ROOM] == stopped.token_ids
 
 
-def test_draft_tokens_end_at_the_last_place(engine: Engine) -> None:
-    """A text that repeats itself gets draft tokens up to the end of the context and no further."""
+def test_draft_tokens_end_at_the_last_position(engine: Engine) -> None:
+    """A repetitive text gets draft tokens up to the end of the context and no further."""
     prompt = (list(b"abcdefgh") * 8)[: CONTEXT - ROOM + 1]
     plain = engine.generate(token_ids=prompt, max_tokens=10, lookup=False)
     assert engine.generate(token_ids=prompt, max_tokens=10).token_ids == plain.token_ids

@@ -1,5 +1,5 @@
-"""The functions of the domain edgelm: their bodies are what is documented, and onnxruntime makes of a graph that calls
-them what it makes of one that has the operators in their place."""
+"""The functions of the domain edgelm: their bodies are the documented arithmetic, and onnxruntime optimizes a graph
+that calls them like one with the inlined operators."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def optimized(model: onnx.ModelProto | Path, folder: Path) -> Counter[str]:
 
 
 def flat(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with the functions' bodies in place of the calls, by onnx's own inliner: as edgelm wrote it before."""
+    """The graph with calls inlined by onnx, as earlier versions of edgelm wrote it."""
     return onnx.inliner.inline_local_functions(model)
 
 
@@ -90,7 +90,7 @@ def flat_bundle(bundle: Path, folder: Path) -> Path:
 
 
 def answers(path: Path, bundle: Path) -> list[Array]:
-    """The logits of several steps, by the runtime."""
+    """The logits of several steps, computed by the runtime."""
     session = OrtSession(path, Bundle.open(bundle).manifest.model, 1)
     try:
         return [session.step(step, len(step)).copy() for step in STEPS]
@@ -130,7 +130,7 @@ def test_a_products_body_is_the_documented_arithmetic(name: str, shape: tuple[in
 
 
 def wide_reference(x: Array, weight: Array) -> Array:
-    """x @ weight with rows of 16 bits in two planes of 8, in float32 as the body has it."""
+    """x @ weight in float32, with rows of 16 bits in two planes of 8, as in the function body."""
     matrix, scales = quantized_columns(weight, 127)
     step, low_step = np.float32(1 / 127), np.float32(1 / 32512)
     largest = np.abs(x).max(axis=-1, keepdims=True)
@@ -155,7 +155,7 @@ def test_the_body_of_a_product_of_16_bits_is_the_documented_arithmetic(name: str
     define(model, name + WIDE)
     (got,) = compute(model, {"x": x})
     np.testing.assert_array_equal(got, wide_reference(x, weight))
-    # Row by row, the bits of all rows at once.
+    # A row alone gives the same bits as all rows at once.
     flat_x, flat_y = x.reshape(-1, 24), got.reshape(-1, 12)
     for i in range(len(flat_x)):
         (alone,) = compute(model, {"x": flat_x[i].reshape((1,) * (len(shape) - 1) + (24,))})
@@ -163,7 +163,7 @@ def test_the_body_of_a_product_of_16_bits_is_the_documented_arithmetic(name: str
 
 
 def test_products_of_16_bits_that_share_their_input_quantize_its_high_plane_once(tmp_path: Path) -> None:
-    """onnxruntime never makes one DequantizeLinear of several, so that the low plane is computed for each product."""
+    """onnxruntime never merges DequantizeLinear nodes, so the low plane is computed for each product."""
     calls = " ".join(f"{y} = {EDGELM}.{ROWWISE_MATMUL}{WIDE}(x, {w}, s)" for y, w in ("fq", "gk", "hv"))
     weights = {name: quantized_columns(floats(32, 12), 127)[0] for name in "qkv"} | {"s": np.ones(12, np.float32)}
     text = f"{calls} e = Add(f, g) y = Add(e, h)"
@@ -238,7 +238,7 @@ def normed(x: Array, weight: Array) -> Array:
 
 
 def assert_a_product_of(got: Array, rows: Array, weight: Array) -> None:
-    """Up to a few values that are rounded the other way, since the rows are not the same in their last bits."""
+    """Allows a few values to round the other way, because the rows differ in their last bits."""
     expected = rowwise_reference(rows.astype(np.float32), weight)
     step = np.abs(rows).max(axis=-1, keepdims=True) / 127 * np.abs(weight).max()
     assert (np.abs(got - expected) <= 2 * step + 1e-5 * np.abs(expected).max()).all()
@@ -247,7 +247,7 @@ def assert_a_product_of(got: Array, rows: Array, weight: Array) -> None:
 
 
 def test_products_that_share_their_input_quantize_it_once(tmp_path: Path) -> None:
-    """The queries, keys and values of a model whose matrices could not be merged."""
+    """Queries, keys and values whose matrices could not be merged."""
     body = "f = MatMul(x, q) g = MatMul(x, k) h = MatMul(x, v) e = Add(f, g) y = Add(e, h)"
     model = quantized(LINEAR, body, {name: floats(32, 12) for name in "qkv"})
     assert count(model, ROWWISE_MATMUL) == 3
@@ -257,7 +257,7 @@ def test_products_that_share_their_input_quantize_it_once(tmp_path: Path) -> Non
     assert [found[f":{kind}"] for kind in once] == [1, 1, 1, 1 + 2, 1, 1, 0]
 
 
-def test_a_tied_head_is_turned_when_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_tied_head_is_transposed_when_the_model_is_loaded(tmp_path: Path) -> None:
     model = quantized(TOKENS, TIED, {"table": floats(40, 32)})
     call = one(model, ROWWISE_MATMUL_TRANSPOSED)
     assert [value.name for value in call.inputs[1:] if value is not None] == ["table.rows.int8", "table.scale"]
@@ -266,7 +266,7 @@ def test_a_tied_head_is_turned_when_the_model_is_loaded(tmp_path: Path) -> None:
     assert optimized(ir.to_proto(model), tmp_path)[":Transpose"] == 0
 
 
-def test_a_head_of_the_other_scheme_is_turned_by_an_operator() -> None:
+def test_a_head_of_the_other_scheme_is_transposed_by_an_operator() -> None:
     model = graph(TOKENS, TIED, {"table": floats(40, 32)})
     for work in quantizing_passes("int8-tensor", 8, {}):
         work(model)
@@ -279,7 +279,7 @@ def test_a_head_of_the_other_scheme_is_turned_by_an_operator() -> None:
 
 
 def attention(extra: str = "", cached: str = "int8") -> ir.Model:
-    """An attention of which inputs in the middle and attributes are left out."""
+    """An attention without some inputs in the middle and some attributes."""
     attend = ATTEND.format(out="y", q="q", k="k", v="v").replace("scale=0.3", f"scale=0.3{extra}")
     model = attention_graph(PLAIN + attend, projections(), inputs=X)
     if cached == "int8":
@@ -306,7 +306,7 @@ def test_attention_is_com_microsofts_operator(extra: str, cached: str, tmp_path:
 
 
 @pytest.mark.parametrize("cached", ["int8", "float32"])
-def test_the_last_attention_takes_in_the_rows_that_are_kept(cached: str) -> None:
+def test_the_last_attention_computes_only_the_kept_rows(cached: str) -> None:
     body = PLAIN + ATTEND.format(out="a", q="q", k="k", v="v") + "p = MatMul(a, w) y = MatMul(p, head)"
     weights = {**projections(), "w": floats(32, 32), "head": floats(32, 32)}
     before, model = (attention_graph(body, weights, inputs=X) for _ in range(2))
@@ -335,14 +335,14 @@ def test_the_last_attention_takes_in_the_rows_that_are_kept(cached: str) -> None
 
 
 @pytest.mark.parametrize("extra", [", softcap=30.0", ", smooth_softmax=1", ", do_rotary=0, rotary_interleaved=1"])
-def test_attention_with_an_attribute_of_another_kind_stays(extra: str) -> None:
+def test_attention_with_an_unsupported_attribute_stays(extra: str) -> None:
     model = attention(extra)
     assert one(model, ATTENTION).domain == MICROSOFT
     assert not model.functions
 
 
 @pytest.mark.parametrize("index", [9, 10, 11])
-def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
+def test_attention_with_an_unsupported_input_stays(index: int) -> None:
     body = PLAIN + ATTEND.format(out="y", q="q", k="k", v="v")
     model = attention_graph(body, projections(), inputs=X)
     node = one(model, ATTENTION)
@@ -355,16 +355,14 @@ def test_attention_with_an_input_of_another_kind_stays(index: int) -> None:
 @pytest.mark.parametrize(
     ("extra", "cached", "open_"), [("", "int8", 4), ("", "float32", 0), (", softcap=30.0", "int8", 0)]
 )
-def test_rows_of_an_int8_cache_are_open_where_kernels_may_compute_all_attention(
-    extra: str, cached: str, open_: int
-) -> None:
-    """Where some attention stays onnxruntime's, which knows no scales of rows, all rows are of one head."""
+def test_row_length_is_symbolic_if_kernels_may_compute_all_attention(extra: str, cached: str, open_: int) -> None:
+    """If any attention stays onnxruntime's, which has no scales per row, all rows are of head size."""
     model = attention(extra, cached)
     shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if ".0." in (value.name or "")]
     rows = [shape[-1] for shape in shapes if shape is not None and shape[-1] != 16]
     assert len(shapes) == 4
     assert len(rows) == open_
-    assert len({str(row) for row in rows}) == open_ // 2, "one symbol for past and present, another for values"
+    assert len({str(row) for row in rows}) == open_ // 2, "past and present share a symbol; keys and values do not"
 
 
 # Bundles
@@ -396,7 +394,7 @@ def test_a_bundle_calls_the_functions_that_it_defines(
 def test_a_graph_without_functions_gives_the_same_bits(
     export_tiny: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, without_kernels: None
 ) -> None:
-    """Bundles of earlier versions of edgelm have such graphs."""
+    """Bundles of earlier versions have graphs without functions."""
     bundle = export_tiny(**settings)
     plain = flat_bundle(bundle, tmp_path / "flat")
     found = onnx.load(plain, load_external_data=False)

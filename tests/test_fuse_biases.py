@@ -1,4 +1,4 @@
-"""A bias behind a row-wise product goes into its call, whatever stands in front of it, and no bit changes."""
+"""A bias after a row-wise product is fused into its call, whatever the product's kind, and no bit changes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_others_stay(case: str) -> None:
+def test_other_additions_stay(case: str) -> None:
     body, bias = LEFT[case]
     model = product_graph(SIGNATURE, body, weights(bias))
     assert unchanged(FuseBiases(), model)

@@ -1,5 +1,5 @@
-"""A norm or a gate in front of a row-wise product goes into its call, and without a kernel nothing changes: the same
-operators, the same bits."""
+"""A norm or a gate before a row-wise product is fused into its call. Without a kernel nothing changes: same operators,
+same bits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HALVES = {"halves": np.array([24, 24])}
 
 
 def product_graph(signature: str, body: str, weights: Mapping[str, Array]) -> ir.Model:
-    """A graph whose products are row-wise, with shapes of what onnx does not know."""
+    """A graph with row-wise products, with shapes that onnx cannot infer."""
     model = graph(signature, body, weights, (MICROSOFT,))
     for node in model.graph:
         for value in node.outputs:
@@ -47,7 +47,7 @@ def product_graph(signature: str, body: str, weights: Mapping[str, Array]) -> ir
 
 
 def assert_fused(signature: str, body: str, weights: Mapping[str, Array], name: str, folder: Path) -> ir.Model:
-    """Fuse a graph; what onnxruntime makes of it must not change, and of its results no bit."""
+    """Fuse a graph; neither onnxruntime's optimized operators nor a bit of the results may change."""
     before, model = (product_graph(signature, body, weights) for _ in range(2))
     assert FuseIntoProducts()(model).modified
     assert count(model, name) == 1 and ROWWISE_MATMUL not in kinds(model)
@@ -55,7 +55,7 @@ def assert_fused(signature: str, body: str, weights: Mapping[str, Array], name: 
     for got, expected in zip(compute(model, feeds), compute(before, feeds), strict=True):
         np.testing.assert_array_equal(got, expected)
     expected_kinds = optimized(ir.to_proto(before), folder)
-    if "Norm" in name:  # which needs no guard of NaN
+    if "Norm" in name:  # a fused norm needs no guard against NaN
         expected_kinds -= Counter({":Mul": 1, ":ReduceSum": 1, ":Add": 1})
     assert optimized(ir.to_proto(model), folder) == expected_kinds
     assert unchanged(FuseIntoProducts(), model)
@@ -81,8 +81,8 @@ def test_a_norm_goes_into_its_product(tmp_path: Path) -> None:
     assert call.attributes.get_float("epsilon", 0) == pytest.approx(0.001)
 
 
-def test_a_norms_sum_is_there_for_others(tmp_path: Path) -> None:
-    """Also for those that stand in front of the product, and as an output of the graph."""
+def test_a_norms_sum_stays_available_to_others(tmp_path: Path) -> None:
+    """Readers before the product see it too, and it can be an output of the graph."""
     body = f"{NORM} e = Exp(t) p = MatMul(n, w) f = ReduceMax<keepdims = 1>(e) y = Add(p, f)"
     signature = f"{SUM}, float[batch,new,32] t"
     model = assert_fused(signature, body, norm_weights(), NORMED_ROWWISE_MATMUL, tmp_path)
@@ -111,7 +111,7 @@ def test_other_norms_stay(case: str) -> None:
     assert_left(SUM, NOT_NORMED[case], weights)
 
 
-# Norms behind a layer
+# Norms after a layer
 
 
 POST = "p = SimplifiedLayerNormalization <axis = -1, epsilon = 0.001> (b, v)"

@@ -1,4 +1,4 @@
-"""scripts/fuzz.py finds planted errors, and the same ones with the same seed."""
+"""scripts/fuzz.py finds planted errors, and the same seed finds the same errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from .conftest import ROOT
 
-fuzz = pytest.importorskip("scripts.fuzz", reason="scripts/ is not here")
+fuzz = pytest.importorskip("scripts.fuzz", reason="scripts/ is missing")
 targets = pytest.importorskip("scripts.fuzzing.targets")
 mutations = pytest.importorskip("scripts.fuzzing.mutations")
 
@@ -49,7 +49,7 @@ def working(_: random.Random) -> None:
         (working, "HangError: it takes more than 1 s of work,"),
     ],
 )
-def test_what_is_raised_and_what_hangs_is_a_finding(
+def test_unexpected_exceptions_and_hangs_are_findings(
     target: object, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import signal
@@ -66,10 +66,10 @@ def test_what_is_raised_and_what_hangs_is_a_finding(
     assert capsys.readouterr().out.startswith(f"finding\t0:manifest:7: {words}")
 
 
-def test_what_ends_the_process_is_a_finding_and_the_rest_goes_on(
+def test_a_crash_is_a_finding_and_the_other_trials_go_on(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A worker that kills itself in its third trial, once."""
+    """A worker that kills itself once, in its third trial."""
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, sys\n"

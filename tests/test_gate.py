@@ -1,4 +1,4 @@
-"""The gate: faults planted in fp32 graphs and in INT8 graphs are caught, and right graphs pass."""
+"""The gate: it catches faults planted in fp32 and INT8 graphs, and passes correct graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WINDOWS = [IDS[begin : begin + WINDOW] for begin in range(0, len(IDS), WINDOW)]
 
 @dataclass(frozen=True)
 class Exported:
-    """The tiny model, its fused fp32 graph as a file, and what calibration saw."""
+    """The tiny model, its fused fp32 graph as a file, and its calibration data."""
 
     model: Any
     folder: Path
@@ -51,7 +51,7 @@ class Exported:
         return OrtSession(folder / "model.onnx", self.described(kv), 2)
 
     def compare(self, session: Session) -> verify.SourceAgreement:
-        """Compare a session on the fp32 graph, or on a graph made from it, with the model."""
+        """Compare the model with a session on the fp32 graph or on a changed one."""
         return verify.compare_with_source(answers_of(self.model, self.described(), self.folder), session, GATE)
 
     def graph(self) -> ir.Model:
@@ -70,7 +70,7 @@ def save(graph: ir.Model, folder: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Threads only get into each other's way in models this small."""
+    """Threads slow each other down in models this small."""
     import torch
 
     before = torch.get_num_threads()
@@ -94,7 +94,7 @@ def export_fp32(model: Any, folder: Path) -> Exported:
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A model with a sliding window that is longer than any prompt with its continuation but the longest."""
+    """A model with a sliding window that only the longest prompt with its continuation exceeds."""
     return export_fp32(tiny_mistral(), tmp_path_factory.mktemp("windowed"))
 
 
@@ -146,7 +146,7 @@ def nodes(graph: ir.Model, *kinds: str) -> list[ir.Node]:
 
 
 def change(graph: ir.Model, name: str, edit: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-    """Replace an initializer's data by what `edit` makes of them."""
+    """Replace an initializer's data by the result of `edit`."""
     value = graph.graph.initializers[name]
     assert value.const_value is not None
     before = value.const_value.numpy()
@@ -158,7 +158,7 @@ def change(graph: ir.Model, name: str, edit: Callable[[NDArray[Any]], NDArray[An
 
 
 def named(graph: ir.Model, *parts: str) -> str:
-    """The one initializer whose name holds all the parts."""
+    """The one initializer whose name contains all the parts."""
     (name,) = [name for name in graph.graph.initializers if all(part in name for part in parts)]
     return name
 
@@ -222,7 +222,7 @@ def a_column_of_zeros(graph: ir.Model) -> None:
 
 def swapped_query_heads(graph: ir.Model) -> None:
     def swap(weight: NDArray[Any]) -> NDArray[Any]:
-        assert weight.shape == (64, 64 + 32 + 32), "queries, keys and values are not in one matrix"
+        assert weight.shape == (64, 64 + 32 + 32), "queries, keys and values are not merged"
         weight[:, :32] = np.roll(weight[:, :32], 16, axis=1)
         return weight
 
@@ -293,7 +293,7 @@ def refuse(exported: Exported, folder: Path, fault: Callable[[ir.Model], None]) 
         exported.compare(session)
 
 
-# Faults that only models of another kind can have.
+# Faults that need a model of another kind.
 
 
 def a_window_one_token_longer(graph: ir.Model) -> None:
@@ -343,7 +343,7 @@ def rows_of_the_embedding_that_the_text_does_not_use(graph: ir.Model) -> None:
 
 
 def positions_one_earlier_in_the_last_layer(graph: ir.Model) -> None:
-    """One layer takes each step for one that begins a token earlier."""
+    """The last layer sees each step as if it began one token earlier."""
     (lengths,) = {node.inputs[5] for node in nodes(graph, ATTENTION)}
     assert lengths is not None
     one = ir.Value(
@@ -384,14 +384,14 @@ def test_a_right_graph_with_norms_of_one_plus_weight_passes(plus_one: Exported) 
 
 
 @pytest.mark.parametrize("fault", PLUS_ONE_FAULTS, ids=lambda fault: fault.__name__)
-def test_a_wrong_graph_of_that_kind_is_caught(
+def test_a_wrong_graph_with_norms_of_one_plus_weight_is_caught(
     plus_one: Exported, tmp_path: Path, fault: Callable[[ir.Model], None]
 ) -> None:
     refuse(plus_one, tmp_path, fault)
 
 
 class Spoiled:
-    """A session whose logits are changed on the way out."""
+    """A session that changes the logits it returns."""
 
     def __init__(self, session: Session, spoil: Callable[[NDArray[np.float32]], None]) -> None:
         self._session = session
@@ -420,8 +420,8 @@ class Spoiled:
         self._session.close()
 
 
-def test_logits_that_are_no_numbers_are_caught_where_nothing_is_chosen(exported: Exported) -> None:
-    """Only rows that no token is chosen from: the greedy tokens are torch's."""
+def test_nan_logits_are_caught_in_rows_that_choose_no_token(exported: Exported) -> None:
+    """Only rows from which no token is chosen: the greedy tokens are torch's."""
 
     def spoil(logits: NDArray[np.float32]) -> None:
         logits[:-1] = np.nan
@@ -431,8 +431,8 @@ def test_logits_that_are_no_numbers_are_caught_where_nothing_is_chosen(exported:
         exported.compare(session)
 
 
-def test_a_model_whose_own_logits_are_no_numbers_is_caught(exported: Exported) -> None:
-    """Two graphs that both answer with nothing but NaN agree in every token, and are still no model."""
+def test_a_model_with_nan_logits_is_caught(exported: Exported) -> None:
+    """Two graphs that give only NaN agree in every token, but neither is a model."""
     import torch
 
     model = tiny_llama()
@@ -447,7 +447,7 @@ def test_a_model_whose_own_logits_are_no_numbers_is_caught(exported: Exported) -
 
 
 def test_a_near_tie_is_no_fault_but_is_counted(exported: Exported) -> None:
-    """Logits off by much less than the tolerance, in favour of another token that torch holds equal."""
+    """Logits off by far less than the tolerance, in favour of another token with the same logit in torch."""
     import torch
 
     model = tiny_llama(tie_word_embeddings=False)
@@ -456,7 +456,7 @@ def test_a_near_tie_is_no_fault_but_is_counted(exported: Exported) -> None:
         model.lm_head.weight[1::2] = model.lm_head.weight[:-1:2]
 
     def spoil(logits: NDArray[np.float32]) -> None:
-        # What the changed head would give: tokens in pairs, the odd one of each a hair ahead.
+        # As the changed head would give: tokens in pairs, the odd one slightly ahead.
         logits[:, 1::2] = logits[:, :-1:2] + 1e-5
 
     found = dataclasses.replace(exported, model=model).compare(Spoiled(exported.session(exported.folder), spoil))
@@ -541,7 +541,7 @@ def test_a_right_int8_graph_passes(exported: Exported, compare: Callable[[ir.Mod
     assert abs(found.perplexity_increase_percent) <= GATE.perplexity_increase_percent
     assert found.decided_percent >= GATE.agreement_percent
     assert 0 < found.decided_positions < found.tokens
-    assert found.agreement_percent < 100, "INT8 and fp32 compute the same, so INT8 is not INT8"
+    assert found.agreement_percent < 100, "INT8 and fp32 compute the same, so nothing was quantized"
 
 
 @pytest.mark.parametrize("fault", INT8_FAULTS, ids=lambda fault: fault.__name__)
@@ -561,7 +561,7 @@ def test_a_wrong_int8_graph_is_caught(
 
 
 def test_the_tolerances_decide(exported: Exported) -> None:
-    """The same two graphs, judged by limits at what they measured and a little below."""
+    """The same two graphs, judged by limits at their measured values and slightly below."""
     before = exported.session(exported.folder)
 
     def spoil(logits: NDArray[np.float32]) -> None:

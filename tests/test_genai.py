@@ -1,4 +1,4 @@
-"""Bundles in onnxruntime-genai: the files beside the graph, and the package itself, in an environment of its own."""
+"""Bundles in onnxruntime-genai: the files beside the graph, and the package itself in an environment of its own."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPTS = (
 )
 LAYER = LayerCache(kv_heads=2, key_size=16, value_size=16, window=None)
 
-# Runs in the other environment: token ids of prompts in, the tokens that follow and the tokenizer's ids out.
+# Runs in the other environment. Input: prompts as token ids. Output: the next tokens and the tokenizer's ids.
 PROGRAM = """
 import json, sys
 import onnxruntime_genai as og
@@ -66,7 +66,7 @@ print(json.dumps({"answers": answers, "encoded": encoded}))
 
 @pytest.fixture(scope="module")
 def genai_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with onnxruntime-genai, or skip the test where pip cannot get it."""
+    """The Python of an environment with onnxruntime-genai; skips the test if pip cannot install it."""
     venv = tmp_path_factory.mktemp("genai") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -114,7 +114,7 @@ def test_the_configuration_is_what_the_manifest_says(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8-rowwise"])
-def test_every_name_in_the_configuration_is_in_the_graph_and_the_other_way_round(
+def test_the_configuration_names_exactly_the_graphs_inputs_and_outputs(
     export_tiny: Callable[..., Path], scheme: str
 ) -> None:
     bundle = export_tiny(scheme=scheme)
@@ -144,7 +144,7 @@ def test_the_graph_is_the_same_over_the_same_weights(tiny_bundle: Path) -> None:
     assert [node.op_type for node in models[0].graph.node] == [node.op_type for node in models[1].graph.node]
 
 
-def test_its_logits_are_those_of_the_last_token(tiny_bundle: Path) -> None:
+def test_the_graphs_logits_are_those_of_the_last_token(tiny_bundle: Path) -> None:
     ort = load_onnxruntime()
     graphs = [ort.InferenceSession(str(tiny_bundle / name)) for name in (GRAPH_NAME, GENAI_GRAPH_NAME)]
     ids = np.arange(2 * 9, dtype=np.int64).reshape(2, 9)
@@ -160,7 +160,7 @@ def test_its_logits_are_those_of_the_last_token(tiny_bundle: Path) -> None:
     np.testing.assert_array_equal(last, whole[:, -1:])
 
 
-def test_a_long_context_is_not_allocated_unasked() -> None:
+def test_a_long_context_is_not_allocated_by_default() -> None:
     model = dataclasses.replace(regular(), context_length=131072)
     config = genai_config(model, Tokens(bos=None, eos=(), pad=None), attention_heads=4)
     assert config["search"]["max_length"] == 4096
@@ -168,7 +168,7 @@ def test_a_long_context_is_not_allocated_unasked() -> None:
     assert None not in config["model"].values()
 
 
-def test_the_pass_wants_the_input_that_it_replaces() -> None:
+def test_the_pass_requires_the_input_that_it_replaces() -> None:
     graph = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 20}), ir_version=10)
     with pytest.raises(ir.passes.PreconditionError, match="no input logits_to_keep"):
         LastLogitsOnly()(graph)
@@ -198,7 +198,7 @@ def test_an_irregular_model_gets_neither_file_and_a_reason(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_says_why_the_files_are_not_there(
+def test_the_report_says_why_the_files_are_missing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(genai, "why_irregular", lambda model: "layer 1 has no attention")
@@ -217,8 +217,8 @@ def test_sliding_windows_do_not_make_a_model_irregular() -> None:
 # The package itself
 
 
-# Not int8-tensor: its results depend on how many tokens a step has, and the two runtimes cut their steps differently.
-# Without kernels, which round the rows of an INT8 cache in another way than onnxruntime's attention.
+# Without int8-tensor: its results depend on the number of tokens in a step, and the runtimes cut steps differently.
+# Without kernels, which round the rows of an INT8 cache differently than onnxruntime's attention.
 @pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("scheme", ["fp32", "int8-rowwise"])
 def test_onnxruntime_genai_gives_the_tokens_of_our_runtime(scheme: str, genai_python: Path, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_onnxruntime_genai_gives_the_tokens_of_our_runtime(scheme: str, genai_py
     assert [len(tokens) for tokens in expected[:-1]] == [STEPS] * len(PROMPTS) and expected[-1]
     command = [str(genai_python), "-c", PROGRAM, str(bundle)]
     given = json.dumps({"ids": ids, "texts": PROMPTS, "steps": STEPS})
-    # As in our runtime: flash attention rounds otherwise, which is enough to turn a near-tie.
+    # As in our runtime. Flash attention rounds differently, which can flip a near-tie.
     environment = {"ORT_DISABLE_TELEMETRY": "1", "ORT_GQA_DISABLE_FLASH_ATTENTION": "1"}
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

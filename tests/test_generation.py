@@ -1,5 +1,5 @@
-"""Requests with settings through an engine: stop strings and their tokens, log-probabilities, deadlines, sliding,
-asyncio. The sessions are fakes."""
+"""Requests with settings through an engine, on fake sessions: stop strings and tokens, log-probabilities, deadlines,
+sliding contexts, asyncio."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def new_engine(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 class RandomSession(FakeSession):
-    """Logits that are random, but always the same behind the same tokens."""
+    """Random logits, the same each time after the same tokens."""
 
     def step(self, token_ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
         logits = super().step(token_ids, keep)
@@ -80,7 +80,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(new_engine: NewEngi
     assert answers(engine.generate("p", stop="\n")) == answers(done)
 
 
-def test_the_beginning_of_a_stop_string_is_shown_when_it_turns_out_to_be_none(
+def test_the_beginning_of_a_stop_string_is_shown_once_it_cannot_become_one(
     new_engine: NewEngine, tokenizer: Tokenizer
 ) -> None:
     chunks = list(new_engine(saying(tokenizer, "p", "a<en!b<en")).stream("p", stop=["<end>"]))
@@ -95,7 +95,7 @@ def test_the_beginning_of_a_stop_string_is_shown_when_it_turns_out_to_be_none(
     st.lists(st.text("ab😀", min_size=1, max_size=3), max_size=2),
     st.tuples(st.integers(0, 12), st.integers(1, 40)).map(sorted),
 )
-def test_ids_and_text_of_an_answer_always_fit(
+def test_ids_and_text_of_an_answer_always_match(
     new_engine: NewEngine, tokenizer: Tokenizer, text: str, stops: list[str], limits: list[int]
 ) -> None:
     min_tokens, max_tokens = limits
@@ -104,7 +104,7 @@ def test_ids_and_text_of_an_answer_always_fit(
         new_engine(session, context_length=200).stream("p", stop=stops, max_tokens=max_tokens, min_tokens=min_tokens)
     )
     shown, ids = "".join(chunk.text for chunk in chunks), [token for chunk in chunks for token in chunk.token_ids]
-    assert tokenizer.decode_whole(ids)[0] == shown, "these tokenizers have no token with text on both sides of a stop"
+    assert tokenizer.decode_whole(ids)[0] == shown, "no token of this tokenizer has text on both sides of a stop"
     full = tokenizer.encode(text)
     assert ids == full[: len(ids)] or min_tokens > len(full)
     found = [place for stop in stops if (place := text.find(stop)) >= 0]
@@ -126,7 +126,7 @@ def test_a_stop_string_is_not_looked_for_in_the_first_min_tokens(new_engine: New
 def test_a_token_that_holds_the_beginning_of_a_stop_string_is_dropped_but_its_text_in_front_is_shown(
     tmp_path: Path,
 ) -> None:
-    """One token may stand on both sides of the border."""
+    """A token may contain text on both sides of the border."""
     from tokenizers import Tokenizer as Plain
     from tokenizers import decoders, models
 
@@ -148,7 +148,7 @@ def test_stop_tokens_end_the_answer_besides_the_models_own(new_engine: NewEngine
 
 
 def with_a_special_token(tokenizer: Tokenizer) -> FakeSession:
-    """Answers "p" with "a", the special token <end>, which then ends nothing, "é" and so on from the beginning."""
+    """Answers "p" with "a", the special token <end> (not an end token here), "é", and so on from the beginning."""
     answer = [*tokenizer.encode("a"), END, *tokenizer.encode("é")]
     return fake(lambda tokens: answer[(len(tokens) - 1) % len(answer)])
 
@@ -195,7 +195,7 @@ def test_a_stop_text_with_a_special_token_among_others_needs_their_text(
 
 
 @pytest.mark.parametrize("keywords", [{"stop_token_ids": [END + 1]}, {"logit_bias": {END + 1: 1.0}}, {"keep": 64}])
-def test_what_the_model_does_not_have_is_refused_at_the_call(new_engine: NewEngine, keywords: dict[str, Any]) -> None:
+def test_settings_beyond_the_model_are_refused_at_the_call(new_engine: NewEngine, keywords: dict[str, Any]) -> None:
     session = fake()
     if "keep" in keywords:
         keywords = {**keywords, "context_full": "slide"}
@@ -300,7 +300,7 @@ narrowing = st.fixed_dictionaries(
 
 @settings(max_examples=80, deadline=None)
 @given(settings_of_all_kinds, narrowing, st.integers(0, 99), st.lists(st.integers(0, 255), min_size=1, max_size=6))
-def test_whatever_is_set_together_an_answer_can_be_repeated_and_keeps_its_word(
+def test_any_combination_of_settings_is_repeatable_and_obeyed(
     new_engine: NewEngine, chosen: dict[str, Any], narrowed: dict[str, Any], seed: int, prompt: list[int]
 ) -> None:
     if "temperature" in chosen:
@@ -340,7 +340,7 @@ def test_log_probabilities_stand_beside_their_tokens(new_engine: NewEngine) -> N
         exact = logits - np.log(np.exp(logits).sum())
         assert entry.logprob == pytest.approx(exact[entry.token_id], abs=1e-5)
         assert [token for token, _ in entry.top] == np.argsort(-exact)[:3].tolist()
-        assert entry.top[0] == (entry.token_id, entry.logprob), "greedy takes the best"
+        assert entry.top[0] == (entry.token_id, entry.logprob), "greedy takes the most likely token"
     chunks = list(engine.stream(token_ids=[5, 6], max_tokens=8, logprobs=3))
     assert tuple(entry for chunk in chunks for entry in chunk.logprobs) == done.logprobs
     assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
@@ -388,7 +388,7 @@ def test_a_sliding_context_goes_on_as_a_fresh_run_on_what_remains(
     assert max(session.length, 0) <= context
 
 
-def test_what_is_kept_is_not_fed_again(new_engine: NewEngine) -> None:
+def test_kept_tokens_are_not_fed_again(new_engine: NewEngine) -> None:
     session = fake()
     new_engine(session, context_length=10).generate(
         token_ids=list(range(8)), max_tokens=4, context_full="slide", keep=4
@@ -420,16 +420,16 @@ def slow_session() -> SlowSession:
     return SlowSession(END + 1, lambda tokens: 65 + len(tokens) % 20)
 
 
-def test_a_deadline_ends_the_answer_with_what_is_there(new_engine: NewEngine) -> None:
+def test_a_deadline_ends_the_answer_early(new_engine: NewEngine) -> None:
     responses = ResponseCache()
     engine = new_engine(slow_session(), responses, context_length=2_000)
     done = engine.generate("abc", max_tokens=1_500, timeout=0.3)
     assert done.finish_reason == "deadline"
     assert 0 < len(done.token_ids) < 1_500
-    assert len(responses) == 0, "where it ended is chance"
+    assert len(responses) == 0, "where it ends is random"
     whole = engine.generate("abc", max_tokens=3, timeout=60)
     assert whole.finish_reason == "length"
-    assert engine.generate("abc", max_tokens=3).stats.response_cache_hit, "a deadline that was met changes nothing"
+    assert engine.generate("abc", max_tokens=3).stats.response_cache_hit, "a deadline that is met changes nothing"
 
 
 def test_a_deadline_that_passes_inside_a_prompt_ends_between_two_pieces(new_engine: NewEngine) -> None:
@@ -480,8 +480,8 @@ def test_a_deadline_counts_the_wait_for_another_request(new_engine: NewEngine) -
 
 
 @pytest.mark.parametrize("timeout", [1e10, 1e300])
-def test_a_deadline_beyond_what_threads_can_wait_is_none(new_engine: NewEngine, timeout: float) -> None:
-    """Two equal requests, of which the second one shares the first one's computation."""
+def test_a_deadline_longer_than_threads_can_wait_counts_as_none(new_engine: NewEngine, timeout: float) -> None:
+    """Two equal requests; the second shares the computation of the first."""
     engine = new_engine(fake(), ResponseCache())
     stream = engine.stream(token_ids=[1], max_tokens=8, timeout=timeout)
     answers = [next(stream)]
@@ -513,7 +513,7 @@ def test_the_longest_timeout_allows_a_prompt_in_pieces(tiny_bundle: Path) -> Non
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_what_is_no_prompt_is_refused(new_engine: NewEngine, prompts: dict[str, Any], words: str) -> None:
+def test_invalid_prompts_are_refused(new_engine: NewEngine, prompts: dict[str, Any], words: str) -> None:
     with pytest.raises(PromptError, match=words):
         new_engine(fake()).generate(**prompts)
 
@@ -548,7 +548,7 @@ def test_asynchronous_requests_give_the_same_as_the_others(new_engine: NewEngine
 
 
 def test_the_event_loop_stays_free_while_a_step_runs(new_engine: NewEngine) -> None:
-    """The step ends only after something else ran in the loop."""
+    """The step ends only after something else has run in the loop."""
     ran = threading.Event()
 
     class Waiting(FakeSession):
@@ -564,7 +564,7 @@ def test_the_event_loop_stays_free_while_a_step_runs(new_engine: NewEngine) -> N
 
 
 class GatedSession(FakeSession):
-    """Stops in front of the step of this number until it is let go."""
+    """Blocks before the step of this number until it is released."""
 
     def __init__(self, stop_at: int) -> None:
         super().__init__(END + 1, lambda tokens: 65 + len(tokens) % 20)
@@ -594,7 +594,7 @@ def test_cancelling_a_task_frees_the_engine_after_the_running_step(new_engine: N
 
     done = asyncio.run(ask())
     assert len(done.token_ids) == 2
-    assert len(session.steps) == 4 + 2, "three steps, the one that ran at the cancelling, and two of the next request"
+    assert len(session.steps) == 4 + 2, "three steps, the one running when cancelled, and two of the next request"
     engine.close()
     assert session.closed
 
@@ -692,7 +692,7 @@ def test_a_task_may_ask_while_it_iterates(new_engine: NewEngine) -> None:
     assert text == engine.generate("abc", max_tokens=5).text
 
 
-def test_errors_of_asynchronous_requests_come_where_they_are_awaited(new_engine: NewEngine) -> None:
+def test_errors_of_asynchronous_requests_are_raised_when_awaited(new_engine: NewEngine) -> None:
     engine = new_engine(fake())
 
     async def ask() -> None:

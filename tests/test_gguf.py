@@ -1,4 +1,4 @@
-"""GGUF files as sources: what is read is what transformers reads, and what it cannot read is refused in one line."""
+"""GGUF files as sources: they are read as transformers reads them, and unreadable files are refused in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", 
 
 
 def transformers_reading(file: Path) -> Any:
-    """The model as transformers reads it by itself."""
+    """The model as transformers itself reads it."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -59,7 +59,7 @@ def test_every_type_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) 
     file = write_gguf(tmp_path / "model.gguf", model, kind)
     ours = load_module(find_source(str(file), None))
     assert same_weights(ours, transformers_reading(file))
-    if not kind.endswith("_K"):  # whose blocks are made up
+    if not kind.endswith("_K"):  # K-quants have random blocks
         written, read = (one.model.embed_tokens.weight.detach() for one in (model, ours))
         assert float((written - read).abs().max()) < 0.1 and not written.equal(read)
 
@@ -100,7 +100,7 @@ def test_a_bundle_says_where_it_comes_from(exported: tuple[Path, Path]) -> None:
     source = manifest.source
     assert (source.model, source.revision, source.license) == (str(file), None, "apache-2.0")
     assert source.architecture == "LlamaForCausalLM"
-    assert set(manifest.tokens.eos) == {256, 7}, "llama.cpp ends an answer at both"
+    assert set(manifest.tokens.eos) == {256, 7}, "llama.cpp ends an answer at either"
     assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
@@ -155,7 +155,7 @@ def test_a_folder_with_one_file_is_the_file(tmp_path: Path) -> None:
     refused(tmp_path, "holds 2 models (model, other)", "name one GGUF file")
 
 
-def test_a_file_is_known_by_its_first_bytes_too(tmp_path: Path) -> None:
+def test_a_file_is_recognized_by_its_first_bytes_too(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", tiny_llama()).rename(tmp_path / "sha256-0123")
     assert find_source(str(file), None) == file
     assert short_name(str(file)) == "sha256-0123"
@@ -195,7 +195,7 @@ def test_the_scaling_of_llama_3_is_found_in_its_frequencies(tmp_path: Path) -> N
         ({"extra": {"x": np.ones(8, np.float64)}}, ("its tensor x has the type F64", "such as Q8_0")),
     ],
 )
-def test_what_headers_tell_is_refused_before_weights_are_read(
+def test_bad_headers_are_refused_before_weights_are_read(
     tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     refused(write_gguf(tmp_path / "model.gguf", tiny_llama(), **changes), *words)
@@ -222,7 +222,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
     refused(file, "no tokenizer", "'rwkv'", at=lambda path: describe_source("model", path, module))
 
 
-def test_a_rule_to_cut_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pre_tokenizer_follows_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from edgelm.export.source.gguf import load_tokenizer
 
     known = load_tokenizer(write_gguf(tmp_path / "known.gguf", tiny_llama(), pre="smollm"))
@@ -235,10 +235,10 @@ def test_a_rule_to_cut_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def refused(place: Path, *words: str, at: Callable[[Path], Any] | None = None) -> None:
-    """Looking for the source, or what `at` does with it, fails in one line with these words and the file's name."""
+    """Finding the source, or `at` applied to it, fails with one line that has these words and the file's name."""
     with pytest.raises(SourceError) as caught:
         found = find_source(str(place), None)
-        assert at is not None, "was found"
+        assert at is not None, "a source was found"
         at(found)
     text = str(caught.value)
     assert "\n" not in text and str(place if place.is_file() else place.name) in text
@@ -314,11 +314,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_files_cost_nothing(tmp_path: Path, kind: str) -> None:
+def test_hostile_files_are_refused_with_little_time_and_memory(tmp_path: Path, kind: str) -> None:
     content, words = HOSTILE[kind]
     file = tmp_path / "model.gguf"
     file.write_bytes(content)
-    import gguf.quants  # noqa: F401 (its own memory is not a file's)
+    import gguf.quants  # noqa: F401 (imported here so that its memory is not counted)
 
     tracemalloc.start()
     started = time.process_time()
@@ -329,13 +329,13 @@ def test_hostile_files_cost_nothing(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.05, 0.1, 0.5, 0.9, 0.999])
-def test_a_file_cut_anywhere_is_cut_short(tmp_path: Path, whole: bytes, share: float) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path, whole: bytes, share: float) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(whole[: int(len(whole) * share)])
     refused(file, "cut short", "download it again")
 
 
-def test_the_command_says_it_in_one_line_and_leaves_nothing(
+def test_the_command_refuses_in_one_line_and_writes_nothing(
     tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cut.gguf").write_bytes(whole[:-1])

@@ -1,4 +1,4 @@
-"""Kernels check what a graph gives them: no shape, input or number ends the process or is read beyond its end."""
+"""Kernels check what a graph gives them: no shape, input or number crashes the process or is read out of bounds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if importlib.util.find_spec("edgelm_kernels") is None:
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, set[str]]:
-    """What came of each graph, on one thread and several, the operators' own and onnxruntime's: in a process of its
-    own, which a graph might end."""
+    """The results of each graph on one thread and on several, with the operators' own threads and onnxruntime's. Runs
+    in a process of its own, because a graph might crash it."""
     command = [sys.executable, "-m", "tests.hostile_graphs"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
@@ -41,7 +41,7 @@ def test_a_graph_is_computed_or_refused(case: hostile_graphs.Case, said: dict[st
         assert what != "computed" and case.expected in what
 
 
-# A step of many rows on two threads: the memory of each is more than what the process may still have.
+# A step of many rows on two threads. The scratch memory of each thread exceeds the memory limit.
 SHORT_OF_MEMORY = """
 import resource, sys
 import numpy as np
@@ -79,7 +79,7 @@ print("computed")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's memory limits")
 @pytest.mark.parametrize("threads", ["own", "onnxruntime's"])
 def test_an_operator_short_of_memory_is_an_error_and_computes_when_there_is_more(threads: str) -> None:
     said = []

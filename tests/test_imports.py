@@ -1,4 +1,4 @@
-"""What imports what: the direction between the packages, heavy imports late, public names locked."""
+"""Imports: their direction between packages, heavy imports only late, and locked public names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PUBLIC = {
 
 
 def _imports(path: Path) -> list[str]:
-    """Every imported module of a file, relative ones written out as edgelm.PACKAGE..."""
+    """Every imported module of a file; relative imports are written out as edgelm.PACKAGE..."""
     package = ["edgelm", *path.relative_to(ROOT).parts[:-1]]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,7 +78,7 @@ def test_imports_go_one_way(package: str) -> None:
                 assert name.split(".")[1] in ALLOWED[package], f"{path} imports {name}"
 
 
-# Layers of the runtime, lowest first. A module imports from its own folder and from lower layers, also in functions.
+# Layers of the runtime, lowest first. A module imports only from its own folder and lower layers, even in functions.
 LAYERS = (
     {"errors"},
     {"setting_values"},
@@ -101,7 +101,7 @@ LAYERS = (
 
 
 def _own_imports(path: Path) -> list[str]:
-    """The modules of ours that a file imports, as paths from the root without the suffix."""
+    """Our modules that a file imports, as paths from the root without the suffix."""
     folder = list(path.relative_to(ROOT).parts[:-1])
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -127,7 +127,7 @@ def test_each_layer_of_the_runtime_imports_only_lower_layers() -> None:
 
 
 @pytest.mark.parametrize("package", ["runtime", "export"])
-def test_no_circle_of_imports(package: str) -> None:
+def test_no_import_cycles(package: str) -> None:
     imports = {path.relative_to(ROOT).with_suffix("").as_posix(): set(_own_imports(path)) for path in _sources(package)}
     done: set[str] = set()
 
@@ -143,7 +143,7 @@ def test_no_circle_of_imports(package: str) -> None:
 
 
 def test_no_folder_is_crowded() -> None:
-    """Files of one kind, a pass or a command each, may be more."""
+    """Folders with one kind of file, passes or commands, may have more."""
     for package in ("runtime", "export", "targets"):
         for folder in {path.parent for path in _sources(package)}:
             modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
@@ -173,7 +173,7 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_the_runtime_works_where_the_heavy_packages_cannot_be_imported(tiny_bundle: Path) -> None:
+def test_the_runtime_works_without_the_heavy_packages(tiny_bundle: Path) -> None:
     code = BLOCKER.format(names=set(HEAVY)) + (
         "import edgelm.runtime\n"
         f"with edgelm.runtime.load({str(tiny_bundle)!r}) as engine:\n"
@@ -203,7 +203,7 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
 
 
 def test_answering_a_prompt_reads_no_packages_metadata() -> None:
-    """`importlib.metadata` brings mail, archives and tables along: 4 MB."""
+    """`importlib.metadata` imports email, archive and CSV modules: 4 MB."""
     code = (
         "import sys; before = set(sys.modules)\n"
         "import edgelm.runtime.cli, edgelm.runtime.commands.run, edgelm.runtime.sessions.numerics\n"

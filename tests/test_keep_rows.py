@@ -1,4 +1,4 @@
-"""What the last layer computes row by row is computed for the rows whose logits are asked for, with the same bits."""
+"""The last layer's row-by-row work is done only for rows whose logits are asked for, with the same bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .test_passes import compute, count, floats, graph, one, unchanged
 
 SIGNATURE = "float[batch,new,32] x -> float[batch,new,12] logits"
 NORM = f"{MICROSOFT}.SkipSimplifiedLayerNormalization <epsilon = 0.001>"
-# A layer: what stands for attention, its product, the residual sums, a norm's product, the head.
+# A layer: a stand-in for attention, its product, the residual sums, a norm's product, the head.
 LAYER = f"a = Tanh(x) p = MatMul(a, w) n, , , t = {NORM} (p, x, g) q = MatMul(n, v) m = {NORM} (q, t, g)"
 HEAD = "logits = MatMul(m, head)"
 WEIGHTS = {"w": floats(32, 32), "v": floats(32, 32), "g": floats(32), "head": floats(32, 12)}
@@ -57,15 +57,15 @@ def test_only_the_rows_that_are_kept_are_computed() -> None:
     assert unchanged(KeepRows(), model)
 
 
-def test_what_others_need_whole_stays_whole() -> None:
+def test_a_layer_with_other_readers_stays_whole() -> None:
     body = f"{LAYER} other = Exp(t) {HEAD}"
     assert unchanged(KeepRows(), layer(body, f"{SIGNATURE}, float[batch,new,32] other"))
     signature = SIGNATURE.replace(" logits", " logits, float[batch,new,32] t")
     assert unchanged(KeepRows(), layer(signature=signature))
 
 
-def test_a_layer_up_to_what_others_need() -> None:
-    """The first product has another reader: the rows are cut off behind it."""
+def test_rows_are_cut_after_the_last_other_reader() -> None:
+    """The first product has another reader, so rows are cut after it."""
     body = f"{LAYER} other = Exp(p) {HEAD}"
     signature = f"{SIGNATURE}, float[batch,new,32] other"
     before, model = (layer(body, signature) for _ in range(2))

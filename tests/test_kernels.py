@@ -1,5 +1,5 @@
-"""The compiled kernels beside the bodies of the functions that they stand in for. Skipped where they are not installed
-(pip install ./kernels)."""
+"""The compiled kernels against the function bodies that they replace. Skipped without the package (pip install
+./kernels)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "one bit": lambda whole: whole[:0x8000] + bytes([whole[0x8000] ^ 1]) + whole[0x8001:],
     "random behind the headers": lambda whole: whole[:0x270] + np.random.default_rng(0).bytes(len(whole) - 0x270),
 }
-# In a process of its own, which may end of it.
+# In a process of its own, which it may crash.
 DAMAGED = """
 import pathlib, sys, edgelm_kernels
 from edgelm.runtime.cli import main
@@ -117,7 +117,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def with_library(library: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """What a command of edgelm says with this library of kernels."""
+    """Run a command of edgelm with this kernel library."""
     words = [sys.executable, "-c", DAMAGED, str(library), *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
@@ -135,7 +135,7 @@ def test_a_damaged_library_is_refused_in_one_line(damage: str, tmp_path: Path, t
         assert f"{library} is damaged" in line and "install it again" in line and "EDGELM_KERNELS=off" in line
 
 
-def test_the_doctor_goes_on_beside_a_damaged_library(tmp_path: Path) -> None:
+def test_the_doctor_reports_everything_despite_a_damaged_library(tmp_path: Path) -> None:
     library = install(tmp_path, edgelm_kernels.library().read_bytes())
     library.write_bytes(library.read_bytes()[:9000])
     done = with_library(library, "doctor")
@@ -163,12 +163,12 @@ def test_kernels_of_another_version_are_one_line(monkeypatch: pytest.MonkeyPatch
     assert kernels.identity() is None
 
 
-# The products: bit for bit what the bodies compute
+# The products: same bits as the bodies
 
 
 EPSILON = 0.01
 NORMS = {NORMED_ROWWISE_MATMUL: ["g"], POST_NORMED_ROWWISE_MATMUL: ["p", "g"]}
-# GELU's function has a variant of each kind.
+# GELU's function has a variant for each kind.
 EXACT_GELU, TANH_GELU = (f"{GELU_GATED_ROWWISE_MATMUL}-{kind}" for kind in ("none", "tanh"))
 GATES = [GATED_ROWWISE_MATMUL, EXACT_GELU, TANH_GELU]
 
@@ -240,8 +240,8 @@ LIMITS = [1e-42, 1e-38, 2.0**-60, 2.0**60, 1e30, 3e38]
 @pytest.mark.parametrize("name", [name + WIDE for name in BARE])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 40])
 def test_a_product_of_16_bits_has_the_bits_of_its_body_at_the_ends_of_floats(name: str, rows: int) -> None:
-    """Largest magnitudes near the smallest and the largest float, values halfway between two steps, of the high plane
-    and of the low one, and far below a step."""
+    """Largest magnitudes near the smallest and the largest float. Values halfway between two steps of the high plane
+    and of the low one, and values far below a step."""
     random = np.random.default_rng(rows)
     weight = random.integers(-127, 128, (128, 70)).astype(np.int8)
     model = product_model(name, weight, np.full(70, 1e-3, np.float32))
@@ -257,7 +257,7 @@ def test_a_product_of_16_bits_has_the_bits_of_its_body_at_the_ends_of_floats(nam
 
 
 def test_products_of_16_bits_do_not_overflow() -> None:
-    """Values whose low plane is -128, as many as a kernel adds up in 16 bits, against the largest weights."""
+    """Values whose low plane is -128, as many as a kernel sums in 16 bits, against the largest weights."""
     weight = np.full((256, 80), 127, np.int8)
     weight[:, ::2] = -127
     model = product_model(ROWWISE_MATMUL + WIDE, weight, np.ones(80, np.float32))
@@ -277,7 +277,7 @@ def product_and_rows(depth: int = 600, columns: int = 200) -> tuple[ir.Model, Ar
     return model, random.normal(size=(40, depth)).astype(np.float32)
 
 
-def test_threads_that_fell_asleep_wake_up() -> None:
+def test_sleeping_threads_wake_up() -> None:
     model, rows = product_and_rows()
     (expected,) = session(model, False).run(None, {"x": rows[:1]})
     kernel = session(model, True, 4)
@@ -287,7 +287,7 @@ def test_threads_that_fell_asleep_wake_up() -> None:
 
 
 def test_calls_from_several_threads_at_once() -> None:
-    """Of one session and of several, which come and go meanwhile."""
+    """Calls of one session, and of several that are opened and closed meanwhile."""
     model, rows = product_and_rows()
     (expected,) = session(model, False).run(None, {"x": rows})
     shared = session(model, True, 3)
@@ -304,7 +304,7 @@ def test_calls_from_several_threads_at_once() -> None:
         list(pool.map(call, range(12)))
 
 
-def test_more_threads_than_there_can_be() -> None:
+def test_more_threads_than_the_system_allows() -> None:
     model, rows = product_and_rows(4500, 70)
     (expected,) = session(model, False).run(None, {"x": rows})
     kernel = session(model, True, 100)
@@ -326,7 +326,7 @@ def test_a_forked_process_computes() -> None:
 
 
 def test_largest_products_do_not_overflow() -> None:
-    """All values at their limits, in both directions: where a kernel sums in 16 bits, it would show."""
+    """All values at their limits, in both directions: a kernel that sums in 16 bits would overflow."""
     weight = np.full((256, 80), 127, np.int8)
     weight[:, ::2] = -127
     model = product_model(ROWWISE_MATMUL, weight, np.ones(80, np.float32))
@@ -344,11 +344,11 @@ def test_a_row_of_another_length_is_refused() -> None:
         session(model, True).run(None, {"x": np.ones((2, 9), np.float32)})
 
 
-# What stands in front of a product: as close as float32 is, and the same for a row alone and among others
+# What comes before a product: as exact as float32, and a row's bits do not depend on the other rows
 
 
 def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> dict[str, Array]:
-    """Inputs whose rows differ in size, with open and closed gates. With several rows one is zeros; with many one has
+    """Inputs whose rows differ in magnitude, with open and closed gates. Of several rows one is zeros; of many one has
     an outlier."""
     inputs, width = (("x", "skip"), depth) if name.removesuffix(WIDE) in NORMS else (("x",), 2 * depth)
     sizes = 10.0 ** random.integers(-4, 3, (rows, 1))
@@ -360,7 +360,7 @@ def rows_of(random: np.random.Generator, name: str, rows: int, depth: int) -> di
 
 
 def exact_rows(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
-    """What is multiplied, in double precision."""
+    """The rows that are multiplied, in double precision."""
     name = name.removesuffix(WIDE)
     if name in NORMS:
         return normed(exact_sum(name, feeds, depth), norm_weights(depth))
@@ -369,7 +369,7 @@ def exact_rows(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.flo
 
 
 def exact_sum(name: str, feeds: dict[str, Array], depth: int) -> NDArray[np.float64]:
-    """What is normed, in double precision, but for a plain sum, which is one of floats."""
+    """The rows that are normed, in double precision; a plain sum is a sum of floats."""
     if name == NORMED_ROWWISE_MATMUL:
         return np.asarray(feeds["x"] + feeds["skip"], np.float64)
     return feeds["x"] + normed(feeds["skip"].astype(np.float64), norm_weights(depth, "p"))
@@ -398,22 +398,22 @@ ALL_FRONTS = [*FRONTS, *(name + WIDE for name in FRONTS)]
 @given(
     depth=st.one_of(st.integers(1, 200), st.sampled_from([64, 576])), rows=st.integers(1, 30), seed=st.integers(0, 99)
 )
-def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, depth: int, rows: int, seed: int) -> None:
-    """Multiplied with the unit matrix a row is what it was quantized to: nowhere further from the exact row than half a
-    step and what float32 loses, here a thousandth of a step of 8 bits; the largest value is not rounded at all."""
+def test_norms_and_gates_before_a_product_are_as_exact_as_float32(name: str, depth: int, rows: int, seed: int) -> None:
+    """Multiplied by the unit matrix, a row comes out as it was quantized. It is off by half a step at most, plus a
+    thousandth of an 8-bit step for float32's rounding. The largest value is not rounded at all."""
     random = np.random.default_rng(seed)
     model = product_model(name, np.eye(depth, dtype=np.int8) * 127, np.full(depth, 1 / 127, np.float32))
     feeds = rows_of(random, name, rows, depth)
     got, *rest = session(model, True).run(None, feeds)
     exact = exact_rows(name, feeds, depth)
     largest = np.abs(exact).max(axis=-1, keepdims=True)
-    # A value halfway between two steps of 16 bits, at the end of the low plane, is a whole one away.
+    # A value halfway between two 16-bit steps, at the end of the low plane, may be off by a whole step.
     limit = 1.02 / 32512 if name.endswith(WIDE) else 0.501 / 127
-    # Shares below 2^-126 are 0, times the largest gate.
+    # Shares below 2^-126 become 0; they are multiplied with the largest gate.
     assert (np.abs(got - exact) <= limit * largest + TINY * 1e6).all()
     at = np.abs(exact).argmax(axis=-1)[:, None]
-    # GELU of far below 0 has the error of an exponent there: some millionths of what is next to nothing.
-    # A norm of a sum whose parts nearly cancel has the error of the parts.
+    # GELU far below 0 has its exponential's relative error, some millionths of a tiny value.
+    # The norm of a sum whose terms nearly cancel has the error of the terms.
     kind = name.removesuffix(WIDE)
     rtol, atol = (1e-5, TINY * 1e6) if kind in (EXACT_GELU, TANH_GELU) else (2e-6, TINY)
     rtol = 1e-5 if kind == POST_NORMED_ROWWISE_MATMUL else rtol
@@ -426,8 +426,8 @@ def test_what_is_in_front_of_a_product_is_as_exact_as_floats_are(name: str, dept
 
 @pytest.mark.parametrize("name", ALL_FRONTS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 40])
-def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> None:
-    """But for values that are halfway between two steps, which may be rounded either way."""
+def test_a_product_with_a_norm_or_gate_agrees_with_its_body(name: str, rows: int) -> None:
+    """Except for values halfway between two steps, which may round either way."""
     random = np.random.default_rng(rows)
     depth, columns = 300, 130
     weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
@@ -447,7 +447,7 @@ def test_a_product_with_a_front_agrees_with_its_body(name: str, rows: int) -> No
 @pytest.mark.parametrize("name", ALL_FRONTS)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_a_row_with_a_front_has_the_same_bits_among_any_others(name: str, data: st.DataObject) -> None:
+def test_a_row_with_a_norm_or_gate_has_the_same_bits_among_any_others(name: str, data: st.DataObject) -> None:
     depth, rows, threads, own = data.draw(
         st.tuples(st.integers(1, 150), st.integers(1, 60), st.integers(1, 4), st.booleans())
     )
@@ -478,17 +478,17 @@ def test_halves_and_sums_of_another_length_are_refused() -> None:
         session(normed, True)
 
 
-# Attention: close to the bodies, a small part of what the cache's rounding costs, and the same under any cut
+# Attention: close to the bodies, within a small part of the cache's rounding error, and the same under any cut
 
 
 OWN_SCALES = "int8 by token"
 
 
 class Attention:
-    """A model of one attention, packed or not, and its cache in buffers that a step reads and writes in place.
+    """A model of one attention, packed or not, and its cache in buffers that a step reads and updates in place.
 
-    cached: "int8", "float32", or "int8 by token", whose rows end with a scale of their own: their length is open in the
-    graph; some: whether `run` says which rows are wanted; normed: heads of queries and keys are normed first.
+    cached: "int8", "float32", or "int8 by token", whose rows end with their own scale, so that the graph leaves the row
+    length open; some: `run` says which rows are wanted; normed: heads of queries and keys are normed first.
     """
 
     def __init__(
@@ -552,8 +552,8 @@ class Attention:
     def run(
         self, inference: Any, x: list[Array], cuts: list[int], capacity: int, start: int | None = None
     ) -> tuple[Array, list[Array]]:
-        """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values;
-        start: of each piece the first row that is wanted."""
+        """The outputs (batch, positions, width) of all positions, fed in pieces, and the cache's keys and values.
+        start: the first wanted row of each piece."""
         batch = len(x[0])
         cache: list[Array] = [np.zeros((batch, self.groups, capacity, self.row), self.cached) for _ in range(2)]
         found, begin = [], 0
@@ -593,12 +593,12 @@ SHAPES = [
     {"heads": 4, "groups": 2, "size": 128, "packed": True, "window": 0, "rotary": 128, "normed": True},
 ]
 SHAPES = [{**shape, "cached": cached} for cached in ("int8", OWN_SCALES, "float32") for shape in SHAPES]
-# Those whose cache onnxruntime's operator reads too.
+# Shapes whose cache onnxruntime's operator can also read.
 BODY_SHAPES = [shape for shape in SHAPES if shape["cached"] != OWN_SCALES]
 
 
 def unpacked(attention: Attention, cache: Array) -> tuple[Array, Array]:
-    """The values of a cache's rows, and the scales of the rows."""
+    """The values of a cache's rows, and the rows' scales."""
     stored, scale = np.split(cache, [attention.size], axis=-1)
     return stored, np.ascontiguousarray(scale).view(np.float32) if scale.shape[-1] else np.ones(1, np.float32)
 
@@ -616,13 +616,13 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
     cuts = [270, 1, 1, 8, 20]
     expected, cache = attention.run(body, x, cuts, 320)
     got, own_cache = attention.run(kernel, x, cuts, 320)
-    # Queries are rounded to 16 bits and weights to 15, where keys and values were, by the cache, to 8; keys, values and
-    # queries of a float32 cache to 11 to 13, and scores of heads of 256 values are the largest here.
+    # With an INT8 cache, queries are rounded to 16 bits, attention weights to 15, and keys and values to 8. With a
+    # float32 cache, all three are rounded to 11 to 13 bits; heads of 256 values have the largest scores here.
     limit = {"int8": 2e-4, "float32": 2e-3 if attention.size == 256 else 8e-4}[attention.cached]
     assert np.sqrt(np.mean((got - expected) ** 2)) < limit * np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(got, expected, atol=3 * limit * np.abs(expected).max())
     for left, right in zip(own_cache, cache, strict=True):
-        # A rotation in another order of operations rounds a key the other way now and then.
+        # Rotation in another order of operations occasionally rounds a key the other way.
         if attention.cached == "int8":
             assert np.abs(left.astype(int) - right).max() <= 1 and (left == right).mean() > 0.999
         else:
@@ -634,11 +634,11 @@ def test_attention_agrees_with_its_body(shape: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("start", [0, -1, -2, -9, -150, -9999, 3, 260, 2**63 - 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_rows_that_are_wanted_have_the_bits_of_all(
+def test_wanted_rows_have_the_same_bits_as_in_a_full_result(
     shape: dict[str, Any], start: int, with_kernels: bool, batch: int, cuts: list[int]
 ) -> None:
     if shape["cached"] == OWN_SCALES and not with_kernels:
-        shape = {**shape, "cached": "int8"}  # as a body, it has rows of one head
+        shape = {**shape, "cached": "int8"}  # function bodies have rows of head size
     some, whole = Attention(**shape, some=True), Attention(**shape)
     x = values(whole, batch, sum(cuts))
     expected, cache = whole.run(session(whole.model, with_kernels), x, cuts, 320)
@@ -653,7 +653,7 @@ def test_the_rows_that_are_wanted_have_the_bits_of_all(
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign: int) -> None:
-    """All products at their limits: every position weighs the same, and what is attended to is what all values are."""
+    """All products at their limits: every position has the same weight, and the output equals the common value."""
     attention = Attention(**{**shape, "rotary": 0})
     x = [np.full((1, 300, width), 50, np.float32) for width in attention.widths]
     x[1] *= sign
@@ -666,8 +666,8 @@ def test_largest_scores_and_weights_do_not_overflow(shape: dict[str, Any], sign:
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape["cached"] == "float32"])
-def test_values_of_very_different_sizes_are_attended_to(shape: dict[str, Any]) -> None:
-    """Positions whose keys and values are large, small or zero, as rows of their own: each keeps its own digits."""
+def test_keys_and_values_of_very_different_magnitudes_keep_their_precision(shape: dict[str, Any]) -> None:
+    """Keys and values of large, small and zero magnitude, position by position: each row keeps its own precision."""
     attention = Attention(**shape)
     x = values(attention, 1, 300)
     sizes = 10.0 ** np.random.default_rng(2).integers(-20, 4, (1, 300, 1))
@@ -691,7 +691,7 @@ def test_attention_has_the_same_bits_under_any_cut(shape: dict[str, Any], data: 
     cuts: list[int] = []
     while (left := positions - sum(cuts)) > 0:
         cuts.append(min(left, data.draw(st.sampled_from([1, 2, 3, 7, 12, 64, 128, 250]))))
-    if batch > 1:  # onnxruntime's attention, whose contract this is, wants one token a row behind the first step
+    if batch > 1:  # onnxruntime's contract: one token a row after the first step
         cuts = [positions - min(3, positions - 1), *[1] * min(3, positions - 1)]
     x = values(attention, batch, positions)
     whole, cache = attention.run(session(attention.model, True, 1), [part[:1] for part in x], [positions], 320)
@@ -707,27 +707,27 @@ TOKEN_SHAPES = [shape for shape in SHAPES if shape["cached"] == OWN_SCALES]
 
 
 def exact(shape: dict[str, Any], x: list[Array]) -> Array:
-    """The same attention on keys and values that are not rounded: a float32 cache, in onnxruntime."""
+    """The same attention on unrounded keys and values: a float32 cache, in onnxruntime."""
     attention = Attention(**{**shape, "cached": "float32"})
     return attention.run(session(attention.model, False), x, [len(x[0][0])], len(x[0][0]))[0]
 
 
 @pytest.mark.parametrize("size", [1, 1e4, 1e-6])
 @pytest.mark.parametrize("shape", TOKEN_SHAPES)
-def test_no_value_is_beyond_a_range_that_is_computed_when_it_is_written(shape: dict[str, Any], size: float) -> None:
-    """Keys and values of any size, also far beyond the graph's scales, lose what 8 bits lose."""
+def test_scales_computed_when_a_row_is_written_fit_any_magnitude(shape: dict[str, Any], size: float) -> None:
+    """Keys and values of any magnitude, even far beyond the graph's scales, lose no more than 8 bits' rounding."""
     attention = Attention(**shape)
     x = values(attention, 1, 300)
     x[0] /= np.float32(size)
     x[1:] = [part * np.float32(size) for part in x[1:]]
     expected = exact(shape, x)
     got, cache = attention.run(session(attention.model, True), x, [270, 1, 29], 320)
-    # Keys of a norm with random weights are long, and what rounding moves of a score grows with them.
+    # Normed keys with random weights are long, and rounding errors of scores grow with their length.
     loss = 0.04 if shape.get("normed") else 0.02
     assert np.sqrt(np.mean((got - expected) ** 2)) < loss * np.sqrt(np.mean(expected**2))
     for rows in cache:
         stored = unpacked(attention, rows)[0][:, :, :300].astype(int)
-        assert (np.abs(stored).max(axis=-1) == 127).all(), "each row has a range of its own"
+        assert (np.abs(stored).max(axis=-1) == 127).all(), "each row uses its full range"
 
 
 @pytest.mark.parametrize("shape", TOKEN_SHAPES)
@@ -745,7 +745,7 @@ def test_one_large_token_costs_the_others_nothing(shape: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("what", [1e38, 0.0, 1e-42])
 @pytest.mark.parametrize("shape", TOKEN_SHAPES[:2])
-def test_what_is_hardly_a_number_spoils_nothing_before_it(shape: dict[str, Any], what: float) -> None:
+def test_extreme_values_leave_earlier_positions_unchanged(shape: dict[str, Any], what: float) -> None:
     attention = Attention(**shape)
     x = values(attention, 1, 150)
     expected, _ = attention.run(session(attention.model, True), x, [150], 150)
@@ -760,8 +760,8 @@ def test_what_is_hardly_a_number_spoils_nothing_before_it(shape: dict[str, Any],
 @pytest.mark.parametrize("what", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], TOKEN_SHAPES[1], SHAPES[-1]])
-def test_queries_keys_and_values_that_are_no_numbers_are_refused(shape: dict[str, Any], part: int, what: float) -> None:
-    """An INT8 cache could not keep them: later positions would attend to numbers."""
+def test_nan_and_infinite_queries_keys_and_values_are_refused(shape: dict[str, Any], part: int, what: float) -> None:
+    """An INT8 cache cannot store them: later positions would attend to ordinary numbers."""
     attention = Attention(**shape)
     x = values(attention, 1, 60)
     x[part][:, 50, 3] = what
@@ -779,8 +779,8 @@ def test_rows_of_another_length_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", TOKEN_SHAPES)
-def test_an_open_row_of_one_head_has_the_bits_of_a_fixed_one(shape: dict[str, Any]) -> None:
-    """Where the runtime keeps no scales in a cache, kernels use the graph's alone."""
+def test_an_open_row_of_head_size_has_the_bits_of_a_fixed_one(shape: dict[str, Any]) -> None:
+    """If the runtime stores no scales in the cache, kernels use only the graph's."""
     attention, fixed = Attention(**shape), Attention(**{**shape, "cached": "int8"})
     attention.row = attention.size
     x = values(attention, 1, 150)
@@ -793,7 +793,7 @@ def test_an_open_row_of_one_head_has_the_bits_of_a_fixed_one(shape: dict[str, An
 
 @pytest.mark.parametrize("switch", ["on", "off"])
 @pytest.mark.parametrize("settings", [{}, {"kv": "float32"}, {"kv": "float32", "scheme": "fp32"}])
-def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it(
+def test_step_padding_and_piece_length_follow_who_computes_attention(
     export_tiny: Callable[..., Path], settings: dict[str, Any], switch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(export_tiny(**settings))
@@ -805,7 +805,7 @@ def test_steps_are_padded_and_pieces_short_where_onnxruntimes_attention_needs_it
     opened.close()
 
 
-def test_one_engine_may_do_without_kernels_beside_another_with_them(tiny_bundle: Path) -> None:
+def test_engines_with_and_without_kernels_coexist(tiny_bundle: Path) -> None:
     with load(tiny_bundle) as served, load(tiny_bundle, kernels=False) as plain:
         found = [engine._session.capabilities.piece_tokens for engine in (served, plain)]
         assert found == [KERNELS_PIECE_TOKENS, PIECE_TOKENS]
@@ -815,8 +815,8 @@ def test_one_engine_may_do_without_kernels_beside_another_with_them(tiny_bundle:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt2", "olmoe"])
 def test_rows_on_a_float32_cache_have_the_bits_of_their_texts_alone(model_type: str, tmp_path: Path) -> None:
-    """Heads in groups, a window, norms of heads, learned positions, experts; rows of unlike lengths, some of which
-    leave."""
+    """Covers grouped heads, a window, norms of heads, learned positions, experts; rows of different lengths, some of
+    which leave."""
     alone = quantized(model_type, tmp_path)
     assert alone.capabilities.least_rows == 1
 
@@ -867,7 +867,7 @@ def quantized(model_type: str, folder: Path) -> OrtSession:
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Products and attentions of several sizes, with inputs, as `run_with_kernels` takes them."""
+    """Products and attentions of several sizes with inputs, laid out for `run_with_kernels`."""
     folder = tmp_path_factory.mktemp("cases")
     random = np.random.default_rng(1)
     weight = random.integers(-127, 128, (100, 150)).astype(np.int8)
@@ -912,7 +912,7 @@ def digests(command: Sequence[str], cases: Path, library: Path, arithmetic: str 
 
 
 def variants() -> list[str]:
-    """The instruction sets that there is code for, and that this processor has."""
+    """The instruction sets that have code and that this processor has."""
     names = ["avx512_vnni", "avx_vnni", "avx2", "asimddp", "asimd"]
     return [name for name in names if name in machine.instruction_sets()]
 
@@ -926,9 +926,9 @@ def test_every_kind_of_processor_gets_the_same_bits(name: str, cases: Path) -> N
 
 @pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
 def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path) -> None:
-    machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is not here")
+    machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is missing")
     if not machines.is_ready():
-        missing("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
+        missing("no emulated machines: scripts/arm_check.sh --prepare downloads QEMU and arm64 Debian")
     try:
         library = machines.kernels() / "edgelm_kernels" / "kernels.so"
     except machines.NotHereError as error:

@@ -1,4 +1,4 @@
-"""The KV cache's buffers start small, double up to the context's length, and keep their used part when they grow."""
+"""The KV cache's buffers start small, double up to the context's length, and keep their contents when they grow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgelm.runtime.bundle.manifest import CacheType, LayerCache, Model
 from edgelm.runtime.errors import MemoryShortageError
 from edgelm.runtime.sessions.kv_cache import KVCache
 
-# Layers that are not alike, and one without attention.
+# Layers of different shapes, and one without attention.
 LAYERS = (LayerCache(2, 3, 5, None), None, LayerCache(1, 4, 4, 16))
 NAMES = ["0.key", "0.value", "2.key", "2.value"]
 
@@ -26,7 +26,7 @@ def model(context_length: int = 5_000, type_: str = "int8") -> Model:
 
 
 def fill(cache: KVCache, begin: int, end: int) -> None:
-    """Write a value that tells the position, the head and the element into each place from begin to end."""
+    """Write a value that encodes position, head and element into each position from begin to end."""
     for _, buffer in cache.buffers():
         shape = buffer[:, :, begin:end].shape
         buffer[:, :, begin:end] = pattern(shape, begin).astype(buffer.dtype)
@@ -85,7 +85,7 @@ def test_a_small_context_is_never_exceeded(context: int, first: int) -> None:
     assert cache.capacity == max(first, context + 1)
 
 
-def test_one_large_request_is_met_at_once() -> None:
+def test_a_large_request_is_allocated_at_once() -> None:
     cache = KVCache(model())
     assert cache.reserve(3_000)
     assert cache.capacity == 3_000
@@ -94,7 +94,7 @@ def test_one_large_request_is_met_at_once() -> None:
     assert cache.capacity == 5_001
 
 
-def test_room_for_what_is_expected_is_made_at_once() -> None:
+def test_expected_positions_are_allocated_at_once() -> None:
     cache = KVCache(model())
     cache.expected = 700
     assert cache.reserve(300)
@@ -107,7 +107,7 @@ def test_room_for_what_is_expected_is_made_at_once() -> None:
     assert cache.capacity == 5_001
 
 
-def test_buffers_stay_the_same_objects_until_reserve_says_otherwise() -> None:
+def test_buffers_stay_the_same_objects_until_reserve_returns_true() -> None:
     cache = KVCache(model())
     cache.reserve(10)
     before = dict(cache.buffers())
@@ -141,7 +141,7 @@ def test_contents_survive_growth_and_truncation(operations: list[tuple[str, int]
 
 
 @pytest.mark.parametrize("length", [-1, 6])
-def test_truncating_to_what_is_not_there_is_refused(length: int) -> None:
+def test_truncating_beyond_the_contents_is_refused(length: int) -> None:
     cache = KVCache(model())
     cache.reserve(10)
     cache.length = 5
@@ -194,5 +194,5 @@ def test_growth_that_runs_out_of_memory_changes_nothing(failing_call: int, monke
             cache.reserve(257)
     assert cache.capacity == 256
     check_contents(cache)
-    assert cache.reserve(257), "the buffers must be bound again after the next attempt"
+    assert cache.reserve(257), "the next attempt must report new buffers, to be bound again"
     check_contents(cache)

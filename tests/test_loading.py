@@ -13,7 +13,7 @@ from edgelm.runtime.sessions import kernels
 
 from .conftest import require_kernels
 
-# Prints the files of the bundle that Python opens during `load`, one a line. onnxruntime opens its own, unseen here.
+# Prints the bundle's files that Python opens during `load`, one a line. Files opened by onnxruntime are not seen.
 OPENS = """
 import pathlib, sys
 from edgelm.runtime import load
@@ -32,7 +32,7 @@ load(folder, threads=1)
 def test_a_load_checks_each_file_once_and_parses_the_graph_once(
     switch: str, reads: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """model.onnx is read for its digest, and with kernels for the operators that it calls."""
+    """model.onnx is read for its digest, and with kernels also for its operators."""
     if switch == "on":
         require_kernels(monkeypatch)
     environment = {**os.environ, kernels.SWITCH: switch}

@@ -1,5 +1,4 @@
-"""Draft tokens: answers are those of plain decoding, bit for bit, whatever the draft tokens are; and draft tokens save
-steps."""
+"""Draft tokens: answers are those of plain decoding, bit for bit, whatever the drafts are; and drafts save steps."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ LETTERS = 5
 
 
 def repeating(period: int, noise: int, vocab_size: int = LETTERS) -> NextToken:
-    """The next token is the one `period` tokens before, except `noise` times in 10, when it is any token."""
+    """The next token is the one `period` tokens before, except that `noise` times in 10 it is random."""
     anything = rule(vocab_size * 10)
 
     def next_token(tokens: Sequence[int]) -> int:
@@ -46,7 +45,7 @@ def repeating(period: int, noise: int, vocab_size: int = LETTERS) -> NextToken:
 
 
 def slow_following(ids: Sequence[int], count: int) -> list[int]:
-    """What followed the last n-gram, found by looking at every place; without the memory of what was repeated."""
+    """The tokens after the last earlier n-gram, by searching every position; ignores which copy was followed so far."""
     for size in (3, 2):
         for end in range(len(ids) - 1, size - 1, -1):
             if len(ids) >= size and ids[end - size : end] == ids[-size:]:
@@ -57,7 +56,7 @@ def slow_following(ids: Sequence[int], count: int) -> list[int]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40), st.integers(1, 20))
-def test_the_last_place_is_found_wherever_the_text_was_cut(ids: list[int], cut: int, count: int) -> None:
+def test_the_last_occurrence_is_found_wherever_the_text_was_cut(ids: list[int], cut: int, count: int) -> None:
     text = Text(ids[:cut])
     for token in ids[cut:]:
         text.add(token)
@@ -67,7 +66,7 @@ def test_the_last_place_is_found_wherever_the_text_was_cut(ids: list[int], cut: 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_asking_after_each_token_finds_as_much_as_asking_once(ids: list[int]) -> None:
-    """What it proposes is always what followed a place whose last two tokens are the text's own."""
+    """A draft always follows a position whose last two tokens are the text's own."""
     text, known = Text(()), []
     for token in ids:
         text.add(token)
@@ -78,8 +77,8 @@ def test_asking_after_each_token_finds_as_much_as_asking_once(ids: list[int]) ->
         assert draft is None or draft in {known[end] for end in places}
 
 
-def test_a_place_that_was_repeated_so_far_goes_before_a_later_one() -> None:
-    """1 2 3 stands twice; the copy of the first place goes on with what followed there."""
+def test_an_occurrence_being_copied_precedes_a_later_one() -> None:
+    """1 2 3 occurs twice. A text that copies the first occurrence goes on with what followed there."""
     text = Text([7, 8, 1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 6, 7, 8])
     assert text.following(5) == [1, 2, 3, 4, 5]
     for token in (1, 2, 3):
@@ -89,7 +88,7 @@ def test_a_place_that_was_repeated_so_far_goes_before_a_later_one() -> None:
     assert text.following(2) == [6, 7]
 
 
-def test_a_loop_is_taken_to_go_on() -> None:
+def test_a_loop_is_expected_to_continue() -> None:
     assert Text([9, 1, 2, 1, 2, 1]).following(5) == [2, 1, 2, 1, 2]
     assert Text([1, 1, 1]).following(4) == [1, 1, 1, 1]
 
@@ -98,7 +97,7 @@ def test_a_loop_is_taken_to_go_on() -> None:
 
 
 def run(pace: Pace, outcome: Callable[[int], int], steps: int) -> list[int]:
-    """How many were wanted at each step, where `outcome` says how many of them came."""
+    """The draft tokens wanted at each step; `outcome` maps them to the accepted number."""
     wanted = []
     for _ in range(steps):
         count = pace.wanted()
@@ -108,23 +107,23 @@ def run(pace: Pace, outcome: Callable[[int], int], steps: int) -> list[int]:
     return wanted
 
 
-def test_accepted_drafts_make_more_of_them() -> None:
+def test_drafts_double_while_all_are_accepted() -> None:
     assert run(Pace(), lambda count: count, 7) == [1, 2, 4, 8, 16, 16, 16]
     assert MOST_DRAFTS == 16
 
 
-def test_drafts_accepted_in_part_are_as_many_next_time() -> None:
+def test_after_a_partial_success_as_many_drafts_as_were_accepted() -> None:
     assert run(Pace(), lambda count: min(count, 3), 6) == [1, 2, 4, 3, 6, 3]
 
 
-def test_where_no_draft_is_accepted_hardly_any_is_made() -> None:
+def test_rejected_drafts_become_rare() -> None:
     wanted = run(Pace(), lambda _: 0, 1000)
     assert wanted[:12] == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
     assert max(wanted) == 1
     assert sum(wanted) <= 1000 / 64 + 6
 
 
-def test_drafts_that_cost_nothing_are_always_made() -> None:
+def test_free_drafts_are_always_made() -> None:
     assert run(Pace(free=1), lambda _: 0, 100) == [1] * 100
     assert run(Pace(free=1), lambda count: 1 if count == 1 else 0, 6) == [1, 2, 1, 2, 1, 2]
 
@@ -142,8 +141,8 @@ def test_one_success_ends_the_pauses() -> None:
 
 
 class Recorder:
-    """A chooser that records the rows that it is asked for. It samples, so one row too many would change what
-    follows."""
+    """A chooser that records the rows it is asked for. It samples, so a superfluous row would change the choices after
+    it."""
 
     def __init__(self, seed: int | None) -> None:
         self._random = None if seed is None else np.random.default_rng(seed)
@@ -175,7 +174,7 @@ requests = st.lists(
 def test_tokens_and_rows_are_those_of_plain_decoding(
     shape: tuple[int, int], asked: list[tuple[list[int], int, set[int], int | None, int | None]], piece_tokens: int
 ) -> None:
-    """Several prompts after each other on one cache; some are closed early."""
+    """Several prompts one after another on one cache; some streams are closed early."""
     session = FakeSession(LETTERS, repeating(*shape))
     sequencer, lookup = Sequencer(session, piece_tokens), Lookup()
     for prompt, max_tokens, stop_ids, seed, taken in asked:
@@ -190,7 +189,7 @@ def test_tokens_and_rows_are_those_of_plain_decoding(
         assert drafting.rows == plain.rows[: len(drafting.rows)]
         assert len(drafting.rows) - len(wanted) in (0, 1)
         assert all(len(step) <= max(piece_tokens, 1 + MOST_DRAFTS) for step in session.steps)
-        assert session.length <= len(prompt) + max_tokens - 1, "draft tokens beyond what the answer may need"
+        assert session.length <= len(prompt) + max_tokens - 1, "draft tokens beyond the end of the answer"
     assert lookup.accepted <= lookup.drafted
 
 
@@ -230,13 +229,13 @@ def test_a_step_that_fails_leaves_a_sequencer_that_answers_right(
 
 
 def test_a_text_that_is_copied_takes_few_steps() -> None:
-    text = [(7 * index * index + index) % 211 for index in range(200)]  # nothing in it comes twice in a row of two
+    text = [(7 * index * index + index) % 211 for index in range(200)]  # no pair of tokens occurs twice
     session = FakeSession(211, lambda tokens: tokens[-len(text)])
     lookup = Lookup()
     prompt = [*text, *text[:2]]
     tokens = list(Sequencer(session).tokens(Row(prompt, 198, Greedy(), lookup=lookup)))
     assert tokens == text[2:]
-    # One for the prompt, 2 + 3 + 5 + 9 tokens while the drafts grow, then 17 a step.
+    # One for the prompt, 2 + 3 + 5 + 9 tokens while drafts grow, then 17 a step.
     assert len(session.steps) == 1 + 4 + 11
     assert lookup.accepted == 198 - len(session.steps)
 
@@ -278,7 +277,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def answer(done: Completion) -> dict[str, Any]:
-    """Everything but the figures."""
+    """Everything but the counts."""
     return {**dataclasses.asdict(done), "stats": None}
 
 
@@ -294,7 +293,7 @@ def test_completions_are_the_same(
     assert plain.stats.guessed_tokens == plain.stats.accepted_tokens == 0
 
 
-def test_the_figures_tell_of_drafts(tokenizer_folder: Path) -> None:
+def test_stats_count_draft_tokens(tokenizer_folder: Path) -> None:
     engine = engine_on(FakeSession(END + 1, lambda tokens: tokens[-3]), tokenizer_folder)
     stats = engine.generate("abcabc", max_tokens=100).stats
     assert stats.accepted_tokens == stats.guessed_tokens > 80
@@ -303,16 +302,14 @@ def test_the_figures_tell_of_drafts(tokenizer_folder: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"quantization": Quantization("int8-tensor", ())}, {"quantization": Quantization("unknown", ())}]
 )
-def test_nothing_is_drafted_where_a_draft_could_change_an_answer(
-    tokenizer_folder: Path, change: dict[str, Any]
-) -> None:
+def test_no_drafts_if_they_could_change_an_answer(tokenizer_folder: Path, change: dict[str, Any]) -> None:
     session = FakeSession(END + 1, lambda tokens: tokens[-3])
     engine = engine_on(session, tokenizer_folder, **change)
     assert engine.generate("abcabc", max_tokens=50).stats.guessed_tokens == 0
     assert [len(step) for step in session.steps] == [6, *[1] * 49]
 
 
-def test_caches_that_are_concatenated_promise_nothing() -> None:
+def test_concatenated_caches_are_not_exact_under_cuts() -> None:
     described = manifest()
     assert described.exact_under_cuts
     concatenated = dataclasses.replace(described.model, cache_layout="concatenated")
@@ -332,7 +329,7 @@ REAL_SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "seed": 2, "logprobs": 0},
     {"repetition_penalty": 1.05},
     {"stop": ["e"], "min_tokens": 30},
-    # A random model repeats itself where it has few tokens to choose from.
+    # A random model repeats itself if it has few tokens to choose from.
     {"logit_bias": FEW_TOKENS},
     {"logit_bias": FEW_TOKENS, "temperature": 2.0, "seed": 3},
 ]
@@ -342,7 +339,7 @@ REAL_SETTINGS: list[dict[str, Any]] = [
 @given(data=st.data())
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_models_answer_the_same(engine_of: Callable[[str], Engine], name: str, data: st.DataObject) -> None:
-    """Prompts that repeat themselves, of many lengths, after each other on one cache; one is closed early."""
+    """Repetitive prompts of many lengths, one after another on one cache; one stream is closed early."""
     engine = engine_of(name)
     start, size = data.draw(st.integers(0, 500), label="start"), data.draw(st.integers(4, 120), label="size")
     words = engine.encode(TEXT[start : start + 700])[:size]
@@ -361,7 +358,7 @@ def test_models_answer_the_same(engine_of: Callable[[str], Engine], name: str, d
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_models_accept_drafts(engine_of: Callable[[str], Engine], name: str) -> None:
-    """Else the test above would compare plain decoding with itself."""
+    """Otherwise the test above would compare plain decoding with itself."""
     engine = engine_of(name)
     stats = engine.generate(TEXT[:100], max_tokens=100, min_tokens=100, logit_bias=FEW_TOKENS).stats
     assert 0 < stats.accepted_tokens < stats.guessed_tokens

@@ -1,4 +1,4 @@
-"""What the runtime finds out about the machine: threads that it may use, and whether 8-bit products saturate."""
+"""What the runtime knows about the machine: the threads it may use, and whether 8-bit products saturate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgelm.runtime.host.ort import load_onnxruntime
 
 @pytest.fixture(autouse=True)
 def eight_free_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine of 8 physical and 16 logical cores without limits, which the tests then narrow."""
+    """A machine of 8 physical and 16 logical cores without limits, which tests then restrict."""
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(machine, "control_groups", lambda: [tmp_path / "a" / "b", tmp_path / "a", tmp_path])
@@ -68,7 +68,7 @@ def test_the_containers_quota_bounds_the_threads(tmp_path: Path, quota: str, thr
 
 
 @pytest.mark.parametrize(("inner", "outer", "threads"), [("max 100000", "300000 100000", 3), ("2 1", "5 1", 2)])
-def test_the_quota_of_a_group_around_counts(tmp_path: Path, inner: str, outer: str, threads: int) -> None:
+def test_the_quota_of_an_outer_group_counts(tmp_path: Path, inner: str, outer: str, threads: int) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cpu.max").write_text(inner)
     (tmp_path / "a" / "cpu.max").write_text(outer)
@@ -115,7 +115,7 @@ def test_x86_saturates_unless_it_has_vnni(
 
 
 @pytest.mark.parametrize("text", [None, "", "processor: 0\n"])
-def test_an_x86_that_tells_no_flags_is_taken_for_one_that_saturates(
+def test_an_x86_without_known_flags_counts_as_saturating(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -124,10 +124,8 @@ def test_an_x86_that_tells_no_flags_is_taken_for_one_that_saturates(
     assert machine.saturates_int8()
 
 
-def test_the_processor_itself_is_believed_before_what_is_told_of_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Under an emulator /proc/cpuinfo tells of the host."""
+def test_cpuid_overrides_proc_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under an emulator /proc/cpuinfo describes the host."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     (tmp_path / "cpuinfo").write_text(cpuinfo(AVX512_WITHOUT_VNNI + " avx512_vnni"))
     monkeypatch.setattr(cpuid, "instruction_sets", lambda: frozenset({"avx2"}))
@@ -143,7 +141,7 @@ def test_arm_never_saturates(monkeypatch: pytest.MonkeyPatch, name: str) -> None
     assert not machine.saturates_int8()
 
 
-def test_resident_bytes_grow_with_what_is_held() -> None:
+def test_resident_bytes_grow_with_allocated_memory() -> None:
     before = machine.resident_bytes()
     held = np.ones(64 * 2**20, np.uint8)
     assert machine.resident_bytes() - before > 48 * 2**20
@@ -170,7 +168,7 @@ def test_small_cores_get_no_thread(
     assert machine.default_threads() == threads
 
 
-def test_a_machine_of_32_bits_is_not_told_to_install_what_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_32_bit_system_the_advice_is_a_64_bit_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for most, words in ((2**63 - 1, "pip install onnxruntime"), (2**31 - 1, "install the 64-bit system")):
         monkeypatch.setattr(sys, "maxsize", most)

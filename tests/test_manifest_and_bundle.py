@@ -1,7 +1,7 @@
-"""manifest.json and the bundle around it: exact round trip, strict reading, digests, and every kind of damage.
+"""manifest.json and the bundle around it: exact round trip, strict reading, digests, every kind of damage.
 
-A damaged bundle must be refused by the right error, with the name of the file, never by an exception that is not
-edgelm's, and never with a traceback on the command line.
+A damaged bundle must be refused by the right exception of edgelm with the file's name, and without a traceback on the
+command line.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MANIFEST = Manifest(
 
 Change = Callable[[dict[str, Any]], None]
 
-# Every object of the manifest, as the keys and indices that lead to it, with the name that an error must give it.
+# Every object of the manifest: the keys and indices that lead to it, and its name in error messages.
 OBJECTS: list[tuple[tuple[str | int, ...], str]] = [
     ((), ""),
     (("source",), "source"),
@@ -224,7 +224,7 @@ def test_another_schema_version_is_refused_before_anything_else_is_read(version:
     ],
     ids=lambda text: f"{text[:24]!r}",
 )
-def test_what_is_no_manifest_at_all_is_refused(text: str) -> None:
+def test_a_file_that_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(BundleCorruptError, match=r"manifest\.json"):
         parse_manifest(text)
 
@@ -255,7 +255,7 @@ def test_the_digest_is_the_hash_of_its_written_canonical_form() -> None:
     assert dataclasses.replace(MANIFEST, files=files).digest == expected
 
 
-def test_the_digest_knows_the_files_and_nothing_else() -> None:
+def test_the_digest_depends_only_on_the_files() -> None:
     reordered = dataclasses.replace(MANIFEST, files=dict(reversed(MANIFEST.files.items())))
     renamed = dataclasses.replace(MANIFEST, name="other", versions={}, quality={})
     assert reordered.digest == renamed.digest == MANIFEST.digest
@@ -281,7 +281,7 @@ def edit_manifest(bundle: Path, change: Change) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change one bit in the middle of a file, and not its size."""
+    """Change one bit in the middle of a file; its size stays."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Free memory is checked before an allocation: it is read correctly, and too little is an error with figures."""
+"""Free memory is read correctly and checked before an allocation; too little is an error with figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Limits = dict[str, tuple[str, int, int]]
 
 @pytest.fixture
 def machine_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Sets the machine's free memory, the process's group, and each group's (limit, used, droppable file pages)."""
+    """Sets the machine's free memory, the process's cgroup, and each cgroup's (limit, used, droppable file pages)."""
 
     def build(free: int, own: str | None = None, limits: Limits | None = None) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
@@ -48,7 +48,7 @@ def machine_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
     return build
 
 
-def test_the_machines_free_memory_counts_where_no_group_limits(machine_with: Callable[..., None]) -> None:
+def test_without_limits_the_machines_free_memory_counts(machine_with: Callable[..., None]) -> None:
     machine_with(3 * GIB)
     assert memory.available_bytes() == 3 * GIB
 
@@ -77,9 +77,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(
         load(tiny_bundle)
 
 
-def test_weights_that_kernels_read_where_they_are_mapped_need_no_memory(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_mapped_for_kernels_need_no_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[int] = []
     monkeypatch.setattr("edgelm.runtime.sessions.loading.require_memory", lambda size, _: needed.append(size))
     for by_kernels in (True, False):
@@ -90,11 +88,11 @@ def test_weights_that_kernels_read_where_they_are_mapped_need_no_memory(
     assert needed[0] == 0 < needed[1]
 
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="what is resident differs between systems")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="resident memory differs between systems")
 
 
 @linux_only
-def test_zeros_take_memory_where_they_are_written_and_as_long_as_they_live() -> None:
+def test_zeros_take_memory_only_where_written_and_until_freed() -> None:
     def resident() -> int:
         return int(psutil.Process().memory_info().rss)
 
@@ -129,7 +127,7 @@ def cache_of(positions: int) -> KVCache:
     return KVCache(Model(10, positions, 1, layers, CacheType("int8", "channel")))
 
 
-def test_a_cache_grows_by_what_is_needed_where_twice_as_much_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_grows_to_the_needed_size_if_doubling_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(100_000)
     cache.reserve(256)
     monkeypatch.setattr(kv, "available_bytes", lambda: 300 * cache.bytes_per_position())
@@ -137,7 +135,7 @@ def test_a_cache_grows_by_what_is_needed_where_twice_as_much_does_not_fit(monkey
     assert cache.capacity == 300
 
 
-def test_a_cache_has_room_for_what_is_needed_where_what_is_expected_does_not_fit(
+def test_a_cache_takes_the_needed_size_if_the_expected_one_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = cache_of(100_000)
@@ -148,7 +146,7 @@ def test_a_cache_has_room_for_what_is_needed_where_what_is_expected_does_not_fit
 
 
 @pytest.mark.parametrize("positions", [6_000, 3_700, 3_000, 2_200])
-def test_a_cache_moves_seldom_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+def test_a_cache_is_seldom_reallocated_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     """A prompt of 1,900 tokens in pieces, and 200 tokens of an answer."""
     cache = cache_of(100_000)
     cache.expected = 3_800

@@ -1,7 +1,7 @@
-"""Every model type of the zoo, traced in the first way that works, gives torch's answers, and in INT8 nearly torch's
-logits.
+"""Every model type of the zoo, traced in the first way that works, gives torch's answers; its INT8 logits are close to
+torch's.
 
-Prompts are longer than the sliding windows of the models that have one.
+Prompts are longer than the sliding windows of models that have one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _RANDOM = np.random.default_rng(5)
 PROMPTS = [_RANDOM.integers(0, 256, length).tolist() for length in (40, 5)]
 FLOAT = CacheType("float32", None)
 INT8 = CacheType("int8", "channel")
-# Loose: 2 random layers spread their logits less evenly than trained ones, and of 71 positions few are decided;
-# where experts are chosen by a hair, INT8 chooses others.
+# Loose limits: 2 random layers spread their logits less evenly than trained ones, and few of the 71 positions are
+# decided. Where experts are chosen by a small margin, INT8 chooses others.
 GATE = Gate(
     mean_kl=0.4,
     p99_kl=4.0,
@@ -75,14 +75,14 @@ def generated(model: Any, prompt: list[int]) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt])
-    # Without an end token, or it would be kept from being chosen, and ids of 0 are tokens here, no padding.
+    # No end token, because generate would suppress it. No padding token, because id 0 is an ordinary token here.
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": 0}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return [int(token) for token in output[0, len(prompt) :]]
 
 
 def first_right(model: Any, folder: Path) -> Attempt | list[str]:
-    """The first way on which the tokens are those of generate, or why none is."""
+    """The first way that gives the tokens of generate, or the reasons why none does."""
     expected = [generated(model, prompt) for prompt in PROMPTS]
     refusals = []
     for path in PATHS:
@@ -112,7 +112,7 @@ def attempt(model: Any, path: TracePath, file: Path, expected: list[list[int]]) 
 
 
 def cut_difference(model: Any, session: Session, prompt: list[int]) -> float:
-    """Largest difference of a cut prompt's logits to torch's, in units of their largest magnitude."""
+    """Largest difference between a cut prompt's logits and torch's, relative to their largest magnitude."""
     import torch
 
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_tokens_are_those_of_generate_and_int8_stays_near(tmp_path: Path, model_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_a_type_in_the_table_of_refused_ones_is_refused(tmp_path: Path, model_type: str) -> None:
+def test_a_type_in_the_refused_table_is_refused(tmp_path: Path, model_type: str) -> None:
     assert isinstance(first_right(tiny_model(model_type), tmp_path), list), (
         f"{model_type} works now: move it from REFUSED to SAME, and run scripts/list_models.py"
     )
@@ -153,7 +153,7 @@ def test_the_prompt_is_longer_than_the_window() -> None:
 def test_the_zoo_names_each_type_of_transformers_once() -> None:
     named = [*SAME, *SAME_TOO, *REFUSED, *NOT_TRIED]
     assert len(set(named)) == len(named)
-    assert sorted(named) == causal_types(), "a new transformers: say in tests/model_zoo.py what its new types do"
+    assert sorted(named) == causal_types(), "list the new types of this transformers in tests/model_zoo.py"
 
 
 def test_the_document_is_what_the_script_writes() -> None:
@@ -163,7 +163,7 @@ def test_the_document_is_what_the_script_writes() -> None:
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == written.stdout
 
 
-def test_a_type_that_nobody_listed_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlisted_type_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def until_end(tokens: list[int]) -> list[int]:
 
 
 def unlisted_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two attention layers of three heads and learned positions, written on transformers' public interfaces alone and
+    """Two attention layers of three heads and learned positions, built only on transformers' public interfaces and
     registered with it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel

@@ -1,5 +1,5 @@
-"""Matrices whose int8 values are written in 4 bits: what is stored, what the functions' bodies and the kernels make of
-it, and how they are rounded."""
+"""Matrices whose int8 values are stored in 4 to 6 bits: the layout, what function bodies and kernels compute with them,
+and their rounding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_nibbles(depth: int, columns: int, seed: int, bits: int = 4) -> Nibble
 
 
 def narrowed(case: str, nibbles: Nibbles, folder: Path) -> tuple[ir.Model, ir.Model]:
-    """The call of a product with an int8 matrix, and the same in 4 bits."""
+    """A call of a product with an int8 matrix, and the same with few bits."""
     save_nibbles(nibbles, folder / "w.npz")
     models = []
     for _ in range(2):
@@ -62,7 +62,7 @@ BITS = [4, 5, 6]
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_what_is_stored_is_the_documented_order(bits: int) -> None:
+def test_the_stored_order_is_the_documented_one(bits: int) -> None:
     nibbles = random_nibbles(70, 21, 0, bits)
     groups, factors, values = nibbles.groups(), nibbles.factors(), nibbles.values()
     assert groups.shape == (2, 3 * bits, 64) and factors.shape == (2, 3, 16)
@@ -78,7 +78,7 @@ def test_what_is_stored_is_the_documented_order(bits: int) -> None:
     assert nibble_bytes(70, 21, bits) == groups.nbytes + factors.nbytes + nibbles.scales.nbytes
 
 
-def test_a_file_has_all_of_a_matrix(tmp_path: Path) -> None:
+def test_a_matrix_survives_saving_and_loading(tmp_path: Path) -> None:
     nibbles = random_nibbles(40, 3, 1, 5)
     save_nibbles(nibbles, tmp_path / "x.npz")
     again = load_nibbles(tmp_path / "x.npz")
@@ -127,7 +127,7 @@ def test_a_kernel_of_few_bits_has_the_bits_of_its_body(
 
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("case", ALL_FRONTS)
-def test_fronts_of_4_bits_have_the_bits_of_those_of_8(case: str, rows: int, tmp_path: Path) -> None:
+def test_norms_and_gates_give_the_same_bits_with_4_and_8_bit_weights(case: str, rows: int, tmp_path: Path) -> None:
     depth = 150
     wide, narrow = narrowed(case, random_nibbles(depth, 80, 4), tmp_path)
     feeds = rows_of(np.random.default_rng(rows), case, rows, depth)
@@ -139,7 +139,7 @@ def test_fronts_of_4_bits_have_the_bits_of_those_of_8(case: str, rows: int, tmp_
 @pytest.mark.parametrize("upper", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_largest_weights_do_not_overflow(bits: int, upper: bool, rows_of: str, tmp_path: Path) -> None:
-    """The largest levels and steps against the largest and the smallest values, the low plane's -128 among them."""
+    """The largest levels and steps against the largest and smallest values, including -128 in the low plane."""
     most = (1 << bits) - 1
     zero, step = (0 if upper else most), 127 // most
     levels, blocks = np.full((256, 80), most - zero, np.uint8), (8, 80)
@@ -157,7 +157,7 @@ def test_largest_weights_do_not_overflow(bits: int, upper: bool, rows_of: str, t
 
 @pytest.mark.parametrize("bits", BITS)
 def test_head_and_embedding_share_few_bits(bits: int, tmp_path: Path) -> None:
-    """40 tokens of 32 values: by the body, and by the kernel, the same as with the int8 table."""
+    """40 tokens of 32 values: body and kernel give the same as the int8 table."""
     table = floats(40, 32)
     nibbles = round_nibbles(np.ascontiguousarray(table.T), bits=bits)
     save_nibbles(nibbles, tmp_path / "t.npz")
@@ -199,7 +199,7 @@ def test_rounded_weights_are_within_the_limit_and_near(bits: int, limit: int) ->
     assert np.abs(values).max() <= limit
     assert not values[:, 3].any()
     ranges = np.ptp(matrix.reshape(3, 32, 40), axis=1)
-    # Half of a sixteenth of a block's range, and what its step loses to the column's grid.
+    # Half of a sixteenth of a block's range, plus the error of fitting its step to the column's grid.
     error = np.abs(values * nibbles.scales - matrix).reshape(3, 32, 40).max(axis=1)
     plain = np.arange(40) != 5
     assert (error <= 0.1 * ranges)[:, plain].all()

@@ -1,5 +1,5 @@
-"""Norms of queries and keys go into the call of attention, and without a kernel nothing changes: the same bits. Whole
-models are the same with them: exact under any cut, with kernels and without."""
+"""Norms of queries and keys are fused into the call of attention; without a kernel no bit changes. Whole models with
+them are exact under any cut, with kernels and without."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_other_norms_stay(case: str) -> None:
     assert unchanged(NormInAttention(), called(NOT_NORMED[case], more))
 
 
-# Whole models: what is between their products and attentions, and their bits under any cut
+# Whole models: the operators between their products and attentions, and their bits under any cut
 
 AROUND = 24
 FUSED = {
@@ -105,7 +105,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("model_type", FUSED)
-def test_models_of_the_day_have_the_same_bits_under_any_cut(
+def test_current_models_have_the_same_bits_under_any_cut(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = trace_model(tiny_model(model_type))
@@ -130,8 +130,8 @@ def test_models_of_the_day_have_the_same_bits_under_any_cut(
     assert np.sqrt(np.mean((found[0] - found[1]) ** 2)) <= 0.05 * np.sqrt(np.mean(found[0] ** 2))
 
 
-def test_biases_leave_no_operators_of_their_own_in_layers() -> None:
-    """Else kernels would not compute with threads of their own in a Qwen 2 of 24 layers."""
+def test_no_separate_bias_operators_remain_in_layers() -> None:
+    """Otherwise kernels would not use their own threads in a Qwen 2 of 24 layers."""
     traced = trace_model(tiny_model("qwen2"))
     ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
     ir.passes.PassManager(quantizing_passes("int8-rowwise", 8, {}))(traced.graph)

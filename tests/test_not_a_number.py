@@ -1,5 +1,5 @@
-"""NaN and infinity in activations: no product turns them into numbers, with kernels and without, so the sampler notices
-a broken model."""
+"""NaN and infinity in activations: no product turns them into numbers, with kernels or without, so the sampler
+detects a broken model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS = ["kernels", "onnxruntime"]
 
 @pytest.fixture(params=WAYS)
 def session(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[ir.Model], Any]:
-    """How a graph is run, with kernels and without."""
+    """Opens graphs, with kernels and without."""
     with_kernels = request.param == "kernels"
     if with_kernels and importlib.util.find_spec("edgelm_kernels") is None:
         missing("edgelm-kernels is not installed")
@@ -54,7 +54,7 @@ def product(name: str) -> ir.Model:
 @pytest.mark.parametrize("what", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("name", [name + bits for name in NAMES for bits in ("", WIDE)])
-def test_a_row_with_no_number_gives_none_and_leaves_the_others(
+def test_nan_or_infinity_makes_its_row_nan_and_no_other(
     name: str, rows: int, what: float, session: Callable[[ir.Model], Any]
 ) -> None:
     opened = session(product(name))
@@ -63,7 +63,7 @@ def test_a_row_with_no_number_gives_none_and_leaves_the_others(
     (expected,) = opened.run(None, {"x": x})
     for place in range(0, width, 7):
         spoilt = x.copy()
-        # Whatever a gate makes of minus infinity, times infinity it is not a number.
+        # Whatever a gate makes of minus infinity, the product with infinity is NaN.
         spoilt[rows // 2, [place, (place + DEPTH) % width]] = what
         (got,) = opened.run(None, {"x": spoilt})
         assert np.isnan(got[rows // 2]).all()
@@ -72,7 +72,7 @@ def test_a_row_with_no_number_gives_none_and_leaves_the_others(
 
 @pytest.mark.parametrize("what", [np.nan, np.inf])
 @pytest.mark.parametrize("name", [name + bits for name in NORMED for bits in ("", WIDE)])
-def test_behind_a_norm_nan_stays_and_infinity_is_in_the_sum(
+def test_after_a_norm_nan_stays_and_infinity_reaches_the_sum(
     name: str, what: float, session: Callable[[ir.Model], Any]
 ) -> None:
     opened = session(product(name))
@@ -87,10 +87,10 @@ def test_behind_a_norm_nan_stays_and_infinity_is_in_the_sum(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", [np.nan, np.inf])
-def test_the_guard_of_the_sampler_fires(
+def test_the_sampler_detects_nan(
     way: str, what: float, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A matrix one of whose scales is not a number: one value of each row of its product is none."""
+    """A matrix with a NaN scale: each row of its product has one NaN."""
     if way == "kernels" and importlib.util.find_spec("edgelm_kernels") is None:
         missing("edgelm-kernels is not installed")
     monkeypatch.setenv(kernels.SWITCH, "on" if way == "kernels" else "off")
@@ -104,7 +104,7 @@ def test_the_guard_of_the_sampler_fires(
 
 
 def spoil(bundle: Path, name: str, value: float) -> None:
-    """Put a value into some weights that stand in the graph."""
+    """Put a value into weights that are stored in the graph."""
     model = onnx.load(bundle / GRAPH_NAME, load_external_data=False)
     (weights,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     array = onnx.numpy_helper.to_array(weights).copy()

@@ -1,6 +1,6 @@
-"""`optimum-cli export edgelm`: found by optimum itself, and the same as `edgelm export`.
+"""`optimum-cli export edgelm` is found by optimum itself and works like `edgelm export`.
 
-An install of edgelm alone has no package `optimum`.
+An installation of edgelm alone has no package `optimum`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .conftest import ROOT, WIDE_TARGET
 
 @pytest.fixture(scope="module")
 def optimum_cli() -> list[str]:
-    """The program, or skip the test where optimum is not installed."""
+    """The program; skips the test if optimum is not installed."""
     try:
         importlib.metadata.version("edgelm-optimum")
     except importlib.metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_it_exports_as_edgelm_export_does(
+def test_optimum_exports_as_edgelm_export_does(
     optimum_cli: list[str], tiny_model: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     arguments = [str(tiny_model), "--target", WIDE_TARGET, "--out", "made", "--json"]
@@ -42,7 +42,7 @@ def test_it_exports_as_edgelm_export_does(
     assert done.returncode == 0, done.stderr
     made, expected = Bundle.open(tmp_path / "made"), Bundle.open(tiny_bundle)
     assert json.loads(done.stdout)["digest"] == made.manifest.digest
-    same = made.manifest.files.keys() - {REPORT_NAME, REPORT_PAGE_NAME}  # they hold times
+    same = made.manifest.files.keys() - {REPORT_NAME, REPORT_PAGE_NAME}  # they contain times
     assert {name: made.manifest.files[name] for name in same} == {name: expected.manifest.files[name] for name in same}
 
 
@@ -58,8 +58,8 @@ def test_errors_are_one_line_and_help_names_the_arguments(optimum_cli: list[str]
     assert "edgelm" in run([*optimum_cli, "export", "--help"], tmp_path).stdout
 
 
-def test_without_the_plugin_nothing_of_optimum_is_there(wheel: Path, tmp_path: Path) -> None:
-    """An environment that has edgelm alone has no optimum, not even an empty one."""
+def test_without_the_plugin_there_is_no_package_optimum(wheel: Path, tmp_path: Path) -> None:
+    """An environment with only edgelm has no package optimum, not even an empty one."""
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if "optimum" in name]
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -1,4 +1,4 @@
-"""Text that a teacher writes itself, and what a distillation makes of it."""
+"""Text that a teacher writes itself, and how a distillation uses it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def tokenizer_of(folder: Path, template: str | None) -> Any:
     return tokenizer
 
 
-def test_half_of_it_chats(tmp_path: Path) -> None:
-    """By turns: 32 passages that begin as the template begins a chat, 32 that begin with a token of the text."""
+def test_half_of_the_text_is_chats(tmp_path: Path) -> None:
+    """32 passages begin as the template begins a chat, 32 with a token of the text."""
     module, tokenizer = tiny_llama(), tokenizer_of(tmp_path, TEMPLATE)
     opening = chat_opening(tokenizer)
     assert opening == tokenizer("[user] ")["input_ids"]
     rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 64 * 20, 20)).reshape(64, 20)
     assert rows[:32, : len(opening)].tolist() == [opening] * 32
     assert set(rows[32:, 0].tolist()) == {65, 66}
-    assert write_own_text(module, tokenizer, [65, 66], 64 * 20, 20) == rows.flatten().tolist(), "the same each time"
+    assert write_own_text(module, tokenizer, [65, 66], 64 * 20, 20) == rows.flatten().tolist(), "reproducible"
 
 
-def test_what_it_writes_is_what_it_predicts(tmp_path: Path) -> None:
-    """Tokens are drawn as the model predicts them: their mean surprise is the entropy of the predictions."""
+def test_tokens_are_sampled_from_the_models_predictions(tmp_path: Path) -> None:
+    """Tokens are sampled from the model's predictions: their mean surprise is the entropy of the predictions."""
     module = tiny_llama(initializer_range=0.1)
     rows = torch.tensor(write_own_text(module, tokenizer_of(tmp_path, None), [65], 128 * 24, 24)).reshape(-1, 24)
     with torch.no_grad():
@@ -74,7 +74,6 @@ def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkey
     keep = own_text.keep_own_text
     monkeypatch.setattr(own_text, "keep_own_text", lambda *a: (keep(*a), found.append(json.loads(kept.read_text())))[0])
     compress_model(config)
-    kept.parent.mkdir(parents=True)
     for origin, token_ids in ((found[0]["origin"], [7] * 1056), ("of another recipe", [9] * 1056)):
         shutil.rmtree(tmp_path / "out")
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +85,6 @@ def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkey
     assert seen[0][:-1056].tolist() == seen[1][:-1056].tolist() and len(seen[0]) == len(seen[1])
 
 
-def test_own_text_below_nothing_is_refused() -> None:
+def test_a_negative_own_text_is_refused() -> None:
     with pytest.raises(RecipeError, match="own_text must be 0 or more"):
         parse_recipe({"step": [{"use": "distil", "own_text": -1}]}, "test", "test.toml")

@@ -1,4 +1,4 @@
-"""The distribution: declared files, files on the disk, files in the wheel, and the packages of a base install."""
+"""The distribution: declared files, files on disk, files in the wheel, and the packages of a base installation."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_a_base_install_is_small_has_no_torch_and_runs(wheel: Path, tiny_bundle:
 
 
 @pytest.mark.slow
-def test_a_small_install_by_name_answers_a_chat(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    """docs/desktop.md names what a device needs, without what pip would bring besides."""
+def test_a_minimal_install_of_named_packages_answers_a_chat(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """docs/desktop.md names what a device needs, without pip's other dependencies."""
     text = (ROOT / "docs" / "desktop.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^pip install --no-deps edgelm (.*)$", text, re.MULTILINE)
     venv = tmp_path / "venv"
@@ -113,7 +113,7 @@ def test_a_small_install_by_name_answers_a_chat(wheel: Path, tiny_bundle: Path, 
 
 
 def test_the_servers_packages_are_small() -> None:
-    """In MB, of all that the extra `serve` brings beside the base install."""
+    """In MB, for everything that the extra `serve` adds to the base installation."""
     found = [distribution for name in SERVER_PACKAGES for distribution in [importlib.metadata.distribution(name)]]
     files = [path.locate() for distribution in found for path in distribution.files or []]
     sizes = [Path(path).stat().st_size for path in map(str, files) if path.endswith((".py", ".pyi", ".txt"))]

@@ -1,4 +1,4 @@
-"""Graph passes on small graphs: what each must change, what it must leave alone, and that results stay the same."""
+"""Graph passes on small graphs: what each must change, what it must leave unchanged, and that results stay equal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def floats(*shape: int) -> Array:
 def graph(
     signature: str, body: str, weights: Mapping[str, Array] | None = None, domains: Sequence[str] = ()
 ) -> ir.Model:
-    """A model from onnx's text form. Weights become initializers; the shapes of all values are inferred.
+    """A model from onnx's text form. Weights become initializers; all shapes are inferred.
 
     signature: as in "float[batch,new,32] x -> float[batch,new,8] y".
     """
@@ -72,7 +72,7 @@ def graph(
         if node.op_type == "Positions":
             node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
             node.outputs[0].shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    # onnx knows no shapes of onnxruntime's norm, so each one must be told before what follows it can be inferred.
+    # onnx cannot infer shapes of onnxruntime's norms: they must be set before the shapes of later nodes are inferred.
     ir.passes.common.ShapeInferencePass()(model)
     for node in model.graph:
         if node.op_type == "SimplifiedLayerNormalization" and node.inputs[0] is not None:
@@ -82,7 +82,7 @@ def graph(
 
 
 def compute(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
-    """The outputs of a model, by onnxruntime, with the options that the runtime sets."""
+    """The outputs of a model in onnxruntime, with the runtime's options."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -95,8 +95,8 @@ def compute(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
 
 
 def content(model: ir.Model) -> bytes:
-    """All of a model as bytes that are the same for the same model. Declared operator sets that no node uses mean
-    nothing and are left out."""
+    """The model as bytes, equal for equal models. Declared operator sets that no node uses have no effect and are left
+    out."""
     proto = ir.to_proto(model)
     used = {node.domain for node in proto.graph.node}
     for entry in [entry for entry in proto.opset_import if entry.domain not in used]:
@@ -132,7 +132,7 @@ def assert_close(got: Sequence[Array], expected: Sequence[Array], tolerance: flo
 
 
 def applied(work: ir.passes.PassBase, model: ir.Model, feeds: Mapping[str, Array]) -> None:
-    """Run a pass that must change the model but not its results, and must find nothing more to do afterwards."""
+    """Run a pass that must change the model but not its results, and find nothing more to do when run again."""
     names = [value.name for value in model.graph.outputs]
     before = compute(model, feeds)
     assert work(model).modified
@@ -142,11 +142,11 @@ def applied(work: ir.passes.PassBase, model: ir.Model, feeds: Mapping[str, Array
 
 
 def unchanged(work: ir.passes.PassBase, model: ir.Model) -> bool:
-    """Whether a pass says that it changes nothing, which must then be true."""
+    """Return whether the pass reports no change; checks that this is true."""
     before = content(model)
     modified = work(model).modified
     if not modified:
-        assert content(model) == before, f"{type(work).__name__} changed the graph and said that it did not"
+        assert content(model) == before, f"{type(work).__name__} changed the graph and reported no change"
     return not modified
 
 
@@ -258,7 +258,7 @@ def norm_graph(
 
 
 def norm_feeds() -> dict[str, Array]:
-    # Some rows so small that the epsilon matters.
+    # Some rows are so small that the epsilon matters.
     return {"x": floats(BATCH, NEW, HIDDEN) * np.array([1, 0.01, 10, 0.1, 0], np.float32)[:, None]}
 
 
@@ -302,7 +302,7 @@ def test_norm_every_one_of_several_is_fused() -> None:
     assert kinds(model) == ["SimplifiedLayerNormalization"] * 2
 
 
-# What must not be fused: the parts of `norm_graph` that differ from a norm.
+# Must not be fused: the parts of `norm_graph` that differ from a norm.
 NO_NORMS: dict[str, dict[str, Any]] = {
     "wrong axis": {"axes": np.array([1])},
     "two axes": {"axes": np.array([1, 2])},
@@ -320,14 +320,14 @@ NO_NORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", NO_NORMS.values(), ids=NO_NORMS.keys())
-def test_norm_what_only_looks_like_one_is_left(changes: dict[str, Any]) -> None:
+def test_norm_lookalikes_are_left(changes: dict[str, Any]) -> None:
     model = norm_graph(**changes)
-    compute(model, norm_feeds())  # the graph is a valid one
+    compute(model, norm_feeds())  # the graph is valid
     assert unchanged(FuseRMSNorm(), model)
 
 
 def test_norm_without_kept_dimensions_is_left() -> None:
-    """The mean of row i would then scale column i."""
+    """The mean of row i would scale column i."""
     weights = {"w": floats(4)}
     model = norm_graph(mean="m = ReduceMean<keepdims=0>(s, axes)", signature="float[4,4] x -> float[4,4] y", **weights)
     before = compute(model, {"x": floats(4, 4)})
@@ -373,7 +373,7 @@ def test_residual_sum_and_norm_are_fused(norm: str, fused: str) -> None:
     assert model.graph.opset_imports["com.microsoft"] == 1
 
 
-def test_residual_sum_is_still_there_for_others() -> None:
+def test_residual_sum_stays_available_to_others() -> None:
     body = f"t = Add(a, b) n = {RMS}(t, w) c = Exp(n) u = Add(t, c) y = {RMS}(u, v)"
     model = graph(f"{SUM}, float[batch,new,32] t", body, sum_weights())
     applied(FuseResidualNorms(), model, sum_feeds())
@@ -415,13 +415,13 @@ NO_RESIDUALS = {
 
 
 @pytest.mark.parametrize(("signature", "body"), NO_RESIDUALS.values(), ids=NO_RESIDUALS.keys())
-def test_residual_what_does_not_fit_is_left(signature: str, body: str) -> None:
+def test_residual_sums_of_other_forms_are_left(signature: str, body: str) -> None:
     model = graph(signature, f"t = Add(a, b) {body}", {**sum_weights(), "k": floats(NEW, HIDDEN)})
     assert unchanged(FuseResidualNorms(), model)
 
 
 def test_residual_sum_of_unknown_shapes_is_left() -> None:
-    """Two dimensions that nobody knows may differ, so the sum may broadcast."""
+    """Two unknown dimensions may differ, so the sum may broadcast."""
     model = graph(SUM, f"t = Add(a, b) y = {RMS}(t, w)", sum_weights())
     for value in model.graph.inputs:
         value.shape = ir.Shape([None, None, HIDDEN])
@@ -431,7 +431,7 @@ def test_residual_sum_of_unknown_shapes_is_left() -> None:
 # DropReshapes
 
 
-def test_reshapes_that_undo_each_other_go() -> None:
+def test_reshapes_that_cancel_are_removed() -> None:
     body = "f = Abs(x) h = Reshape(f, heads) back = Reshape(h, flat) y = Sqrt(back)"
     weights = {"heads": np.array([0, 0, 4, 8]), "flat": np.array([0, 0, 32])}
     model = graph(NORM, body, weights)
@@ -440,7 +440,7 @@ def test_reshapes_that_undo_each_other_go() -> None:
     assert not model.graph.initializers
 
 
-def test_reshapes_go_over_a_longer_chain_too() -> None:
+def test_reshapes_are_removed_over_a_longer_chain_too() -> None:
     body = "f = Abs(x) h = Reshape(f, heads) p = Reshape(h, pairs) back = Reshape(p, flat) y = Sqrt(back) z = Sqrt(p)"
     weights = {"heads": np.array([0, 0, 4, 8]), "pairs": np.array([0, 0, 16, 2]), "flat": np.array([0, 0, 32])}
     model = graph(f"{NORM}, float[batch,new,16,2] z", body, weights)
@@ -448,7 +448,7 @@ def test_reshapes_go_over_a_longer_chain_too() -> None:
     assert kinds(model) == ["Abs", "Reshape", "Reshape", "Sqrt", "Sqrt"]
 
 
-def test_a_reshape_that_changes_nothing_goes() -> None:
+def test_a_reshape_that_changes_nothing_is_removed() -> None:
     model = graph(NORM, "f = Abs(x) y = Reshape(f, flat)", {"flat": np.array([0, 0, 32])})
     applied(DropReshapes(), model, norm_feeds())
     assert kinds(model) == ["Abs"]
@@ -469,13 +469,13 @@ def test_reshapes_that_do_something_stay(body: str) -> None:
 
 
 def test_a_reshape_of_an_input_of_the_graph_stays() -> None:
-    """An output of the graph cannot be an input of it."""
+    """A graph's output cannot be one of its inputs."""
     model = graph(NORM, "y = Reshape(x, flat)", {"flat": np.array([0, 0, 32])})
     assert unchanged(DropReshapes(), model)
 
 
 def test_reshapes_between_unknown_shapes_stay() -> None:
-    """Shapes of dimensions that nobody knows look alike, and are not."""
+    """Unknown dimensions look equal but may differ."""
     body = "f = Abs(x) y = Reshape(f, shape)"
     model = graph("float[p,q] x, int64[2] shape -> float[r,s] y", body)
     for value in (one(model, "Abs").outputs[0], one(model, "Reshape").outputs[0]):
@@ -483,7 +483,7 @@ def test_reshapes_between_unknown_shapes_stay() -> None:
     assert unchanged(DropReshapes(), model)
 
 
-# Attention: a layer with a cache, as the trace writes it. heads 2, kv_heads 1.
+# Attention: a layer with a cache, as traced. heads 2, kv_heads 1.
 
 CACHE = """
     int64[batch,total] attention_mask,
@@ -503,10 +503,10 @@ ATTEND = """
 def attention_graph(
     body: str, weights: Mapping[str, Array], size: int = 16, inputs: str = "", outputs: str = ""
 ) -> ir.Model:
-    """A graph with one attention operator, whose query, key and value are what the body calls q, k and v."""
+    """A graph with one attention operator; the body names its query, key and value q, k and v."""
     signature = f"{inputs}{CACHE.format(size)} -> float[batch,new,{2 * size}] y{outputs}, {PRESENT.format(size)}"
     given = {"axis1": np.array([1]), "one0": np.array(1), **weights}
-    # Names with dots are not known to onnx's text form.
+    # onnx's text form does not accept names with dots.
     for name in ("past_key_values", "present"):
         signature = re.sub(rf"{name}\.0\.(\w+)", rf"{name}_0_\1", signature)
         body = re.sub(rf"{name}\.0\.(\w+)", rf"{name}_0_\1", body)
@@ -519,7 +519,7 @@ def attention_graph(
 
 
 def attention_feeds(size: int = 16, past: int = 3) -> dict[str, Array]:
-    """One row: onnxruntime takes no batch of several where a cache meets several new tokens."""
+    """One row: onnxruntime takes no larger batch if a step adds several tokens to a cache."""
     return {
         "attention_mask": np.ones((1, past + NEW), np.int64),
         "past_key_values.0.key": floats(1, 1, past, size),
@@ -621,7 +621,7 @@ def rotary_weights(size: int) -> dict[str, Array]:
 
 
 def rotary_graph(size: int = 16, *edits: tuple[str, str], extra: str = "", **weights: Array) -> ir.Model:
-    """An attention that rotates queries and keys outside; edits: (old, new) in the text of the graph."""
+    """An attention with queries and keys rotated outside it; edits: (old, new) in the text of the graph."""
     body = POSITIONS + extra + ROTATED.format("q", "cos4", "sin4") + ROTATED.format("k", "cos4", "sin4")
     body += ATTEND.format(out="y", q="q", k="k", v="v")
     for old, new in edits:
@@ -642,7 +642,7 @@ def rotary_feeds(size: int = 16) -> dict[str, Array]:
 
 
 def rotated_pair(model: ir.Model, feeds: Mapping[str, Array]) -> None:
-    """Rotate in attention, and compare with the graph as it was. Positions must be lowered for onnxruntime."""
+    """Move rotation into attention and compare with the original. onnxruntime needs lowered positions."""
     plain = model.clone()
     LowerPositions(64)(plain)
     before = compute(plain, feeds)
@@ -661,7 +661,7 @@ def test_rotation_moves_into_attention(size: int) -> None:
     assert [value.name for value in attention.inputs[:2] if value is not None] == ["xq", "xk"]
     for index in (7, 8):
         table = attention.inputs[index]
-        # One row more than the context: a padding row may stand behind the last token.
+        # One row more than the context, because a padding row may follow the last token.
         assert table is not None
         assert list(table.shape or ()) == [65, size // 2]
     assert not {"Cos", "Sin", "Concat", "Neg"} & set(kinds(model))
@@ -673,7 +673,7 @@ def test_rotation_with_the_terms_the_other_way_round() -> None:
 
 
 def test_rotation_of_normed_heads() -> None:
-    """The norm stays outside, between the split into heads and the operator."""
+    """The norm stays between the split into heads and the operator."""
     norm = f"qn = {RMS}(q4, headw) qh = Transpose<perm=[0,2,1,3]>(qn)"
     model = rotary_graph(16, ("qh = Transpose<perm=[0,2,1,3]>(q4)", norm), headw=floats(16))
     rotated_pair(model, rotary_feeds())
@@ -681,7 +681,7 @@ def test_rotation_of_normed_heads() -> None:
 
 
 def test_rotation_with_scaled_cosines() -> None:
-    """As rope scalings do that also change the attention's temperature."""
+    """As in rope scalings that also change the attention's temperature."""
     cos = "cos_ = Cos(both) cos = Mul(cos_, factor)"
     model = rotary_graph(16, ("cos = Cos(both)", cos), factor=np.array(1.3, np.float32))
     rotated_pair(model, rotary_feeds())
@@ -752,7 +752,7 @@ NO_ROTATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", NO_ROTATIONS.values(), ids=NO_ROTATIONS.keys())
-def test_rotation_what_is_not_plain_stays_outside(changes: dict[str, Any]) -> None:
+def test_rotation_of_other_forms_stays_outside(changes: dict[str, Any]) -> None:
     settings = dict(changes)
     edits = settings.pop("edits")
     model = rotary_graph(16, *edits, **settings)
@@ -767,21 +767,21 @@ def test_rotation_of_other_sizes_than_multiples_of_16_stays_outside(size: int) -
 # LowerPositions
 
 
-def test_positions_of_rows_of_unlike_lengths() -> None:
+def test_positions_of_rows_of_different_lengths() -> None:
     signature = "int64[batch,new] input_ids, int64[batch,total] mask -> int64[batch,new] y"
     model = graph(signature, "p = edgelm.Positions(input_ids, mask) y = Identity(p)", domains=["edgelm"])
     with pytest.raises(ir.passes.PostconditionError, match="Positions"):
         LowerPositions(64).ensures(model)
     assert LowerPositions(64)(model).modified
     assert "edgelm" not in model.graph.opset_imports
-    # Three rows of 7, 5 and 3 tokens in all, of which 3 are new.
+    # Three rows of 7, 5 and 3 tokens, 3 of them new.
     mask = (np.arange(7) < np.array([[7], [5], [3]])).astype(np.int64)
     (got,) = compute(model, {"input_ids": np.zeros((3, 3), np.int64), "mask": mask})
     assert got.tolist() == [[4, 5, 6], [2, 3, 4], [0, 1, 2]]
     assert unchanged(LowerPositions(64), model)
 
 
-def test_a_padding_row_behind_a_full_context_has_the_last_position() -> None:
+def test_a_padding_row_after_a_full_context_has_the_last_position() -> None:
     signature = "int64[batch,new] input_ids, int64[batch,total] mask -> int64[batch,new] y"
     model = graph(signature, "p = edgelm.Positions(input_ids, mask) y = Identity(p)", domains=["edgelm"])
     assert LowerPositions(7)(model).modified
@@ -869,7 +869,7 @@ NO_MERGES = {
 
 
 @pytest.mark.parametrize("body", NO_MERGES.values(), ids=NO_MERGES.keys())
-def test_merge_what_is_shared_or_alone_is_left(body: str) -> None:
+def test_merge_leaves_shared_and_single_layers(body: str) -> None:
     model = graph(MLP, body, {**mlp_weights(), "first": np.array([0])})
     compute(model, {"x": floats(BATCH, NEW, HIDDEN)})
     assert unchanged(MergeLinears(), model)
@@ -924,7 +924,7 @@ def test_keep_raises_where_there_is_no_head(body: str) -> None:
 
 
 def test_keep_does_not_cut_one_of_two_terms_only() -> None:
-    """With one row kept, the other term would be spread over it without an error."""
+    """With one row kept, the other term would broadcast without an error."""
     body = "f = MatMul(x0, w) g = MatMul(x0, v) logits = Add(f, g)"
     weights = {"w": floats(32, 40), "v": floats(32, 40)}
     model = graph("float[batch,new,32] x0 -> float[batch,new,40] logits", body, weights)
@@ -943,14 +943,14 @@ LINEAR = "float[batch,new,32] x -> float[batch,new,12] y"
 
 
 def quantized_columns(array: Array, limit: int) -> tuple[Array, Array]:
-    """int8 weights and their scales, as the pass documents them."""
+    """int8 weights and scales as the pass documents them."""
     largest = np.abs(array).max(axis=0)
     scales = np.where(largest > 0, largest / limit, 1).astype(np.float32)
     return np.rint(array / scales).astype(np.int8), scales
 
 
 def rowwise_reference(x: Array, array: Array, limit: int = 127) -> Array:
-    """x @ array by the arithmetic of `int8-rowwise`: each row by itself, in units of its largest magnitude."""
+    """x @ array by the arithmetic of `int8-rowwise`: each row is quantized in units of its largest magnitude."""
     weight, scales = quantized_columns(array, limit)
     largest = np.abs(x).max(axis=-1, keepdims=True)
     units = np.divide(x, largest, out=np.zeros_like(x), where=largest > 0)
@@ -962,7 +962,7 @@ def rowwise_reference(x: Array, array: Array, limit: int = 127) -> Array:
 
 
 def tensor_reference(x: Array, array: Array, limit: int = 127) -> Array:
-    """x @ array by ONNX's DynamicQuantizeLinear: one scale and zero point for all that is in x."""
+    """x @ array by ONNX's DynamicQuantizeLinear: one scale and zero point for all of x."""
     weight, scales = quantized_columns(array, limit)
     low, high = min(x.min(), 0), max(x.max(), 0)
     scale = np.float32((high - low) / 255)
@@ -1005,7 +1005,7 @@ def test_quantized_product_is_the_documented_arithmetic(scheme: str, reference: 
     (got,) = compute(model, {"x": x})
     wanted = reference(x, weight, limit)
     assert np.isfinite(got).all()
-    # Within each row: rows differ in size by nine orders of magnitude.
+    # Relative to each row: rows differ in magnitude by nine orders.
     assert (np.abs(got - wanted) <= 1e-5 * np.abs(wanted).max(axis=-1, keepdims=True)).all()
     assert unchanged(QuantizeLinears(scheme, limit), model)
 
@@ -1038,7 +1038,7 @@ def test_rowwise_is_close_to_the_product_itself() -> None:
 
 
 def test_an_activation_of_several_products_is_quantized_once() -> None:
-    """Row by row onnxruntime sees to it (test_functions)."""
+    """Row by row, onnxruntime does this (test_functions)."""
     model = graph(LINEAR, "f = MatMul(x, a) g = MatMul(x, b) y = Add(f, g)", {"a": floats(32, 12), "b": floats(32, 12)})
     QuantizeLinears("int8-tensor", 127)(model)
     assert count(model, "DynamicQuantizeLinear") == 1
@@ -1098,7 +1098,7 @@ def test_only_excluded_matrices_leave_the_graph_as_it_is() -> None:
 
 
 def test_a_linear_layer_that_is_written_as_a_gemm_is_quantized_too() -> None:
-    """As those of GPT-2 are. Through all passes, since any of them may be the one that turns it into a MatMul."""
+    """GPT-2 has such layers. Runs all passes, because any of them may turn it into a MatMul."""
     body = """
         rows = Reshape(x, two) g = Gemm(rows, w, b) t = Gemm<transB=1>(g, turned) h = Reshape(t, three)
         logits = MatMul(h, head)
@@ -1151,7 +1151,7 @@ def test_embedding_1_shares_one_matrix_with_a_tied_head(limit: int) -> None:
     expected = embedding_reference(table, ids, limit)
     assert np.array_equal(embedded, expected)
     wanted = rowwise_reference(np.tanh(expected), table.T, limit)
-    # tanh differs between the two in the last bit, which may move a rounding by one step.
+    # tanh differs in the last bit, which may change a rounding by one step.
     assert np.abs(logits - wanted).max() <= 0.01 * np.abs(wanted).max()
     assert unchanged(QuantizeEmbedding(limit), model)
 
@@ -1169,7 +1169,7 @@ def test_embedding_2_of_an_untied_head_is_quantized_by_row() -> None:
 
 
 def test_embedding_of_a_tied_head_that_is_excluded() -> None:
-    """The head keeps the fp32 table, the embedding gets an int8 one of its own."""
+    """The head keeps the fp32 table; the embedding gets an int8 one of its own."""
     table = floats(40, 32)
     model = graph(TOKENS, TIED, {"table": table})
     QuantizeLinears("int8-rowwise", 127, excluded=["table"])(model)
@@ -1215,7 +1215,7 @@ def test_cache_holds_int8_of_the_documented_scales() -> None:
     plain = compute(model, {**feeds, "past_key_values.0.key": empty, "past_key_values.0.value": empty})
     key, value = x @ weights["wk"], x @ weights["wv"]
     largest = {"0.key": np.abs(key).max((0, 1))[None], "0.value": np.abs(value).max((0, 1))[None]}
-    largest["0.value"][0, 3] /= 2  # the text was calmer than what comes: clipped
+    largest["0.value"][0, 3] /= 2  # the text had smaller values than these, which are clipped
     assert QuantizeCache(largest)(model).modified
     for name in ("past_key_values.0.key", "present.0.value"):
         found = [item for item in [*model.graph.inputs, *model.graph.outputs] if item.name == name]
@@ -1226,7 +1226,7 @@ def test_cache_holds_int8_of_the_documented_scales() -> None:
         scales = (largest[name] / 127).astype(np.float32)
         expected = np.clip(np.rint(exact / scales), -128, 127)
         assert stored.dtype == np.int8
-        # The product is summed in another order than numpy's, so that a rounding may go the other way.
+        # Sums in another order than numpy's, so a value may round the other way.
         assert np.abs(stored[:, 0].astype(int) - expected).max() <= 1
         assert (stored[:, 0] == expected).mean() > 0.98
     channels = np.arange(32) % 16 != 3
@@ -1250,7 +1250,7 @@ def test_cache_of_a_channel_that_was_always_zero_is_finite() -> None:
     assert not key[..., 2].any()
 
 
-def test_cache_raises_where_a_cache_is_not_quantized() -> None:
+def test_cache_raises_if_a_cache_stays_unquantized() -> None:
     """A cache that no attention operator reads keeps its type, which the runtime could not bind."""
     model = attention_graph(
         PLAIN + ATTEND.format(out="y", q="q", k="k", v="v") + "also = Exp(past_key_values.0.key)",

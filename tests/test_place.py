@@ -1,4 +1,4 @@
-"""Where an export puts its folder: locks tell which export uses a hidden folder, and no kill loses a bundle."""
+"""Placing an export's folder: locks tell which export uses a scratch folder, and no kill loses a bundle."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from edgelm.export.errors import OutputError
 from edgelm.export.output import place
 from edgelm.runtime.host.file_lock import lock_if_free, locked
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX has them")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 OLD_TIME = time.time() - 3600
 
-# A process that replaces out and is killed at the step that is named.
+# A process that replaces out and is killed at the named step.
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
@@ -54,7 +54,7 @@ def text_of(out: Path) -> str:
 
 
 @pytest.mark.parametrize("step", ["before rename 1", "before rename 2", "after both", "exchanged"])
-def test_a_kill_while_a_bundle_is_replaced_loses_none(step: str, tmp_path: Path) -> None:
+def test_a_kill_while_a_bundle_is_replaced_loses_no_bundle(step: str, tmp_path: Path) -> None:
     out = bundle(tmp_path / "out", "old")
     done = subprocess.run([sys.executable, "-c", REPLACE, str(out), step], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -66,8 +66,8 @@ def test_a_kill_while_a_bundle_is_replaced_loses_none(step: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders")
-def test_a_bundle_is_there_at_every_moment(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")
+def test_a_replaced_bundle_exists_at_every_moment(tmp_path: Path) -> None:
     out = bundle(tmp_path / "out", "0")
     reader = os.fork()
     if reader == 0:
@@ -82,8 +82,8 @@ def test_a_bundle_is_there_at_every_moment(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
 
 
-def test_a_folder_whose_process_lives_stays_and_one_whose_died_goes(tmp_path: Path) -> None:
-    """Even in another container, where processes have the same numbers."""
+def test_scratch_folders_of_dead_processes_are_removed_and_others_stay(tmp_path: Path) -> None:
+    """Locks decide, because another container has the same process ids."""
     out = tmp_path / "out"
     with place.partial_folder(out) as first, place.partial_folder(out) as second:
         assert first != second and first.exists()
@@ -113,7 +113,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_is_held_once(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
     with lock_if_free(tmp_path / "lock") as held:
         assert held
         with lock_if_free(tmp_path / "lock") as again:
@@ -124,7 +124,7 @@ def test_a_lock_is_held_once(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("hold", [lock_if_free, lambda path: locked(path, 1)])
-def test_a_child_that_was_forked_while_a_lock_was_held_does_not_keep_it(hold: Any, tmp_path: Path) -> None:
+def test_a_forked_child_does_not_keep_its_parents_lock(hold: Any, tmp_path: Path) -> None:
     with hold(tmp_path / "lock"):
         child = os.fork()
         if child == 0:

@@ -1,6 +1,6 @@
-"""Bundles of the plain path: models whose attention is not on transformers' registry, or that keep other states.
+"""Bundles of the plain path: models whose attention is not in transformers' registry, or that keep other states.
 
-That such models answer as torch does is held for each type by tests/test_models.py.
+tests/test_models.py checks for each type that such models answer as torch does.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_the_path_is_found_by_trial_and_the_bundle_answers(export: Callable[[str], Path], kind: str) -> None:
     with load(export(kind), response_cache=False) as engine:
         model = engine.bundle.manifest.model
-        assert (model.context_length == CONTEXT) == (kind == "lfm2"), "without positions there is no end to a context"
+        assert (model.context_length == CONTEXT) == (kind == "lfm2"), "without positions a context has no end"
         assert model.cache_layout == "concatenated" and model.kv.type == "float32"
         assert (model.step_tokens == 1) == (SAME[kind] == STEPWISE)
         assert bool(model.states) == (kind in ("lfm2", "mamba2"))
         assert engine.bundle.manifest.quantization.scheme == "int8-rowwise"
         first = engine.generate(TEXT[:60], max_tokens=12)
         longer = engine.generate(TEXT[:80], max_tokens=12)
-        # Keys and values can be cut back to what two prompts share; a convolution or a recurrence begins anew.
+        # Keys and values can be cut to the common prefix of two prompts; a convolution or a recurrence starts over.
         assert (longer.stats.reused_tokens > 0) == (not model.states)
     with load(export(kind), response_cache=False) as fresh:
         assert fresh.generate(TEXT[:80], max_tokens=12).token_ids == longer.token_ids

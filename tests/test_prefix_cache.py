@@ -1,4 +1,4 @@
-"""The prefix cache: the KV cache of a prompt's beginning comes back bit for bit, or not at all."""
+"""The prefix cache: the KV cache of a prompt's prefix comes back bit for bit, or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LETTERS = 3
 
 
 class BlockFake(FakeSession):
-    """A fake session whose blocks are its tokens, so that a wrong block gives other answers."""
+    """A fake session whose blocks are its tokens, so that a wrong block changes the answer."""
 
 
 class FakeBlocks:
@@ -86,7 +86,7 @@ def ids_of(bundle: Path, count: int = TOKENS) -> list[int]:
 
 
 def opened(bundle: Path, folder: Path | None = None) -> tuple[Sequencer, OrtSession]:
-    """A fresh session of a bundle and its prefix cache."""
+    """A fresh session of a bundle with its prefix cache."""
     described = Bundle.open(bundle)
     session = OrtSession(bundle / "model.onnx", described.manifest.model, 1)
     wanted = PrefixCacheSettings(disk=folder is not None, folder=folder)
@@ -129,7 +129,7 @@ def test_texts_share_as_many_keys_as_blocks(first: list[int], second: list[int])
     assert not set(one[blocks:]) & set(other[blocks:])
 
 
-def test_whatever_decides_the_bits_is_in_the_key(tiny_bundle: Path) -> None:
+def test_everything_that_affects_the_bits_is_in_the_key(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     other_files = replace(manifest, files={**manifest.files, "model.onnx": FileEntry(1, "sha256:0")})
     other_cache = replace(manifest, model=replace(manifest.model, kv=CacheType("float32", None)))
@@ -144,8 +144,8 @@ def test_whatever_decides_the_bits_is_in_the_key(tiny_bundle: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 6)), max_size=20))
-def test_memory_holds_its_budget_and_beginnings_outlive_ends(asked: list[tuple[int, int, int]]) -> None:
-    """Texts of a tree: text n of length m shares its first n blocks with text 0."""
+def test_memory_keeps_its_budget_and_evicts_ends_before_beginnings(asked: list[tuple[int, int, int]]) -> None:
+    """Texts form a tree: text n of length m shares its first n blocks with text 0."""
     block = np.zeros(100, np.uint8)
     memory = BlockMemory(4 * 400)
     chains = [[bytes([0 if depth < text else text, depth]) for depth in range(6)] for text in range(4)]
@@ -161,7 +161,7 @@ def test_memory_holds_its_budget_and_beginnings_outlive_ends(asked: list[tuple[i
         assert held == sorted(held, reverse=True) and sum(held) == min(length, 4)
         for other in chains:
             held = [memory.get(key) is not None for key in other]
-            assert held == sorted(held, reverse=True), "a block without its beginning takes room for nothing"
+            assert held == sorted(held, reverse=True), "a block is useless without the blocks before it"
 
 
 # ---- answers
@@ -181,11 +181,11 @@ prompts = st.builds(
     blocks=st.integers(0, 12),
     seed=st.integers(0, 100),
 )
-def test_no_answer_depends_on_what_was_kept(
+def test_no_answer_depends_on_the_cached_blocks(
     asked: list[tuple[list[int], int, bool]], blocks: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Memory has room for a few blocks and is emptied at random requests, and files get lost."""
-    random = Random(seed)  # noqa: S311, nothing is encrypted
+    """Memory holds a few blocks and is emptied before random requests; files disappear."""
+    random = Random(seed)  # noqa: S311, not for cryptography
     folder = tmp_path_factory.mktemp("blocks")
     sequencer, session, prefixes = fake_sequencer(blocks * 500, folder)
     for prompt, max_tokens, restart in asked:
@@ -199,7 +199,7 @@ def test_no_answer_depends_on_what_was_kept(
                 path.unlink()
 
 
-def test_only_what_is_new_runs() -> None:
+def test_only_new_tokens_run() -> None:
     sequencer, session, _ = fake_sequencer(2**20, None)
     first, other = [0, 1, 2] * 20, [2, 1, 0] * 20
     answer(sequencer, first, 30)
@@ -211,7 +211,7 @@ def test_only_what_is_new_runs() -> None:
 
 
 def test_a_conversation_goes_on_after_another_one() -> None:
-    """Generated tokens are kept too."""
+    """Generated tokens are cached too."""
     sequencer, _, _ = fake_sequencer(2**20, None)
     said = [0, 1, 2] * 10
     said += answer(sequencer, said, 34)
@@ -219,7 +219,7 @@ def test_a_conversation_goes_on_after_another_one() -> None:
     assert sequencer.reuse([*said, 1, 0]) == 48 == (len(said) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def test_the_cache_at_hand_wins_where_it_holds_more() -> None:
+def test_the_sessions_own_cache_is_used_if_it_holds_more() -> None:
     sequencer, session, _ = fake_sequencer(2**20, None)
     prompt = [0, 1, 2] * 10
     answer(sequencer, prompt, 1)
@@ -227,7 +227,7 @@ def test_the_cache_at_hand_wins_where_it_holds_more() -> None:
     assert session.tokens == prompt
 
 
-def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
+def test_a_cancelled_answer_leaves_its_computed_prefix(tiny_bundle: Path) -> None:
     ids = ids_of(tiny_bundle)
     with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=True) as engine:
         for chunk in engine.stream(token_ids=ids[:100], max_tokens=50, context_full="slide"):
@@ -245,7 +245,7 @@ def test_a_cancelled_answer_leaves_what_ran(tiny_bundle: Path) -> None:
 def test_logits_of_random_prompts_in_random_orders(
     asked: list[tuple[int, int, int]], blocks: int, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Requests to a real bundle, with memory for a few blocks. Prompts share beginnings; each has an end of its own."""
+    """Requests to a real bundle, with memory for a few blocks. Prompts share prefixes; each has its own end."""
     described = Bundle.open(tiny_bundle)
     sequencer, session = opened(tiny_bundle)
     alone = OrtSession(tiny_bundle / "model.onnx", described.manifest.model, 1)
@@ -299,8 +299,8 @@ np.save(sys.argv[3], logits_of(sequencer, ids))
 """
 
 
-def test_another_process_gets_the_very_logits(tiny_bundle: Path, tmp_path: Path) -> None:
-    """No process closes anything: the end of the process is enough for the files to be written."""
+def test_another_process_gets_the_same_logits(tiny_bundle: Path, tmp_path: Path) -> None:
+    """No process closes its engine: files are complete when the process ends."""
     ids = ids_of(tiny_bundle)
     reused, logits = [], []
     for count in range(2):
@@ -318,7 +318,7 @@ def test_another_process_gets_the_very_logits(tiny_bundle: Path, tmp_path: Path)
 # ---- engines
 
 
-def test_engines_share_what_they_computed_unless_told_not_to(tiny_bundle: Path, edgelm_home: Path) -> None:
+def test_engines_share_prefixes_unless_told_not_to(tiny_bundle: Path, edgelm_home: Path) -> None:
     ids = ids_of(tiny_bundle)
 
     def reused(**wanted: bool | PrefixCacheSettings) -> int:
@@ -398,7 +398,7 @@ def test_a_forked_child_goes_on_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8-tensor", "fp32"])
-def test_where_cuts_change_bits_nothing_is_kept(
+def test_nothing_is_cached_if_cuts_change_bits(
     scheme: str, export_tiny: Callable[..., Path], edgelm_home: Path
 ) -> None:
     with load(export_tiny(scheme=scheme), threads=1, response_cache=False, prefix_cache=True) as engine:
@@ -414,7 +414,7 @@ def test_where_cuts_change_bits_nothing_is_kept(
     ],
     ids=lambda wanted: next(iter(wanted)),
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused(wanted: dict[str, object]) -> None:
+def test_impossible_settings_are_refused(wanted: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wanted))):
         PrefixCacheSettings(**wanted)  # type: ignore[arg-type]
 
@@ -434,7 +434,7 @@ def test_load_refuses_arguments_by_name(tiny_bundle: Path, name: str, value: obj
         load(tiny_bundle, **{name: value})  # type: ignore[arg-type]
 
 
-def test_load_refuses_what_is_no_setting(tiny_bundle: Path) -> None:
+def test_load_refuses_other_types(tiny_bundle: Path) -> None:
     with pytest.raises(SettingsError, match="prefix_cache"):
         load(tiny_bundle, prefix_cache="yes")  # type: ignore[arg-type]
 
@@ -460,7 +460,7 @@ def test_commands(tiny_bundle: Path, edgelm_home: Path, capsys: pytest.CaptureFi
 
 
 def test_a_program_that_ends_in_the_middle_of_an_answer_ends(tiny_bundle: Path) -> None:
-    """The stream is closed while the interpreter ends, and has a prefix to keep: no thread can be started any more."""
+    """The stream is closed during interpreter shutdown and has a prefix to store, but no thread can start any more."""
     code = f"""
         from edgelm.runtime import load
         engine = load({str(tiny_bundle)!r}, response_cache=False, prefix_cache=True)

@@ -1,4 +1,4 @@
-"""The files of the prefix cache, damaged, deleted and replaced: never a wrong block, never an error."""
+"""The prefix cache's files, damaged, deleted and replaced: never a wrong block, never an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .conftest import TEXT
 from .fake_clock import FakeClock
 
 SIZE = 8000
-ON_DISK = 8192  # with its header, in pages of 4096
+ON_DISK = 8192  # with a header, in pages of 4096
 
 
 def key_of(number: int) -> bytes:
@@ -77,10 +77,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "home" / "prefixes"
 
 
-def test_what_was_put_is_read_by_whoever_comes_later(folder: Path) -> None:
+def test_stored_blocks_are_read_later(folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
     assert not holds(files, 1)
-    assert not folder.parent.exists(), "looking makes no folder"
+    assert not folder.parent.exists(), "reading creates no folder"
     put(files, 1)
     assert holds(files, 1) and holds(BlockFiles(folder, 2**20), 1)
     check_all(folder, 2**20)
@@ -92,7 +92,7 @@ def test_what_was_put_is_read_by_whoever_comes_later(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 9, 13, 20, HEADER_BYTES, HEADER_BYTES + SIZE - 1])
-def test_a_flipped_bit_anywhere_is_seen(place: int, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flipped_bit_anywhere_is_detected(place: int, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
     put(files, 1)
     path = file_of(folder, 1)
@@ -101,16 +101,16 @@ def test_a_flipped_bit_anywhere_is_seen(place: int, folder: Path, caplog: pytest
     path.write_bytes(data)
     with pytest.raises((CacheCorruptError, CacheVersionError)):
         check_all(folder, 2**20)
-    assert path.exists(), "looking deletes nothing"
+    assert path.exists(), "reading deletes nothing"
     assert not holds(files, 1)
-    if place != 9:  # which makes it a newer version's
+    if place != 9:  # this byte makes it a newer version's file
         assert not path.exists() and len(warnings(caplog)) == 1 and "damaged" in warnings(caplog)[0]
         put(files, 1)
         assert holds(files, 1)
 
 
 @pytest.mark.parametrize("length", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, 5000, HEADER_BYTES + SIZE + 1])
-def test_another_length_is_seen(length: int, folder: Path) -> None:
+def test_another_length_is_detected(length: int, folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
     put(files, 1)
     path = file_of(folder, 1)
@@ -119,7 +119,7 @@ def test_another_length_is_seen(length: int, folder: Path) -> None:
     assert not path.exists()
 
 
-def test_a_file_under_another_name_is_seen(folder: Path) -> None:
+def test_a_file_under_another_name_is_detected(folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
     put(files, 1)
     file_of(folder, 1).rename(file_of(folder, 2))
@@ -151,7 +151,7 @@ def test_files_of_a_newer_version_stay(folder: Path, caplog: pytest.LogCaptureFi
 # ---- budget
 
 
-def test_the_files_hold_their_budget_and_the_least_used_go(folder: Path) -> None:
+def test_files_keep_their_budget_by_evicting_the_least_recently_used(folder: Path) -> None:
     clock, budget = FakeClock(), 64 * ON_DISK
     files = BlockFiles(folder, budget, clock.clock)
     for number in range(64):
@@ -160,7 +160,7 @@ def test_the_files_hold_their_budget_and_the_least_used_go(folder: Path) -> None
     assert stored(folder) == set(range(64))
     for number in range(10):
         clock.pass_time(1)
-        put(files, number)  # a use
+        put(files, number)  # counts as a use
     for number in range(100, 140):
         clock.pass_time(1)
         put(files, number)
@@ -169,7 +169,7 @@ def test_the_files_hold_their_budget_and_the_least_used_go(folder: Path) -> None
     check_all(folder, budget)
 
 
-def test_a_texts_end_goes_before_its_beginning(folder: Path) -> None:
+def test_a_texts_end_is_evicted_before_its_beginning(folder: Path) -> None:
     files, now = BlockFiles(folder, 16 * ON_DISK), time.time()
     for depth in range(16):
         time.sleep(0.003)
@@ -187,7 +187,7 @@ def test_several_processes_share_the_budget(folder: Path) -> None:
         assert sum(file.bytes for file in found_files(folder)) <= budget + 3 * budget // 16
 
 
-def test_who_comes_last_sets_the_budget_for_all(folder: Path) -> None:
+def test_the_latest_process_sets_the_budget_for_all(folder: Path) -> None:
     first, second = (BlockFiles(folder, pages * ON_DISK) for pages in (64, 32))
     for number in range(64):
         put(first, number)
@@ -205,8 +205,8 @@ def test_a_block_larger_than_the_budget_is_not_stored(folder: Path) -> None:
     assert stored(folder) == set()
 
 
-def test_files_from_the_future_go_first(folder: Path) -> None:
-    """After a clock was set back, blocks that were used before must still be evicted."""
+def test_files_from_the_future_are_evicted_first(folder: Path) -> None:
+    """After a clock was set back, blocks used before must still be evicted."""
     clock = FakeClock()
     files = BlockFiles(folder, 16 * ON_DISK, clock.clock)
     clock.pass_time(1000)
@@ -222,7 +222,7 @@ def test_files_from_the_future_go_first(folder: Path) -> None:
 # ---- a folder that cannot be used
 
 
-def test_a_full_disk_is_one_warning_and_a_minutes_rest(
+def test_a_full_disk_is_one_warning_and_stops_writing_for_a_minute(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = FakeClock()
@@ -276,11 +276,11 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
     with load(tiny_bundle, threads=1, response_cache=False, prefix_cache=wanted) as engine:
         for reused in (0, 96):
             engine.generate(TEXT[200:250], max_tokens=1)
-            assert engine.generate(TEXT[:100], max_tokens=1).stats.reused_tokens == reused, "memory goes on"
+            assert engine.generate(TEXT[:100], max_tokens=1).stats.reused_tokens == reused, "the memory cache goes on"
     assert len(warnings(caplog)) == 1 and "check its folder and disk" in warnings(caplog)[0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 def test_a_read_only_folder_still_gives_what_it_holds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = BlockFiles(folder, 2**20)
     put(files, 1)
@@ -303,7 +303,7 @@ def test_a_folder_that_vanishes_is_made_again(folder: Path, caplog: pytest.LogCa
     assert not warnings(caplog)
 
 
-def test_what_killed_processes_left_is_deleted_after_an_hour(folder: Path) -> None:
+def test_leftovers_of_killed_processes_are_deleted_after_an_hour(folder: Path) -> None:
     file_of(folder, 1).parent.mkdir(parents=True)
     young, old = (file_of(folder, 1).with_name(f".{name}.tmp") for name in ("young", "old"))
     for path in (young, old):
@@ -360,7 +360,7 @@ def test_a_kill_leaves_whole_blocks(folder: Path) -> None:
 # ---- the thread that writes
 
 
-def test_what_waits_is_written_at_close_and_bounded(folder: Path) -> None:
+def test_waiting_blocks_are_bounded_and_written_on_flush(folder: Path) -> None:
     files = BlockFiles(folder, 2**20)
     waiting = BlockWriter(files, 3 * SIZE)
     for number in range(5):
@@ -372,7 +372,7 @@ def test_what_waits_is_written_at_close_and_bounded(folder: Path) -> None:
     assert "edgelm-prefixes" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_use_is_noted_once_a_minute(folder: Path) -> None:
+def test_a_use_is_recorded_at_most_once_a_minute(folder: Path) -> None:
     clock = FakeClock()
     waiting = BlockWriter(BlockFiles(folder, 2**20, clock.clock), 2**20, clock.clock)
     waiting.add(key_of(1), clock.wall(), block_of(1))

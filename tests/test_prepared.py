@@ -1,4 +1,4 @@
-"""Weights prepared for this machine: the same bits, written once, removed when damaged; failures never stop a load."""
+"""Prepared weights: same bits, written once, removed when damaged; no failure stops a load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgelm.runtime.sessions.loading import open_session
 
 from .conftest import TEXT
 
-# Kernels read the weights as they are in the bundle, so nothing is prepared for them.
+# Kernels read the bundle's weights directly, so nothing is prepared for them.
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
@@ -53,7 +53,7 @@ def made(home: Path) -> list[Path]:
     return prepared.folders(home / prepared.FOLDER_NAME)
 
 
-def test_the_second_load_maps_what_the_first_one_made(
+def test_the_second_load_maps_the_first_loads_prepared_form(
     tiny_bundle: Path, edgelm_home: Path, loaded_from: list[Path]
 ) -> None:
     first = answer(tiny_bundle)
@@ -75,12 +75,12 @@ def test_logits_are_the_same_bits(tiny_bundle: Path, edgelm_home: Path) -> None:
     np.testing.assert_array_equal(runs[0], runs[2])
 
 
-def test_nothing_is_written_where_it_is_not_wanted(tiny_bundle: Path, edgelm_home: Path) -> None:
+def test_nothing_is_written_if_preparing_is_off(tiny_bundle: Path, edgelm_home: Path) -> None:
     with load(tiny_bundle, response_cache=False, prepare=False):
         assert not edgelm_home.exists()
 
 
-def test_what_is_there_is_used_and_no_more_is_made_unless_it_is_asked_for(
+def test_an_existing_prepared_form_is_used_and_a_new_one_is_made_only_on_request(
     tiny_bundle: Path, edgelm_home: Path, loaded_from: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options in ([], ["--prepare"], []):
@@ -94,7 +94,7 @@ def test_what_is_there_is_used_and_no_more_is_made_unless_it_is_asked_for(
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "checks.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_one_is_made_anew(tiny_bundle: Path, edgelm_home: Path, name: str, damage: str) -> None:
+def test_a_damaged_prepared_form_is_made_again(tiny_bundle: Path, edgelm_home: Path, name: str, damage: str) -> None:
     first = answer(tiny_bundle)
     (folder,) = made(edgelm_home)
     file = folder / name
@@ -132,7 +132,7 @@ def test_another_version_or_processor_gets_its_own(
     assert len(made(edgelm_home)) == 2
 
 
-def test_a_home_that_cannot_be_written_is_told_once_a_load(
+def test_an_unwritable_home_is_one_warning_per_load(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = answer(tiny_bundle)
@@ -142,7 +142,7 @@ def test_a_home_that_cannot_be_written_is_told_once_a_load(
         assert answer(tiny_bundle) == expected
         assert sum("prepared weights are not used" in record.message for record in caplog.records) == 1
         with load(tiny_bundle):
-            assert len(caplog.records) == 1, "nobody asked for it"
+            assert len(caplog.records) == 1, "no warning unless preparing was asked for"
 
 
 def test_a_full_disk_is_left_alone(tiny_bundle: Path, edgelm_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +161,11 @@ def test_the_budget_drops_the_least_recently_used(edgelm_home: Path) -> None:
         if form.folder.exists():
             os.utime(form.folder, (time.time() - age,) * 2)
         if form is forms[1]:
-            assert forms[0].is_there()  # used now
+            assert forms[0].is_there()  # counts as a use
     assert [form.is_there() for form in forms] == [True, False, True]
 
 
-def test_what_a_killed_process_left_goes_away(edgelm_home: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(edgelm_home: Path) -> None:
     root = edgelm_home / prepared.FOLDER_NAME
     for name, age in (("making-old", 2 * 24 * 3600), ("making-new", 60)):
         (root / name).mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_the_cache_command_shows_checks_and_clears(
 @pytest.mark.parametrize(
     "text", ['{"model.onnx": [1e999, 1], "model.onnx.data": [1, 1]}', "[" * 100_000, "[]", '{"model.onnx": 5}']
 )
-def test_notes_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
+def test_an_invalid_checks_file_counts_as_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / "checks.json").write_text(text, encoding="utf-8")
     with pytest.raises(CacheCorruptError, match="cannot be read"):
         prepared.check_folder(tmp_path)

@@ -1,5 +1,5 @@
-"""The runtime's own tests on other versions of Python, over bundles that were exported here; skipped where an
-interpreter is not installed."""
+"""The runtime's own tests on other Python versions, over bundles exported by this one; skipped for interpreters that
+are not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from .conftest import ROOT
 
 VERSIONS = ("3.12", "3.13")
-# Of decoding, caches and settings. They need no exporter, but for what compares with transformers or torch.
+# Tests of decoding, caches and settings. Only comparisons with transformers or torch need the exporter.
 QUICK = ("kv", "decode", "stops", "prefix_files", "settings")
 ALL = (*QUICK, "exactness", "batch", "cached_engine", "generation", "prefix_cache", "response_cache", "structured")
 ALL += ("sqlite_store", "scheduler", "cache_budgets", "machine", "memory", "cpuid", "errors", "special_files")
@@ -22,20 +22,20 @@ WITHOUT = "not transformers and not torch"
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version: by its name, or among those of pyenv."""
+    """A Python of this version: found by its name or in pyenv."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [shutil.which(f"python{version}"), *map(str, root.glob(f"versions/{version}.*/bin/python"))]
     return next((path for path in candidates if path is not None and works(path)), None)
 
 
 def works(path: str) -> bool:
-    """A shim of pyenv's for a version that is not chosen does not run."""
+    """pyenv's shim for a version that is not selected does not run."""
     return subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
 def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the option --bundles wants it."""
+    """A folder for the option --bundles."""
     folder = tmp_path_factory.mktemp("ready")
     (folder / "tiny").symlink_to(export_tiny())
     (folder / "tiny-kv-float32").symlink_to(export_tiny(kv="float32"))
@@ -44,10 +44,10 @@ def bundles(export_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def python(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with edgelm and what its tests need, in the tested versions, from the package index."""
+    """An environment with edgelm and its tests' packages, in the tested versions, from the package index."""
     found = interpreter(request.param)
     if found is None:
-        pytest.skip(f"there is no Python {request.param} here")
+        pytest.skip(f"Python {request.param} is not installed")
     venv = tmp_path_factory.mktemp("python") / request.param
     subprocess.run([found, "-m", "venv", str(venv)], check=True)
     options = ["--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]

@@ -1,4 +1,4 @@
-"""What the gate measures of a quantized graph: on texts that calibrated nothing, and along greedy answers."""
+"""What the gate measures on a quantized graph: texts not used for calibration, and greedy answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = Tokens(256, (256,), None)
 
 
 class Chain:
-    """A model in which each token's successor depends on that token alone: row t of a table are its logits."""
+    """A model in which each token's successor depends only on that token: row t of a table holds its logits."""
 
     def __init__(self, table: NDArray[np.float32]) -> None:
         self.table = table.astype(np.float32)
@@ -76,7 +76,7 @@ def observed(folder: Path, table: NDArray[np.float32] | None = None, judging: Ju
     return observe(Chain(ring() if table is None else table), judging, 512, folder)
 
 
-def test_texts_that_a_model_cannot_read_are_measured_and_judge_nothing(tmp_path: Path) -> None:
+def test_texts_unknown_to_the_model_are_measured_but_do_not_judge(tmp_path: Path) -> None:
     judging = Judging((("prose", [0, 1, 2, 3]), ("noise", [0, 3, 1, 6, 2])), (), ())
     reference = observed(tmp_path, judging=judging)
     assert reference.unknown_kinds() == ("noise",)
@@ -85,7 +85,7 @@ def test_texts_that_a_model_cannot_read_are_measured_and_judge_nothing(tmp_path:
     assert (found.tokens, found.mean_kl, found.unknown_kinds) == (3, prose.mean_kl, ("noise",))
     assert noise.tokens == 4 and noise.perplexity_before > VOCABULARY
     alone = observed(tmp_path, judging=Judging((("noise", [0, 3, 1, 6, 2]),), (), ()))
-    assert alone.unknown_kinds() == (), "nothing else is there to judge by"
+    assert alone.unknown_kinds() == (), "there is no other text to judge by"
 
 
 # ---- the texts
@@ -95,8 +95,8 @@ def words(text: str) -> list[str]:
     return text.lower().split()
 
 
-def test_what_judges_has_not_calibrated() -> None:
-    """No 8 words in a row are in a text that calibrates and in one that judges, the questions included."""
+def test_judging_texts_are_not_calibrating_texts() -> None:
+    """No calibrating text shares 8 consecutive words with a judging text or a question."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
         found = words(text)
@@ -112,7 +112,7 @@ def test_what_judges_has_not_calibrated() -> None:
 def test_texts_of_several_kinds_judge() -> None:
     kinds = dict(built_in_texts().judging)
     assert set(kinds) == {"code", "dialogue", "french", "prose"}
-    # SmolLM2's tokenizer makes 1,126 to 1,299 tokens of each.
+    # With SmolLM2's tokenizer, each has 1,126 to 1,299 tokens.
     assert all(len(text) > 3300 for text in kinds.values())
     questions = chat_questions()
     assert "What is the capital of France?" in questions
@@ -168,7 +168,7 @@ def test_with_a_template_questions_are_answered(tokenizer: tuple[Tokenizer, Path
     assert [shown for shown, _ in judging.prompts] == chat_questions()
     assert tokenizer[0].decode(judging.prompts[0][1]) == "[What is the capital of France?]"
     short = make_judging(built_in_texts(), tokenizer[0], tmp_path, ANSWER_TOKENS + 60, TOKENS)
-    assert 0 < len(short.prompts) < 12, "prompts that leave no room for an answer are not tried"
+    assert 0 < len(short.prompts) < 12, "prompts that leave no room for an answer are skipped"
 
 
 # ---- the figures
@@ -179,7 +179,7 @@ def test_the_figures_are_those_of_the_distributions(tmp_path: Path) -> None:
     changed[3, 0] = 3.0
     found = measure(observed(tmp_path), Chain(changed), GATE)
     expected = divergence(log_softmax(ring()[[3]]), log_softmax(changed[[3]]))[0]
-    # Token 3 stands among the 5 tokens of prose that something follows, and among the 3 of code.
+    # Token 3 is one of the 5 prose tokens with a successor, and one of the 3 code tokens.
     assert found.tokens == 8
     assert found.mean_kl == pytest.approx(2 * expected / 8, rel=1e-3)
     by_kind = {kind.kind: kind for kind in found.kinds}
@@ -192,7 +192,7 @@ def test_the_figures_are_those_of_the_distributions(tmp_path: Path) -> None:
     assert [(item.begin, item.end, item.tokens) for item in found.positions] == [(0, 1, 2), (1, 16, 6)]
 
 
-def test_half_precision_on_disk_costs_nothing_that_is_measured(tmp_path: Path) -> None:
+def test_storing_reference_logits_in_half_precision_does_not_change_figures(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     table = draw.normal(0, 3, (4096, 4096)).astype(np.float32)
     ids = draw.integers(4096, size=400).tolist()
@@ -200,7 +200,7 @@ def test_half_precision_on_disk_costs_nothing_that_is_measured(tmp_path: Path) -
     judging = Judging((("text", ids),), (), ())
     found = measure(observe(Chain(table), judging, 512, tmp_path), Chain(other), GATE)
     exact = divergence(log_softmax(table[ids[:-1]]), log_softmax(other[ids[:-1]]))
-    assert exact.mean() == pytest.approx(0.00125, rel=0.1), "a hard case: as near as weights of 8 bits"
+    assert exact.mean() == pytest.approx(0.00125, rel=0.1), "a hard case: as close as 8-bit weights"
     assert found.mean_kl == pytest.approx(exact.mean(), rel=2e-3)
     assert found.p99_kl == pytest.approx(np.quantile(exact, 0.99), rel=1e-2)
     same = measure(observe(Chain(table), judging, 512, tmp_path), Chain(table), GATE)
@@ -222,7 +222,7 @@ def test_answers_are_judged_along_fp32s_own(tmp_path: Path) -> None:
     assert write_answers(reference, found.differs_at, Chain(changed), (7,), 8) == [[2, 3, 4, 7], [7]]
 
 
-def test_an_answer_that_is_the_same_runs_nothing(tmp_path: Path) -> None:
+def test_an_equal_answer_is_not_computed_again(tmp_path: Path) -> None:
     reference = observed(tmp_path)
     session = Chain(ring())
     found = measure(reference, session, GATE).answers
@@ -252,15 +252,15 @@ def test_each_limit_that_is_missed_is_named(change: dict[str, float], words: str
     assert words in fault
 
 
-def test_a_rise_of_perplexity_within_its_error_is_none() -> None:
+def test_a_perplexity_rise_within_its_error_is_no_fault() -> None:
     near = dataclasses.replace(good(), perplexity_increase_percent=0.6)
-    assert faults(near, GATE) == [], "0.6 % with a standard error of 0.1 %"
+    assert faults(near, GATE) == [], "0.6 % with a standard error of 0.1 % is not significant"
     assert faults(dataclasses.replace(near, perplexity_error_percent=0.04), GATE)
 
 
-def test_answers_that_part_where_fp32_is_clear_are_refused(tmp_path: Path) -> None:
+def test_answers_that_differ_where_fp32_is_decided_are_refused(tmp_path: Path) -> None:
     changed = ring()
-    changed[6] = 0.9 * changed[6] + np.roll(changed[6], 1)  # the second choice becomes the first, by a little
+    changed[6] = 0.9 * changed[6] + np.roll(changed[6], 1)  # the second choice narrowly becomes the first
     found = measure(observed(tmp_path), Chain(changed), GATE)
     wide = dataclasses.replace(GATE, mean_kl=9.0, p99_kl=9.0, perplexity_increase_percent=900.0)
     (fault,) = faults(found, wide)
@@ -268,7 +268,7 @@ def test_answers_that_part_where_fp32_is_clear_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_fp32_logits_that_are_no_numbers_are_refused_by_place(tmp_path: Path, value: float) -> None:
+def test_nan_fp32_logits_are_refused_with_their_position(tmp_path: Path, value: float) -> None:
     broken = ring()
     broken[3, 5] = value
     with pytest.raises(VerificationError, match="not all finite numbers behind token 4 of 'prose'") as caught:
@@ -280,7 +280,7 @@ def test_fp32_logits_that_are_no_numbers_are_refused_by_place(tmp_path: Path, va
 
 
 def candidate(tables: Sequence[NDArray[np.float32]], written: list[int], repaired: bool = False) -> Candidate:
-    """Attempts that are the tables, in their order, and a reference that is the ring."""
+    """Attempts that return these tables in order, and a reference that is the ring."""
 
     @contextmanager
     def opened(table: Callable[[], NDArray[np.float32]]) -> Iterator[Chain]:
@@ -301,7 +301,7 @@ def candidate(tables: Sequence[NDArray[np.float32]], written: list[int], repaire
     )
 
 
-def test_the_first_attempt_that_holds_is_taken(tmp_path: Path) -> None:
+def test_the_first_attempt_that_passes_is_taken(tmp_path: Path) -> None:
     bad, right = ring(1.0), ring()
     written: list[int] = []
     verdict = judge(candidate([bad, right, bad], written), JUDGING, 512, GATE, tmp_path)
@@ -311,7 +311,7 @@ def test_the_first_attempt_that_holds_is_taken(tmp_path: Path) -> None:
     assert verdict.agreement.mean_kl < 1e-6
 
 
-def test_where_no_attempt_holds_the_error_has_the_figures_of_each(tmp_path: Path) -> None:
+def test_if_no_attempt_passes_the_error_has_the_figures_of_each(tmp_path: Path) -> None:
     written: list[int] = []
     with pytest.raises(VerificationError) as caught:
         judge(candidate([ring(1.0), ring(2.0)], written), JUDGING, 512, GATE, tmp_path)
@@ -335,7 +335,7 @@ def test_the_report_has_the_figures_and_the_answers(tiny_bundle: Path) -> None:
     assert edges[0][0] == 0 and all(left[1] == right[0] for left, right in itertools.pairwise(edges))
     assert found["answers"]["prompts"] == 12
     assert len(report["examples"]) == 8
-    # Other tokens may be the same text (bytes that are no character), but not the other way round.
+    # Different tokens may give the same text (bytes that form no character), but equal tokens give equal text.
     for example, differs in zip(report["examples"], found["answers"]["differs_at"], strict=False):
         assert differs is not None or example["fp32"] == example["quantized"]
     assert any(example["fp32"] != example["quantized"] for example in report["examples"])

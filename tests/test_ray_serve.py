@@ -1,4 +1,4 @@
-"""scripts/serve_on_ray.py with Ray itself: replicas answer as `generate` does, and a killed one is started again."""
+"""scripts/serve_on_ray.py with Ray itself: replicas answer as `generate` does, and a killed one is restarted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(bundle: Path) -> Iterator[str]:
     """Two replicas behind Ray's own proxy."""
     ray = pytest.importorskip("ray", reason='not installed: pip install "edgelm[cluster]"')
-    script = pytest.importorskip("scripts.serve_on_ray", reason="scripts/ is not here")
+    script = pytest.importorskip("scripts.serve_on_ray", reason="scripts/ is missing")
     from ray import serve
 
     with socket.socket() as probe:
@@ -57,7 +57,7 @@ def ask(address: str, **changes: Any) -> httpx.Response:
 
 
 def pids() -> set[int]:
-    """The processes of the replicas that live."""
+    """The processes of the live replicas."""
     found = psutil.process_iter(["pid", "cmdline", "status"])
     return {
         process.info["pid"]
@@ -98,7 +98,7 @@ def test_a_client_that_leaves_frees_its_row(address: str) -> None:
     assert eventually(idle, 20)
 
 
-def test_a_replica_that_is_killed_comes_again(address: str) -> None:
+def test_a_killed_replica_is_restarted(address: str) -> None:
     before = pids()
     assert len(before) == REPLICAS
     killed = min(before)

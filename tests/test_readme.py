@@ -28,8 +28,8 @@ PYTHON = [*_blocks("python"), *_blocks("python", GENERATION), *_blocks("python",
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's commands ran, top to bottom. Left out: what sets up an environment, what the gate
-    runs by itself, and what fetches a model from the hub."""
+    """A folder in which the README's commands ran in order, except those that set up an environment, that the gate runs
+    itself, or that fetch a model from the hub."""
     folder = tmp_path_factory.mktemp("readme")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     lines = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("edgelm ")]
@@ -60,4 +60,4 @@ def test_every_command_is_described() -> None:
         [sys.executable, "-m", "edgelm.runtime.cli", "--help"], capture_output=True, text=True, check=True
     )
     for command in re.findall(r"^  (\w+) ", done.stdout.split("commands:")[1], re.MULTILINE):
-        assert f"edgelm {command}" in README, f"the README does not name  edgelm {command}"
+        assert f"edgelm {command}" in README, f"the README does not describe  edgelm {command}"

@@ -1,5 +1,5 @@
-"""What a bundle of a real model can do is what the README says, with the arithmetic that its export chose, with kernels
-and without: it answers, its bits do not depend on cuts, and batches, prefixes and draft tokens work on it."""
+"""A bundle of a real model keeps the README's promises with the arithmetic chosen by its export, with kernels and
+without: it answers, is exact under cuts, and supports batches, prefixes and draft tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine(real_bundle: Path, computed_by: str) -> Iterator[Engine]:
         yield engine
 
 
-def test_it_knows_the_capital_of_france(engine: Engine) -> None:
+def test_the_model_knows_the_capital_of_france(engine: Engine) -> None:
     done = engine.generate(messages=QUESTION, max_tokens=32)
     assert done.text == "The capital of France is Paris."
     assert done.finish_reason == "stop"
@@ -86,9 +86,7 @@ def test_draft_tokens_change_no_answer(engine: Engine) -> None:
     assert drafted.token_ids == engine.generate(prompt, max_tokens=24, lookup=False).token_ids
 
 
-def test_it_is_near_fp32_on_a_text_that_calibrated_nothing(
-    real_bundle: Path, real_model: Path, computed_by: str
-) -> None:
+def test_the_model_is_close_to_fp32_on_held_out_text(real_bundle: Path, real_model: Path, computed_by: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

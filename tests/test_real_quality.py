@@ -1,4 +1,4 @@
-"""The gate on a real model, which random weights cannot stand for: they have no outliers that 8 bits would lose."""
+"""The gate on a real model: random weights have no outliers that 8 bits would lose."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ GATE = load_target("x86-cpu").gate
 
 
 @pytest.mark.slow
-def test_activations_of_8_bits_everywhere_are_mended(real_model: Path, tmp_path: Path) -> None:
-    """A target that lets the choice of arithmetic take 8 bits wherever it likes: the gate finds 0.04 nats, and the next
-    attempt, 16 bits everywhere, is what is written."""
+def test_8_bit_activations_everywhere_are_replaced_by_16_bits(real_model: Path, tmp_path: Path) -> None:
+    """The target lets every matrix take activations of 8 bits: the gate finds 0.04 nats and writes the next attempt, 16
+    bits everywhere."""
     target = tmp_path / "narrow.toml"
     target.write_text('extends = "x86-cpu"\nname = "narrow"\n[gate]\nactivations_kl = 9.0\n', encoding="utf-8")
     done = export_model(ExportConfig(str(real_model), target=str(target), out=tmp_path / "bundle"))

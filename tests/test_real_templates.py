@@ -1,4 +1,4 @@
-"""Chat templates of published models, as trl ships them: the prompt of transformers for what OpenAI's client dumps."""
+"""Chat templates of published models, shipped by trl: the same prompts as transformers' for OpenAI's client dumps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import byte_tokenizer, missing
 from .served import client_of, saying_engine
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-# What transformers raises where it refuses messages.
+# Exceptions that transformers raises when it refuses messages.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError)
 
 
@@ -48,7 +48,7 @@ ASK = {"role": "user", "content": "What is the weather in Köln? <b>\n"}
 
 
 def dumped(**fields: Any) -> dict[str, Any]:
-    """An answer as OpenAI's client dumps it: with every field of its type."""
+    """An answer as OpenAI's client dumps it, with every field of its type."""
     from openai.types.chat import ChatCompletionMessage
 
     return ChatCompletionMessage.model_validate({"role": "assistant", **fields}).model_dump()
@@ -83,7 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def outcome_of_transformers(reference: Any, source: str, messages: Any, **settings: Any) -> str | None:
-    """The text, or None where transformers refuses."""
+    """The text, or None if transformers refuses."""
     import jinja2
 
     try:
@@ -99,7 +99,7 @@ def outcome(template: ChatTemplate, messages: Any, prompt: bool, options: ChatOp
         return None
 
 
-def test_there_are_twenty_templates() -> None:
+def test_trl_has_at_least_twenty_templates() -> None:
     if not TEMPLATES:
         missing("trl, which ships templates of published models, is not installed (pip install --no-deps trl)")
     assert len(TEMPLATES) >= 20
@@ -132,8 +132,8 @@ def test_the_prompt_is_the_one_of_transformers(reference: Any, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_server_gives_earlier_calls_as_templates_take_them(name: str, tmp_path: Path) -> None:
-    """Neither a text in quotes once more, nor an object as Python writes it."""
+def test_the_server_passes_earlier_calls_in_the_templates_form(name: str, tmp_path: Path) -> None:
+    """Neither a text quoted twice, nor an object in Python's notation."""
     if name not in TEMPLATES:
         missing("trl, which ships templates of published models, is not installed (pip install --no-deps trl)")
     pytest.importorskip("openai")
@@ -142,7 +142,7 @@ def test_the_server_gives_earlier_calls_as_templates_take_them(name: str, tmp_pa
     with saying_engine(tmp_path, template=template, context=20_000) as engine, client_of(engine) as client:
         answer = client.post("/apply-template", json=asked)
     assert answer.status_code in (200, 400), answer.text
-    if answer.status_code == 400:  # the template takes no such messages
+    if answer.status_code == 400:  # the template does not accept these messages
         assert "chat template" in answer.json()["error"]["message"], answer.text
         return
     prompt = answer.json()["prompt"].split("What is the weather", 1)[-1]
@@ -150,7 +150,7 @@ def test_the_server_gives_earlier_calls_as_templates_take_them(name: str, tmp_pa
     assert "{'city'" not in prompt and '\\"city' not in prompt, prompt
 
 
-def test_what_openais_client_returns_is_taken_as_it_is() -> None:
+def test_messages_from_openais_client_are_accepted_unchanged() -> None:
     pytest.importorskip("openai")
     from openai.types.chat import ChatCompletionMessage
 

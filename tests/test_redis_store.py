@@ -1,4 +1,4 @@
-"""Answers on a real Redis server, which each test module starts for itself in a folder of its own."""
+"""Answers on a real Redis server; each test module starts one in a folder of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answer(number: int) -> CachedAnswer:
 
 
 class Server:
-    """A server behind a socket, that can be stopped and started."""
+    """A Redis server on a socket that can be stopped and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "s"
@@ -44,7 +44,7 @@ class Server:
         )
         end = time.monotonic() + 30
         while not self.socket.exists():
-            assert time.monotonic() < end, "the server does not start"
+            assert time.monotonic() < end, "the server did not start"
             time.sleep(0.01)
 
     def stop(self) -> None:
@@ -102,7 +102,7 @@ def test_an_answer_lives_for_its_time(server: Server, client: Any) -> None:
     assert client.ttl(PREFIX + "key") == -1
 
 
-def test_an_answer_of_a_longer_lived_cache_is_too_old_for_a_shorter_one(server: Server) -> None:
+def test_each_client_applies_its_own_time_to_live(server: Server) -> None:
     RedisStore(server.url).put("key", CachedAnswer((("a", (1,)),), "stop", time.time() - 100))
     assert RedisStore(server.url, ttl_s=99).get("key") is None
 
@@ -136,13 +136,13 @@ def test_a_damaged_answer_is_not_given_and_removed(
     store.check()
 
 
-def test_a_key_of_another_type_is_an_error_of_ours(server: Server, client: Any) -> None:
+def test_a_key_of_another_type_is_a_cache_error(server: Server, client: Any) -> None:
     client.lpush(PREFIX + "key", "item")
     with pytest.raises(CacheError, match="WRONGTYPE"):
         RedisStore(server.url).get("key")
 
 
-def test_a_full_server_refuses_and_nothing_else_happens(server: Server, client: Any) -> None:
+def test_a_full_server_refuses_new_answers_and_keeps_old_ones(server: Server, client: Any) -> None:
     store = RedisStore(server.url)
     store.put("key", answer(1))
     client.config_set("maxmemory", 1)
@@ -192,7 +192,7 @@ def test_a_short_run_of_the_stress_script(server: Server) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "localhost:6379", "http://localhost", "redis://[", "redis://host:port"])
-def test_a_url_that_is_none_is_refused_at_load(url: str, tiny_bundle: Path) -> None:
+def test_an_invalid_url_is_refused_at_load(url: str, tiny_bundle: Path) -> None:
     with pytest.raises(SettingsError, match="redis_url"):
         load(tiny_bundle, response_cache=ResponseCacheSettings(redis_url=url))
 

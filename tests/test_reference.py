@@ -1,4 +1,4 @@
-"""The written guarantee at full size: the 135M reference model, up to 2,000 tokens, any cut, bit for bit. Slow."""
+"""Exactness under cuts at full size: the 135M reference model, up to 2,000 tokens, bit for bit. Slow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .conftest import ROOT
 pytestmark = pytest.mark.slow
 
 TOKENS = 2000
-# Logits of 2,000 positions would take 393 MB; every position of the last stretch and some before it are compared.
+# Logits of all 2,000 positions would take 393 MB. Every position of the last stretch and some before it are compared.
 CHECKED = sorted({*range(0, TOKENS, 97), 127, 128, 255, 256, 257, 511, 512, 1023, 1024, *range(TOKENS - 40, TOKENS)})
 
 
@@ -54,7 +54,7 @@ def whole(session: OrtSession, text: list[int]) -> NDArray[np.float32]:
 
 
 def _logits(session: OrtSession, text: list[int], sizes: list[int]) -> NDArray[np.float32]:
-    """Logits at the checked positions of a text that is fed in pieces of these sizes, over and over."""
+    """Logits at the checked positions of a text fed in pieces of these sizes, repeated in turn."""
     session.rewind(0)
     rows, begin, turn = [], 0, 0
     while begin < len(text):

@@ -1,4 +1,4 @@
-"""Where the system refuses something, or files belong to others, edgelm gives one of its errors or a warning."""
+"""If the system refuses something, or files belong to another user, edgelm gives its own error or a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(path: str) -> PermissionError:
 
 @pytest.fixture
 def closed_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """EDGELM_HOME in a folder that may not be entered. Not by its mode: root may enter all."""
+    """EDGELM_HOME in a folder that cannot be entered. Simulated, because root ignores file modes."""
     closed = tmp_path / "closed"
     monkeypatch.setenv("EDGELM_HOME", str(closed / "home"))
     stat = Path.stat
@@ -49,7 +49,7 @@ def closed_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return closed / "home"
 
 
-def test_a_home_that_may_not_be_entered(closed_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_home_that_cannot_be_entered(closed_home: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not Prepared("sha256:0", closed_home / "prepared").is_worth_it(1 << 40)
     assert prepared_for("sha256:0") is None and "Permission denied" in caplog.text
     for folder in (prefixes, responses):
@@ -57,7 +57,7 @@ def test_a_home_that_may_not_be_entered(closed_home: Path, caplog: pytest.LogCap
             folder()
 
 
-def test_the_doctor_and_answers_beside_such_a_home(
+def test_the_doctor_and_answers_work_without_a_usable_home(
     closed_home: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor"]) in (0, 1)
@@ -82,7 +82,7 @@ def test_folders_of_others_are_not_used(
             {"responses": responses, "prefixes": prefixes}[name]()
 
 
-def test_an_answer_that_finds_no_room_to_be_kept_is_given(
+def test_an_answer_that_cannot_be_cached_is_still_given(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_room(*_: Any, **__: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_command_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.parametrize("key", ["name", "versions", "source", "notes", "target"])
-def test_a_manifest_gives_the_terminal_no_orders(
+def test_a_manifest_prints_no_control_characters(
     key: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = tmp_path / "bundle"
@@ -141,27 +141,27 @@ def test_a_manifest_gives_the_terminal_no_orders(
     assert "cannot be shown" in captured.err and captured.err.strip().isprintable()
 
 
-def test_an_error_gives_the_terminal_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_prints_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "a\x1b[2Jb")]) == 1
     error = capsys.readouterr().err
     assert "a\\x1b[2Jb" in error and error.strip().isprintable()
 
 
 class NoRoom:
-    """A tokenizer, or a database, for which there is no memory."""
+    """A tokenizer or database that runs out of memory."""
 
     def encode(self, *_: Any, **__: Any) -> None:
         raise MemoryError
 
 
-def test_a_prompt_for_which_there_is_no_memory(tiny_bundle: Path) -> None:
+def test_a_prompt_without_enough_memory(tiny_bundle: Path) -> None:
     tokenizer = Tokenizer(tiny_bundle / "tokenizer.json")
     tokenizer._tokenizer = NoRoom()  # type: ignore[assignment]
     with pytest.raises(MemoryShortageError, match="a prompt of 4 characters takes more memory"):
         tokenizer.encode("Once")
 
 
-def test_a_database_for_which_there_is_no_memory(tmp_path: Path) -> None:
+def test_a_database_without_enough_memory(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not enough memory"), mapped_errors(tmp_path):
         raise MemoryError
 

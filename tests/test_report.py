@@ -1,4 +1,4 @@
-"""The report of an export: its figures, its page, and what `edgelm inspect` says of it."""
+"""The report of an export: its figures, its page, and `edgelm inspect --report`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_report(bundle: Path) -> Report:
 
 
 def words_of(html: str) -> str:
-    """The text of a page as a reader sees it, which also proves that it is well-formed."""
+    """The text of a page as a reader sees it; fails if the page is not well-formed."""
     body = ET.fromstring(html).find("{*}body")  # noqa: S314, our own page
     assert body is not None
     return " ".join(" ".join(body.itertext()).split())
@@ -66,18 +66,18 @@ def test_the_parts_are_all_weights_of_the_graph(tiny_bundle: Path, report: Repor
 
 
 def test_each_weight_is_counted_with_its_part(report: Report) -> None:
-    """Two layers, hidden size 64, MLP 96, 4 heads and 2 KV heads of 16, a vocabulary of 257 that is tied, in fp32."""
+    """Two layers, hidden size 64, MLP 96, 4 heads and 2 KV heads of 16, a tied vocabulary of 257, in fp32."""
     before, after = report["parts"]["before"], report["parts"]["after"]
     assert before["embedding and head"] == 4 * 257 * 64
     assert before["attention"] == 4 * 2 * 64 * (64 + 2 * 32 + 64)
     assert before["MLP"] == 4 * 2 * 3 * 64 * 96
-    assert before["norms"] == after["norms"] == 4 * 64  # those of a fresh model are alike and stored once
+    assert before["norms"] == after["norms"] == 4 * 64  # a fresh model's norms are equal and stored once
     assert after["embedding and head"] == 257 * (64 + 4)
     assert after["MLP"] == 2 * (3 * 64 * 96 + 4 * (2 * 96 + 64))
 
 
 def test_a_norm_inside_a_product_is_a_norm(tmp_path: Path) -> None:
-    """By where it stands, whatever its name; the matrix and its scales are none."""
+    """Classified by position, not by name; the matrix and its scales are no norms."""
     weights = {"mlp_w": np.ones((8, 4), np.int8), "mlp_s": np.ones(4, np.float32), "mlp_g": np.ones(8, np.float32)}
     text = "float[b,n,8] x -> float[b,n,4] y"
     body = f"y, total = {EDGELM}.{NORMED_ROWWISE_MATMUL} <epsilon = 0.1> (x, x, mlp_g, mlp_w, mlp_s)"
@@ -90,7 +90,7 @@ def test_a_norm_inside_a_product_is_a_norm(tmp_path: Path) -> None:
 
 def test_the_cache_is_counted_as_the_runtime_allocates_it(report: Report) -> None:
     values = 2 * 2 * (16 + 16)  # layers, KV heads, key and value
-    scales = 2 * 2 * 2 * 4  # of kernels: one for each key and value, float32
+    scales = 2 * 2 * 2 * 4  # with kernels: one per key and value, float32
     assert report["memory"]["after"]["kv_bytes_per_token"] == values + scales
     assert report["memory"]["before"]["kv_bytes_per_token"] == 4 * values
     assert report["memory"]["before"]["kv_bytes_full_context"] == 4 * values * 512
@@ -108,14 +108,14 @@ def test_the_cache_is_counted_as_the_runtime_allocates_it(report: Report) -> Non
         (0, 5, ""),
     ],
 )
-def test_changes_in_words(before: float, after: float, words: str) -> None:
+def test_changes_are_written_in_words(before: float, after: float, words: str) -> None:
     assert change_text(before, after, "larger", "smaller") == words
 
 
 @pytest.mark.parametrize(
     ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (3.14e6, "3.1 MB"), (2e9, "2.00 GB")]
 )
-def test_bytes_in_words(count: float, words: str) -> None:
+def test_bytes_are_written_with_a_unit(count: float, words: str) -> None:
     assert bytes_text(count) == words
 
 
@@ -154,7 +154,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tiny_bundle: Path) -> None:
         assert "".join(target).startswith("#")
 
 
-def test_the_ids_of_the_page_are_unlike(report: Report) -> None:
+def test_the_ids_of_the_page_are_unique(report: Report) -> None:
     ids = re.findall(r'\sid="([^"]*)"', page(report))
     assert len(ids) == len(set(ids)) > 5
 
@@ -180,7 +180,7 @@ def test_an_fp32_bundle_has_a_page_without_a_comparison(fp32_bundle: Path) -> No
         assert absent not in words
 
 
-def test_names_are_shown_and_not_obeyed(report: Report) -> None:
+def test_names_are_escaped(report: Report) -> None:
     report.update(model="<b>x</b>", license='"><script>', sensitivity=[{"name": "<i>&$x$</i>", "kl": 0.5}])
     html = page(report)
     assert "<b>x</b>" not in html and "<script" not in html and "<i>" not in html
@@ -205,7 +205,7 @@ def test_sensitive_layers_come_first(report: Report, key: str) -> None:
     assert words.index("layer 1") < words.index("layer 0") < words.index("layer 2")
 
 
-def test_no_layers_no_section(report: Report) -> None:
+def test_without_layers_there_is_no_sensitivity_section(report: Report) -> None:
     report["sensitivity"] = []
     assert "Sensitivity" not in words_of(page(report))
 
@@ -230,7 +230,7 @@ def test_answers_are_cut_at_the_first_other_word(before: str, after: str, parts:
 
 
 def with_examples(report: Report) -> Report:
-    """A report with two prompts, of which one has answers that differ and hold what must not be obeyed."""
+    """A report with two prompts; one has answers that differ and contain markup and control characters."""
     report["examples"] = [
         {"prompt": "Capital?", "fp32": "Paris.", "quantized": "Paris."},
         {"prompt": "<i>Why?</i>", "fp32": "Because \x1b[31m of\nred", "quantized": "Because </p><script>x</script>"},
@@ -294,7 +294,7 @@ def test_the_arithmetic_that_was_chosen_is_shown(report: Report) -> None:
 
 
 def texts_of(svg: str) -> list[tuple[float, float, str]]:
-    """Left edge, height and words of each text of a drawing, in its own units."""
+    """Left edge, height and words of each text in a drawing, in the drawing's units."""
     found = []
     for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):  # noqa: S314, our own drawing
         style = dict(part.strip().split(": ", 1) for part in element.attrib["style"].split(";") if ":" in part)
@@ -307,7 +307,7 @@ def texts_of(svg: str) -> list[tuple[float, float, str]]:
 
 
 def test_long_names_do_not_overlap_their_figures() -> None:
-    """The label ends where the value begins, at 0.6 of the text's size a character; it is there from end to end."""
+    """The label ends before the value begins, with 0.6 of the font size a character, and is not truncated."""
     names = [
         "short",
         "model.layers.10.self_attn.q_proj.weight+k_proj+v_proj",
@@ -346,14 +346,14 @@ def test_inspect_prints_the_report_as_json(
 
 
 def with_report(bundle: Path, folder: Path, text: str) -> Path:
-    """A copy of a bundle with another report.json, and a manifest that fits."""
+    """A copy of a bundle with another report.json and a matching manifest."""
     copied = Path(shutil.copytree(bundle, folder / "bundle"))
     put_file(copied, "report.json", text)
     return copied
 
 
 def put_file(bundle: Path, name: str, text: str) -> None:
-    """Write a file of a bundle, and a manifest that fits."""
+    """Write a file of a bundle and update its manifest."""
     (bundle / name).write_text(text, encoding="utf-8")
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -362,7 +362,7 @@ def put_file(bundle: Path, name: str, text: str) -> None:
 
 
 def opened_pages(monkeypatch: pytest.MonkeyPatch, found: bool = True) -> list[str]:
-    """The text of each page that the browser is shown from here on."""
+    """The text of each page that the browser is asked to show from now on."""
     pages: list[str] = []
 
     def browser(address: str) -> bool:
@@ -387,7 +387,7 @@ def test_inspect_opens_a_page_that_it_makes_itself(
 
 
 class Announced:
-    """An entry point, of the exporter where it is installed."""
+    """An entry point, as the installed exporter's."""
 
     def __init__(self, page: Any) -> None:
         self.load = lambda: page
@@ -413,7 +413,7 @@ ODD = [None, 7, -1e999, 10**400, "x\x1b[2J", [], [7], {}, {"kinds": 7}, True, [[
 
 
 @pytest.mark.parametrize("odd", ODD, ids=str)
-def test_a_report_of_odd_types_is_shown_without_them(
+def test_values_of_wrong_types_in_a_report_are_left_out(
     odd: Any, tiny_bundle: Path, tmp_path: Path, report: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = with_report(tiny_bundle, tmp_path, "{}")

@@ -1,4 +1,4 @@
-"""The response cache that an engine asks: keys, two stores behind one, equal requests at once, failing stores."""
+"""The response cache of an engine: keys, memory before an outer store, concurrent equal requests, failing stores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def answer(words: int = 1, letter: str = "a") -> CachedAnswer:
 
 
 class DictStore:
-    """An outer store of a dictionary, which fails while `fails` is set, and notes what it was asked."""
+    """An outer store in a dictionary. It fails while `fails` is set, and records its calls."""
 
     def __init__(self) -> None:
         self.answers: dict[str, CachedAnswer] = {}
@@ -87,14 +87,14 @@ def test_a_key_is_the_hash_of_its_written_canonical_form() -> None:
         ("sha256:ab", [1, 2], {"max_tokens": 3, "stop_ids": []}),
     ],
 )
-def test_whatever_differs_gives_another_key(other: tuple[str, list[int], dict[str, Any]]) -> None:
+def test_any_difference_gives_another_key(other: tuple[str, list[int], dict[str, Any]]) -> None:
     assert response_key(*other) != response_key("sha256:ab", [1, 2], {"max_tokens": 3})
 
 
 # ---- two stores
 
 
-def test_what_one_process_stored_another_finds_and_then_has_in_memory() -> None:
+def test_an_answer_from_the_outer_store_is_then_kept_in_memory() -> None:
     outer = DictStore()
     ResponseCache(outer=outer).put("key", answer())
     other = ResponseCache(outer=outer)
@@ -104,7 +104,7 @@ def test_what_one_process_stored_another_finds_and_then_has_in_memory() -> None:
     assert (other.hits, other.misses, len(other)) == (2, 0, 1)
 
 
-def test_a_hit_in_memory_counts_as_a_use_outside() -> None:
+def test_a_hit_in_memory_counts_as_a_use_in_the_outer_store() -> None:
     outer = DictStore()
     cache = ResponseCache(outer=outer)
     cache.put("key", answer())
@@ -140,7 +140,7 @@ def test_clearing_and_closing_reach_both_stores_and_keep_the_counters() -> None:
 # ---- a store that fails
 
 
-def test_a_failing_store_is_warned_of_once_left_alone_for_a_minute_and_asked_again(
+def test_a_failing_store_is_one_warning_and_is_retried_after_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock, outer = FakeClock(), DictStore()
@@ -193,7 +193,7 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
         ResponseCacheSettings(**wrong)
 
 
-def test_anything_else_than_settings_is_refused() -> None:
+def test_other_types_than_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="response_cache"):
         open_response_cache("yes")  # type: ignore[arg-type]
 

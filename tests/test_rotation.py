@@ -1,4 +1,4 @@
-"""Rotary embeddings whose values depend on the length of the whole text: the context ends where they would change."""
+"""Rotary embeddings that depend on the length of the whole text: the context ends where they would change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 
 
 def phi(long_factor: float) -> Any:
-    """A tiny model of Phi 3.5's kind: other factors in texts that are longer than the original context."""
+    """A tiny model like Phi 3.5, with other factors for texts longer than the original context."""
     import torch
     import transformers
 
@@ -70,13 +70,13 @@ def test_the_context_ends_where_the_rotation_changes(
         done = engine.generate(token_ids=prompt, max_tokens=100)
         assert done.finish_reason == "context_full"
         if "fp32" in settings:
-            # The last token is chosen of a full context, and needs no place in it.
+            # The last token is chosen with a full context and needs no position.
             assert list(done.token_ids)[:-1] == expected[0, len(prompt) :].tolist()
         with pytest.raises(ContextLengthError):
             engine.generate(token_ids=[1] * (ORIGINAL + 1), max_tokens=1)
 
 
-def test_a_rotation_of_one_kind_for_all_lengths_has_the_whole_context(tmp_path: Path) -> None:
+def test_a_rotation_equal_for_all_lengths_has_the_whole_context(tmp_path: Path) -> None:
     from edgelm.export.source.rotation import steady_length
 
     assert steady_length(phi(2.0), MOST) == ORIGINAL
@@ -86,19 +86,19 @@ def test_a_rotation_of_one_kind_for_all_lengths_has_the_whole_context(tmp_path: 
 
 
 def test_a_rotation_that_changes_with_every_token(tmp_path: Path) -> None:
-    """Dynamic NTK begins at the model's own context; a folder may name a longer one under another key."""
+    """Dynamic NTK starts beyond the model's own context; a folder may give a longer context under another key."""
     from edgelm.export.source.rotation import rotation_name, steady_length
 
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     model = tiny_llama(rope_parameters=rope, max_position_embeddings=128)
     assert steady_length(model, 512) == 128
-    assert steady_length(model, 512) == 128, "asking changes nothing"
+    assert steady_length(model, 512) == 128, "measuring changes nothing"
     assert rotation_name(model) == "rope_type 'dynamic'"
 
 
 @pytest.mark.parametrize("kind", sorted(SAME))
 def test_other_types_keep_their_context(kind: str) -> None:
-    """Each of these rotary embeddings can be asked, or has no rotation."""
+    """Each of these rotary embeddings can be evaluated, or has no rotation."""
     from edgelm.export.source.rotation import steady_length
 
     assert steady_length(tiny_model(kind), MOST) == MOST

@@ -1,4 +1,4 @@
-"""Rounding to int8 with compensation: products on a text come out more exact than with plain rounding."""
+"""Rounding to int8 with error compensation: products on a text are more exact than with plain rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INPUTS, OUTPUTS = 96, 40
 
 
 def rows_and_matrix() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Inputs that go together, as those of a real layer do, some much larger than others."""
+    """Correlated inputs, as a real layer's, some much larger than others."""
     draw = np.random.default_rng(3)
     rows = draw.standard_normal((400, 12)) @ draw.standard_normal((12, INPUTS))
     rows += 0.1 * draw.standard_normal(rows.shape)
@@ -46,27 +46,27 @@ def test_products_with_the_texts_inputs_are_more_exact(limit: int) -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_with_inputs_that_do_not_go_together_it_is_plain_rounding() -> None:
+def test_with_uncorrelated_inputs_it_is_plain_rounding() -> None:
     _, matrix = rows_and_matrix()
     scales = column_scales(matrix, 127)
     found = gptq_columns(matrix, np.eye(INPUTS, dtype=np.float32), scales, 127)
     np.testing.assert_array_equal(found, quantize_columns(matrix, 127))
 
 
-def test_an_input_that_is_always_zero_takes_no_part() -> None:
+def test_an_input_that_is_always_zero_has_no_effect() -> None:
     rows, matrix = rows_and_matrix()
     rows[:, 7] = 0
     found = gptq_columns(matrix, rows.T @ rows, column_scales(matrix, 127), 127)
     np.testing.assert_array_equal(found[7], quantize_columns(matrix, 127)[7])
 
 
-def test_columns_are_rounded_alike_in_whatever_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_rounded_equally_for_any_slab_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, matrix = rows_and_matrix()
     hessian, scales = rows.T @ rows, column_scales(matrix, 127)
     whole = gptq_columns(matrix, hessian, scales, 127)
     monkeypatch.setattr("edgelm.export.quantization.gptq._SLAB", 7)
     parts = gptq_columns(matrix, hessian, scales, 127)
-    assert (whole != parts).mean() < 0.002  # the product's order of additions differs
+    assert (whole != parts).mean() < 0.002  # the order of additions differs
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def test_each_matrix_of_a_graph_is_rounded_and_written(graph: Path, tmp_path: Pa
         np.testing.assert_array_equal(stored, np.load(path))
 
 
-def test_windows_that_run_together_are_read_each_by_itself(graph: Path) -> None:
+def test_windows_in_one_batch_are_independent(graph: Path) -> None:
     ids = list(TEXT.encode())
-    texts = [ids[:96], ids[96:192], ids[192:230], ids[230:326]]  # three of one length and a short one
+    texts = [ids[:96], ids[96:192], ids[192:230], ids[230:326]]  # three of equal length and a short one
     (together,) = each_group_of_hessians(graph, texts, 96)
     alone = [collect_hessians(graph, text, 96) for text in texts]
     for name, found in together.items():
@@ -102,7 +102,7 @@ def test_windows_that_run_together_are_read_each_by_itself(graph: Path) -> None:
         np.testing.assert_allclose(found, weighted, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_are_no_numbers_are_refused(graph: Path, tmp_path: Path) -> None:
+def test_infinite_inputs_are_refused(graph: Path, tmp_path: Path) -> None:
     model = ir.load(graph)
     (name,) = [name for name in model.graph.initializers if "layers.1.mlp.down_proj" in name]
     weight = model.graph.initializers[name].const_value

@@ -1,5 +1,4 @@
-"""Each step of sampling against transformers' own processor, and a whole choice against all processors in their
-order."""
+"""Each sampling step against transformers' own processor, and whole choices against all processors in their order."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ seeds = st.integers(0, 10_000)
 
 
 def row_of(seed: int, size: int = VOCABULARY, spread: float = 4.0) -> Row:
-    """Logits without ties, so that which tokens stay is no matter of order."""
+    """Logits without ties, so that the order of equal tokens does not matter."""
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
@@ -101,7 +100,7 @@ def test_top_k_is_transformers(seed: int, k: int) -> None:
     np.testing.assert_array_equal(row, expected)
 
 
-def test_top_k_keeps_what_is_equal_to_the_last_one() -> None:
+def test_top_k_keeps_ties_with_the_last_kept_token() -> None:
     row = np.array([1, 3, 2, 2, 0], np.float32)
     keep_top_k(row, 2)
     assert np.flatnonzero(row > -math.inf).tolist() == [1, 2, 3]
@@ -115,7 +114,7 @@ def test_top_p_is_transformers(seed: int, p: float, spread: float) -> None:
     row = row_of(seed, spread=spread)
     ordered = np.sort(np.exp(row.astype(np.float64) - row.max()))
     borders = np.cumsum(ordered) / ordered.sum()
-    assume(np.abs(borders - (1 - p)).min() > 1e-5)  # nearer, float32's rounding decides
+    assume(np.abs(borders - (1 - p)).min() > 1e-5)  # closer than that, float32's rounding decides
     expected = transformers_result(TopPLogitsWarper(p), row)
     keep_top_p(row, p)
     np.testing.assert_array_equal(row, expected)
@@ -232,8 +231,8 @@ def test_tokens_are_drawn_as_often_as_transformers_says(keywords: dict[str, Any]
     warpers = LogitsProcessorList([kinds[name](value) for name, value in keywords.items()])
     expected = torch.from_numpy(transformers_result(warpers, row)).softmax(-1).numpy()
     drawn = np.bincount(choices([row] * count, [0], seed=1, **keywords), minlength=VOCABULARY) / count
-    assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected)), "a token was drawn that is not to be"
-    # Five standard deviations of each frequency; the seed is fixed, so this passes or fails for good.
+    assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected)), "a token was drawn that has probability 0"
+    # Five standard deviations of each frequency. The seed is fixed, so the result never changes.
     assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
 
 
@@ -242,10 +241,10 @@ def test_the_same_seed_draws_the_same_tokens_and_another_one_others() -> None:
     first = choices(rows, [0], temperature=1, seed=7)
     assert choices(rows, [0], temperature=1, seed=7) == first
     assert choices(rows, [0], temperature=1, seed=8) != first
-    assert choices(rows, [0], temperature=1) != choices(rows, [0], temperature=1), "no seed is another one each time"
+    assert choices(rows, [0], temperature=1) != choices(rows, [0], temperature=1), "each run without a seed draws one"
 
 
-def test_draws_are_fixed_for_good() -> None:
+def test_seeded_draws_never_change() -> None:
     """A seed gives the same tokens in every version."""
     rows = [row_of(step, spread=1.0) for step in range(8)]
     assert choices(rows, [0], temperature=1, seed=42) == [33, 22, 33, 24, 2, 38, 28, 34]
@@ -267,7 +266,7 @@ def test_end_tokens_cannot_come_before_min_tokens() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(0, 5))
 def test_min_tokens_alone_takes_the_most_likely_token_that_ends_nothing(values: list[list[int]], count: int) -> None:
-    """The lowest id among equals, of which there are many here."""
+    """The lowest id among equals, which are frequent here."""
     rows = [np.array(row, np.float32) for row in values]
     sampler = Sampler(GenerationSettings(min_tokens=count), [], {1, 4}, 6)
     for index, row in enumerate(rows):
@@ -286,7 +285,7 @@ def test_a_bias_of_minus_infinity_bans_a_token() -> None:
 
 
 @pytest.mark.parametrize("keywords", [{}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "min_p": 0.1}])
-def test_the_largest_settings_overflow_nothing(keywords: dict[str, Any]) -> None:
+def test_extreme_settings_do_not_overflow(keywords: dict[str, Any]) -> None:
     extremes = {"logit_bias": {1: 1e6, 2: -1e6}, "presence_penalty": -1e6, "frequency_penalty": -1e6}
     for penalty in (1e-6, 1e6):
         rows = [row_of(step, spread=1e4) for step in range(5)]
@@ -295,14 +294,14 @@ def test_the_largest_settings_overflow_nothing(keywords: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("keywords", [{}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "min_p": 0.1}])
-def test_when_nothing_is_left_to_choose_it_is_said(keywords: dict[str, Any]) -> None:
+def test_banning_every_token_is_an_error(keywords: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="no token is left"):
         choices([row_of(1)], [0], logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), **keywords)
 
 
 @pytest.mark.parametrize("keywords", [{"logprobs": 1}, {"temperature": 0.7}])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_an_error(keywords: dict[str, Any], value: float) -> None:
+def test_nan_or_infinite_logits_are_an_error(keywords: dict[str, Any], value: float) -> None:
     row = row_of(1)
     row[4] = value
     sampler = Sampler(GenerationSettings(**keywords), [0], set(), VOCABULARY)
@@ -310,7 +309,7 @@ def test_logits_that_are_no_numbers_are_an_error(keywords: dict[str, Any], value
         sampler.choose(row)
 
 
-def test_log_probabilities_are_the_models_own_whatever_was_changed() -> None:
+def test_log_probabilities_are_the_models_own_under_any_settings() -> None:
     row = row_of(4)
     changed = {"logit_bias": {3: 50.0}, "repetition_penalty": 2.0, "temperature": 0.1, "top_k": 1, "logprobs": 2}
     sampler = Sampler(GenerationSettings(**changed), [3], set(), VOCABULARY)

@@ -1,4 +1,4 @@
-"""Requests of many callers at once: they share steps, do not wait for slow readers, and can be closed at any point."""
+"""Concurrent requests: they share steps, do not wait for slow readers, and can be closed at any point."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["new_engine", "tokenizer", "tokenizer_folder"]
 
 
 class SlowSession(FakeSession):
-    """Takes its time for each step, and for each token of it."""
+    """Takes time for each step and for each token in it."""
 
     step_s = 0.002
     token_s = 0.0
@@ -65,12 +65,12 @@ def facts(done: Completion) -> tuple[Any, ...]:
 
 
 def prompts(count: int) -> list[list[int]]:
-    numbers = random.Random(7)  # noqa: S311, nothing is encrypted
+    numbers = random.Random(7)  # noqa: S311, not for cryptography
     return [[numbers.randrange(3, 250) for _ in range(numbers.choice([1, 5, 40, 300]))] for _ in range(count)]
 
 
 def is_soon(engine: Engine, counts: tuple[int, int]) -> bool:
-    """Whether so many requests run and wait, after the step that is running."""
+    """Return whether so many requests run and wait soon; waits for the current step."""
     until = time.monotonic() + 5
     while engine.requests != counts and time.monotonic() < until:
         time.sleep(0.001)
@@ -99,9 +99,9 @@ def test_tasks_share_steps_and_get_the_answers_of_each_alone(engine: Engine) -> 
     assert [facts(done) for done in asyncio.run(ask())] == alone
 
 
-def test_requests_that_are_left_anywhere_harm_no_other(engine: Engine) -> None:
-    """200 requests are closed, in the queue, in the prompt and in the answer: the others are right, and all rows become
-    free."""
+def test_requests_closed_at_any_point_harm_no_other(engine: Engine) -> None:
+    """200 requests are closed in the queue, in the prompt or in the answer. The other answers are right, and all rows
+    become free."""
     numbers = random.Random(3)  # noqa: S311
     asked = prompts(20)
     alone = [facts(engine.generate(token_ids=ids, max_tokens=12)) for ids in asked]
@@ -130,7 +130,7 @@ def test_requests_that_are_left_anywhere_harm_no_other(engine: Engine) -> None:
     asyncio.run(ask())
     assert wrong == []
     assert is_soon(engine, (0, 0))
-    assert threading.active_count() <= threads + 1, "the worker, which ends when it is not needed"
+    assert threading.active_count() <= threads + 1, "at most the worker is left, which ends when idle"
 
 
 def test_equal_requests_at_once_are_computed_once(new_engine: NewEngine) -> None:
@@ -184,7 +184,7 @@ def test_closing_a_stream_while_another_thread_iterates_ends_it(new_engine: NewE
     assert len(session.steps) == steps + 1
 
 
-def test_a_stream_that_was_closed_has_its_figures(new_engine: NewEngine) -> None:
+def test_a_closed_stream_has_its_stats(new_engine: NewEngine) -> None:
     with new_engine(fake()).stream(token_ids=[1, 2, 3], max_tokens=20) as stream:
         assert stream.stats is None and stream.progress == (0, 3)
         for _ in range(4):
@@ -196,8 +196,8 @@ def test_a_stream_that_was_closed_has_its_figures(new_engine: NewEngine) -> None
     assert list(stream) == []
 
 
-def test_given_up_tasks_leave_no_thread_behind(new_engine: NewEngine) -> None:
-    """Forty of them, behind a client that does not read on."""
+def test_cancelled_tasks_leave_no_threads(new_engine: NewEngine) -> None:
+    """Forty tasks, behind a client that stopped reading."""
     engine = new_engine(slow())
     before = threading.active_count()
 
@@ -218,7 +218,7 @@ def test_given_up_tasks_leave_no_thread_behind(new_engine: NewEngine) -> None:
     assert is_soon(engine, (0, 0))
 
 
-def test_a_process_ends_though_a_stream_is_open(tiny_bundle: Path) -> None:
+def test_a_process_ends_despite_an_open_stream(tiny_bundle: Path) -> None:
     program = f"""
 import asyncio
 from edgelm.runtime import load
@@ -237,7 +237,7 @@ print("end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
-def test_a_reader_that_stops_stops_the_worker(new_engine: NewEngine) -> None:
+def test_the_worker_pauses_while_a_reader_does_not_read(new_engine: NewEngine) -> None:
     session = slow()
     engine = new_engine(session, context_length=2_000)
 
@@ -256,7 +256,7 @@ def test_a_reader_that_stops_stops_the_worker(new_engine: NewEngine) -> None:
 
 
 @pytest.mark.parametrize("ended", ["close", "del"])
-def test_what_is_dropped_before_it_begins_costs_nothing(new_engine: NewEngine, ended: str) -> None:
+def test_a_stream_dropped_before_it_begins_computes_nothing(new_engine: NewEngine, ended: str) -> None:
     session = fake()
     engine = new_engine(session)
     stream: Any = engine.stream(token_ids=[1], max_tokens=5)
@@ -272,7 +272,7 @@ def test_what_is_dropped_before_it_begins_costs_nothing(new_engine: NewEngine, e
 
 
 def test_a_deadline_comes_in_time_in_a_long_prompt(new_engine: NewEngine) -> None:
-    """Pieces become short where little time is left: a whole one would take half a second."""
+    """Pieces get shorter when little time is left; a full piece would take half a second."""
     session = slow()
     session.token_s = 0.002
     engine = new_engine(session, context_length=4_000)
@@ -336,7 +336,7 @@ def test_a_closed_engine_answers_nothing_from_its_cache(new_engine: NewEngine) -
         next(known)
 
 
-def test_a_request_that_fails_takes_no_other_with_it(engine: Engine) -> None:
+def test_a_failing_request_harms_no_other(engine: Engine) -> None:
     asked = prompts(6)
     alone = [facts(engine.generate(token_ids=ids, max_tokens=20)) for ids in asked]
     bias = dict.fromkeys(range(engine.bundle.manifest.model.vocab_size), -float("inf"))
@@ -352,7 +352,7 @@ def test_a_request_that_fails_takes_no_other_with_it(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("error", [SessionError("the step failed"), RuntimeError("a fault"), KeyboardInterrupt()])
-def test_a_step_that_fails_is_told_to_all_and_the_engine_goes_on(new_engine: NewEngine, error: BaseException) -> None:
+def test_a_failing_step_is_raised_and_the_engine_goes_on(new_engine: NewEngine, error: BaseException) -> None:
     class Failing(WatchfulSession):
         fails = False
 
@@ -375,13 +375,13 @@ def test_a_step_that_fails_is_told_to_all_and_the_engine_goes_on(new_engine: New
     assert list(done.token_ids) == expected([1, 2], 5, {END}, rule(END))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_that_is_forked_in_the_middle_of_an_answer_is_told_and_can_ask(new_engine: NewEngine) -> None:
+def test_a_child_forked_during_an_answer_gets_an_error_and_can_ask_again(new_engine: NewEngine) -> None:
     engine = new_engine(slow())
     stream = engine.stream(token_ids=[1, 2], max_tokens=50)
     next(stream)
-    with engine._scheduler._changed:  # another thread holds it
+    with engine._scheduler._changed:  # as if another thread held it
         child = os.fork()
     if child == 0:
         status = 1

@@ -1,4 +1,4 @@
-"""The gate's repair: matrices that INT8 spoils are found and left in float32, and no others, or the export fails.
+"""The gate's repair: matrices that INT8 spoils, and no others, are left in float32, or the export fails.
 
 The tests use `int8-tensor`; `int8-rowwise` is not repaired in this way."""
 
@@ -38,8 +38,8 @@ COARSE = load_target("x86-cpu").coarse_gate
 
 
 def hostile_model(folder: Path, layers: Collection[int]) -> Path:
-    """The tiny model, whose down projections in these layers have one huge input that is always zero: nothing in
-    float32, but in INT8 the scales of all columns are spoilt."""
+    """The tiny model with one huge input, always zero, in the down projections of these layers. It changes nothing in
+    float32, but in INT8 it spoils the scales of all columns."""
     import torch
 
     model = tiny_llama()
@@ -54,7 +54,7 @@ def hostile_model(folder: Path, layers: Collection[int]) -> Path:
 
 
 def target_with_gate(folder: Path, **gate: float) -> str:
-    """A target's file like x86-cpu, with another gate for all schemes."""
+    """A target file like x86-cpu, with another gate for all schemes."""
     path = folder / "strict.toml"
     lines = {key: f"{key} = {value}\n" for key, value in gate.items()}
     coarse = [lines[field.name] for field in dataclasses.fields(Limits) if field.name in lines]
@@ -90,7 +90,7 @@ def test_the_one_hostile_matrix_is_left_in_float32(repaired: Path) -> None:
 
 def test_the_report_ranks_all_matrices(repaired: Path) -> None:
     found = json.loads((repaired / "report.json").read_text(encoding="utf-8"))["sensitivity"]
-    assert len(found) == 2 * 4 + 1, "four matrices a layer, and the embedding, which is the head too"
+    assert len(found) == 2 * 4 + 1, "four matrices a layer, and the tied embedding"
     assert found[0]["name"] == HOSTILE
     costs = [item["kl"] for item in found]
     assert costs == sorted(costs, reverse=True)
@@ -104,15 +104,15 @@ def test_the_repaired_bundle_runs_and_verifies(repaired: Path) -> None:
 
 
 def test_row_wise_int8_is_refused_and_not_repaired(tmp_path: Path) -> None:
-    """No attempt repairs a spoilt matrix, and float32 does not help either: the error has the figures, and nothing is
-    written."""
+    """No attempt repairs the spoilt matrix, and float32 does not help either: the error has the figures, and nothing
+    is written."""
     model, out = hostile_model(tmp_path / "model", [1]), tmp_path / "bundle"
     with pytest.raises(VerificationError, match=r"nats from fp32's, .*: use --kv float32, --scheme int8-weight or"):
         export_model(ExportConfig(str(model), target="x86-cpu", out=out))
     assert not out.exists()
 
 
-def test_nothing_is_excluded_where_the_gate_holds(tiny_bundle: Path) -> None:
+def test_nothing_is_excluded_if_the_gate_passes(tiny_bundle: Path) -> None:
     assert Bundle.open(tiny_bundle).manifest.quantization.excluded == ()
     report = json.loads((tiny_bundle / "report.json").read_text(encoding="utf-8"))
     assert len(report["sensitivity"]) == 2 * 4 + 1
@@ -123,8 +123,8 @@ def test_an_fp32_export_has_no_sensitivity(export_tiny: Callable[..., Path]) -> 
     assert report["sensitivity"] == []
 
 
-def test_a_model_that_cannot_hold_fails_with_the_figures(tiny_model: Path, tmp_path: Path) -> None:
-    """Every token as in fp32, ties and all: half of the matrices in INT8 are too many for that."""
+def test_a_model_that_cannot_pass_fails_with_the_figures(tiny_model: Path, tmp_path: Path) -> None:
+    """The gate demands every token of fp32, including ties; with half of the matrices in INT8 that is impossible."""
     target = target_with_gate(
         tmp_path, **WIDE, decided_margin=0.0, agreement_percent=100.0, perplexity_increase_percent=9.0
     )
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_hold_fails_with_the_figures(tiny_model: Path, tmp_p
     assert not out.exists()
 
 
-def test_where_the_cache_alone_misses_no_matrix_is_blamed(tiny_model: Path, tmp_path: Path) -> None:
+def test_if_only_the_cache_fails_no_matrix_is_blamed(tiny_model: Path, tmp_path: Path) -> None:
     target = target_with_gate(tmp_path, cache_kl_limit=1e-12)
     with pytest.raises(VerificationError, match=r"the INT8 cache does not suit this model: .*--kv float32"):
         export_model(ExportConfig(str(tiny_model), target=target, out=tmp_path / "bundle"))
@@ -144,7 +144,7 @@ def test_where_the_cache_alone_misses_no_matrix_is_blamed(tiny_model: Path, tmp_
 
 
 class Biased:
-    """A session of 4 tokens whose logits are pulled towards the first."""
+    """A session of 4 tokens whose logits are biased towards the first."""
 
     def __init__(self, pull: float) -> None:
         self._pull = pull
@@ -176,7 +176,7 @@ def test_the_measure_is_the_divergence_of_the_next_token() -> None:
     assert found.kl == pytest.approx(float((expected * np.log(expected / got)).sum()), rel=1e-5)
 
 
-def test_what_is_not_a_number_is_worst() -> None:
+def test_nan_ranks_worst() -> None:
     found = by_matrix(Biased(0), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"], range(10))
     assert [item.name for item in found] == ["b", "a"]
 
@@ -187,7 +187,7 @@ def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one() -
     probed: list[tuple[str, ...]] = []
     found = by_matrix(Biased(0), probing(pulls, probed), names, range(10))
     assert found[0].matrices == ("model.layers.7.out.weight",)
-    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
+    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix is in one entry"
     assert len(probed) <= 41 + MOST_PROBES
     assert ("model.layers.3.in.weight", "model.layers.3.out.weight") in probed
 
@@ -199,7 +199,7 @@ def test_layers_that_follow_each_other_are_measured_together_in_few_runs() -> No
     found = by_layers(Biased(0), probing(pulls, probed), names, range(10))
     assert found[0].name == "layers 4 to 7"
     assert {item.name for item in found} >= {"layers 0 to 3", "layers 12 to 15", "embedding and head"}
-    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix in one entry"
+    assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix is in one entry"
     assert len(probed) == LAYER_RUNS + 1
 
 
@@ -224,7 +224,7 @@ def agreement(rise: float) -> QuantizedAgreement:
     return QuantizedAgreement(10.0, 10.0 + rise / 10, rise, 0.1, 0.001, 0.01, 99.0, 99.0, 100, 500, 128)
 
 
-def test_the_fewest_matrices_that_hold_are_left_out() -> None:
+def test_as_few_matrices_as_possible_are_excluded() -> None:
     ranked = [Sensitivity(name, (name,), cost) for name, cost in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5))]
     tried: list[set[str]] = []
 

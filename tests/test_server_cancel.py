@@ -1,4 +1,4 @@
-"""Clients that leave, wait, or send and read slowly: over real connections."""
+"""Clients that disconnect, wait, or send and read slowly, over real connections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def connect(address: str) -> socket.socket:
 
 
 def is_still(engine: Engine) -> bool:
-    """Whether no step is computed any more."""
+    """Return whether no more steps are computed."""
     before = session_of(engine).steps_done
     time.sleep(6 * PAUSE_S)
     return session_of(engine).steps_done == before
@@ -58,7 +58,7 @@ def test_an_answer_ends_when_its_client_leaves(engine: Engine, stream: bool) -> 
             assert eventually(lambda: session.steps_done > 5)
             left = session.steps_done
         assert eventually(lambda: is_still(engine))
-        assert session.steps_done <= left + 8, "the step under way, and the time that this test takes to look"
+        assert session.steps_done <= left + 8, "the current step, and this test's own delay"
         assert httpx.get(f"{address}/metrics").text.count('requests_processing{model="fake"} 0') == 1
 
 
@@ -90,9 +90,9 @@ def test_a_waiting_request_is_dropped_when_its_client_leaves(engine: Engine) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files")
-def test_200_clients_that_leave_leave_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Of a real model with several rows, at random times, streamed or not: while they wait, are read, are answered."""
-    random = Random(5)  # noqa: S311, to repeat a run
+def test_200_disconnecting_clients_leave_no_threads_files_or_rows(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A real model with several rows. Clients leave at random times while queued, in prefill or in decode."""
+    random = Random(5)  # noqa: S311, to make runs repeatable
     bundle = with_template(tiny_bundle, tmp_path / "tiny")
     long = {"max_tokens": 250, "logit_bias": {"256": -100}}
     with load(bundle, threads=1, response_cache=False) as engine, listening({"fake": engine}) as address:
@@ -106,7 +106,7 @@ def test_200_clients_that_leave_leave_nothing(tiny_bundle: Path, tmp_path: Path)
             return threading.active_count(), len(files), len(engine._scheduler._decoder.rows)
 
         def leave(number: int) -> tuple[int, int]:
-            """Send a request and disconnect at a random moment. Returns: how many requests ran and waited then."""
+            """Send a request and disconnect at a random moment. Returns how many requests were running and waiting."""
             content = f"{number} " + "x" * random.choice([10, 200])
             with connect(address) as client:
                 client.sendall(request_bytes(random.random() < 0.6, content, **long))
@@ -114,19 +114,19 @@ def test_200_clients_that_leave_leave_nothing(tiny_bundle: Path, tmp_path: Path)
                 return engine.requests
 
         with ThreadPoolExecutor(20) as pool:
-            list(pool.map(leave, range(40)))  # threads that are kept
+            list(pool.map(leave, range(40)))  # starts threads that are kept
             assert eventually(idle, 30)
             before = counts()
             moments = list(pool.map(leave, range(100, 300)))
             assert any(waiting for _, waiting in moments) and any(computed for computed, _ in moments)
             assert eventually(idle, 30)
             still = eventually(lambda: all(now <= then for now, then in zip(counts(), before, strict=True)))
-            assert still and engine.requests == (0, 0), f"{before} before, {counts()} behind"
+            assert still and engine.requests == (0, 0), f"{before} before, {counts()} after"
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 3})
         assert answer.json()["choices"][0]["text"] == engine.generate("a", max_tokens=3).text
 
 
-def test_a_full_queue_refuses_with_a_time(engine: Engine) -> None:
+def test_a_full_queue_refuses_with_retry_after(engine: Engine) -> None:
     with listening(engine, max_waiting=2) as address, connect(address) as first, connect(address) as second:
         for client in (first, second):
             client.sendall(request_bytes(True))
@@ -137,14 +137,14 @@ def test_a_full_queue_refuses_with_a_time(engine: Engine) -> None:
         assert answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
 
 
-def test_a_body_that_does_not_come_is_given_up(engine: Engine) -> None:
+def test_a_body_that_does_not_arrive_times_out(engine: Engine) -> None:
     with listening(engine, body_timeout_s=0.3) as address, connect(address) as client:
         client.sendall(request_bytes(False)[:-5])
         answer = b"".join(iter(lambda: client.recv(1000), b""))
         assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
 
 
-def test_a_connection_that_says_nothing_is_closed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_is_closed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "HEAD_TIMEOUT_S", 0.3)
     with listening(engine) as address, connect(address) as silent, connect(address) as half:
         half.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
@@ -166,7 +166,7 @@ def test_a_flood_of_headers_is_refused(engine: Engine) -> None:
         assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     with (
         saying_engine(tmp_path, "y" * 60_000, context=80_000) as engine,
         listening(engine, send_timeout_s=0.5) as address,

@@ -1,6 +1,6 @@
-"""Other people's clients against the server: LiteLLM, LangChain, the program llm, OpenAI's client for Node.
+"""Third-party clients against the server: LiteLLM, LangChain, the program llm, OpenAI's client for Node.
 
-The Python ones are the extra `clients`, which scripts/setup_clients puts into build/clients.
+The Python clients are the extra `clients`, which scripts/setup_clients installs into build/clients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOO_LONG = [{"role": "user", "content": "x" * 5000}]
 
 
 def answer(prompt: str) -> str:
-    """What the model of these tests says."""
+    """The answers of these tests' model."""
     last = prompt.rsplit("<user>", 1)[-1]
     if "tool_response" in last:
         return "It is sunny."
@@ -62,7 +62,7 @@ def slow(engine: Engine) -> Iterator[Engine]:
 
 
 def stops(engine: Engine) -> bool:
-    """Whether nothing is computed any more, long before the answer would be complete."""
+    """Return whether computing stops long before the answer would be complete."""
     session = session_of(engine)
 
     def still() -> bool:
@@ -78,7 +78,7 @@ def stops(engine: Engine) -> bool:
 
 @pytest.fixture
 def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # nothing from the network
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no network
     return client_package("litellm")
 
 
@@ -174,7 +174,7 @@ def test_the_program_llm(address: str, engine: Engine, tmp_path: Path) -> None:
     assert status == 1 and "context" in errors
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_the_program_llm_is_interrupted(address: str, slow: Engine, tmp_path: Path) -> None:
     with Llm(address, tmp_path).start("long") as process:
         assert process.stdin is not None and process.stdout is not None
@@ -193,7 +193,7 @@ def test_openais_client_for_node(address: str, slow: Engine) -> None:
     modules = ROOT / "build" / "node" / "node_modules"
     node = shutil.which("node")
     if node is None or not (modules / "openai").is_dir():
-        missing("Node or its packages are not here: run  scripts/setup_node")
+        missing("Node or its packages are not installed: run  scripts/setup_node")
     script = modules.parent / "client.mjs"
     shutil.copy(ROOT / "tests" / "node" / "client.mjs", script)
     session_of(slow).pause_s = 0.002

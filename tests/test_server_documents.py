@@ -1,4 +1,4 @@
-"""docs/server.md is right: its programs run against a server, its options exist."""
+"""docs/server.md is correct: its programs run against a server, and its options exist."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_endpoint_is_described() -> None:
         assert path.replace("{name}", "NAME") in DOCUMENT, path
 
 
-def test_every_option_of_the_document_is_there() -> None:
+def test_every_option_of_the_document_exists() -> None:
     import argparse
 
     parser = argparse.ArgumentParser()

@@ -1,4 +1,4 @@
-"""Three servers on this machine that share answers by Redis: behind HAProxy, LiteLLM's proxy and LiteLLM's router."""
+"""Three servers on this machine share answers through Redis, behind HAProxy, LiteLLM's proxy or LiteLLM's router."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .conftest import missing
 from .served import Server, client_package, events_of, serving, with_template
 from .test_redis_store import Server as RedisServer
 
-proxies = pytest.importorskip("scripts.fleet.proxies", reason="scripts/ is not here")
+proxies = pytest.importorskip("scripts.fleet.proxies", reason="scripts/ is missing")
 BODY = {"prompt": "Once upon", "max_tokens": 20}
 COUNT = 3
 
@@ -57,13 +57,13 @@ def proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
 def litellm_proxy(servers: list[Server], tmp_path: Path) -> Iterator[str]:
     """The address of LiteLLM's proxy."""
     if proxies.find(proxies.LITELLM) is None:
-        pytest.skip("LiteLLM's proxy is not here: docs/fleet.md says how it is installed into build/litellm")
+        pytest.skip("LiteLLM's proxy is not installed: docs/fleet.md says how to install it into build/litellm")
     with proxies.running(proxies.LITELLM, [server.address for server in servers], "tiny", tmp_path) as (address, _):
         yield address
 
 
 def answers_of(server: Server) -> int:
-    """How many answers a server gave."""
+    """The number of answers that a server gave."""
     found = re.search(r'answers_total\{model="tiny"\} (\d+)', httpx.get(f"{server.address}/metrics").text)
     assert found is not None
     return int(found[1])
@@ -87,7 +87,7 @@ def test_a_conversation_stays_on_its_server_and_answers_are_shared(proxy: str, s
     sessions = [f"session {number}" for number in range(24)]
     for session in sessions:
         ask(proxy, session)
-    assert all(answers_of(server) > 1 for server in servers), "sessions are spread"
+    assert all(answers_of(server) > 1 for server in servers), "sessions are spread over servers"
 
 
 def ask_chat(address: str, content: str, **changes: Any) -> httpx.Response:
@@ -101,8 +101,7 @@ def text_of(answer: httpx.Response) -> str:
 
 
 def kill_one(address: str, servers: list[Server]) -> None:
-    """While four clients ask, a server is killed: only requests that it was computing are lost, and no answer is
-    wrong."""
+    """Kill a server while four clients ask: only requests that it was computing fail, and no answer is wrong."""
     expected = {prompt: text_of(ask_chat(address, prompt)) for prompt in (f"Once {number}" for number in range(6))}
     failed: list[str] = []
     counts = [0] * 4
@@ -137,12 +136,12 @@ def kill_one(address: str, servers: list[Server]) -> None:
     assert "wrong" not in failed and len(failed) <= len(counts) and len(failed) == before, failed
 
 
-def test_a_server_that_is_killed_costs_only_what_was_in_flight(proxy: str, servers: list[Server]) -> None:
+def test_a_killed_server_loses_only_the_requests_it_was_computing(proxy: str, servers: list[Server]) -> None:
     kill_one(proxy, servers)
 
 
 @pytest.mark.slow
-def test_litellms_proxy_goes_on_without_a_server(litellm_proxy: str, servers: list[Server]) -> None:
+def test_litellms_proxy_survives_the_loss_of_a_server(litellm_proxy: str, servers: list[Server]) -> None:
     whole = text_of(ask_chat(litellm_proxy, "hi"))
     assert text_of(ask_chat(servers[2].address, "hi")) == whole
     events = events_of(ask_chat(litellm_proxy, "hi", stream=True).text)
@@ -151,18 +150,18 @@ def test_litellms_proxy_goes_on_without_a_server(litellm_proxy: str, servers: li
     assert refused.status_code == 400 and "context" in json.dumps(refused.json())
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda number: ask_chat(litellm_proxy, f"number {number}"), range(24)))
-    assert all(answers_of(server) > 0 for server in servers), "requests are spread"
+    assert all(answers_of(server) > 0 for server in servers), "requests are spread over servers"
     kill_one(litellm_proxy, servers)
 
 
-def test_litellms_router_goes_on_without_a_server(
+def test_litellms_router_survives_the_loss_of_a_server(
     servers: list[Server], clients: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # before the import: nothing from the network
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # before the import: no network
     router_of = client_package("litellm").Router
     places = [{"model": "openai/tiny", "api_base": server.base, "api_key": "none"} for server in servers]
     deployments: list[Any] = [{"model_name": "tiny", "litellm_params": place} for place in places]
-    # As docs/fleet.md sets it. Without allowed_fails=0 a router keeps asking a dead server: with three servers, one
+    # As in docs/fleet.md. Without allowed_fails=0 a router keeps asking a dead server: with three servers, one
     # request in 81 meets it four times in a row.
     router = router_of(model_list=deployments, num_retries=3, allowed_fails=0, cooldown_time=30)
 

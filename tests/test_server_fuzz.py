@@ -1,6 +1,6 @@
-"""No input makes the server fail: bodies made from its own description, by schemathesis (extra `clients`).
+"""No input makes the server fail: schemathesis (extra `clients`) generates bodies from the server's own description.
 
-Environment: EDGELM_FUZZ_EXAMPLES, of each operation (40); EDGELM_FUZZ_SECONDS, of the slow test (60).
+Environment: EDGELM_FUZZ_EXAMPLES, per operation (40); EDGELM_FUZZ_SECONDS, of the slow test (60).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_any_value_of_any_field_is_answered_or_refused(client: TestClient, path: str) -> None:
-    """Bodies that are right but for a few fields."""
+    """Bodies that are valid except for a few fields."""
     schema = description()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     right: dict[str, Any] = {
         "messages": [{"role": "user", "content": "hi"}],
@@ -72,7 +72,7 @@ def test_any_value_of_any_field_is_answered_or_refused(client: TestClient, path:
 
 @pytest.fixture
 def operations(tmp_path: Path, clients: None) -> Iterator[list[Any]]:
-    """Of the server's description, as schemathesis reads it."""
+    """The operations of the server's description, as schemathesis reads it."""
     schemathesis = client_package("schemathesis")
     with saying_engine(tmp_path, "ok", context=300) as engine:
         schema = schemathesis.openapi.from_asgi("/openapi.json", app(engine, ServerSettings(hosts=None)))
@@ -80,8 +80,8 @@ def operations(tmp_path: Path, clients: None) -> Iterator[list[Any]]:
 
 
 def try_operation(operation: Any, examples: int, modes: Sequence[str]) -> int:
-    """Send requests made from an operation's description, by it (positive) or against it (negative). Returns: how
-    many."""
+    """Send requests that follow an operation's description (positive) or violate it (negative). Returns their
+    number."""
     from schemathesis import GenerationMode  # type: ignore[import-not-found]
     from schemathesis.checks import not_a_server_error  # type: ignore[import-not-found]
     from schemathesis.specs.openapi.checks import response_schema_conformance  # type: ignore[import-not-found]

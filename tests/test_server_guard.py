@@ -1,4 +1,4 @@
-"""Which clients may call the server, from where, and which requests are allowed."""
+"""Access to the server: host names, origins, keys, and the requests that are allowed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_names_of_this_machine_are_served(client: TestClient, host: str) -> None
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "::1", ""])
-def test_other_names_are_not(client: TestClient, host: str) -> None:
+def test_other_host_names_are_refused(client: TestClient, host: str) -> None:
     for path in ("/health", "/", "/v1/models"):
         answer = client.get(path, headers={"Host": host})
         assert answer.status_code == 403 and answer.json()["error"]["type"] == "permission_error"
@@ -84,8 +84,8 @@ def test_the_servers_own_page_and_named_ones_may_call(client: TestClient) -> Non
     assert answer.headers["access-control-allow-origin"] == "https://friend.example"
 
 
-def test_a_friends_question_needs_no_key(engine: Engine) -> None:
-    """Browsers send none with it."""
+def test_a_preflight_request_needs_no_key(engine: Engine) -> None:
+    """Browsers send no key with a preflight request."""
     with client_of(engine, api_keys=(KEY,), origins=("https://friend.example",)) as client:
         asked = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
         assert client.options("/v1/models", headers=asked).status_code == 204
@@ -126,7 +126,7 @@ def test_a_key_is_asked_for(locked: TestClient, path: str) -> None:
         assert answer.json()["error"]["type"] == "authentication_error"
 
 
-def test_each_key_opens_in_both_headers(locked: TestClient) -> None:
+def test_each_key_is_accepted_in_both_headers(locked: TestClient) -> None:
     for headers in ({"Authorization": f"Bearer {KEY}"}, {"authorization": "bearer another"}, {"X-Api-Key": KEY}):
         assert locked.get("/v1/models", headers=headers).status_code == 200
         assert locked.post("/v1/chat/completions", json=BODY, headers=headers).status_code == 200
@@ -139,7 +139,7 @@ def test_health_and_the_page_need_no_key(locked: TestClient) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"max_waiting": 0}, {"api_keys": ("a b",)}, {"api_keys": ("",)}, {"ping_s": -1}])
-def test_settings_that_cannot_be(changes: dict[str, object]) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(SettingsError):
         ServerSettings(**changes)  # type: ignore[arg-type]
 
@@ -156,7 +156,7 @@ def test_prompts_are_logged_only_where_it_is_asked_for(engine: Engine, caplog: p
     assert "a secret of mine" in caplog.text
 
 
-def test_no_answer_holds_a_path_of_this_machine(engine: Engine, tmp_path: Path) -> None:
+def test_no_answer_contains_a_local_path(engine: Engine, tmp_path: Path) -> None:
     with client_of({"loaded": engine, "gone": tmp_path / "gone"}) as client:
         answers = [
             client.get("/v1/models"),
@@ -169,7 +169,7 @@ def test_no_answer_holds_a_path_of_this_machine(engine: Engine, tmp_path: Path) 
     assert not [answer.text for answer in answers if str(tmp_path) in answer.text or "/home" in answer.text]
 
 
-def test_silent_streams_say_that_they_live(tmp_path: Path) -> None:
+def test_silent_streams_send_keep_alive_comments(tmp_path: Path) -> None:
     with saying_engine(tmp_path, pause_s=0.3) as engine, client_of(engine, ping_s=0.1) as client:
         found = events_of(chat(client, stream=True, max_tokens=2).text)
         comments = [item for item in found if isinstance(item, str) and item.startswith(":")]

@@ -24,7 +24,7 @@ TEXT = "/v1/completions"
 
 
 class Opener:
-    """Opens engines that answer with their folder's name, and records its calls. pause_s: how long opening takes."""
+    """Opens engines that answer with their folder's name, and records its calls. pause_s: duration of opening."""
 
     def __init__(self, pause_s: float = 0.0) -> None:
         self.pause_s = pause_s
@@ -41,7 +41,7 @@ class Opener:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Three folders of a megabyte each, as another exporter might have written them."""
+    """Three folders of a megabyte each, laid out like another exporter's."""
     found = {}
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
@@ -90,7 +90,7 @@ def test_bundles_are_loaded_when_they_are_asked_for(client_with: Callable[..., T
     assert client.post(TEXT, json={"prompt": "a"}).json()["model"] == "one"
 
 
-def test_the_longest_unused_makes_room(client_with: Callable[..., TestClient]) -> None:
+def test_the_least_recently_used_model_is_unloaded(client_with: Callable[..., TestClient]) -> None:
     opener = Opener()
     client = client_with(opener, memory_bytes=2_500_000)
     ready(client)
@@ -144,7 +144,7 @@ def test_requests_for_one_model_load_it_once(client_with: Callable[..., TestClie
     assert opener.opened == ["one", "two"]
 
 
-def test_a_model_that_is_gone_or_broken_is_an_error_and_may_come_back(
+def test_a_model_that_fails_to_load_is_an_error_and_may_load_later(
     client_with: Callable[..., TestClient], folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     opener = Opener()
@@ -176,8 +176,8 @@ def test_a_bundle_replaced_or_deleted_while_it_is_served(tiny_bundle: Path, tmp_
         assert said(client, "tiny", 12) == text
 
 
-def test_a_bundle_replaced_by_another_is_loaded_when_it_was_unloaded(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The one that is loaded goes on as it was, whatever is done to its files."""
+def test_a_replaced_bundle_is_loaded_once_the_old_one_is_unloaded(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A loaded bundle stays unchanged, whatever happens to its files."""
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_bundle, folder)
     application = app({"tiny": folder, "other": tiny_bundle}, ServerSettings(memory_bytes=3 * _size(tiny_bundle) // 2))
@@ -197,7 +197,7 @@ def test_a_bundle_replaced_by_another_is_loaded_when_it_was_unloaded(tiny_bundle
         assert loaded(client) == ["other"]
         assert said(client, "tiny", 12) == text and loaded(client) == ["tiny"]
         assert entry()["chat"] and entry()["digest"] != first["digest"] and not first["chat"]
-        # Half of a copy, as while another program writes it.
+        # Half of a copy, as if another program were writing it.
         said(client, "other", 4)
         (folder / "model.onnx").write_bytes(b"half")
         answer = client.post(TEXT, json={"prompt": "a", "model": "tiny"})
@@ -205,13 +205,13 @@ def test_a_bundle_replaced_by_another_is_loaded_when_it_was_unloaded(tiny_bundle
         assert said(client, "other", 5)
 
 
-def test_an_estimate_holds_the_weights_and_a_texts_cache(tiny_bundle: Path) -> None:
+def test_the_size_estimate_covers_the_weights_and_a_texts_cache(tiny_bundle: Path) -> None:
     with load(tiny_bundle, threads=1) as engine:
         weights = engine.bundle.manifest.files["model.onnx.data"].bytes
     assert weights < _size(tiny_bundle) < 3 * weights + 1_000_000
 
 
-def test_engines_that_are_given_stay_open(tmp_path: Path) -> None:
+def test_engines_passed_by_the_caller_stay_open(tmp_path: Path) -> None:
     with saying_engine(tmp_path, "still here") as engine:
         with TestClient(app({"mine": engine}), base_url="http://localhost") as client:
             assert said(client, "mine") == "still here"
@@ -220,12 +220,14 @@ def test_engines_that_are_given_stay_open(tmp_path: Path) -> None:
 
 
 def test_a_model_is_loaded_without_a_lifespan(folders: dict[str, Path]) -> None:
-    """Where somebody mounts the application and does not run it."""
+    """As when the application is mounted into another one, which does not run its lifespan."""
     client = TestClient(app(folders, open_engine=Opener()), base_url="http://localhost")
     assert said(client, "one") == "I am one"
 
 
-def test_the_end_unloads_and_leaves_no_thread(client_with: Callable[..., TestClient], folders: dict[str, Path]) -> None:
+def test_shutdown_unloads_models_and_ends_threads(
+    client_with: Callable[..., TestClient], folders: dict[str, Path]
+) -> None:
     before = threading.active_count()
     engines: list[Engine] = []
 
@@ -243,6 +245,6 @@ def test_the_end_unloads_and_leaves_no_thread(client_with: Callable[..., TestCli
     assert eventually(lambda: threading.active_count() <= before, 20)
 
 
-def test_no_bundle_is_no_server() -> None:
+def test_a_server_without_bundles_is_refused() -> None:
     with pytest.raises(SettingsError, match="at least one bundle"):
         app({})

@@ -1,4 +1,4 @@
-"""The page to chat with, in headless Chromium where it, Node and playwright-core are installed (scripts/setup_node)."""
+"""The chat page in headless Chromium; needs Chromium, Node and playwright-core (scripts/setup_node)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKDOWN = (
 
 
 def answer(prompt: str) -> str:
-    """What the model of these tests says."""
+    """The answers of these tests' model."""
     last = prompt.rsplit("<user>", 1)[-1]
     if "markdown" in last:
         return MARKDOWN
@@ -48,14 +48,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def browser() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if shutil.which("node") is None or not (MODULES / "playwright-core").is_dir():
-        missing("Node or playwright-core is not here: run  scripts/setup_node")
+        missing("Node or playwright-core is not installed: run  scripts/setup_node")
     if found is None:
         missing("Chromium is not installed")
     return found
 
 
 def drive(address: str, browser: str, folder: Path, *more: str) -> str:
-    """Run the checks in the browser; what they say."""
+    """Run the checks in the browser; returns their output."""
     script = MODULES.parent / "page.mjs"
     shutil.copy(ROOT / "tests" / "node" / "page.mjs", script)
     command = ["node", str(script), address, browser, str(folder), *more]
@@ -64,7 +64,7 @@ def drive(address: str, browser: str, folder: Path, *more: str) -> str:
     return done.stdout
 
 
-def test_what_a_person_does_with_it(engine: Engine, browser: str, tmp_path: Path) -> None:
+def test_a_person_can_use_the_page(engine: Engine, browser: str, tmp_path: Path) -> None:
     shots = Path(os.environ.get("EDGELM_SCREENSHOTS", tmp_path))
     with (
         saying_engine(tmp_path, " a time.", template=None) as base,
@@ -80,7 +80,7 @@ def test_a_key_is_asked_for(engine: Engine, browser: str, tmp_path: Path) -> Non
         assert drive(address, browser, tmp_path, KEY).count("ok: ") == 1
 
 
-def test_the_page_is_one_file_that_reaches_nothing_else(engine: Engine) -> None:
+def test_the_page_is_one_file_without_external_references(engine: Engine) -> None:
     with client_of(engine) as client:
         found = client.get("/")
     assert found.headers["content-type"].startswith("text/html")

@@ -1,4 +1,4 @@
-"""`edgelm serve` as a process: OpenAI's own client, its start and its end, ports, sockets and keys."""
+"""`edgelm serve` as a process: OpenAI's own client, start and shutdown, ports, sockets and keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgelm.runtime.cli import main
 from .served import START_S, Server, eventually, serving, with_template
 
 KEY = "the-key"
-ALL = "0.0.0.0"  # noqa: S104, to see that it is refused, and served with a key
+ALL = "0.0.0.0"  # noqa: S104, must be refused without a key and served with one
 HI: list[Any] = [{"role": "user", "content": "Say something."}]
 NO_END = {"256": -1e6}
 
@@ -46,7 +46,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_it_says_what_it_serves_and_how_to_call_it(server: Server) -> None:
+def test_the_server_prints_its_models_and_address(server: Server) -> None:
     text = "".join(server.lines)
     assert "serving tiny for this machine" in text
     assert f"{server.address}/v1" in text and "a page to chat with" in text and "curl" in text
@@ -112,7 +112,7 @@ def test_a_stream_that_is_closed_ends_the_answer(client: openai.OpenAI, server: 
     assert eventually(lambda: 'requests_processing{model="tiny"} 0' in httpx.get(figures).text)
 
 
-def test_answers_under_way_come_to_their_end(bundle: Path) -> None:
+def test_shutdown_lets_current_answers_finish(bundle: Path) -> None:
     body = {"messages": HI, "max_tokens": 400, "logit_bias": NO_END, "n": 4, "stream": True}
     with (
         serving(bundle, "--no-response-cache") as server,
@@ -126,7 +126,7 @@ def test_answers_under_way_come_to_their_end(bundle: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-def test_the_end_does_not_wait_for_ever(bundle: Path) -> None:
+def test_shutdown_does_not_wait_forever(bundle: Path) -> None:
     body = {"messages": HI, "max_tokens": 450, "logit_bias": NO_END, "n": 8, "stream": True, "temperature": 1}
     with serving(bundle, "--drain", "1") as server, httpx.Client(timeout=60) as client:
         bodies = [{**body, "seed": number} for number in range(40)]
@@ -150,7 +150,7 @@ def test_an_interrupted_server_ends_with_one_line_at_most(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("port", ["99999", "65536", "-1", "http", "9" * 40])
-def test_a_port_that_is_none(bundle: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_an_invalid_port_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", str(bundle), f"--port={port}"])
     assert ended.value.code == 2
@@ -205,14 +205,14 @@ def test_other_machines_are_served_only_with_a_key(
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n\n", "two words\n", "\xff"])
-def test_key_files_that_hold_no_key(bundle: Path, tmp_path: Path, content: str) -> None:
+def test_key_files_without_a_key_are_refused(bundle: Path, tmp_path: Path, content: str) -> None:
     key = tmp_path / "key"
     key.write_bytes(content.encode("latin-1"))
     key.chmod(0o600)
     assert main(["serve", str(bundle), "--api-key-file", str(key)]) == 1
 
 
-def test_a_bundle_that_cannot_be_loaded_ends_the_start(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_cannot_be_loaded_ends_the_server(bundle: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
     (broken / "tokenizer.json").write_bytes(b"x" * (broken / "tokenizer.json").stat().st_size)
@@ -245,9 +245,9 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     assert done.returncode == 1 and 'pip install "edgelm[serve]"' in done.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
-def test_a_full_disk_costs_the_caches_and_no_answer(bundle: Path, tmp_path: Path) -> None:
-    """No file may grow, as on a disk without room."""
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
+def test_a_full_disk_disables_caches_and_loses_no_answer(bundle: Path, tmp_path: Path) -> None:
+    """No file may grow, as on a full disk."""
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -49,7 +49,7 @@ def test_a_response_has_openais_shape(client: TestClient) -> None:
     assert body["instructions"] == "Be kind." and body["previous_response_id"] is None
 
 
-def test_a_response_that_is_cut_is_incomplete(client: TestClient) -> None:
+def test_a_truncated_response_is_incomplete(client: TestClient) -> None:
     body = client.post(PATH, json={"input": "hi", "max_output_tokens": 3}).json()
     assert body["status"] == "incomplete" and body["incomplete_details"] == {"reason": "max_output_tokens"}
     assert body["output"][0]["content"][0]["text"] == "Hel" and body["output"][0]["status"] == "incomplete"
@@ -78,7 +78,7 @@ def test_events_come_in_openais_order(client: TestClient) -> None:
     assert len({event["item_id"] for event in events if "item_id" in event}) == 1
 
 
-def test_calls_are_items(client: TestClient) -> None:
+def test_tool_calls_are_items(client: TestClient) -> None:
     asked = {"input": "weather?", "tools": FLAT}
     body = client.post(PATH, json=asked).json()
     Response.model_validate(body, strict=False)

@@ -1,4 +1,4 @@
-"""The wire: bodies, events, errors and headers, as OpenAI's clients expect them."""
+"""The HTTP interface: bodies, events, errors and headers, as OpenAI's clients expect them."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_no_event_has_an_id_or_is_empty(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_both_names_of_the_limit_count(client: TestClient, name: str) -> None:
+def test_both_names_of_max_tokens_are_accepted(client: TestClient, name: str) -> None:
     body = chat(client, f"limit {name}", **{name: 3}).json()
     assert body["choices"][0] == {**body["choices"][0], "finish_reason": "length"}
     assert body["usage"]["completion_tokens"] == 3
 
 
-def test_a_known_answer_is_marked(client: TestClient) -> None:
+def test_a_cached_answer_is_marked(client: TestClient) -> None:
     first, second = chat(client, "once more", max_tokens=4), chat(client, "once more", max_tokens=4)
     assert "x-edgelm-cache" not in first.headers and second.headers["x-edgelm-cache"] == "hit"
     assert first.json()["choices"] == second.json()["choices"]
@@ -135,7 +135,7 @@ def test_logit_bias_bans_and_forces(client: TestClient) -> None:
     assert content["content"] == "XXXX"
 
 
-def test_settings_that_narrow_nothing_are_no_error(client: TestClient) -> None:
+def test_settings_without_effect_are_accepted(client: TestClient) -> None:
     for fields in ({"temperature": 0, "top_p": 0.9}, {"top_p": 1}, {"top_p": 0, "temperature": 2}, {"top_k": -1}):
         assert chat(client, "narrow", **fields).json()["choices"][0]["message"]["content"] == "Hello there"
 
@@ -204,7 +204,7 @@ def test_tokens_and_templates(client: TestClient) -> None:
     assert counted["count"] == len(prompt) and counted["max_model_len"] == 2000
 
 
-def test_metrics_count(client: TestClient) -> None:
+def test_metrics_count_requests(client: TestClient) -> None:
     before = _figures(client)
     chat(client, "count me", max_tokens=6)
     after = _figures(client)
@@ -238,7 +238,7 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
 
 
 def wrong(client: TestClient, body: Any, path: str = CHAT_PATH, status: int = 400) -> dict[str, Any]:
-    """The error of a body that is refused."""
+    """The error for a body that is refused."""
     answer = client.post(path, content=body if isinstance(body, str | bytes) else json.dumps(body), headers=JSON)
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
@@ -314,7 +314,7 @@ def test_what_is_wrong_is_named(client: TestClient, fields: dict[str, Any], para
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
 )
-def test_what_is_not_there_is_refused_as_unsupported(client: TestClient, fields: dict[str, Any], param: str) -> None:
+def test_unsupported_fields_are_refused(client: TestClient, fields: dict[str, Any], param: str) -> None:
     error = wrong(client, {"messages": HI, **fields})
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
@@ -337,11 +337,11 @@ def test_what_is_not_there_is_refused_as_unsupported(client: TestClient, fields:
     ids=["empty", "cut", "list", "null", "text", "bytes", "nan", "deep", "deeper", "digits", "zero"],
 )
 @pytest.mark.parametrize("path", [CHAT_PATH, TEXT_PATH, "/v1/responses", "/tokenize", "/detokenize", "/apply-template"])
-def test_what_is_no_json_object_is_refused(client: TestClient, body: bytes, path: str) -> None:
+def test_bodies_that_are_no_json_object_are_refused(client: TestClient, body: bytes, path: str) -> None:
     assert wrong(client, body, path)["type"] == "invalid_request_error"
 
 
-def test_half_a_surrogate_pair_is_refused_in_words(client: TestClient) -> None:
+def test_a_lone_surrogate_is_refused_with_a_message(client: TestClient) -> None:
     error = wrong(client, '{"messages": [{"role": "user", "content": "a\\ud800b"}]}')
     assert "surrogate" in error["message"]
     assert "temperature" in wrong(client, '{"messages": [], "temperature": "\\ud800"}')["message"]
@@ -389,7 +389,7 @@ def test_a_bundle_without_a_template_takes_no_messages(tmp_path: Path) -> None:
         assert client.post(TEXT_PATH, json={"prompt": "a"}).json()["choices"][0]["text"] == "Hello there"
 
 
-def test_a_failure_of_ours_tells_nothing_of_this_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_reveals_nothing_about_the_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with saying_engine(tmp_path) as engine, client_of(engine) as client:
         session_of(engine).answer = lambda _: (_ for _ in ()).throw(RuntimeError(f"broken at {tmp_path}"))
         answer = chat(client, "break")
@@ -400,7 +400,7 @@ def test_a_failure_of_ours_tells_nothing_of_this_machine(tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("fields", [{"logit_bias": {"99999": 1}}, {"regex": "("}, {"tools": [{"type": "function"}]}])
-def test_what_is_wrong_is_known_before_a_stream_begins(client: TestClient, fields: dict[str, Any]) -> None:
+def test_errors_are_reported_before_a_stream_begins(client: TestClient, fields: dict[str, Any]) -> None:
     assert wrong(client, {"messages": HI, "stream": True, **fields})["param"] is not None
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such"}}}
     assert wrong(client, {"messages": HI, "stream": True, "response_format": form})["param"] == "response_format"
@@ -415,7 +415,7 @@ def test_a_silent_stream_says_how_much_of_the_prompt_is_read(tmp_path: Path) -> 
 
 
 def test_bodies_have_openais_published_shapes(client: TestClient) -> None:
-    """As its client declares them, which is made from its description."""
+    """OpenAI's client declares the shapes; it is generated from OpenAI's API description."""
     from openai.types import Completion, Model
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 

@@ -1,4 +1,4 @@
-"""What every session promises, whatever its kind: the same tests over all of them."""
+"""The promises that every kind of session keeps: the same tests for all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDS = [int(token) for token in np.random.default_rng(5).integers(3, 200, 40)]
 
 
 class RowOfSeveral:
-    """The third row of a session's rows, as a session: beside others that hold other texts."""
+    """The third row of a session's rows, as a session, beside rows with other texts."""
 
     ROW = 2
 
@@ -109,7 +109,7 @@ def session(kind: str, open_kind: Callable[[str], Session]) -> Iterator[Session]
 
 
 def near(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> bool:
-    """Equal within what sums in another order change; sessions that promise equal bits are compared elsewhere."""
+    """Equal except for the order of sums. Equality bit by bit is tested elsewhere."""
     return bool(np.allclose(got, wanted, rtol=0, atol=0.05 + 0.02 * np.abs(wanted).max()))
 
 
@@ -126,7 +126,7 @@ def test_a_step_has_as_many_rows_of_logits_as_are_asked_for(session: Session) ->
     assert near(rest, whole[-3:])
 
 
-def test_a_rewound_session_goes_on_as_one_that_was_never_elsewhere(session: Session) -> None:
+def test_a_rewound_session_continues_like_a_fresh_one(session: Session) -> None:
     session.step(IDS[:12])
     wanted = session.step([9]).copy()
     session.step(IDS[20:25])
@@ -140,7 +140,7 @@ def test_a_rewound_session_goes_on_as_one_that_was_never_elsewhere(session: Sess
     assert near(session.step([9]), wanted)
 
 
-def test_what_is_expected_changes_nothing_but_room(session: Session) -> None:
+def test_expect_changes_only_the_capacity(session: Session) -> None:
     wanted = session.step(IDS[:9]).copy()
     session.rewind(0)
     session.expect(300)
@@ -162,7 +162,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(session: Session, kind: 
 
 def test_the_last_position_of_the_context_can_be_used(session: Session, kind: str) -> None:
     if kind == "torch":
-        pytest.skip("it computes the whole text anew in each step")
+        pytest.skip("it recomputes the whole text in each step")
     ids = [IDS[index % len(IDS)] for index in range(512)]
     for begin in range(0, 511, 100):
         session.step(ids[begin : min(begin + 100, 511)], 0)
@@ -170,13 +170,13 @@ def test_the_last_position_of_the_context_can_be_used(session: Session, kind: st
     assert session.length == 512
 
 
-def test_closing_twice_is_closing(session: Session) -> None:
+def test_closing_twice_is_allowed(session: Session) -> None:
     session.step(IDS[:3])
     session.close()
     session.close()
 
 
-def test_capabilities_are_of_the_same_text(session: Session, kind: str) -> None:
+def test_capabilities_work_on_the_sessions_own_text(session: Session, kind: str) -> None:
     found = session.capabilities
     assert found.piece_tokens >= 1 and found.least_rows >= 1 and found.device in ("cpu", "cuda")
     if kind == "one row of several":
@@ -196,7 +196,7 @@ def test_capabilities_are_of_the_same_text(session: Session, kind: str) -> None:
         assert found.blocks.block_bytes(16) == 16 * found.blocks.block_bytes(1)
 
 
-def test_decoding_gives_what_steps_by_hand_give(session: Session, kind: str) -> None:
+def test_decoding_gives_the_same_as_single_steps(session: Session, kind: str) -> None:
     if kind == "one row of several":
         pytest.skip("a decoder would use the row that its capabilities name")
     token = int(session.step(IDS[:6])[0].argmax())

@@ -1,4 +1,4 @@
-"""Generation settings: which values are accepted, the messages of the others, and what a cache key holds."""
+"""Generation settings: accepted values, messages for the others, and the contents of a cache key."""
 
 from __future__ import annotations
 
@@ -91,19 +91,19 @@ def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any]) -> 
     [10**400, 10**5000, -(10**5000), Fraction(10**400), [10**5000]],
     ids=["digits", "5000", "-5000", "fraction", "list"],
 )
-def test_a_number_that_nothing_can_hold_is_refused_by_name(name: str, value: Any) -> None:
-    """Python writes no whole number of more than 4,300 digits, and no float holds one of more than 308."""
+def test_an_oversized_number_is_refused_by_name(name: str, value: Any) -> None:
+    """Python prints no integer with more than 4,300 digits, and no float exceeds 308 digits."""
     with pytest.raises(SettingsError, match=name):
         GenerationSettings(**{name: value})
 
 
-def test_numbers_of_all_kinds_are_numbers() -> None:
+def test_numbers_of_all_types_are_accepted() -> None:
     given = GenerationSettings(temperature=Fraction(1, 2), timeout=Fraction(3, 2), logit_bias={3: Fraction(1, 4)})
     assert given == GenerationSettings(temperature=0.5, timeout=1.5, logit_bias={3: 0.25})
     assert json.dumps(given.cache_key())
 
 
-def test_base_settings_that_are_none_are_refused() -> None:
+def test_other_types_than_settings_are_refused_as_a_base() -> None:
     wrong: Any
     for wrong in (10**5000, [10**5000]):
         with pytest.raises(SettingsError, match="GenerationSettings"):
@@ -143,7 +143,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest() -> None:
         GenerationSettings.of(wrong, {})
 
 
-def test_keywords_go_before_the_settings_they_change() -> None:
+def test_keywords_override_the_settings() -> None:
     base = GenerationSettings(temperature=0.5, top_p=0.9, stop="x", logit_bias={3: 1}, json_schema=None)
     assert GenerationSettings.of(base, {}) is base
     changed = GenerationSettings.of(base, {"seed": 4, "stop": ["y"]})
@@ -151,7 +151,7 @@ def test_keywords_go_before_the_settings_they_change() -> None:
     assert GenerationSettings.of(None, {}) == GenerationSettings()
 
 
-def test_what_means_the_same_is_the_same() -> None:
+def test_settings_with_the_same_meaning_are_equal() -> None:
     one = GenerationSettings(
         temperature=np.float32(0.5), stop="a", stop_token_ids=[4, np.int64(2), 4], logit_bias={5: 1, np.int64(2): 2},
         seed=np.int64(3),
@@ -183,7 +183,7 @@ def test_every_setting_that_can_change_an_answer_is_in_the_cache_key(name: str) 
     assert json.loads(json.dumps(changed.cache_key(), allow_nan=False)) == changed.cache_key()
 
 
-def test_a_seed_is_no_part_of_a_greedy_request() -> None:
+def test_a_seed_is_not_in_the_cache_key_of_a_greedy_request() -> None:
     assert GenerationSettings(seed=1).cache_key() == GenerationSettings().cache_key()
     assert GenerationSettings(seed=1).plain
 
@@ -228,6 +228,6 @@ def test_equal_settings_have_one_hash(name: str) -> None:
     one, other = GenerationSettings(**OTHERS[name]), GenerationSettings(**OTHERS[name])
     assert {one: 1}[other] == 1
     assert len({one, GenerationSettings()}) == 2
-    # Copies are made as other processes get them.
+    # Copied as for other processes.
     assert hash(copy.deepcopy(one)) == hash(copy.copy(one)) == hash(one)
     assert json.loads(json.dumps(dataclasses.asdict(one), default=list))["max_tokens"] == one.max_tokens

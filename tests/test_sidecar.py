@@ -1,5 +1,4 @@
-"""`edgelm serve --ready-json` beside a program: it says where it listens, and ends with its parent. The example runs in
-Node."""
+"""`edgelm serve --ready-json` as a sidecar: it prints its address and ends with its parent. The example is in Node."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
-def test_one_line_says_where_it_listens_and_closing_the_pipe_ends_it(bundle: Path) -> None:
+def test_one_line_gives_the_address_and_closing_the_pipe_ends_the_server(bundle: Path) -> None:
     with subprocess.Popen(
         [*SERVE, str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
@@ -67,9 +66,9 @@ def test_one_line_says_where_it_listens_and_closing_the_pipe_ends_it(bundle: Pat
         assert server.stdout.read() == "" and server.stderr.read() == ""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="redirects as POSIX shells do")
+@pytest.mark.skipif(sys.platform == "win32", reason="redirects with a POSIX shell")
 @pytest.mark.parametrize("redirect", ["</dev/null", "<&-"])
-def test_what_is_no_pipe_does_not_end_it(bundle: Path, redirect: str) -> None:
+def test_standard_input_that_is_no_pipe_does_not_end_the_server(bundle: Path, redirect: str) -> None:
     shell = ["/bin/sh", "-c", f'exec "$@" {redirect}', "sh", *SERVE, str(bundle)]
     with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -80,7 +79,7 @@ def test_what_is_no_pipe_does_not_end_it(bundle: Path, redirect: str) -> None:
         assert server.wait(20) == 0
 
 
-def test_a_server_whose_parent_closes_the_pipe_while_it_loads_ends(bundle: Path) -> None:
+def test_closing_the_pipe_while_a_model_loads_ends_the_server(bundle: Path) -> None:
     done = subprocess.run([*SERVE, str(bundle)], input="", capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 

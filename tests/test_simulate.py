@@ -1,4 +1,4 @@
-"""INT8 in torch: the products that onnxruntime computes, bit for bit, and gradients that pass the rounding."""
+"""INT8 in torch: onnxruntime's products bit for bit, and gradients that ignore the rounding."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_product_is_onnxruntimes_bit_for_bit(
     x = (random.standard_normal((40, inputs)) * random.lognormal(0, 3, (40, 1))).astype(np.float32)
     weight = (random.standard_normal((inputs, outputs)) * random.lognormal(0, 1, outputs)).astype(np.float32)
     x[0], weight[:, 0], x[1, 2] = 0, 0, 500
-    x[2] = np.linspace(-1, 1, inputs)  # halves between two steps are among these
+    x[2] = np.linspace(-1, 1, inputs)  # some values lie halfway between two steps
     for limit in (127, 63):
-        # AVX2 without VNNI saturates sums of 8-bit products; 7 bits cannot.
+        # AVX2 without VNNI saturates sums of products of 8-bit weights; 7-bit weights cannot saturate.
         if limit == 63 or not saturates_int8():
             ours = product(torch.tensor(x), torch.tensor(weight), limit, planes).numpy()
             assert np.array_equal(ours, quantized_matmul(x, weight, limit, planes))
@@ -66,12 +66,12 @@ def test_16_bits_are_256_times_as_fine() -> None:
         torch.randn(40, 64, generator=generator),
         torch.randint(-127, 128, (64, 32), generator=generator).float(),
     )
-    weight[0] = 127  # so that rounding leaves the weights as they are
+    weight[0] = 127  # so that rounding does not change the weights
     coarse, fine = (float((product(x, weight, planes=planes) - x @ weight).abs().max()) for planes in (1, 2))
     assert fine < coarse / 100
 
 
-def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
+def test_gradients_ignore_the_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 32, generator=generator).requires_grad_()
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
@@ -88,7 +88,7 @@ def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
     assert torch.equal(rows.grad, torch.ones(4, 16))
 
 
-def test_simulation_catches_linear_layers_however_they_are_written() -> None:
+def test_simulation_covers_linear_layers_of_every_form() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     for module in (

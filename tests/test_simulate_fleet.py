@@ -1,5 +1,4 @@
-"""The fleet simulation gives results that were computed by hand, the same run for the same seed, and the real server's
-times."""
+"""The fleet simulation: results computed by hand, reproducible runs per seed, and the real server's times."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ import pytest
 from .conftest import ROOT
 from .served import serving
 
-# A step takes 10 ms for each row, whatever the context; a prompt 1 ms a token and 5 ms a piece.
+# A step takes 10 ms per row, whatever the context; a prompt takes 1 ms a token and 5 ms a piece.
 STEPS = tuple(0.01 * rows for rows in range(1, 5))
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """scripts/simulate_fleet.py, imported as it runs: with its own folder on the path."""
+    """scripts/simulate_fleet.py, imported with its own folder on the path, as when it runs."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import simulate_fleet
@@ -54,7 +53,7 @@ def test_one_request_takes_its_prompt_and_its_steps(board: Any) -> None:
     asked = request(250, 11)
     board.add(asked, 0.0)
     assert board.run_until(math.inf) == [asked]
-    # Three pieces, then ten steps behind the first token.
+    # Three pieces, then ten steps after the first token.
     assert asked.first == pytest.approx(3 * 0.005 + 0.25)
     assert asked.end == pytest.approx(asked.first + 10 * 0.01)
     assert sum(count for _, count in asked.gaps) == 10 and board.busy == pytest.approx(asked.end)
@@ -73,7 +72,7 @@ def test_rows_share_steps_and_prompts_come_between_them(board: Any) -> None:
 
 
 def board_step(now: float) -> float:
-    """When the step that runs at a time ends: the first prompt took 55 ms, steps take 10."""
+    """The end of the step running at a time: the first prompt took 55 ms, and a step takes 10 ms."""
     return 0.055 + math.ceil((now - 0.055) / 0.01) * 0.01
 
 
@@ -90,7 +89,7 @@ def test_more_requests_than_rows_wait_and_short_ones_go_first(board: Any) -> Non
     assert min(asked.first for asked in waiting) > min(asked.end for asked in long)
 
 
-def test_what_a_session_said_is_not_fed_again(board: Any) -> None:
+def test_earlier_turns_of_a_session_are_not_fed_again(board: Any) -> None:
     board.add(request(100, 20, session=1), 0.0)
     board.run_until(math.inf)
     again = request(170, 5, board.clock, session=1, known=120)
@@ -101,13 +100,13 @@ def test_what_a_session_said_is_not_fed_again(board: Any) -> None:
     assert again.first - began == pytest.approx(0.005 + 0.001 * (170 - 119))
 
 
-def test_the_same_seed_gives_the_same(script: ModuleType, times: Any) -> None:
+def test_the_same_seed_gives_the_same_figures(script: ModuleType, times: Any) -> None:
     load = script.Load(20, think_s=5)
     figures = [script.Fleet([times] * 5, load, policy).run(100).figures() for policy in ("session", "session", "two")]
     assert figures[0] == figures[1] != figures[2]
 
 
-def test_boards_that_fail_lose_no_request(script: ModuleType, times: Any) -> None:
+def test_failing_boards_do_not_stop_the_fleet(script: ModuleType, times: Any) -> None:
     load = script.Load(40, think_s=2)
     for policy in script.POLICIES:
         whole, failing = (script.Fleet([times] * 10, load, policy).run(200, failing=count) for count in (0, 5))
@@ -123,14 +122,14 @@ def test_more_users_wait_longer_and_slower_boards_take_fewer(script: ModuleType,
     assert 0 < slow < script.users_of_a_board(times, 1, 200)
 
 
-def test_the_fit_finds_what_made_the_points(script: ModuleType) -> None:
+def test_the_fit_recovers_the_coefficients(script: ModuleType) -> None:
     from fleet.times import fit_prompt  # type: ignore[import-not-found]
 
     points = [(-(-n // 256), n, 0.003 * -(-n // 256) + 0.0005 * n + 1e-7 * n * n / 2) for n in (16, 100, 500, 1500)]
     assert fit_prompt(points) == pytest.approx((0.003, 0.0005, 1e-7), rel=1e-6)
 
 
-def test_what_falls_by_noise_is_made_to_rise(script: ModuleType) -> None:
+def test_noisy_times_are_made_monotonic(script: ModuleType) -> None:
     from fleet.times import rising
 
     assert rising([1, 2, 3]) == (1, 2, 3)
@@ -143,7 +142,7 @@ def test_times_are_written_and_read(script: ModuleType, times: Any, tmp_path: Pa
     assert script.StepTimes.read(tmp_path / "times.json") == times
 
 
-# `edgelm serve` whose steps take a known time, which does not depend on what else the machine does.
+# `edgelm serve` with steps of known duration, independent of the machine's load.
 SLOW = """
 import sys, time
 from edgelm.runtime.cli import main
@@ -162,7 +161,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_the_real_server_agrees(script: ModuleType, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Users who talk with the real server for a minute see what the model of it says."""
+    """Simulated users see the same times as users who talk to the real server for a minute."""
     load = script.Load(6, prompt=40, answer=30, think_s=1.5, turns=3, preamble=60, context=400, answers_return=False)
     with serving(f"model={tiny_bundle}", "--no-response-cache", program=SLOW) as server:
         times = asyncio.run(script.measure(server.address, load.users, 256))

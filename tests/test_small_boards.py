@@ -1,4 +1,4 @@
-"""Boards with little memory: what a fresh process takes from loading a bundle to the first token."""
+"""Boards with little memory: the memory of a fresh process from loading a bundle to the first token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_reference import _bench
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-# The highest mark of this process's own memory: ru_maxrss would still hold that of the process that started it.
+# This process's own peak; ru_maxrss would include the peak of the process that started it.
 CHILD = """
 import json, resource, sys
 bundle, limit = sys.argv[1], int(sys.argv[2])
@@ -32,7 +32,7 @@ print(json.dumps({"peak": int(peak.split()[1]) * 1024, "chunks": count}))
 
 
 def start(bundle: Path, limit: int = 0, kernels: str = "off") -> dict[str, int]:
-    """The highest memory of a fresh process at the first token, in bytes. limit: of its writable memory, 0 for none."""
+    """The peak memory of a fresh process at the first token, in bytes. limit: on its writable memory, 0 for none."""
     command = [sys.executable, "-c", CHILD, str(bundle), str(limit)]
     environment = {**os.environ, "EDGELM_KERNELS": kernels}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -45,13 +45,13 @@ def size(bundle: Path) -> int:
     return sum(file.stat().st_size for file in bundle.iterdir())
 
 
-def test_little_is_taken_beside_the_model(tiny_bundle: Path) -> None:
-    """A package that a start must not import, such as torch, would be seen here."""
+def test_little_memory_is_used_beyond_the_model(tiny_bundle: Path) -> None:
+    """An import that a start must avoid, such as torch, would exceed this."""
     assert start(tiny_bundle)["peak"] <= size(tiny_bundle) + 90e6
 
 
-def test_a_limit_that_is_too_small_is_felt(tiny_bundle: Path) -> None:
-    """Else the limit of the next test would prove nothing."""
+def test_a_limit_that_is_too_small_has_an_effect(tiny_bundle: Path) -> None:
+    """Otherwise the limit in the next test would prove nothing."""
     command = [sys.executable, "-c", CHILD, str(tiny_bundle), str(30_000_000)]
     assert subprocess.run(command, env=os.environ, capture_output=True, check=False).returncode != 0
 
@@ -65,8 +65,8 @@ def reference() -> Path:
 
 @pytest.mark.slow
 def test_the_reference_model_fits_a_board_of_512_mb(reference: Path) -> None:
-    """RLIMIT_DATA counts all writable memory, touched or not, and the mapped weights: more than what is resident, but
-    for some 40 MB of libraries' code. A control group would count exactly; most test machines let nobody make one."""
+    """RLIMIT_DATA counts all writable memory, touched or not, and the mapped weights: more than resident memory, except
+    for some 40 MB of library code. A cgroup would count exactly, but most test machines do not allow one."""
     first, second = (start(reference, limit=512_000_000) for _ in range(2))
     assert first["chunks"] and second["chunks"]
     # The second start maps the weights that the first one prepared.
@@ -75,6 +75,6 @@ def test_the_reference_model_fits_a_board_of_512_mb(reference: Path) -> None:
 
 
 @pytest.mark.slow
-def test_with_kernels_the_reference_model_takes_little_beside_its_files(reference: Path) -> None:
+def test_with_kernels_the_reference_model_takes_little_beyond_its_files(reference: Path) -> None:
     pytest.importorskip("edgelm_kernels")
     assert start(reference, limit=512_000_000, kernels="on")["peak"] <= size(reference) + 90e6

@@ -1,4 +1,4 @@
-"""FIFOs, devices, links to them and huge sparse files in place of edgelm's own: an error or a warning, at once."""
+"""FIFOs, devices, links to them and huge sparse files in place of edgelm's files: an error or a warning at once."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from edgelm.runtime.sessions import prepared
 from edgelm.runtime.sessions.foreign import open_foreign
 from edgelm.runtime.sessions.prepared import Prepared
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes special files as Linux has them")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes Linux's special files")
 KEY = bytes(range(32))
 
 
 @pytest.fixture(autouse=True)
 def _at_once() -> Iterator[None]:
-    """What waits for a writer of a FIFO fails, and does not hang."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    """Fail a test that waits for a writer of a FIFO, instead of hanging."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(20)
     yield
     signal.alarm(0)
@@ -67,7 +67,7 @@ KINDS = [fifo, zeros_without_end, sparse, folder]
 
 @pytest.fixture(params=KINDS, ids=lambda kind: str(kind.__name__))
 def put(request: pytest.FixtureRequest) -> Callable[[Path], None]:
-    """Puts a special file in place of what may be there."""
+    """Puts a special file in place of a file that may exist."""
 
     def replace(path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def test_notes_of_prepared_weights(tmp_path: Path, put: Callable[[Path], None]) 
 def test_a_database(tmp_path: Path, put: Callable[[Path], None]) -> None:
     put(tmp_path / DATABASE)
     try:
-        Database(tmp_path).connection.close()  # a sparse file is one that is damaged, and set aside
+        Database(tmp_path).connection.close()  # a sparse file counts as damaged and is set aside
     except CacheError as error:
         assert str(tmp_path) in str(error)
 
@@ -203,6 +203,6 @@ def test_a_folder_of_another_exporter(tmp_path: Path, put: Callable[[Path], None
             (place / file).symlink_to(fixture / file)
         put(place / name)
         if name == "model.onnx" and not (place / name).is_file():
-            continue  # there is no graph then
+            continue  # without the file there is no graph to open
         with pytest.raises(EdgelmError):
             open_foreign(place, None, 1)

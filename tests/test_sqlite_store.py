@@ -1,4 +1,4 @@
-"""Answers on the disk under failures: several processes, forks, kills, full and vanished disks, damaged files."""
+"""Answers on disk under failures: several processes, forks, kills, full and vanished disks, damaged files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_answer_larger_than_a_quarter_of_the_budget_evicts_nobody(store: Sqli
     assert store.stats().entries == 3
 
 
-def test_the_last_budget_that_was_set_holds_for_all(store: SqliteStore, folder: Path) -> None:
+def test_the_latest_budget_applies_to_all(store: SqliteStore, folder: Path) -> None:
     fill(store, 9)
     other = SqliteStore(folder, DiskBudget(2**20, 4))
     assert other.stats().entries == 4
@@ -115,7 +115,7 @@ def test_a_budget_smaller_than_an_empty_database_stores_nothing(store: SqliteSto
     tiny.close()
 
 
-def test_many_hits_without_a_write_are_noted_all_the_same(store: SqliteStore, folder: Path) -> None:
+def test_many_hits_without_a_write_are_recorded(store: SqliteStore, folder: Path) -> None:
     fill(store, 300)
     for number in range(256):
         store.touch(f"key {number}")
@@ -146,14 +146,14 @@ def test_two_connections_see_each_other_at_once(store: SqliteStore, folder: Path
     other.close()
 
 
-def test_readers_do_not_wait_for_a_writer_and_writers_give_up(
+def test_readers_do_not_wait_for_a_writer_and_writers_time_out(
     store: SqliteStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_BUSY_S", 0.05)
     fill(store, 300)
     writer = sqlite3.connect(file_of(folder), isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
-    assert all(store.get(f"key {number}") == answer(number) for number in range(300)), "uses that nobody can note"
+    assert all(store.get(f"key {number}") == answer(number) for number in range(300)), "uses cannot be recorded now"
     with pytest.raises(CacheError, match="locked"):
         store.put("new", answer(2))
     writer.execute("ROLLBACK")
@@ -205,7 +205,7 @@ def test_a_forked_child_opens_its_own_connection(store: SqliteStore) -> None:
 
 @posix
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_lock_that_another_thread_holds_does_not_follow_into_a_child(store: SqliteStore) -> None:
+def test_a_lock_held_by_another_thread_does_not_block_a_forked_child(store: SqliteStore) -> None:
     cache = ResponseCache(outer=store)
     cache.put("key", answer(1))
     with store._lock, cache._memory._lock, cache._count:
@@ -256,7 +256,7 @@ def test_damage_in_random_places_gives_no_wrong_answer(seed: int, folder: Path) 
         with contextlib.suppress(CacheError):
             assert store.get(f"key {number}") in (None, answer(number))
             store.put(f"new {number}", answer(number))
-            # None where an index was damaged, which the read finds out and has a new database made.
+            # None if an index was damaged: the read detects it, and a new database is made.
             assert store.get(f"new {number}") in (None, answer(number))
     with contextlib.suppress(CacheError):
         store.close()
@@ -312,7 +312,7 @@ def test_two_processes_that_see_the_same_damage_set_it_aside_once(store: SqliteS
     connection.close()
     assert store.get("key 1") is None
     store.put("key 1", answer(1))
-    assert other.get("key 1") == answer(1), "the new file is not taken for the old one"
+    assert other.get("key 1") == answer(1), "the new file is not mistaken for the old one"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_two_processes_that_see_the_same_damage_set_it_aside_once(store: SqliteS
         ("DELETE FROM state", "counters"),
     ],
 )
-def test_check_finds_what_breaks_the_rules(store: SqliteStore, folder: Path, statement: str, found: str) -> None:
+def test_check_finds_broken_invariants(store: SqliteStore, folder: Path, statement: str, found: str) -> None:
     fill(store, 3)
     store.check()
     with sqlite3.connect(file_of(folder)) as connection:
@@ -350,7 +350,7 @@ def test_check_finds_what_breaks_the_rules(store: SqliteStore, folder: Path, sta
     ],
 )
 @pytest.mark.parametrize("budget", [None, DiskBudget(2**20, 7)], ids=["", "new budget"])
-def test_wrong_books_end_in_a_new_database(folder: Path, statement: str, budget: DiskBudget | None) -> None:
+def test_inconsistent_counters_lead_to_a_new_database(folder: Path, statement: str, budget: DiskBudget | None) -> None:
     few = SqliteStore(folder, DiskBudget(2**20, 5))
     fill(few, 5)
     few.close()
@@ -423,7 +423,7 @@ def test_a_folder_that_vanishes_is_made_again(store: SqliteStore, folder: Path) 
 
 
 @posix
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root can write everywhere")
 def test_a_folder_without_write_permission_is_a_cache_error(store: SqliteStore, folder: Path) -> None:
     fill(store, 3)
     store.close()
@@ -491,11 +491,11 @@ print("gone")
 
 
 def test_a_full_a_read_only_and_a_vanished_disk(tmp_path: Path) -> None:
-    """In a mount namespace of its own, which ends with the process."""
+    """In its own mount namespace, which ends with the process."""
     alone = ["unshare", "--mount"]
     probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this user may not mount a small disk")
+        pytest.skip("this user cannot mount a small disk")
     command = [*alone, sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -503,7 +503,7 @@ def test_a_full_a_read_only_and_a_vanished_disk(tmp_path: Path) -> None:
     assert kinds == ["full", "read-only", "read-only", "gone"], done.stdout
 
 
-def test_every_error_of_sqlite_becomes_ours(folder: Path) -> None:
+def test_every_error_of_sqlite_becomes_a_cache_error(folder: Path) -> None:
     errors = [item for item in vars(sqlite3).values() if isinstance(item, type) and issubclass(item, sqlite3.Error)]
     assert len(errors) >= 9
     for error in errors:

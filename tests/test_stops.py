@@ -1,4 +1,4 @@
-"""Stop strings against a plain definition: the text in front of the stop string that is complete first."""
+"""Stop strings against a simple definition: the text before the stop string that is complete first."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_text_before_the_first_stop_string_is_shown_however_it_is_cut(
 
 @settings(max_examples=200, deadline=None)
 @given(texts, stop_lists)
-def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
+def test_only_possible_beginnings_of_a_stop_string_are_held_back(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)
     shown = matcher.add(text)
     if not matcher.stopped:
@@ -54,7 +54,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[s
         assert shown == text[: len(text) - held]
 
 
-def test_what_was_held_back_comes_when_no_stop_string_follows() -> None:
+def test_held_back_text_is_shown_if_no_stop_string_follows() -> None:
     matcher = StopMatcher(["</s>"])
     assert [matcher.add(piece) for piece in ("a<", "/", "s", "x<")] == ["a", "", "", "</sx"]
     assert matcher.finish() == "<"

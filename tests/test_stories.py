@@ -35,7 +35,7 @@ def stories() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Threads only get into each other's way in a model this small."""
+    """Threads slow each other down in a model this small."""
     import torch
 
     before = torch.get_num_threads()
@@ -57,7 +57,7 @@ def reference() -> tuple[Any, Any]:
 
 
 def generated(model: Any, ids: list[int], ends: list[int]) -> tuple[list[int], str]:
-    """What transformers' greedy generate gives, without an end token, and why it ended."""
+    """The tokens of transformers' greedy generate, without an end token, and why it ended."""
     import torch
 
     settings = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
@@ -66,11 +66,11 @@ def generated(model: Any, ids: list[int], ends: list[int]) -> tuple[list[int], s
     return (tokens[:-1], "stop") if tokens[-1] in ends else (tokens, "length")
 
 
-def test_fp32_gives_the_very_tokens_of_transformers(
+def test_fp32_gives_exactly_the_tokens_of_transformers(
     stories_bundle: Callable[[str], Path], stories: list[str], reference: tuple[Any, Any]
 ) -> None:
     model, tokenizer = reference
-    # Beginnings of unlike lengths, most of them cut within a word.
+    # Prompts of different lengths, most of them cut within a word.
     prompts = [text[: 10 + 7 * index] for index, text in enumerate(stories[:PROMPTS])]
     assert len(set(prompts)) == PROMPTS
     with load(stories_bundle("fp32")) as engine:
@@ -86,8 +86,8 @@ def test_fp32_gives_the_very_tokens_of_transformers(
 def test_fp32_stops_where_transformers_stops(
     stories_bundle: Callable[[str], Path], stories: list[str], reference: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    """The model ends a story with the token that begins one, which its configuration does not call an end token. Here
-    a copy of the bundle does."""
+    """The model ends a story with its begin-of-text token, which its configuration does not list as an end token. A
+    copy of the bundle does."""
     model, _ = reference
     folder = shutil.copytree(stories_bundle("fp32"), tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def test_fp32_stops_where_transformers_stops(
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with load(folder) as engine:
         for text in sorted(stories, key=len)[:4]:
-            ids = engine.encode(text.rsplit(" ", 4)[0])  # close to the end of a story
+            ids = engine.encode(text.rsplit(" ", 4)[0])  # near the end of a story
             done = engine.generate(token_ids=ids, max_tokens=STEPS)
             expected = generated(model, ids, [1, 2])
             assert (list(done.token_ids), done.finish_reason) == expected
@@ -103,13 +103,13 @@ def test_fp32_stops_where_transformers_stops(
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8-rowwise"])
-def test_greedy_tells_of_lily(stories_bundle: Callable[[str], Path], scheme: str) -> None:
+def test_the_greedy_story_is_the_known_one(stories_bundle: Callable[[str], Path], scheme: str) -> None:
     with load(stories_bundle(scheme)) as engine:
         assert engine.generate("Once upon a time", max_tokens=60).text.startswith(LILY)
 
 
 def corpus_perplexity(bundle: Path, texts: list[str]) -> float:
-    """Perplexity over all texts together, each scored from its own beginning, weighed by its tokens."""
+    """Perplexity over all texts, each scored from its own beginning and weighted by its tokens."""
     tokenizer = Tokenizer(bundle / "tokenizer.json")
     session = open_session(Bundle.open(bundle))
     total, count = 0.0, 0
@@ -127,14 +127,14 @@ def test_int8_keeps_the_perplexity(stories_bundle: Callable[[str], Path], storie
     texts = stories[:SCORED_TEXTS]
     before, after = (corpus_perplexity(stories_bundle(scheme), texts) for scheme in ("fp32", "int8-rowwise"))
     increase = 100 * (after / before - 1)
-    # A text of this model's own kind: were this far off, the comparison below would be of two broken models.
+    # The text suits this model. If fp32 were far off, the comparison below would be between two broken models.
     assert 3 < before < 7, f"fp32 has perplexity {before:.4f}"
     assert increase <= MOST_INCREASE_PERCENT, f"perplexity rises from {before:.4f} to {after:.4f}, {increase:.3f} %"
-    assert after != before, "the two bundles compute the same, so the INT8 one is not INT8"
+    assert after != before, "both bundles compute the same, so nothing was quantized"
 
 
 def test_long_texts_lose_no_more_than_short_ones(stories_bundle: Callable[[str], Path]) -> None:
-    """This model's keys and values are larger at later positions, where scales of an INT8 cache have to hold them."""
+    """This model's keys and values grow with the position; the INT8 cache's scales must hold them."""
     report = json.loads((stories_bundle("int8-rowwise") / "report.json").read_text(encoding="utf-8"))["against_fp32"]
     *early, late = [entry for entry in report["positions"] if entry["begin"] >= 16]
     assert (late["begin"], late["end"]) == (256, 512)

@@ -40,7 +40,7 @@ SCHEMA = {
 
 
 def deep_schema(depth: int) -> dict[str, Any]:
-    """Deeper than parsers go."""
+    """Deeper than parsers allow."""
     return {"properties": {"a": deep_schema(depth - 1)}} if depth else {}
 
 
@@ -81,7 +81,7 @@ FLAGS = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems
 
 
 @pytest.mark.parametrize("schema", [{"type": "object", "properties": {"a": FLAGS}, "required": ["a"]}, FLAGS])
-def test_a_model_that_likes_blanks_does_not_write_them_without_end(folder: Path, schema: dict[str, Any]) -> None:
+def test_a_model_that_prefers_blanks_cannot_write_them_endlessly(folder: Path, schema: dict[str, Any]) -> None:
     tokenizer = Tokenizer(folder / "tokenizer.json")
     bias = {tokenizer.encode(chr(code))[0]: value for code, value in BLANKS.items()}
     session = fake(lambda _: tokenizer.encode("}")[0])
@@ -90,13 +90,13 @@ def test_a_model_that_likes_blanks_does_not_write_them_without_end(folder: Path,
     assert json.loads(done.text) is not None and len(done.text) < 120
     own = {**schema, "x-guidance": {"whitespace_flexible": True}}
     endless = engine_on(folder, session).generate("p", json_schema=own, logit_bias=bias, max_tokens=350)
-    assert endless.finish_reason == "length", "who says so himself gets any blanks"
+    assert endless.finish_reason == "length", "a grammar that asks for them may have any blanks"
 
 
 @pytest.mark.parametrize(
     "text", ['{"a": [1, 2]}', '{"a":[1,2]}', '{\n  "a": [\n    1,\n    2\n  ]\n}', '{\n\t"a": [1, 2]\n}']
 )
-def test_the_usual_ways_to_write_json_stay(folder: Path, text: str) -> None:
+def test_the_usual_forms_of_json_are_allowed(folder: Path, text: str) -> None:
     tokenizer = Tokenizer(folder / "tokenizer.json")
     ids = tokenizer.encode(text)
     session = fake(lambda tokens: ids[min(len(tokens) - 1, len(ids) - 1)])
@@ -119,7 +119,7 @@ def test_the_most_likely_token_that_is_allowed_is_taken(folder: Path) -> None:
     assert engine_on(folder, session).generate("p", regex="[ab][bd][ce]").text == "abc"
 
 
-def test_an_answer_ends_where_nothing_can_follow_without_a_further_step(folder: Path) -> None:
+def test_a_complete_answer_ends_without_a_further_step(folder: Path) -> None:
     session = random_session()
     done = engine_on(folder, session, eos=()).generate("p", regex="abc")
     assert (done.text, done.finish_reason, len(session.steps)) == ("abc", "stop", 3)
@@ -156,7 +156,7 @@ def test_structured_answers_are_cached_by_their_schema(folder: Path) -> None:
     ],
     ids=range(12),
 )
-def test_what_is_malformed_or_cannot_be_met_is_refused_at_the_call(
+def test_malformed_or_unsatisfiable_schemas_are_refused_at_the_call(
     folder: Path, keywords: dict[str, Any], words: str
 ) -> None:
     session = random_session()
@@ -165,21 +165,21 @@ def test_what_is_malformed_or_cannot_be_met_is_refused_at_the_call(
     assert session.steps == []
 
 
-def test_an_expression_that_leads_nowhere_is_an_error_and_no_wrong_answer(folder: Path) -> None:
+def test_an_expression_with_a_dead_end_is_an_error_and_no_wrong_answer(folder: Path) -> None:
     engine = engine_on(folder, random_session())
     with pytest.raises(SettingsError, match="cannot be met"):
         engine.generate("p", regex=r"ab*[^\s\S]")
     assert engine.generate("p", regex="ab").text == "ab"
 
 
-def test_a_model_that_cannot_write_the_answer_says_so(folder: Path) -> None:
+def test_a_model_without_the_needed_tokens_is_an_error(folder: Path) -> None:
     bias = {token: -float("inf") for token in Tokenizer(folder / "tokenizer.json").encode("{")}
     with pytest.raises(SettingsError, match="no token is left"):
         engine_on(folder, random_session()).generate("p", json_schema=SCHEMA, logit_bias=bias)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "phi-3-mini", "gpt-neox-20b"])
-def test_real_vocabularies_write_what_the_schema_wants(name: str) -> None:
+def test_real_vocabularies_follow_the_schema(name: str) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     import numpy as np
 

@@ -1,5 +1,4 @@
-"""Windows and macOS, as far as they can be tested on Linux: names and lengths of paths, volumes, consoles, processors,
-no forks."""
+"""Windows and macOS, as far as Linux can test them: path names and lengths, volumes, consoles, processors, no forks."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from edgelm.runtime.sessions.prepared import FOLDER_NAME, Prepared
 from .conftest import ROOT
 from .served import chat, client_of, saying_engine
 
-# Windows allows 259 letters. `C:\\Users\\NAME\\AppData\\Local\\edgelm` has some 40.
+# Windows allows 259 characters. `C:\\Users\\NAME\\AppData\\Local\\edgelm` has some 40.
 MOST_LETTERS_BELOW_HOME = 120
 
 
@@ -55,7 +54,7 @@ def test_no_path_below_the_home_is_long(edgelm_home: Path, monkeypatch: pytest.M
     assert max(len(str(path.relative_to(edgelm_home))) for path in made) <= MOST_LETTERS_BELOW_HOME
 
 
-def test_a_model_is_found_under_either_form_of_its_name(tmp_path: Path) -> None:
+def test_a_model_is_found_under_either_unicode_form_of_its_name(tmp_path: Path) -> None:
     apart, together = (unicodedata.normalize(form, "modèle") for form in ("NFD", "NFC"))
     assert apart != together
     with saying_engine(tmp_path) as engine, client_of({apart: engine}) as client:
@@ -78,28 +77,28 @@ def mounted(monkeypatch: pytest.MonkeyPatch, path: Path, kind: str, options: str
     ("kind", "options"),
     [("nfs4", "rw"), ("cifs", "rw"), ("smbfs", "rw"), ("9p", "rw,aname=drvfs;path=C:"), ("NTFS", "rw,remote")],
 )
-def test_a_network_drive_is_told(kind: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_drive_is_detected(kind: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounted(monkeypatch, tmp_path, kind, options)
     assert volumes.remote_volume(tmp_path / "not" / "there") == f"a network drive ({kind})"
     assert volumes.remote_volume(tmp_path.parent) is None
 
 
 @pytest.mark.parametrize(("kind", "options"), [("ext4", "rw"), ("9p", "rw,trans=fd"), ("NTFS", "rw,fixed")])
-def test_a_disk_of_this_machine_is_none(
+def test_a_local_disk_is_no_network_drive(
     kind: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounted(monkeypatch, tmp_path, kind, options)
     assert volumes.remote_volume(tmp_path) is None
 
 
-def test_shares_and_synchronized_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_and_synchronized_folders_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert volumes.remote_volume(Path("//wsl.localhost/Debian/home")) == "a network drive"
     monkeypatch.setenv("OneDrive", str(tmp_path))
     assert volumes.remote_volume(tmp_path / "edgelm") == "a folder that is copied to other machines"
     assert volumes.remote_volume(tmp_path.parent) is None
 
 
-def test_answers_are_kept_in_memory_where_the_home_is_on_a_network_drive(
+def test_answers_are_kept_in_memory_if_the_home_is_on_a_network_drive(
     edgelm_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     edgelm_home.mkdir()
@@ -122,7 +121,7 @@ def test_answers_are_kept_in_memory_where_the_home_is_on_a_network_drive(
 
 
 class FakeMsvcrt:
-    """Windows' locks of bytes: one descriptor of a file holds them, and closing frees them only some time later."""
+    """Windows' byte locks: one descriptor of a file holds them, and closing it releases them only after some time."""
 
     LK_NBLCK, LK_UNLCK = 2, 0
 
@@ -139,7 +138,7 @@ class FakeMsvcrt:
             self.holders[file] = descriptor
 
 
-def test_a_lock_of_windows_is_held_once_and_freed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_windows_lock_has_one_holder_and_is_released_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMsvcrt()
     monkeypatch.setitem(sys.modules, "msvcrt", fake)
     monkeypatch.setattr(sys, "platform", "win32")
@@ -148,7 +147,7 @@ def test_a_lock_of_windows_is_held_once_and_freed_at_once(tmp_path: Path, monkey
             assert not free
         with pytest.raises(TimeoutError), file_lock.locked(tmp_path / "lock", 0.03):
             pass
-        assert len(fake.holders) == 1, "a process that did not get the lock frees nothing"
+        assert len(fake.holders) == 1, "a process without the lock releases nothing"
     assert not fake.holders
     with file_lock.lock_if_free(tmp_path / "lock") as free:
         assert free
@@ -168,7 +167,7 @@ def test_output_to_a_file_is_utf_8_on_windows(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_runtime_starts_no_process() -> None:
-    """So that frozen programs need no freeze_support, and nothing depends on how processes begin."""
+    """So frozen programs need no freeze_support, and the start method of processes does not matter."""
     starting = {"multiprocessing", "subprocess", "concurrent.futures.process"}
     for path in (ROOT / "runtime").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -183,7 +182,7 @@ def test_the_runtime_starts_no_process() -> None:
 
 
 class FakeSysctl:
-    """macOS' function over a dictionary of values, each a number or a text."""
+    """macOS's sysctlbyname over a dictionary of numbers and texts."""
 
     def __init__(self, values: dict[str, int | str]) -> None:
         self._values = values
@@ -206,7 +205,7 @@ def _no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_proc")
-def test_a_mac_tells_its_sets_its_large_cores_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mac_reports_its_instruction_sets_large_cores_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, int | str] = {
         "hw.optional.arm.FEAT_DotProd": 1,
         "hw.optional.arm.FEAT_I8MM": 0,
@@ -221,12 +220,12 @@ def test_a_mac_tells_its_sets_its_large_cores_and_its_name(monkeypatch: pytest.M
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr(machine, "_cgroup_cpus", lambda: None)
     assert machine.default_threads() == 4
-    del values["hw.perflevel0.physicalcpu"]  # an older system, or one kind of core
+    del values["hw.perflevel0.physicalcpu"]  # an older system, or only one kind of core
     assert machine.default_threads() == 8
 
 
 @pytest.mark.usefixtures("_no_proc")
-def test_windows_tells_its_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_reports_its_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = SimpleNamespace(IsProcessorFeaturePresent=lambda number: number == 40)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
@@ -234,12 +233,12 @@ def test_windows_tells_its_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_proc")
-def test_another_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "freebsd14")
     assert machine.instruction_sets() == frozenset() and asked.large_cores() is None
 
 
-def test_the_memory_that_is_left_has_an_answer_without_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_is_known_without_cgroups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_OWN_CGROUP", Path("/nonexistent"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=12345))
     assert memory.available_bytes() == 12345

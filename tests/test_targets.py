@@ -1,4 +1,4 @@
-"""Target profiles: edgelm's own load, a user's own are read strictly, and each mistake is named."""
+"""Target profiles: edgelm's own load, users' profiles are read strictly, and each mistake is named."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ answers_percent = 80
 
 
 def refusal(tmp_path: Path, text: str) -> str:
-    """The message with which a profile of this text is refused."""
+    """The message that refuses a profile with this text."""
     path = tmp_path / "mine.toml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TargetError) as caught:
@@ -126,7 +126,7 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
     assert isinstance(profile.gate.perplexity_increase_percent, float)
 
 
-def test_settings_are_all_there_is_besides_the_name() -> None:
+def test_a_profile_consists_of_its_name_and_settings() -> None:
     profile = load_target("x86-cpu")
     expected = {field.name for field in dataclasses.fields(Profile)} - {"name", "description"}
     assert set(profile.settings()) == expected
@@ -232,13 +232,13 @@ def test_weight_bits_of_7_are_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", " ", "my board", "my/board", "..", "../board", "Mine", "-x", "m\u00fc", "a\\n"])
-def test_what_cannot_be_part_of_a_file_name_is_no_name(tmp_path: Path, name: str) -> None:
+def test_names_that_cannot_be_part_of_a_file_name_are_refused(tmp_path: Path, name: str) -> None:
     message = refusal(tmp_path, VALID.replace('name = "mine"', f'name = "{name}"'))
     assert "name must be of a to z, 0 to 9" in message and "mine.toml" in message
 
 
 @pytest.mark.parametrize("name", ["m", "mine", "pi-5", "board_2.1", "8core"])
-def test_small_letters_digits_and_marks_are_a_name(tmp_path: Path, name: str) -> None:
+def test_lower_case_letters_digits_and_marks_form_a_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(VALID.replace('name = "mine"', f'name = "{name}"'), encoding="utf-8")
     assert load_target(str(path)).name == name
@@ -273,13 +273,13 @@ def test_what_a_provider_cannot_compute_is_refused(tmp_path: Path, changes: dict
 
 
 @pytest.mark.parametrize("text", ["name = ", "a = 1\na = 2\n", "[gate\n"])
-def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, text: str) -> None:
     message = refusal(tmp_path, text)
     assert "mine.toml" in message
     assert "TOML" in message
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"name = '\xff\xfe'\n")
     with pytest.raises(TargetError, match=r"mine\.toml"):
@@ -322,17 +322,17 @@ def test_the_native_target_is_the_one_that_names_the_machine(
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_every_number_of_a_profile_has_its_reason_in_front(path: Path) -> None:
+def test_every_number_of_a_profile_is_preceded_by_its_reason(path: Path) -> None:
     number = re.compile(r"^\w[\w-]* = [-\d.e]+$")
     lines = path.read_text(encoding="utf-8").splitlines()
     numbers = [index for index, line in enumerate(lines) if number.match(line)]
     assert len(numbers) >= 5, path.name
     for index in numbers:
-        # Numbers that one reason explains may stand in one block, without a blank line between them.
+        # Numbers that share a reason may form a block without blank lines.
         first = index
         while number.match(lines[first]):
             first -= 1
-        assert lines[first].startswith("# "), f"{path.name}: nothing says why {lines[index]!r}"
+        assert lines[first].startswith("# "), f"{path.name}: no comment explains {lines[index]!r}"
 
 
 EXTENDING = """
@@ -447,7 +447,7 @@ def test_a_tolerance_that_is_no_finite_number_is_refused(tmp_path: Path, value: 
 
 
 def test_the_benchmarks_target_for_random_weights_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written by a script, and read as strictly as a user's own."""
+    """A script writes it; it is read as strictly as a user's own."""
     if native_target() is None:
         pytest.skip("no target fits this machine")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

@@ -1,7 +1,7 @@
-"""Text to ids and back, and the stream of chunks in between: whole characters only, and nothing lost or repeated.
+"""Text to ids and back, and streamed chunks: whole characters only, nothing lost or repeated.
 
-The tokenizers differ in what makes streaming hard: single bytes, bytes as a fallback inside runs, blanks that are
-stripped at the start of a text.
+The tokenizers differ in what makes streaming hard: single bytes, byte fallback inside runs, blanks stripped at the
+start of a text.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BYTE_LEVEL = ["bytes", "gpt2", "smollm2", "gpt-neox"]
 BYTE_FALLBACK = ["fallback", "phi-3", "stories260k"]
 ALL = BYTE_LEVEL + BYTE_FALLBACK
 
-# One of each kind of trouble: emoji with joiners and skin tones, flags, Chinese, combining marks, right-to-left text,
-# characters of one to four bytes next to each other, blanks in a row, blanks at both ends.
+# Every kind of difficulty: emoji with joiners and skin tones, flags, Chinese, combining marks, right-to-left text,
+# adjacent characters of one to four bytes, several blanks in a row, blanks at both ends.
 HARD = [
     "Once upon a time, there was the end.",
     "👩🏽‍🚀 and 👨‍👩‍👧‍👦 flew 🇵🇱.",
@@ -55,7 +55,7 @@ relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[Health
 
 
 def fallback_tokenizer(path: Path) -> None:
-    """Write a BPE tokenizer in SentencePiece's style: U+2581 for blanks, one in front, bytes for unknown characters."""
+    """Write a BPE tokenizer in SentencePiece's style: U+2581 for blanks, one first, bytes for unknown characters."""
     from tokenizers import Tokenizer as Builder
     from tokenizers import decoders, models, normalizers
 
@@ -89,7 +89,7 @@ Get = Callable[[str], Tokenizer]
 
 @pytest.fixture
 def get(built: dict[str, Path]) -> Get:
-    """A tokenizer by its name; skips the test where the shared data are absent."""
+    """Tokenizers by name; skips the test if the shared data is missing."""
     return lambda name: _loaded(built[name] if name in built else shared(SHARED_FILES[name]))
 
 
@@ -101,8 +101,8 @@ def chunks_of(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -
 def whole(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of ids up to the last whole character. For texts without U+FFFD.
 
-    A byte-level token may end one character and begin the next; with byte fallback one byte too few spoils its whole
-    run. An unfinished character has at most three bytes, hence at most three tokens.
+    A byte-level token may end one character and begin the next. With byte fallback, one missing byte spoils its whole
+    run. An unfinished character has at most three bytes, so at most three tokens.
     """
     ends = range(max(0, len(ids) - 3), len(ids) + 1)
     return max((tokenizer.decode(ids[:end]).rstrip(REPLACEMENT) for end in ends), key=len)
@@ -133,7 +133,7 @@ def test_a_text_cut_between_characters_streams_exactly(get: Get, name: str, text
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("text", HARD)
 def test_a_prompt_that_ends_inside_a_character_is_continued_exactly(get: Get, name: str, text: str) -> None:
-    """As when an answer that max_tokens cut is fed back as ids."""
+    """As when an answer cut by max_tokens is fed back as ids."""
     tokenizer = get(name)
     ids = tokenizer.encode(text)
     for cut in range(len(ids)):
@@ -158,7 +158,7 @@ def test_any_text_streams_exactly(get: Get, name: str, data: st.DataObject) -> N
 @relaxed
 @given(data=st.data())
 def test_a_text_after_another_text_streams_exactly(get: Get, name: str, data: st.DataObject) -> None:
-    """What a model answers is not what the tokenizer would make of prompt and answer together."""
+    """A model's answer is not what the tokenizer would make of prompt and answer together."""
     tokenizer = get(name)
     prompt = tokenizer.encode(data.draw(mixed_texts.filter(bool)))
     ids = [*prompt, *tokenizer.encode(data.draw(mixed_texts), special=False)]
@@ -167,7 +167,7 @@ def test_a_text_after_another_text_streams_exactly(get: Get, name: str, data: st
 
 
 def unfinished(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """For byte-level tokenizers: some further byte goes into the last character instead of beginning another."""
+    """For byte-level tokenizers: whether a further byte would extend the last character, not begin another."""
     length = len(tokenizer.decode(ids))
     more = [one_byte(tokenizer, byte) for byte in (0x80, 0xBF)]
     return length > 0 and any(len(tokenizer.decode([*ids, token])) == length for token in more)
@@ -176,7 +176,7 @@ def unfinished(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 def one_byte(tokenizer: Tokenizer, byte: int) -> int:
     from tokenizers import pre_tokenizers
 
-    # In UTF-8 the characters U+0080 to U+00BF end in the byte of that number.
+    # In UTF-8 the characters U+0080 to U+00BF end with the byte of the same number.
     (token,) = (piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(byte)))
     return tokenizer._tokenizer.token_to_id(token[-1])
 
@@ -185,7 +185,7 @@ def one_byte(tokenizer: Tokenizer, byte: int) -> int:
 @relaxed
 @given(data=st.data())
 def test_random_ids_of_a_byte_level_tokenizer_stream_as_they_decode(get: Get, name: str, data: st.DataObject) -> None:
-    """Whatever the bytes are, U+FFFD included: each chunk is final, and only an unfinished character is left out."""
+    """For any bytes, even U+FFFD: each chunk is final, and only an unfinished character is left out."""
     tokenizer = get(name)
     ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=25)
     prompt = [*tokenizer.encode(data.draw(mixed_texts)), *data.draw(ids)]
@@ -199,7 +199,7 @@ def test_random_ids_of_a_byte_level_tokenizer_stream_as_they_decode(get: Get, na
 @pytest.mark.parametrize("name", ALL)
 @relaxed
 @given(data=st.data())
-def test_any_ids_are_survived_and_what_follows_them_is_right(get: Get, name: str, data: st.DataObject) -> None:
+def test_text_after_arbitrary_ids_is_correct(get: Get, name: str, data: st.DataObject) -> None:
     tokenizer = get(name)
     ids = st.lists(st.integers(0, tokenizer.vocab_size + 50), max_size=20)
     prompt, noise = data.draw(ids), data.draw(ids)
@@ -210,8 +210,8 @@ def test_any_ids_are_survived_and_what_follows_them_is_right(get: Get, name: str
 @pytest.mark.parametrize("name", ALL)
 @relaxed
 @given(data=st.data())
-def test_a_replacement_character_that_somebody_wrote_is_a_character(get: Get, name: str, data: st.DataObject) -> None:
-    """In the prompt it is not repeated in the answer, in the answer it is shown, at either end."""
+def test_a_replacement_character_in_the_text_is_an_ordinary_character(get: Get, name: str, data: st.DataObject) -> None:
+    """In the prompt, it is not repeated in the answer; in the answer, it is shown, at either end."""
     tokenizer = get(name)
     parts = st.lists(st.sampled_from([REPLACEMENT, "a", " the", "é", "你", "😀", "\n"]), max_size=6).map("".join)
     prompt_text = "x" + data.draw(parts) + data.draw(st.sampled_from(["", REPLACEMENT]))
@@ -223,7 +223,7 @@ def test_a_replacement_character_that_somebody_wrote_is_a_character(get: Get, na
 
 
 @pytest.mark.parametrize("name", BYTE_FALLBACK)
-def test_bytes_that_are_no_text_do_not_hide_what_follows(get: Get, name: str) -> None:
+def test_invalid_bytes_do_not_hide_the_text_after_them(get: Get, name: str) -> None:
     tokenizer = get(name)
     four_bytes = tokenizer.encode("\U0010fffe", special=False)[-4:]
     rest = tokenizer.encode("the end 你", special=False)
@@ -258,7 +258,7 @@ def test_the_first_new_word_keeps_its_blank_after_a_prompt(get: Get) -> None:
     assert "".join(chunks_of(tokenizer, [1], both)) == "the and"
 
 
-def test_a_long_prompt_costs_no_more_decoding_than_a_short_one(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_decoding_is_short_even_after_a_long_prompt(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = get("bytes")
     lengths: list[int] = []
     decode = Tokenizer.decode
@@ -272,11 +272,11 @@ def test_a_long_prompt_costs_no_more_decoding_than_a_short_one(get: Get, monkeyp
     assert max(lengths) <= 16
 
 
-# ---- the least number of tokens
+# ---- the smallest number of tokens
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_text_has_fewer_tokens_than_the_least(get: Get, name: str) -> None:
+def test_least_tokens_is_a_lower_bound(get: Get, name: str) -> None:
     tokenizer = get(name)
     vocabulary = sorted(tokenizer._tokenizer.get_vocab(), key=len)[-50:]
     for text in (*HARD, "", " " * 900, "word " * 200, "ab" * 500, *(token * 9 for token in vocabulary)):
@@ -284,7 +284,7 @@ def test_no_text_has_fewer_tokens_than_the_least(get: Get, name: str) -> None:
     assert tokenizer.least_tokens("ab" * 100_000) > 100
 
 
-def test_tokenizers_that_leave_something_out_have_no_least_number(tmp_path: Path) -> None:
+def test_least_tokens_is_0_for_tokenizers_that_drop_text(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Builder
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -341,7 +341,7 @@ def test_ids_of_hard_strings_are_the_published_ones(get: Get, name: str, case: s
 @given(text=mixed_texts)
 def test_decoding_gives_the_text_again(get: Get, name: str, text: str) -> None:
     tokenizer = get(name)
-    assume("<" not in text and "▁" not in text)  # special tokens are left out, and "▁" stands for a blank
+    assume("<" not in text and "▁" not in text)  # special tokens are left out, and "▁" means a blank
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -371,7 +371,7 @@ def test_half_a_surrogate_pair_is_refused(get: Get, text: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"null", b"\xff\xfe\x00", b'{"version": "1.0"}', b'"' * 1000])
-def test_what_is_no_tokenizer_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(BundleCorruptError) as caught:

@@ -1,7 +1,7 @@
-"""The tokenizer of a bundle against transformers' own: the same ids, the same text, the same chat prompts.
+"""The tokenizer of a bundle against transformers' own: same ids, same text, same chat prompts.
 
-Each tokenizer is loaded by transformers, written as an export writes it, and read back by the runtime. transformers'
-AutoTokenizer of the source folder is what must be equalled, also where it differs from the folder's tokenizer.json.
+Each tokenizer is loaded by transformers, written as an export writes it, and read back by the runtime. The reference is
+transformers' AutoTokenizer of the source folder, even where it differs from the folder's tokenizer.json.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[Healt
 
 @dataclass(frozen=True)
 class Pair:
-    """transformers' tokenizer, the bundle's, and the folder that an export wrote."""
+    """transformers' tokenizer, the bundle's tokenizer, and the folder written by an export."""
 
     theirs: Any
     ours: Tokenizer
@@ -86,7 +86,7 @@ Get = Callable[[str], Pair]
 
 @pytest.fixture(scope="module")
 def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
-    """A pair by its name; skips the test where the shared data are absent."""
+    """Pairs by name; skips the test if the shared data is missing."""
 
     @cache
     def pair(name: str) -> Pair:
@@ -100,7 +100,7 @@ def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_written_is_what_a_bundle_holds(get: Get, name: str) -> None:
+def test_an_export_writes_exactly_the_bundles_files(get: Get, name: str) -> None:
     found = {path.name for path in get(name).folder.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} <= found
     assert found <= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -112,7 +112,7 @@ def test_published_strings(get: Get, name: str) -> None:
     pair = get(name)
     for text, ids in published(name):
         pair.check(text)
-        # For Phi-3's class transformers 5 builds its own normalizer, which adds no blank where the text has one.
+        # For Phi-3's class, transformers 5 builds its own normalizer, which adds no blank if the text starts with one.
         if not (name == "phi-3" and text.startswith(" ")):
             assert pair.ours.encode(text, special=False) == ids, repr(text)
 
@@ -171,7 +171,7 @@ def test_a_stream_joined_is_what_transformers_decodes(get: Get, name: str, text:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_exporter_takes_them(get: Get, name: str) -> None:
+def test_the_exporter_accepts_every_tokenizer(get: Get, name: str) -> None:
     check_tokenizer(get(name).theirs, get(name).ours, TEXT)
 
 
@@ -188,7 +188,7 @@ CONVERSATIONS = [
 ]
 
 
-# For those that come without a template.
+# For tokenizers without a template.
 CHATML = """{{ bos_token }}{% for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}
 {%- endfor %}
@@ -213,7 +213,7 @@ def test_messages_give_the_ids_of_transformers(
 
 
 def encoded_by_a_bundle(folder: Path, messages: list[dict[str, str]], answer: bool) -> list[int]:
-    """As the engine does it, with the files of the bundle alone."""
+    """As the engine encodes, with only the bundle's files."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     found = find_templates((folder / "chat_template.jinja").read_text(encoding="utf-8"), config)
     assert found is not None
@@ -332,7 +332,7 @@ def test_clean_up_is_refused_where_transformers_does_it(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_and_merges_alone(tmp_path: Path) -> None:
-    """As old GPT-2 style folders are; the first token is asked for in the configuration only."""
+    """Like old GPT-2 style folders; only the configuration asks for the first token."""
     model = json.loads(shared("tokenizers/gpt2/tokenizer.json").read_text(encoding="utf-8"))["model"]
     source = source_folder(tmp_path)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -346,8 +346,8 @@ def test_a_vocabulary_and_merges_alone(tmp_path: Path) -> None:
     assert (first, rest) == (50256, pair.ours.encode("Hello world", special=False))
 
 
-@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed here")
-def test_a_missing_package_is_named_where_transformers_names_another(tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_the_missing_package_is_named_although_transformers_names_another(tmp_path: Path) -> None:
     source = source_folder(tmp_path)
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}), encoding="utf-8")
@@ -360,7 +360,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     theirs = written(changed(source_folder(tmp_path)), tmp_path / "bundle").theirs
     path = tmp_path / "bundle" / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    data["normalizer"] = {"type": "NFC"}  # of no effect on plain English
+    data["normalizer"] = {"type": "NFC"}  # no effect on plain English
     path.write_text(json.dumps(data), encoding="utf-8")
     assert Tokenizer(path).encode(TEXT) == theirs(TEXT)["input_ids"]
     with pytest.raises(SourceError, match="gives other ids"):

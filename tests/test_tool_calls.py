@@ -1,4 +1,4 @@
-"""Calls of functions: declarations, grammars, reading them out of answers, whole requests."""
+"""Tool calls: declarations, grammars, extraction from answers, whole requests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tools(**fields: Any) -> Tools:
 
 
 def read(form: CallFormat | None, text: str, size: int = 1000, **settings: Any) -> tuple[str, str, list[Any]]:
-    """Thought, content and calls of an answer that comes in pieces."""
+    """Thought, content and calls of an answer that arrives in pieces."""
     parser = AnswerParser(form, frozenset({"weather", "now"}), **settings)
     parts = [part for at in range(0, len(text), size) for part in parser.add(text[at : at + size])] + parser.finish()
     words = [part for part in parts if isinstance(part, Words)]
@@ -98,12 +98,12 @@ def test_text_in_front_of_a_call_is_content(size: int) -> None:
         "<tool_call>nothing</tool_call> more",
     ],
 )
-def test_what_is_no_call_stays_in_the_content(text: str, size: int) -> None:
+def test_text_that_is_no_call_stays_in_the_content(text: str, size: int) -> None:
     assert read(formats.TAGGED, text, size) == ("", text, [])
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_thoughts_are_apart(size: int) -> None:
+def test_thoughts_are_separated(size: int) -> None:
     assert read(None, "<think>\nwell,\n\nyes\n</think>\n\nHi  there ", size, thinks=True) == (
         "well,\n\nyes",
         "Hi  there ",
@@ -203,7 +203,7 @@ def test_definitions_of_a_schema_are_found(vocabulary: Any) -> None:
         assert accepts(vocabulary, grammar, text) == right
 
 
-def test_markers_that_are_special_tokens_stand_as_ids(tmp_path: Path) -> None:
+def test_markers_that_are_special_tokens_become_ids_in_the_grammar(tmp_path: Path) -> None:
     import llguidance
 
     data = json.loads((byte_folder(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -221,7 +221,7 @@ def test_markers_that_are_special_tokens_stand_as_ids(tmp_path: Path) -> None:
 # ---- declarations
 
 
-def test_choices_of_tools() -> None:
+def test_tool_choices() -> None:
     assert tools().mode == "auto" and tools(tool_choice="required").mode == "required"
     assert tools_of(Fields({"tools": TOOLS, "tool_choice": "none"})) is None
     assert tools_of(Fields({"tools": []})) is tools_of(Fields({})) is None
@@ -252,7 +252,7 @@ def test_choices_of_tools() -> None:
         {"tool_choice": "required"},
     ],
 )
-def test_declarations_that_cannot_be(fields: dict[str, Any]) -> None:
+def test_invalid_declarations_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ApiError):
         tools_of(Fields(fields))
 
@@ -301,7 +301,7 @@ def test_a_model_that_must_call_calls(tmp_path: Path) -> None:
         assert found["message"]["content"] == "No, I would rather talk." and "tool_calls" not in found["message"]
 
 
-def test_a_template_without_tools_is_told_of_them_in_words(tmp_path: Path) -> None:
+def test_a_template_without_tools_gets_them_described_in_the_prompt(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def answer(prompt: str) -> str:
@@ -335,7 +335,7 @@ def test_a_schema_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools"
 
 
-def test_reasoning_comes_apart(tmp_path: Path) -> None:
+def test_reasoning_is_a_separate_field(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}<think>{% endif %}"
     with (
         saying_engine(tmp_path, "<think>\nhm\n</think>\n\nYes.", template=template) as engine,
@@ -352,7 +352,7 @@ def test_reasoning_comes_apart(tmp_path: Path) -> None:
         assert (message["reasoning_content"], message["content"]) == ("hm", "Yes.")
 
 
-def test_stop_texts_go_with_calls(tmp_path: Path) -> None:
+def test_stop_texts_work_with_tool_calls(tmp_path: Path) -> None:
     with saying_engine(tmp_path, "Well, stop here") as engine, client_of(engine) as client:
         assert chat(client, tools=TOOLS, stop="stop").json()["choices"][0]["message"]["content"] == "Well, "
 
@@ -366,7 +366,7 @@ NATIVE = (
 
 
 def rendered(tmp_path: Path, **fields: Any) -> str:
-    """The prompt of a model whose template takes tools."""
+    """The prompt of a model whose template accepts tools."""
     with saying_engine(tmp_path, template=NATIVE) as engine, client_of(engine) as client:
         found = client.post("/apply-template", json={"messages": [{"role": "user", "content": "hi"}], **fields})
         assert found.status_code == 200, found.text
@@ -383,7 +383,7 @@ def test_a_template_with_tools_is_given_them(tmp_path: Path) -> None:
 
 CALLED = "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for call in m.tool_calls %}"
 DONE = "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if tools %}!{% endif %}"
-# How published templates write the arguments of a call, and what has to come of {"city": "Köln", "days": 3}.
+# How published templates write a call's arguments, and the expected result for {"city": "Köln", "days": 3}.
 WRITTEN = {
     "Qwen 2.5": ("{{ call.function.arguments | tojson }}", '{"city": "Köln", "days": 3}'),
     "Qwen 3": (
@@ -409,7 +409,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 @pytest.mark.parametrize("as_text", [True, False])
-def test_arguments_of_earlier_calls_are_what_the_template_takes(tmp_path: Path, name: str, as_text: bool) -> None:
+def test_arguments_of_earlier_calls_have_the_templates_form(tmp_path: Path, name: str, as_text: bool) -> None:
     """OpenAI's messages have them as text; some clients send an object."""
     body, shown = WRITTEN[name]
     arguments: Any = {"city": "Köln", "days": 3}
@@ -451,7 +451,7 @@ def test_a_begun_answer_goes_on(tmp_path: Path) -> None:
     assert rendered(tmp_path, messages=messages) == "<user>hi\n<assistant>Well, I\n<assistant>"
 
 
-def test_words_in_messages_are_no_special_tokens(tmp_path: Path) -> None:
+def test_special_tokens_written_in_messages_are_plain_text(tmp_path: Path) -> None:
     with saying_engine(tmp_path) as engine, client_of(engine) as client:
         asked = {"messages": [{"role": "user", "content": "a<end>b"}]}
         tokens = client.post("/tokenize", json=asked).json()["tokens"]

@@ -1,4 +1,4 @@
-"""Tracing: tiny random models of several architectures, traced and fused, answer as torch does, fed in any cuts."""
+"""Tracing: tiny random models of several architectures, traced and fused, answer as torch does under any cut."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 
-# Name of the configuration class, its settings, and the cache that each of the two layers must get.
+# Name of the configuration class, its settings, and the expected cache of each of the two layers.
 Case = tuple[str, dict[str, Any], list[LayerCache]]
 CASES: dict[str, Case] = {
     "llama": ("LlamaConfig", {**GROUPED, "num_key_value_heads": 1}, [LayerCache(1, 16, 16, None)] * 2),
@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Threads only get into each other's way in models this small."""
+    """Threads slow each other down in models this small."""
     import torch
 
     before = torch.get_num_threads()
@@ -98,7 +98,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def build(config: str, settings: dict[str, Any]) -> Any:
-    """A random model whose biases and norm weights are not what they are initialized to, so that they matter."""
+    """A random model whose biases and norm weights differ from their initial values, so that they matter."""
     import torch
     import transformers
 
@@ -125,7 +125,7 @@ def test_logits_are_those_of_torch_in_any_cuts(
 
     random = np.random.default_rng(5)
     ids = random.integers(0, VOCABULARY, TOKENS).tolist()
-    # The model itself must still compute after it was traced.
+    # The model itself must still work after tracing.
     with torch.no_grad():
         expected = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     ir.passes.PassManager(fusing_passes(CONTEXT))(traced.graph)
@@ -138,7 +138,7 @@ def test_logits_are_those_of_torch_in_any_cuts(
 
 
 def fed_in_cuts(session: OrtSession, ids: list[int], cut: Callable[[], int]) -> np.ndarray:
-    """The logits of a whole text, from an empty cache, in pieces of the sizes that `cut` gives."""
+    """The logits of a whole text from an empty cache, in pieces of the sizes that `cut` returns."""
     session.rewind(0)
     rows = []
     while session.length < len(ids):
@@ -148,7 +148,7 @@ def fed_in_cuts(session: OrtSession, ids: list[int], cut: Callable[[], int]) -> 
 
 
 def test_the_window_of_the_case_is_shorter_than_its_text() -> None:
-    """Else the sliding windows above would prove nothing."""
+    """Otherwise the sliding windows above would prove nothing."""
     assert WINDOW < TOKENS < CONTEXT
 
 
@@ -171,7 +171,7 @@ def test_a_traced_graph_has_the_inputs_and_outputs_of_a_bundle() -> None:
         ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     ],
 )
-def test_attention_beside_the_registry_is_refused_and_the_model_left_as_it_was(
+def test_attention_outside_the_registry_is_refused_and_the_model_unchanged(
     config: str, settings: dict[str, Any]
 ) -> None:
     import torch
@@ -190,7 +190,7 @@ def test_attention_beside_the_registry_is_refused_and_the_model_left_as_it_was(
 
 @pytest.fixture
 def branching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llamas that decide by values what to compute, which no graph can."""
+    """Makes Llamas branch on values, which no graph can express."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     forward = LlamaMLP.forward
@@ -198,7 +198,7 @@ def branching(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("branching")
-def test_the_reason_behind_the_exporters_error_is_told(
+def test_the_cause_of_the_exporters_error_is_reported(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "edgelm")
@@ -208,12 +208,12 @@ def test_the_reason_behind_the_exporters_error_is_told(
     )
     with pytest.raises(TraceError, match=f"^{words}.*$"):
         trace_model(model)
-    assert capfd.readouterr().err == "", "torch prints its whole graph"
+    assert capfd.readouterr().err == "", "torch printed its whole graph"
     assert "torch.ops.aten" in caplog.text
 
 
 @pytest.mark.usefixtures("branching")
-def test_a_model_that_can_go_no_path_is_refused_with_each_reason_once(tmp_path: Path) -> None:
+def test_a_model_that_fails_on_every_path_is_refused_with_each_reason_once(tmp_path: Path) -> None:
     build("LlamaConfig", {**GROUPED, "num_hidden_layers": 1}).save_pretrained(tmp_path / "model")
     byte_tokenizer(tmp_path / "model")
     with pytest.raises(TraceError) as caught:

@@ -1,4 +1,4 @@
-"""Steps that train: they learn, give the same result twice, continue where they stopped, and leave nothing behind."""
+"""Training steps: they learn, repeat exactly, resume where they stopped, and leave no files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PRUNED: Any = ({"use": "prune-magnitude", "ratio": 0.5},)
 
 @pytest.fixture
 def bench(tiny_model: Path, tmp_path: Path) -> Workbench:
-    """What a step of the tiny model works with."""
+    """The workbench for a step on the tiny model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -69,7 +69,7 @@ class InterruptedRunError(Exception):
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
-    """Let the run end after so many checkpoints."""
+    """End the run after so many checkpoints."""
     save, left = Checkpoint.save, [saves]
 
     def interrupted(self: Checkpoint, *arguments: Any) -> None:
@@ -149,7 +149,7 @@ def test_rows_are_pieces_of_the_text_and_a_function_of_the_seed_and_the_step() -
 
 @dataclass
 class Fixed:
-    """A model that always says the same."""
+    """A model with constant logits."""
 
     logits: torch.Tensor
 
@@ -226,11 +226,11 @@ def test_lora_trains_few_weights_and_changes_the_linear_layers_alone(bench: Work
         name for name, weight in weights_of(applied.module).items() if not torch.equal(weight, weights_of(module)[name])
     }
     assert changed == {name for name in weights_of(module) if "_proj" in name}
-    # A pair of matrices of rank 2 for each of 2 * 7.
+    # A pair of rank-2 matrices for each of 2 * 7 linear layers.
     assert applied.details["trained"] == 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
 
 
-def test_lora_is_refused_where_its_change_could_not_be_added(bench: Workbench) -> None:
+def test_lora_is_refused_if_its_change_could_not_be_added(bench: Workbench) -> None:
     shared = tiny_llama()
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     with pytest.raises(RecipeError, match=r"layers.1.mlp.up_proj and .*layers.0.mlp.up_proj share their weights"):
@@ -243,8 +243,8 @@ def test_lora_is_refused_where_its_change_could_not_be_added(bench: Workbench) -
         Recover(lora_rank=33, **QUICK).apply(tiny_llama(), bench)
 
 
-def test_zeros_of_the_models_own_are_weights_like_others(bench: Workbench, tmp_path: Path) -> None:
-    """A real model's embedding has thousands of them. The steps that a model went through tell pruned zeros."""
+def test_the_models_own_zeros_are_trained_like_other_weights(bench: Workbench, tmp_path: Path) -> None:
+    """A real model's embedding has thousands of zeros. Pruned zeros are known from the steps applied before."""
     module = tiny_llama()
     module.model.embed_tokens.weight.data[::8, :8] = 0
     module.model.layers[0].mlp.up_proj.weight.data[::2] = 0
@@ -255,7 +255,7 @@ def test_zeros_of_the_models_own_are_weights_like_others(bench: Workbench, tmp_p
     again = replace(bench, checkpoints=tmp_path / "pruned", before=PRUNED)
     pruned: Any = Recover(**QUICK).apply(module, again).module
     assert bool((pruned.model.layers[0].mlp.up_proj.weight[::2] == 0).all())
-    assert bool((pruned.model.embed_tokens.weight[::8, :8] != 0).any())  # which prune-magnitude does not prune
+    assert bool((pruned.model.embed_tokens.weight[::8, :8] != 0).any())  # prune-magnitude does not prune embeddings
 
 
 def test_pruned_weights_stay_zero_and_shared_ones_stay_shared(bench: Workbench) -> None:
@@ -271,7 +271,7 @@ def test_pruned_weights_stay_zero_and_shared_ones_stay_shared(bench: Workbench) 
     assert not torch.equal(first, matrix)
 
 
-def test_alpha_0_asks_no_teacher(bench: Workbench) -> None:
+def test_with_alpha_0_the_teacher_has_no_effect(bench: Workbench) -> None:
     plain = Recover(**QUICK).apply(tiny_llama(), replace(bench, checkpoints=bench.checkpoints / "plain"))
     alone = Distil(alpha=0.0, **QUICK).apply(tiny_llama(), bench)
     assert same_weights(plain.module, alone.module)
@@ -361,7 +361,7 @@ def test_interrupted_training_goes_on_bit_for_bit(
         assert {key.partition("/")[0] for key in file.keys()} == {"weight"}  # noqa: SIM118, not a dict
 
 
-def test_checkpoint_of_something_else_is_refused_and_kept(
+def test_a_checkpoint_of_another_training_is_refused_and_kept(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Recover(**QUICK).apply(tiny_llama(), bench)
@@ -383,14 +383,14 @@ def test_checkpoint_of_something_else_is_refused_and_kept(
         with pytest.raises(RecipeError, match=r"is left unchanged, because it was written by a run that differs in"):
             step.apply(module, place)
     assert kept.read_bytes() == before
-    Recover(**QUICK, checkpoint_every=3).apply(tiny_llama(), bench)  # this key decides nothing
+    Recover(**QUICK, checkpoint_every=3).apply(tiny_llama(), bench)  # this key does not affect the result
     kept.write_bytes(before[:-100])
     with pytest.raises(RecipeError, match="remove it to start this step over"):
         Recover(**QUICK).apply(tiny_llama(), bench)
 
 
-def test_loss_that_is_no_number_keeps_the_last_good_checkpoint(bench: Workbench) -> None:
-    """A rate far too high makes the weights overflow."""
+def test_a_nan_loss_keeps_the_last_good_checkpoint(bench: Workbench) -> None:
+    """A learning rate that is far too high makes the weights overflow."""
     module = tiny_llama()
     before = weights_of(module)
     with pytest.raises(RecipeError, match=r"no longer a finite number after step \d of 6, and there is no checkpoint"):
@@ -410,7 +410,7 @@ def command(model: Path, recipe: str, out: Path) -> list[str]:
     return ["compress", str(model), "--recipe", recipe, "--out", str(out), "--json"]
 
 
-def test_killed_compression_goes_on_when_it_is_run_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_compression_resumes_when_run_again(tiny_model: Path, tmp_path: Path) -> None:
     training = {"steps": 60, "batch": 4, "length": 128, "checkpoint_every": 5}
     recipe = write_recipe(
         tmp_path / "r.toml",
@@ -489,8 +489,8 @@ def test_one_of_several_processes_writes(tiny_model: Path, tmp_path: Path, monke
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
 
-def test_tuning_brings_int8_nearer_to_the_model_as_it_came(bench: Workbench) -> None:
-    """On a text that it was not tuned on."""
+def test_tuning_brings_int8_closer_to_the_original_model(bench: Workbench) -> None:
+    """On a text not used for tuning."""
     settings: dict[str, Any] = {**QUICK, "steps": 20, "learning_rate": 1e-4, "weight_bits": 7}
     module = tiny_llama()
     tuned = QuantizationAware(**settings).apply(module, bench).module
@@ -505,8 +505,8 @@ def test_tuning_brings_int8_nearer_to_the_model_as_it_came(bench: Workbench) -> 
 
 @pytest.mark.usefixtures("without_kernels")
 def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_path: Path) -> None:
-    """Bit-equal products leave what float32 norms and attention differ by, about 1e-6. Where that turns a rounding to
-    INT8 around, logits move by more, which short texts rarely see."""
+    """Products are bit-equal; float32 norms and attention differ by about 1e-6. If that flips a rounding to INT8,
+    logits differ by more, which is rare in short texts."""
     module = QuantizationAware(**QUICK).apply(tiny_llama(), bench).module
     traced = trace_model(module)
     ir.passes.PassManager([*fusing_passes(512), *quantizing_passes("int8-rowwise", 8, {})])(traced.graph)

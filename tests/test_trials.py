@@ -1,4 +1,4 @@
-"""The prompts of the comparison with torch: their lengths, their cuts, and which ones are reported as left out."""
+"""The prompts of the comparison with torch: lengths, cuts, and limits reported as not reached."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_longest_prompt_goes_beyond_the_largest_window_within_reach() -> Non
     assert left_out == ("sliding window of 4096 tokens",)
 
 
-def test_it_goes_past_the_original_context_of_rotary_embeddings_too() -> None:
+def test_the_longest_prompt_exceeds_the_original_rotary_context_too() -> None:
     rope = {
         "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 400},
         "sliding_attention": {"rope_type": "default"},
@@ -40,7 +40,7 @@ def test_it_goes_past_the_original_context_of_rotary_embeddings_too() -> None:
     assert left_out == ("original context of the rotary embedding of 2048 tokens",)
 
 
-def test_a_window_as_long_as_the_context_is_none() -> None:
+def test_a_window_as_long_as_the_context_does_not_count() -> None:
     assert longest(model(8192, 8192)) == longest(model(8192, None))
 
 

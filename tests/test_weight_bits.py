@@ -1,4 +1,4 @@
-"""Which matrices get 4 bits and which 8: the choice by bytes, what can be asked for, and what is impossible."""
+"""Which matrices get 4 bits and which 8: the choice by bytes, valid requests, and impossible ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgelm.targets import load_target
 
 from .conftest import WIDE_TARGET
 
-# Of each kind one for each of 12 layers.
+# One of each kind for each of 12 layers.
 NAMES = [f"layers.{layer}.{kind}.weight" for layer in range(12) for kind in ("up", "down")] + ["head.weight"]
 SIZES = {4: 1000, 5: 1250, 6: 1500, 8: 1900}
 MATRICES = [
@@ -35,7 +35,7 @@ MATRICES = [
 
 
 class Noisy:
-    """A session whose logits are off by what its matrices with 4 bits cost."""
+    """A session whose logits are off by the cost of its 4-bit matrices."""
 
     def __init__(self, narrow: Collection[str]) -> None:
         self._noise = sum({"up": 0.01, "down": 0.1}.get(name.split(".")[-2], 0.3) for name in narrow)
@@ -57,13 +57,13 @@ def measured() -> list[Step]:
     return steps_of(MATRICES, probe, [list(range(40)), list(range(40))], 32)
 
 
-def test_every_matrix_has_its_steps_those_that_save_most_first() -> None:
+def test_steps_of_all_matrices_are_sorted_by_loss_saved_per_byte() -> None:
     steps = measured()
     assert {(step.name, step.bits) for step in steps} == {(name, bits) for name in NAMES for bits in (5, 6, 8)}
     assert (steps[0].name, steps[0].bits) == ("head.weight", 5)
     worth = [step.kl / step.bytes for step in steps]
     assert worth == sorted(worth, reverse=True)
-    # Of a group of two layers, the matrix with twice the error bears two thirds.
+    # In a group of two layers, the matrix with twice the error gets two thirds of the loss.
     first = {step.name: step.kl for step in steps if step.bits == 5}
     assert first["layers.3.up.weight"] == pytest.approx(2 * first["layers.2.up.weight"])
 
@@ -74,7 +74,7 @@ def test_a_width_that_does_not_pay_is_left_out() -> None:
     assert [step.bits for step in steps] == [6, 8]
 
 
-def test_more_bytes_are_not_worse_and_are_never_exceeded() -> None:
+def test_a_larger_budget_is_not_worse_and_is_never_exceeded() -> None:
     steps = measured()
     least, most = (all_in(MATRICES, bits).weights_bytes for bits in (4, 8))
     before = choose_bits(MATRICES, steps, 0)
@@ -96,7 +96,7 @@ def test_sizes_have_units(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "9 parsecs", "1e3", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_unreadable_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
         _size(text)
 
@@ -112,18 +112,18 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"bits": 5.0, "scheme": "int8-rowwise"}, "which int8-rowwise cannot"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_contradictory_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         ExportConfig("model", **settings)
 
 
-def test_a_budget_means_the_scheme_that_has_a_choice() -> None:
+def test_a_budget_selects_the_scheme_with_several_widths() -> None:
     assert ExportConfig("model", bits=5.0).quantization(load_target("x86-cpu")) == "int4-rowwise"
     with pytest.raises(RecipeError, match="float16, which has no scheme 'int4-rowwise'"):
         ExportConfig("model", bits=5.0).quantization(load_target("cuda"))
 
 
-def test_a_stated_loss_widens_what_follows_from_it() -> None:
+def test_an_allowed_loss_scales_the_other_limits() -> None:
     gate = load_target("x86-cpu").gate_of("int4-rowwise")
     wider = gate.allowing(0.2)
     assert (wider.mean_kl, wider.p99_kl) == (0.2, 2.0)
@@ -155,7 +155,7 @@ def test_a_whole_bundle_is_within_its_size(tiny_model: Path, tmp_path: Path) -> 
     assert done.report["weights"]["bits"] == done.manifest.quantization.weights
 
 
-def test_a_size_that_nothing_can_meet_says_what_can_be_had(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_impossible_size_is_refused_with_the_possible_ones(tiny_model: Path, tmp_path: Path) -> None:
     config = ExportConfig(str(tiny_model), target=WIDE_TARGET, out=tmp_path / "out", bits=2.0)
     with pytest.raises(RecipeError) as caught:
         export_model(config)

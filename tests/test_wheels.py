@@ -1,5 +1,5 @@
-"""The wheels that scripts/build_kernel_wheels.py made: right for their platforms, with the same bits as the kernels
-that were compiled here, and usable without a compiler."""
+"""Wheels built by scripts/build_kernel_wheels.py: correct for their platforms, same bits as kernels compiled on this
+machine, and usable without a compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgelm.runtime.sessions.protocol import KERNELS_PIECE_TOKENS
 from .conftest import ROOT, missing
 from .test_kernels import RUNNER, cases, digests, edgelm_kernels, variants
 
-building = pytest.importorskip("scripts.wheels.build", reason="scripts/ is not here")
+building = pytest.importorskip("scripts.wheels.build", reason="scripts/ is missing")
 platforms = pytest.importorskip("scripts.wheels.platforms")
 
 __all__ = ["cases"]  # a fixture
@@ -27,34 +27,34 @@ COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "m
 
 
 def wheel(platform: str) -> Path:
-    """The kernels' wheel for a platform. Building all of them takes too long for every run: a release does it."""
+    """The kernel wheel for a platform. Only a release builds all of them, because it takes too long for every run."""
     found = list(DIST.glob(f"edgelm_kernels-*-{platforms.PLATFORMS[platform].tag}.whl"))
     if not found:
-        pytest.skip("the wheels are not here: python scripts/build_kernel_wheels.py builds them")
+        pytest.skip("no wheels: python scripts/build_kernel_wheels.py builds them")
     return found[0]
 
 
 def unpacked(platform: str, folder: Path) -> Path:
-    """The library of a wheel."""
+    """The library in a wheel."""
     with zipfile.ZipFile(wheel(platform)) as archive:
         archive.extractall(folder)
     return folder / "edgelm_kernels" / platforms.PLATFORMS[platform].library
 
 
 def check(*wheels: Path) -> subprocess.CompletedProcess[str]:
-    """What `binaries.py` says of wheels."""
+    """Run `binaries.py` on wheels."""
     words = [str(building.tools()), str(building.CHECK), *map(str, wheels)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
-def test_every_platform_has_a_wheel_that_is_right_for_it() -> None:
+def test_every_platform_has_a_correct_wheel() -> None:
     done = check(*(wheel(platform) for platform in platforms.PLATFORMS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": checked") == len(platforms.PLATFORMS)
 
 
-def test_a_wheel_that_is_wrong_is_found(tmp_path: Path) -> None:
-    """The library that GCC made here needs its own C++ library; and it is none for another machine."""
+def test_a_wheel_with_a_wrong_library_is_detected(tmp_path: Path) -> None:
+    """The library compiled by GCC here needs its own C++ library, and it is for one machine only."""
     here = edgelm_kernels.library()
     for platform, words in (("linux-x86_64", "libstdc++"), ("linux-aarch64", "compiled for elf x86_64")):
         made = tmp_path / wheel(platform).name
@@ -68,9 +68,7 @@ def test_a_wheel_that_is_wrong_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", variants())
-def test_the_wheel_for_this_machine_has_the_bits_of_what_was_compiled_here(
-    name: str, cases: Path, tmp_path: Path
-) -> None:
+def test_this_machines_wheel_has_the_bits_of_locally_compiled_kernels(name: str, cases: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(RUNNER)]
     library = unpacked("linux-x86_64", tmp_path)
     assert digests(command, cases, library, name) == digests(command, cases, edgelm_kernels.library(), name)
@@ -80,15 +78,13 @@ def test_the_wheel_for_this_machine_has_the_bits_of_what_was_compiled_here(
 def test_a_raspberry_pi_gets_the_same_bits_from_its_wheel(cpu: str, cases: Path, tmp_path: Path) -> None:
     machines = pytest.importorskip("scripts.emulated.machines")
     if not machines.is_ready():
-        missing("no emulated machines here: scripts/arm_check.sh --prepare gets QEMU and arm64 Debian")
+        missing("no emulated machines: scripts/arm_check.sh --prepare downloads QEMU and arm64 Debian")
     emulated = digests(machines.command(cpu, str(RUNNER)), cases, unpacked("linux-aarch64", tmp_path))
     assert emulated == digests([sys.executable, str(RUNNER)], cases, edgelm_kernels.library())
 
 
-def test_where_there_is_no_compiler_an_installed_edgelm_computes_with_kernels(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    """From the folder of wheels, and the package index for the rest, in the tested versions."""
+def test_an_installation_without_a_compiler_computes_with_kernels(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Installs edgelm and kernels from the folder of wheels, the rest from the package index, in tested versions."""
     wheel("linux-x86_64")
     (edgelm,) = DIST.glob("edgelm-*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -112,7 +108,7 @@ def test_where_there_is_no_compiler_an_installed_edgelm_computes_with_kernels(
     assert int(run("python", "-c", code, str(tiny_bundle))) == KERNELS_PIECE_TOKENS
 
 
-def test_edgelms_wheel_asks_for_the_kernels_of_its_copy_where_there_are_some() -> None:
+def test_edgelms_wheel_requires_its_kernels_where_they_exist() -> None:
     packaging = pytest.importorskip("packaging.requirements")
     asked = packaging.Requirement(building.requirement())
     projects = [ROOT / "kernels" / "pyproject.toml", ROOT / "pyproject.toml"]

@@ -1,5 +1,5 @@
-"""The kernels' library for Windows computes what the one for this machine does. By Wine, with onnxruntime's Windows
-build; skipped where Wine or the wheels are not installed."""
+"""The Windows kernel library computes what this machine's library computes. Runs in Wine with onnxruntime's Windows
+build; skipped if Wine or the wheels are missing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from edgelm.runtime.sessions import kernels
 from .test_kernels import cases
 from .test_wheels import unpacked
 
-windows = pytest.importorskip("scripts.wheels.windows", reason="scripts/ is not here")
-pytestmark = pytest.mark.skipif(windows.wine() is None, reason="Wine is not installed: Debian has it as wine64")
+windows = pytest.importorskip("scripts.wheels.windows", reason="scripts/ is missing")
+pytestmark = pytest.mark.skipif(windows.wine() is None, reason="Wine is not installed (Debian package wine64)")
 
 __all__ = ["cases"]  # a fixture
 
@@ -44,7 +44,7 @@ def test_operators_have_the_bits_of_this_machine(cases: Path, library: Path) -> 
 
 
 def first_step(bundle: Path, tokens: int = 40) -> dict[str, np.ndarray]:
-    """The inputs of a step that reads so many tokens on an empty cache, and keeps the logits of all."""
+    """The inputs of a step that reads so many tokens into an empty cache and returns all their logits."""
     model = Bundle.open(bundle).manifest.model
     feeds = {
         "input_ids": np.arange(tokens, dtype=np.int64)[None] * 7 % model.vocab_size,
@@ -60,8 +60,8 @@ def first_step(bundle: Path, tokens: int = 40) -> dict[str, np.ndarray]:
 
 
 def test_a_bundle_answers_as_on_this_machine(tiny_bundle: Path, library: Path) -> None:
-    """Most bits are the kernels'. onnxruntime's own operators are compiled by another compiler there, so that the last
-    bits of logits may differ; and everything behind them in the cache."""
+    """Most bits come from the kernels. onnxruntime's own operators are built by another compiler on Windows, so logits
+    and later values in the cache may differ in their last bits."""
     graph, feeds = tiny_bundle / GRAPH_NAME, first_step(tiny_bundle)
     logits = [
         np.frombuffer(raw, np.float32, 40 * 257).reshape(40, 257)

@@ -1,5 +1,5 @@
-"""What edgelm does where files behave as on Windows: tests of caches, prepared weights, bundles and exports run once
-more on a layer that refuses what Windows refuses."""
+"""edgelm on Windows-like files: tests of caches, prepared weights, bundles and exports run again on a layer that
+refuses what Windows refuses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ AGAIN = (
     "special_files",
     "sqlite_store",
 )
-# What only POSIX has: files that are deleted or moved while another connection has them open.
+# POSIX only: files that are deleted or moved while another connection has them open.
 NOT_ON_WINDOWS = (
     "sqlite_store.py::test_two_connections_see_each_other_at_once",
     "sqlite_store.py::test_two_processes_that_see_the_same_damage_set_it_aside_once",
@@ -102,10 +102,10 @@ def test_the_layer_refuses_what_windows_refuses(windows_files: WindowsFiles, tmp
     inner.parent.rename(tmp_path / "moved")
 
 
-# ---- renaming over what is open
+# ---- renaming over an open file
 
 
-def test_a_file_that_is_open_for_a_moment_is_replaced_all_the_same(windows_files: WindowsFiles, tmp_path: Path) -> None:
+def test_a_file_that_is_open_briefly_is_replaced(windows_files: WindowsFiles, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     reader = path.open()
@@ -116,7 +116,7 @@ def test_a_file_that_is_open_for_a_moment_is_replaced_all_the_same(windows_files
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_stays_open_stays_as_it_is(windows_files: WindowsFiles, tmp_path: Path) -> None:
+def test_a_file_that_stays_open_is_unchanged(windows_files: WindowsFiles, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with path.open(), pytest.raises(files.InUseError), files.replacing(path) as file:
@@ -125,7 +125,7 @@ def test_a_file_that_stays_open_stays_as_it_is(windows_files: WindowsFiles, tmp_
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_refused_for_another_reason_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_refusals_are_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def replace(self: Path, target: Path) -> Path:
@@ -138,14 +138,14 @@ def test_what_is_refused_for_another_reason_is_not_tried_again(tmp_path: Path, m
     assert len(tries) == 1
 
 
-def test_a_block_that_somebody_reads_is_one_that_is_written(
+def test_a_block_being_read_counts_as_written(
     windows_files: WindowsFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = prefix_files.BlockFiles(tmp_path / "prefixes", 1 << 20)
     key, block = bytes(32), np.arange(100, dtype=np.uint8)
     store.put(key, 1.0, block)
     (path,) = [found.path for found in prefix_files.found_files(tmp_path / "prefixes")]
-    # As where another process wrote it after this one had looked.
+    # As if another process had written the file after this one looked.
     monkeypatch.setattr(prefix_files.BlockFiles, "_used", lambda *_: False)
     with path.open("rb"):
         store.put(key, 2.0, block)
@@ -155,7 +155,7 @@ def test_a_block_that_somebody_reads_is_one_that_is_written(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_database_that_is_open_elsewhere_is_not_cleared_and_works_on(
+def test_a_database_open_elsewhere_is_not_cleared_and_keeps_working(
     windows_files: WindowsFiles, tmp_path: Path
 ) -> None:
     first, second = SqliteStore(tmp_path / "responses"), SqliteStore(tmp_path / "responses")
@@ -170,7 +170,7 @@ def test_a_database_that_is_open_elsewhere_is_not_cleared_and_works_on(
     second.close()
 
 
-# ---- prepared weights and bundles that are mapped
+# ---- mapped prepared weights and bundles
 
 
 def fill(prepared: Prepared) -> None:
@@ -179,15 +179,13 @@ def fill(prepared: Prepared) -> None:
             (folder / name).write_bytes(name.encode())
 
 
-def test_prepared_weights_that_are_mapped_are_dropped_when_they_are_free(
-    windows_files: WindowsFiles, tmp_path: Path
-) -> None:
+def test_mapped_prepared_weights_are_removed_once_unmapped(windows_files: WindowsFiles, tmp_path: Path) -> None:
     prepared = Prepared("sha256:1", tmp_path / "prepared")
     fill(prepared)
     with mapped(prepared.folder / "model.onnx.data"):
         prepared.drop()
         assert not prepared.is_there()
-        fill(prepared)  # what is left of the old one is in the way
+        fill(prepared)  # remaining files of the old form are in the way
         assert not prepared.is_there()
         assert [path.name for path in (tmp_path / "prepared").iterdir()] == [prepared.folder.name]
     fill(prepared)
@@ -195,12 +193,12 @@ def test_prepared_weights_that_are_mapped_are_dropped_when_they_are_free(
     prepared.check()
 
 
-def test_what_could_not_be_dropped_goes_with_the_next_one(windows_files: WindowsFiles, tmp_path: Path) -> None:
+def test_leftover_prepared_weights_are_removed_by_the_next_one(windows_files: WindowsFiles, tmp_path: Path) -> None:
     first, second = (Prepared(f"sha256:{number}", tmp_path / "prepared", budget_bytes=30) for number in (1, 2))
     fill(first)
     os.utime(first.folder, (1, 1))
     with mapped(first.folder / "model.onnx.data"):
-        fill(second)  # there is room for one
+        fill(second)  # the budget holds one
         assert first.folder.exists() and folders(tmp_path / "prepared") == [second.folder]
     fill(second)
     assert not first.folder.exists() and second.is_there()
@@ -220,7 +218,7 @@ def test_a_bundle_that_a_program_has_loaded_is_not_replaced_and_stays_whole(
             place.put_in_place(result, out)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(place, "_exchange", lambda *_: False)  # which Windows cannot
+    patch.setattr(place, "_exchange", lambda *_: False)  # Windows cannot exchange folders
     with patch.context():
         export("old")
         with mapped(out / "model.onnx.data"), pytest.raises(OutputError, match="while a program has it open"):

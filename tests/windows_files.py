@@ -1,15 +1,15 @@
 """A layer over the file system that refuses what Windows refuses, for tests on Linux.
 
 Open and mapped files are read from /proc, for this process and its children, so files of C libraries such as SQLite and
-onnxruntime count. As on Windows, with files opened as Python and C open them (without FILE_SHARE_DELETE):
+onnxruntime count. The rules of Windows, for files opened as Python and C open them (without FILE_SHARE_DELETE):
 
-- a file that is open or mapped cannot be deleted, renamed, or replaced by another one's rename;
-- a folder cannot be renamed while a file in it is open, and no folder takes the place of another one;
-- `rename` takes the place of nothing;
-- names hold no <>:"|?*, end in no dot or blank, and are no device's (NUL, COM1), with whatever suffix;
-- a path has less than 260 characters.
+- a file that is open or mapped cannot be deleted, renamed, or replaced by a rename;
+- a folder cannot be renamed while a file in it is open, and no folder can replace another;
+- `rename` replaces nothing;
+- names contain no <>:"|?*, do not end in a dot or blank, and are no device's (NUL, COM1), with any suffix;
+- a path has fewer than 260 characters.
 
-What is not imitated: names that differ by case only, times, permissions, locks (fcntl's are used).
+Not imitated: names that differ only by case, times, permissions, locks (fcntl's are used).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import pytest
 
 ACCESS_DENIED, SHARING_VIOLATION, ALREADY_EXISTS, INVALID_NAME, TOO_LONG = 5, 32, 183, 123, 206
 MOST_LETTERS = 259
-# The temporary folders of a test on Linux are longer or shorter than a user's folder on Windows, which has some 30.
+# A test's temporary folder on Linux and a user's folder on Windows, of some 30 characters, differ in length.
 _USERS_LETTERS = 60
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')
 
-needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="who has a file open is read from /proc")
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads open files from /proc")
 
 
 def refused(code: int, path: Any) -> OSError:
@@ -60,14 +60,14 @@ def open_files() -> set[str]:
             for link in (folder / "fd").iterdir():
                 found.add(str(link.readlink()))
             lines = (folder / "maps").read_text().splitlines()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         found |= {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6}
     return found
 
 
 class WindowsFiles:
-    """Puts the layer over `os` while it is installed. root: where it holds; other paths are as they were."""
+    """Puts the layer over `os` while installed. root: the folder with Windows' rules; other paths are unchanged."""
 
     def __init__(self, patch: pytest.MonkeyPatch, root: Path) -> None:
         self._root = os.path.realpath(root)
@@ -79,7 +79,7 @@ class WindowsFiles:
             patch.setattr(os, name, self._deleting(originals[name]))
         for name in ("open", "mkdir"):
             patch.setattr(os, name, self._naming(originals[name]))
-        # rmtree by descriptors, which Windows does not have, would go past the layer.
+        # rmtree with file descriptors, which Windows does not have, would bypass the layer.
         patch.setattr(shutil, "_use_fd_functions", False)
 
     def _holds(self, path: Any) -> bool:
@@ -91,7 +91,7 @@ class WindowsFiles:
 
     def _check_name(self, path: Any) -> None:
         inner = Path(os.path.realpath(path)).relative_to(self._root)
-        # The first folder is pytest's, of the test.
+        # The first folder is pytest's folder for the test.
         for part in inner.parts[1:]:
             if _DEVICE.fullmatch(part) or _FORBIDDEN.search(part):
                 self._refuse(INVALID_NAME, path)
@@ -146,4 +146,4 @@ def windows_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(autouse=True)
 def everywhere(windows_files: WindowsFiles) -> None:
-    """With `pytest -p tests.windows_files`, the layer is under every test."""
+    """With `pytest -p tests.windows_files`, every test runs on the layer."""

@@ -1,10 +1,10 @@
-"""Run the bundles of a model on emulated processors and compare what they give with this machine.
+"""Run a model's bundles on emulated processors and compare the results with this machine's.
 
     scripts/arm_check.sh [--prepare] [--count] [MODEL ...]
 
---prepare only sets the machines up; --count only counts instructions, of a model of its own (builds QEMU, some
-minutes). MODEL is what `edgelm export` takes; without one builtin:tales, and stories260k where ../shared is. Ends with
-1 if a promise of docs/targets.md is broken.
+--prepare only sets up the machines; --count only counts instructions, of a model of its own (builds QEMU, which takes
+some minutes). MODEL is what `edgelm export` takes; the default is builtin:tales, and stories260k if ../shared exists.
+Ends with 1 if a promise of docs/targets.md is broken.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOST = "this machine"
 
 
 def main() -> int:
-    """Parse, then do all of it. Returns: the process's exit status."""
+    """Parse, then run everything. Returns the process's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--prepare", action="store_true", help="only set up the emulated machines")
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def check_model(model: str) -> list[str]:
-    """Run a model on all cores, print what came out, and return the promises that it breaks."""
+    """Run a model on all cores, print the results, and return the broken promises."""
     bundle, plain = export(model, "int8-rowwise"), export(model, "fp32")
     texts = cut_text(bundle, windows=3, tokens=200)
     here, ideal = run_on(HOST, bundle, texts), run_on(HOST, plain, texts)
@@ -85,7 +85,7 @@ def broken_int8(cpu: str, here: compare.Outcome, there: compare.Outcome, ideal: 
         "a cut changes bits": not there.exact,
         "logits are shifted": abs(apart.shift) > 0.01,
         "logits are scaled": abs(apart.gain) > 0.005,
-        # Roundings that fall the other way are noise, as INT8 itself is; what saturates is further from fp32.
+        # Roundings the other way are noise, like INT8's own error; saturation moves results away from fp32.
         "it is further from fp32 than this machine is": further > 1.3,
     }
     return [f"{cpu}: {sentence} ({apart})" for sentence, is_broken in checks.items() if is_broken]
@@ -99,7 +99,7 @@ def broken_fp32(cpu: str, here: compare.Outcome, there: compare.Outcome) -> list
 
 
 def broken_between_arm(others: dict[str, compare.Outcome]) -> list[str]:
-    """Whether the two Raspberry Pi give the same bits."""
+    """Whether both Raspberry Pi give the same bits."""
     same = others["cortex-a72"].digest == others["cortex-a76"].digest
     return [] if same else ["INT8 gives other bits on cortex-a76 than on cortex-a72"]
 
@@ -116,14 +116,14 @@ def export(model: str, scheme: str, kv: str | None = None) -> Path:
 
 
 def cut_text(bundle: Path, windows: int, tokens: int) -> list[list[int]]:
-    """So many texts of so many tokens, one after the other from the English text that comes with edgelm."""
+    """So many texts of so many tokens, consecutive in the English text that comes with edgelm."""
     ids = Tokenizer(bundle / "tokenizer.json").encode(_TEXT.read_text(encoding="utf-8"))
     return [ids[begin : begin + tokens] for begin in range(0, windows * tokens, tokens)]
 
 
 def run_on(cpu: str, bundle: Path, texts: list[list[int]], *options: str) -> compare.Outcome:
-    """What onnxruntime alone makes of a bundle on a processor or on `HOST`: the compiled kernels never saturate, and
-    their bits have tests of their own."""
+    """Run a bundle with onnxruntime alone on a processor or on `HOST`. The compiled kernels never saturate, and their
+    bits have their own tests."""
     folder = machines.FOLDER / "runs"
     folder.mkdir(exist_ok=True)
     name = f"{bundle.name}-{cpu.replace(' ', '-')}{''.join(options)}"
@@ -139,7 +139,7 @@ def run_on(cpu: str, bundle: Path, texts: list[list[int]], *options: str) -> com
 
 
 def show(name: str, apart: compare.Difference) -> None:
-    """A line of figures."""
+    """Print a line of figures."""
     figures = ", ".join(f"{key} {value:+.2e}" for key, value in dataclasses.asdict(apart).items())
     print(f"  {name:34} {figures}", flush=True)
 

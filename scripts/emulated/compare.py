@@ -1,4 +1,4 @@
-"""How far the results of two machines differ that ran the same bundle on the same texts."""
+"""The difference between two machines' results of the same bundle on the same texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm.runtime.evaluation.scoring import negative_log_likelihood
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one machine made of a bundle: logits (n, vocabulary) float32, the tokens that they predict (n), the greedy
+    """One machine's results of a bundle: logits (n, vocabulary) float32, the tokens that they predict (n), the greedy
     answer, the digest of the logits, and whether cuts changed no bit."""
 
     logits: NDArray[np.float32]
@@ -26,7 +26,7 @@ class Outcome:
 
     @staticmethod
     def read(file: Path, told: dict[str, object]) -> Outcome:
-        """From what `device.py` wrote and told."""
+        """Read the output files of `device.py` and its JSON line."""
         with np.load(file) as arrays:
             logits, targets, tokens = (arrays[name] for name in ("logits", "targets", "tokens"))
         return Outcome(
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def perplexity(self) -> float:
-        """Of the texts, each from an empty context."""
+        """Perplexity of the texts, each from an empty context."""
         return math.exp(float(negative_log_likelihood(self.logits, self.targets).mean()))
 
 
@@ -58,7 +58,7 @@ class Difference:
 
 
 def difference(reference: Outcome, other: Outcome) -> Difference:
-    """How the other is, seen from the reference."""
+    """The other outcome relative to the reference."""
     one, two = reference.logits.astype(np.float64), other.logits.astype(np.float64)
     centered = one - one.mean(axis=1, keepdims=True)
     return Difference(

@@ -1,4 +1,4 @@
-/* A plugin of QEMU's: how many instructions were executed so far, whenever the program marks a place in itself.
+/* A plugin of QEMU that prints the number of instructions executed so far, whenever the program makes a mark.
  *
  * The mark is getsid, a system call of 64-bit Arm that nothing else makes here. Counting by blocks of translated code
  * costs next to nothing, where a call for each instruction makes programs twenty times slower.

@@ -1,5 +1,4 @@
-"""Instructions for each token, counted on emulated Arm cores, in place of a speed, because no other process changes the
-count.
+"""Instructions per token, counted on emulated Arm cores. Unlike a speed, the count does not depend on other processes.
 
 Debian's QEMU has no plugins, so this builds one from its source, and `counting.c`, the plugin that counts.
 """
@@ -18,12 +17,12 @@ from pathlib import Path
 from .. import reference_model
 from . import machines
 
-# With the cache that arm-cpu has for them, and the default with the other one.
+# Each scheme with arm-cpu's cache for it, and the default scheme also with the other cache.
 SCHEMES = ("int8-rowwise", "int8-weight", "int4-weight", "int8-tensor", "fp32")
 SERVED = "int8-rowwise"  # by compiled kernels
 OTHER = (SERVED, "float32")
-# What is counted is this part of the reference model, in the same proportions: loading and exporting take a while. On
-# a Cortex-A72, five times its counts are within 1 % of those of the whole.
+# This part of the reference model is counted, in the same proportions, because loading and exporting take long. On a
+# Cortex-A72, five times its counts are within 1 % of the whole model's.
 PART = 5
 _DECODED, _SHORT, _LONG = 4, 32, 256
 _FOLDER = machines.FOLDER / "qemu"
@@ -43,8 +42,8 @@ _SOURCE, STEPS = (Path(__file__).with_name(name) for name in ("counting.c", "ste
 
 
 def report(bundles: dict[str, Path]) -> None:
-    """Print what tokens cost, in millions of instructions, for each core and bundle, as the whole reference model would
-    need them; where compiled kernels serve a bundle, without and with them. Raises: NotHereError."""
+    """Print the instructions of tokens, in millions, for each core and bundle, scaled to the whole reference model; for
+    bundles with compiled kernels, without and with them. Raises: NotHereError."""
     build()
     kernels = machines.kernels()
     for core in (core.cpu for core in machines.CORES.values() if core.architecture == "aarch64"):
@@ -60,7 +59,7 @@ def _show(core: str, name: str, instructions: dict[str, float]) -> None:
 
 
 def model() -> Path:
-    """The folder of a part of the reference model: of its layers and its vocabulary, with random weights."""
+    """The folder of a part of the reference model, with fewer layers, a smaller vocabulary and random weights."""
     folder = machines.FOLDER / "reference-part"
     if not (folder / "tokenizer.json").is_file():
         config = json.loads(reference_model.REFERENCE.read_text(encoding="utf-8"))
@@ -72,8 +71,8 @@ def model() -> Path:
 
 
 def per_token(core: str, bundle: Path, *packages: Path) -> dict[str, float]:
-    """Instructions for one token decoded behind a short prompt, how many more for each further token before it, and for
-    one token of a long prompt. packages: as `machines.command`.
+    """Instructions for one token decoded after a short prompt, the increase for each further token before it, and for
+    one token of a long prompt. packages: as in `machines.command`.
 
     Raises: NotHereError.
     """
@@ -86,16 +85,16 @@ def per_token(core: str, bundle: Path, *packages: Path) -> dict[str, float]:
 
 
 def split(told: str) -> dict[str, float]:
-    """The same from what the plugin told at the marks."""
+    """The same from the plugin's output at the marks."""
     marks = list(map(int, re.findall(r"^executed: (\d+)$", told, re.MULTILINE)))
     near, prompt, far = (end - begin for begin, end in itertools.pairwise(marks))
-    # One token is decoded, uncounted, before the first of these.
+    # One token is decoded, uncounted, before the first mark.
     context = (far - near) / _DECODED / (_LONG - _SHORT - 1)
     return {"decode": near / _DECODED, "context": context, "prompt": prompt / _LONG}
 
 
 def build() -> None:
-    """Build QEMU and the plugin, unless that was done: about five minutes on two cores. Raises: NotHereError."""
+    """Build QEMU and the plugin unless done before: about five minutes on two cores. Raises: NotHereError."""
     if not _QEMU.is_file():
         _build_qemu()
     headers = _FOLDER / "headers" / "usr"
@@ -106,7 +105,7 @@ def build() -> None:
 
 
 def _build_qemu() -> None:
-    shutil.rmtree(_FOLDER, ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(_FOLDER, ignore_errors=True)  # may remain from an interrupted run
     _FOLDER.mkdir()
     apt = machines.Apt(_FOLDER / "apt")
     headers = _FOLDER / "headers"

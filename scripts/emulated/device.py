@@ -1,10 +1,10 @@
-"""Run a bundle on the machine that this runs on, and write down what came out. Needs the runtime's packages only.
+"""Run a bundle on the current machine and write down the results. Needs only the runtime's packages.
 
     python device.py BUNDLE TEXTS OUT [--generate N] [--saturate]
 
 TEXTS is JSON: lists of token ids, each within the context. OUT is an .npz with `logits` (positions, vocabulary)
-float32, those that predict each text's tokens but the first, `targets`, the tokens that they predict, and `tokens`, the
-greedy answer to the first text's first ten tokens. A line of JSON tells the rest.
+float32, which predict each text's tokens except the first; `targets`, the tokens they predict; and `tokens`, the greedy
+answer to the first text's first ten tokens. The rest is printed as a line of JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edgelm.runtime.sessions.loading import open_session
 from edgelm.runtime.sessions.protocol import Session
 
 _PROMPT_TOKENS = 10
-# Ways to cut the first text: token by token at its beginning, and in pieces of unlike sizes.
+# Ways to cut the first text: token by token at its beginning, and pieces of different sizes.
 _CUTS = ([1] * 24, [2, 1, 5, 17, 1, 40])
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--generate", type=int, default=24, help="tokens of the greedy answer (%(default)s)")
-    parser.add_argument("--saturate", action="store_true", help="as if no processor saturated: to see what that costs")
+    parser.add_argument("--saturate", action="store_true", help="act as if no processor saturated, to see the effect")
     arguments = parser.parse_args()
     if arguments.saturate:
         machine.saturates_int8 = lambda: False
@@ -59,15 +59,15 @@ def main() -> None:
 
 
 def whole(session: Session, text: Sequence[int]) -> NDArray[np.float32]:
-    """The logits at all positions of a text but the last, fed at once."""
+    """The logits at all positions of a text except the last, fed at once."""
     session.rewind(0)
     return session.step(text[:-1], len(text) - 1).copy()
 
 
 def same_bits(session: Session, text: Sequence[int], expected: NDArray[np.float32], cuts: Sequence[int]) -> bool:
-    """Whether a text cut into pieces of these sizes gives bit for bit the logits that it gives at once.
+    """Whether a text cut into pieces of these sizes gives the same logits, bit for bit, as fed at once.
 
-    Pieces of one token only: as many of them as are given. Others: over and over, to the text's end.
+    If all pieces are of one token, only as many are fed as given. Otherwise sizes repeat to the text's end.
     """
     session.rewind(0)
     begin = 0

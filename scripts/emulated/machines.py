@@ -1,7 +1,7 @@
 """Emulated machines: processors of QEMU's user mode, with a Python and the runtime's packages.
 
-Needs a 64-bit x86 machine with Debian. `prepare` fills one folder, as any user, and installs nothing: QEMU and the
-arm64 Python come from the sources that the machine's own apt is configured with, the packages from its pip's.
+Needs a 64-bit x86 machine with Debian. `prepare` fills one folder, as any user, and installs nothing. QEMU and the
+arm64 Python come from the machine's configured apt sources, the packages from its pip index.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulated"
 _QEMU = "qemu-user"
-# What the arm64 interpreter and onnxruntime link against; maintainer scripts are not run.
+# Libraries that the arm64 interpreter and onnxruntime need; maintainer scripts are not run.
 _LIBRARIES = [
     "libc6",
     "libgcc-s1",
@@ -56,7 +56,7 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True)
 class Core:
-    """A processor: QEMU's name of it, its architecture, and what it stands for."""
+    """A processor: QEMU's name, its architecture, and what it represents."""
 
     cpu: str
     architecture: str
@@ -75,7 +75,7 @@ CORES = {
 
 
 def is_ready() -> bool:
-    """Whether `prepare` was run, for these packages."""
+    """Whether `prepare` was run for these packages."""
     stamp = FOLDER / "ready"
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == _fingerprint()
 
@@ -98,7 +98,7 @@ def command(
     root = FOLDER / "arm64"
     paths = ":".join(map(str, (*packages, FOLDER / "packages", FOLDER / "tree")))
     settings = {"PYTHONHOME": root / "usr", "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": 1}
-    # Emulated, numpy's OpenBLAS lets the threads that it starts spin, where elsewhere they soon sleep.
+    # Under emulation, the threads of numpy's OpenBLAS keep spinning, where elsewhere they soon sleep.
     settings |= {"OPENBLAS_NUM_THREADS": 1}
     start += ["-L", str(root), *(word for key, value in settings.items() for word in ("-E", f"{key}={value}"))]
     (python,) = (root / "usr" / "bin").glob("python3.*")
@@ -106,8 +106,8 @@ def command(
 
 
 def kernels() -> Path:
-    """A folder with the package edgelm-kernels for Arm, compiled here. Raises: NotHereError, without a compiler for
-    that."""
+    """A folder with the package edgelm-kernels for Arm, compiled here. Raises: NotHereError, without a cross
+    compiler."""
     folder, compiler = FOLDER / "kernels", "aarch64-linux-gnu-g++"
     if shutil.which(compiler) is None:
         raise NotHereError(f"no compiler for Arm here: Debian has it as g++-aarch64-linux-gnu ({compiler})")
@@ -120,7 +120,7 @@ def kernels() -> Path:
 
 
 def prepare() -> None:
-    """Fetch and unpack everything, unless that was done: about 15 seconds and 600 MB. Raises: NotHereError."""
+    """Fetch and unpack everything unless done before: about 15 seconds and 600 MB. Raises: NotHereError."""
     if is_ready():
         return
     if platform.machine() != "x86_64" or shutil.which("apt-get") is None:
@@ -154,10 +154,10 @@ def _install_wheels(version: str) -> None:
 
 
 class Apt:
-    """Debian's packages, with lists and downloads in a folder of its own: the machine's apt is read, never changed."""
+    """Debian's packages, with lists and downloads in a folder of its own. The machine's apt is only read."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: NotHereError, if the machine's sources hold no Debian."""
+        """Raises: NotHereError, if the machine's sources are not Debian's."""
         self._downloads = folder / "downloads"
         for part in ("state/lists/partial", "cache/archives/partial", "parts", "downloads"):
             (folder / part).mkdir(parents=True)
@@ -198,14 +198,14 @@ class Apt:
             run(["dpkg", "-x", str(file), str(target)])
 
     def source(self, package: str) -> Path:
-        """Download a package's upstream source, and give its archive. Raises: NotHereError."""
-        # Debian's own changes to it are not needed.
+        """Download a package's upstream source; returns its archive. Raises: NotHereError."""
+        # Debian's own changes are not needed.
         run(["apt-get", "source", "-q", "--download-only", "--tar-only", package], self._downloads, self._environment)
         return next(self._downloads.glob("*.orig.tar.*"))
 
 
 def run(arguments: list[str], folder: Path = ROOT, environment: dict[str, str] | None = None) -> str:
-    """What a command prints. Raises: NotHereError with its last words, if it fails."""
+    """The output of a command. Raises: NotHereError with its last lines, if it fails."""
     program = shutil.which(arguments[0])
     if program is None:
         raise NotHereError(f"there is no {arguments[0]} here")
@@ -221,7 +221,7 @@ def _codename() -> str:
 
 
 def _sources() -> list[str]:
-    """Lines for apt: the release's main archive where the machine's apt finds it, and its backports for QEMU."""
+    """Lines for apt: the release's main archive as in the machine's apt, and its backports for QEMU."""
     fields = "$(REPO_URI) $(RELEASE) $(COMPONENT) $(CREATED_BY)"
     listed = run(["apt-get", "indextargets", "--no-release-info", "--format", fields]).splitlines()
     release = _codename()

@@ -1,4 +1,4 @@
-"""Decode some tokens behind a short prompt, read a long one, decode behind it, with marks before, between and after.
+"""Decode some tokens after a short prompt, read a long one, decode after it, with marks before, between and after.
 
 python steps.py BUNDLE DECODED SHORT LONG
 """
@@ -14,7 +14,7 @@ from edgelm.runtime.sessions.loading import open_session
 
 
 def mark() -> None:
-    """What counting.c looks for."""
+    """The system call that counting.c watches for."""
     os.getsid(0)
 
 
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     tokens = range(int(sys.argv[2]))
     short, long = (list(range(int(count))) for count in sys.argv[3:])
     session.step(short)
-    # The first step of one token prepares more than later ones.
+    # The first one-token step prepares more than later ones.
     session.step([0])
     mark()
     for token in tokens:

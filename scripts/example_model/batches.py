@@ -52,7 +52,7 @@ class Batches:
         """Return stories one after the other.
 
         Most rows open with a whole story, with or without the token before it, as prompts do. The others open inside
-        one: a row is shorter than many stories, and their endings must be seen as well.
+        one: a row is shorter than many stories, and their endings must occur too.
         """
         first = self._story(chance)
         row = first[chance.randrange(len(first)) :] if chance.random() < INSIDE_SHARE else list(first)

@@ -1,4 +1,4 @@
-"""What the example model is made by: the recipe, and the texts, cleaned."""
+"""The recipe of the example model, and its cleaned texts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What scripts/simulate_fleet.py is made of: measured step times, boards that take them, users who ask."""
+"""The parts of scripts/simulate_fleet.py: measured step times, boards with these times, and users."""

@@ -1,6 +1,6 @@
-"""A server as a discrete-event model: a queue, rows, steps, prompts fed between them, as the runtime's decoder does it.
+"""A server as a discrete-event model: a queue, rows, steps, and prompts fed between them, like the runtime's decoder.
 
-Steps in which rows only get their next token are simulated together: an answer costs a few events, not one for each
+Steps in which rows only get their next token are simulated together, so an answer costs a few events instead of one per
 token.
 """
 
@@ -19,8 +19,8 @@ _COST_OF_A_RUN = 32
 
 @dataclass(eq=False)
 class Request:
-    """One request. prompt: its tokens; known: so many of them begin a text that its session had before; answer: tokens
-    that come. Times in seconds: arrival, first (token), end; gaps: how long and how often between two tokens."""
+    """One request. prompt: its tokens; known: how many of them its session sent or received before; answer: tokens of
+    the answer. Times in seconds: arrival, first (token), end; gaps: durations between two tokens, with their counts."""
 
     session: int
     prompt: int
@@ -37,16 +37,16 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """What its row holds."""
+        """The tokens that its row holds."""
         return self.fed + max(self.said - 1, 0)
 
 
 class Board:
-    """One server. `run_until` simulates up to a time, `add` takes a request that comes then, `wakes` says when
-    something happens next."""
+    """One server. `run_until` simulates up to a time, `add` takes a request that arrives then, `wakes` returns the time
+    of the next event."""
 
     def __init__(self, times: StepTimes, kept_tokens: int) -> None:
-        """kept_tokens: of texts whose prefix is kept for a request that goes on."""
+        """kept_tokens: of texts whose prefixes are cached for later turns."""
         self.times = times
         self.clock = 0.0
         self.busy = 0.0
@@ -57,24 +57,24 @@ class Board:
         self._room = kept_tokens
 
     def __len__(self) -> int:
-        """Requests that are computed or wait."""
+        """The number of running and waiting requests."""
         return len(self._waiting) + len(self._unfed) + len(self._fed)
 
     def add(self, request: Request, now: float) -> None:
-        """Take a request. The board was run until now."""
+        """Take a request. The board must have been simulated up to now."""
         if not len(self):
             self.clock = max(self.clock, now)
         self._waiting.append(request)
 
     def lose(self) -> list[Request]:
-        """All requests of a board that fails, with its kept prefixes."""
+        """Fail the board, with its cached prefixes; returns all its requests."""
         lost = [*self._waiting, *self._unfed, *self._fed]
         self._waiting, self._unfed, self._fed = [], [], []
         self._kept.clear()
         return lost
 
     def wakes(self) -> float:
-        """The time by which something ends, as far as is known now; infinite for an idle board."""
+        """The time by which something ends, as known now; infinite for an idle board."""
         if self._unfed or (self._waiting and len(self._fed) < self.times.rows):
             return self.clock
         if not self._fed:
@@ -83,7 +83,7 @@ class Board:
         return self.clock + steps * self.times.step(len(self._fed), self._tokens())
 
     def run_until(self, now: float) -> list[Request]:
-        """Compute the steps that begin before a time. Returns: what ended."""
+        """Compute the steps that begin before a time. Returns the requests that ended."""
         ended: list[Request] = []
         while len(self) and self.clock < now:
             began = self.clock
@@ -114,7 +114,7 @@ class Board:
             self._unfed.append(chosen)
 
     def _step_and_feed(self) -> list[Request]:
-        """A step for the rows that are answered, then pieces of prompts. The step's tokens come when both are done."""
+        """A step for the rows in decode, then pieces of prompts. The step's tokens arrive when both are done."""
         stepped = list(self._fed)
         seconds = self.times.step(len(stepped), self._tokens()) if stepped else 0.0
         budget = min(self.times.piece, self.times.beside_rows) if stepped else self.times.piece
@@ -139,7 +139,7 @@ class Board:
         return [*ended, *self._ended()]
 
     def _steps(self, count: int, seconds: float) -> list[Request]:
-        """Some equal steps of all rows that are answered."""
+        """Some equal steps of all rows in decode."""
         self.clock += count * seconds
         for request in self._fed:
             request.said += count

@@ -1,4 +1,4 @@
-"""Users who talk with a fleet: each asks, reads the answer, thinks, and asks again with what was said before."""
+"""Users who talk with a fleet: each asks, reads the answer, thinks, and asks again with the conversation so far."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from random import Random
 
 @dataclass(frozen=True)
 class Load:
-    """What users do. prompt: tokens that a turn adds; answer: tokens of an answer; think_s: from an answer's end to the
-    next question; all three are means of exponential distributions, cut at four times the mean. turns: of a
-    conversation, behind which, or where the context is full, the next one begins, with `preamble` tokens more.
-    answers_return: the next prompt holds the answers too, and not only the questions."""
+    """The behaviour of users. prompt: tokens that a turn adds; answer: tokens of an answer; think_s: from an answer's
+    end to the next question; all three are means of exponential distributions, cut at four times the mean. turns: of a
+    conversation; after these, or with a full context, the next one begins, with `preamble` more tokens. answers_return:
+    the next prompt contains the answers too, not only the questions."""
 
     users: int
     prompt: float = 60.0
@@ -26,7 +26,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question of a user: all tokens of its prompt, how many of them were said before, the answer's tokens, and the
+    """One question of a user: all tokens of its prompt, how many of them were sent before, the answer's tokens, and the
     pause before it, in seconds."""
 
     session: int
@@ -37,7 +37,7 @@ class Turn:
 
 
 class User:
-    """The turns of one user, without end. The same number, load and seed give the same."""
+    """The endless turns of one user, determined by number, load and seed."""
 
     def __init__(self, number: int, load: Load, seed: int) -> None:
         self._random = Random(f"{seed} {number}")  # noqa: S311, a simulation

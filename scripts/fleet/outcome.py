@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from .board import Request
 
-FILLING = 5  # requests of the first fifth of the time do not count, since the fleet fills then
+FILLING = 5  # requests in the first fifth of the time, while the fleet fills, do not count
 
 
 @dataclass
 class Outcome:
-    """requests: those that count; seconds: in which they ended; busy: for each board, the share of time in which it
-    computed; lost: requests whose board failed."""
+    """requests: those that count; seconds: the time in which they ended; busy: the share of computing time, by board;
+    lost: requests whose board failed."""
 
     requests: list[Request]
     seconds: float
@@ -22,23 +22,23 @@ class Outcome:
     lost: int = 0
 
     def tokens_per_s(self) -> float:
-        """Tokens of all answers."""
+        """Tokens of all answers, per second."""
         return sum(request.answer for request in self.requests) / self.seconds
 
     def first_s(self, share: float) -> float:
-        """The time to the first token that so large a share of requests does not exceed."""
+        """The quantile of times to the first token at this share of requests."""
         return quantile([(request.first - request.arrival, 1) for request in self.requests], share)
 
     def gap_s(self, share: float) -> float:
-        """The same of the time between two tokens."""
+        """The same for the time between two tokens."""
         return quantile([gap for request in self.requests for gap in request.gaps], share)
 
     def whole_s(self, share: float) -> float:
-        """The same of the time to an answer's end."""
+        """The same for the time to an answer's end."""
         return quantile([(request.end - request.arrival, 1) for request in self.requests], share)
 
     def figures(self) -> dict[str, float]:
-        """The main ones."""
+        """The main figures."""
         return {
             "requests": len(self.requests),
             "tokens_per_s": round(self.tokens_per_s(), 1),
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def quantile(values: Sequence[tuple[float, int]], share: float) -> float:
-    """The quantile of values of which each counts so many times; NaN without values."""
+    """The quantile of values with counts; NaN without values."""
     ordered = sorted(values)
     wanted, seen = share * sum(count for _, count in ordered), 0
     for value, count in ordered:

@@ -1,4 +1,4 @@
-"""HAProxy and LiteLLM's proxy before servers of this machine, with the configurations of docs/fleet.md."""
+"""HAProxy and LiteLLM's proxy before servers on this machine, configured as in docs/fleet.md."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# LiteLLM's proxy does not start without one; a key of this process alone.
+# LiteLLM's proxy requires a key; this one is valid only in this process.
 MASTER_KEY = f"sk-{secrets.token_hex(16)}"
 _ROOT = Path(__file__).resolve().parents[2]
-_START_S = 240.0  # LiteLLM takes its time on a busy machine
+_START_S = 240.0  # LiteLLM starts slowly on a busy machine
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A kind of proxy. language: of its block in the document; health: the path that says that it runs."""
+    """A kind of proxy. language: of its block in the document; health: the path of its health check."""
 
     program: str
     language: str
@@ -35,7 +35,7 @@ LITELLM = Proxy("litellm", "yaml", "/health/liveliness")
 
 
 def find(proxy: Proxy) -> str | None:
-    """The installed program: LiteLLM's in an environment of its own, as the document installs it."""
+    """The installed program; LiteLLM has an environment of its own, as docs/fleet.md installs it."""
     own = _ROOT / "build" / proxy.program / "bin" / proxy.program
     return str(own) if own.is_file() else shutil.which(proxy.program, path=f"{os.environ['PATH']}:/usr/sbin")
 
@@ -52,14 +52,14 @@ def configuration(proxy: Proxy, addresses: Sequence[str], port: int, model: str)
 
 @contextlib.contextmanager
 def running(proxy: Proxy, addresses: Sequence[str], model: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """A proxy before servers: its address and process, once it answers. Raises: RuntimeError with its log."""
+    """Run a proxy before servers; yields its address and process once it answers. Raises: RuntimeError with its log."""
     program, port, path = find(proxy), _free_port(), folder / f"{proxy.program}.conf"
     assert program is not None, f"{proxy.program} is not installed"
     path.write_text(configuration(proxy, addresses, port, model), encoding="utf-8")
     words = ["-f", str(path), "-db"]
     if proxy is LITELLM:
         words = ["--config", str(path), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
-    # LiteLLM fetches prices of models otherwise.
+    # Otherwise LiteLLM downloads prices of models.
     settings = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": MASTER_KEY, "KEY": "none"}
     environment = {**os.environ, **settings}
     environment.pop("PYTHONPATH", None)

@@ -1,4 +1,4 @@
-"""The real server: what its steps take, and users who talk with it. The simulation is compared with this."""
+"""The real server: its step times, and users who talk with it, for comparison with the simulation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPTS = (16, 64, 160, 256, 512, 1024, 1800)
 
 @dataclass
 class Answer:
-    """One stream: when it was asked for, and when each token came, in seconds."""
+    """One stream: the times of the request and of each token, in seconds."""
 
     asked: float
     times: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Client:
     def __init__(self, address: str, seed: int = 1) -> None:
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.AsyncClient(base_url=address, timeout=_TIMEOUT_S, limits=limits)
-        self._random = Random(seed)  # noqa: S311, to repeat a run
+        self._random = Random(seed)  # noqa: S311, to make runs repeatable
         self._vocabulary = range(0)
         self.context = 0
 
@@ -51,7 +51,7 @@ class Client:
         await self._client.__aenter__()
         model = (await self._client.get("/v1/models")).json()["data"][0]
         size, self.context = model["meta"]["n_vocab"], model["context_length"]
-        self._vocabulary = range(size // 8, size // 2)  # no special tokens, in most vocabularies
+        self._vocabulary = range(size // 8, size // 2)  # in most vocabularies, no special tokens
         await self.ask(self.words(8), 2)
         return self
 
@@ -63,7 +63,7 @@ class Client:
         return self._random.choices(self._vocabulary, k=count)
 
     async def ask(self, prompt: Sequence[int], tokens: int) -> Answer:
-        """Drawn with a seed, so that nothing repeats itself and nothing is in the response cache."""
+        """Ask for a sampled answer with a new seed, so that nothing repeats and nothing is in the response cache."""
         settings = {"temperature": 1, "seed": self._random.randrange(1 << 30), "stream": True}
         body = {"prompt": list(prompt), "max_tokens": tokens, "min_tokens": tokens, "logprobs": 0, **settings}
         answer = Answer(time.perf_counter())
@@ -78,7 +78,7 @@ class Client:
         return answer
 
     async def request_s(self) -> float:
-        """What a request costs beside the model: one that only counts tokens."""
+        """The time of a request without the model: one that only counts tokens."""
         taken = []
         for _ in range(20):
             begun = time.perf_counter()
@@ -88,7 +88,7 @@ class Client:
 
 
 async def measure(address: str, rows: int, piece: int) -> StepTimes:
-    """The figures of a server without caches. rows: that it runs at once; piece: tokens of a prompt that it feeds."""
+    """The figures of a server without caches. rows: its largest batch; piece: tokens of a prompt fed in one step."""
     async with Client(address) as client:
         rounds: list[list[float]] = []
         for _ in range(_ROUNDS):
@@ -113,7 +113,7 @@ async def measure(address: str, rows: int, piece: int) -> StepTimes:
 
 
 def _together(answers: Sequence[Answer]) -> float:
-    """The mean time between tokens while all of these answers come: with what else the machine does, as it is."""
+    """The mean time between tokens while all of these answers are streamed, including other load on the machine."""
     begin, end = max(item.times[0] for item in answers), min(item.times[-1] for item in answers)
     gaps = [
         after - before
@@ -125,7 +125,7 @@ def _together(answers: Sequence[Answer]) -> float:
 
 
 async def talk(address: str, load: Load, seconds: float, seed: int = 1) -> Outcome:
-    """Users for some time; the same turns as in a simulation with this seed."""
+    """Run users for some time, with the same turns as a simulation with this seed."""
     done: list[Request] = []
     async with Client(address, seed) as client:
         begun = time.perf_counter()
@@ -145,7 +145,7 @@ async def talk(address: str, load: Load, seconds: float, seed: int = 1) -> Outco
 
 
 async def _talk(client: Client, number: int, user: User, done: list[Request]) -> None:
-    """One user, for ever."""
+    """One user, forever."""
     session, text = -1, list[int]()
     pause = user.next().pause_s * Random(number).random()  # noqa: S311, users begin at different times
     while True:

@@ -1,4 +1,4 @@
-"""A fleet of boards behind a proxy, and users: one queue of events. The same seed gives the same run."""
+"""A fleet of boards behind a proxy, and its users: one queue of events. The same seed gives the same run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .load import Load, Turn, User
 from .outcome import FILLING, Outcome
 from .times import StepTimes
 
-# How the proxy chooses a board: by a hash of the conversation, at random, or the one with fewer requests of two.
+# How the proxy chooses a board: by a hash of the conversation, at random, or the less busy of two random ones.
 POLICIES = ("session", "random", "two")
 
 
 class Fleet:
-    """Boards and users. Make a new one for each run."""
+    """Boards and users. Each run needs a new one."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Fleet:
         kept_tokens: int = 20_000,
         seed: int = 1,
     ) -> None:
-        """times: of each board; kept_tokens: of texts whose prefixes a board keeps."""
+        """times: of each board; kept_tokens: of texts whose prefixes a board caches."""
         assert policy in POLICIES
         self._load, self._policy = load, policy
         self._boards = [Board(item, kept_tokens) for item in times]
@@ -44,8 +44,8 @@ class Fleet:
         self._lost = 0
 
     def run(self, seconds: float, *, failing: int = 0) -> Outcome:
-        """Simulate. failing: so many boards fail for good after half of the time; what they computed is asked for again
-        at once, as a proxy does it, and its time counts from the first try."""
+        """Simulate. failing: so many boards fail for good at half time. Their unfinished requests are sent again at
+        once, as a proxy does, and count from the first try."""
         for user in range(self._load.users):
             self._ask(user, -self._users[user].next().pause_s * self._random.random())
         if failing:
@@ -76,7 +76,7 @@ class Fleet:
         self._plan(index, now)
 
     def _plan(self, index: int, now: float) -> None:
-        """Look at a board again when something may have ended, unless that is planned for an earlier time."""
+        """Look at a board again when something may have ended, unless an earlier look is planned."""
         wakes = max(now, self._boards[index].wakes())
         if wakes < self._planned[index]:
             self._planned[index] = wakes
@@ -84,7 +84,7 @@ class Fleet:
 
     def _look(self, index: int, now: float) -> None:
         if now != self._planned[index]:
-            return  # an earlier look took its place
+            return  # replaced by an earlier look
         self._planned[index] = math.inf
         self._finish(self._boards[index].run_until(math.nextafter(now, math.inf)))
         self._plan(index, now)
@@ -106,7 +106,7 @@ class Fleet:
 
     def _choose(self, session: int) -> int:
         if self._policy == "session":
-            # Conversations of a board that failed go to others, all others stay: what consistent hashing does.
+            # Conversations of a failed board move to others; the rest stay, as with consistent hashing.
             places = (hash((session, salt)) % len(self._boards) for salt in itertools.count())
             return next(place for place in places if self._alive[place])
         if self._policy == "random":

@@ -1,4 +1,4 @@
-"""How long a server's steps take: a few figures that are measured once, on the machine itself."""
+"""The durations of a server's steps: a few figures, measured once on the machine itself."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 class StepTimes:
     """Seconds of a server with one model.
 
-    steps: of a step of 1, 2, ... rows, each with `step_tokens` tokens of context; for_token: more for each token of
-    context beyond that, of all rows together. prompt: a, b, c of a + b * n + c * n * (p + n / 2), the time to feed n
-    tokens behind p. request: what a request costs beside that (connection, JSON, template). piece: tokens that are fed
-    at once where nobody else is answered; beside_rows: where somebody is.
+    steps: a step of 1, 2, ... rows, each with `step_tokens` tokens of context; for_token: added per token of context
+    beyond that, over all rows. prompt: a, b, c of a + b * n + c * n * (p + n / 2), the time to feed n tokens after p.
+    request: a request's cost beside that (connection, JSON, template). piece: tokens fed at once while no other row is
+    in decode; beside_rows: while one is.
     """
 
     steps: tuple[float, ...]
@@ -28,21 +28,21 @@ class StepTimes:
 
     @property
     def rows(self) -> int:
-        """The most rows that run at once."""
+        """The largest number of rows in a batch."""
         return len(self.steps)
 
     def step(self, rows: int, tokens: int) -> float:
-        """A step of so many rows, which have so many tokens of context together."""
+        """A step of so many rows with so many tokens of context together."""
         more = self.for_token * (tokens - rows * self.step_tokens)
         return max(self.steps[rows - 1] + more, self.steps[rows - 1] / 2)
 
     def feed(self, count: int, behind: int) -> float:
-        """Feeding some tokens of a prompt behind others."""
+        """The time to feed some tokens of a prompt after others."""
         a, b, c = self.prompt
         return a + b * count + c * count * (behind + count / 2)
 
     def slower(self, factor: float) -> StepTimes:
-        """A machine on which everything takes `factor` times as long."""
+        """A machine that takes `factor` times as long for everything."""
         return StepTimes(
             tuple(factor * item for item in self.steps),
             self.step_tokens,
@@ -54,22 +54,22 @@ class StepTimes:
         )
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> StepTimes:
-        """What `write` wrote."""
+        """Read a file of `write`."""
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**data, "steps": tuple(data["steps"]), "prompt": tuple(data["prompt"])})
 
 
 def fit_prompt(points: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
-    """The figures of `StepTimes.prompt` by least squares of relative errors. points: of whole prompts, the pieces in
-    which they were fed, tokens, seconds."""
+    """Fit `StepTimes.prompt` by least squares of relative errors. points: for whole prompts, the number of pieces,
+    tokens, seconds."""
     import numpy as np
 
-    # The sum over pieces of n * (p + n / 2) is half of the whole's square.
+    # The sum over pieces of n * (p + n / 2) is half the square of the whole.
     terms = np.array([[pieces, count, count * count / 2] for pieces, count, _ in points], float)
     seconds = np.array([item for _, _, item in points])
     found, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones(len(points)), rcond=None)
@@ -77,8 +77,8 @@ def fit_prompt(points: Sequence[tuple[int, int, float]]) -> tuple[float, float, 
 
 
 def rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The rising sequence that is nearest to the numbers by least squares, because more rows take longer, whatever
-    noise was measured. Neighbours that fall get their mean (pool adjacent violators)."""
+    """The non-decreasing sequence closest to the numbers by least squares: more rows take longer, whatever noise was
+    measured. Decreasing neighbours get their mean (pool adjacent violators)."""
     pools: list[list[float]] = []
     for value in values:
         pools.append([value])

@@ -1,1 +1,1 @@
-"""Random input for edgelm, of each kind that comes from outside."""
+"""Random input for edgelm, of each external kind."""

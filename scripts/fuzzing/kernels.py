@@ -1,4 +1,4 @@
-"""Random graphs that call one kernel, right and wrong ones."""
+"""Random graphs that call one kernel, valid and invalid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("RowwiseMatMul", "RowwiseMatMulTransposed", "GatedRowwiseMatMul", "Gelu
 
 
 def random_graph(source: random.Random) -> None:
-    """Run a graph; what onnxruntime says about it is an answer. Does nothing where there are no kernels."""
+    """Run a graph; any result or message of onnxruntime is an answer. Does nothing without kernels."""
     if importlib.util.find_spec("edgelm_kernels") is None:
         return
     model, feeds = _attention(source) if source.random() < 0.5 else _product(source)
@@ -33,7 +33,7 @@ def _array(source: random.Random, kind: type, *shape: int) -> Any:
 
 
 def _spoilt(source: random.Random, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as it is, or, now and then, with a size or an axis more or less."""
+    """A shape, occasionally with a changed size, or with an axis more or less."""
     if source.random() < 0.85:
         return shape
     sizes = list(shape)

@@ -1,4 +1,4 @@
-"""Random changes of data and texts, in ways that have broken programs before."""
+"""Random changes to data and texts of kinds that have broken programs before."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _changed_once(value: Any, source: random.Random) -> Any:
 
 
 def damaged(data: bytes, source: random.Random) -> bytes:
-    """Bytes with some changed, cut off, doubled or put in."""
+    """Bytes with some changed, removed, doubled or inserted."""
     found = bytearray(data)
     for _ in range(source.randint(1, 4)):
         place = source.randrange(len(found) + 1)
@@ -95,7 +95,7 @@ def damaged(data: bytes, source: random.Random) -> bytes:
 
 
 def as_json(value: Any, source: random.Random) -> str:
-    """JSON of plain data, now and then with brackets without end, or broken."""
+    """JSON of plain data, occasionally broken or with endless brackets."""
     kind = source.random()
     if kind < 0.03:
         return "[" * 100_000

@@ -1,4 +1,4 @@
-"""What is tried: each target makes one random input and gives it to edgelm. An EdgelmError is an answer."""
+"""The targets: each makes one random input and gives it to edgelm. An EdgelmError is an answer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _PLACES = ("budgets.json", "prefixes/budget", "responses/responses.sqlite", "res
 
 
 class Targets:
-    """Everything that can be tried over one bundle, in a folder of its own."""
+    """All targets over one bundle, in a folder of their own."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
         self.bundle, self.folder = bundle, folder
@@ -76,17 +76,17 @@ class Targets:
         self._engine: Engine | None = None
 
     def engine(self) -> Engine:
-        """An engine over the bundle as it is, without caches."""
+        """An engine over the unchanged bundle, without caches."""
         if self._engine is None:
             self._engine = load(self.bundle, threads=1, response_cache=False, prefix_cache=False)
         return self._engine
 
     def load_with_disk(self) -> Engine:
-        """An engine that keeps answers and prefixes in EDGELM_HOME."""
+        """An engine that stores answers and prefixes in EDGELM_HOME."""
         return load(self.bundle, threads=1, response_cache=ResponseCacheSettings(), prefix_cache=PrefixCacheSettings())
 
     def all(self) -> dict[str, Callable[[random.Random], None]]:
-        """The targets by their names."""
+        """The targets by name."""
         names = ("manifest", "template", "tokenizer", "settings", "schema", "messages", "budgets", "home", "command",
                  "kernels")  # fmt: skip
         return {name: getattr(self, f"try_{name}") for name in names}
@@ -124,7 +124,7 @@ class Targets:
             ChatTemplate(template, {"bos_token": "<s>"}).render(plain_messages(changed(MESSAGES, source)))
 
     def try_tokenizer(self, source: random.Random) -> None:
-        """A damaged tokenizer.json, or an odd text for a whole one."""
+        """A damaged tokenizer.json, or an odd text for an intact one."""
         if source.random() < 0.7:
             for special in (True, False):
                 with contextlib.suppress(EdgelmError):
@@ -136,7 +136,7 @@ class Targets:
             Tokenizer(path).encode("Once")
 
     def try_settings(self, source: random.Random) -> None:
-        """Settings of odd values."""
+        """Settings with odd values."""
         given = {name: SETTINGS[name] for name in source.sample(sorted(SETTINGS), 3)}
         given = changed(given, source, 2)
         if not isinstance(given, dict):
@@ -146,7 +146,7 @@ class Targets:
             self.engine().generate("Once", settings=settings)
 
     def try_schema(self, source: random.Random) -> None:
-        """A changed schema, with which an answer is begun."""
+        """A changed schema, and the beginning of an answer that follows it."""
         with contextlib.suppress(EdgelmError):
             self.engine().generate("Once", max_tokens=3, timeout=5, json_schema=changed(SCHEMA, source))
 
@@ -158,7 +158,7 @@ class Targets:
             self.engine().generate(**{kind: changed(value, source)}, max_tokens=1)  # type: ignore[arg-type]
 
     def try_budgets(self, source: random.Random) -> None:
-        """A changed budgets.json, read strictly and as `load` does."""
+        """A changed budgets.json, read strictly and as `load` reads it."""
         home = self.home()
         usual = {"version": 1, **budgets.Budgets().values()}
         (home / budgets.FILE_NAME).write_text(as_json(changed(usual, source), source), "utf-8", "replace")
@@ -175,7 +175,7 @@ class Targets:
         return home
 
     def try_home(self, source: random.Random) -> None:
-        """A home folder that was used, damaged, and used again: the answers stay the same."""
+        """A used home folder is damaged and used again: the answers stay the same."""
         home = self.home()
         with self.load_with_disk() as engine:
             expected = engine.generate("Once upon a time there was a little girl", max_tokens=3).token_ids
@@ -189,7 +189,7 @@ class Targets:
 
     @staticmethod
     def spoil(path: Path, source: random.Random) -> None:
-        """Damage a file, or put something else in its place."""
+        """Damage a file, or replace it with something else."""
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.is_file() and path.stat().st_size < 1 << 30 else b"x"
         if path.is_dir():
@@ -222,7 +222,7 @@ class Targets:
 
     @staticmethod
     def command(words: list[str]) -> None:
-        """Run a command with no input; its exit status is 0, 1 or 2, and what it says on errors is one line."""
+        """Run a command without input. Its exit status is 0, 1 or 2, and it prints at most one line of errors."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -233,5 +233,5 @@ class Targets:
         assert "Traceback" not in err.getvalue(), (words, err.getvalue())
 
     def try_kernels(self, source: random.Random) -> None:
-        """A graph of one call of a kernel."""
+        """A graph with one call of a kernel."""
         random_graph(source)

@@ -1,4 +1,4 @@
-"""What the measurements share: a session as on a GPU, on the GPU or, to rehearse, on the CPU; results as JSON lines."""
+"""Shared by the measurements: a device session, on the GPU or, to rehearse, on the CPU; results as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_device(folder: Path, provider: str) -> tuple[Bundle, DeviceSession]:
     """provider: "cuda", or "cpu" for the same steps without a GPU."""
     if provider == "cuda":
         bundle, session = open_folder(folder, provider="cuda")
-        assert isinstance(session, DeviceSession), "a bundle for cuda runs there"
+        assert isinstance(session, DeviceSession), "a bundle for cuda has a device session"
         return bundle, session
     bundle = Bundle.open(folder)
     return bundle, DeviceSession(load_graph(folder / GRAPH_NAME, 2, [CPU]), True, bundle.manifest.model, "cpu")
@@ -29,7 +29,7 @@ def prompt(length: int, vocabulary: int) -> list[int]:
 
 
 def record(file: Path, result: dict[str, Any]) -> None:
-    """Append one result, and show it."""
+    """Append one result, and print it."""
     line = json.dumps(result)
     with file.open("a", encoding="utf-8") as out:
         out.write(line + "\n")

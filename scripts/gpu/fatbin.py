@@ -1,11 +1,11 @@
-"""Leave out of a library what other GPUs need: kernels of other architectures, and kernels by their names.
+"""Remove kernels from a library that this GPU does not need: other architectures, and kernels by name.
 
-NVIDIA's compiler puts the kernels of a program into the section `.nv_fatbin`: containers, each with one entry for each
-architecture. The layout is not documented; it is what `cuobjdump` shows. A container: magic number, version, size of
-this head, bytes behind it. An entry: kind (2: machine code), version, size of its head, bytes behind it, then at fixed
-places the architecture (28) and flags (40), of which one says that the code is compressed with zstd.
-Entries that are not wanted are overwritten with zeros: nothing moves, and zeros take no room in an archive. Whoever
-launches such a kernel gets an error; kernels are loaded when they are first launched.
+NVIDIA's compiler puts a program's kernels into the section `.nv_fatbin`: containers with an entry per architecture. The
+layout is not documented; it is as `cuobjdump` shows it. A container: magic number, version, size of this header, bytes
+after it. An entry: kind (2: machine code), version, size of its header, bytes after it, then at fixed offsets the
+architecture (28) and flags (40), one of which means zstd compression. Unwanted entries are overwritten with zeros:
+nothing moves, and zeros compress to almost nothing. Launching such a kernel is an error; kernels are loaded at their
+first launch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAME = re.compile(rb"\.text\.([!-~]+)")
 
 @dataclass(frozen=True)
 class Entry:
-    """A place in a library: the bytes of one architecture's kernels."""
+    """The bytes of one architecture's kernels in a library."""
 
     begin: int
     end: int
@@ -35,9 +35,9 @@ class Entry:
 
 
 def strip_kernels(library: bytearray, architecture: int, unwanted: re.Pattern[bytes]) -> tuple[int, int]:
-    """Overwrite all entries of other architectures, and those in which any kernel's name is unwanted.
+    """Overwrite all entries of other architectures, and entries with a kernel whose name is unwanted.
 
-    Returns: bytes that stay, bytes that went.
+    Returns the numbers of bytes kept and removed.
     """
     kept = gone = 0
     for entry in entries(library):
@@ -52,12 +52,12 @@ def strip_kernels(library: bytearray, architecture: int, unwanted: re.Pattern[by
 
 
 def entries(library: bytearray) -> Iterator[Entry]:
-    """All entries of a library. Raises: ValueError, where the section is not as it is known."""
+    """All entries of a library. Raises: ValueError, if the section has an unknown layout."""
     place, end = _section(library, b".nv_fatbin")
     while place < end:
         magic, _, head, size = struct.unpack_from("<IHHQ", library, place)
         if magic != _MAGIC:
-            place += 8  # between containers, which begin at multiples of 8
+            place += 8  # padding: containers begin at multiples of 8
             continue
         yield from _container(library, place + head, place + head + size)
         place += head + size
@@ -75,7 +75,7 @@ def _container(library: bytearray, place: int, end: int) -> Iterator[Entry]:
 
 
 def _names(library: bytearray, entry: Entry) -> bytes:
-    """The names of an entry's kernels, one in a line."""
+    """The names of an entry's kernels, one a line."""
     code = bytes(library[entry.begin : entry.end])
     if entry.kind != _MACHINE_CODE:
         return b""
@@ -85,7 +85,7 @@ def _names(library: bytearray, entry: Entry) -> bytes:
 
 
 def _section(library: bytearray, wanted: bytes) -> tuple[int, int]:
-    """Where a section of an ELF file of 64 bits begins and ends."""
+    """Begin and end of a section in a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", library, 40)
     size, count, names = struct.unpack_from("<HHH", library, 58)
     (names_at,) = struct.unpack_from("<Q", library, table + names * size + 24)

@@ -1,4 +1,4 @@
-"""Where a step's time goes: operators with their provider by onnxruntime's profile, kernels by torch's.
+"""Where a step's time goes: operators with their provider from onnxruntime's profile, kernels from torch's.
 
 python scripts/gpu/kernels.py BUNDLE RESULTS [--provider cuda]
 """
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--provider", default="cuda")
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
-    kernels(lambda: None, 1)  # the profiler sees only graphs that are captured once it was there
+    kernels(lambda: None, 1)  # the profiler sees only graphs captured after its first use
     base = {"bundle": "/".join(arguments.bundle.parts[-2:]), "note": arguments.note}
     record(arguments.results, {**base, "operators": operators(arguments.bundle, arguments.provider)})
     bundle, session = open_device(arguments.bundle, arguments.provider)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def operators(folder: Path, provider: str) -> dict[str, Any]:
-    """Microseconds and nodes of a step, on the side of the CPU, by provider and operator."""
+    """Microseconds and nodes of a step on the CPU's side, by provider and operator."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.log_severity_level = True, 3
@@ -83,7 +83,7 @@ def operators(folder: Path, provider: str) -> dict[str, Any]:
 
 
 def kernels(work: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Kernels of the GPU by torch's profiler: microseconds a step, launches a step, the longest first."""
+    """GPU kernels from torch's profiler: microseconds a step, launches a step, the longest first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

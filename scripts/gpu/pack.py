@@ -1,10 +1,10 @@
-"""Pack onnxruntime-gpu for one kind of GPU into parts that travel one at a time.
+"""Pack onnxruntime-gpu for one kind of GPU into parts that can be transferred one at a time.
 
     python scripts/gpu/pack.py FOLDER [--python 3.12] [--architecture 90] [--part-mib 58] [--add PATH...]
 
-Downloads the wheel, leaves out what bundles for cuda do not need (the TensorRT provider, tools, kernels of other GPUs
-and of mixtures of experts), adds folders of bundles, and writes FOLDER/parts/site.tar.xz.00 and so on, with their
-digests in FOLDER/parts/digests. Needs the package zstandard.
+Downloads the wheel, removes what bundles for cuda do not need (the TensorRT provider, tools, kernels for other GPUs and
+for mixtures of experts), adds folders of bundles, and writes FOLDER/parts/site.tar.xz.00 and so on, with digests in
+FOLDER/parts/digests. Needs the package zstandard.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WHEEL = "onnxruntime-gpu==1.31.1"
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _LEFT_OUT = re.compile(r"/(tools/|transformers/models/|datasets/|backend/|ThirdParty)|providers_tensorrt")
 _KERNELS = "providers_cuda.so"
-# Kernels of mixtures of experts, which are half of all; those of attention in bfloat16, which no bundle has.
+# Mixtures of experts are half of all kernels; bundles have no attention in bfloat16.
 _UNWANTED = re.compile(rb"GroupProblemShape|[Mm]oe|MOE|deep_gemm|flash_fwd[^\n]*bfloat16")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def download(folder: Path, python: str) -> Path:
-    """The wheel, of which one is kept."""
+    """Download the wheel unless it is there."""
     found = sorted(folder.glob("onnxruntime_gpu-*.whl"))
     if not found:
         platforms = [f"--platform={name}" for name in _PLATFORMS]
@@ -59,7 +59,7 @@ def download(folder: Path, python: str) -> Path:
 
 
 def add_wheel(archive: tarfile.TarFile, wheel: Path, architecture: int) -> None:
-    """What is needed of a wheel, under site/."""
+    """Add the needed files of a wheel, under site/."""
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
             if name.endswith("/") or _LEFT_OUT.search(name):

@@ -1,4 +1,4 @@
-"""Show what is installed, and whether onnxruntime really computes on the GPU.
+"""Show what is installed, and whether onnxruntime actually computes on the GPU.
 
 python scripts/gpu/probe.py RESULTS [--provider cuda]
 """
@@ -34,7 +34,7 @@ def main() -> int:
             "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a"
             "08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
         )
-        onnxruntime.InferenceSession(identity, providers=[wanted])  # says in its log why it does not start
+        onnxruntime.InferenceSession(identity, providers=[wanted])  # its log says why it does not start
     return 0 if starts else 1
 
 

@@ -1,4 +1,4 @@
-"""Make the weights of bundles that came without them, and list their files in their manifests.
+"""Make weights for bundles without weights, and list their files in their manifests.
 
 python scripts/gpu/random_weights.py FOLDER...
 """
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def fill(folder: Path, pool: NDArray[np.float32]) -> None:
-    """Write each external tensor of a graph at its place, then the manifest's list of files. pool: normal numbers."""
+    """Write each external tensor of a graph at its offset, then the manifest's list of files. pool: normal numbers."""
     graph = onnx.load(folder / GRAPH_NAME, load_external_data=False).graph
     bits = min((item.i for node in graph.node for item in node.attribute if item.name == "bits"), default=16)
     with (folder / WEIGHTS_NAME).open("wb") as file:
@@ -46,7 +46,7 @@ def fill(folder: Path, pool: NDArray[np.float32]) -> None:
 
 
 def _weights(tensor: Any, bits: int, pool: NDArray[np.float32]) -> NDArray[Any]:
-    """Such that activations keep their size: quantized values use the whole range, and their scales are small."""
+    """Weights that keep the magnitude of activations: quantized values use the whole range, and scales are small."""
     shape, name = tuple(tensor.dims), tensor.name
     if tensor.data_type == onnx.TensorProto.UINT8:
         if ".zero" in name or ".middle" in name:

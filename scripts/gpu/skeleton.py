@@ -1,9 +1,9 @@
-"""Bundles without weights, small enough to travel, for measuring speed with random ones.
+"""Bundles without weights, small enough to transfer, for measuring speed with random weights.
 
     python scripts/gpu/skeleton.py CONFIG FOLDER SCHEME...
 
-A model of CONFIG's sizes, whose weights are never computed, is traced and goes through the passes of an export for the
-target cuda. FOLDER/SCHEME then holds all of a bundle but its weights; `random_weights.py` makes those where it is run.
+A model of CONFIG's sizes, without computing its weights, is traced and goes through an export's passes for the target
+cuda. FOLDER/SCHEME then holds a bundle except its weights; `random_weights.py` makes them on the machine that runs it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from edgelm.runtime.bundle.manifest import (
 )
 from edgelm.targets import load_target
 
-# Tables that are computed, and vectors, stay in the graph.
+# Computed tables and vectors stay in the graph.
 _TABLES = ("rotary.", "pick.")
 _PAGE = 4096
 Layers = tuple[LayerCache | None, ...]
 
 
 class ShapesOnly:
-    """In place of a quantizer: what its blocks would be like."""
+    """Replaces a quantizer: returns blocks of the right shapes."""
 
     def __init__(self, settings: BlockSettings) -> None:
         self.settings = settings
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def empty_module(config: Path) -> Any:
-    """The model in memory that nothing was written to."""
+    """The model with uninitialized memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -85,7 +85,7 @@ def empty_module(config: Path) -> Any:
 
 
 def write_skeleton(module: Any, layers: Layers, graph: ir.Model, scheme: str, out: Path) -> None:
-    """Graph and manifest, of a fused graph. The manifest lists no file: what has to be listed is made elsewhere."""
+    """Write graph and manifest of a fused graph. The manifest lists no files; they are added on the other machine."""
     profile, context_length = load_target("cuda"), module.config.max_position_embeddings
     quantizer: Any = ShapesOnly(BLOCK_SCHEMES[scheme]) if scheme in BLOCK_SCHEMES else None
     passes = [*quantizing_passes(scheme, profile.weight_bits, {}, (), quantizer), *narrowing_passes()]
@@ -112,7 +112,7 @@ def write_skeleton(module: Any, layers: Layers, graph: ir.Model, scheme: str, ou
 
 
 def leave_out_weights(graph: ir.Model) -> None:
-    """Let each matrix of weights, of scales or of zero points be at a place of its own in a file that is not there."""
+    """Make each matrix of weights, scales or zero points external, at its own offset in a file that does not exist."""
     offset = 0
     for name, value in graph.graph.initializers.items():
         tensor = value.const_value

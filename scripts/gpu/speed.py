@@ -1,4 +1,4 @@
-"""Speed of a bundle's steps: captured as CUDA graphs and not, prompts in pieces of several sizes.
+"""Speed of a bundle's steps, with and without CUDA graphs, and of prompts in pieces of several sizes.
 
     python scripts/gpu/speed.py BUNDLE RESULTS [--provider cuda] [--note TEXT] [--contexts ...] [--quick]
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--provider", default="cuda")
     parser.add_argument("--note", default="")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 1900])
-    parser.add_argument("--quick", action="store_true", help="captured steps and whole prompts alone")
+    parser.add_argument("--quick", action="store_true", help="only captured steps and whole prompts")
     arguments = parser.parse_args()
     bundle, session = open_device(arguments.bundle, arguments.provider)
     vocabulary = bundle.manifest.model.vocab_size
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def bytes_read(folder: Path) -> int:
-    """Of weights, for one token: all but tables from which a row is looked up."""
+    """Bytes of weights for one token: everything except lookup tables."""
     graph = onnx.load(folder / GRAPH_NAME, load_external_data=False).graph
     readers: dict[str, set[str]] = {}
     for node in graph.node:

@@ -2,9 +2,9 @@
 
     python scripts/gpu/tokens.py BUNDLE RESULTS [--provider cuda] [--prompt 100] [--tokens 200] [--capacity 0]
 
-Greedy tokens of captured steps against those of steps that are not, and both against the logits of the CPU provider for
-the same text. Where two differ, `margin` is by how much the CPU's first choice leads, in units of the spread of its
-logits: a near-tie, or an error. --capacity: of the first buffers, so that they grow on the way.
+Compares greedy tokens of captured and ordinary steps with each other, and both with the CPU provider's logits for the
+same text. Where they differ, `margin` is the lead of the CPU's first choice, in standard deviations of its logits: it
+tells a near-tie from an error. --capacity: of the first buffers, so that they grow on the way.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def greedy(session: DeviceSession, ids: list[int], count: int) -> list[int]:
-    """As decoding does it: a prompt, then a token a step."""
+    """Decode greedily: a prompt, then one token a step."""
     session.rewind(0)
     tokens = [int(session.likeliest(ids)[0])]
     while len(tokens) < count:
@@ -71,13 +71,13 @@ def greedy(session: DeviceSession, ids: list[int], count: int) -> list[int]:
 
 
 def logits(session: DeviceSession, ids: list[int], tokens: list[int]) -> NDArray[np.float32]:
-    """(tokens, vocabulary): those from which each token was chosen, or should have been."""
+    """(tokens, vocabulary): the logits that choose each token."""
     session.rewind(0)
     return np.array(session.step([*ids, *tokens[:-1]], len(tokens)))
 
 
 def differences(tokens: list[int], reference: NDArray[np.float32]) -> list[Any]:
-    """Where the reference, which had the same text, chooses otherwise: place and margin."""
+    """Positions and margins where the reference, on the same text, chooses another token."""
     rows = enumerate(zip(tokens, reference, strict=True))
     return [
         [place, float((row.max() - row[token]) / row.std())] for place, (token, row) in rows if row.argmax() != token
@@ -85,7 +85,7 @@ def differences(tokens: list[int], reference: NDArray[np.float32]) -> list[Any]:
 
 
 def parted(tokens: list[int], others: list[int], reference: NDArray[np.float32]) -> Any:
-    """None for equal tokens; else the first place where they part, and the margin of the one over the other."""
+    """None for equal tokens; otherwise the first position where they differ, and the margin between the two tokens."""
     for place, (token, other) in enumerate(zip(tokens, others, strict=True)):
         if token != other:
             row = reference[place]

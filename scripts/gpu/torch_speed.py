@@ -1,4 +1,4 @@
-"""Speed of transformers on the same GPU, in float16 with random weights: as it is, and with compiled steps.
+"""Speed of transformers on the same GPU, in float16 with random weights, plain and with compiled steps.
 
 python scripts/gpu/torch_speed.py CONFIG RESULTS [--device cuda] [--compiled] [--contexts ...]
 """
@@ -49,7 +49,7 @@ def eager(module: Any, ids: Any) -> dict[str, Any]:
 
 
 def compiled(module: Any, ids: Any) -> dict[str, Any]:
-    """`generate` with a cache of fixed size, which compiles the step on a GPU: what 48 tokens more take."""
+    """`generate` with a cache of fixed size, which compiles the step on a GPU: the time of 48 more tokens."""
     cache = transformers.StaticCache(config=module.config, max_cache_len=2048)
     few, many = 8, 8 + _STEPS
     times: dict[int, list[float]] = {few: [], many: []}

@@ -1,4 +1,4 @@
-"""CTranslate2: its converter, and `generate_tokens`, whose first token stands behind the prompt in one pass."""
+"""CTranslate2: its converter, and `generate_tokens`, which computes prompt and first token in one pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Loaded:
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         words = [self._vocabulary[token] for token in ids]
-        # A minimum length keeps end tokens away; one candidate is greedy.
+        # A minimum length prevents end tokens; one candidate means greedy.
         for result in self._generator.generate_tokens(words, max_length=count, min_length=count, sampling_topk=1):
             yield result.token_id
 

@@ -1,5 +1,5 @@
-"""edgelm itself, in the environment of the script; variants: the type of the KV cache, and whether the compiled kernels
-compute ("int8", "int8+kernels")."""
+"""edgelm itself, in the script's environment; variants: the KV cache's type, and whether the compiled kernels compute
+("int8", "int8+kernels")."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Loaded:
         self._session: Session | None = None
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        # No draft tokens: what repeats itself behind a made-up prompt says nothing about real texts.
+        # No draft tokens: repetition after a made-up prompt says nothing about real texts.
         for chunk in self._engine.stream(token_ids=ids, max_tokens=count, min_tokens=count, lookup=False):
             yield from chunk.token_ids
 

@@ -1,4 +1,4 @@
-"""The peers' virtual environments: which packages, how they are made, and how the harness is run in them."""
+"""The peers' virtual environments: their packages, their setup, and running the harness in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from .processor import cpu_flags, llama_cpp_settings
 
-# By adapter. All versions of a comparison stand here; edgelm's are those of the environment that runs the script.
+# By adapter: all versions of a comparison, except edgelm's, which are those of the script's environment.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "edgelm": (),
     "genai": (
@@ -48,7 +48,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "ctranslate2": ("ctranslate2==4.8.5", "torch==2.13.0", "transformers==4.57.6"),
     "transformers": ("transformers==5.23.0", "torch==2.13.0"),
 }
-# Built here from their source packages, for this processor, with these settings. The part for images is not needed.
+# Built from their source packages for this processor, with these settings. The image part is not needed.
 BUILDS: dict[str, dict[str, str]] = {
     "llama-cpp-python==0.3.36": {"CMAKE_ARGS": " ".join([*llama_cpp_settings(cpu_flags()), "-DLLAVA_BUILD=OFF"])}
 }
@@ -57,24 +57,24 @@ _SCRIPTS = Path(__file__).resolve().parents[1]
 
 
 class PeerError(Exception):
-    """A peer cannot be installed, converted or measured. The message is its own last word."""
+    """A peer cannot be installed, converted or measured. The message is its own last line."""
 
 
 class Environments:
     """The virtual environments below a folder, made on demand and kept while their packages stay the same.
 
-    versions: of the packages in those that were installed, by adapter.
+    versions: of the installed environments' packages, by adapter.
     """
 
     def __init__(self, cache: Path, threads: int) -> None:
-        """threads: for libraries that take their number from the environment."""
+        """threads: for libraries that read their number from the environment."""
         self.versions: dict[str, dict[str, str]] = {}
         self._cache = cache
         self._settings = {
             "HF_HUB_OFFLINE": "1",
             "ORT_DISABLE_TELEMETRY": "1",
             "OMP_NUM_THREADS": str(threads),
-            # edgelm's prepared weights: beside everything else that was made for the comparison.
+            # edgelm's prepared weights, beside the comparison's other files.
             "EDGELM_HOME": str(cache / "home"),
             "LLAMA_CPP_SOURCE": str(self._source("llama-cpp-python==0.3.36")),
         }
@@ -91,7 +91,7 @@ class Environments:
         self.versions[adapter] = self._versions(adapter)
 
     def identity(self, adapter: str) -> dict[str, Any]:
-        """What a conversion depends on besides the model: where it changes, models are converted anew."""
+        """The dependencies of a conversion besides the model: if they change, models are converted again."""
         if PACKAGES[adapter]:
             return {"packages": list(PACKAGES[adapter])}
         digest = hashlib.sha256()
@@ -104,7 +104,7 @@ class Environments:
         return {"packages": ["edgelm==" + version("edgelm")], "source": digest.hexdigest()[:16]}
 
     def harness(self, adapter: str, task: Sequence[str], folder: Path, words: Sequence[str]) -> str:
-        """Run the harness in the adapter's environment; the JSON that it gives. Raises: PeerError."""
+        """Run the harness in the adapter's environment; returns its JSON. Raises: PeerError."""
         environment = {**os.environ, **self._settings}
         if PACKAGES[adapter]:
             environment.pop("PYTHONPATH", None)
@@ -159,7 +159,7 @@ class Environments:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    """What a program prints. Raises: PeerError with the last line of its errors, or the signal that ended it."""
+    """The output of a program. Raises: PeerError with the last line of its errors, or the signal that ended it."""
     try:
         done = subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""onnxruntime-genai with the model that its own builder makes; variants: the builder's precisions."""
+"""onnxruntime-genai with a model made by its own builder; variants: the builder's precisions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FILES = ("model.onnx", "model.onnx.data")
 
 
 def convert(model: Path, folder: Path, variant: str) -> None:
-    # Embedding and head share their weights by default where the model ties them; logits of the last token alone are
-    # faster, and all that generating needs.
+    # By default, embedding and head share weights if the model ties them. Logits of only the last token are faster, and
+    # enough for generating.
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(folder)]
     command += ["-p", variant, "-e", "cpu", "-c", str(folder / "cache"), "--extra_options", "prune_lm_head=true"]
     subprocess.run(command, check=True)
@@ -29,7 +29,7 @@ class Loaded:
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         parameters = og.GeneratorParams(self._model)
-        # A minimum length keeps end tokens away.
+        # A minimum length prevents end tokens.
         parameters.set_search_options(max_length=self._capacity, min_length=len(ids) + count, do_sample=False)
         generator = og.Generator(self._model, parameters)
         generator.append_tokens(ids)
@@ -38,7 +38,7 @@ class Loaded:
             yield int(generator.get_next_tokens()[0])
 
     def logits(self, ids: list[int]) -> Any:
-        # The graph keeps the last row of a step only, so every token is a step, as in an answer.
+        # The graph returns only the last row of a step, so every token is a step, as in an answer.
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self._capacity, do_sample=False)
         generator = og.Generator(self._model, parameters)

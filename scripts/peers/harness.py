@@ -1,13 +1,13 @@
-"""Converts a model for one peer, or measures one thing of one peer, in this process. Standard library only, and numpy
-for quality.
+"""Convert a model for one peer, or measure one quantity of one peer, in this process. Needs only the standard library,
+and numpy for quality.
 
     python -m peers.harness convert ADAPTER VARIANT --model FOLDER --folder FOLDER --result FILE
     python -m peers.harness measure ADAPTER VARIANT --folder FOLDER --kind first --threads N --vocab N --result FILE
     python -m peers.harness quality ADAPTER VARIANT --folder FOLDER --task-file FILE --threads N --result FILE
 
-`first` is what a program that is started for one prompt feels: the times from the load to the first token behind 128,
-nothing warmed up. Instead of it a number, a context: the speed of reading a prompt of so many tokens, and of
-generating behind it.
+`first` is the experience of a program started for one prompt: the times to load and to the first token after 128,
+without warm-up. Otherwise the kind is a number of context tokens: the speed of reading such a prompt, and of generating
+after it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Model(Protocol):
     """A loaded model of a peer."""
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        """The `count` most likely tokens after `ids`, one by one; nothing of an earlier call is reused."""
+        """The `count` most likely tokens after `ids`, one by one, without reuse of an earlier call."""
 
 
 def main() -> None:
-    """Parse, then do what is asked for; figures go to a file, for peers print as they like."""
+    """Parse, then run; figures go to a file, because peers print freely."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("convert", "measure", "quality"))
     parser.add_argument("adapter", help="a module beside this one")
     parser.add_argument("variant")
     parser.add_argument("--folder", type=Path, required=True, help="the peer's form of the model")
-    parser.add_argument("--model", type=Path, help="what to convert")
+    parser.add_argument("--model", type=Path, help="the model to convert")
     parser.add_argument("--kind", help=f"{COLD!r}, or a number of tokens of context")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--task-file", type=Path, help="what quality is measured on, see quality.py")
-    parser.add_argument("--reference", action="store_true", help="this peer is what the others are compared with")
+    parser.add_argument("--task-file", type=Path, help="texts and prompts for quality, see quality.py")
+    parser.add_argument("--reference", action="store_true", help="this peer is the reference for the others")
     parser.add_argument("--vocab", type=int, help="size of the vocabulary, for the prompts")
     parser.add_argument("--result", type=Path, required=True, help="where the figures go, as JSON")
     arguments = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def cold(load: Callable[[int], Model], vocab: int) -> dict[str, Any]:
-    """Seconds to load, and from there to the first token behind a prompt, with nothing run before."""
+    """Seconds to load, and from then to the first token after a prompt, without warm-up."""
     started = time.perf_counter()
     model = load(COLD_TOKENS + DECODE_TOKENS)
     loaded = time.perf_counter()
@@ -82,7 +82,7 @@ def cold(load: Callable[[int], Model], vocab: int) -> dict[str, Any]:
 
 
 def warm(load: Callable[[int], Model], context: int, vocab: int) -> dict[str, Any]:
-    """Tokens per second of reading a prompt and of generating behind it, medians of runs after an uncounted one."""
+    """Tokens per second of reading a prompt and of generating after it, medians of runs after an uncounted one."""
     model = load(context + DECODE_TOKENS)
     timed(model, prompt(context, 0, vocab), 4)
     runs = [timed(model, prompt(context, repeat, vocab), DECODE_TOKENS) for repeat in range(1, REPEATS + 1)]
@@ -94,7 +94,7 @@ def warm(load: Callable[[int], Model], context: int, vocab: int) -> dict[str, An
 
 
 def quality(load: Callable[[int], Model], file: Path, is_reference: bool) -> dict[str, Any]:
-    """Figures of `quality.py`; the reference's rows lie beside the task."""
+    """Figures of `quality.py`; the reference's rows are stored beside the task."""
     from . import quality as measures
 
     task = measures.read_task(file)
@@ -104,7 +104,7 @@ def quality(load: Callable[[int], Model], file: Path, is_reference: bool) -> dic
 
 
 def timed(model: Model, ids: list[int], count: int) -> tuple[float, float, list[int]]:
-    """Seconds to the first token, tokens per second from then on, and the tokens."""
+    """Seconds to the first token, tokens per second after it, and the tokens."""
     tokens, stamps = [], []
     started = time.perf_counter()
     for token in model.generate(ids, count):
@@ -116,19 +116,19 @@ def timed(model: Model, ids: list[int], count: int) -> tuple[float, float, list[
 
 
 def prompt(count: int, repeat: int, vocab: int) -> list[int]:
-    """So many token ids, the same for every peer; each repeat starts with another one, so that no cache knows it."""
+    """Token ids, the same for every peer; the first token differs per repeat, so that no cache knows the prompt."""
     low = vocab // 50
     return [low + repeat, *(low + 7 * position % (vocab - 2 * low) for position in range(1, count))]
 
 
 def memory() -> dict[str, float]:
-    """The most physical memory that this process had, in MB, and what part of it now is its own, not a file's pages."""
+    """The process's peak physical memory in MB, and the part now in use that is not mapped files."""
     path = Path("/proc/self/status")
     if path.exists():
         lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
         peak, own = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmHWM", "RssAnon"))
         return {"peak_mb": peak, "own_mb": own}
-    import resource  # not on Windows, and on Linux it would count the parent's memory before exec
+    import resource  # not on Windows; on Linux it would include the parent's memory before exec
 
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 

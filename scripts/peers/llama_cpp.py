@@ -1,6 +1,6 @@
-"""llama.cpp through the bindings of llama-cpp-python, by the C functions; variants: GGUF's types.
+"""llama.cpp through the C functions of llama-cpp-python's bindings; variants: GGUF's types.
 
-Converting needs llama.cpp's own scripts, which stand in the bindings' source package and not in what is installed:
+Converting needs llama.cpp's own scripts, which are in the bindings' source package but not in the installed one.
 LLAMA_CPP_SOURCE names the unpacked package.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 FILES = ("model.gguf",)
 _PIECE = 512
-# Flash attention decodes a tenth faster behind 128 tokens, and a quarter slower behind 1,900.
+# Flash attention decodes a tenth faster after 128 tokens, and a quarter slower after 1,900.
 _SHORT = 512
 
 
@@ -39,8 +39,8 @@ def convert(model: Path, folder: Path, variant: str) -> None:
 
 
 def _write_gguf(model: Path, file: Path, kind: str) -> None:
-    """llama.cpp's own conversion. A tokenizer that it does not know by its digest gets a known one's rules for cutting
-    words: token ids go in here, so nothing measured depends on them."""
+    """llama.cpp's own conversion. A tokenizer with an unknown digest gets a known tokenizer's rules for splitting
+    words: token ids are passed in, so no measurement depends on the rules."""
     sys.path.insert(0, str(Path(os.environ["LLAMA_CPP_SOURCE"]) / "vendor" / "llama.cpp"))
     import conversion.base
     import convert_hf_to_gguf
@@ -50,7 +50,7 @@ def _write_gguf(model: Path, file: Path, kind: str) -> None:
     def rules(self: object, tokenizer: object) -> str:
         try:
             return str(known(self, tokenizer))
-        except NotImplementedError:  # what it raises for a digest that is not in its list
+        except NotImplementedError:  # raised for an unknown digest
             return "gpt-2"
 
     words = ["convert_hf_to_gguf.py", str(model), "--outfile", str(file), "--outtype", kind]
@@ -105,7 +105,7 @@ class Loaded:
 
     def _feed(self, ids: list[int]) -> None:
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        # A batch made this way asks for the logits of its last token alone.
+        # A batch made this way returns only the logits of its last token.
         code = llama_cpp.llama_decode(self._llama.ctx, llama_cpp.llama_batch_get_one(tokens, len(ids)))
         if code:
             raise SystemExit(f"llama_decode ended with {code}")

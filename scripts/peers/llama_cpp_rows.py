@@ -1,5 +1,5 @@
-"""Several texts decoded together by llama.cpp's C functions, as its server does it in its slots, without HTTP: what it
-could give at most. Runs in the environment of llama-cpp-python; prints JSON."""
+"""Several texts decoded together by llama.cpp's C functions, like its server's slots, but without HTTP: its upper
+limit. Runs in the environment of llama-cpp-python; prints JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROMPT = 12
 
 
 class Rows:
-    """A context with a place for each text."""
+    """A context with room for each text."""
 
     def __init__(self, path: str, threads: int, rows: int, capacity: int) -> None:
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -25,7 +25,7 @@ class Rows:
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def decode(self, rows: int, tokens: int) -> None:
-        """Feed a prompt of random tokens for each text, then so many tokens of each, together."""
+        """Feed a prompt of random tokens for each text, then decode so many tokens of each, together."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         random = np.random.default_rng(0)
         last = []
@@ -37,7 +37,7 @@ class Rows:
             last = self._run([(token, place, row) for row, token in enumerate(last)], list(range(rows)))
 
     def _run(self, tokens: list[tuple[int, int, int]], wanted: list[int]) -> list[int]:
-        """One call with (token, place, text); the most likely tokens behind those that are wanted."""
+        """One call with (token, position, text); the most likely tokens after the wanted ones."""
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for index, (token, place, row) in enumerate(tokens):

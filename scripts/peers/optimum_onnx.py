@@ -1,4 +1,4 @@
-"""optimum-onnx: its export, its dynamic quantization for the CPU at hand, and its runtime class with IO binding."""
+"""optimum-onnx: its export, its dynamic quantization for this CPU, and its runtime class with IO binding."""
 
 from __future__ import annotations
 

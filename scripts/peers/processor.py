@@ -1,7 +1,7 @@
-"""What the processor can do, as the system reports it, and llama.cpp's build settings from that. Standard library only.
+"""The instruction sets that the system reports, and llama.cpp's build settings for them. Standard library only.
 
-A compiler that is asked for the machine's own instructions looks at the processor alone. In a virtual machine that is
-not the whole truth: the system may forbid what the processor has (AMX), and the program ends with SIGILL.
+A compiler asked for native instructions looks only at the processor. In a virtual machine, the system may forbid
+instructions that the processor has (AMX), and the program ends with SIGILL.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
-# llama.cpp's switches, and the flags of /proc/cpuinfo that must all be there.
+# llama.cpp's switches, and the flags of /proc/cpuinfo that each requires.
 _X86 = {
     "GGML_SSE42": ("sse4_2",),
     "GGML_AVX": ("avx",),
@@ -28,7 +28,7 @@ _ARM = {"asimddp": "dotprod", "fphp": "fp16", "i8mm": "i8mm", "sve": "sve"}
 
 
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """The instruction sets that the system lets programs use; empty where it does not tell."""
+    """The instruction sets that the system lets programs use; empty if it does not report them."""
     if not cpuinfo.exists():
         return frozenset()
     lines = [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines()]
@@ -36,7 +36,7 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 
 def llama_cpp_settings(flags: Set[str]) -> list[str]:
-    """Settings for CMake. Without flags, on systems other than Linux, the compiler chooses."""
+    """Settings for CMake. Without flags, as on systems other than Linux, the compiler chooses."""
     if not flags:
         return ["-DGGML_NATIVE=ON"]
     if "asimd" in flags:

@@ -1,12 +1,12 @@
-"""What a peer's arithmetic costs: its distributions beside the fp32 model's on a text, and its greedy answers.
+"""The cost of a peer's arithmetic: its distributions against the fp32 model's on a text, and its greedy answers.
 
 Runs inside the peers' environments; needs numpy besides the adapter. Every peer gets the same token ids in the same
-windows, each window computed anew, and is asked for the logits of the same positions. An adapter's model has for it
+windows, each computed without reuse, and returns the logits of the same positions. For this, an adapter's model has
 
     .logits(ids)                rows (len(ids), vocabulary) of float32, one for each position
-    .answer(ids, count, ends)   the greedy tokens that follow, `count` at most, up to the first of `ends` and without it
+    .answer(ids, count, ends)   the greedy tokens that follow, at most `count`, up to the first of `ends`, without it
 
-or, in place of the last, `.answers(prompts, count, ends)`, which gives those of several prompts together.
+or, instead of the last, `.answers(prompts, count, ends)`, which returns those of several prompts together.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# Rows of logits that are computed with at once.
+# Rows of logits per computation.
 _ROWS = 64
 REFERENCE_NAME = "reference.npy"
 
 
 class Model(Protocol):
-    """A loaded model of a peer that can be asked for more than tokens."""
+    """A loaded model of a peer that returns logits too."""
 
     def logits(self, ids: list[int]) -> Any:
-        """Logits of every position, nothing of an earlier call reused."""
+        """Logits of every position, without reuse of an earlier call."""
 
     def answer(self, ids: list[int], count: int, ends: list[int]) -> list[int]:
         """Greedy tokens."""
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """Begin, end, and the number of leading rows that an earlier window scored, as `edgelm eval` cuts a text.
+    """Begin, end, and the number of leading rows scored by an earlier window, as `edgelm eval` cuts a text.
 
-    Row i of a window predicts its token i + 1, so that the last row counts nowhere.
+    Row i of a window predicts its token i + 1, so the last row never counts.
     """
     found, scored = [], 1
     for begin in range(0, tokens, stride):
@@ -49,7 +49,7 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 
 def measure(model: Model, task: dict[str, Any], folder: Path, is_reference: bool) -> dict[str, Any]:
-    """Figures of a peer. task: ids, window, stride, prompts, answer_tokens, ends; folder: of the reference's rows,
+    """Figures of a peer. task: ids, window, stride, prompts, answer_tokens, ends; folder: for the reference's rows,
     which the reference itself writes."""
     figures = on_text(model, task, folder / REFERENCE_NAME, is_reference) if task["ids"] else {}
     return figures | {"answers": _answers(model, task)}
@@ -101,7 +101,7 @@ def log_softmax(logits: Any) -> Any:
 
 
 def equal_answers(reference: list[list[int]], answers: list[list[int]]) -> dict[str, int]:
-    """How many answers are the reference's from beginning to end, and how many begin with its first token."""
+    """The number of answers that equal the reference's completely, and the number that begin with its first token."""
     pairs = list(zip(reference, answers, strict=True))
     return {
         "answer_count": len(pairs),
@@ -111,6 +111,6 @@ def equal_answers(reference: list[list[int]], answers: list[list[int]]) -> dict[
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """The task that the script wrote."""
+    """Read the task written by the script."""
     task: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return task

@@ -1,4 +1,4 @@
-"""From the rounds' figures to medians, ratios, tables and a plot. Pure: no process is started here."""
+"""Medians, ratios, tables and a plot from the rounds' figures. Starts no process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SPEED = "prefill", "decode"
 
 @dataclass(frozen=True)
 class Peer:
-    """name: on the command line and in results; label: in tables; adapter: the module that knows it; variant: which
-    form of it, in the adapter's words; weights: "int8", "int4" or "fp32"."""
+    """name: on the command line and in results; label: in tables; adapter: its module; variant: its form, in the
+    adapter's terms; weights: "int8", "int4" or "fp32"."""
 
     name: str
     label: str
@@ -30,11 +30,11 @@ def summarize(
     rounds: Sequence[Mapping[str, Mapping[str, Any]]],
     failures: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Medians and ranges of each peer's figures, medians of each round's ratios to `REFERENCE`, and what edgelm is to
+    """Medians and ranges of each peer's figures, medians of each round's ratios to `REFERENCE`, and edgelm's ratio to
     the best INT8 peer, figure by figure.
 
-    rounds: figures by peer; a figure may be missing where its measurement failed. failures: reasons, by peer and by
-    what failed. Ratios are edgelm's figure divided by the peer's.
+    rounds: figures by peer; a figure is missing if its measurement failed. failures: reasons, by peer and stage. Ratios
+    are edgelm's figure divided by the peer's.
     """
     rows = {peer.name: _row(peer, rounds) | {"failures": dict(failures.get(peer.name, {}))} for peer in peers}
     return {
@@ -81,7 +81,7 @@ def _to_best(name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables: speed, start and size, ratios, and what could not be measured."""
+    """The report as tables: speed, start and size, ratios, and failures."""
     contexts = _contexts(report)
     speeds = {f"{kind}_{context}": f"{kind} {context:,}" for kind in _SPEED for context in contexts}
     costs = {"file_mb": "weights, MB", "load_s": "load, s", "first_token_s": "first token, s"}
@@ -147,7 +147,7 @@ def _contexts(report: Mapping[str, Any]) -> list[int]:
 
 
 def _versions(versions: Mapping[str, Mapping[str, str]]) -> str:
-    """The peers' own packages; torch and the like stand in the JSON."""
+    """The peers' own packages; dependencies such as torch are listed in the JSON."""
     leading = [next(iter(found.items())) for found in versions.values() if found]
     return ", ".join(f"{name} {number}" for name, number in leading)
 
@@ -171,7 +171,7 @@ def _spread(row: Mapping[str, Any], key: str, digits: int) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    """Three digits that say something: large figures need no decimals."""
+    """Three significant digits; large figures need no decimals."""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.{digits if value < 10 else 1}f}"
 
 
@@ -194,7 +194,7 @@ def _doing(stage: str) -> str:
 
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
-    """Bars of what matters most, one panel each, with the rounds' ranges; an SVG file."""
+    """Bars of the main figures, one panel each, with the rounds' ranges; an SVG file."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -242,7 +242,7 @@ def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], con
 
 
 def _color(label: str, number: int) -> tuple[float, float, float]:
-    """Blue for edgelm, grey for the others, lighter with each longer context."""
+    """Blue for edgelm, grey for others, lighter with each longer context."""
     base = (0.10, 0.37, 0.66) if _is_edgelm(label) else (0.35, 0.35, 0.35)
     light = 0.27 * min(number, 3)
     return base[0] + (1 - base[0]) * light, base[1] + (1 - base[1]) * light, base[2] + (1 - base[2]) * light

@@ -1,4 +1,4 @@
-"""The model that is compared: known again by its files, and readable for every peer's version of transformers."""
+"""The compared model: recognized by its files, and readable for every peer's version of transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fingerprint(model: Path) -> str:
-    """A digest by which a model is known again wherever it lies: its config, and size and beginning of its weights."""
+    """A digest that identifies a model in any folder: its config, and size and beginning of its weights."""
     digest = hashlib.sha256((model / "config.json").read_bytes())
     for path in sorted(model.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -18,8 +18,8 @@ def fingerprint(model: Path) -> str:
 
 
 def readable(model: Path, folder: Path) -> Path:
-    """The same model, by links, also for readers of transformers 4, which look for rope's base and the tokenizer's
-    class under other names."""
+    """The same model, as links, also readable by transformers 4, which expects rope's base and the tokenizer's class
+    under other names."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in model.iterdir():
         if path.is_file():

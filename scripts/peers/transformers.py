@@ -1,4 +1,4 @@
-"""transformers with torch in float32, by a plain loop over the model, which is faster than its `generate`."""
+"""transformers with torch in float32, in a simple loop over the model, which is faster than its `generate`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-# Nothing to convert: what the others were converted from stands beside their forms of it.
+# Nothing to convert: the source model is beside the other peers' forms of it.
 FILES = ("../model/*.safetensors",)
-# Prompts that are answered together.
+# Prompts per batch.
 _BATCH = 10
 
 
@@ -37,8 +37,8 @@ class Loaded:
         return self._module(torch.tensor([ids])).logits[0].numpy()
 
     def answers(self, prompts: list[list[int]], count: int, ends: list[int]) -> list[list[int]]:
-        """Prompts of about one length side by side: float32 weights are four times what the others read, and one by one
-        80 answers of 48 tokens take longer than everything else."""
+        """Batches of prompts of similar length: float32 weights are four times as large as others', and one by one 80
+        answers of 48 tokens take longer than everything else."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, list[int]] = {}
         for begin in range(0, len(order), _BATCH):

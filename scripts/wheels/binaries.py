@@ -1,8 +1,8 @@
-"""What a wheel's library imports, exports and was compiled for, read from the binary, and what of that is wrong.
+"""Read from the binary what a wheel's library imports, exports and was compiled for, and find faults.
 
     python binaries.py WHEEL [WHEEL ...]
 
-Runs with the tools of `build.py`: lief reads the binaries of all systems, auditwheel the ones of Linux. Ends with 1 if
+Runs with the tools of `build.py`: lief reads the binaries of all systems, auditwheel those of Linux. Exit status 1 if
 something is wrong.
 """
 
@@ -21,8 +21,8 @@ import lief
 from platforms import PLATFORMS, Platform
 
 EXPORTS = frozenset({"RegisterCustomOps", "edgelm_kernels_arithmetic"})
-# What zig's linker leaves visible on macOS: C++'s operators new and delete, weak, as in any library with C++ there,
-# which the system joins with its own (all of them are malloc and free), and two marks of the format.
+# Symbols that zig's linker leaves visible on macOS: C++'s weak operators new and delete, as in any C++ library there,
+# which the system merges with its own (all are malloc and free), and two marks of the format.
 _OF_MACOS = ("_Zn*", "_Zd*", "__dso_handle", "_mh_dylib_header")
 _ELF = {lief.ELF.ARCH.X86_64: "x86_64", lief.ELF.ARCH.AARCH64: "aarch64"}
 _PE = {lief.PE.Header.MACHINE_TYPES.AMD64: "x86_64"}
@@ -31,8 +31,8 @@ _MACHO = {lief.MachO.Header.CPU_TYPE.ARM64: "arm64", lief.MachO.Header.CPU_TYPE.
 
 @dataclass(frozen=True)
 class Library:
-    """machine: format and architecture; imports: libraries; page_bytes: the largest page that its segments fit;
-    signed: whether it has the signature without which an Arm Mac loads nothing."""
+    """machine: format and architecture; imports: libraries; page_bytes: the largest page that its segments fit; signed:
+    whether it has the signature that an Arm Mac requires."""
 
     machine: str
     imports: frozenset[str]
@@ -87,7 +87,7 @@ def _read_macho(binary: lief.MachO.Binary) -> Library:
 
 
 def faults(library: Library, platform: Platform) -> list[str]:
-    """What is wrong with a library for a platform, a sentence each."""
+    """The faults of a library for a platform, a sentence each."""
     found = []
     if library.machine != platform.machine:
         found.append(f"it is compiled for {library.machine}, not for {platform.machine}")
@@ -106,7 +106,7 @@ def faults(library: Library, platform: Platform) -> list[str]:
 
 
 def check(wheel: Path) -> list[str]:
-    """What is wrong with a wheel."""
+    """The faults of a wheel."""
     platform = next((item for item in PLATFORMS.values() if wheel.name.endswith(f"-py3-none-{item.tag}.whl")), None)
     if platform is None:
         return ["it is for no platform that is known"]
@@ -122,7 +122,7 @@ def check(wheel: Path) -> list[str]:
 
 
 def _audit(wheel: Path, platform: Platform) -> list[str]:
-    """What auditwheel says of a wheel for Linux."""
+    """auditwheel's findings for a Linux wheel."""
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = " ".join((done.stdout + done.stderr).split())
@@ -132,7 +132,7 @@ def _audit(wheel: Path, platform: Platform) -> list[str]:
 
 
 def main(wheels: list[str]) -> int:
-    """Check wheels and print what was found. Returns: the process's exit status."""
+    """Check wheels and print the findings. Returns the process's exit status."""
     wrong = {wheel: found for wheel in wheels if (found := check(Path(wheel)))}
     for wheel in wheels:
         print(f"{Path(wheel).name}: {'; '.join(wrong.get(wheel, ['checked']))}")

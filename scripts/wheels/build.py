@@ -1,4 +1,4 @@
-"""Build wheels of the kernels with zig, which compiles for all systems and comes from PyPI. Standard library only."""
+"""Build kernel wheels with zig, which compiles for all systems and comes from PyPI. Standard library only."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _PACKAGES = (
     "lief==1.0.0",
 )
 CHECK = Path(__file__).with_name("binaries.py")
-# One level for CMake's questions to the compiler, too: zig builds its C++ library anew for each.
+# CMake's compiler tests use the same level, because zig builds its C++ library for each level.
 _FLAGS = "-O3 -g0"
-# A fixed time: wheels of one copy are alike.
+# A fixed time makes wheels of the same source equal.
 _EPOCH = "1577836800"
 
 
@@ -39,10 +39,10 @@ class BuildError(Exception):
 
 
 def build_all(names: Iterable[str], out: Path) -> list[Path]:
-    """Build the kernels' wheels of some platforms of `PLATFORMS`, and edgelm's own, and check them.
+    """Build and check the kernels' wheels of some platforms of `PLATFORMS`, and edgelm's own.
 
-    Cost: some three minutes on two cores, most of it once for the tools (500 MB) and for zig's C++ libraries, which it
-    keeps. Raises: BuildError.
+    Cost: some three minutes on two cores, mostly once for the tools (500 MB) and for zig's C++ libraries, which are
+    kept. Raises: BuildError.
     """
     python = tools()
     out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def build_all(names: Iterable[str], out: Path) -> list[Path]:
 
 
 def tools() -> Path:
-    """The Python of an environment with the tools, made where it is not there."""
+    """The Python of an environment with the tools, made if it is missing."""
     python = _TOOLS / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = _TOOLS / "installed"
     if not stamp.is_file() or stamp.read_text() != repr(_PACKAGES):
@@ -98,21 +98,21 @@ def settings(platform: Platform) -> dict[str, str]:
         # zig links its C++ library statically; its symbols are stripped.
         "CMAKE_MODULE_LINKER_FLAGS": "-s",
         "CMAKE_SHARED_LINKER_FLAGS": "-s",
-        "CMAKE_CXX_STANDARD_LIBRARIES": "",  # CMake would add a dozen of Windows'
+        "CMAKE_CXX_STANDARD_LIBRARIES": "",  # CMake would add a dozen Windows libraries
         "EDGELM_NEON": "-mcpu=generic",
         "EDGELM_NEON_DOT": "-mcpu=generic+dotprod",
-        # CMake wants one for Windows; nothing is compiled with it.
+        # CMake requires a resource compiler for Windows; nothing is compiled with it.
         "CMAKE_RC_COMPILER": shutil.which("true") or "true",
     }
     return {
-        "install.strip": "false",  # by the machine's own strip, which knows no other system
+        "install.strip": "false",  # this machine's strip handles no other system
         "build-dir": str(FOLDER / "built" / platform.target),
         **{f"cmake.define.{key}": value for key, value in defined.items()},
     }
 
 
 def zig(python: Path) -> tuple[Path, dict[str, str]]:
-    """The compiler, and environment variables with which CMake compiles by it."""
+    """The compiler, and environment variables that make CMake use it."""
     (program,) = python.parent.parent.glob("lib/python*/site-packages/ziglang/zig")
     places = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     caches = {name: str(FOLDER / "zig") for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
@@ -126,15 +126,15 @@ def zig(python: Path) -> tuple[Path, dict[str, str]]:
 
 
 def edgelm(python: Path, out: Path) -> Path:
-    """Build edgelm's wheel, which asks for the kernels of the same copy on all platforms that have them.
+    """Build edgelm's wheel, which requires the kernels of the same source on all platforms that have them.
 
-    A copy of the repository does not: pip would look for them on its index, also where a compiler is at hand.
+    The repository's own metadata does not: pip would look for them on its index, even if a compiler is available.
     Raises: BuildError.
     """
     made = FOLDER / "made" / "edgelm"
     shutil.rmtree(made, ignore_errors=True)
     source = made / "source"
-    # A copy, since setuptools builds within the tree and packs what an earlier build left there.
+    # A copy, because setuptools builds inside the tree and packs leftovers of earlier builds.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
     run([python, "-m", "build", "--wheel", "--no-isolation", "--outdir", made, source])
     (wheel,) = made.glob("*.whl")
@@ -148,13 +148,13 @@ def edgelm(python: Path, out: Path) -> Path:
 
 
 def requirement() -> str:
-    """The kernels as edgelm's wheel asks for them."""
+    """The requirement of the kernels in edgelm's wheel."""
     project = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return f"{project['name']}=={project['version']}; {marker()}"
 
 
 def run(command: list[object], environment: dict[str, str] | None = None) -> str:
-    """What a command prints. Raises: BuildError with its last words."""
+    """The output of a command. Raises: BuildError with its last lines."""
     words = list(map(str, command))
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

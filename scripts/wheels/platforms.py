@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Platform:
-    """target: zig's name of it; tag: of its wheels; system, processor: CMake's names; python: what `sys.platform` and
-    `platform.machine()` are there; machine: the binary's architecture as `binaries.py` names it; imports: the only
+    """target: zig's name; tag: of its wheels; system, processor: CMake's names; python: `sys.platform` and
+    `platform.machine()` there; machine: the binary's architecture as named in `binaries.py`; imports: the only
     libraries that the binary may need, as patterns; page_bytes: the largest memory page of such a machine."""
 
     target: str
@@ -28,7 +28,7 @@ class Platform:
 
 # No libstdc++, libgcc_s or libc++: those are linked statically.
 _GLIBC = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "ld-linux-*.so.*")
-# All of them are part of Windows 10; no runtime has to be installed.
+# All are part of Windows 10; no runtime has to be installed.
 _WINDOWS = ("KERNEL32.dll", "ntdll.dll", "api-ms-win-crt-*.dll", "api-ms-win-core-synch-*.dll")
 _MACOS = ("/usr/lib/libSystem.B.dylib",)
 _X86_PAGE, _APPLE_PAGE, _ARM_PAGE = 1 << 12, 1 << 14, 1 << 16

@@ -1,4 +1,4 @@
-"""What Windows' kernels compute, by Wine: a program in C loads onnxruntime's Windows build and runs a graph."""
+"""Run Windows' kernels in Wine: a C program loads onnxruntime's Windows build and runs a graph."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .build import FOLDER, ROOT, BuildError, run, tools, zig
 _FOLDER = FOLDER / "windows"
 _SOURCE = Path(__file__).with_name("run_graph.c")
 _HEADERS = ROOT / "kernels" / "third_party" / "onnxruntime"
-# ONNX's numbers of the types that graphs take.
+# ONNX's numbers for the types of graph inputs.
 _TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}
 _LIMIT_S = 300
 
 
 def wine() -> str | None:
-    """The program that runs those of Windows, where it is installed."""
+    """The Wine program, if it is installed."""
     return shutil.which("wine64") or shutil.which("wine") or shutil.which("/usr/lib/wine/wine64")
 
 
 def compute(graph: Path, feeds: Mapping[str, NDArray[Any]], kernels: Path | None) -> bytes:
-    """All outputs of a graph, one behind the other, as Windows computes them. kernels: the DLL, None without.
+    """All outputs of a graph, concatenated, as computed on Windows. kernels: the DLL, None without.
 
     Raises: BuildError.
     """
@@ -52,7 +52,7 @@ def compute(graph: Path, feeds: Mapping[str, NDArray[Any]], kernels: Path | None
 
 
 def _path(path: Path | None) -> str:
-    """As Wine shows this machine's files to Windows' programs."""
+    """A path as Wine shows it to Windows programs."""
     return "-" if path is None else "Z:" + str(path.resolve()).replace("/", "\\")
 
 
@@ -78,7 +78,7 @@ def _program() -> Path:
 
 
 def _onnxruntime() -> Path:
-    """onnxruntime.dll out of the wheel for Windows, in the version that edgelm was tested with."""
+    """onnxruntime.dll from the Windows wheel, in the version that edgelm was tested with."""
     library = _FOLDER / "onnxruntime" / "capi" / "onnxruntime.dll"
     if not library.is_file():
         options = ["--platform", "win_amd64", "--only-binary", ":all:", "--no-deps", "-c", ROOT / "constraints.txt"]

@@ -1,4 +1,4 @@
-// The page in a browser: what a person does with it, by mouse, by keyboard and on a phone.
+// The page in a browser, used by mouse, by keyboard and on a phone.
 // usage: node page.mjs ADDRESS CHROMIUM FOLDER-FOR-SCREENSHOTS KEY-OR-NOTHING
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
@@ -190,7 +190,7 @@ const checks = {
     await idle(page);
     assert.deepEqual(await answers(page), [" a time."]);
     await page.reload();
-    assert.equal(await page.locator("#model").inputValue(), "base", "the model that was chosen is kept");
+    assert.equal(await page.locator("#model").inputValue(), "base", "the chosen model is kept");
   },
   async "errors are shown and do not end the conversation"() {
     const page = await opened();

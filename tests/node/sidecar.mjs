@@ -1,4 +1,4 @@
-// What tests/test_sidecar.py runs: node sidecar.mjs CASE PROGRAM BUNDLE. Prints one line of JSON.
+// Run by tests/test_sidecar.py: node sidecar.mjs CASE PROGRAM BUNDLE. Prints one line of JSON.
 import process from "node:process";
 
 import { chat, startSidecar } from "../../examples/sidecar/sidecar.mjs";
@@ -35,7 +35,7 @@ const cases = {
       say({ message: error.message });
     }
   },
-  // The parent is killed while an answer comes.
+  // The parent is killed while an answer is streamed.
   async dies() {
     const sidecar = await startSidecar(program, [bundle]);
     for await (const _ of chat(sidecar, HI, { max_tokens: 400 })) {
