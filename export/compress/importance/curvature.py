@@ -45,16 +45,17 @@ class Portion:
 @dataclass(frozen=True)
 class Moments:
     """Second moments at the matrix that reads a block's units. inputs: H, (inputs, inputs); outputs: G, (outputs,
-    outputs)."""
+    outputs); unweighted: E[x x^T], (inputs, inputs)."""
 
     inputs: torch.Tensor
     outputs: torch.Tensor
+    unweighted: torch.Tensor
 
 
 def find_moments(module: PreTrainedModel, blocks: list[Block], texts: Sequence[torch.Tensor]) -> list[Moments]:
     """Moments of each block. texts: windows (1, tokens) int64. Cost: a forward and backward pass per window."""
     inputs: list[Any] = [0.0] * len(blocks)
-    outputs: list[Any] = [0.0] * len(blocks)
+    outputs, unweighted = list(inputs), list(inputs)
     seen: dict[int, torch.Tensor] = {}
 
     def keep(number: int, values: torch.Tensor) -> None:
@@ -64,6 +65,7 @@ def find_moments(module: PreTrainedModel, blocks: list[Block], texts: Sequence[t
         rows, values = gradient.flatten(0, -2), seen.pop(number)
         inputs[number] = inputs[number] + (values * rows.square().sum(1, keepdim=True)).T @ values
         outputs[number] = outputs[number] + rows.T @ rows
+        unweighted[number] = unweighted[number] + values.T @ values
 
     chance = torch.Generator().manual_seed(_SEED)
     with without_weight_gradients(module), outer_inputs(module, blocks, keep), _gradients(module, blocks, add):
@@ -73,8 +75,8 @@ def find_moments(module: PreTrainedModel, blocks: list[Block], texts: Sequence[t
             torch.nn.functional.cross_entropy(logits, said, reduction="sum").backward()  # type: ignore[no-untyped-call]
     tokens = sum(ids.numel() for ids in texts)
     return [
-        Moments(found / max(float(other.trace()), 1e-30), other / tokens)
-        for found, other in zip(inputs, outputs, strict=True)
+        Moments(found / max(float(other.trace()), 1e-30), other / tokens, plain / tokens)
+        for found, other, plain in zip(inputs, outputs, unweighted, strict=True)
     ]
 
 

@@ -98,7 +98,9 @@ class PruneStructured:
                 portions_by_curvature(module, block, moments, _portion_sizes(block))
                 for block, moments in zip(blocks, found, strict=True)
             ]
-            return portions, [moments.inputs for moments in found]
+            # Refitted by H, which weighs tokens by their gradients, SmolLM2-135M without 5 % of its parameters has 5 to
+            # 8 % more KL on other text.
+            return portions, [moments.unweighted for moments in found]
         scores = magnitudes(module, blocks) if self.importance == "magnitude" else taylor(module, blocks, texts)
         moments = input_moments(module, [block.outer for block in blocks], texts) if self.refit else {}
         portions = [portions_by_score(block, score) for block, score in zip(blocks, scores, strict=True)]
