@@ -47,6 +47,7 @@ LONG = {
     "test_blocks",
     "test_compress",
     "test_compress_bundles",
+    "test_compress_run",
     "test_cuda",
     "test_decompositions",
     "test_emulated",
@@ -57,7 +58,9 @@ LONG = {
     "test_plain",
     "test_pythons",
     "test_real_bundle",
+    "test_real_quality",
     "test_stories",
+    "test_trace",
     "test_training",
     "test_weight_bits",
 }

@@ -94,4 +94,4 @@ def print_table(console: Console, record: Record, table: Sequence[Sequence[str]]
         shown.add_row(*map(escape, row))
     console.print(shown)
     for note in compression_notes(record.steps):
-        console.print(escape(note))
+        console.print(escape(note), soft_wrap=True)

@@ -80,7 +80,7 @@ class RichProgress:
         """A stage is done."""
         self.stop()
         line = f"{record.name:20}{record.seconds:8.1f} s{record.peak_bytes / 1e6:10,.0f} MB peak"
-        self._console.print(f"[green]done[/] {line}")
+        self._console.print(f"[green]done[/] {line}", soft_wrap=True)
         if self._log is not None:
             self._log.write(f"done {line}")
 
@@ -96,7 +96,7 @@ class RichProgress:
     def _tell(self, line: str) -> None:
         self._told = time.monotonic()
         if self._status is None:
-            self._console.print(line)
+            self._console.print(line, soft_wrap=True)  # one line for a file or a pipe
         else:
             self._status.update(line)
         if self._log is not None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WINDOW, _WINDOWS = 256, 8
+# Models copy names and phrases from far back. Windows of 256 tokens do not show what that needs.
+_LONG_WINDOW = 512
 # Tokens of a text used for second moments. More change little and take more passes.
 MOST_TOKENS = 1 << 14
 
@@ -31,9 +33,11 @@ def windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]
 
 
 def all_windows(token_ids: Sequence[int], context_length: int) -> list[torch.Tensor]:
-    """The whole text, or up to 16,384 tokens spread over it, as windows (1, up to 256) int64."""
-    size = min(_WINDOW, context_length, len(token_ids))
-    starts = range(0, len(token_ids) - size + 1, size)
+    """The whole text, or up to 16,384 tokens spread over it, as windows of one length, (1, up to 512) int64."""
+    longest = min(_LONG_WINDOW, context_length)
+    count = -(-len(token_ids) // longest)
+    size = len(token_ids) // count
+    starts = range(0, count * size, size)
     step = -(-len(starts) * size // MOST_TOKENS)
     return [torch.tensor([list(token_ids[start : start + size])]) for start in starts[::step]]
 

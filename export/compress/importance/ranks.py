@@ -15,7 +15,7 @@ import torch
 
 from ..module.linears import matrix_of, own
 from ..module.units import Block, outer_inputs
-from .curvature import without_weight_gradients
+from .moments import without_weight_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,11 +9,11 @@ where L L^T is the second moment of W's inputs, and the right factor is multipli
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError
+from ..progress import tracked
 from ..step import Applied, Outlook, Workbench
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class LowRank:
         """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text per layer.
         Memory: second moments of one layer's inputs at a time."""
         from ..importance.influence import windows
+        from ..importance.moments import input_moments
         from ..module.edits import edit
         from ..module.linears import own, require_unshared
 
@@ -62,7 +63,7 @@ class LowRank:
         require_unshared(module, list(layers), "low-rank")
         factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         left = []
-        for index in sorted(set(layers.values())):
+        for index in tracked(sorted(set(layers.values())), "layers factored"):
             names = [name for name, layer in layers.items() if layer == index]
             moments = input_moments(module, names, texts) if self.weighted else {}
             for name in names:
@@ -119,38 +120,6 @@ class LowRank:
             shares = values.double().square().cumsum(0)
             rank = int((shares < self.energy * shares[-1]).sum()) + 1
         return rank if rank > 0 and rank * (outputs + inputs) < outputs * inputs else None
-
-
-def input_moments(
-    module: PreTrainedModel, names: Sequence[str], texts: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Name of each linear layer -> second moment of its inputs, the mean of x x^T, (inputs, inputs) float32.
-
-    texts: windows (1, tokens) int64. Cost: a forward pass per window.
-    """
-    import torch
-
-    from ..module.linears import own
-
-    sums: dict[str, torch.Tensor] = {}
-
-    def add(name: str) -> Any:
-        def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            moment = rows.T @ rows / (len(rows) * len(texts))
-            sums[name] = sums[name] + moment if name in sums else moment
-
-        return note
-
-    handles = [own(module, name).register_forward_pre_hook(add(name)) for name in names]
-    try:
-        for ids in texts:
-            with torch.no_grad():
-                module(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
