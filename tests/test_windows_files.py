@@ -217,14 +217,12 @@ def test_a_bundle_that_a_program_has_loaded_is_not_replaced_and_stays_whole(
                 (result / name).write_text(text)
             place.put_in_place(result, out)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(place, "_exchange", lambda *_: False)  # Windows cannot exchange folders
-    with patch.context():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_exchange", lambda *_: False)  # Windows cannot exchange folders
         export("old")
         with mapped(out / "model.onnx.data"), pytest.raises(OutputError, match="while a program has it open"):
             export("new")
         assert {path.read_text() for path in out.iterdir()} == {"old"}
         assert list(tmp_path.iterdir()) == [out]
         export("new")
-    patch.undo()
     assert {path.read_text() for path in out.iterdir()} == {"new"}
