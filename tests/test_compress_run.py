@@ -432,9 +432,9 @@ def test_a_recipe_that_cannot_keep_its_promise_says_so(
     arguments = ["compress", str(model), "--recipe", str(recipe), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("WARNING: this model is not what the recipe mild promises" in printed) is not kept
+    assert ("above the limit of the recipe mild" in printed) is not kept
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert ("not what the recipe mild promises" in page) is not kept
+    assert ("above the limit of the recipe mild" in page) is not kept
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, "small", True])

@@ -1,6 +1,6 @@
 """The main figures of a report.json in words, for the terminal and for report.html. Standard library only.
 
-A report may come from another version of edgelm: a figure whose numbers are not there is left out, never guessed.
+A report may come from another version of edgelm: a figure with missing numbers is omitted, never guessed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report. before: the fp32 graph's value, None where there is nothing to compare; verdict: how the
-    value changed, in words, or ""; better: True for an improvement, False for a loss, None for neither."""
+    """One line of the report. before: the value of the fp32 graph, or None if there is nothing to compare; verdict: the
+    change in words, or ""; better: True for an improvement, False for a loss, None for neither."""
 
     title: str
     before: str | None
@@ -32,7 +32,7 @@ class Figure:
 
 
 def was_changed(report: dict[str, Any]) -> bool:
-    """Whether the bundle's graph differs from the fp32 graph, so that there is a before and an after."""
+    """Return True if the graph of the bundle differs from the fp32 graph: figures then have a before and an after."""
     return report.get("against_fp32") is not None
 
 
@@ -46,7 +46,7 @@ def main_figures(report: dict[str, Any]) -> list[Figure]:
 
 
 def plan_table(steps: Any) -> list[tuple[str, ...]]:
-    """Titles, and a row for each step that a rehearsal made: what it removes, and what it leaves."""
+    """Titles, and a row for each step of a dry run: what it removes, and the size after it."""
     table: list[tuple[str, ...]] = [("step", "removes", "parameters", "size", "takes")]
     for step in tables_of(steps):
         if (seconds := number_of(step, "seconds")) is not None:
@@ -58,31 +58,31 @@ def plan_table(steps: Any) -> list[tuple[str, ...]]:
 
 
 def compression_notes(steps: Any) -> list[str]:
-    """What steps have to say beside their figures, a sentence each."""
+    """Notes of the steps and a warning if the recipe's limit is exceeded, one sentence each."""
     notes = ((step.get("use"), step.get("details")) for step in tables_of(steps))
     found = [f"{use}: {details['note']}" for use, details in notes if isinstance(details, dict) and "note" in details]
-    return [*found, *(note for step in tables_of(steps) for note in _broken_promise(step))]
+    return [*found, *(note for step in tables_of(steps) for note in _limit_warning(step))]
 
 
-def _broken_promise(step: dict[str, Any]) -> Iterator[str]:
-    """What the last step of a recipe says where the model lost more than the recipe promises."""
+def _limit_warning(step: dict[str, Any]) -> Iterator[str]:
+    """The warning of the recipe's last step if its KL divergence exceeds the limit of the recipe."""
     most, lost = number_of(step, "promise", "max_kl"), number_of(step, "after", "kl")
     if most is not None and lost is not None and lost > most:
         yield (
-            f"WARNING: this model is not what the recipe {step['promise'].get('recipe')} promises: it is {lost:.3f} "
-            f"nats a token from its source, and the recipe's limit is {most:g}: take a milder one, or train afterwards"
+            f"WARNING: the KL divergence from the source is {lost:.3f} nats a token, above the limit of the recipe "
+            f"{step['promise'].get('recipe')} ({most:g}): use a milder recipe, or train afterwards"
         )
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes in the unit that suits it: "68 bytes", "1.5 kB", "3.1 MB", "1.20 GB"."""
+    """A number of bytes with a suitable unit: "68 bytes", "1.5 kB", "3.1 MB", "1.20 GB"."""
     for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if count >= size:
             return f"{count / size:,.{digits}f} {unit}"
     return f"{count:,.0f} bytes"
 
 
-# Of a step's figures: key, title, and how the number is written.
+# Figures of a step: key, title, and format of the number.
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters", "{:,.0f}".format),
     ("bytes", "size", bytes_text),
@@ -96,7 +96,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def compression_table(steps: Any) -> list[tuple[str, ...]]:
     """Titles, a row for the source and one for each step of a compression. steps: report.json's `compression`. A figure
-    that a row does not have is a dash, one that no row has gets no column."""
+    missing in one row is a dash; a figure missing in all rows gets no column."""
     found = tables_of(steps)
     rows = (
         [("source", found[0].get("before")), *((str(step.get("use")), step.get("after")) for step in found)]
@@ -112,14 +112,14 @@ def compression_table(steps: Any) -> list[tuple[str, ...]]:
 
 
 def duration_text(seconds: float) -> str:
-    """A time in the unit that suits it: "12 s", "3 min", "1.5 h"."""
+    """A time with a suitable unit: "12 s", "3 min", "1.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def speed_text(tokens_per_s: float) -> str:
-    """A speed: "155 tokens/s", below 100 with a decimal."""
+    """A speed: "155 tokens/s"; below 100 with one decimal."""
     return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:,.1f} tokens/s"
 
 
@@ -132,7 +132,7 @@ def count_text(count: float) -> str:
 
 
 def change_text(before: float, after: float, more: str, less: str) -> str:
-    """How two amounts compare: "3.6 times smaller", "12 % faster", "the same". more, less: "larger" and "smaller"."""
+    """The change in words: "3.6 times smaller", "12 % faster", "the same". more, less: such as "larger", "smaller"."""
     low, high = sorted((before, after))
     if low <= 0 or 100 * (high / low - 1) < _SAME_PERCENT:
         return "the same" if low > 0 or low == high else ""
@@ -143,8 +143,8 @@ def change_text(before: float, after: float, more: str, less: str) -> str:
 
 
 def _compared(report: dict[str, Any]) -> Iterator[Figure]:
-    """Figures with a number before and after. The table: title, keys, format, words for more and less, more is
-    better."""
+    """Figures with a number before and after. Columns of `rows`: title, keys, format, words for more and less, whether
+    more is better."""
     rows = (
         ("Weights", ("memory", "weights_bytes"), bytes_text, ("larger", "smaller"), False),
         ("Writing an answer", ("speed", "decode_tokens_per_s"), speed_text, ("faster", "slower"), True),
@@ -168,11 +168,11 @@ def _quality(report: dict[str, Any]) -> Iterator[Figure]:
     if before is not None and after is not None and percent is not None:
         same = abs(percent) < _SAME_PERPLEXITY_PERCENT
         verdict = "the same" if same else f"{abs(percent):.2f} % {'worse' if percent > 0 else 'better'}"
-        better = None if same or percent > 0 else True  # a small rise is what INT8 costs, and inside the tolerance
+        better = None if same or percent > 0 else True  # a small rise is the cost of INT8, within the tolerance
         yield Figure(PERPLEXITY, f"{before:.3f}", f"{after:.3f}", verdict, better)
     mean, worst = (number_of(report, "against_fp32", key) for key in ("mean_kl", "p99_kl"))
     if mean is not None and worst is not None:
-        yield Figure(DISTANCE, None, f"{mean:.2g} nats a token", f"{worst:.2g} at the worst of 100")
+        yield Figure(DISTANCE, None, f"{mean:.2g} nats a token", f"{worst:.2g} at the 99th percentile")
     agreement = number_of(report, "against_fp32", "agreement_percent")
     if agreement is not None:
         yield Figure(AGREEMENT, None, f"{agreement:.1f} % of tokens")
@@ -181,12 +181,12 @@ def _quality(report: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("The same, where fp32 is clear", None, f"{decided:.1f} % of {positions:,.0f} tokens")
     equal, prompts, first = (number_of(report, "against_fp32", "answers", key) for key in _ANSWERS)
     if equal is not None and prompts and first is not None:
-        verdict = f"the first word is another in {first:,.0f}" if first else "the first word is the same in all"
-        yield Figure(ANSWERS, None, f"{equal:,.0f} of {prompts:,.0f} from beginning to end", verdict)
+        verdict = f"the first word differs in {first:,.0f}" if first else "the first word is the same in all"
+        yield Figure(ANSWERS, None, f"{equal:,.0f} of {prompts:,.0f}, to the end", verdict)
 
 
 def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
-    """Which activations have 16 bits, and what those in 8 bits save."""
+    """How many matrices have activations of 16 bits, and how much work the others save."""
     found = report.get("arithmetic")
     matrices = found.get("matrices") if isinstance(found, dict) else None
     bits = [number_of(matrix, "activations") for matrix in matrices] if isinstance(matrices, (list, tuple)) else []
@@ -197,8 +197,7 @@ def _arithmetic(report: dict[str, Any]) -> Iterator[Figure]:
 
 
 def _cache(report: dict[str, Any]) -> Iterator[Figure]:
-    """The INT8 cache on prompts that did not calibrate it: how many values were out of range, and how answers
-    changed."""
+    """The INT8 cache on prompts that are not used for calibration: values out of range, and the change of answers."""
     clipped, excess, widened = (
         number_of(report, "cache", key) for key in ("clipped_percent", "largest_excess", "widened_channels")
     )
@@ -211,27 +210,27 @@ def _cache(report: dict[str, Any]) -> Iterator[Figure]:
     known = [number_of(kind, "kl") for kind in kinds] if isinstance(kinds, (list, tuple)) else []
     worst = max((kl for kl in known if kl is not None), default=None)
     if worst is not None:
-        yield Figure("Answers, INT8 cache", None, f"{worst:.1e} nats from a float32 cache's, at worst")
+        yield Figure("Answers, INT8 cache", None, f"at most {worst:.1e} nats from a float32 cache")
 
 
 def _against_source(report: dict[str, Any]) -> Iterator[Figure]:
     equal, steps = (number_of(report, "against_source", key) for key in ("equal_steps", "steps"))
     if equal is not None and steps is not None:
-        yield Figure("fp32 graph writes as PyTorch", None, f"{equal:,.0f} of {steps:,.0f} tokens")
+        yield Figure("fp32 tokens equal to PyTorch", None, f"{equal:,.0f} of {steps:,.0f} tokens")
     difference = number_of(report, "against_source", "logit_difference")
     if difference is not None:
-        yield Figure("fp32 logits against PyTorch", None, f"{difference:.1e} of the largest apart")
+        yield Figure("fp32 logits against PyTorch", None, f"differ by {difference:.1e} of the largest")
 
 
 def tables_of(steps: Any) -> list[dict[str, Any]]:
-    """The objects of what should be a list of them."""
+    """The dictionaries in a list, or [] if it is not a list."""
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, (list, tuple)) else []
 
 
 def number_of(report: Any, *keys: str) -> float | None:
-    """The number under a path of keys, or None."""
+    """The number at a path of keys, or None."""
     for key in keys:
         report = report.get(key) if isinstance(report, dict) else None
     number = isinstance(report, (int, float)) and not isinstance(report, bool)
-    # Python reads Infinity and integers of any length; the comparison leaves out NaN, too.
+    # Python reads Infinity and integers of any length; the comparison also rejects NaN.
     return report if number and -_LARGEST < report < _LARGEST else None

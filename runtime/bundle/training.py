@@ -1,6 +1,6 @@
-"""What report.json holds of the steps that trained: their curves and samples. Standard library only.
+"""Training steps in report.json: their curves and samples. Standard library only.
 
-A report may come from another version of edgelm: what is not there is left out, never guessed.
+A report may come from another version of edgelm: missing values are omitted, never guessed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .figures import number_of, tables_of
 
 @dataclass(frozen=True)
 class TrainingCurve:
-    """What a step that trained went through. steps: of the optimizer; points: readings, in order; samples: beginnings
-    of texts with what source and model say next; words: on what it was judged, and which weights it kept."""
+    """The record of one training step of a recipe. steps: number of optimizer steps; points: evaluations, in order;
+    samples: prompts with the continuations of source and model; words: the held-out text and the weights kept."""
 
     use: str
     steps: int
@@ -23,11 +23,11 @@ class TrainingCurve:
     words: str
 
     def charts(self) -> list[tuple[str, list[tuple[str, str, list[tuple[float, float]]]]]]:
-        """Title and series of each chart that has something to show; a series is a name, a colour, and places."""
+        """Title and series of each chart with at least two points; a series is a name, a colour, and its points."""
         loss = [("training", "before", self._series("loss")), ("held out", "after", self._series("held_out_loss"))]
         kl = [("KL from the source", "after", self._series("kl"))]
         words = [("last words, %", "after", self._series("last_words_percent"))]
-        titles = (("Loss, nats a token", loss), ("Divergence from the source", kl), ("Last words", words))
+        titles = (("Loss, nats a token", loss), ("KL divergence from the source", kl), ("Last words", words))
         found = [(title, [item for item in series if len(item[2]) > 1]) for title, series in titles]
         return [(title, series) for title, series in found if series]
 
@@ -37,7 +37,7 @@ class TrainingCurve:
 
 
 def training_curves(steps: Any) -> list[TrainingCurve]:
-    """Those of the steps that trained. steps: as `compression_table`."""
+    """One curve for each training step. steps: report.json's `compression`."""
     return [
         TrainingCurve(
             str(step.get("use")),
@@ -56,6 +56,6 @@ def training_curves(steps: Any) -> list[TrainingCurve]:
 
 def _training_words(training: dict[str, Any]) -> str:
     tokens, kept, stopped = (number_of(training, key) for key in ("held_out_tokens", "kept_step", "stopped_after"))
-    held = f"held out: {tokens:,.0f} tokens of {training.get('held_out')}" if tokens else "nothing was held out"
-    early = f"; it ended early, after step {stopped:,.0f}" if stopped is not None else ""
+    held = f"held out: {tokens:,.0f} tokens of {training.get('held_out')}" if tokens else "no held-out text"
+    early = f"; training stopped early, after step {stopped:,.0f}" if stopped is not None else ""
     return f"{held}; the weights are those of step {kept or 0:,.0f}{early}."
