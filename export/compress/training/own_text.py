@@ -41,11 +41,13 @@ def write_own_text(
     written: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for turn in tracked(range(-(-tokens // (_ROWS * length))), "batches of 32 passages generated"):
+        batches = -(-tokens // (_ROWS * length))
+        for turn in range(batches):
             prompts = [[starts[index]] for index in torch.randint(len(starts), (_ROWS,)).tolist()]
             if opening is not None and turn % 2 == 0:
                 prompts = [opening] * _ROWS
-            written += _write(module, torch.tensor(prompts), length).flatten().tolist()
+            what = f"tokens of 32 passages generated, batch {turn + 1} of {batches}"
+            written += _write(module, torch.tensor(prompts), length, what).flatten().tolist()
     return written
 
 
@@ -75,11 +77,12 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return ids or None
 
 
-def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int) -> torch.Tensor:
-    """Prompts with sampled continuations, (rows, length) int64. An end-of-text token does not end a row."""
+def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int, what: str) -> torch.Tensor:
+    """Prompts with sampled continuations, (rows, length) int64. An end-of-text token does not end a row. what: for
+    `tracked`."""
     ids, cache, fed = prompts, None, prompts
     with torch.no_grad():
-        while ids.shape[1] < length:
+        for _ in tracked(range(length - ids.shape[1]), what):
             result: Any = module(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = result.past_key_values
             fed = torch.multinomial(torch.softmax(result.logits[:, -1].float(), -1), 1)
