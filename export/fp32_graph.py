@@ -21,12 +21,12 @@ from .errors import RecipeError, TraceError
 from .gate import verify
 from .gate.cache_prompts import UnusualTokens, unusual_tokens
 from .gate.judging import make_judging
-from .output import package
 from .passes import fusing_passes
 from .passes.call_attention import calls_all_attention
 from .records import Fp32Graph, Job, Loaded, open_session, save_graph
 from .source.loading import SourceModel, describe_source, load_module, token_embedding
 from .source.tokenizer_check import check_tokenizer
+from .source.tokenizer_files import write_tokenizer
 from .stages import Stages
 from .texts import calibrating_texts
 from .tracing.attention import TracedModel
@@ -47,7 +47,7 @@ def load(job: Job, scheme: str) -> tuple[Loaded, PreTrainedModel]:
         scheme = WEIGHTS_SCHEME
     for folder in (job.bundle, job.fp32, job.answers):
         folder.mkdir()
-    package.write_tokenizer(source.tokenizer, module, job.bundle)
+    write_tokenizer(source.tokenizer, module, job.bundle)
     texts = config.read_texts()
     tokenizer = Tokenizer(job.bundle / names.TOKENIZER_NAME)
     check_tokenizer(source.tokenizer, tokenizer, texts.calibrating)

@@ -24,7 +24,6 @@ from ..runtime.host.ort import can_start, load_onnxruntime
 from ..runtime.sessions import providers
 from ..targets import Profile
 from . import libraries
-from .compress.folder import without_figures
 from .compress.processes import require_one
 from .compress.recipe import load_recipe
 from .compress.run import Task, checkpoint_folder, compress_folder
@@ -35,6 +34,7 @@ from .output import package, place
 from .output.report import Measurements, build_report, write_report
 from .quantized_graph import make_quantized_graph
 from .records import Fp32Graph, Job, Loaded, QuantizedGraph
+from .source.compressed import without_figures
 from .source.finding import find_source, short_name
 from .stages import Progress, StageRecord, Stages
 

@@ -21,6 +21,7 @@ from ..runtime.sessions import providers
 from ..runtime.sessions.loading import make_session
 from ..runtime.sessions.protocol import Session
 from ..targets import Profile
+from .codes.blocks import BlockSettings
 from .config import ExportConfig
 from .gate.arithmetic import Arithmetic
 from .gate.cache_judge import CacheAgreement
@@ -29,7 +30,6 @@ from .gate.judging import Judging
 from .gate.repair import Verdict
 from .gate.verify import SourceAgreement
 from .gate.weight_bits import WeightBits
-from .quantization.blocks import BlockSettings
 from .source.loading import SourceModel
 from .tracing.ways import FUSED
 

@@ -13,12 +13,12 @@ import onnx_ir as ir
 
 from ..runtime.bundle import folder as names
 from ..runtime.sessions.protocol import Session
+from .codes.nibbles import WIDTHS, load_nibbles, nibble_bytes
 from .errors import RecipeError
 from .gate.arithmetic import WINDOW_TOKENS
 from .gate.weight_bits import LEAST, MOST, Candidate, Step, WeightBits, all_in, choose_bits, steps_of
 from .passes.narrow_weights import NarrowWeights, bytes_of_matrices
 from .passes.widen_activations import WidenActivations, matrices_of
-from .quantization.nibbles import WIDTHS, load_nibbles, nibble_bytes
 from .quantization.rounding import round_to_nibbles
 from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, save_graph

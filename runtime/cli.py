@@ -62,6 +62,15 @@ def one_line_errors(command: Callable[[], int], debug: bool) -> int:
         return _fail(f"the system refused: {error}", error, debug)
 
 
+def _require_characters(words: list[str]) -> None:
+    """No file name and no terminal can hold half of a surrogate pair, except on Windows. Raises: SettingsError."""
+    for word in words:
+        try:
+            os.fsencode(word)
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"{word!a} holds half of a surrogate pair: write the whole character") from error
+
+
 def _dispatch(name: str | None, words: list[str]) -> int:
     if name is None:
         return _general(words)
@@ -70,6 +79,7 @@ def _dispatch(name: str | None, words: list[str]) -> int:
         print(f"edgelm: unknown command {name!r}: there is {', '.join(_names())}", file=sys.stderr)
         return _USAGE
     words.remove(name)
+    _require_characters(words)
     given = make_parser(name, module).parse_intermixed_args(words)
     if sys.stdout is None and name not in _SILENT:
         raise SettingsError("standard output is closed, so nothing can be printed: open it, or send it to /dev/null")

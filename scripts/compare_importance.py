@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edgelm.export.commands.progress import quiet_libraries
 from edgelm.export.compress.importance.influence import attention_influence, layer_influence, windows
 from edgelm.export.compress.importance.leaving_out import least_missed_attention, least_missed_layers
-from edgelm.export.compress.module.edits import edit, present_layers
-from edgelm.export.compress.module.structure import attention_sublayers, observed
+from edgelm.export.libraries import quiet_libraries
+from edgelm.export.module.edits import edit, present_layers
+from edgelm.export.module.structure import attention_sublayers, observed
 from edgelm.export.source.finding import find_source
 from edgelm.export.source.loading import describe_source, load_module
 from edgelm.export.texts import built_in_texts, calibrating_texts, cut_text

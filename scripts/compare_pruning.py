@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from compare_importance import Judge
 
-from edgelm.export.commands.progress import quiet_libraries
 from edgelm.export.compress.importance.influence import all_windows
-from edgelm.export.compress.module.units import find_blocks
 from edgelm.export.compress.steps.prune_structured import PruneStructured
+from edgelm.export.libraries import quiet_libraries
+from edgelm.export.module.units import find_blocks
 from edgelm.export.source.finding import find_source
 from edgelm.export.source.loading import describe_source, load_module
 from edgelm.export.texts import built_in_texts, calibrating_texts

@@ -90,7 +90,7 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from edgelm.export.commands.progress import quiet_libraries
+    from edgelm.export.libraries import quiet_libraries
     from edgelm.export.source.finding import find_source
     from edgelm.export.source.loading import describe_source, load_module
 

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.export import ExportConfig, export_model
+from edgelm.export.codes.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import compress_model
 from edgelm.export.compress.steps.weights_int4 import WeightsInt4, noted_weights
@@ -22,7 +23,6 @@ from edgelm.export.errors import RecipeError
 from edgelm.export.passes import fusing_passes
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.passes.quantize_blocks import QuantizeBlocks
-from edgelm.export.quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, BlockQuantizer, Blocks, BlockSettings, Method
 from edgelm.export.quantization.hessians import collect_hessians
 from edgelm.export.quantization.schemes import Quantizer
 from edgelm.export.source.finding import find_source

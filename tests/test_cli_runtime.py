@@ -267,8 +267,18 @@ def test_prompts_of_a_file_that_cannot_be_answered_are_one_line(
     assert "--max-rows belongs to --prompts" in refused(capsys, "run", tiny_bundle, "a", "--max-rows", "2")
     assert "max_rows must be" in refused(capsys, "run", tiny_bundle, "--prompts", file, "--max-rows", "0")
     assert "the system refused" in refused(capsys, "run", tiny_bundle, "--prompts", tmp_path / "missing")
+    assert "no file has such a name" in refused(capsys, "run", tiny_bundle, "--prompts", "a\0b")
     file.write_bytes(b"\xff\n")
     assert "is not UTF-8 text" in refused(capsys, "run", tiny_bundle, "--prompts", file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names may hold it there")
+@pytest.mark.parametrize(
+    "words", ["run BUNDLE --prompts", "serve BUNDLE --unix", "export builtin:tales --out", "eval BUNDLE --text"]
+)
+def test_half_of_a_surrogate_pair_is_refused(words: str, tiny_bundle: Path, capsys: Captured) -> None:
+    given = [str(tiny_bundle) if word == "BUNDLE" else word for word in words.split()]
+    assert "half of a surrogate pair" in refused(capsys, *given, "half \ud83d")
 
 
 def test_options_may_stand_before_between_and_after(tiny_bundle: Path, capsys: Captured) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from edgelm.export import ExportConfig, compress_model, export_model
-from edgelm.export.compress.module.edits import edit, edits_of, replay
-from edgelm.export.compress.module.structure import attention_sublayers, decoder_layers
 from edgelm.export.compress.recipe import load_recipe, parse_recipe
 from edgelm.export.errors import OutputError, RecipeError, SourceError
+from edgelm.export.module.edits import edit, edits_of, replay
+from edgelm.export.module.structure import attention_sublayers, decoder_layers
 from edgelm.export.source.loading import load_module
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle

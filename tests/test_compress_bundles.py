@@ -13,9 +13,10 @@ import torch
 from transformers import AutoTokenizer
 
 from edgelm.export import ExportConfig, export_model
-from edgelm.export.compress.folder import Record, write_compressed
+from edgelm.export.compress.folder import write_compressed
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.step import Workbench
+from edgelm.export.source.compressed import Record
 from edgelm.export.source.loading import load_module
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from edgelm.export import ExportConfig, compress_model, export_model
-from edgelm.export.compress.folder import load_compressed
 from edgelm.export.compress.measure import Measuring
 from edgelm.export.compress.reading import Reader
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import rehearse
 from edgelm.export.compress.size import weight_bytes
 from edgelm.export.errors import ExportError, OutputError, RecipeError
+from edgelm.export.source.compressed import load_compressed
 from edgelm.export.source.loading import load_module
 from edgelm.export.texts import built_in_texts, cut_text
 from edgelm.runtime.cli import main
@@ -334,7 +334,7 @@ def test_the_best_weights_are_kept_and_a_useless_training_ends_early(model: Path
 
 
 def manifest_of(model: Path, tmp_path: Path, step: dict[str, Any]) -> Any:
-    from edgelm.export.compress.folder import without_figures
+    from edgelm.export.source.compressed import without_figures
 
     return without_figures({**step, "training": {}, "before": {}, "after": {}})
 
@@ -397,8 +397,9 @@ def test_progress_is_printed_from_the_start_and_logged_to_a_file(
     assert lines == [line for line in shown if line]
     for stage in ("measure the source", "1: skip-attention", "2: recover"):
         assert any(line.startswith(f"{stage}: ") and re.search(r"about \d+ s left", line) for line in lines), stage
-    assert main([*words[:-1], str(tmp_path / "no" / "log.txt"), "--force"]) == 1
-    assert "--log" in capsys.readouterr().err
+    for wrong in (str(tmp_path / "no" / "log.txt"), "a\0b"):
+        assert main([*words[:-1], wrong, "--force"]) == 1
+        assert "--log" in capsys.readouterr().err
 
 
 def test_curves_and_samples_are_in_the_page(model: Path, tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from edgelm.export.compress.folder import Record, load_compressed, write_compressed
+from edgelm.export.compress.folder import write_compressed
 from edgelm.export.compress.importance.influence import MOST_TOKENS, all_windows, layer_influence, windows
 from edgelm.export.compress.importance.leaving_out import least_missed_attention, least_missed_layers
-from edgelm.export.compress.module.edits import edit, edits_of, present_layers, replay
-from edgelm.export.compress.module.structure import attention_sublayers
 from edgelm.export.compress.recipe import available_recipes, load_recipe
 from edgelm.export.compress.step import Applied, Workbench, step_class, step_name
 from edgelm.export.errors import RecipeError
+from edgelm.export.module.edits import edit, edits_of, present_layers, replay
+from edgelm.export.module.structure import attention_sublayers
 from edgelm.export.passes import fusing_passes
 from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.source.compressed import Record, load_compressed
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import Source
 

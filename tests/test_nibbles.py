@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgelm.export.codes.nibbles import Nibbles, load_nibbles, nibble_bytes, round_nibbles, save_nibbles
 from edgelm.export.passes import quantizing_passes
 from edgelm.export.passes.functions import BIASED, EDGELM, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, WIDE
 from edgelm.export.passes.graph import nodes_of
 from edgelm.export.passes.narrow_functions import EMBEDDING, NARROW
 from edgelm.export.passes.narrow_weights import NarrowWeights
-from edgelm.export.quantization.nibbles import Nibbles, load_nibbles, nibble_bytes, round_nibbles, save_nibbles
 
 from .test_passes import TIED, TOKENS, compute, floats, graph
 

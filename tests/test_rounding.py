@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from edgelm.export.codes.gptq import gptq_columns
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.passes.quantize_linears import column_scales, quantize_columns
-from edgelm.export.quantization.gptq import gptq_columns
 from edgelm.export.quantization.hessians import collect_hessians, each_group_of_hessians
 from edgelm.export.quantization.rounding import round_matrices
 from edgelm.export.tracing.attention import trace_model
@@ -64,7 +64,7 @@ def test_columns_are_rounded_equally_for_any_slab_size(monkeypatch: pytest.Monke
     rows, matrix = rows_and_matrix()
     hessian, scales = rows.T @ rows, column_scales(matrix, 127)
     whole = gptq_columns(matrix, hessian, scales, 127)
-    monkeypatch.setattr("edgelm.export.quantization.gptq._SLAB", 7)
+    monkeypatch.setattr("edgelm.export.codes.gptq._SLAB", 7)
     parts = gptq_columns(matrix, hessian, scales, 127)
     assert (whole != parts).mean() < 0.002  # the order of additions differs
 

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgelm.export.errors import SourceError
-from edgelm.export.output.package import write_tokenizer
 from edgelm.export.source.tokenizer import load_tokenizer
 from edgelm.export.source.tokenizer_check import HARD_TEXTS, check_tokenizer
+from edgelm.export.source.tokenizer_files import write_tokenizer
 from edgelm.runtime.text.options import ChatOptions
 from edgelm.runtime.text.templates import find_templates
 from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer

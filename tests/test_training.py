@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from edgelm.export import ExportConfig, compress_model, export_model
-from edgelm.export.compress.module.edits import edit, edits_of
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.step import Workbench
 from edgelm.export.compress.steps.distil import Distil
@@ -32,6 +31,7 @@ from edgelm.export.compress.training.schedule import Schedule
 from edgelm.export.compress.training.simulate import Int8
 from edgelm.export.compress.training.train import distillation, next_token
 from edgelm.export.errors import RecipeError
+from edgelm.export.module.edits import edit, edits_of
 from edgelm.export.passes import fusing_passes, quantizing_passes
 from edgelm.export.source.loading import load_module
 from edgelm.export.tracing.attention import trace_model

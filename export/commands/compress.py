@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from ...runtime.bundle.figures import compression_notes, compression_table, plan_table
 from ..config import ExportConfig
-from .progress import LogFile, RichProgress, quiet_libraries, require_extra
+from ..libraries import quiet_libraries, require_extra
+from .progress import LogFile, RichProgress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from ..compress.folder import Record
+    from ..source.compressed import Record
 
 SUMMARY = "make a model smaller by a recipe"
 

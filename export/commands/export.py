@@ -14,7 +14,8 @@ from ...runtime.bundle.cuts import what_is_off
 from ...runtime.bundle.folder import CHAT_TEMPLATE_NAME
 from ...targets.abilities import KV_TYPES, SCHEMES
 from ..config import ExportConfig
-from .progress import RichProgress, quiet_libraries, require_extra
+from ..libraries import quiet_libraries, require_extra
+from .progress import RichProgress
 from .sizes import print_sizes
 
 if TYPE_CHECKING:

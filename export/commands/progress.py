@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.errors import MissingExtraError
+from ...runtime.host.files import naming
 from ..errors import OutputError
 
 if TYPE_CHECKING:
@@ -17,14 +16,7 @@ if TYPE_CHECKING:
 
     from ..stages import StageRecord
 
-_NEEDS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "matplotlib", "rich", "accelerate", "peft", "gguf")
 _QUIET_S = 10.0
-
-
-def require_extra(command: str) -> None:
-    """Raises: MissingExtraError, unless the packages of the extra `export` are there."""
-    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
-        raise MissingExtraError(command, "export")
 
 
 class LogFile:
@@ -33,7 +25,8 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         """Append to a file. Raises: OutputError."""
         try:
-            self._file, self._lock = path.open("a", encoding="utf-8", buffering=1), threading.Lock()
+            with naming(path):
+                self._file, self._lock = path.open("a", encoding="utf-8", buffering=1), threading.Lock()
         except OSError as error:
             raise OutputError(f"--log {path} cannot be written ({error.strerror}): name another file") from error
 
@@ -124,11 +117,3 @@ class _Pulse:
     def _run(self) -> None:
         while not self._done.wait(1.0):
             self._beat()
-
-
-def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen: the stages say what happens."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,10 +7,10 @@
     measure.py   size and quality after a step: reading.py (perplexity, KL), last_words.py (LAMBADA), size.py
     folder.py    write and read a compressed model as a folder of safetensors
     steps/       one file per step, with the step's name
-    module/      find and change a module's layers, matrices, heads and channels
     importance/  rank layers, attention sublayers, heads and channels
     training/    texts, losses, the loop, checkpoints, simulated INT8 products
     processes.py, progress.py, disk.py   several processes; remaining time; free disk space
 
-Importing this package does not import torch or transformers.
+`edgelm.export.module` finds and changes a module's layers, matrices, heads and channels. Importing this package does
+not import torch or transformers.
 """

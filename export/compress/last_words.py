@@ -12,7 +12,7 @@ from ...runtime.errors import PromptError
 from ...runtime.evaluation.quality import last_words, read_passages
 from ...runtime.text.tokenizer import Tokenizer
 from ..errors import RecipeError
-from ..output.package import write_tokenizer
+from ..source.tokenizer_files import write_tokenizer
 
 if TYPE_CHECKING:
     import torch

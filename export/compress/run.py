@@ -20,11 +20,12 @@ from ..config import ExportConfig
 from ..errors import RecipeError
 from ..output import place
 from ..output.report_html import compressed_page
+from ..source.compressed import RECORD_NAME, Record, read_record, settings_of
 from ..source.finding import find_source
 from ..source.loading import SourceModel, describe_source, load_module
 from ..stages import Progress, Stages
 from ..texts import Texts
-from .folder import RECORD_NAME, Record, read_record, settings_of, write_compressed
+from .folder import write_compressed
 from .last_words import load_passages, read_texts
 from .measure import EVERYTHING, MOST_TOKENS, Measuring, Meter
 from .outlook import look_ahead, step_benches

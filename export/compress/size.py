@@ -12,9 +12,9 @@ import torch
 
 from ...targets import Profile
 from ...targets.abilities import MIXED_SCHEME
+from ..codes.blocks import BLOCK_SCHEMES, BlockSettings
+from ..codes.nibbles import BLOCK
 from ..errors import RecipeError
-from ..quantization.blocks import BLOCK_SCHEMES, BlockSettings
-from ..quantization.nibbles import BLOCK
 from .steps.weights_int4 import SCHEME, noted_weights
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _matrices(module: PreTrainedModel) -> dict[int, tuple[tuple[int, int], bool]
 
     Other embedding tables, such as learned positions, are left out.
     """
-    from .module.linears import is_linear, shape_of
+    from ..module.linears import is_linear, shape_of
 
     whole: Any = module
     embedding = whole.get_input_embeddings()
@@ -95,7 +95,7 @@ def _beside_weights(module: PreTrainedModel, context_length: int, *, scales: boo
     Both are 0 if the attention modules cannot be found. A table counts only if whole heads are rotated and the head
     size is a multiple of 16.
     """
-    from .module.structure import attention_calls
+    from ..module.structure import attention_calls
 
     try:
         calls = attention_calls(module).values()

@@ -64,14 +64,14 @@ def open_model(model: str, threads: int | None = None) -> Iterator[tuple[int, To
 
     Raises: MissingExtraError, SourceError.
     """
-    from ..commands.progress import quiet_libraries, require_extra
+    from ..libraries import quiet_libraries, require_extra
 
     require_extra("edgelm eval of a model")
     import torch
 
-    from ..output.package import write_tokenizer
     from ..source.finding import find_source
     from ..source.loading import describe_source, load_module
+    from ..source.tokenizer_files import write_tokenizer
 
     quiet_libraries()
     folder = find_source(model, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..quantization.blocks import BlockQuantizer
+from ..codes.blocks import BlockQuantizer
 from .call_attention import CallAttention
 from .drop_reshapes import DropReshapes
 from .drop_zeros import DropZeros

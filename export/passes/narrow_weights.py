@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..quantization.nibbles import Nibbles, load_nibbles
+from ..codes.nibbles import Nibbles, load_nibbles
 from .functions import BIASED, EDGELM, PRODUCTS, ROWWISE_MATMUL, ROWWISE_MATMUL_TRANSPOSED, define
 from .graph import Builder, GraphPass, add_weight, lazy_weight, producer, replace_value
 from .narrow_functions import EMBEDDING, NARROW
@@ -16,7 +16,7 @@ _SUFFIXES = (".rows.int8", ".int8")
 
 
 class NarrowWeights(GraphPass):
-    """`edgelm.export.quantization.nibbles` has the arithmetic: the int8 values of such a matrix are small multiples of
+    """`edgelm.export.codes.nibbles` has the arithmetic: the int8 values of such a matrix are small multiples of
     its blocks' steps. Cases, for each named matrix, whose initializer is `NAME.int8`, or `NAME.rows.int8` if it is an
     embedding's table too:
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from ..quantization.blocks import BlockQuantizer
+from ..codes.blocks import BlockQuantizer
 from .graph import MICROSOFT, Builder, GraphPass, add_weight, is_weight, nodes_of, replace_value, use_domain
 from .linear import Weight, weight_of
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from ...runtime.errors import VerificationError
 from ...runtime.host.ort import load_onnxruntime, mapped_errors
+from ..codes.blocks import BlockQuantizer, BlockSettings
 from ..errors import RecipeError
 from ..passes.graph import nodes_of
 from ..passes.linear import weight_of
-from .blocks import BlockQuantizer, BlockSettings
 
 _PROBE = "hessians.onnx"
 _WINDOW = 512

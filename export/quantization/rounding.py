@@ -14,13 +14,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime.host import machine
+from ..codes.gptq import gptq_columns
+from ..codes.nibbles import round_nibbles, save_nibbles
 from ..passes.graph import nodes_of
 from ..passes.linear import Weight, weight_of
 from ..passes.quantize_embedding import tables_of
 from ..passes.quantize_linears import column_scales
-from .gptq import gptq_columns
 from .hessians import each_group_of_hessians
-from .nibbles import round_nibbles, save_nibbles
 
 # The most matrices to round at the same time: each takes four times the memory of its float32 Hessian.
 _MOST_AT_ONCE = 4

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..codes.blocks import BLOCK_SCHEMES, BlockQuantizer
 from ..passes import narrowing_passes, quantizing_passes
-from .blocks import BLOCK_SCHEMES, BlockQuantizer
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.bundle.manifest import Source, Tokens
 from ...runtime.host.files import MODEL_TEXT_BYTES, read_text
-from ..compress.folder import load_compressed, read_record
 from ..errors import SourceError
 from . import gguf as gguf_source
 from .architecture import check_architecture
+from .compressed import load_compressed, read_record
 from .config import one_line, read_config
 from .finding import short_name
 from .quantized import widening

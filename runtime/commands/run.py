@@ -14,6 +14,7 @@ from typing import Any
 
 from ..engine import Engine
 from ..errors import PromptError, SettingsError
+from ..host.files import naming
 from ..opening import load
 from ..results import Chunk, Completion, Stats
 from ..serving.answer import completion
@@ -168,7 +169,8 @@ def _text(name: str) -> str:
     if name == "-":
         data, source = sys.stdin.buffer.read() if sys.stdin is not None else b"", "standard input"
     else:
-        data, source = Path(name).read_bytes(), name
+        with naming(Path(name)):  # also of a pipe, such as the shell's <(command)
+            data, source = Path(name).read_bytes(), name
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -47,7 +47,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO
 
     Raises: OSError; UnfitFileError, where it is another kind of file, or has more than `most_bytes`.
     """
-    with _naming(path):
+    with naming(path):
         descriptor = os.open(path, _READ_ONLY)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         _require_regular(os.fstat(file.fileno()), path, most_bytes)
@@ -55,7 +55,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn the ValueError for an impossible name, such as one with a NUL, into an UnfitFileError."""
     try:
         yield
@@ -95,7 +95,7 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
 
     Raises: OSError; UnfitFileError, NoTextError.
     """
-    with _naming(path):
+    with naming(path):
         data = path.read_bytes() if most_bytes is None else read_bytes(path, most_bytes)
     try:
         return data.decode("utf-8")

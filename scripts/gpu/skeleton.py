@@ -20,8 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from reference_model import build_tokenizer
 
+from edgelm.export.codes.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
 from edgelm.export.passes import fusing_passes, narrowing_passes, quantizing_passes
-from edgelm.export.quantization.blocks import BLOCK_SCHEMES, Blocks, BlockSettings
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.folder import GRAPH_NAME, WEIGHTS_NAME
 from edgelm.runtime.bundle.manifest import (

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..module.linears import matrix_of, own
-from ..module.units import Block
+from ...module.linears import matrix_of, own
+from ...module.units import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..module.structure import attention_sublayers, decoder_layers, observed
+from ...module.structure import attention_sublayers, decoder_layers, observed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..module.edits import AbsentAttention, AbsentLayer, present_layers
-from ..module.structure import attention_sublayers
-from ..module.units import same_logits
+from ...module.edits import AbsentAttention, AbsentLayer, present_layers
+from ...module.structure import attention_sublayers
+from ...module.units import same_logits
 from .influence import windows
 
 if TYPE_CHECKING:

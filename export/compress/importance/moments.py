@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..module.linears import own
+from ...module.linears import own
 from ..progress import tracked
 
 if TYPE_CHECKING:

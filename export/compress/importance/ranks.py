@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..module.linears import matrix_of, own
-from ..module.units import Block, outer_inputs
+from ...module.linears import matrix_of, own
+from ...module.units import Block, outer_inputs
 from .moments import without_weight_gradients
 
 if TYPE_CHECKING:

@@ -21,15 +21,15 @@ class DropLayers(Selection):
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`."""
-        from ..module.edits import present_layers
+        from ...module.edits import present_layers
 
         self.check_parts(outlook.parts("layer", present_layers), "layer")
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
+        from ...module.edits import edit, present_layers
         from ..importance.influence import layer_influence
         from ..importance.leaving_out import least_missed_layers
-        from ..module.edits import edit, present_layers
 
         def least(count: int) -> dict[int, float]:
             influence = layer_influence(module, bench.token_ids, bench.context_length)

@@ -53,10 +53,10 @@ class LowRank:
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a decomposition of each matrix, and with `weighted` eight windows of the text per layer.
         Memory: second moments of one layer's inputs at a time."""
+        from ...module.edits import edit
+        from ...module.linears import own, require_unshared
         from ..importance.influence import windows
         from ..importance.moments import input_moments
-        from ..module.edits import edit
-        from ..module.linears import own, require_unshared
 
         texts = windows(bench.token_ids, bench.context_length)
         layers = self._chosen(module)
@@ -82,7 +82,7 @@ class LowRank:
     def _chosen(self, module: PreTrainedModel) -> dict[str, int]:
         """Name of each linear layer that a pattern matches -> index of its decoder layer. Raises: RecipeError if a
         pattern matches none."""
-        from ..module.linears import layer_linears
+        from ...module.linears import layer_linears
 
         there = layer_linears(module)
         for pattern in self.matrices:
@@ -98,7 +98,7 @@ class LowRank:
         """Factors wide (outputs, rank) and narrow (rank, inputs); None if they would not be smaller than the matrix."""
         import torch
 
-        from ..module.linears import matrix_of
+        from ...module.linears import matrix_of
 
         matrix = matrix_of(linear)
         root = None if moment is None else _root(moment)

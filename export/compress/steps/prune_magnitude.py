@@ -57,7 +57,7 @@ class PruneMagnitude:
 
 def _weights(module: PreTrainedModel) -> list[torch.Tensor]:
     """Detached weights of all linear layers, each once, without a head tied to the embedding."""
-    from ..module.linears import is_linear
+    from ...module.linears import is_linear
 
     embedding = module.get_input_embeddings().weight
     linears: list[Any] = [part for part in module.modules() if is_linear(part)]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from ...module.units import Block
     from ..importance.curvature import Portion
-    from ..module.units import Block
 
 # The number of channels left is a multiple of this: integer kernels pack columns by 16.
 _CHANNELS = 16
@@ -53,7 +53,7 @@ class PruneStructured:
     def check(self, outlook: Outlook) -> None:
         """See `Checked`. Looks for heads and channels in the source, unless this is the first step, where `apply` does
         so at once."""
-        from ..module.units import find_blocks
+        from ...module.units import find_blocks
 
         if outlook.steps:
             find_blocks(outlook.module)
@@ -61,8 +61,8 @@ class PruneStructured:
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a forward pass over the text, a forward and backward pass over 2,048 tokens of it, and per
         layer the inverse of a matrix (channels, channels)."""
+        from ...module.units import find_blocks
         from ..importance.influence import all_windows
-        from ..module.units import find_blocks
 
         blocks = find_blocks(module)
         texts = all_windows(bench.token_ids, bench.context_length)
@@ -78,7 +78,7 @@ class PruneStructured:
         inputs: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Prune in place. portions, inputs: from `measured`. Returns details. Raises: RecipeError."""
-        from ..module.linears import matrix_of, own
+        from ...module.linears import matrix_of, own
 
         costs = [block.parameters(module) for block in blocks]
         before = module.num_parameters()
@@ -198,8 +198,8 @@ def _fitted(
     module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor], inputs: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Name of each matrix that reads a pruned block -> the matrix refitted to the remaining units."""
+    from ...module.linears import matrix_of, own
     from ..importance.curvature import refitted
-    from ..module.linears import matrix_of, own
 
     return {
         block.outer: refitted(matrix_of(own(module, block.outer)), inputs[block.outer], block.columns(units))
@@ -213,8 +213,8 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
 
     Raises: RecipeError if they do not; the module is then unchanged.
     """
-    from ..module.edits import KEY, edit, edits_of
-    from ..module.units import keep_units, outer_inputs, probe_logits, same_logits
+    from ...module.edits import KEY, edit, edits_of
+    from ...module.units import keep_units, outer_inputs, probe_logits, same_logits
 
     def silence(number: int, values: torch.Tensor) -> torch.Tensor:
         columns = blocks[number].columns(kept[number])
@@ -241,7 +241,7 @@ def _prune(module: PreTrainedModel, blocks: list[Block], kept: list[torch.Tensor
 
 
 def _shapes(module: PreTrainedModel, blocks: list[Block]) -> dict[str, list[int]]:
-    from ..module.linears import own, shape_of
+    from ...module.linears import own, shape_of
 
     return {name: list(shape_of(own(module, name))) for block in blocks for name in (*block.inner, block.outer)}
 

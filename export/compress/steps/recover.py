@@ -67,7 +67,7 @@ def _require_plain(module: PreTrainedModel, rank: int, bench: Workbench) -> None
 
     A matrix that two layers share would get its change twice, and zeros of `prune-magnitude` would be filled.
     """
-    from ..module.linears import shape_of
+    from ...module.linears import shape_of
     from ..training.zeros import was_pruned
 
     if was_pruned(bench.before):

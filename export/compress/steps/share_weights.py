@@ -43,15 +43,15 @@ class ShareWeights:
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`."""
-        from ..module.edits import present_layers
+        from ...module.edits import present_layers
 
         self._require(outlook.parts("layer", present_layers).left)
         self._require_head(outlook.module)
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
-        from ..module.edits import edit
-        from ..module.linears import matrix_of, own, shared_matrices
+        from ...module.edits import edit
+        from ...module.linears import matrix_of, own, shared_matrices
 
         groups = self._layers(module)
         matrices = [names for group in groups for names in shared_matrices(module, group)]
@@ -71,7 +71,7 @@ class ShareWeights:
         return Applied(module, {"groups": groups})
 
     def _layers(self, module: PreTrainedModel) -> list[list[int]]:
-        from ..module.edits import present_layers
+        from ...module.edits import present_layers
 
         order = list(present_layers(module))
         self._require(order)

@@ -21,8 +21,8 @@ class SkipAttention(Selection):
 
     def check(self, outlook: Outlook) -> None:
         """See `Checked`. Attention sublayers of layers removed by earlier steps do not count."""
-        from ..module.edits import present_layers
-        from ..module.structure import attention_sublayers
+        from ...module.edits import present_layers
+        from ...module.structure import attention_sublayers
 
         layers = outlook.parts("layer", present_layers)
         attention = outlook.parts("attention sublayer", attention_sublayers)
@@ -31,10 +31,10 @@ class SkipAttention(Selection):
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
+        from ...module.edits import edit
+        from ...module.structure import attention_sublayers
         from ..importance.influence import attention_influence
         from ..importance.leaving_out import least_missed_attention
-        from ..module.edits import edit
-        from ..module.structure import attention_sublayers
 
         def least(count: int) -> dict[int, float]:
             influence = attention_influence(module, bench.token_ids, bench.context_length)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...codes.blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
 from ...errors import RecipeError
-from ...quantization.blocks import BLOCK_SCHEMES, BLOCK_SIZES, METHODS, BlockSettings, Method
 from ..step import Applied, Workbench
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from ....runtime.bundle.folder import file_digest
 from ...errors import OutputError, RecipeError
-from ..module.edits import edits_of
+from ...module.edits import edits_of
 from ..recipe import step_settings
 from ..step import Step, Workbench
 from .texts import TrainingTexts

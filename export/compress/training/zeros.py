@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..folder import read_record, settings_of
+from ...source.compressed import read_record, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def pruned_zeros(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     embedding is left out: it was not pruned."""
     import torch
 
-    from ..module.linears import is_linear
+    from ...module.linears import is_linear
 
     parts: list[Any] = list(module.modules())
     matrices = {id(part.weight) for part in parts if is_linear(part)}

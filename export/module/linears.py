@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import RecipeError
+from ..errors import RecipeError
 from .structure import decoder_layers
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import SourceError
+from ..errors import SourceError
 from .linears import FactoredLinear, own, put_matrix, shape_of, shared_matrices
 from .structure import attention_sublayers, decoder_layers, observed, run_briefly
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...errors import RecipeError
+from ..errors import RecipeError
 from .linears import is_linear, matrix_of, own, put_matrix, require_unshared, shape_of
 from .structure import AttentionCall, attention_calls, decoder_layers
 

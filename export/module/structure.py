@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import RecipeError
+from ..errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""How the weights of a matrix are rounded and stored: GPTQ, blocks, nibbles."""
