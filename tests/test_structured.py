@@ -165,6 +165,26 @@ def test_malformed_or_unsatisfiable_schemas_are_refused_at_the_call(
     assert session.steps == []
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"json_schema": {"enum": [-(2**63)]}},
+        {"json_schema": {"properties": {"a": {"anyOf": [{"const": -9223372036854775708}]}}}},
+        {"json_schema": {"type": "integer", "minimum": 1 - 2**63, "maximum": 3 - 2**63}},
+        {"lark": 'start: %json {"const": -9223372036854775708}'},
+    ],
+)
+def test_integers_that_overflow_llguidances_stack_are_refused(folder: Path, asked: dict[str, Any]) -> None:
+    """Any of them ended the process with SIGSEGV, llguidance 1.9.1."""
+    with pytest.raises(SettingsError, match="integer below -9"):
+        engine_on(folder, fake()).generate("a", max_tokens=2, **asked)
+
+
+def test_integers_near_the_limit_are_allowed(folder: Path) -> None:
+    for number in (-9 * 10**18, 2**63 - 1, -(10**18)):
+        assert engine_on(folder, fake()).generate("a", max_tokens=1, json_schema={"const": number}).token_ids
+
+
 def test_an_expression_with_a_dead_end_is_an_error_and_no_wrong_answer(folder: Path) -> None:
     engine = engine_on(folder, random_session())
     with pytest.raises(SettingsError, match="cannot be met"):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ _FORMS = ("json_schema", "regex", "lark")
 # The key of a schema with llguidance's options, and the default for whitespace: one blank, or a line end with
 # indentation.
 _GUIDANCE, _BLANKS = "x-guidance", r"([ ]?|\n[ \t]{0,12})"
+# llguidance 1.9.1 overflows its stack, which ends the process, for integers from -2^63 to about -9.22 * 10^18.
+_LEAST_INTEGER = -9 * 10**18
+_LONG_INTEGER = re.compile(r"-\d{19,4000}")
 
 
 class GrammarCompiler:
@@ -128,7 +132,30 @@ def few_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bounded(settings: GenerationSettings, name: str) -> str:
     value: str = getattr(settings, name)
-    return json.dumps(few_blanks(json.loads(value))) if name == "json_schema" else value
+    if name == "lark":  # which may hold schemas: %json {...}
+        _require_safe(int(number) for number in _LONG_INTEGER.findall(value))
+    if name != "json_schema":
+        return value
+    schema = json.loads(value)
+    _require_safe(_integers(schema))
+    return json.dumps(few_blanks(schema))
+
+
+def _integers(schema: Any) -> Iterator[int]:
+    """All integers of a schema, in no order."""
+    left = [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, int):
+            yield value
+        elif isinstance(value, list | dict):
+            left += value.values() if isinstance(value, dict) else value
+
+
+def _require_safe(numbers: Iterable[int]) -> None:
+    for number in numbers:
+        if number < _LEAST_INTEGER:
+            raise SettingsError(f"a schema holds an integer below {_LEAST_INTEGER}: use {_LEAST_INTEGER} or more")
 
 
 def _message(matcher: llguidance.LLMatcher) -> str:
