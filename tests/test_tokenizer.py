@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.runtime.errors import BundleCorruptError, PromptError
-from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from edgelm.runtime.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer, _byte_level_alphabet
 
 from .conftest import byte_tokenizer, shared
 
@@ -174,11 +174,9 @@ def unfinished(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 
 
 def one_byte(tokenizer: Tokenizer, byte: int) -> int:
-    from tokenizers import pre_tokenizers
-
-    # In UTF-8 the characters U+0080 to U+00BF end with the byte of the same number.
-    (token,) = (piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(byte)))
-    return tokenizer._tokenizer.token_to_id(token[-1])
+    """The token of a byte from 0x80 on, by the character that byte-level tokenizers use for it."""
+    (letter,) = (letter for letter, number in _byte_level_alphabet().items() if number == byte)
+    return tokenizer._tokenizer.token_to_id(letter)
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
@@ -194,6 +192,14 @@ def test_random_ids_of_a_byte_level_tokenizer_stream_as_they_decode(get: Get, na
     added = tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
     expected = added[:-1] if unfinished(tokenizer, [*prompt, *new]) else added
     assert "".join(chunks_of(tokenizer, prompt, new)) == expected
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.parametrize(("data", "shown"), [(b"\xed\xa1", "\ufffd\ufffd"), (b"\xed\x9f", ""), (b"\xed", "")])
+def test_the_beginning_of_a_surrogate_is_no_unfinished_character(get: Get, name: str, data: bytes, shown: str) -> None:
+    tokenizer = get(name)
+    prompt = tokenizer.encode("x", special=False)
+    assert "".join(chunks_of(tokenizer, prompt, [one_byte(tokenizer, byte) for byte in data])) == shown
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -227,7 +227,9 @@ def _unfinished(data: bytes) -> bytes:
     """The bytes at the end that are an unfinished character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data)
-    return decoder.getstate()[0]
+    rest = decoder.getstate()[0]
+    # Python's decoder also waits for the third byte of a surrogate, which is no character (ED A0 to ED BF).
+    return b"" if rest[:1] == b"\xed" and rest[1:] >= b"\xa0" else rest
 
 
 @cache
