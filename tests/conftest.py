@@ -51,6 +51,7 @@ LONG = {
     "test_cuda",
     "test_decompositions",
     "test_emulated",
+    "test_exactness",
     "test_export_input",
     "test_genai",
     "test_kernels",
