@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from example_model.model import END_OF_TEXT
+from example_model.texts import STORIES, Recipe, read_stories
 from numpy.typing import NDArray
-from train_example_model import END_OF_TEXT, STORIES, Recipe, read_stories
 
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.step import Workbench

@@ -155,6 +155,35 @@ def test_no_import_cycles(package: str) -> None:
         follow(name, ())
 
 
+def _names(path: Path) -> set[str]:
+    """What a module defines or imports at its top level."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        else:
+            found |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return found
+
+
+def test_scripts_import_from_each_other_what_exists() -> None:
+    """Scripts run outside of the tests, some once a year."""
+    checked = 0
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            base = path.parents[node.level - 1] if node.level else ROOT / "scripts"
+            other = base.joinpath(*node.module.removeprefix("scripts.").split(".")).with_suffix(".py")
+            if other.is_file():
+                missing = {alias.name for alias in node.names} - _names(other)
+                assert not missing, f"{path} imports {missing} from {other}"
+                checked += 1
+    assert checked > 30
+
+
 def test_no_folder_is_crowded() -> None:
     """Folders with one kind of file, passes or commands, may have more."""
     for package in ("runtime", "export", "targets"):

@@ -22,7 +22,7 @@ _KEY = "edgelm_weights"
 
 @dataclass(frozen=True)
 class WeightsInt4:
-    """method: rounding method, see `quantization.blocks`; block: number of inputs that share a scale."""
+    """method: rounding method, see `codes.blocks`; block: number of inputs that share a scale."""
 
     method: Method = "rtn"
     block: Literal[32, 64, 128] = 32
