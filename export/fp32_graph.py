@@ -21,6 +21,7 @@ from .errors import RecipeError, TraceError
 from .gate import verify
 from .gate.cache_prompts import UnusualTokens, unusual_tokens
 from .gate.judging import make_judging
+from .libraries import collector_off
 from .passes import fusing_passes
 from .passes.call_attention import calls_all_attention
 from .records import Fp32Graph, Job, Loaded, open_session, save_graph
@@ -103,6 +104,7 @@ def _has_no_weights(module: PreTrainedModel) -> bool:
     return next(module.parameters()).numel() == 0
 
 
+@collector_off()
 def _trace(path: TracePath, module: PreTrainedModel, refusals: list[str]) -> TracedModel | TraceError:
     name, take = path
     try:
@@ -140,6 +142,7 @@ def _cache_type(job: Job, loaded: Loaded, shape: Model) -> str:
     return "float32"
 
 
+@collector_off()
 def _fuse(job: Job, loaded: Loaded, traced: TracedModel) -> str:
     """Run the passes that make the fp32 graph, and write it to the scratch folder. Returns: the granularity of an INT8
     cache's scales."""

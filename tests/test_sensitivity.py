@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.gate.quality import QuantizedAgreement
+from edgelm.export.gate.reference import Passage
 from edgelm.export.gate.repair import repair
 from edgelm.export.gate.sensitivity import LAYER_RUNS, MOST_PROBES, Sensitivity, by_layers, by_matrix
 from edgelm.export.passes import functions, fusing_passes
@@ -161,6 +162,14 @@ class Biased:
         pass
 
 
+def passage(folder: Path, tokens: int = 301) -> Passage:
+    """A text that a session without a pull has read."""
+    path = folder / "text.npy"
+    np.save(path, np.full((tokens - 1, 4), np.log(0.25), np.float16))
+    unused = np.zeros(tokens - 1)
+    return Passage("prose", [0] * tokens, 0, path, unused.astype(np.int64), unused, unused)
+
+
 def probing(pulls: dict[str, float], probed: list[tuple[str, ...]]) -> Any:
     @contextmanager
     def probe(names: Collection[str]) -> Iterator[Biased]:
@@ -170,33 +179,33 @@ def probing(pulls: dict[str, float], probed: list[tuple[str, ...]]) -> Any:
     return probe
 
 
-def test_the_measure_is_the_divergence_of_the_next_token() -> None:
-    (found,) = by_matrix(Biased(0), probing({"a": 1.0}, []), ["a"], range(100))
+def test_the_measure_is_the_divergence_of_the_next_token(tmp_path: Path) -> None:
+    (found,) = by_matrix(passage(tmp_path), probing({"a": 1.0}, []), ["a"])
     expected, got = np.full(4, 0.25), np.exp([1.0, 0, 0, 0]) / np.exp([1.0, 0, 0, 0]).sum()
     assert found.kl == pytest.approx(float((expected * np.log(expected / got)).sum()), rel=1e-5)
 
 
-def test_nan_ranks_worst() -> None:
-    found = by_matrix(Biased(0), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"], range(10))
+def test_nan_ranks_worst(tmp_path: Path) -> None:
+    found = by_matrix(passage(tmp_path), probing({"a": 1.0, "b": np.nan}, []), ["a", "b"])
     assert [item.name for item in found] == ["b", "a"]
 
 
-def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one() -> None:
+def test_many_matrices_are_measured_by_layer_and_the_worst_layers_one_by_one(tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.{side}.weight" for layer in range(40) for side in ("in", "out")] + ["head"]
     pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
     probed: list[tuple[str, ...]] = []
-    found = by_matrix(Biased(0), probing(pulls, probed), names, range(10))
+    found = by_matrix(passage(tmp_path), probing(pulls, probed), names)
     assert found[0].matrices == ("model.layers.7.out.weight",)
     assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix is in one entry"
     assert len(probed) <= 41 + MOST_PROBES
     assert ("model.layers.3.in.weight", "model.layers.3.out.weight") in probed
 
 
-def test_layers_that_follow_each_other_are_measured_together_in_few_runs() -> None:
+def test_layers_that_follow_each_other_are_measured_together_in_few_runs(tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.{side}.weight" for layer in range(16) for side in ("in", "out")] + ["head"]
     pulls = {name: 2.0 if name == "model.layers.7.out.weight" else 0.01 for name in names}
     probed: list[tuple[str, ...]] = []
-    found = by_layers(Biased(0), probing(pulls, probed), names, range(10))
+    found = by_layers(passage(tmp_path), probing(pulls, probed), names)
     assert found[0].name == "layers 4 to 7"
     assert {item.name for item in found} >= {"layers 0 to 3", "layers 12 to 15", "embedding and head"}
     assert sorted(name for item in found for name in item.matrices) == sorted(names), "each matrix is in one entry"
@@ -214,9 +223,9 @@ def test_a_probe_computes_with_the_activations_that_were_chosen(tmp_path: Path) 
     assert sum(name.endswith(functions.WIDE) for name in products) == 1
 
 
-def test_a_model_with_few_layers_has_a_run_for_each() -> None:
+def test_a_model_with_few_layers_has_a_run_for_each(tmp_path: Path) -> None:
     names = ["model.layers.0.in.weight", "model.layers.1.in.weight"]
-    found = by_layers(Biased(0), probing(dict.fromkeys(names, 0.1), []), names, range(10))
+    found = by_layers(passage(tmp_path), probing(dict.fromkeys(names, 0.1), []), names)
     assert [item.name for item in found] == ["layer 0", "layer 1"]
 
 

@@ -185,7 +185,6 @@ def _by_kind(result: QuantizedAgreement) -> str:
 
 
 def _hold(passage: Passage, session: Session) -> _Held:
-    expected = np.load(passage.path, mmap_mode="r")
     kl, losses, choices = [], [], []
     done = 0
     # A damaged scale gives NaN. No warning here: `faults` reports it.
@@ -193,7 +192,7 @@ def _hold(passage: Passage, session: Session) -> _Held:
         for logits in logits_in_blocks(session, passage.token_ids, passage.begin):
             rows = slice(done, done + len(logits))
             got = log_softmax(logits)
-            kl.append(divergence(log_softmax(np.asarray(expected[rows], np.float32)), got))
+            kl.append(divergence(passage.log_probabilities(rows.start, rows.stop), got))
             losses.append(losses_of(got, passage.targets[rows]))
             choices.append(logits.argmax(axis=1))
             done += len(logits)

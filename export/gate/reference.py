@@ -43,6 +43,11 @@ class Passage:
     leads: NDArray[np.float64]
     losses: NDArray[np.float64]
 
+    def log_probabilities(self, begin: int, end: int) -> NDArray[np.float32]:
+        """fp32's log probabilities in these rows (end - begin, vocab_size)."""
+        stored = np.load(self.path, mmap_mode="r")
+        return log_softmax(np.asarray(stored[begin:end], np.float32))
+
     @property
     def targets(self) -> NDArray[np.int64]:
         """The next token at each position (n)."""
@@ -76,8 +81,8 @@ def observe(session: Session, judging: Judging, context_length: int, folder: Pat
     """Run the texts and answer the prompts with the fp32 graph.
 
     The log probabilities are stored in the folder, 2 bytes each: 5,000 rows of a large vocabulary are as large as a
-    model. float16 is exact to 2^-12 of a value; `measure` normalizes them again, and the divergences are off by less
-    than a thousandth. Cost: one run of all tokens. Raises: VerificationError if the logits are not finite,
+    model. float16 is exact to 2^-12 of a value; they are normalized again when they are read, and the divergences are
+    off by less than a thousandth. Cost: one run of all tokens. Raises: VerificationError if the logits are not finite,
     SessionError.
     """
     texts = [

@@ -92,7 +92,7 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         attempt.write()
         tried.append((attempt, compare()))
         if not faults(tried[-1][1], gate):
-            return Verdict(tried[-1][1], reference, attempt.name, _for_the_report(candidate, attempt, judging), ())
+            return Verdict(tried[-1][1], reference, attempt.name, _for_the_report(candidate, attempt, reference), ())
     if candidate.leave_out is None:
         raise _none_holds(tried, gate, candidate.remedy)
 
@@ -101,25 +101,21 @@ def judge(candidate: Candidate, judging: Judging, context_length: int, gate: Gat
         candidate.leave_out(excluded)
         return compare()
 
-    ranked = _sensitivities(candidate, tried[-1][0], judging, by_matrix)
+    ranked = tuple(by_matrix(reference.texts[0], tried[-1][0].probe, candidate.matrices))
     agreement, exclusions = repair(tried[-1][1], ranked, leave_out, gate)
     return Verdict(agreement, reference, tried[-1][0].name, ranked, exclusions)
 
 
-def _for_the_report(candidate: Candidate, attempt: Attempt, judging: Judging) -> tuple[Sensitivity, ...]:
+def _for_the_report(candidate: Candidate, attempt: Attempt, reference: Reference) -> tuple[Sensitivity, ...]:
     """Sensitivities as detailed as time allows."""
+    measure: Measure
     if len(candidate.matrices) * candidate.reference_bytes <= _CHEAP_PROBE_BYTES:
-        return _sensitivities(candidate, attempt, judging, by_matrix)
-    if LAYER_RUNS * candidate.reference_bytes <= _CHEAP_LAYERS_BYTES:
-        return _sensitivities(candidate, attempt, judging, by_layers)
-    return ()
-
-
-def _sensitivities(
-    candidate: Candidate, attempt: Attempt, judging: Judging, measure: Measure
-) -> tuple[Sensitivity, ...]:
-    with candidate.reference() as session:
-        return tuple(measure(session, attempt.probe, candidate.matrices, judging.texts[0][1]))
+        measure = by_matrix
+    elif LAYER_RUNS * candidate.reference_bytes <= _CHEAP_LAYERS_BYTES:
+        measure = by_layers
+    else:
+        return ()
+    return tuple(measure(reference.texts[0], attempt.probe, candidate.matrices))
 
 
 def _none_holds(tried: Sequence[tuple[Attempt, QuantizedAgreement]], gate: Gate, remedy: str) -> VerificationError:

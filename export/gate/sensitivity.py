@@ -1,10 +1,9 @@
 """The loss of quantizing each matrix alone: all others stay float32, and the shipping runtime computes.
 
 The measure is the KL divergence of the next token's distribution from fp32's with only that matrix quantized, in nats,
-mean over 256 tokens of the text. Unlike perplexity it is never negative, so few tokens are enough to rank matrices.
+mean over 256 tokens of a passage. Unlike perplexity it is never negative, so few tokens are enough to rank matrices.
 
-Cost: for each probe onnxruntime loads the fp32 weights once and runs 256 tokens; beside that, the fp32 distributions
-stay in memory (256 x vocabulary float32).
+Cost: for each probe onnxruntime loads the fp32 weights once and runs 256 tokens.
 
 `by_matrix`  up to 48 matrices are probed one by one. If there are more, the matrices of a layer are probed together,
              and then those of the worst layers one by one, with up to 48 more probes.
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from ...runtime.evaluation.divergence import divergence, log_softmax
 from ...runtime.sessions.protocol import Session
+from .reference import Passage
 
 MOST_PROBES = 48
 LAYER_RUNS = 4
@@ -52,14 +52,14 @@ class Sensitivity:
         return {"name": self.name, "matrices": len(self.matrices), "kl": self.kl}
 
 
-# Takes a session on the fp32 graph, a probe, the names of all matrices, and at least two tokens within the context.
-# Returns sensitivities, the worst first, each matrix in one of them.
-Measure = Callable[[Session, Probe, Sequence[str], Sequence[int]], list[Sensitivity]]
+# Takes a text that the fp32 graph has read, a probe, and the names of all matrices. Returns sensitivities, the worst
+# first, each matrix in one of them.
+Measure = Callable[[Passage, Probe, Sequence[str]], list[Sensitivity]]
 
 
-def by_matrix(reference: Session, probe: Probe, matrices: Sequence[str], token_ids: Sequence[int]) -> list[Sensitivity]:
+def by_matrix(passage: Passage, probe: Probe, matrices: Sequence[str]) -> list[Sensitivity]:
     """See `Measure` and the module."""
-    measure = _measure(reference, probe, token_ids)
+    measure = _measure(passage, probe)
     found = _ranked(measure(name, names) for name, names in _groups(matrices).items())
     left = MOST_PROBES
     for group in [item for item in found if len(item.matrices) > 1]:
@@ -71,23 +71,23 @@ def by_matrix(reference: Session, probe: Probe, matrices: Sequence[str], token_i
     return _ranked(found)
 
 
-def by_layers(reference: Session, probe: Probe, matrices: Sequence[str], token_ids: Sequence[int]) -> list[Sensitivity]:
+def by_layers(passage: Passage, probe: Probe, matrices: Sequence[str]) -> list[Sensitivity]:
     """See `Measure` and the module."""
-    measure = _measure(reference, probe, token_ids)
+    measure = _measure(passage, probe)
     return _ranked(measure(name, names) for name, names in _runs_of_layers(matrices).items())
 
 
-def _measure(
-    reference: Session, probe: Probe, token_ids: Sequence[int]
-) -> Callable[[str, tuple[str, ...]], Sensitivity]:
+def _measure(passage: Passage, probe: Probe) -> Callable[[str, tuple[str, ...]], Sensitivity]:
     """A function that measures some matrices and gives them a name."""
-    tokens = list(token_ids[:_TOKENS])
-    expected = list(log_probabilities(reference, tokens))
+    tokens = passage.token_ids[:-1][:_TOKENS]
 
     def measure(name: str, names: tuple[str, ...]) -> Sensitivity:
+        total, begin = 0.0, 0
         with probe(names) as session:
-            pairs = zip(expected, log_probabilities(session, tokens), strict=True)
-            total = sum(float(divergence(left, right).sum()) for left, right in pairs)
+            for got in log_probabilities(session, tokens):
+                expected = passage.log_probabilities(begin, begin + len(got))
+                total += float(divergence(expected, got).sum())
+                begin += len(got)
         # NaN counts as the worst.
         return Sensitivity(name, names, total / len(tokens) if np.isfinite(total) else float("inf"))
 
