@@ -59,7 +59,14 @@ def load(job: Job, scheme: str) -> tuple[Loaded, PreTrainedModel]:
         blocks,
         text_ids,
         calibrating_ids=[text_ids, *(tokenizer.encode(text) for text in calibrating_texts())],
-        judging=make_judging(texts, tokenizer, job.bundle, source.context_length, source.tokens),
+        judging=make_judging(
+            texts,
+            tokenizer,
+            job.bundle,
+            source.tokens,
+            context_length=source.context_length,
+            vocab_size=source.vocab_size,
+        ),
         unusual=_unusual_tokens(job, source, module),
     )
     return loaded, module

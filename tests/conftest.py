@@ -166,7 +166,7 @@ def compare_texts(
     from edgelm.export.gate.reference import observe
 
     windows = [list(token_ids[begin : begin + window]) for begin in range(0, len(token_ids), window)]
-    judging = Judging(tuple(("text", ids) for ids in windows if len(ids) > 1), (), ())
+    judging = Judging(tuple(("text", ids) for ids in windows if len(ids) > 1), (), (), before.step([0]).shape[1])
     with tempfile.TemporaryDirectory() as folder:
         return measure(observe(before, judging, window, Path(folder)), after, gate)
 

@@ -69,6 +69,7 @@ JUDGING = Judging(
     texts=(("prose", [0, 1, 2, 3, 4, 5]), ("code", [2, 2, 3, 4])),
     prompts=(("first", [0, 1]), ("second", [4])),
     stop_ids=(7,),
+    vocab_size=VOCABULARY,
 )
 
 
@@ -77,14 +78,14 @@ def observed(folder: Path, table: NDArray[np.float32] | None = None, judging: Ju
 
 
 def test_texts_unknown_to_the_model_are_measured_but_do_not_judge(tmp_path: Path) -> None:
-    judging = Judging((("prose", [0, 1, 2, 3]), ("noise", [0, 3, 1, 6, 2])), (), ())
+    judging = Judging((("prose", [0, 1, 2, 3]), ("noise", [0, 3, 1, 6, 2])), (), (), VOCABULARY)
     reference = observed(tmp_path, judging=judging)
     assert reference.unknown_kinds() == ("noise",)
     found = measure(reference, Chain(ring(3.0)), GATE)
     prose, noise = found.kinds
     assert (found.tokens, found.mean_kl, found.unknown_kinds) == (3, prose.mean_kl, ("noise",))
     assert noise.tokens == 4 and noise.perplexity_before > VOCABULARY
-    alone = observed(tmp_path, judging=Judging((("noise", [0, 3, 1, 6, 2]),), (), ()))
+    alone = observed(tmp_path, judging=Judging((("noise", [0, 3, 1, 6, 2]),), (), (), VOCABULARY))
     assert alone.unknown_kinds() == (), "there is no other text to judge by"
 
 
@@ -146,15 +147,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path
 
 
 def test_windows_fit_the_context_and_are_bounded(tokenizer: tuple[Tokenizer, Path]) -> None:
-    judging = make_judging(built_in_texts(), *tokenizer, 200, TOKENS)
+    judging = make_judging(built_in_texts(), *tokenizer, TOKENS, context_length=200, vocab_size=VOCABULARY)
     assert len(judging.texts) == 12
     assert all(1 < len(ids) <= 200 for _, ids in judging.texts)
-    long = make_judging(cut_text(200 * "many words, ", "x"), *tokenizer, 4096, TOKENS)
+    long = make_judging(
+        cut_text(200 * "many words, ", "x"), *tokenizer, TOKENS, context_length=4096, vocab_size=VOCABULARY
+    )
     assert [len(ids) for _, ids in long.texts][:2] == [WINDOW, WINDOW]
 
 
 def test_without_a_template_the_texts_beginnings_are_answered(tokenizer: tuple[Tokenizer, Path]) -> None:
-    judging = make_judging(built_in_texts(), *tokenizer, 512, TOKENS)
+    judging = make_judging(built_in_texts(), *tokenizer, TOKENS, context_length=512, vocab_size=VOCABULARY)
     assert len(judging.prompts) == 12
     for (shown, ids), (_, window) in zip(judging.prompts, judging.texts, strict=True):
         assert ids == window[: len(ids)]
@@ -164,10 +167,12 @@ def test_without_a_template_the_texts_beginnings_are_answered(tokenizer: tuple[T
 def test_with_a_template_questions_are_answered(tokenizer: tuple[Tokenizer, Path], tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "chat_template.jinja").write_text("[{{ messages[0].content }}]", encoding="utf-8")
-    judging = make_judging(built_in_texts(), tokenizer[0], tmp_path, 512, TOKENS)
+    judging = make_judging(built_in_texts(), tokenizer[0], tmp_path, TOKENS, context_length=512, vocab_size=VOCABULARY)
     assert [shown for shown, _ in judging.prompts] == chat_questions()
     assert tokenizer[0].decode(judging.prompts[0][1]) == "[What is the capital of France?]"
-    short = make_judging(built_in_texts(), tokenizer[0], tmp_path, ANSWER_TOKENS + 60, TOKENS)
+    short = make_judging(
+        built_in_texts(), tokenizer[0], tmp_path, TOKENS, context_length=ANSWER_TOKENS + 60, vocab_size=VOCABULARY
+    )
     assert 0 < len(short.prompts) < 12, "prompts that leave no room for an answer are skipped"
 
 
@@ -197,7 +202,7 @@ def test_storing_reference_logits_in_half_precision_does_not_change_figures(tmp_
     table = draw.normal(0, 3, (4096, 4096)).astype(np.float32)
     ids = draw.integers(4096, size=400).tolist()
     other = table + draw.normal(0, 0.05, table.shape).astype(np.float32)
-    judging = Judging((("text", ids),), (), ())
+    judging = Judging((("text", ids),), (), (), 4096)
     found = measure(observe(Chain(table), judging, 512, tmp_path), Chain(other), GATE)
     exact = divergence(log_softmax(table[ids[:-1]]), log_softmax(other[ids[:-1]]))
     assert exact.mean() == pytest.approx(0.00125, rel=0.1), "a hard case: as close as 8-bit weights"

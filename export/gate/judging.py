@@ -35,15 +35,18 @@ class Judging:
     """What judges one model.
 
     texts: pairs of a kind and the tokens of a window, each read from an empty cache; prompts: pairs of the text for a
-    reader and the tokens; stop_ids: tokens that end an answer.
+    reader and the tokens; stop_ids: tokens that end an answer; vocab_size: of the model.
     """
 
     texts: tuple[tuple[str, list[int]], ...]
     prompts: tuple[tuple[str, list[int]], ...]
     stop_ids: tuple[int, ...]
+    vocab_size: int
 
 
-def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_length: int, tokens: Tokens) -> Judging:
+def make_judging(
+    texts: Texts, tokenizer: Tokenizer, folder: Path, tokens: Tokens, *, context_length: int, vocab_size: int
+) -> Judging:
     """Windows of the texts and prompts for a model, none longer than its context.
 
     folder: with the bundle's tokenizer_config.json and chat template. Raises: RecipeError for texts that are too short
@@ -64,7 +67,7 @@ def make_judging(texts: Texts, tokenizer: Tokenizer, folder: Path, context_lengt
         )
     room = context_length - ANSWER_TOKENS
     prompts = list(_chat_prompts(tokenizer, folder, room)) or list(_starts(windows, tokenizer, room))
-    return Judging(tuple(windows), tuple(prompts), tuple(tokens.eos))
+    return Judging(tuple(windows), tuple(prompts), tuple(tokens.eos), vocab_size)
 
 
 def chat_questions() -> list[str]:

@@ -18,7 +18,7 @@ from ...runtime.evaluation.divergence import divergence, log_softmax
 from ...runtime.sessions.protocol import Session
 from ...targets import Gate
 from .judging import WINDOW
-from .reference import Passage, Reference, logits_in_blocks, losses_of
+from .reference import Passage, Reference, each_block, losses_of
 
 # The perplexity of 5,000 tokens varies by 0.1 % and more at random: a rise counts only beyond two standard errors.
 _ERRORS = 2
@@ -185,18 +185,15 @@ def _by_kind(result: QuantizedAgreement) -> str:
 
 
 def _hold(passage: Passage, session: Session) -> _Held:
-    kl, losses, choices = [], [], []
-    done = 0
-    # A damaged scale gives NaN. No warning here: `faults` reports it.
-    with np.errstate(invalid="ignore", over="ignore"):
-        for logits in logits_in_blocks(session, passage.token_ids, passage.begin):
-            rows = slice(done, done + len(logits))
+    def compare(first: int, logits: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+        rows = slice(first, first + len(logits))
+        # A damaged scale gives NaN. No warning here: `faults` reports it.
+        with np.errstate(invalid="ignore", over="ignore"):
             got = log_softmax(logits)
-            kl.append(divergence(passage.log_probabilities(rows.start, rows.stop), got))
-            losses.append(losses_of(got, passage.targets[rows]))
-            choices.append(logits.argmax(axis=1))
-            done += len(logits)
-    return _Held(passage, np.concatenate(kl), np.concatenate(losses), np.concatenate(choices))
+            kl = divergence(passage.log_probabilities(rows.start, rows.stop), got)
+            return kl, losses_of(got, passage.targets[rows]), logits.argmax(axis=1)
+
+    return _Held(passage, *each_block(session, passage.token_ids, passage.begin, compare))
 
 
 def _figures(kind: str, held: Sequence[_Held], gate: Gate) -> KindQuality:

@@ -7,9 +7,11 @@ so the quantized graph's answer is known that far without generating it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from ...runtime.decoding.row import Greedy, Row
 from ...runtime.decoding.sequence import Sequencer
 from ...runtime.errors import EdgelmError, VerificationError
 from ...runtime.evaluation.divergence import lead, log_softmax
+from ...runtime.host import machine
 from ...runtime.sessions.protocol import Session
 from .judging import ANSWER_TOKENS, Judging
 
@@ -86,15 +89,21 @@ def observe(session: Session, judging: Judging, context_length: int, folder: Pat
     SessionError.
     """
     texts = [
-        _listen(session, kind, ids, 0, folder / f"text-{index}.npy") for index, (kind, ids) in enumerate(judging.texts)
+        _listen(session, kind, ids, 0, _make_file(folder / f"text-{index}.npy", len(ids) - 1, judging.vocab_size))
+        for index, (kind, ids) in enumerate(judging.texts)
     ]
     answers = []
     for index, ((shown, prompt), tokens) in enumerate(
         zip(judging.prompts, _greedy_answers(session, judging, context_length), strict=True)
     ):
-        path = folder / f"answer-{index}.npy"
+        path = _make_file(folder / f"answer-{index}.npy", len(tokens), judging.vocab_size)
         answers.append(_listen(session, shown, [*prompt, *tokens], len(prompt) - 1, path))
-    return Reference(tuple(texts), tuple(answers), np.load(texts[0].path, mmap_mode="r").shape[1])
+    return Reference(tuple(texts), tuple(answers), judging.vocab_size)
+
+
+def _make_file(path: Path, rows: int, vocab_size: int) -> Path:
+    np.lib.format.open_memmap(path, "w+", np.float16, (rows, vocab_size)).flush()
+    return path
 
 
 def write_answers(
@@ -134,38 +143,47 @@ def _greedy_answers(session: Session, judging: Judging, context_length: int) -> 
 
 
 def _listen(session: Session, kind: str, ids: list[int], begin: int, path: Path) -> Passage:
-    """Run a passage with the fp32 graph and store its predictions."""
-    probabilities, choices, leads, losses = None, [], [], []
-    done = 0
-    for logits in logits_in_blocks(session, ids, begin):
+    """Run a passage with the fp32 graph and store its predictions in a file of the right size."""
+    targets, probabilities = ids[begin + 1 :], np.load(path, mmap_mode="r+")
+
+    def predictions(first: int, logits: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+        rows = slice(first, first + len(logits))
         if not np.isfinite(logits).all():
-            token = begin + done + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0]) + 1
+            token = begin + first + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0]) + 1
             raise VerificationError(
                 f"the fp32 graph's logits are not all finite numbers behind token {token} of {kind!r:.60}: the model's "
                 "weights are damaged, or its activations are beyond float32: download it again"
             )
         expected = log_softmax(logits)
-        if probabilities is None:
-            shape = (len(ids) - 1 - begin, logits.shape[1])
-            probabilities = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        probabilities[done : done + len(logits)] = expected
-        choices.append(logits.argmax(axis=1))
-        leads.append(lead(expected))
-        losses.append(losses_of(expected, ids[begin + done + 1 : begin + done + 1 + len(logits)]))
-        done += len(logits)
-    return Passage(kind, ids, begin, path, np.concatenate(choices), np.concatenate(leads), np.concatenate(losses))
+        probabilities[rows] = expected
+        return logits.argmax(axis=1), lead(expected), losses_of(expected, targets[rows])
+
+    return Passage(kind, ids, begin, path, *each_block(session, ids, begin, predictions))
 
 
-def logits_in_blocks(session: Session, token_ids: Sequence[int], begin: int) -> Iterator[NDArray[np.float32]]:
-    """Logits behind each token from `begin` on except the last, a few rows at a time."""
+def each_block(
+    session: Session,
+    token_ids: Sequence[int],
+    begin: int,
+    read: Callable[[int, NDArray[np.float32]], tuple[NDArray[Any], ...]],
+) -> tuple[NDArray[Any], ...]:
+    """Compute the logits behind each token from `begin` on except the last, and read them on all cores.
+
+    read: takes the index of the first row of a block and the block's logits (rows, vocab_size), and returns arrays of
+    one entry for each row. Returns: these arrays for all rows.
+    """
     session.rewind(0)
-    size = session.capabilities.piece_tokens
-    for start in range(0, len(token_ids) - 1, size):
-        piece = token_ids[start : min(start + size, len(token_ids) - 1)]
-        wanted = min(len(piece), max(0, start + len(piece) - begin))
-        logits = session.step(piece, wanted)
-        for row in range(0, wanted, _BLOCK):
-            yield logits[row : row + _BLOCK]
+    size, done = session.capabilities.piece_tokens, 0
+    found: list[tuple[NDArray[Any], ...]] = []
+    with ThreadPoolExecutor(machine.default_threads()) as pool:
+        for start in range(0, len(token_ids) - 1, size):
+            piece = token_ids[start : min(start + size, len(token_ids) - 1)]
+            wanted = min(len(piece), max(0, start + len(piece) - begin))
+            logits = session.step(piece, wanted)
+            blocks = range(0, wanted, _BLOCK)
+            found += pool.map(read, [done + row for row in blocks], [logits[row : row + _BLOCK] for row in blocks])
+            done += wanted
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
 def losses_of(
