@@ -27,7 +27,7 @@ class DropLayers(Selection):
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
-        from ...module.edits import edit, present_layers
+        from ...module.edits import present_layers
         from ..importance.influence import layer_influence
         from ..importance.leaving_out import least_missed_layers
 
@@ -35,6 +35,4 @@ class DropLayers(Selection):
             influence = layer_influence(module, bench.token_ids, bench.context_length)
             return least_missed_layers(module, count, bench.token_ids, bench.context_length, influence)
 
-        chosen, missed = self.choose(present_layers(module), "layer", least)
-        edit(module, "drop_layers", layers=chosen)
-        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})
+        return self.remove(module, present_layers(module), "layer", least, name="drop_layers")

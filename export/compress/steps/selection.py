@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
+from ..step import Applied
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..step import Parts
+
+# Takes a number, and returns that many of the least useful indexes, each with its measured KL.
+Least = Callable[[int], dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,20 @@ class Selection:
 
         parts.drop(choose, named=self.layers is not None)
 
-    def choose(
-        self, there: Collection[int], what: str, least: Callable[[int], dict[int, float]]
-    ) -> tuple[list[int], dict[int, float]]:
+    def remove(self, module: PreTrainedModel, there: Collection[int], what: str, least: Least, *, name: str) -> Applied:
+        """Choose and remove. name: of the edit (`edgelm.export.module.edits`); the others as of `choose`. The record
+        has the chosen indexes and their measured KL."""
+        from ...module.edits import edit
+
+        chosen, missed = self.choose(there, what, least)
+        edit(module, name, layers=chosen)
+        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})
+
+    def choose(self, there: Collection[int], what: str, least: Least) -> tuple[list[int], dict[int, float]]:
         """The chosen indexes in ascending order, and the result of `least`, empty if it was not needed.
 
-        there: indexes to choose from; what: their name in messages; least: returns that many of the least useful
-        indexes, each with its measured KL. Raises: RecipeError if an index does not exist or none would be left.
+        there: indexes to choose from; what: their name in messages. Raises: RecipeError if an index does not exist or
+        none would be left.
         """
         order = sorted(there)
         missing = sorted(set(self.layers or ()) - set(order))

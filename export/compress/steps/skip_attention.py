@@ -31,7 +31,6 @@ class SkipAttention(Selection):
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`."""
-        from ...module.edits import edit
         from ...module.structure import attention_sublayers
         from ..importance.influence import attention_influence
         from ..importance.leaving_out import least_missed_attention
@@ -40,6 +39,4 @@ class SkipAttention(Selection):
             influence = attention_influence(module, bench.token_ids, bench.context_length)
             return least_missed_attention(module, count, bench.token_ids, bench.context_length, influence)
 
-        chosen, missed = self.choose(attention_sublayers(module), "attention sublayer", least)
-        edit(module, "skip_attention", layers=chosen)
-        return Applied(module, {"layers": chosen, "kl": {str(i): round(v, 6) for i, v in missed.items()}})
+        return self.remove(module, attention_sublayers(module), "attention sublayer", least, name="skip_attention")
