@@ -46,10 +46,19 @@ PEERS = {
         report.Peer(f"edgelm-int8{KERNELS}", "edgelm + kernels, INT8 cache", "edgelm", "int8+kernels", "int8"),
         report.Peer("edgelm-float32", "edgelm, INT8, float32 cache", "edgelm", "float32", "int8"),
         report.Peer(f"edgelm-float32{KERNELS}", "edgelm + kernels, float32 cache", "edgelm", "float32+kernels", "int8"),
+        report.Peer("edgelm-int4", "edgelm, 4 bits, INT8 cache", "edgelm", "4bits", "int4"),
+        report.Peer(f"edgelm-int4{KERNELS}", "edgelm + kernels, 4 bits, INT8 cache", "edgelm", "4bits+kernels", "int4"),
+        report.Peer(
+            f"edgelm-5.6bits{KERNELS}", "edgelm + kernels, 5.6 bits a parameter", "edgelm", "5.6bits+kernels", "int4"
+        ),
+        report.Peer(
+            f"edgelm-6.4bits{KERNELS}", "edgelm + kernels, 6.4 bits a parameter", "edgelm", "6.4bits+kernels", "int4"
+        ),
         report.Peer("genai-int8", "onnxruntime-genai, int8", "genai", "int8", "int8"),
         report.Peer("genai-int4", "onnxruntime-genai, int4", "genai", "int4", "int4"),
         report.Peer("llama.cpp-q8_0", "llama.cpp, Q8_0", "llama_cpp", "q8_0", "int8"),
         report.Peer("llama.cpp-q4_0", "llama.cpp, Q4_0", "llama_cpp", "q4_0", "int4"),
+        report.Peer("llama.cpp-q4_k_m", "llama.cpp, Q4_K_M", "llama_cpp", "q4_k_m", "int4"),
         report.Peer("optimum-int8", "optimum-onnx, int8", "optimum_onnx", "int8", "int8"),
         report.Peer("ctranslate2-int8", "CTranslate2, int8", "ctranslate2", "int8", "int8"),
         report.Peer("transformers-fp32", "transformers, fp32", "transformers", "float32", "fp32"),

@@ -70,10 +70,18 @@ def test_medians_ranges_and_ratios(found: dict[str, Any]) -> None:
 
 
 def test_best_int8_peer_is_the_fastest_or_the_smallest(found: dict[str, Any]) -> None:
-    best = found["to_best_int8"]
+    best = found["to_best"]
     assert set(best) == {"edgelm-int8"}
     assert best["edgelm-int8"]["decode_128"] == {"peer": "genai-int8", "ratio": 110 / 80}
     assert best["edgelm-int8"]["load_s"] == {"peer": "llama.cpp-q8_0", "ratio": pytest.approx(3)}
+
+
+def test_four_bits_are_compared_with_four_bits(script: ModuleType) -> None:
+    names = ["edgelm-int4-kernels", "genai-int8", "genai-int4", "llama.cpp-q4_k_m"]
+    speeds = dict(zip(names, (200.0, 300.0, 100.0, 125.0), strict=True))
+    rounds = [{name: {"decode_128": speed} for name, speed in speeds.items()}]
+    best = script.report.summarize([script.PEERS[name] for name in names], rounds, {})["to_best"]
+    assert best == {"edgelm-int4-kernels": {"decode_128": {"peer": "llama.cpp-q4_k_m", "ratio": 1.6}}}
 
 
 def test_tables_hold_figures_and_reasons(script: ModuleType, found: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
-"""edgelm itself, in the script's environment; variants: the KV cache's type, and whether the compiled kernels compute
-("int8", "int8+kernels")."""
+"""edgelm itself, in the script's environment.
+
+Variants: the type of the KV cache ("int8", "float32"); with an INT8 cache, all matrices in 4 bits ("4bits"), or a
+bundle of so many bits for each parameter ("5.6bits"); and each of them with the compiled kernels ("int8+kernels").
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,26 @@ from edgelm.runtime import load as load_bundle
 from edgelm.runtime.sessions import kernels
 from edgelm.runtime.sessions.loading import open_folder
 from edgelm.runtime.sessions.protocol import Session
+from edgelm.targets.abilities import MIXED_SCHEME
 
 FILES = ("model.onnx", "model.onnx.data")
 _PIECE = 128
+# A comparison says what weights of few bits lose; the gate need not.
+_ANY_LOSS = 9.0
 
 
 def convert(model: Path, folder: Path, variant: str) -> None:
     from edgelm.export import ExportConfig, export_model
 
     _switch(variant)
-    export_model(ExportConfig(str(model), kv=variant.partition("+")[0], out=folder))
+    form = variant.partition("+")[0]
+    if form == "4bits":
+        config = ExportConfig(str(model), scheme=MIXED_SCHEME, max_kl=_ANY_LOSS, out=folder)
+    elif form.endswith("bits"):
+        config = ExportConfig(str(model), bits=float(form.removesuffix("bits")), max_kl=_ANY_LOSS, out=folder)
+    else:
+        config = ExportConfig(str(model), kv=form, out=folder)
+    export_model(config)
 
 
 def _switch(variant: str) -> None:

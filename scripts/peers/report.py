@@ -31,7 +31,7 @@ def summarize(
     failures: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """Medians and ranges of each peer's figures, medians of each round's ratios to `REFERENCE`, and edgelm's ratio to
-    the best INT8 peer, figure by figure.
+    the best peer with weights of the same kind, figure by figure.
 
     rounds: figures by peer; a figure is missing if its measurement failed. failures: reasons, by peer and stage. Ratios
     are edgelm's figure divided by the peer's.
@@ -40,7 +40,7 @@ def summarize(
     return {
         "rounds": len(rounds),
         "peers": rows,
-        "to_best_int8": {name: _to_best(name, rows) for name, row in rows.items() if _is_edgelm(name)},
+        "to_best": {name: _to_best(name, rows) for name, row in rows.items() if _is_edgelm(name)},
         "all": list(rounds),
     }
 
@@ -69,8 +69,9 @@ def _row(peer: Peer, rounds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[
 
 
 def _to_best(name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By figure: the INT8 peer with the best median, and edgelm's median divided by it."""
-    others = {key: row["medians"] for key, row in rows.items() if row["weights"] == "int8" and not _is_edgelm(key)}
+    """By figure: the peer with weights of the same kind and the best median, and edgelm's median divided by it."""
+    weights = rows[name]["weights"]
+    others = {key: row["medians"] for key, row in rows.items() if row["weights"] == weights and not _is_edgelm(key)}
     found = {}
     for key, own in rows[name]["medians"].items():
         known = {peer: medians[key] for peer, medians in others.items() if key in medians}
@@ -103,7 +104,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         if REFERENCE in rows:
             label = rows[REFERENCE]["label"]
             parts.append(f"{label}, divided by each:\n\n" + _table(others, both, _ratio))
-        parts.append("Divided by the best INT8 peer:\n\n" + _best(report, both))
+        parts.append("Divided by the best peer with weights of as many bits:\n\n" + _best(report, both))
     if report.get("quality"):
         parts.append("Beside the fp32 model, on the same token ids:\n\n" + _quality(report["quality"]))
     failed = [
@@ -181,7 +182,7 @@ def _ratio(row: Mapping[str, Any], key: str) -> str:
 
 def _best(report: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     rows = {}
-    for name, found in report["to_best_int8"].items():
+    for name, found in report["to_best"].items():
         texts = {key: f"{one['ratio']:.2f} ({one['peer']})" for key, one in found.items()}
         rows[name] = {"label": report["peers"][name]["label"], "medians": texts}
     return _table(rows, columns, lambda row, key: row["medians"].get(key, "-"))
