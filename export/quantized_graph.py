@@ -15,6 +15,7 @@ from ..runtime.evaluation.speed import Speed, measure_speed
 from ..runtime.sessions import providers
 from ..runtime.sessions.protocol import Session
 from ..runtime.text.tokenizer import Tokenizer
+from ..targets import Gate
 from ..targets.abilities import MIXED_SCHEME
 from .gate.arithmetic import WINDOW_TOKENS, Arithmetic, choose_activations, wide_everywhere
 from .gate.cache_judge import CacheAgreement, calibrate_cache
@@ -54,7 +55,7 @@ def make_quantized_graph(loaded: Loaded, fp32: Fp32Graph, stages: Stages) -> Qua
     with stages.stage("choose arithmetic"):
         chosen = _choose_arithmetic(loaded, fp32)
     with stages.stage("judge"):
-        verdict, arithmetic = _judge(loaded, fp32, quantizer, chosen)
+        verdict, arithmetic = _judge(loaded, fp32, quantizer, chosen, _gate(loaded, fp32, weights))
         examples = [] if verdict is None else _examples(loaded, fp32, verdict)
     with stages.stage("measure"):
         speeds = _measure(loaded, fp32)
@@ -128,7 +129,7 @@ def _with_wide(bundle: Path, wide: Collection[str]) -> ir.Model:
 
 
 def _judge(
-    loaded: Loaded, fp32: Fp32Graph, quantizer: Quantizer, chosen: Arithmetic | None
+    loaded: Loaded, fp32: Fp32Graph, quantizer: Quantizer, chosen: Arithmetic | None, gate: Gate
 ) -> tuple[Verdict | None, Arithmetic | None]:
     """The gate: judge the quantized graph, and repair it if possible. Returns also the arithmetic that passed. Raises:
     VerificationError."""
@@ -145,11 +146,17 @@ def _judge(
         remedy="--kv float32, --scheme int8-weight or --scheme fp32" if fp32.kv == "int8" else "--scheme fp32",
         matrices=quantizer.matrices,
     )
-    gate = job.profile.gate_of(loaded.scheme)
-    if job.config.max_kl is not None:
-        gate = gate.allowing(job.config.max_kl)
     verdict = judge(candidate, loaded.judging, loaded.source.context_length, gate, job.answers)
     return verdict, ways[verdict.attempt]
+
+
+def _gate(loaded: Loaded, fp32: Fp32Graph, weights: WeightBits | None) -> Gate:
+    """The scheme's limits; those of chosen bits follow from them, and all from a loss that the user states."""
+    job = fp32.job
+    gate = job.profile.gate_of(loaded.scheme)
+    if weights is not None:
+        gate = gate.of_bits(8 * weights.weights_bytes / fp32.shape.parameters)
+    return gate if job.config.max_kl is None else gate.allowing(job.config.max_kl)
 
 
 def _ways_to_compute(chosen: Arithmetic | None) -> dict[str, Arithmetic | None]:

@@ -19,8 +19,8 @@ ACTIVATIONS = tuple(_SCHEMES)
 # The scheme whose matrices have 4, 5, 6 or 8 bits each.
 MIXED_SCHEME = "int4-rowwise"
 # Schemes with one scale for all rows of an activation, or with weights of 4 bits. They are known to cost quality, so
-# they have wider limits.
-COARSE_SCHEMES = ("int8-tensor", "int4-weight", "int4-rowwise")
+# they have wider limits. Those of MIXED_SCHEME follow from its bits.
+COARSE_SCHEMES = ("int8-tensor", "int4-weight")
 
 
 def schemes_with(activations: str) -> tuple[str, ...]:

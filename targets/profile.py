@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from .abilities import ACTIVATIONS, COARSE_SCHEMES, SCHEMES, kv_types_with, lacks, schemes_with
 
 EXTENDS = "extends"
+# Bits a weight of int4-rowwise with all matrices in 4 bits, and in 8.
+_FOUR_BITS, _EIGHT_BITS = 4.25, 8.0
 # A name is part of a bundle's folder name.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Keys of the gate that are shares, and their maximum.
@@ -55,8 +57,9 @@ class Gate(Limits):
 
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
     magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
-    may add to what those of 16 bits lose (int8-rowwise); cache_kl, cache_kl_limit: of an INT8 cache alone, with scales
-    that the export fixes, in nats: where ranges are widened, and where the export fails.
+    may add to what those of 16 bits lose (row-wise schemes); cache_kl, cache_kl_limit: of an INT8 cache alone, with
+    scales that the export fixes, in nats: where ranges are widened, and where the export fails; four_bits_kl: in place
+    of mean_kl for weights of 4 bits in all matrices (int4-rowwise).
     """
 
     logit_difference: float
@@ -64,6 +67,13 @@ class Gate(Limits):
     activations_kl: float
     cache_kl: float
     cache_kl_limit: float
+    four_bits_kl: float
+
+    def of_bits(self, bits: float) -> Gate:
+        """The gate of int4-rowwise. bits: mean of all weights, with their scales. The limit of the mean falls from
+        four_bits_kl to mean_kl as losses do, by the same factor for each bit."""
+        share = min(max((bits - _FOUR_BITS) / (_EIGHT_BITS - _FOUR_BITS), 0.0), 1.0)
+        return self.allowing(self.four_bits_kl ** (1 - share) * self.mean_kl**share)
 
     def allowing(self, mean_kl: float) -> Gate:
         """The gate with another limit of the mean, and wider other limits if needed: one token in 100 may be ten times

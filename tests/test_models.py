@@ -53,6 +53,7 @@ GATE = Gate(
     activations_kl=0.0,
     cache_kl=0.001,
     cache_kl_limit=0.01,
+    four_bits_kl=0.35,
 )
 
 

@@ -54,6 +54,7 @@ answers_percent = 98
 activations_kl = 0.0004
 cache_kl = 0.001
 cache_kl_limit = 0.01
+four_bits_kl = 0.3
 [coarse_gate]
 mean_kl = 0.1
 p99_kl = 1
@@ -120,6 +121,7 @@ def test_a_profile_of_the_users_own_loads_from_its_path(tmp_path: Path) -> None:
             activations_kl=0.0004,
             cache_kl=0.001,
             cache_kl_limit=0.01,
+            four_bits_kl=0.3,
         ),
         coarse_gate=Limits(0.1, 1.0, 5.0, 90.0, 80.0),
     )
@@ -438,6 +440,18 @@ def test_coarse_schemes_have_limits_of_their_own(tmp_path: Path) -> None:
     coarse = profile.gate_of("int4-weight")
     assert (coarse.mean_kl, coarse.agreement_percent) == (0.1, 90.0)
     assert (coarse.logit_difference, coarse.decided_margin) == (1e-4, 0.2)
+
+
+def test_limits_follow_from_the_bits_of_weights() -> None:
+    """By the same factor for each bit, and never beyond those of 4 and 8 bits."""
+    gate = load_target("x86-cpu").gate
+    assert gate.of_bits(4.25).mean_kl == pytest.approx(gate.four_bits_kl)
+    assert gate.of_bits(3) == gate.of_bits(4.25)
+    assert gate.of_bits(8).mean_kl == pytest.approx(gate.mean_kl)
+    assert gate.of_bits(9) == gate.of_bits(8)
+    five, six, seven = (gate.of_bits(bits).mean_kl for bits in (5, 6, 7))
+    assert five / six == pytest.approx(six / seven)
+    assert gate.of_bits(5).answers_percent < gate.of_bits(6).answers_percent
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

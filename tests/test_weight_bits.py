@@ -19,6 +19,7 @@ from edgelm.export.gate.weight_bits import Candidate, Step, all_in, choose_bits,
 from edgelm.export.sizes import SizePoint, measure_sizes
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
+from edgelm.runtime.errors import VerificationError
 from edgelm.runtime.sessions.protocol import Session
 from edgelm.targets import load_target
 
@@ -124,13 +125,13 @@ def test_a_budget_selects_the_scheme_with_several_widths() -> None:
 
 
 def test_an_allowed_loss_scales_the_other_limits() -> None:
-    gate = load_target("x86-cpu").gate_of("int4-rowwise")
+    gate = load_target("x86-cpu").gate
     wider = gate.allowing(0.2)
     assert (wider.mean_kl, wider.p99_kl) == (0.2, 2.0)
     assert wider.perplexity_increase_percent > gate.perplexity_increase_percent
     assert wider.answers_percent < gate.answers_percent
-    stricter = gate.allowing(0.01)
-    assert stricter.mean_kl == 0.01 and stricter.p99_kl == gate.p99_kl
+    stricter = gate.allowing(0.001)
+    assert stricter.mean_kl == 0.001 and stricter.p99_kl == gate.p99_kl
 
 
 # Whole exports
@@ -145,6 +146,16 @@ def test_a_bundle_of_a_size_fits_it_and_says_what_it_chose(export_tiny: Callable
     assert size <= 10.0 * bundle.manifest.model.parameters / 8
     with load(bundle.path, response_cache=False) as engine:
         assert engine.generate("Once", max_tokens=4).stats.generated_tokens > 0
+
+
+def test_what_four_bits_may_lose_is_the_targets_to_say(tiny_model: Path, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text('extends = "x86-cpu"\nname = "strict"\n[gate]\nfour_bits_kl = 1e-5\n', encoding="utf-8")
+    config = ExportConfig(str(tiny_model), target=str(strict), out=tmp_path / "out", scheme="int4-rowwise")
+    with pytest.raises(VerificationError, match=r"the target allows \d\.\d+e-05, "):
+        export_model(config)
+    strict.write_text(strict.read_text(encoding="utf-8").replace("1e-5", "9"), encoding="utf-8")
+    assert export_model(config).manifest.quantization.scheme == "int4-rowwise"
 
 
 def test_a_whole_bundle_is_within_its_size(tiny_model: Path, tmp_path: Path) -> None:
