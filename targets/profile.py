@@ -55,8 +55,8 @@ class Gate(Limits):
 
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
     magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
-    may add to what those of 16 bits lose (int8-rowwise); cache_kl, cache_kl_limit: of an INT8 cache alone, with scales
-    that the export fixes, in nats: where ranges are widened, and where the export fails.
+    may add to what those of 16 bits lose (row-wise schemes); cache_kl, cache_kl_limit: of an INT8 cache alone, with
+    scales that the export fixes, in nats: where ranges are widened, and where the export fails.
     """
 
     logit_difference: float
