@@ -1,11 +1,12 @@
 """Export a model from its source to a bundle, in named stages.
 
     load -> trace -> fuse -> compare with torch                                               (fp32_graph.py)
-    -> calibrate -> quantize -> choose arithmetic -> judge -> measure -> other runtimes       (quantized_graph.py)
+    -> calibrate -> quantize -> choose weights -> choose arithmetic -> judge
+    -> measure -> other runtimes                                                              (quantized_graph.py)
     -> write
 
-With a recipe, the model is first compressed to a scratch folder, which is then loaded. All graphs run in the shipping
-runtime.
+With a recipe, the model is first compressed to a scratch folder, which is then loaded. Only `int4-rowwise` chooses
+weights. All graphs run in the shipping runtime.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""From the fp32 graph to the one that ships: calibrate, quantize, choose arithmetic, judge, measure, other runtimes."""
+"""From the fp32 graph to the one that ships: calibrate, quantize, choose weights (`int4-rowwise`), choose arithmetic,
+judge, measure, other runtimes."""
 
 from __future__ import annotations
 
@@ -96,8 +97,8 @@ def make_quantizer(loaded: Loaded, fp32: Fp32Graph, ranges: Ranges) -> Quantizer
 
 
 def _choose_arithmetic(loaded: Loaded, fp32: Fp32Graph) -> Arithmetic | None:
-    """Choose 8 or 16 bits for the activations of each matrix, in int8-rowwise. A model that is fed token by token has
-    16 everywhere: it has no long steps in which 8 would save time."""
+    """Choose 8 or 16 bits for the activations of each matrix in the row-wise schemes; None for other schemes. A model
+    that is fed token by token has 16 everywhere: it has no long steps in which 8 would save time."""
     if loaded.scheme not in ROWWISE_SCHEMES:
         return None
     matrices = matrices_of(ir.load(fp32.job.bundle / names.GRAPH_NAME))

@@ -49,10 +49,10 @@ _ONE_TOKEN = GenerationSettings(max_tokens=1, logprobs=0)
 class Engine:
     """One loaded model and one conversation's cache. Use it in a `with` block, or call `close()`.
 
-    Threads and tasks may share an engine: with the scheme `int8-rowwise` their requests are rows of one running batch,
-    otherwise they are answered one after the other, short prompts first. A prompt that begins like an earlier one (a
-    conversation that goes on, a common preamble) runs only its new part. With that scheme every answer is bit for bit
-    the one that a fresh, idle engine gives.
+    Threads and tasks may share an engine. With a row-wise scheme, and an INT8 cache or compiled kernels, their requests
+    are rows of one running batch; otherwise they are answered one after the other, short prompts first. A prompt that
+    begins like an earlier one (a conversation that goes on, a common preamble) runs only its new part. With a row-wise
+    scheme every answer is bit for bit the one that a fresh, idle engine gives.
     """
 
     def __init__(

@@ -58,8 +58,12 @@ class Gate(Limits):
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
     magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
     may add to what those of 16 bits lose (row-wise schemes); cache_kl, cache_kl_limit: of an INT8 cache alone, with
+<<<<<<< HEAD
     scales that the export fixes, in nats: where ranges are widened, and where the export fails; four_bits_kl: in place
     of mean_kl for weights of 4 bits in all matrices (int4-rowwise).
+=======
+    scales that the export fixes, in nats: where ranges are widened, and where the export fails.
+>>>>>>> words
     """
 
     logit_difference: float

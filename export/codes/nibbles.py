@@ -30,7 +30,7 @@ _SLAB = 1024
 @dataclass(frozen=True)
 class Nibbles:
     """levels: uint8 (inputs, outputs), of `bits` bits; steps, zeros: uint8 (blocks, outputs); scales: float32
-    (outputs);    error: mean square of the products' errors, in units of the products' mean square."""
+    (outputs); error: mean square of the products' errors, in units of the products' mean square."""
 
     levels: NDArray[np.uint8]
     steps: NDArray[np.uint8]

@@ -1,8 +1,8 @@
 """The texts and prompts that judge a quantized graph. None of them calibrates it.
 
 edgelm's own were written for it: prose, a dialogue, code and French, a file each below `text/judging`, and everyday
-questions in `text/chat.json`. `text/default.txt` calibrates. A user's text is cut in two between paragraphs: the first
-half calibrates, the second judges.
+questions in `text/chat.json`. `text/default.txt` and `text/calibrating` calibrate. A user's text is cut in two between
+paragraphs: the first half calibrates in place of `text/default.txt`, the second judges.
 """
 
 from __future__ import annotations

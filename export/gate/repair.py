@@ -3,8 +3,8 @@
 The scheme's attempts come first, in their order. If none passes and the scheme allows it, the worst matrices go back to
 float32: as few as possible, ranked by the loss of quantizing each alone. At most half of the matrices may go back;
 otherwise the export fails with the figures. It also fails if the INT8 cache alone misses the limits, which no matrix
-can repair. `int8-rowwise` is not repaired in this way: a float32 matrix costs four times its bytes on every token, and
-breaks the guarantee of equal bits.
+can repair. The row-wise schemes are not repaired in this way: a float32 matrix costs at least four times its bytes on
+every token, and breaks the guarantee of equal bits.
 """
 
 from __future__ import annotations
