@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from .abilities import ACTIVATIONS, COARSE_SCHEMES, SCHEMES, kv_types_with, lacks, schemes_with
 
 EXTENDS = "extends"
+# What torch's exporter writes: the key tells a reader of a manifest, and nobody can choose another.
+_OPSET = 20
 # Bits a weight of int4-rowwise with all matrices in 4 bits, and in 8.
 _FOUR_BITS, _EIGHT_BITS = 4.25, 8.0
 # A name is part of a bundle's folder name.
@@ -58,12 +60,8 @@ class Gate(Limits):
     logit_difference: largest absolute difference between the fp32 graph's logits and torch's, in units of the largest
     magnitude of torch's logits; decided_margin: see `Limits`; activations_kl: nats a token that activations of 8 bits
     may add to what those of 16 bits lose (row-wise schemes); cache_kl, cache_kl_limit: of an INT8 cache alone, with
-<<<<<<< HEAD
     scales that the export fixes, in nats: where ranges are widened, and where the export fails; four_bits_kl: in place
     of mean_kl for weights of 4 bits in all matrices (int4-rowwise).
-=======
-    scales that the export fixes, in nats: where ranges are widened, and where the export fails.
->>>>>>> words
     """
 
     logit_difference: float
@@ -235,6 +233,8 @@ def _check(profile: Profile, path: Path) -> None:
         raise TargetError(f"{path}: scheme {profile.scheme!r} {what}: there is {', '.join(schemes)}")
     if profile.weight_bits not in (7, 8):
         raise TargetError(f"{path}: weight_bits must be 7 or 8, found {profile.weight_bits}")
+    if profile.opset != _OPSET:
+        raise TargetError(f"{path}: opset must be {_OPSET}, which all graphs have, found {profile.opset}")
     for scheme in schemes:
         if profile.kv.get(scheme) not in kinds:
             raise TargetError(

@@ -227,6 +227,12 @@ def test_weight_bits_are_7_or_8(tmp_path: Path, bits: int) -> None:
     assert f"weight_bits must be 7 or 8, found {bits}" in message
 
 
+def test_an_operator_set_that_no_graph_has_is_refused(tmp_path: Path) -> None:
+    assert "opset must be 20, which all graphs have, found 7" in refusal(
+        tmp_path, VALID.replace("opset = 20", "opset = 7")
+    )
+
+
 def test_weight_bits_of_7_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "narrow.toml"
     path.write_text(VALID.replace("weight_bits = 8", "weight_bits = 7"), encoding="utf-8")
