@@ -28,7 +28,7 @@ from edgelm.export.compress.steps.recover import Recover
 from edgelm.export.compress.training.checkpoint import Checkpoint
 from edgelm.export.compress.training.loop import make_accelerator, pace, rows_of
 from edgelm.export.compress.training.schedule import Schedule
-from edgelm.export.compress.training.simulate import Int8
+from edgelm.export.compress.training.simulate import Quantized
 from edgelm.export.compress.training.train import distillation, next_token
 from edgelm.export.errors import RecipeError
 from edgelm.export.module.edits import edit, edits_of
@@ -98,7 +98,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
         ({"use": "recover", "alpha": 0.5}, "has no key alpha"),
         ({"use": "distil", "alpha": 1.5}, "alpha must be 0 to 1"),
         ({"use": "distil", "temperature": 0}, "temperature must be above 0"),
-        ({"use": "quantization-aware", "weight_bits": 4}, "weight_bits must be 7 or 8"),
+        ({"use": "quantization-aware", "weight_bits": 3}, "weight_bits must be 4 to 8"),
     ],
 )
 def test_settings_that_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -489,15 +489,18 @@ def test_one_of_several_processes_writes(tiny_model: Path, tmp_path: Path, monke
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
 
-def test_tuning_brings_int8_closer_to_the_original_model(bench: Workbench) -> None:
-    """On a text not used for tuning."""
-    settings: dict[str, Any] = {**QUICK, "steps": 20, "learning_rate": 1e-4, "weight_bits": 7}
+@pytest.mark.parametrize(("bits", "learning_rate"), [(7, 1e-4), (4, 5e-4)])
+def test_tuning_brings_the_rounded_model_closer_to_the_original(
+    bench: Workbench, bits: int, learning_rate: float
+) -> None:
+    """On a text not used for tuning. Coarse weights must move farther to reach another value."""
+    settings: dict[str, Any] = {**QUICK, "steps": 20, "learning_rate": learning_rate, "weight_bits": bits}
     module = tiny_llama()
     tuned = QuantizationAware(**settings).apply(module, bench).module
     ids = torch.tensor([list(b"What the cat saw in the garden was a very small house with a red door.")])
 
     def divergence(student: Any) -> float:
-        with torch.no_grad(), Int8(student, 7):
+        with torch.no_grad(), Quantized(student, bits, origin=module):
             return float(distillation(module, 1.0, 1.0)(student, ids))
 
     assert divergence(tuned) < 0.8 * divergence(tiny_llama())
@@ -523,7 +526,7 @@ def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_p
         session.close()
     with torch.no_grad():
         plain = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-        with Int8(module, activation_bits=8):
+        with Quantized(module, activation_bits=8):
             simulated = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     assert np.abs(plain - logits).max() > 1e-2
     assert np.abs(simulated - logits).max() < 1e-4

@@ -8,7 +8,7 @@
     folder.py    write and read a compressed model as a folder of safetensors
     steps/       one file per step, with the step's name
     importance/  rank layers, attention sublayers, heads and channels
-    training/    texts, losses, the loop, checkpoints, simulated INT8 products
+    training/    texts, losses, the loop, checkpoints, simulated products of few bits
     processes.py, progress.py, disk.py   several processes; remaining time; free disk space
 
 `edgelm.export.module` finds and changes a module's layers, matrices, heads and channels. Importing this package does
