@@ -724,7 +724,7 @@ def test_run_reports_log_probabilities_as_json(tiny_bundle: Path, capsys: Captur
     assert "--json" in refused(capsys, "run", tiny_bundle, "Once", "--logprobs", "2")
 
 
-def test_run_follows_a_schema_or_an_expression(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_run_follows_a_schema_an_expression_or_a_grammar(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
@@ -733,9 +733,17 @@ def test_run_follows_a_schema_or_an_expression(tiny_bundle: Path, tmp_path: Path
     assert list(json.loads(capsys.readouterr().out)) == ["ok"]
     assert call("run", tiny_bundle, "Once", "--regex", "[0-9]{3}") == 0
     assert capsys.readouterr().out.strip().isdigit()
+    grammar = tmp_path / "moves.lark"
+    grammar.write_text('start: move (" " move)~2\nmove: "left" | "right"\n', encoding="utf-8")
+    assert call("run", tiny_bundle, "Once", "--lark", grammar) == 0
+    assert re.fullmatch("(left|right)( (left|right)){2}\n", capsys.readouterr().out)
     schema.write_text("{", encoding="utf-8")
     assert "json_schema is not JSON" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", schema)
-    assert "absent" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", tmp_path / "absent")
+    grammar.write_text("start: (", encoding="utf-8")
+    assert "lark cannot be used" in refused(capsys, "run", tiny_bundle, "Once", "--lark", grammar)
+    for option, content in (("--json-schema", "schema"), ("--lark", "grammar")):
+        absent = tmp_path / "absent"
+        assert f"the {content} {absent} cannot be read" in refused(capsys, "run", tiny_bundle, "Once", option, absent)
 
 
 @pytest.mark.parametrize(
