@@ -465,6 +465,11 @@ TOO_LARGE = [
 ]  # fmt: skip
 
 
+def test_each_name_of_the_lists_has_the_check_of_its_list() -> None:
+    for names in (bounds._PADDING, bounds._WRITING):
+        assert len({bounds._CHECKS[name] for name in names}) == 1
+
+
 @pytest.mark.parametrize("source", TOO_LARGE)
 def test_templates_that_would_take_all_memory_are_stopped(source: str) -> None:
     tracemalloc.start()

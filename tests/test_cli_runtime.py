@@ -20,13 +20,19 @@ from typing import Any
 
 import pytest
 
-from edgelm.runtime import Stats, load
+from edgelm.runtime import Stats, cli, load
 from edgelm.runtime.bundle.folder import file_digest
 from edgelm.runtime.cli import main
 
-from .conftest import TEXT
+from .conftest import ROOT, TEXT
 
-COMMANDS = ["run", "chat", "inspect", "verify", "bench"]
+PARSERS = {name: cli.make_parser(name, cli._find(name)) for name in cli._names()}
+# Commands that need one bundle.
+OF_A_BUNDLE = [
+    name
+    for name, parser in PARSERS.items()
+    if any(action.dest == "bundle" and action.nargs is None for action in parser._actions)
+]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -74,7 +80,9 @@ def test_help_lists_every_command(capsys: Captured) -> None:
     assert call("--help") == 0
     out, err = capsys.readouterr()
     listed = [line.split()[0] for line in out.partition("commands:")[2].splitlines() if line.strip()]
-    assert listed == sorted([*COMMANDS, "cache", "compress", "doctor", "eval", "export", "serve", "targets"])
+    files = [path for package in ("runtime", "export") for path in (ROOT / package / "commands").glob("*.py")]
+    assert listed == sorted(path.stem for path in files if "\nSUMMARY = " in path.read_text(encoding="utf-8"))
+    assert {"bench", "chat", "export", "inspect", "run", "serve", "verify"} <= set(listed)
     assert err == ""
 
 
@@ -88,12 +96,25 @@ def test_the_version_is_the_distributions(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"edgelm {importlib.metadata.version('edgelm')}\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", PARSERS)
 def test_each_command_has_help_that_names_its_arguments(command: str, capsys: Captured) -> None:
     assert call(command, "--help") == 0
     out = capsys.readouterr().out
-    assert f"usage: edgelm {command}" in out
-    assert "bundle" in out and "--debug" in out and "--json" in out
+    assert f"usage: edgelm {command}" in out and "--debug" in out
+    for action in PARSERS[command]._actions:
+        assert all(option in out for option in action.option_strings)
+        assert action.help
+
+
+def test_these_commands_need_a_bundle() -> None:
+    """Tests below are repeated for each of them."""
+    assert {"bench", "chat", "inspect", "run", "verify"} <= set(OF_A_BUNDLE)
+
+
+# A conversation and a server print no result.
+@pytest.mark.parametrize("command", sorted(PARSERS.keys() - {"chat", "serve"}))
+def test_each_command_can_print_its_result_as_json(command: str) -> None:
+    assert "--json" in PARSERS[command]._option_string_actions
 
 
 @pytest.mark.parametrize(
@@ -121,10 +142,10 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys: Captured) ->
     assert call("dance") == 2
     err = capsys.readouterr().err
     assert "'dance'" in err
-    assert all(command in err for command in COMMANDS)
+    assert all(command in err for command in PARSERS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_BUNDLE)
 def test_a_missing_bundle_is_one_line_of_error(command: str, tmp_path: Path, capsys: Captured) -> None:
     prompt = ["hello"] if command == "run" else []
     assert str(tmp_path / "absent") in refused(capsys, command, tmp_path / "absent", *prompt)
@@ -142,7 +163,7 @@ def test_a_traceback_is_shown_only_with_debug(tmp_path: Path, capsys: Captured) 
         assert err.splitlines()[-1].startswith("edgelm: error: ")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_BUNDLE)
 def test_an_interrupt_is_status_130(
     command: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -703,7 +724,7 @@ def test_run_reports_log_probabilities_as_json(tiny_bundle: Path, capsys: Captur
     assert "--json" in refused(capsys, "run", tiny_bundle, "Once", "--logprobs", "2")
 
 
-def test_run_follows_a_schema_or_an_expression(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_run_follows_a_schema_an_expression_or_a_grammar(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("llguidance", reason="the extra 'structured' is not installed")
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
@@ -712,9 +733,17 @@ def test_run_follows_a_schema_or_an_expression(tiny_bundle: Path, tmp_path: Path
     assert list(json.loads(capsys.readouterr().out)) == ["ok"]
     assert call("run", tiny_bundle, "Once", "--regex", "[0-9]{3}") == 0
     assert capsys.readouterr().out.strip().isdigit()
+    grammar = tmp_path / "moves.lark"
+    grammar.write_text('start: move (" " move)~2\nmove: "left" | "right"\n', encoding="utf-8")
+    assert call("run", tiny_bundle, "Once", "--lark", grammar) == 0
+    assert re.fullmatch("(left|right)( (left|right)){2}\n", capsys.readouterr().out)
     schema.write_text("{", encoding="utf-8")
     assert "json_schema is not JSON" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", schema)
-    assert "absent" in refused(capsys, "run", tiny_bundle, "Once", "--json-schema", tmp_path / "absent")
+    grammar.write_text("start: (", encoding="utf-8")
+    assert "lark cannot be used" in refused(capsys, "run", tiny_bundle, "Once", "--lark", grammar)
+    for option, content in (("--json-schema", "schema"), ("--lark", "grammar")):
+        absent = tmp_path / "absent"
+        assert f"the {content} {absent} cannot be read" in refused(capsys, "run", tiny_bundle, "Once", option, absent)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ RUNTIME_LAYERS = (
     {"opening"},
     {"server"},
     {"cli"},
-    {"program"},
     {"commands"},
     {"program"},
     {"frozen"},
@@ -128,6 +127,7 @@ def _own_imports(path: Path) -> list[str]:
 @pytest.mark.parametrize(("package", "layers"), [("runtime", RUNTIME_LAYERS), ("export", EXPORT_LAYERS)])
 def test_each_layer_imports_only_lower_layers(package: str, layers: tuple[set[str], ...]) -> None:
     rank = {name: index for index, names in enumerate(layers) for name in names}
+    assert len(rank) == sum(map(len, layers)), "a name stands in two layers"
     folders = {path.relative_to(ROOT / package).parts[0].removesuffix(".py") for path in _sources(package)}
     assert folders - {"__init__"} == rank.keys()
     for path in _sources(package):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,21 +15,36 @@ import onnx_ir.passes.common
 import pytest
 from numpy.typing import NDArray
 
+from edgelm.export import passes
+from edgelm.export.codes.blocks import BLOCK_SCHEMES, BlockQuantizer
 from edgelm.export.passes import fusing_passes, quantizing_passes
+from edgelm.export.passes.call_attention import CallAttention
 from edgelm.export.passes.drop_reshapes import DropReshapes
+from edgelm.export.passes.drop_zeros import DropZeros
 from edgelm.export.passes.fold_constants import FoldConstants
+from edgelm.export.passes.fuse_biases import FuseBiases
 from edgelm.export.passes.fuse_into_products import FuseIntoProducts
 from edgelm.export.passes.fuse_norms import FuseRMSNorm
 from edgelm.export.passes.fuse_residual_norms import FuseResidualNorms
+from edgelm.export.passes.graph import GraphPass
 from edgelm.export.passes.keep_last_logits import KeepLastLogits
+from edgelm.export.passes.keep_on_host import KeepOnHost
 from edgelm.export.passes.keep_rows import KeepRows
+from edgelm.export.passes.last_logits_only import LastLogitsOnly
 from edgelm.export.passes.lower_positions import LowerPositions
 from edgelm.export.passes.merge_linears import MergeLinears
+from edgelm.export.passes.narrow_weights import NarrowWeights
+from edgelm.export.passes.norm_in_attention import NormInAttention
+from edgelm.export.passes.normalize_linears import NormalizeLinears
 from edgelm.export.passes.pack_attention_inputs import PackAttentionInputs
+from edgelm.export.passes.pick_tokens import PickTokens
+from edgelm.export.passes.quantize_blocks import QuantizeBlocks
 from edgelm.export.passes.quantize_cache import QuantizeCache
 from edgelm.export.passes.quantize_embedding import QuantizeEmbedding
 from edgelm.export.passes.quantize_linears import QuantizeLinears
 from edgelm.export.passes.rotate_in_attention import RotateInAttention
+from edgelm.export.passes.to_float16 import ToFloat16
+from edgelm.export.passes.widen_activations import WidenActivations
 from edgelm.runtime.host import machine
 from edgelm.runtime.host.ort import load_onnxruntime
 
@@ -154,6 +172,8 @@ def unchanged(work: ir.passes.PassBase, model: ir.Model) -> bool:
 
 PASSES = [
     FoldConstants(),
+    DropZeros(),
+    NormalizeLinears(),
     FuseRMSNorm(),
     FuseResidualNorms(),
     RotateInAttention(16),
@@ -164,10 +184,43 @@ PASSES = [
     QuantizeLinears("int8-rowwise", 127),
     QuantizeLinears("int8-tensor", 127),
     QuantizeEmbedding(127),
+    QuantizeBlocks(BlockQuantizer(BLOCK_SCHEMES["int4-weight"])),
     FuseIntoProducts(),
+    FuseBiases(),
     KeepRows(),
     QuantizeCache({}),
+    CallAttention(),
+    NormInAttention(),
+    NarrowWeights({"w": Path("w.safetensors")}),
+    WidenActivations(["w"]),
+    KeepOnHost(),
 ]
+# These concern the inputs or the logits of every model, so no graph is left as it is.
+FOR_EVERY_GRAPH = [KeepLastLogits(), LastLogitsOnly(), PickTokens(), ToFloat16()]
+
+
+def all_passes() -> set[type]:
+    """The classes of passes that the modules of `export/passes` define."""
+    found = set()
+    for module in pkgutil.iter_modules(passes.__path__, f"{passes.__name__}."):
+        defined = vars(importlib.import_module(module.name)).values()
+        classes = {kind for kind in defined if isinstance(kind, type) and issubclass(kind, ir.passes.PassBase)}
+        found |= {kind for kind in classes - {GraphPass} if kind.__module__ == module.name}
+    return found
+
+
+def test_every_pass_is_in_one_of_the_two_lists() -> None:
+    assert {type(work) for work in PASSES + FOR_EVERY_GRAPH} == all_passes()
+
+
+@pytest.mark.parametrize("work", FOR_EVERY_GRAPH, ids=lambda work: type(work).__name__)
+def test_these_change_or_refuse_a_graph_that_concerns_no_other(work: ir.passes.PassBase) -> None:
+    model = graph("float[batch,new,32] x -> float[batch,new,32] y", "a = Abs(x) y = Sqrt(a)")
+    try:
+        modified = work(model).modified
+    except ir.passes.InvariantError:
+        return
+    assert modified
 
 
 @pytest.mark.parametrize("domains", [(), ("com.microsoft", "edgelm")])

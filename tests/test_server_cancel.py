@@ -23,6 +23,8 @@ from .served import eventually, listening, saying_engine, session_of, with_templ
 
 LONG = "z" * 1500
 PAUSE_S = 0.02
+LARGEST_HEAD = 1 << 14  # h11's limit for the headers of a request
+FLOOD = 1 << 25  # more than the system's buffers hold
 
 
 @pytest.fixture
@@ -152,17 +154,50 @@ def test_a_silent_connection_is_closed(engine: Engine, monkeypatch: pytest.Monke
         assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_a_flood_of_headers_is_refused(engine: Engine) -> None:
+def unfinished_head(size: int) -> bytes:
+    """The beginning of a request, whose headers go on."""
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
+        b"X-%d: %s\r\n" % (number, b"y" * 100) for number in range(size // 100)
+    )
+    return head[:size]
+
+
+@pytest.fixture
+def sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what the server reads from its connections, piece by piece."""
+    sizes: list[int] = []
+    receive = running._Connection.data_received
+
+    def counted(connection: running._Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        receive(connection, data)
+
+    monkeypatch.setattr(running._Connection, "data_received", counted)
+    return sizes
+
+
+def test_a_head_of_the_largest_size_is_answered(engine: Engine, sizes_read: list[int]) -> None:
     with listening(engine) as address, connect(address) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-        received = b""
-        try:
-            for number in range(20_000):
-                client.sendall(f"X-{number}: {'y' * 100}\r\n".encode())
-            received = client.recv(1000)
-        except OSError:
-            pass
-        assert not received or received.startswith(b"HTTP/1.1 400")
+        client.sendall(unfinished_head(LARGEST_HEAD))
+        assert eventually(lambda: sum(sizes_read) == LARGEST_HEAD)
+        client.sendall(b"\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_of_one_byte_more_is_refused(engine: Engine) -> None:
+    """All that was sent was read, so closing the connection does not reset it, and the answer arrives."""
+    with listening(engine) as address, connect(address) as client:
+        client.sendall(unfinished_head(LARGEST_HEAD + 1))
+        answer = b"".join(iter(lambda: client.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 400") and answer.endswith(b"Invalid HTTP request received.")
+
+
+def test_a_flood_of_headers_is_not_read(engine: Engine, sizes_read: list[int]) -> None:
+    """The connection is closed while headers are on their way, which resets it: the answer may be lost."""
+    with listening(engine) as address:
+        with connect(address) as client, pytest.raises(ConnectionError):
+            client.sendall(unfinished_head(FLOOD))
+        assert LARGEST_HEAD < sum(sizes_read) <= LARGEST_HEAD + max(sizes_read) < FLOOD / 10
         assert httpx.get(f"{address}/health").status_code == 200
 
 

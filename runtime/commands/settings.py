@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--keep", int, "N", "with --context-full slide: never forget the first N tokens (0)")
     add("--json-schema", Path, "FILE", "make the answer follow a JSON schema")
     add("--regex", str, "PATTERN", "make the answer follow a regular expression")
+    add("--lark", Path, "FILE", "make the answer follow a grammar, in llguidance's form of Lark")
     group.add_argument(
         "--special-tokens",
         action="store_true",
@@ -82,25 +84,24 @@ def _bias(text: str) -> tuple[int, float]:
     return int(token), float(value)
 
 
-_OPTIONS = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "seed", "stop", "timeout", "context_full", "keep", "json_schema", "regex", "logprobs",
-    "lookup", "stop_token_ids", "logit_bias", "special_tokens",
-)  # fmt: skip
+# Settings whose option names a file, and what the file holds.
+_FILES = {"json_schema": "schema", "lark": "grammar"}
 
 
 def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
     """The settings that were given. Raises: SettingsError."""
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS if hasattr(arguments, name)}
-    if "json_schema" in given:
-        given["json_schema"] = _read(given["json_schema"])
+    names = [item.name for item in dataclasses.fields(GenerationSettings)]
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    for name, content in _FILES.items():
+        if name in given:
+            given[name] = _read(given[name], content)
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     return GenerationSettings.of(None, given)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, content: str) -> str:
     try:
         return read_text(path)
     except OSError as error:
-        raise SettingsError(f"the schema {path} cannot be read: {error.strerror}") from error
+        raise SettingsError(f"the {content} {path} cannot be read: {error.strerror}") from error

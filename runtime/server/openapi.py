@@ -124,6 +124,8 @@ _BODIES: dict[str, tuple[str, list[str], dict[str, Schema]]] = {
             "instructions": {"type": ["string", "null"]},
             **_SAMPLING,
             "max_output_tokens": _whole(1),
+            "include": {"type": ["array", "null"], "items": _TEXT},
+            "top_logprobs": _whole(0, 20),
             "text": {"type": ["object", "null"]},
             "tools": {"type": ["array", "null"], "items": _OBJECT},
             "tool_choice": _TOOLS["tool_choice"],

@@ -23,7 +23,7 @@ MOST_SECONDS = 20.0
 _LARGEST_WIDTH = 1_000_000
 
 _PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "truncate")
-_WRITING = ("string", "e", "escape", "forceescape", "pprint", "tojson", "xmlattr", "urlize", "striptags", "title")
+_WRITING = ("string", "e", "escape", "forceescape", "pprint", "xmlattr", "urlize", "striptags", "title")
 _WIDTH = re.compile(r"\d{7,}|\*")
 _NESTED_WIDTH = re.compile(r"\{[^{}]*:[^{}]*\{")
 
