@@ -84,14 +84,15 @@ def _bias(text: str) -> tuple[int, float]:
     return int(token), float(value)
 
 
+# What the parsed arguments may hold: every setting, so that no option is ignored.
+_OPTIONS = tuple(item.name for item in dataclasses.fields(GenerationSettings))
 # Settings whose option names a file, and what the file holds.
 _FILES = {"json_schema": "schema", "lark": "grammar"}
 
 
 def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
     """The settings that were given. Raises: SettingsError."""
-    names = [item.name for item in dataclasses.fields(GenerationSettings)]
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS if hasattr(arguments, name)}
     for name, content in _FILES.items():
         if name in given:
             given[name] = _read(given[name], content)
