@@ -29,8 +29,8 @@ from .passes.quantize_linears import ROWWISE_SCHEMES
 from .passes.widen_activations import WidenActivations, matrices_of
 from .quantization.calibration import Ranges
 from .quantization.hessians import make_block_quantizer
+from .quantization.quantizer import Quantizer
 from .quantization.rounding import round_matrices
-from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, QuantizedGraph, save_graph
 from .stages import Stages
 from .weight_choice import choose_weights

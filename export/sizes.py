@@ -23,7 +23,7 @@ from .gate.weight_bits import WeightBits, all_in, choose_bits
 from .output import place
 from .passes.widen_activations import WidenActivations, matrices_of
 from .pipeline import default_output, provider_of
-from .quantization.schemes import Quantizer
+from .quantization.quantizer import Quantizer
 from .quantized_graph import calibrate, make_quantizer
 from .records import Job, save_graph
 from .source.finding import find_source

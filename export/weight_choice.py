@@ -19,8 +19,8 @@ from .gate.arithmetic import WINDOW_TOKENS
 from .gate.weight_bits import LEAST, MOST, Candidate, Step, WeightBits, all_in, choose_bits, steps_of
 from .passes.narrow_weights import NarrowWeights, bytes_of_matrices
 from .passes.widen_activations import WidenActivations, matrices_of
+from .quantization.quantizer import Quantizer
 from .quantization.rounding import round_to_nibbles
-from .quantization.schemes import Quantizer
 from .records import Fp32Graph, Loaded, save_graph
 
 _PROBE_NAME = "probe.onnx"

@@ -24,7 +24,7 @@ from edgelm.export.passes import fusing_passes
 from edgelm.export.passes.graph import MICROSOFT
 from edgelm.export.passes.quantize_blocks import QuantizeBlocks
 from edgelm.export.quantization.hessians import collect_hessians
-from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.quantization.quantizer import Quantizer
 from edgelm.export.source.finding import find_source
 from edgelm.export.source.loading import describe_source, load_module
 from edgelm.export.tracing.attention import trace_model

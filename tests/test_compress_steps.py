@@ -19,7 +19,7 @@ from edgelm.export.errors import RecipeError
 from edgelm.export.module.edits import edit, edits_of, present_layers, replay
 from edgelm.export.module.structure import attention_sublayers
 from edgelm.export.passes import fusing_passes
-from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.quantization.quantizer import Quantizer
 from edgelm.export.source.compressed import Record, load_compressed
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime.bundle.manifest import Source

@@ -23,7 +23,7 @@ from edgelm.export.gate.repair import repair
 from edgelm.export.gate.sensitivity import LAYER_RUNS, MOST_PROBES, Sensitivity, by_layers, by_matrix
 from edgelm.export.passes import functions, fusing_passes
 from edgelm.export.passes.quantize_linears import ROWWISE_SCHEMES
-from edgelm.export.quantization.schemes import Quantizer
+from edgelm.export.quantization.quantizer import Quantizer
 from edgelm.export.tracing.attention import trace_model
 from edgelm.runtime import load
 from edgelm.runtime.bundle.folder import Bundle
