@@ -49,10 +49,10 @@ PEERS = {
         report.Peer("edgelm-int4", "edgelm, 4 bits, INT8 cache", "edgelm", "4bits", "int4"),
         report.Peer(f"edgelm-int4{KERNELS}", "edgelm + kernels, 4 bits, INT8 cache", "edgelm", "4bits+kernels", "int4"),
         report.Peer(
-            f"edgelm-5.6bits{KERNELS}", "edgelm + kernels, 5.6 bits a parameter", "edgelm", "5.6bits+kernels", "int4"
+            f"edgelm-5.4bits{KERNELS}", "edgelm + kernels, 5.4 bits a parameter", "edgelm", "5.4bits+kernels", "int4"
         ),
         report.Peer(
-            f"edgelm-6.4bits{KERNELS}", "edgelm + kernels, 6.4 bits a parameter", "edgelm", "6.4bits+kernels", "int4"
+            f"edgelm-6.2bits{KERNELS}", "edgelm + kernels, 6.2 bits a parameter", "edgelm", "6.2bits+kernels", "int4"
         ),
         report.Peer("genai-int8", "onnxruntime-genai, int8", "genai", "int8", "int8"),
         report.Peer("genai-int4", "onnxruntime-genai, int4", "genai", "int4", "int4"),

@@ -1,7 +1,7 @@
 """edgelm itself, in the script's environment.
 
 Variants: the type of the KV cache ("int8", "float32"); with an INT8 cache, all matrices in 4 bits ("4bits"), or a
-bundle of so many bits for each parameter ("5.6bits"); and each of them with the compiled kernels ("int8+kernels").
+bundle of so many bits for each parameter ("5.4bits"); and each of them with the compiled kernels ("int8+kernels").
 """
 
 from __future__ import annotations
