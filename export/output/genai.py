@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ...runtime.bundle import folder as names
 from ...runtime.bundle.manifest import Model, Tokens
-from ..passes.graph import ATTENTION, KEPT_ATTENTION
+from ..passes.attention_functions import ATTENTION_TEXTS
 from ..passes.last_logits_only import LastLogitsOnly
 from .package import write_json
 
@@ -39,7 +39,7 @@ def write_genai_files(folder: Path, model: Model, tokens: Tokens) -> str | None:
     LastLogitsOnly()(graph)
     _fix_rows(graph, model)
     ir.save(graph, folder / GENAI_GRAPH_NAME)
-    attention = next(node for node in graph.graph if node.op_type in (ATTENTION, KEPT_ATTENTION))
+    attention = next(node for node in graph.graph if node.op_type in ATTENTION_TEXTS)
     heads = attention.attributes["num_heads"].as_int()
     write_json(folder / GENAI_CONFIG_NAME, genai_config(model, tokens, heads))
     return None
