@@ -64,6 +64,7 @@ LONG = {
     "test_trace",
     "test_training",
     "test_weight_bits",
+    "test_whole_exports",
 }
 
 # Simple English, long enough to calibrate and judge tiny models.

@@ -25,9 +25,8 @@ from ...runtime.host import machine
 from ...runtime.sessions.protocol import Session
 from .judging import ANSWER_TOKENS, Judging
 
-# Rows whose log probabilities are computed at once: 6 MB with a vocabulary of 49,152, which fits into the processor's
-# cache.
-_BLOCK = 32
+# Logits whose log probabilities are computed at once: 6 MB, which fit into the processor's cache.
+_BLOCK_VALUES = 3 << 19
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,9 @@ def each_block(
             piece = token_ids[start : min(start + size, len(token_ids) - 1)]
             wanted = min(len(piece), max(0, start + len(piece) - begin))
             logits = session.step(piece, wanted)
-            blocks = range(0, wanted, _BLOCK)
-            found += pool.map(read, [done + row for row in blocks], [logits[row : row + _BLOCK] for row in blocks])
+            rows = max(1, _BLOCK_VALUES // logits.shape[1])
+            blocks = range(0, wanted, rows)
+            found += pool.map(read, [done + row for row in blocks], [logits[row : row + rows] for row in blocks])
             done += wanted
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
