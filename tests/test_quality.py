@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -349,3 +352,31 @@ def test_the_report_has_the_figures_and_the_answers(tiny_bundle: Path) -> None:
 def test_the_texts_are_installed() -> None:
     folder = ROOT / "export" / "text"
     assert {path.stem for path in (folder / "judging").glob("*.txt")} == {kind for kind, _ in built_in_texts().judging}
+
+
+ON_A_SMALL_DISK = """
+import errno, subprocess, sys
+from pathlib import Path
+import numpy as np
+from edgelm.export.gate.judging import Judging
+from edgelm.export.gate.reference import observe
+from tests.test_quality import Chain
+
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", sys.argv[1]], check=True)
+judging = Judging((("text", list(range(400))),), (), (), 4096)
+try:
+    observe(Chain(np.zeros((4096, 4096), np.float32)), judging, 512, Path(sys.argv[1]))
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"""
+
+
+def test_a_full_disk_is_an_error_and_does_not_end_the_process(tmp_path: Path) -> None:
+    """In its own mount namespace, which ends with the process."""
+    alone = ["unshare", "--mount"]
+    probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user cannot mount a small disk")
+    command = [*alone, sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, "ENOSPC"), done.stderr

@@ -6,6 +6,7 @@ so the quantized graph's answer is known that far without generating it.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,12 @@ def observe(session: Session, judging: Judging, context_length: int, folder: Pat
 
 
 def _make_file(path: Path, rows: int, vocab_size: int) -> Path:
+    """A file of this size. Raises: OSError, if the disk is full. If its pages were missing, writing to the mapped file
+    would end the process with SIGBUS."""
     np.lib.format.open_memmap(path, "w+", np.float16, (rows, vocab_size)).flush()
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return path
 
 
