@@ -165,10 +165,10 @@ def _ways_to_compute(chosen: Arithmetic | None) -> dict[str, Arithmetic | None]:
     written graph."""
     if chosen is None:
         return {"with all matrices quantized": None}
-    everywhere = {"with activations of 16 bits everywhere": wide_everywhere(dict.fromkeys(chosen.activations, 0))}
+    ways: dict[str, Arithmetic | None] = {"with activations of 16 bits everywhere": chosen.widened()}
     if set(chosen.activations.values()) == {16}:
-        return {**everywhere}
-    return {"with activations of 8 and 16 bits": chosen, **everywhere}
+        return ways
+    return {"with activations of 8 and 16 bits": chosen, **ways}
 
 
 def _attempt(name: str, way: Arithmetic | None, fp32: Fp32Graph, quantizer: Quantizer) -> Attempt:

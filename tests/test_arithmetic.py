@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -87,6 +88,16 @@ def test_a_loss_that_is_not_finite_keeps_16_bits(loss: float) -> None:
     found, _ = choose({"attention": loss, "up": loss, "down": loss}, 1.0)
     assert set(found.activations.values()) == {16}
     assert found.kl == 0
+    assert json.loads(json.dumps(found.measured(), allow_nan=False))["matrices"]
+
+
+def test_16_bits_everywhere_keep_what_was_measured() -> None:
+    chosen, _ = choose({"attention": 1e-3, "up": 1e-3, "down": 1.0}, 1e-3)
+    assert 8 in chosen.activations.values()
+    wide = chosen.widened()
+    assert set(wide.activations.values()) == {16} == {group.bits for group in wide.groups}
+    assert [group.kl for group in wide.groups] == [group.kl for group in chosen.groups]
+    assert (wide.kl, wide.saved_percent) == (0.0, 0.0)
 
 
 def test_no_budget_is_16_bits_everywhere() -> None:

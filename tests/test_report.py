@@ -293,6 +293,12 @@ def test_the_arithmetic_that_was_chosen_is_shown(report: Report) -> None:
     assert (figure.after, figure.verdict) == ("1 of 3 matrices", "33 % of the multiply-adds saved")
 
 
+def test_arithmetic_that_was_not_measured_has_no_chart(report: Report, recwarn: pytest.WarningsRecorder) -> None:
+    report["arithmetic"] = {"matrices": [], "kl_chosen": 0.0, "multiply_adds_saved_percent": 0.0}
+    assert "What activations of 8 bits would cost" not in page(report)
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
 def texts_of(svg: str) -> list[tuple[float, float, str]]:
     """Left edge, height and words of each text in a drawing, in the drawing's units."""
     found = []

@@ -15,10 +15,12 @@ of 576 (fixed by calibration), this cost 0.0023 nats over 16 bits everywhere, fo
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,13 +65,19 @@ class Arithmetic:
         """Names of the matrices with 16 bits."""
         return [name for name, bits in self.activations.items() if bits == 16]
 
+    def widened(self) -> Arithmetic:
+        """16 bits everywhere, with what was measured."""
+        groups = tuple(replace(group, bits=16) for group in self.groups)
+        return Arithmetic(dict.fromkeys(self.activations, 16), groups, 0.0, 0.0)
+
     def measured(self) -> dict[str, Any]:
-        """As plain data for a report: an entry for each group, named after its first matrix."""
+        """As plain data for a report: an entry for each group, named after its first matrix. A loss that is not finite
+        is the largest float, since JSON has neither NaN nor infinity."""
         rows = [
             {
                 "name": group.name if len(group.matrices) == 1 else f"{group.name} and {len(group.matrices) - 1} more",
                 "activations": group.bits,
-                "kl_if_8": group.kl,
+                "kl_if_8": group.kl if math.isfinite(group.kl) else sys.float_info.max,
                 "multiply_adds": group.multiply_adds,
             }
             for group in self.groups

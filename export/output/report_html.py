@@ -119,7 +119,8 @@ def _charts(report: dict[str, Any]) -> dict[str, str]:
         drawn["agreement"] = charts.squares("agreement", f"{percent:.1f} of 100 squares are filled", percent)
         if quality.get("positions"):
             drawn["positions"] = _positions(quality["positions"])
-    if report.get("arithmetic"):
+    # Without groups nothing was measured: models that are fed token by token have 16 bits everywhere.
+    if report.get("arithmetic") and report["arithmetic"]["matrices"]:
         drawn["arithmetic"] = _arithmetic(report["arithmetic"]["matrices"])
     if report.get("sensitivity"):
         drawn["sensitivity"] = _sensitivity(report["sensitivity"])
