@@ -153,7 +153,8 @@ def profile_path(name: str) -> Path:
             if near
             else f"there is {', '.join(available_targets())}, or a path of a .toml file"
         )
-        raise TargetError(f"unknown target {name!r}: {hint}")
+        missing = f"{path} is not a file; " if name.endswith(".toml") else ""
+        raise TargetError(f"unknown target {name!r}: {missing}{hint}")
     return path
 
 

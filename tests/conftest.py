@@ -172,6 +172,17 @@ def compare_texts(
         return measure(observe(before, judging, window, Path(folder)), after, gate)
 
 
+def on_a_small_disk(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program that mounts a small disk on its argument, `folder`, in a mount namespace that ends with it. Skips
+    the test where this user cannot mount."""
+    alone = ["unshare", "--mount"]
+    probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user cannot mount a small disk")
+    command = [*alone, sys.executable, "-c", program, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
 def require_kernels(patch: pytest.MonkeyPatch) -> None:
     """Use the compiled kernels in what is opened from now on; calls `missing` if there are none."""
     if importlib.util.find_spec("edgelm_kernels") is None:

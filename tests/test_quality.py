@@ -6,9 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +26,7 @@ from edgelm.runtime.sessions.protocol import Capabilities
 from edgelm.runtime.text.tokenizer import Tokenizer
 from edgelm.targets import load_target
 
-from .conftest import ROOT, byte_tokenizer
+from .conftest import ROOT, byte_tokenizer, on_a_small_disk
 
 GATE = load_target("x86-cpu").gate
 VOCABULARY = 8
@@ -372,11 +369,5 @@ except OSError as error:
 
 
 def test_a_full_disk_is_an_error_and_does_not_end_the_process(tmp_path: Path) -> None:
-    """In its own mount namespace, which ends with the process."""
-    alone = ["unshare", "--mount"]
-    probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this user cannot mount a small disk")
-    command = [*alone, sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = on_a_small_disk(ON_A_SMALL_DISK, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "ENOSPC"), done.stderr

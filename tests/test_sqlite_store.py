@@ -22,7 +22,7 @@ from edgelm.runtime.caches.responses.database import DiskBudget, mapped_errors
 from edgelm.runtime.caches.responses.sqlite import SqliteStore
 from edgelm.runtime.errors import CacheCorruptError, CacheError, CacheVersionError
 
-from .conftest import ROOT
+from .conftest import ROOT, on_a_small_disk
 
 BUDGET = DiskBudget(2**20, 1_000)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither modes nor forks")
@@ -495,13 +495,7 @@ print("gone")
 
 
 def test_a_full_a_read_only_and_a_vanished_disk(tmp_path: Path) -> None:
-    """In its own mount namespace, which ends with the process."""
-    alone = ["unshare", "--mount"]
-    probe = [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this user cannot mount a small disk")
-    command = [*alone, sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = on_a_small_disk(ON_A_SMALL_DISK, tmp_path)
     assert done.returncode == 0, done.stderr
     kinds = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert kinds == ["full", "read-only", "read-only", "gone"], done.stdout

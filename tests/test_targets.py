@@ -227,6 +227,11 @@ def test_weight_bits_are_7_or_8(tmp_path: Path, bits: int) -> None:
     assert f"weight_bits must be 7 or 8, found {bits}" in message
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"mine\.toml is not a file; there is arm-cpu"):
+        load_target(str(tmp_path / "mine.toml"))
+
+
 def test_an_operator_set_that_no_graph_has_is_refused(tmp_path: Path) -> None:
     assert "opset must be 20, which all graphs have, found 7" in refusal(
         tmp_path, VALID.replace("opset = 20", "opset = 7")
