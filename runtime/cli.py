@@ -48,18 +48,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def one_line_errors(command: Callable[[], int], debug: bool) -> int:
     """Run a command. An EdgelmError, or an error of the system, becomes one line and an exit status."""
     try:
-        return command()
+        return _printed(command)
     except EdgelmError as error:
         return _fail(str(error), error, debug)
     except BrokenPipeError as error:
-        # The reader of our output is gone. Redirect standard output, or the interpreter complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("the output was closed before everything was written", error, debug)
     except KeyboardInterrupt:
         print("edgelm: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except OSError as error:
         return _fail(f"the system refused: {error}", error, debug)
+    finally:
+        _drop_unwritable()
+
+
+def _printed(command: Callable[[], int]) -> int:
+    """Run a command and write out what it printed, so that a full disk is noticed here. Raises: OSError."""
+    try:
+        status = command()
+    except SystemExit:  # argparse printed help
+        _flush()
+        raise
+    _flush()
+    return status
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed before we started
+        sys.stdout.flush()
+
+
+def _drop_unwritable() -> None:
+    """Output that cannot be written (full disk, closed pipe) stays in its buffer: the interpreter would fail to write it
+    once more at exit, and end with a message and a status of its own."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require_characters(words: list[str]) -> None:
@@ -84,8 +109,6 @@ def _dispatch(name: str | None, words: list[str]) -> int:
     if sys.stdout is None and name not in _SILENT:
         raise SettingsError("standard output is closed, so nothing can be printed: open it, or send it to /dev/null")
     status: int = module.run(given)
-    if sys.stdout is not None:  # closed before we started
-        sys.stdout.flush()
     return status
 
 

@@ -586,9 +586,24 @@ def test_a_broken_pipe_is_one_line(tiny_bundle: Path, command: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
+# Python writes at once, or when its buffer is full and at exit. argparse itself ignores the first of these errors.
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (["inspect", "BUNDLE"], ""),
+        (["inspect", "BUNDLE"], "1"),
+        (["doctor"], ""),
+        (["doctor"], "1"),
+        (["--help"], ""),
+        (["run", "--help"], ""),
+        (["--version"], ""),
+    ],
+)
+def test_a_full_disk_is_one_line(tiny_bundle: Path, arguments: list[str], unbuffered: str) -> None:
+    words = [str(tiny_bundle) if word == "BUNDLE" else word for word in arguments]
     with Path("/dev/full").open("wb") as full:
-        check_one_line(process("inspect", tiny_bundle, stdout=full), "No space left")
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        check_one_line(process(*words, stdout=full, env=environment), "No space left")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors with a POSIX shell")

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from edgelm.export import ExportConfig, compress_model, export_model
+from edgelm.export.compress.last_words import Passages
 from edgelm.export.compress.measure import Measuring
 from edgelm.export.compress.reading import Reader
 from edgelm.export.compress.recipe import parse_recipe
 from edgelm.export.compress.run import rehearse
 from edgelm.export.compress.size import weight_bytes
+from edgelm.export.compress.training import held_out
 from edgelm.export.errors import ExportError, OutputError, RecipeError
 from edgelm.export.source.compressed import load_compressed
 from edgelm.export.source.loading import load_module
@@ -308,13 +310,26 @@ def test_measuring_can_be_switched_off(
         Measuring(reads=False, passages=tmp_path / "p.jsonl")
 
 
-def test_last_words_are_measured_where_passages_are_given(model: Path, tmp_path: Path) -> None:
+def test_last_words_are_measured_where_passages_are_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(held_out, "_MOST_PASSAGES", 1)
+    accuracy = Passages.accuracy
+
+    def counted(self: Passages, module: torch.nn.Module) -> float:
+        read.append(len(self.texts))
+        return accuracy(self, module)
+
+    monkeypatch.setattr(Passages, "accuracy", counted)
     lines = [json.dumps({"text": f"the cat sat on the {word}"}) for word in ("mat", "hat", "rug")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     measuring = Measuring(passages=tmp_path / "p.jsonl", count=2)
     record, _ = compress(model, tmp_path / "out", TRAINING, measuring=measuring)
     assert record.steps[0]["after"]["last_words_percent"] in (0.0, 50.0, 100.0)
-    assert all("last_words_percent" in point for point in record.steps[0]["training"]["curve"])
+    curve = record.steps[0]["training"]["curve"]
+    assert all(point["last_words_percent"] in (0.0, 100.0) for point in curve)
+    assert read == [2, *(1 for _ in curve), 2]  # a training evaluates on fewer passages than are measured around it
 
 
 # --- held-out text ----------------------------------------------------------------------------------------------------

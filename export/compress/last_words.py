@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class Passages:
     texts: tuple[str, ...]
     tokenizer: Tokenizer
     context_length: int
+
+    def first(self, count: int) -> Passages:
+        """At most the first `count` passages."""
+        return dataclasses.replace(self, texts=self.texts[:count])
 
     def accuracy(self, module: torch.nn.Module) -> float:
         """Share of the passages, 0 to 1, whose last word the module predicts.
