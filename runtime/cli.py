@@ -79,8 +79,8 @@ def _flush() -> None:
 
 
 def _drop_unwritable() -> None:
-    """Output that cannot be written (full disk, closed pipe) stays in its buffer: the interpreter would fail to write it
-    once more at exit, and end with a message and a status of its own."""
+    """Send output that cannot be written (full disk, closed pipe) to the null device. It is still in its buffer: the
+    interpreter would try to write it at exit, and end with a message and a status of its own."""
     try:
         _flush()
     except OSError:
