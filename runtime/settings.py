@@ -159,7 +159,7 @@ class GenerationSettings:
         if self.min_tokens > self.max_tokens:
             raise SettingsError(f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}: lower the first")
         if self.deterministic:
-            for name in ("top_k", "top_p", "min_p"):
+            for name in _DRAWING:
                 if getattr(self, name) != getattr(type(self), name):
                     raise SettingsError(f"{name} does nothing at temperature 0: give a temperature, such as 0.7, too")
         if self.keep and self.context_full != "slide":
@@ -195,6 +195,7 @@ _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "timeout": (lambda x: 0 < x < math.inf, "a number of seconds above 0"),
 }
 _MAY_BE_NONE = ("seed", "logprobs", "timeout")
+_DRAWING = ("top_k", "top_p", "min_p")
 _TOUCH_LOGITS = (
     "min_tokens",
     "repetition_penalty",
