@@ -1,14 +1,13 @@
 """Measure a server with one client and several: tokens per second, time between tokens, gaps beside a long prompt.
 
     python scripts/bench_server.py BUNDLE [--clients 8] [--tokens 96] [--threads N] [--json]
-    python scripts/bench_server.py BUNDLE --beside PYTHON FILE.gguf [--rounds 3]
+    python scripts/bench_server.py BUNDLE --beside "llama-server -m FILE.gguf -np 8 -t 2 --port {port}" [--rounds 3]
 
 Starts `edgelm serve` without the response cache. Measures the time from process start to the first token, then one
 client, several at once, and several while a long prompt is fed. Texts are compared with those of `generate`.
 
---beside compares, in alternation, with llama.cpp decoding as many texts at once (llama_cpp_rows.py, run by PYTHON, the
-Python of the environment that scripts/compare_peers.py makes for llama-cpp-python): tokens per second, and per second
-of CPU time, which is less disturbed by other programs.
+--beside compares, in alternation, with another server of OpenAI's interface, started by this command: tokens of all
+clients per second, and per second of CPU time, which is less disturbed by other programs.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
+import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -56,7 +55,7 @@ def main() -> int:
     """Measure and print."""
     arguments = parse()
     if arguments.beside:
-        print(json.dumps(beside_llama_cpp(arguments), indent=None if arguments.json else 1))
+        print(json.dumps(beside_peer(arguments), indent=None if arguments.json else 1))
         return 0
     with served(arguments.bundle, arguments.threads) as (address, begun):
         first = asyncio.run(ask(address, "Once", 1)).times[0] - begun
@@ -75,31 +74,53 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1900, help="tokens of the long prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "GGUF"), help="compare with llama.cpp")
+    parser.add_argument("--beside", metavar="COMMAND", help="compare with another server; {port} is its port")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
     return parser.parse_args()
 
 
-def beside_llama_cpp(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of all clients, edgelm with HTTP and llama.cpp without, and the medians of the ratios."""
-    python, gguf = arguments.beside
-    numbers = {"threads": arguments.threads, "rows": arguments.clients, "tokens": arguments.tokens}
-    command = [python, str(Path(__file__).parent / "peers" / "llama_cpp_rows.py"), gguf]
-    command += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+def beside_peer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of all clients, of edgelm and of the other server, and the medians of the ratios."""
     ours, theirs = [], []
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with served(arguments.bundle, arguments.threads) as (address, _):
-        (server,) = psutil.Process().children()
-        asyncio.run(ask(address, "warm up", 8))
+    with served(arguments.bundle, arguments.threads) as (address, _), peer(arguments.beside) as (other, process):
+        (server,) = (child for child in psutil.Process().children() if child.pid != process.pid)
+        for where in (address, other):
+            asyncio.run(ask(where, "warm up", 8))
         for number in range(arguments.rounds):
             ours.append(asyncio.run(rates(address, server, arguments, number)))
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            theirs.append(json.loads(done.stdout))
+            theirs.append(asyncio.run(rates(other, process, arguments, number)))
     ratios = {
         name: round(statistics.median(mine[name] / other[name] for mine, other in zip(ours, theirs, strict=True)), 2)
         for name in ours[0]
     }
-    return {"edgelm": ours, "llama.cpp": theirs, "ratio": ratios}
+    return {"edgelm": ours, "peer": theirs, "ratio": ratios}
+
+
+@contextmanager
+def peer(command: str) -> Iterator[tuple[str, psutil.Popen]]:
+    """The other server's address and process, once it answers at /health."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = psutil.Popen(shlex.split(command.format(port=port)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+    try:
+        while not is_healthy(address):
+            if process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"this server did not start: {command}")
+            time.sleep(0.1)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(START_S)
+
+
+def is_healthy(address: str) -> bool:
+    """Whether a server answers."""
+    try:
+        return httpx.get(f"{address}/health").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
 
 
 async def rates(address: str, server: psutil.Process, arguments: argparse.Namespace, number: int) -> dict[str, float]:
@@ -175,11 +196,12 @@ async def tokens_of(address: str, text: str) -> int:
 
 async def ask(address: str, prompt: str, tokens: int, session: str = "") -> Stream:
     """Stream an answer to a text. session: a proxy may choose the server by it."""
-    # Raw text would make a chat model end at once.
+    # Raw text would make a chat model end at once. llama-server has ignore_eos in place of min_tokens.
     body = {
         "prompt": prompt,
         "max_tokens": tokens,
         "min_tokens": tokens,
+        "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -194,7 +216,7 @@ async def ask(address: str, prompt: str, tokens: int, session: str = "") -> Stre
             chunk = json.loads(line.removeprefix("data: "))
             if "error" in chunk:
                 raise SystemExit(chunk["error"]["message"])
-            count = (chunk["usage"] or {}).get("completion_tokens", count)
+            count = (chunk.get("usage") or {}).get("completion_tokens", count)
             if chunk["choices"] and chunk["choices"][0]["text"]:
                 text += chunk["choices"][0]["text"]
                 times.append(time.perf_counter())
