@@ -40,6 +40,20 @@ def test_each_of_several_sums_is_dropped() -> None:
     assert kinds(model) == ["Exp", "Mul", "Tanh"]
 
 
+@pytest.mark.parametrize(
+    ("outputs", "body", "left"),
+    [
+        ("a, float[batch,new,32] y", "a = Tanh(x) y = Add(a, zeros)", ["Identity", "Tanh"]),
+        ("y, float[batch,new,32] z", "y = Add(x, zeros) z = Tanh(x)", ["Identity", "Tanh"]),
+    ],
+    ids=["of another output", "of an input"],
+)
+def test_an_output_that_is_the_sum_keeps_its_name(outputs: str, body: str, left: list[str]) -> None:
+    model = graph(f"float[batch,new,32] x -> float[batch,new,32] {outputs}", body, VECTOR)
+    applied(DropZeros(), model, {"x": floats(BATCH, NEW, HIDDEN)})
+    assert kinds(model) == left
+
+
 # Larger than `_MOST_ELEMENTS`: such initializers are matrices, which are not read.
 ROWS = (1 << 17) // HIDDEN + 1
 NO_ZEROS: dict[str, tuple[str, str, dict[str, Array]]] = {

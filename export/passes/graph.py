@@ -158,12 +158,24 @@ class Builder:
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Replace `old` by `new` everywhere, including the graph's outputs. `new` gets its type, shape and, for an output
-    of the graph, its name."""
+    of the graph, its name; if `new` is itself an input or output, a copy does, since a value has one name."""
     new.type, new.shape = new.type or old.type, new.shape or old.shape
+    if old.is_graph_output() and (new.is_graph_input() or new.is_graph_output()):
+        new = _copied(new, behind=old)
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}.replaced"
         new.name = name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _copied(value: ir.Value, *, behind: ir.Value) -> ir.Value:
+    """An Identity of a value, behind the node that computes another one."""
+    node = behind.producer()
+    assert node is not None and node.graph is not None
+    copy = ir.Node("", "Identity", [value], name=f"{behind.name}.copy")
+    copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+    node.graph.insert_after(node, copy)
+    return copy.outputs[0]
 
 
 def use_domain(model: ir.Model, domain: str, version: int = 1) -> None:
