@@ -22,7 +22,7 @@ from ..runtime.bundle import folder as names
 from ..runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Quantization, Target
 from ..runtime.errors import SessionError
 from ..runtime.host.ort import can_start, load_onnxruntime
-from ..runtime.sessions import providers
+from ..runtime.sessions import kernels, providers
 from ..targets import Profile
 from . import libraries
 from .compress.processes import require_one
@@ -57,6 +57,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
     """
     libraries.redirect()
     profile = config.profile()
+    provider = provider_of(profile)
     folder = find_source(config.model, config.revision)
     out = config.out or default_output(config.model, folder, profile.name)
     place.check_output(out, config.force)
@@ -70,7 +71,7 @@ def export_model(config: ExportConfig, progress: Progress | None = None) -> Expo
         if recipe is not None:
             task = Task(config.model, folder, recipe, profile, config.compression_texts())
             folder = _compress(task, work, out, progress)
-        job = Job(config, profile, folder, work, provider_of(profile))
+        job = Job(config, profile, folder, work, provider)
         with stages.stage("load"):
             loaded, module = load(job, scheme)
         fp32 = make_fp32_graph(job, loaded, module, stages)
@@ -91,8 +92,10 @@ def default_output(model: str, folder: Path, target: str) -> Path:
 def provider_of(profile: Profile) -> str:
     """The target's provider; for a GPU that is not here the CPU's, which can also judge such a graph.
 
-    Raises: SessionError, for any other that is missing.
+    Raises: SessionError, for any other that is missing, or if the installed kernels cannot be used. It is called before
+    the work, since each way to trace would fail by that.
     """
+    kernels.identity()
     if can_start(profile.provider):
         return profile.provider
     if profile.provider == providers.CUDA:

@@ -60,13 +60,14 @@ def measure_sizes(config: ExportConfig, progress: Progress | None = None) -> lis
         raise RecipeError("all sizes are shown of one model in one scheme: leave size, bits, scheme and recipe out")
     libraries.redirect()
     profile = config.profile()
+    provider = provider_of(profile)
     config = replace(config, bits=_ALL_BITS)
     scheme = config.quantization(profile)
     folder = find_source(config.model, config.revision)
     out = config.out or default_output(config.model, folder, profile.name)
     stages = Stages(f"{config.model} for {profile.name}", progress)
     with place.partial_folder(out) as work:
-        job = Job(config, profile, folder, work, provider_of(profile))
+        job = Job(config, profile, folder, work, provider)
         with stages.stage("load"):
             loaded, module = load(job, scheme)
         fp32 = make_fp32_graph(job, loaded, module, stages)

@@ -195,6 +195,7 @@ _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "timeout": (lambda x: 0 < x < math.inf, "a number of seconds above 0"),
 }
 _MAY_BE_NONE = ("seed", "logprobs", "timeout")
+# They narrow the draw, so they have no effect on greedy answers.
 _DRAWING = ("top_k", "top_p", "min_p")
 _TOUCH_LOGITS = (
     "min_tokens",

@@ -20,6 +20,8 @@ from edgelm.export.pipeline import default_output
 from edgelm.export.source.finding import find_source, short_name
 from edgelm.runtime.bundle.folder import Bundle
 from edgelm.runtime.cli import main
+from edgelm.runtime.errors import SessionError
+from edgelm.runtime.sessions import kernels
 
 from .conftest import WIDE_TARGET, byte_tokenizer, tiny_llama
 
@@ -737,6 +739,8 @@ PROGRAM = """
 import os, resource, sys
 {before}
 from edgelm.runtime.cli import main
+from edgelm.runtime.errors import SessionError
+from edgelm.runtime.sessions import kernels
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -841,3 +845,15 @@ def test_a_bundle_is_not_written_into_its_model_unasked(tmp_path: Path, monkeypa
     assert default_output(".", Path(), "x86-cpu") == tmp_path / "model-x86-cpu"
     monkeypatch.chdir(tmp_path)
     assert default_output("model", Path("model"), "x86-cpu") == Path("model-x86-cpu")
+
+
+@pytest.mark.parametrize("sizes", [[], ["--sizes"]])
+def test_kernels_that_cannot_be_used_are_refused_before_the_work(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[str]
+) -> None:
+    def mismatch() -> str | None:
+        raise SessionError("edgelm-kernels belongs to another version of edgelm")
+
+    monkeypatch.setattr(kernels, "identity", mismatch)
+    line = refused("builtin:tales", *sizes, words=("another version",))
+    assert "cannot be exported" not in line
