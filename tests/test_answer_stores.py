@@ -83,6 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.options: dict[str, Any] = {"ttl_s": ttl, "policy": policy, "clock": self.clock.clock}
         self.folder = tempfile.TemporaryDirectory()
         self.max_entries = max_entries
+        self.uses_wait = False  # uses that the store has noted and not written
         if self.on_disk:
             self.store = self.open_disk()
         else:
@@ -98,12 +99,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.put(key, new)
         if self.on_disk:
             self.model.drop_expired(self.clock.wall())
+        self.uses_wait = False
         self.model.put(key, new, self.clock.wall())
 
     @rule(key=st.sampled_from(KEYS))
     def get(self, key: str) -> None:
         found = self.store.get(key)
         assert found == self.model.find(key, self.clock.wall())
+        self.uses_wait |= found is not None
         if found is None:  # reading removes expired entries from memory
             self.forget_expired(key)
 
@@ -114,6 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.forget_expired(key)
         else:
             self.store.touch(key)
+            self.uses_wait = True
 
     def forget_expired(self, key: str) -> None:
         if not self.on_disk:
@@ -127,11 +131,15 @@ class StoreMachine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.store.clear()
         self.model.entries = []
+        self.uses_wait = False
 
     @precondition(lambda self: self.on_disk)
     @rule()
     def restart(self) -> None:
         self.store.close()
+        if self.uses_wait:  # a file that is written to loses its expired answers
+            self.model.drop_expired(self.clock.wall())
+        self.uses_wait = False
         self.store = self.open_disk()
 
     @invariant()
@@ -147,6 +155,18 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             self.store.close()
             self.folder.cleanup()
+
+
+def test_closing_a_file_with_unwritten_uses_drops_its_expired_answers() -> None:
+    machine = DiskMachine()
+    machine.start(max_bytes=0, max_entries=1, ttl=100.0, policy="lru")
+    machine.put(key="a", letter="x", words=1)
+    machine.get(key="a")
+    machine.wait(seconds=500.0)
+    machine.restart()
+    machine.agrees_with_the_model()
+    assert machine.store.stats().entries == 0
+    machine.teardown()
 
 
 class MemoryMachine(StoreMachine):
