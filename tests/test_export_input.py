@@ -857,3 +857,12 @@ def test_kernels_that_cannot_be_used_are_refused_before_the_work(
     monkeypatch.setattr(kernels, "identity", mismatch)
     line = refused("builtin:tales", *sizes, words=("another version",))
     assert "cannot be exported" not in line
+
+
+@pytest.mark.parametrize("command", ["export", "compress"])
+def test_a_bundle_is_no_model(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    more = ["--recipe", "light"] if command == "compress" else []
+    assert main([command, str(tiny_bundle), "--out", str(tmp_path / "out"), *more]) == 1
+    assert f"{tiny_bundle} is a bundle: give the model that it was exported from" in capsys.readouterr().err

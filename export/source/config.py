@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...runtime.bundle.manifest import MANIFEST_NAME
 from ...runtime.host.files import MODEL_TEXT_BYTES, NoTextError, read_text
 from ..errors import SourceError
 
@@ -37,6 +38,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except NoTextError as error:
         raise SourceError(f"{path}: {error.strerror}: download the model again") from error
     except OSError as error:
+        if (folder / MANIFEST_NAME).is_file():
+            raise SourceError(f"{folder} is a bundle: give the model that it was exported from") from error
         raise SourceError(
             f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's format"
         ) from error
