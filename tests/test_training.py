@@ -508,8 +508,8 @@ def test_tuning_brings_the_rounded_model_closer_to_the_original(
 
 @pytest.mark.usefixtures("without_kernels")
 def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_path: Path) -> None:
-    """Products are bit-equal; float32 norms and attention differ by about 1e-6. If that flips a rounding to INT8,
-    logits differ by more, which is rare in short texts."""
+    """Products are bit-equal; float32 norms and attention differ by about 1e-6. That may flip a rounding to INT8, after
+    which logits of that text differ by more: most short texts have no flip, whatever the processor trained."""
     module = QuantizationAware(**QUICK).apply(tiny_llama(), bench).module
     traced = trace_model(module)
     ir.passes.PassManager([*fusing_passes(512), *quantizing_passes("int8-rowwise", 8, {})])(traced.graph)
@@ -518,15 +518,27 @@ def test_tuned_model_in_simulation_answers_as_its_bundle(bench: Workbench, tmp_p
     model = Model(
         257, 512, module.num_parameters(), traced.layers, kv, traced.layout, traced.states, traced.step_tokens
     )
-    ids = list(b"Once upon a time, there was a cat")
+    texts = [
+        list(word.encode())
+        for word in ["Once", "upon", "a", "time,", "there", "was", "a", "cat", "who", "liked", "green", "apples"]
+    ]
     session = make_session(tmp_path / GRAPH_NAME, model, 1, ["CPUExecutionProvider"])
     try:
-        logits = np.array(session.step(ids, len(ids)))
+        logits = []
+        for ids in texts:
+            session.rewind(0)
+            logits.append(np.array(session.step(ids, len(ids))))
     finally:
         session.close()
+    plain = [answer(module, ids) for ids in texts]
+    with Quantized(module, activation_bits=8):
+        simulated = [answer(module, ids) for ids in texts]
+    assert all(np.abs(one - other).max() > 1e-2 for one, other in zip(plain, logits, strict=True))
+    equal = [float(np.abs(one - other).max()) < 1e-4 for one, other in zip(simulated, logits, strict=True)]
+    assert sum(equal) >= 0.75 * len(texts)
+
+
+def answer(module: Any, ids: list[int]) -> Any:
+    """The module's logits [tokens, vocabulary] of the ids."""
     with torch.no_grad():
-        plain = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-        with Quantized(module, activation_bits=8):
-            simulated = module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-    assert np.abs(plain - logits).max() > 1e-2
-    assert np.abs(simulated - logits).max() < 1e-4
+        return module(torch.tensor([ids]), use_cache=False).logits[0].numpy()
