@@ -32,6 +32,10 @@ class Passages:
         """At most the first `count` passages."""
         return dataclasses.replace(self, texts=self.texts[:count])
 
+    def retokenized(self, tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) -> Passages:
+        """The same passages with another tokenizer of transformers."""
+        return dataclasses.replace(self, tokenizer=_of_runtime(tokenizer, module))
+
     def accuracy(self, module: torch.nn.Module) -> float:
         """Share of the passages, 0 to 1, whose last word the module predicts.
 
@@ -48,10 +52,13 @@ def load_passages(
     path: Path, count: int, tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel, context_length: int
 ) -> Passages:
     """The first `count` passages of a JSON Lines file. Raises: RecipeError if it cannot be read or has fewer."""
-    texts = read_texts(path, count)
+    return Passages(read_texts(path, count), _of_runtime(tokenizer, module), context_length)
+
+
+def _of_runtime(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) -> Tokenizer:
     with tempfile.TemporaryDirectory(prefix="edgelm-") as scratch:
         write_tokenizer(tokenizer, module, Path(scratch))
-        return Passages(texts, Tokenizer(Path(scratch) / TOKENIZER_NAME), context_length)
+        return Tokenizer(Path(scratch) / TOKENIZER_NAME)
 
 
 def read_texts(path: Path, count: int) -> tuple[str, ...]:

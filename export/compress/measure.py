@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from ...targets import Profile
 from ..errors import RecipeError
-from .last_words import Passages
 from .reading import Reader
 from .size import weight_bytes
+from .step import Workbench
 from .steps.weights_int4 import noted_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .vocabulary import Trimmed
 
 MOST_TOKENS = 2049  # of which the first is not predicted
 
@@ -64,19 +66,20 @@ class Meter:
     """
 
     def __init__(
-        self, profile: Profile, token_ids: Sequence[int], context_length: int, passages: Passages | None, *, reads: bool
+        self, profile: Profile, token_ids: Sequence[int], context_length: int, trimmed: Trimmed | None, *, reads: bool
     ) -> None:
-        """passages: LAMBADA passages to measure on; reads: whether quality is measured or only parameters and bytes."""
+        """token_ids: the source's; trimmed: the tokens that steps leave of them (None: all); reads: whether quality is
+        measured or only parameters and bytes."""
         self._profile, self._context = profile, context_length
-        self._reader = Reader(token_ids[:MOST_TOKENS], context_length) if reads else None
-        self._passages = passages
+        self._reader = Reader(token_ids[:MOST_TOKENS], context_length, trimmed) if reads else None
 
-    def measure(self, module: PreTrainedModel) -> Figures:
-        """Figures of a module in evaluation mode. After `weights-int4`, quality is not measured: the module holds
-        weights that are not rounded yet."""
+    def measure(self, module: PreTrainedModel, bench: Workbench) -> Figures:
+        """Figures of a module in evaluation mode. bench: of the step before; its tokens are the module's, and its
+        passages are measured. After `weights-int4`, quality is not measured: the module holds weights that are not
+        rounded yet."""
         parameters, size = module.num_parameters(), weight_bytes(module, self._profile, self._context)
         if self._reader is None or noted_weights(module) is not None:
             return Figures(parameters, size)
-        reading = self._reader.read(module)
-        words = None if self._passages is None else 100 * self._passages.accuracy(module)
+        reading = self._reader.read(module, split=bench.trimmed is not None)
+        words = None if bench.passages is None else 100 * bench.passages.accuracy(module)
         return Figures(parameters, size, reading.perplexity, reading.kl, 100 * reading.same, words)

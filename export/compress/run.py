@@ -32,7 +32,7 @@ from .outlook import look_ahead, step_benches
 from .processes import is_first, wait_for_all
 from .progress import telling
 from .recipe import Recipe, load_recipe, step_settings
-from .step import Step, Workbench, step_name
+from .step import Retokenizing, Step, Workbench, step_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,8 @@ class _Context:
     rehearsal: bool
     module: PreTrainedModel = field(init=False)  # load
     source: SourceModel = field(init=False)  # load
-    benches: list[Workbench] = field(init=False)  # load
+    bench: Workbench = field(init=False)  # load: the source's
+    benches: list[Workbench] = field(init=False)  # load: one per step
     meter: Meter = field(init=False)  # load
     figures: dict[str, Any] = field(init=False)  # load, then each step
     done: list[dict[str, Any]] = field(default_factory=list)  # each step
@@ -85,7 +86,7 @@ def compress_folder(
     with stages.stage("write"):
         if is_first():
             record = _record(context)
-            write_compressed(context.module, context.source.tokenizer, record, out)
+            write_compressed(context.module, context.benches[-1].tokenizer, record, out)
             page = compressed_page(record.name, record.recipe, record.steps)
             (out / REPORT_PAGE_NAME).write_text(page, encoding="utf-8")
     return _record(context)
@@ -98,7 +99,7 @@ def _apply_all(context: _Context, progress: Progress | None) -> Stages:
         with stages.stage("load"):
             _load(context)
         with stages.stage("measure the source"):
-            context.figures = _measure(context)
+            context.figures = _measure(context, context.bench)
         for index, step in enumerate(task.recipe.steps):
             with stages.stage(f"{index + 1}: {step_name(step)}"):
                 _apply(context, index, step)
@@ -126,7 +127,7 @@ def _load(context: _Context) -> None:
         passages = load_passages(
             measuring.passages, measuring.count, source.tokenizer, context.module, source.context_length
         )
-    bench = Workbench(
+    context.bench = bench = Workbench(
         ids,
         source.tokenizer,
         task.folder,
@@ -137,10 +138,13 @@ def _load(context: _Context) -> None:
         passages=passages,
         rehearsal=context.rehearsal,
     )
+    first = task.recipe.steps[0]
+    if isinstance(first, Retokenizing):
+        bench = first.retokenized(context.module, bench)
     context.benches = step_benches(task.recipe.steps, bench)
     look_ahead(task.recipe.steps, context.module, context.benches)
     reads = measuring.reads and not context.rehearsal
-    context.meter = Meter(task.profile, judged, source.context_length, passages, reads=reads)
+    context.meter = Meter(task.profile, judged, source.context_length, bench.trimmed, reads=reads)
 
 
 def _apply(context: _Context, index: int, step: Step) -> None:
@@ -152,7 +156,7 @@ def _apply(context: _Context, index: int, step: Step) -> None:
     training = details.pop("training", None)
     if training is not None:
         seconds = training.pop("seconds", seconds)
-    before, context.figures = context.figures, _measure(context)
+    before, context.figures = context.figures, _measure(context, context.benches[index])
     done = {**step_settings(step), "details": details, "before": before, "after": context.figures}
     if training is not None:
         done["training"] = training
@@ -164,9 +168,9 @@ def _apply(context: _Context, index: int, step: Step) -> None:
     context.done.append(done)
 
 
-def _measure(context: _Context) -> dict[str, Any]:
+def _measure(context: _Context, bench: Workbench) -> dict[str, Any]:
     """Figures of the current module; empty in all processes but the first."""
-    return dataclasses.asdict(context.meter.measure(context.module)) if is_first() else {}
+    return dataclasses.asdict(context.meter.measure(context.module, bench)) if is_first() else {}
 
 
 def _record(context: _Context) -> Record:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .last_words import Passages
+    from .vocabulary import Trimmed
 
 # Name in recipes -> class, in the file of steps/ that has the step's name with underscores.
 _STEPS = {
+    "trim-vocabulary": "TrimVocabulary",
     "drop-layers": "DropLayers",
     "skip-attention": "SkipAttention",
     "prune-magnitude": "PruneMagnitude",
@@ -37,11 +39,11 @@ _STEPS = {
 class Workbench:
     """What a step needs beside the module.
 
-    token_ids: calibration text; tokenizer: the source's; source: folder of the uncompressed model, the default teacher;
+    token_ids: calibration text; tokenizer: the model's; source: folder of the uncompressed model, see `reference`;
     checkpoints: this step's folder, kept after an interruption and created by its first writer; context_length: the
     model's, in tokens; say: receives progress lines; before: settings of the steps before this one, oldest first;
     passages: LAMBADA passages that training steps evaluate on; rehearsal: a dry run, in which a training step only
-    estimates its time and changes no weights.
+    estimates its time and changes no weights; trimmed: the source's tokens that remain, if the recipe removes some.
     """
 
     token_ids: Sequence[int]
@@ -53,6 +55,18 @@ class Workbench:
     before: tuple[dict[str, Any], ...] = ()
     passages: Passages | None = None
     rehearsal: bool = False
+    trimmed: Trimmed | None = None
+
+    def reference(self) -> PreTrainedModel:
+        """The uncompressed model, which training compares with: the default teacher. It has the rows of the tokens that
+        remain. Raises: SourceError."""
+        from ..source.loading import load_module
+        from .vocabulary import keep_rows
+
+        module = load_module(self.source)
+        if self.trimmed is not None:
+            keep_rows(module, self.trimmed)
+        return module
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,15 @@ class Checked(Protocol):
     def check(self, outlook: Outlook) -> None:
         """Record in `outlook` what the step removes. Raises: RecipeError, SourceError if the step cannot work whatever
         the steps before it choose."""
+
+
+@runtime_checkable
+class Retokenizing(Protocol):
+    """A first step that changes the tokenizer. The whole recipe works with the tokens that it leaves."""
+
+    def retokenized(self, module: PreTrainedModel, bench: Workbench) -> Workbench:
+        """The workbench with the new tokenizer. module: the source. Raises: RecipeError if the tokenizer cannot be
+        changed so."""
 
 
 def step_names() -> list[str]:

@@ -65,7 +65,8 @@ class Distil(Schedule):
         _check_fit(student, module, "student", bench)
         if self.alpha == 0:
             return Applied(student, train(self, student, student, next_token, bench, *folders.values()))
-        teacher = load_module(folders.get("teacher", bench.source)).requires_grad_(False)
+        teacher = load_module(folders["teacher"]) if "teacher" in folders else bench.reference()
+        teacher.requires_grad_(False)
         _check_fit(teacher, module, "teacher", bench)
         loss = distillation(teacher, self.temperature, self.alpha)
         own = self._own_text(teacher, folders.get("teacher", bench.source), bench)

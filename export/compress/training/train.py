@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...source.loading import load_module
 from ..progress import telling
 from ..step import Workbench
 from .checkpoint import Checkpoint, State, identify
@@ -103,7 +102,7 @@ def _held_out(
     if not texts.held_out or not accelerator.is_main_process:
         return None
     bench.say(f"evaluating the source on {len(texts.held_out) - 1} held-out tokens")
-    source: Any = load_module(bench.source)
+    source: Any = bench.reference()
     source.to(accelerator.device)
     return HeldOut(texts.held_out, source, bench, within=within, samples=step.samples)
 
