@@ -206,10 +206,10 @@ def _measure(study: Study, name: str, what: str) -> Any:
 
 
 def _load(study: Study, variant: Variant) -> tuple[Callable[[list[int], int], Iterator[int]], Any]:
-    """A generating function, and the source's tokenizer."""
+    """A generating function, and the variant's tokenizer."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(study.model, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(study.folder(variant), local_files_only=True)
     if variant.name == SOURCE:
         import torch
         from peers.transformers import Loaded

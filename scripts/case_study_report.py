@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -90,7 +91,11 @@ def _against(figures: Figures, name: str, text: str) -> str:
 
 
 def _perplexity(figures: Figures, name: str, text: str) -> Any:
-    return figures.get(f"{name}/perplexity/{text}", {}).get("perplexity", {}).get("value")
+    """Per token of the source: a form whose vocabulary was trimmed has more tokens."""
+    found, whole = (figures.get(f"{form}/perplexity/{text}", {}).get("perplexity") for form in (name, SOURCE))
+    if found is None or whole is None:
+        return None
+    return math.exp(math.log(found["value"]) * found["tokens"] / whole["tokens"])
 
 
 def _last_words(figures: Figures, name: str) -> Any:

@@ -35,7 +35,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         for index, value in enumerate(seconds):
             found[f"{name}/speed/{index}"] = {"answer_s": value, "first_s": 0.1, "peak_mb": 300.0}
     for name, perplexity, accuracy in (("transformers", 20.0, 0.4), ("int8", 20.5, 0.38), ("pruned", 24.0, 0.36)):
-        found[f"{name}/perplexity/wiki"] = {"perplexity": {"value": perplexity}}
+        found[f"{name}/perplexity/wiki"] = {"perplexity": {"value": perplexity, "tokens": 1000}}
         found[f"{name}/lambada"] = {"lambada": {"accuracy": accuracy}}
     return {**found, **changes}
 
@@ -53,6 +53,13 @@ def test_promises_are_kept_or_not(report: ModuleType) -> None:
     assert found["quality kept: perplexity +3 %, LAMBADA 3 points, or less"] == ["yes", "no"]
     assert found["perplexity, wiki"] == ["20.00", "20.50 (+2.5 %)", "24.00 (+20.0 %)"]
     assert found["times as fast, same round"][1] == "5.8 (5.0 to 6.7)"
+
+
+def test_perplexity_is_per_token_of_the_source(report: ModuleType) -> None:
+    """A trimmed vocabulary needs more tokens for a text, each easier to predict."""
+    longer = {"pruned/perplexity/wiki": {"perplexity": {"value": 20.0, "tokens": 1100}}}
+    found = rows(report.markdown(figures(**longer), TITLES))
+    assert found["perplexity, wiki"][2] == "26.99 (+34.9 %)"  # 20 to the power of 1.1
 
 
 def test_missing_figures_keep_no_promise(report: ModuleType) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import shutil
 import tomllib
 from collections.abc import Callable, Sequence
@@ -136,8 +137,11 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0].endswith("on 599 tokens (window 512, stride 256)")
-        and lines[1] == "last words     0.00 % of 1 passages"
+        and lines[2] == "last words     0.00 % of 1 passages"
     )
+    # 599 of 600 bytes are scored, each a token.
+    bits = 599 / 600 * math.log2(float(lines[0].split()[1]))
+    assert float(lines[1].removeprefix("bits per byte  ").split(",")[0]) == pytest.approx(bits, rel=1e-3)
 
 
 def test_the_command_takes_a_model(
@@ -215,8 +219,8 @@ def test_the_command_compares(
     assert found["perplexity"] == {**alone, "value": pytest.approx(alone["value"], rel=1e-9)}
     assert main([*command, str(tiny_bundle)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith("(+0.00 %)") and lines[2].startswith("KL divergence  0.00000 nats a token")
-    assert lines[3].startswith("same token     100.00 %")
+    assert lines[2].endswith("(+0.00 %)") and lines[3].startswith("KL divergence  0.00000 nats a token")
+    assert lines[4].startswith("same token     100.00 %")
 
 
 def test_a_reference_with_another_tokenizer(

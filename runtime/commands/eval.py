@@ -20,6 +20,7 @@ from ..bundle.foreign_graphs import is_foreign
 from ..bundle.manifest import MANIFEST_NAME
 from ..errors import BundleMissingError, SettingsError
 from ..evaluation.quality import last_words, read_passages, text_against, text_perplexity
+from ..evaluation.scoring import Perplexity
 from ..sessions.loading import open_folder
 from ..sessions.protocol import Session
 from ..text.tokenizer import Tokenizer
@@ -87,17 +88,19 @@ def _on_text(opened: _Opened, text: str, arguments: argparse.Namespace) -> dict[
     sizes = {"window": arguments.window, "stride": arguments.stride}
     if arguments.against is None:
         found = text_perplexity(session, tokenizer, text, context, **sizes)
-        return {"perplexity": dataclasses.asdict(found)}
+        return _perplexity(found, text)
     with _opened(arguments.against, arguments.threads) as (other_context, other_tokenizer, reference):
         if other_tokenizer.encode(text) != tokenizer.encode(text):
             raise SettingsError(
-                f"{arguments.against} cuts the text into other tokens: compare with the model's own source"
+                f"{arguments.against} cuts the text into other tokens: compare with the model's own source, or run "
+                "edgelm eval for each of both and compare bits per byte"
             )
         found, against = text_against(session, reference, tokenizer, text, min(context, other_context), **sizes)
-    return {
-        "perplexity": dataclasses.asdict(found),
-        "against": {"model": arguments.against, **dataclasses.asdict(against)},
-    }
+    return _perplexity(found, text) | {"against": {"model": arguments.against, **dataclasses.asdict(against)}}
+
+
+def _perplexity(found: Perplexity, text: str) -> dict[str, Any]:
+    return {"perplexity": dataclasses.asdict(found), "bits_per_byte": found.bits_per_byte(text)}
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -105,6 +108,7 @@ def _print(figures: dict[str, Any]) -> None:
         row = figures["perplexity"]
         where = f"window {row['window']}, stride {row['stride']}"
         print(f"perplexity     {row['value']:.4f} on {row['tokens']:,} tokens ({where})")
+        print(f"bits per byte  {figures['bits_per_byte']:.4f}, comparable between tokenizers")
     if "against" in figures:
         row = figures["against"]
         print(f"against        {row['perplexity']:.4f} of {row['model']} ({row['increase_percent']:+.2f} %)")

@@ -30,6 +30,11 @@ class Perplexity:
     window: int
     stride: int
 
+    def bits_per_byte(self, text: str) -> float:
+        """Information content of the scored text: comparable between models with different tokenizers, while
+        perplexity is per token. As `bits_per_byte` of EleutherAI's lm-evaluation-harness."""
+        return self.tokens * math.log2(self.value) / len(text.encode())
+
 
 def score(
     session: Session, token_ids: Sequence[int], window: int, stride: int
