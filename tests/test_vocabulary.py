@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edgelm.export import ExportConfig, export_model
 from edgelm.export.compress.reading import Reader
-from edgelm.export.compress.vocabulary import Trimmed, keep_rows, trim_tokenizer
+from edgelm.export.compress.vocabulary.tokenizer import trim_tokenizer
+from edgelm.export.compress.vocabulary.trimmed import InRemaining, Trimmed, keep_rows
 from edgelm.export.errors import RecipeError
 from edgelm.export.source.loading import load_module
 from edgelm.export.source.tokenizer import load_tokenizer
@@ -80,8 +81,8 @@ def test_real_tokenizers_keep_what_they_can_write(name: str) -> None:
     ids = whole(text, add_special_tokens=False)["input_ids"]
     assert trimmed.split(ids) == smaller(text, add_special_tokens=False)["input_ids"]
     assert len(trimmed.split(ids)) == len(ids), "tokens of the text that was given stay"
-    for token, pieces in enumerate(trimmed.pieces[: len(whole)]):
-        assert "".join(smaller.convert_ids_to_tokens(list(pieces))) == whole.convert_ids_to_tokens(token)
+    for token, parts in enumerate(trimmed.parts[: len(whole)]):
+        assert "".join(smaller.convert_ids_to_tokens(list(parts))) == whole.convert_ids_to_tokens(token)
 
 
 @given(text=st.text(max_size=60))
@@ -144,7 +145,7 @@ def test_figures_are_per_token_of_the_source(model: Path) -> None:
     keep_rows(module, trimmed)
     reading = reader.read(module, split=True)
     split = torch.tensor([trimmed.split(ids)])
-    first = len(trimmed.pieces[ids[0]])
+    first = len(trimmed.parts[ids[0]])
     with torch.no_grad():
         says = torch.log_softmax(module(split).logits[0], -1)
     loss = -says[first - 1 : -1].gather(1, split[0, first:, None]).sum() / 99
@@ -163,7 +164,7 @@ def test_figures_are_per_token_of_the_source(model: Path) -> None:
     assert reading.same == 1
 
 
-def test_the_divergence_is_zero_where_first_pieces_take_the_removed_probability(model: Path) -> None:
+def test_the_divergence_is_zero_where_first_parts_take_the_removed_probability(model: Path) -> None:
     """A reference that never predicts a removed token loses nothing where its tokens begin."""
     whole, module = worded_llama(tie_word_embeddings=False), worded_llama(tie_word_embeddings=False)
     tokenizer, trimmed = trim(model, module, 320)
@@ -181,7 +182,7 @@ def test_the_divergence_is_zero_where_first_pieces_take_the_removed_probability(
     assert reading.same == 1
 
 
-def test_windows_fit_a_short_context_in_pieces(model: Path) -> None:
+def test_windows_fit_a_short_context_in_parts(model: Path) -> None:
     module = worded_llama(max_position_embeddings=32)
     tokenizer, trimmed = trim(model, module, 320)
     ids = tokenizer(TEXT)["input_ids"][:100]
@@ -267,3 +268,18 @@ def test_a_rehearsal_trims_in_memory(model: Path, tmp_path: Path) -> None:
     assert isinstance(listener, Listener)
     assert record.steps[0]["details"]["rows"] == [WORDS + 4, 384]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_keeps_its_probabilities(model: Path) -> None:
+    """A removed token's probability is its first part's."""
+    source = worded_llama()
+    _, trimmed = trim(model, source, 320)
+    ids = torch.tensor([[3, 300, 7]])
+    with torch.no_grad():
+        found = InRemaining(source, trimmed)(ids, use_cache=False).logits.exp()[0, -1]
+        whole = torch.softmax(source(torch.tensor(trimmed.kept)[ids]).logits[0, -1], -1)
+    expected = torch.zeros(len(trimmed.kept))
+    for token, parts in enumerate(trimmed.parts):
+        if parts:
+            expected[parts[0]] += whole[token]
+    torch.testing.assert_close(found, expected / expected.sum())

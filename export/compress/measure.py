@@ -17,7 +17,7 @@ from .steps.weights_int4 import noted_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .vocabulary import Trimmed
+    from .vocabulary.trimmed import Trimmed
 
 MOST_TOKENS = 2049  # of which the first is not predicted
 

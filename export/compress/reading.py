@@ -3,9 +3,9 @@
 The text is cut into windows. Each window also predicts the first token of the next one, so every token but the first is
 predicted once, and no position is computed twice.
 
-A module with fewer tokens (`vocabulary.py`) reads the same windows, with removed tokens in pieces. The loss of a token
-is that of all its pieces. The KL divergence compares predictions of whole tokens, where the reference's probability of
-a removed token counts as its first piece's; predictions inside a token are not compared.
+A module with fewer tokens (`vocabulary/`) reads the same windows, with removed tokens in parts. The loss of a token
+is that of all its parts. The KL divergence compares predictions of whole tokens, where the reference's probability of
+a removed token counts as its first part's; predictions inside a token are not compared.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from .progress import tracked
 
 if TYPE_CHECKING:
-    from .vocabulary import Trimmed
+    from .vocabulary.trimmed import Trimmed
 
 WINDOW = 512
 _ROWS = 64  # rows of logits per log_softmax: about 12 MB with a vocabulary of 49,152
 _LEAST = -6e4  # close to float16's lowest finite number
-_TINY = 1e-30  # probability, in place of 0
 
 
 @dataclass(frozen=True)
@@ -92,23 +91,18 @@ class Reader:
 
     def _split_sums(self, module: torch.nn.Module) -> torch.Tensor:
         assert self._trimmed is not None, "the reader was made without the tokens that remain"
-        written = torch.tensor([bool(pieces) for pieces in self._trimmed.pieces])
-        firsts = torch.tensor([pieces[0] if pieces else 0 for pieces in self._trimmed.pieces])
         expected = iter(self._expected)
         sums = torch.zeros(3, dtype=torch.float64)
         for window in self._windows():
-            pieces = [self._trimmed.pieces[token] for token in window.tolist()]
-            ids = torch.tensor([piece for each in pieces for piece in each])
-            ends = torch.tensor([len(each) for each in pieces]).cumsum(0) - 1
+            ids = torch.tensor(self._trimmed.split(window.tolist()))
+            ends = torch.tensor([len(self._trimmed.parts[token]) for token in window.tolist()]).cumsum(0) - 1
             logits = _logits(module, ids[:-1])[ends[0] :]
             for some, targets in zip(torch.split(logits, _ROWS), torch.split(ids[ends[0] + 1 :], _ROWS), strict=True):
                 sums[0] -= _chosen(torch.log_softmax(some.float(), -1), targets.to(some.device))
             for some in torch.split(logits[ends[:-1] - ends[0]], _ROWS):
-                got, (says, first) = torch.log_softmax(some.float(), -1), next(expected)
-                whole = _normalized(says, got.device).exp() * written.to(got.device)
-                wanted = torch.zeros_like(got).index_add_(1, firsts.to(got.device), whole)
-                wanted = (wanted / wanted.sum(-1, keepdim=True)).clamp_min(_TINY)
-                sums[1:] += _compared(got, wanted.log(), firsts[first])
+                got, (says, _) = torch.log_softmax(some.float(), -1), next(expected)
+                wanted = self._trimmed.spoken(_normalized(says, got.device).exp())
+                sums[1:] += _compared(got, wanted, wanted.argmax(-1))
         return sums
 
     def _predictions(self, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -124,8 +118,8 @@ class Reader:
             yield self._ids[start : start + self._window + 1]
 
     def _longest(self, trimmed: Trimmed) -> int:
-        """The most pieces that a window is read in."""
-        counts = torch.tensor([len(trimmed.pieces[token]) for token in self._ids.tolist()])
+        """The most tokens that a window has in parts."""
+        counts = torch.tensor([len(trimmed.parts[token]) for token in self._ids.tolist()])
         return max(int(part.sum()) for part in torch.split(counts, self._window))
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .last_words import Passages
-    from .vocabulary import Trimmed
+    from .vocabulary.trimmed import Trimmed
 
 # Name in recipes -> class, in the file of steps/ that has the step's name with underscores.
 _STEPS = {
@@ -57,16 +58,14 @@ class Workbench:
     rehearsal: bool = False
     trimmed: Trimmed | None = None
 
-    def reference(self) -> PreTrainedModel:
-        """The uncompressed model, which training compares with: the default teacher. It has the rows of the tokens that
-        remain. Raises: SourceError."""
+    def reference(self) -> torch.nn.Module:
+        """The uncompressed model, which training compares with: the default teacher. It reads and predicts the tokens
+        that remain. Raises: SourceError."""
         from ..source.loading import load_module
-        from .vocabulary import keep_rows
+        from .vocabulary.trimmed import InRemaining
 
         module = load_module(self.source)
-        if self.trimmed is not None:
-            keep_rows(module, self.trimmed)
-        return module
+        return module if self.trimmed is None else InRemaining(module, self.trimmed)
 
 
 @dataclass(frozen=True)

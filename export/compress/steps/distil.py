@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....runtime.bundle.folder import file_digest
 from ...errors import RecipeError
@@ -13,8 +13,8 @@ from ..training.checkpoint import weight_files
 from ..training.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 _OWN_TEXT = "own_text.json"
 
@@ -65,16 +65,18 @@ class Distil(Schedule):
         _check_fit(student, module, "student", bench)
         if self.alpha == 0:
             return Applied(student, train(self, student, student, next_token, bench, *folders.values()))
-        teacher = load_module(folders["teacher"]) if "teacher" in folders else bench.reference()
+        if "teacher" in folders:
+            named = load_module(folders["teacher"])
+            _check_fit(named, module, "teacher", bench)
+        teacher: torch.nn.Module = named if "teacher" in folders else bench.reference()
         teacher.requires_grad_(False)
-        _check_fit(teacher, module, "teacher", bench)
         loss = distillation(teacher, self.temperature, self.alpha)
         own = self._own_text(teacher, folders.get("teacher", bench.source), bench)
         return Applied(student, train(self, student, student, loss, bench, *folders.values(), more=own))
 
-    def _own_text(self, teacher: PreTrainedModel, folder: Path, bench: Workbench) -> list[int]:
+    def _own_text(self, teacher: torch.nn.Module, folder: Path, bench: Workbench) -> list[int]:
         """Token ids that the teacher generates. An interrupted run's text is reused. folder: the teacher's."""
-        from ..training.own_text import keep_own_text, write_own_text
+        from ..training.own_text import keep_own_text
 
         if not self.own_text or bench.rehearsal:
             return []
@@ -82,8 +84,20 @@ class Distil(Schedule):
         return keep_own_text(
             bench.checkpoints / _OWN_TEXT,
             [self.own_text, length, list(bench.token_ids), [file_digest(path) for path in weight_files(folder)]],
-            lambda: write_own_text(teacher, bench.tokenizer, bench.token_ids, self.own_text, length),
+            lambda: self._write(teacher, bench, length),
         )
+
+    def _write(self, teacher: Any, bench: Workbench, length: int) -> list[int]:
+        """New own text. A source whose vocabulary was trimmed writes with all its tokens."""
+        from ...source.tokenizer import load_tokenizer
+        from ..training.own_text import write_own_text
+        from ..vocabulary.trimmed import InRemaining
+
+        if not isinstance(teacher, InRemaining):
+            return write_own_text(teacher, bench.tokenizer, bench.token_ids, self.own_text, length)
+        trimmed, tokenizer = teacher.trimmed, load_tokenizer(bench.source)
+        starts = [trimmed.kept[token] for token in bench.token_ids]
+        return trimmed.split(write_own_text(teacher.source, tokenizer, starts, self.own_text, length))
 
 
 def _find(what: str, name: str, bench: Workbench) -> Path:

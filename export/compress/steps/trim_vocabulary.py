@@ -33,7 +33,8 @@ class TrimVocabulary:
 
     def retokenized(self, module: PreTrainedModel, bench: Workbench) -> Workbench:
         """See `Retokenizing`."""
-        from ..vocabulary import rows_of_tokens, trim_tokenizer
+        from ..vocabulary.tokenizer import trim_tokenizer
+        from ..vocabulary.trimmed import rows_of_tokens
 
         before = int(module.config.get_text_config().vocab_size)
         each = sum(weight.numel() for weight in rows_of_tokens(module)) / before
@@ -45,10 +46,10 @@ class TrimVocabulary:
 
     def apply(self, module: PreTrainedModel, bench: Workbench) -> Applied:
         """See `Step`. Cost: a few tokens are computed."""
-        from ..vocabulary import keep_rows
+        from ..vocabulary.trimmed import keep_rows
 
         assert bench.trimmed is not None, "the workbench of this step is made by `retokenized`"
-        before, rows = module.num_parameters(), len(bench.trimmed.pieces)
+        before, rows = module.num_parameters(), len(bench.trimmed.parts)
         keep_rows(module, bench.trimmed)
         after = len(bench.trimmed.kept)
         removed = round(100 * (1 - module.num_parameters() / before), 2)

@@ -12,7 +12,7 @@ from ..step import Workbench
 from .schedule import Keep
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 _PROMPT, _ANSWER = 16, 32  # tokens of a sample
 _MOST_PASSAGES = 100  # each takes a pass of its own, so that 500 would take longer than the steps between evaluations
@@ -28,7 +28,7 @@ class HeldOut:
     def __init__(
         self,
         token_ids: list[int],
-        source: PreTrainedModel,
+        source: torch.nn.Module,
         bench: Workbench,
         *,
         within: AbstractContextManager[Any] | None,

@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer with fewer tokens, and a model with fewer rows of embedding and head.
+"""A byte-pair tokenizer with fewer tokens.
 
 Without the merge that makes it, a token's text is written with the two tokens that the merge joined, or with their
 parts: no text becomes impossible. Tokens stay by how often a text has them; the rest by the rank of their merge, which
@@ -10,37 +10,20 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.bundle.folder import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
-from ..errors import RecipeError
-from ..source.tokenizer import load_tokenizer
-from ..source.tokenizer_check import HARD_TEXTS
+from ....runtime.bundle.folder import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from ...errors import RecipeError
+from ...source.tokenizer import load_tokenizer
+from ...source.tokenizer_check import HARD_TEXTS
+from .trimmed import Trimmed, configs, named_ids
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MULTIPLE = 64  # the number of rows that remain; matrix products prefer it
-_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")  # in a generation configuration, beside the keys `*_token_id`
-
-
-@dataclass(frozen=True)
-class Trimmed:
-    """tokenizer: the smaller one; kept: the source's id of each of its ids, ascending; pieces: for each of the source's
-    ids, the ids of the same characters (empty for a row without a token)."""
-
-    tokenizer: PreTrainedTokenizerBase
-    kept: tuple[int, ...]
-    pieces: tuple[tuple[int, ...], ...]
-
-    def split(self, token_ids: Iterable[int]) -> list[int]:
-        """Ids of the same text. The smaller tokenizer may cut a few words of it otherwise: a merge that stayed may join
-        what a removed one joined before."""
-        return [piece for token in token_ids for piece in self.pieces[token]]
 
 
 def trim_tokenizer(
@@ -60,41 +43,14 @@ def trim_tokenizer(
             "encoding only: remove this step"
         )
     before = int(module.config.get_text_config().vocab_size)
-    named = {index for config in _configs(module) for index in _named_ids(config) if index < before}
+    named = {index for config in configs(module) for index in named_ids(config) if index < before}
     often = [token for token, _ in Counter(token_ids).most_common()]
     kept = _shorten(data, named, often, -(-rows // _MULTIPLE) * _MULTIPLE)
     new = {old: index for index, old in enumerate(kept)}
     _renumber(data, new)
-    trimmed = Trimmed(_rebuilt(tokenizer, data, new), tuple(kept), _pieces(backend, data, new, before))
+    trimmed = Trimmed(_rebuilt(tokenizer, data, new), tuple(kept), _parts_of(backend, data, new, before))
     _check_texts(tokenizer, trimmed.tokenizer)
     return trimmed
-
-
-def keep_rows(module: PreTrainedModel, trimmed: Trimmed) -> None:
-    """Remove, in place, the embedding's and the head's rows of removed tokens, and renumber the token ids in the
-    model's configuration.
-
-    module: in evaluation mode. Raises: RecipeError if the model uses token ids in another place too; the module is
-    unusable then.
-    """
-    import torch
-
-    kept = torch.tensor(trimmed.kept)
-    probe = torch.linspace(0, len(kept) - 1, 16).long()[None]  # up to the last, which is most often renumbered
-    with torch.no_grad():
-        expected = module(input_ids=kept[probe], use_cache=False).logits[..., kept]
-        for weight in rows_of_tokens(module):
-            weight[: len(kept)] = weight[kept]
-        module.resize_token_embeddings(len(kept), mean_resizing=False)
-        found = module(input_ids=probe, use_cache=False).logits
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise RecipeError(
-            f"{type(module).__name__} uses token ids outside of its embedding and head: remove the step trim-vocabulary"
-        )
-    new = {old: index for index, old in enumerate(trimmed.kept)}
-    for config in _configs(module):
-        for key, value in _id_settings(config):
-            setattr(config, key, new[value] if isinstance(value, int) else [new[each] for each in value])
 
 
 def _shorten(data: dict[str, Any], named: set[int], often: Sequence[int], rows: int) -> list[int]:
@@ -177,19 +133,19 @@ def _rebuilt(tokenizer: PreTrainedTokenizerBase, data: dict[str, Any], new: dict
         return load_tokenizer(folder)
 
 
-def _pieces(whole: Any, data: dict[str, Any], new: dict[int, int], rows: int) -> tuple[tuple[int, ...], ...]:
+def _parts_of(whole: Any, data: dict[str, Any], new: dict[int, int], rows: int) -> tuple[tuple[int, ...], ...]:
     """For each id of the whole tokenizer, the ids of its characters in the shorter one's JSON."""
     from tokenizers import Tokenizer
 
     model = Tokenizer.from_str(json.dumps(data)).model
-    pieces: list[tuple[int, ...]] = []
+    parts: list[tuple[int, ...]] = []
     for old in range(rows):
         if old in new:
-            pieces.append((new[old],))
+            parts.append((new[old],))
         else:
             token = whole.id_to_token(old)
-            pieces.append(() if token is None else tuple(piece.id for piece in model.tokenize(token)))
-    return tuple(pieces)
+            parts.append(() if token is None else tuple(part.id for part in model.tokenize(token)))
+    return tuple(parts)
 
 
 def _check_texts(whole: PreTrainedTokenizerBase, smaller: PreTrainedTokenizerBase) -> None:
@@ -201,27 +157,3 @@ def _check_texts(whole: PreTrainedTokenizerBase, smaller: PreTrainedTokenizerBas
                 f"with fewer tokens, the model's tokenizer gives {found!r:.60} back for {expected!r:.60}: remove the "
                 "step trim-vocabulary"
             )
-
-
-def rows_of_tokens(module: Any) -> list[torch.Tensor]:
-    """Weights with a row for each token, each once: embedding, head and the head's bias."""
-    head = module.get_output_embeddings()
-    weights = [module.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-    return list({id(weight): weight.detach() for weight in weights if weight is not None}.values())
-
-
-def _configs(module: PreTrainedModel) -> list[Any]:
-    """The configurations that may name token ids, each once."""
-    found = (module.config, module.config.get_text_config(), module.generation_config)
-    return list({id(config): config for config in found if config is not None}.values())
-
-
-def _id_settings(config: Any) -> list[tuple[str, int | Sequence[int]]]:
-    """Settings of a configuration that are a token id or a list of them."""
-    names = [name for name in vars(config) if name.endswith("_token_id") or name in _ID_LISTS]
-    return [(name, getattr(config, name)) for name in names if isinstance(getattr(config, name), (int, list))]
-
-
-def _named_ids(config: Any) -> set[int]:
-    """The token ids that a configuration names."""
-    return {each for _, value in _id_settings(config) for each in ([value] if isinstance(value, int) else value)}

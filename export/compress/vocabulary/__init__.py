@@ -1,0 +1,1 @@
+"""A smaller vocabulary: the tokenizer and the model that `trim-vocabulary` leaves."""
