@@ -215,9 +215,9 @@ def test_the_folder_answers_as_its_bundle_and_transformers(model: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trimmed")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "trimmed")
     ids = tokenizer("Once upon", return_tensors="pt")["input_ids"]
-    expected = plain.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    expected = plain.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     with load(tmp_path / "bundle") as engine:
-        assert engine.generate("Once upon", max_tokens=12).token_ids == tuple(expected.tolist())
+        assert engine.generate("Once upon", max_tokens=12, min_tokens=12).token_ids == tuple(expected.tolist())
     once, _ = compress(tmp_path / "trimmed", tmp_path / "twice", {**TRIM, "ratio": 0.03})
     assert once.steps[1]["details"]["rows"][0] == record.steps[0]["details"]["rows"][1]
 
