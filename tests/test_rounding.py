@@ -102,6 +102,28 @@ def test_windows_in_one_batch_are_independent(graph: Path) -> None:
         np.testing.assert_allclose(found, weighted, rtol=1e-4, atol=1e-5)
 
 
+def test_groups_go_on_where_the_one_before_ended(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each matrix in a group of its own: the same moments, and no product runs twice."""
+    ids = list(TEXT.encode())[:128]
+    whole = collect_hessians(graph, ids, 512)
+    products: list[int] = []
+    save = ir.save
+
+    def saved(model: ir.Model, path: Path) -> None:
+        products.append(sum(node.op_type == "MatMul" for node in model.graph))
+        save(model, path)
+
+    monkeypatch.setattr("edgelm.export.quantization.hessians._GROUP_BYTES", 1)
+    monkeypatch.setattr("edgelm.export.quantization.hessians.ir.save", saved)
+    found = list(each_group_of_hessians(graph, [ids], 512))
+    together = {name: moments for group in found for name, moments in group.items()}
+    assert together.keys() == whole.keys()
+    for name, moments in together.items():
+        np.testing.assert_allclose(moments, whole[name], rtol=1e-3, atol=1e-4)
+    assert sum(products) == len(whole) - 1  # the head's product is not needed
+    assert len(found) == 2 * 4 + 1  # before attention, behind it, before and inside each MLP; the head
+
+
 def test_infinite_inputs_are_refused(graph: Path, tmp_path: Path) -> None:
     model = ir.load(graph)
     (name,) = [name for name in model.graph.initializers if "layers.1.mlp.down_proj" in name]
