@@ -46,6 +46,13 @@ struct Result {
   }
 };
 
+// Lines of memory that will be needed, `stride` bytes apart.
+struct Ahead {
+  const uint8_t* begin;
+  size_t stride;
+  int count;
+};
+
 // Weights of 4 bits: columns of a group, inputs of a block, bytes of 16 weights, and lines of 64 bytes for a group's
 // weights in a block.
 constexpr int kGroup = 16, kNibbleBlock = 32, kQuad = 16, kBlockLines = 4;
@@ -134,7 +141,8 @@ struct Arithmetic {
   void (*pack_rows)(const int8_t* w, int depth, int count, int8_t* panel);
 
   // The product of any number of rows, with all their planes, and the first `columns` of a panel of `depth` rows.
-  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+  // Meanwhile the lines of `ahead` are prefetched.
+  void (*panel)(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns, Ahead ahead,
                 const Result& result);
   // The same of sums, rows of `stride_sums`, a whole number of blocks.
   void (*scale)(const int32_t* sums, size_t stride_sums, int rows, int columns, const Result& result);

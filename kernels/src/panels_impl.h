@@ -44,8 +44,24 @@ void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
   }
 }
 
+// Prefetches lines, spread evenly over steps of the arithmetic: a processor can wait for some 50 lines at a time, and
+// asked for more at once, it waits before it goes on.
+class Evenly {
+ public:
+  Evenly(Ahead ahead, int steps) : ahead_(ahead), each_((ahead.count + steps - 1) / std::max(steps, 1)) {}
+
+  void step() {
+    for (int i = std::min(each_, ahead_.count); i > 0; i--, ahead_.count--, ahead_.begin += ahead_.stride)
+      __builtin_prefetch(ahead_.begin);
+  }
+
+ private:
+  Ahead ahead_;
+  int each_;
+};
+
 template <int M, int Planes>
-inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns,
+inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns, Evenly& ahead,
                        const Result& result) {
   for (int part = 0; part < columns; part += kBytes) {
     // Prefetch the output: y is larger than the caches, and only few stores can wait at the same time.
@@ -58,28 +74,32 @@ inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, i
       const Bytes quads[4] = {load_bytes(w), load_bytes(w + kBytes), load_bytes(w + 2 * kBytes),
                               load_bytes(w + 3 * kBytes)};
       tile.add(quads, x + k, stride_x);
+      ahead.step();
     }
     tile.template finish<Planes>(columns - part, result.from(0, part));
   }
 }
 
 template <int M, int Planes>
-void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+void panel_rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns, Evenly& ahead,
                 const Result& result) {
   int row = 0;
   for (; row + M <= rows; row += M)
-    panel_tile<M, Planes>(x + row * stride_x, stride_x, panel, depth, columns, result.from(row / Planes, 0));
+    panel_tile<M, Planes>(x + row * stride_x, stride_x, panel, depth, columns, ahead, result.from(row / Planes, 0));
   if constexpr (M > Planes)
     if (row < rows)
-      panel_rows<M - Planes, Planes>(x + row * stride_x, rows - row, stride_x, panel, depth, columns,
+      panel_rows<M - Planes, Planes>(x + row * stride_x, rows - row, stride_x, panel, depth, columns, ahead,
                                      result.from(row / Planes, 0));
 }
 
-void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns,
+void panel(const uint8_t* x, int rows, size_t stride_x, const int8_t* panel, int depth, int columns, Ahead lines,
            const Result& result) {
   static_assert(kPanelRows % 2 == 0, "rows of two planes go together");
-  by_planes(result.planes,
-            [&]<int Planes>() { panel_rows<kPanelRows, Planes>(x, rows, stride_x, panel, depth, columns, result); });
+  const int tiles = (rows + kPanelRows - 1) / kPanelRows * ((columns + kBytes - 1) / kBytes);
+  Evenly ahead(lines, tiles * (depth / 4));
+  by_planes(result.planes, [&]<int Planes>() {
+    panel_rows<kPanelRows, Planes>(x, rows, stride_x, panel, depth, columns, ahead, result);
+  });
 }
 
 }  // namespace

@@ -114,11 +114,11 @@ void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const 
     int8_t* const panel = panels + worker * own;
     pack(begin, end, panel);
     for (int group = groups * part / of; group < groups * (part + 1) / of; group++) {
-      if (next < blocks)
-        for (int line = lines.count * group / groups; line < lines.count * (group + 1) / groups; line++)
-          __builtin_prefetch(lines.begin + next * lines.block + line * lines.stride);
+      const int line = lines.count * group / groups, last = lines.count * (group + 1) / groups;
+      Ahead ahead{};
+      if (next < blocks) ahead = {lines.begin + next * lines.block + line * lines.stride, lines.stride, last - line};
       const int row = group * at_once, count = std::min(at_once, x.count - row);
-      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, depth, end - begin,
+      arithmetic_.panel(x.values + row * x.stride, count, x.stride, panel, depth, end - begin, ahead,
                         y.from(row / planes_, begin));
     }
   });
