@@ -154,7 +154,7 @@ def test_figures_are_per_token_of_the_source(model: Path) -> None:
     assert reading.kl > 0
     assert reading.loss > source.loss
     whole, module = worded_llama(vocab_size=WORDS + 1), worded_llama(vocab_size=WORDS + 1)
-    _, everything = trim(model, module, WORDS + 1)
+    everything = Trimmed(trimmed.tokenizer, tuple(range(WORDS + 1)), tuple((token,) for token in range(WORDS + 1)))
     again = Reader(ids, 512, everything)
     source = again.read(whole)
     keep_rows(module, everything)
@@ -218,7 +218,7 @@ def test_the_folder_answers_as_its_bundle_and_transformers(model: Path, tmp_path
     expected = plain.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     with load(tmp_path / "bundle") as engine:
         assert engine.generate("Once upon", max_tokens=12, min_tokens=12).token_ids == tuple(expected.tolist())
-    once, _ = compress(tmp_path / "trimmed", tmp_path / "twice", {**TRIM, "ratio": 0.03})
+    once, _ = compress(tmp_path / "trimmed", tmp_path / "twice", {**TRIM, "ratio": 0.06})
     assert once.steps[1]["details"]["rows"][0] == record.steps[0]["details"]["rows"][1]
 
 
@@ -247,6 +247,11 @@ def test_what_cannot_be_trimmed_is_refused_before_any_work(
     model: Path, tmp_path: Path, steps: list[dict[str, Any]], words: str
 ) -> None:
     assert words in refused(model, tmp_path / "out", *steps)
+
+
+def test_a_ratio_below_one_row_is_refused(model: Path) -> None:
+    with pytest.raises(RecipeError, match="removes none of 513 rows"):
+        trim(model, worded_llama(vocab_size=WORDS + 1), WORDS + 1)
 
 
 def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ def trim_tokenizer(
     named = {index for config in configs(module) for index in named_ids(config) if index < before}
     often = [token for token, _ in Counter(token_ids).most_common()]
     kept = _shorten(data, named, often, -(-rows // _MULTIPLE) * _MULTIPLE)
+    if len(kept) == before:
+        raise RecipeError(
+            f"the ratio removes none of {before:,} rows, of which a multiple of {_MULTIPLE} stays: raise it"
+        )
     new = {old: index for index, old in enumerate(kept)}
     _renumber(data, new)
     trimmed = Trimmed(_rebuilt(tokenizer, data, new), tuple(kept), _parts_of(backend, data, new, before))
