@@ -108,6 +108,19 @@ def test_kept_rows_answer_as_before(model: Path, tied: bool) -> None:
     assert (module.lm_head.weight is module.model.embed_tokens.weight) == tied
 
 
+def test_ids_without_a_row_stay_without_one(model: Path, tmp_path: Path) -> None:
+    """Llama's padding of -1, and a token that was added to the tokenizer alone."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<behind>"])
+    module = worded_llama(vocab_size=WORDS + 1, pad_token_id=None)
+    module.config.pad_token_id = -1
+    assert tokenizer.convert_tokens_to_ids("<behind>") == WORDS + 1
+    trimmed = trim_tokenizer(tokenizer, module, 384, [])
+    keep_rows(module, trimmed)
+    assert module.config.pad_token_id == -1
+    assert module.config.vocab_size == len(trimmed.kept) == trimmed.tokenizer.convert_tokens_to_ids("<behind>")
+
+
 def test_a_head_with_a_bias_keeps_its_rows(model: Path) -> None:
     from transformers import PhiConfig, PhiForCausalLM
 

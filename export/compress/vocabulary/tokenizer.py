@@ -43,7 +43,7 @@ def trim_tokenizer(
             "encoding only: remove this step"
         )
     before = int(module.config.get_text_config().vocab_size)
-    named = {index for config in configs(module) for index in named_ids(config) if index < before}
+    named = {index for config in configs(module) for index in named_ids(config) if 0 <= index < before}
     often = [token for token, _ in Counter(token_ids).most_common()]
     kept = _shorten(data, named, often, -(-rows // _MULTIPLE) * _MULTIPLE)
     if len(kept) == before:
@@ -52,7 +52,9 @@ def trim_tokenizer(
         )
     new = {old: index for index, old in enumerate(kept)}
     _renumber(data, new)
-    trimmed = Trimmed(_rebuilt(tokenizer, data, new), tuple(kept), _parts_of(backend, data, new, before))
+    # Tokens that were added behind the model's rows have none, before and after.
+    rowed = tuple(index for index in kept if index < before)
+    trimmed = Trimmed(_rebuilt(tokenizer, data, new), rowed, _parts_of(backend, data, new, before))
     _check_texts(tokenizer, trimmed.tokenizer)
     return trimmed
 

@@ -20,7 +20,7 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")  # in a generation conf
 @dataclass(frozen=True)
 class Trimmed:
     """tokenizer: the smaller one; kept: the source's id of each of its ids, ascending; parts: for each of the source's
-    ids, the ids of the same characters (empty for a row without a token)."""
+    rows, the ids of the same characters (empty for a row without a token)."""
 
     tokenizer: PreTrainedTokenizerBase
     kept: tuple[int, ...]
@@ -63,7 +63,8 @@ def keep_rows(module: PreTrainedModel, trimmed: Trimmed) -> None:
     new = {old: index for index, old in enumerate(trimmed.kept)}
     for config in configs(module):
         for key, value in _id_settings(config):
-            setattr(config, key, new[value] if isinstance(value, int) else [new[each] for each in value])
+            # An id without a row, such as -1, stays.
+            setattr(config, key, new.get(value, value) if isinstance(value, int) else [new.get(i, i) for i in value])
 
 
 class InRemaining(torch.nn.Module):
