@@ -26,7 +26,7 @@ _PROBE = "hessians.onnx"
 _WINDOW = 512
 _MOST_WINDOWS = 16
 _BATCH = 4  # windows that run together
-_GROUP_BYTES = 1 << 30
+_GROUP_BYTES = 1 << 29
 
 Hessians = dict[str, NDArray[np.float32]]
 
@@ -38,7 +38,7 @@ def collect_hessians(graph: Path, token_ids: Sequence[int], context: int) -> Hes
 
 def each_group_of_hessians(graph: Path, texts: Sequence[Sequence[int]], context: int) -> Iterator[Hessians]:
     """{name of a matrix: mean of x xᵀ, (inputs, inputs) float32} over its input rows x on the texts (token ids), in
-    groups of up to 1 GiB.
+    groups of up to 512 MiB.
 
     graph: path of the fp32 graph; a temporary probe is written beside it. A matrix that several products share gets the
     mean over all their rows. Cost: one run of up to 8,192 tokens with the fp32 graph. Memory: a group, and the hidden
@@ -80,6 +80,7 @@ class _Run:
                     sums[name] = np.zeros((rows.shape[1],) * 2, np.float32)
                 sums[name] += rows.T @ rows
             self._states[index] = {name: values[name] for name in kept}
+            del values, rows  # before the next window's are computed
         return {name: total / np.float32(self._tokens) for name, total in sums.items()}
 
     def _still_needed(self, known: set[str], run: Sequence[str], later: Collection[str]) -> list[str]:
