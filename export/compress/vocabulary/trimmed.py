@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +35,16 @@ class Trimmed:
     def spoken(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Log probabilities (..., remaining tokens) of (..., the source's tokens): a removed token counts as its first
         part."""
-        known = torch.tensor([bool(parts) for parts in self.parts], device=probabilities.device)
-        firsts = torch.tensor([parts[0] if parts else 0 for parts in self.parts], device=probabilities.device)
+        known, firsts = (tensor.to(probabilities.device) for tensor in self._first_parts)
         found = probabilities.new_zeros(*probabilities.shape[:-1], len(self.kept))
         found.index_add_(-1, firsts, probabilities * known)
         return (found / found.sum(-1, keepdim=True)).clamp_min(_TINY).log()
+
+    @cached_property
+    def _first_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each of the source's rows, whether it has a token, and the first id of its parts."""
+        known = torch.tensor([bool(parts) for parts in self.parts])
+        return known, torch.tensor([parts[0] if parts else 0 for parts in self.parts])
 
 
 def keep_rows(module: PreTrainedModel, trimmed: Trimmed) -> None:
