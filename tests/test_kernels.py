@@ -213,7 +213,7 @@ WITH_BIASES = [BIASED + name for name in BARE]
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=SIZES,
-    rows=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 23, 24, 25, 97, 200]), min_size=1, max_size=3),
+    rows=st.lists(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 23, 24, 25, 97, 200]), min_size=1, max_size=3),
     threads=st.tuples(st.integers(1, 4), st.booleans()),
     seed=st.integers(0, 99),
 )

@@ -12,7 +12,7 @@ namespace edgelm {
 
 // Columns of a matrix that are computed together, and the length to which rows of quantized values are padded.
 constexpr int kBlock = 64;
-// The most rows that `rows` accepts.
+// Rows that are multiplied at once with a matrix as it stands.
 constexpr int kFewRows = 4;
 // Lanes of the floating point functions. Lengths of float arrays are multiples of it.
 constexpr int kLanes = 16;
@@ -129,8 +129,7 @@ struct Arithmetic {
                   const int8_t* next, int32_t* sums, size_t stride_sums);
 
   // sums[row][n] = sum over k of x[row][k] * w[n][k], for n in [0, count).
-  // x: at most kFewRows rows; w: rows of `depth` values, a whole number of
-  // blocks.
+  // w: rows of `depth` values, a whole number of blocks.
   void (*rows)(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
                size_t stride_sums);
 

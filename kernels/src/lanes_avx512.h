@@ -88,6 +88,17 @@ inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
 }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+// The totals of four.
+inline void store_totals(int32_t* y, const Ints (&x)[4]) {
+  const auto twos = [](Ints a, Ints b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i a = twos(x[0], x[1]), b = twos(x[2], x[3]);
+  const __m512i parts = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(parts), _mm512_extracti64x4_epi64(parts, 1));
+  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), sums);
+}
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
   const __m512i a = _mm512_unpacklo_epi8(row0, row1), b = _mm512_unpackhi_epi8(row0, row1);

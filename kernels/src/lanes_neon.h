@@ -144,6 +144,9 @@ inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
 
 inline Ints add_ints(Ints a, Ints b) { return vaddq_s32(a, b); }
 inline int32_t total(Ints x) { return vaddvq_s32(x); }
+inline void store_totals(int32_t* y, const Ints (&x)[4]) {
+  vst1q_s32(y, vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3])));
+}
 
 inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes quads[4]) {
   const Bytes a = vzip1q_s8(row0, row1), b = vzip2q_s8(row0, row1);

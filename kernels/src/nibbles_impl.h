@@ -47,7 +47,7 @@ void nibble_tile(const uint8_t* x, size_t stride_x, const NibbleGroup& w, int co
     for (int m = 0; m < M; m++) part[m] = no_sum();
     if (next != nullptr)
       for (int i = column / kColumns; i < kLines; i += kGroup / kColumns)
-        __builtin_prefetch(next + (block * kLines + i) * kLine);
+        __builtin_prefetch(next + (block * kLines + i) * kLine, 0, 2);
 #pragma GCC unroll 4
     for (int line = 0; line < kBlockLines; line++) {
       const Bytes both = load_bytes(lines + line * kLine);

@@ -44,22 +44,6 @@ void pack_rows(const int8_t* w, int depth, int count, int8_t* panel) {
   }
 }
 
-// Prefetches lines, spread evenly over steps of the arithmetic: a processor can wait for some 50 lines at a time, and
-// asked for more at once, it waits before it goes on.
-class Evenly {
- public:
-  Evenly(Ahead ahead, int steps) : ahead_(ahead), each_((ahead.count + steps - 1) / std::max(steps, 1)) {}
-
-  void step() {
-    for (int i = std::min(each_, ahead_.count); i > 0; i--, ahead_.count--, ahead_.begin += ahead_.stride)
-      __builtin_prefetch(ahead_.begin);
-  }
-
- private:
-  Ahead ahead_;
-  int each_;
-};
-
 template <int M, int Planes>
 inline void panel_tile(const uint8_t* x, size_t stride_x, const int8_t* panel, int depth, int columns, Evenly& ahead,
                        const Result& result) {

@@ -15,8 +15,29 @@ namespace {
 // Rows of a matrix that are read together: a processor prefetches so many streams, and sums in the first-level cache
 // are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
+// Depth of a strip that is arranged for many rows.
+constexpr int kArrangedDepth = 96;
 // Prefetch distance in a transposed matrix, in tiles.
 constexpr int kTilesAhead = 4;
+
+// Asks for a line that is read a strip or a panel later: in the first-level cache it would push out what is at hand.
+inline void prefetch_later(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// Prefetches lines, spread evenly over steps of the arithmetic: a processor can wait for some 50 lines at a time, and
+// asked for more at once, it waits before it goes on.
+class Evenly {
+ public:
+  Evenly(Ahead ahead, int steps) : ahead_(ahead), each_((ahead.count + steps - 1) / std::max(steps, 1)) {}
+
+  void step() {
+    for (int i = std::min(each_, ahead_.count); i > 0; i--, ahead_.count--, ahead_.begin += ahead_.stride)
+      prefetch_later(ahead_.begin);
+  }
+
+ private:
+  Ahead ahead_;
+  int each_;
+};
 
 // What kLanes columns' sums are turned into values with. It is loaded before anything is written, which a compiler
 // cannot know to be elsewhere.
@@ -155,7 +176,7 @@ void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int de
                const int8_t* next, int32_t* sums, size_t stride_sums) {
   for (size_t column = 0; column < width; column += kBytes) {
     if (next != nullptr)
-      for (int i = 0; i < kDepthStep * kBytes; i += kLine) __builtin_prefetch(next + column * kDepthStep + i);
+      for (int i = 0; i < kDepthStep * kBytes; i += kLine) prefetch_later(next + column * kDepthStep + i);
     Sums<M> tile;
     if (first)
       tile.clear();
@@ -189,12 +210,53 @@ void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, in
     if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
 }
 
+// Adds the products with a strip of kBytes columns that is arranged as quads, M rows at once.
+template <int M>
+void add_arranged(const uint8_t* x, int rows, size_t stride_x, const Bytes (*quads)[4], int steps, bool first,
+                  Evenly& ahead, int32_t* sums, size_t stride_sums) {
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums) {
+    Sums<M> tile;
+    if (first)
+      tile.clear();
+    else
+      tile.load(sums, stride_sums);
+    for (int i = 0; i < steps; i++) {
+      tile.add(quads[i], x + 4 * i, stride_x);
+      ahead.step();
+    }
+    tile.store(sums, stride_sums);
+  }
+  if constexpr (M > 1)
+    if (rows > 0) add_arranged<M - 1>(x, rows, stride_x, quads, steps, first, ahead, sums, stride_sums);
+}
+
+// The products of more rows than are multiplied at once: kBytes columns are arranged once for all of them.
+void arranged_columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
+                      bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
+  const int steps = (depth - k + 3) / 4;
+  for (size_t column = 0; column < width; column += kBytes) {
+    Bytes quads[kArrangedDepth / 4][4];
+    for (int i = 0; i < steps; i++) load_quads(w, k + 4 * i, depth, width, column, quads[i]);
+    Ahead lines{};
+    if (next != nullptr)
+      lines = {reinterpret_cast<const uint8_t*>(next) + column * 4 * steps, kLine, 4 * steps * kBytes / kLine};
+    Evenly ahead(lines, (rows + kPanelRows - 1) / kPanelRows * steps);
+    add_arranged<kPanelRows>(x + k, rows, stride_x, quads, steps, first, ahead, sums + column, stride_sums);
+  }
+}
+
 void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
              const int8_t* next, int32_t* sums, size_t stride_sums) {
   // All rows use a strip while it is in the cache.
-  for (int k = 0; k < depth; k += kDepthStep)
-    add_strips<4>(x, rows, stride_x, w, k, depth, width, first && k == 0,
-                  k + kDepthStep < depth ? w + (k + kDepthStep) * width : next, sums, stride_sums);
+  const int step = rows > kFewRows ? kArrangedDepth : kDepthStep;
+  for (int k = 0; k < depth; k += step) {
+    const int8_t* const ahead = k + step < depth ? w + (k + step) * width : next;
+    const int end = std::min(k + step, depth);
+    if (rows > kFewRows)
+      arranged_columns(x, rows, stride_x, w, k, end, width, first && k == 0, ahead, sums, stride_sums);
+    else
+      add_strips<kFewRows>(x, rows, stride_x, w, k, depth, width, first && k == 0, ahead, sums, stride_sums);
+  }
 }
 
 void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int rows, int columns,
@@ -211,37 +273,48 @@ void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int 
   });
 }
 
+// The products of M rows of x with N of w.
 template <int M, int N>
-inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int32_t* sums,
+inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, Evenly& ahead, int32_t* sums,
                       size_t stride_sums) {
   Ints tile[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) tile[m][n] = zero_ints();
   for (int k = 0; k < depth; k += kBytes) {
-    for (int i = 0; i < N * kBytes; i += kLine)
-      __builtin_prefetch(w + kTilesAhead * N * static_cast<size_t>(depth) + k * N + i);
     for (int n = 0; n < N; n++) {
       const Bytes weights = load_bytes(w + n * static_cast<size_t>(depth) + k);
       for (int m = 0; m < M; m++) tile[m][n] = dot(tile[m][n], weights, load_bytes(x + m * stride_x + k));
     }
+    ahead.step();
   }
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sums[m * stride_sums + n] = total(tile[m][n]);
+    if constexpr (N == 4)
+      store_totals(sums + m * stride_sums, tile[m]);
+    else
+      sums[m * stride_sums] = total(tile[m][0]);
 }
 
-template <int M>
-void rows_of(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
+template <int M, int N>
+void rows_of(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, Evenly& ahead, int32_t* sums,
              size_t stride_sums) {
-  int n = 0;
-  for (; n + 4 <= count; n += 4)
-    rows_tile<M, 4>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
-  for (; n < count; n++) rows_tile<M, 1>(x, stride_x, w + n * static_cast<size_t>(depth), depth, sums + n, stride_sums);
+  for (; rows >= M; rows -= M, x += M * stride_x, sums += M * stride_sums)
+    rows_tile<M, N>(x, stride_x, w, depth, ahead, sums, stride_sums);
+  if constexpr (M > 1)
+    if (rows > 0) rows_of<M - 1, N>(x, rows, stride_x, w, depth, ahead, sums, stride_sums);
 }
 
 void rows(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
           size_t stride_sums) {
-  static constexpr decltype(&rows_of<1>) kByRows[kFewRows] = {rows_of<1>, rows_of<2>, rows_of<3>, rows_of<4>};
-  kByRows[rows - 1](x, stride_x, w, depth, count, sums, stride_sums);
+  const int steps = (rows + kFewRows - 1) / kFewRows * (depth / kBytes);
+  const auto tile = [&]<int N>(int n) {
+    const auto* const own = w + n * static_cast<size_t>(depth);
+    const auto* const later = reinterpret_cast<const uint8_t*>(own) + kTilesAhead * 4 * static_cast<size_t>(depth);
+    Evenly ahead({later, kLine, N * depth / kLine}, steps);
+    rows_of<kFewRows, N>(x, rows, stride_x, own, depth, ahead, sums + n, stride_sums);
+  };
+  int n = 0;
+  for (; n + 4 <= count; n += 4) tile.template operator()<4>(n);
+  for (; n < count; n++) tile.template operator()<1>(n);
 }
 
 }  // namespace

@@ -11,12 +11,11 @@ namespace edgelm {
 namespace {
 
 // Quantized rows for which the matrix is read as it stands. For more, arranging it in panels pays.
-constexpr int kMostDirect = 8;
+constexpr int kMostDirect = 16, kMostDirectNibbles = 8;
 // The same of a transposed matrix, whose panels cost more: a transposition.
 constexpr int kMostDirectTransposed = 24;
-static_assert(kFewRows % 2 == 0, "the planes of a row go together");
 // Depth of a strip of the matrix, which is shared out as a whole.
-constexpr int kStripDepth = 32;
+constexpr int kStripDepth = 32, kDeepestStrip = 96;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
 constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 256;
@@ -132,7 +131,8 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
     const float* const made = make(row, next, memory + worker * stride);
     factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
   };
-  const bool direct = rows.count <= (transposed_ ? kMostDirectTransposed : kMostDirect);
+  const int most_direct = nibbles_ ? kMostDirectNibbles : transposed_ ? kMostDirectTransposed : kMostDirect;
+  const bool direct = rows.count <= most_direct;
   if (direct && nibbles_) return by_groups(call, rows, make_row, result);
   if (direct && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {

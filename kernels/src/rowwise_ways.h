@@ -5,36 +5,51 @@
 
 namespace edgelm {
 
-// Each thread reads a part of the matrix's depth, and the integer sums are added. The first thread makes the rows; the
-// last one to finish scales the sums.
+// The deeper a strip, the fewer times the sums of many rows are loaded and stored. All threads get as many strips.
+int RowwiseMatMul::strip_depth(int rows, int parts) const {
+  int depth = rows > kFewRows ? kDeepestStrip : kStripDepth;
+  while (depth > kStripDepth && pieces(depth_, depth) % parts != 0) depth -= kStripDepth;
+  return depth;
+}
+
+// Each thread reads a part of the matrix's depth: memory is read fastest from one end to the other. When all of it is
+// read, the threads add up their integer sums and scale them, by columns.
 template <typename MakeRow>
 void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
-  const int strips = pieces(depth_, kStripDepth), parts = std::min(threads_, pieces(depth_, kLeastDepth));
+  const int parts = std::min(threads_, pieces(depth_, kLeastDepth)), rows = x.count / planes_;
+  const int strip_size = strip_depth(x.count, parts), strips = pieces(depth_, strip_size);
   const size_t stride = padded(columns_, kBlock), own = stride * x.count;
   int32_t* const sums = integers(scratch(1, own * parts));
-  const int32_t* used[kMostWorkers];
-  const int rows = x.count / planes_;
-  std::atomic<int> next_row{0}, made{0}, done{0};
+  const int32_t* used[kMostWorkers] = {};
+  std::atomic<int> next_row{0}, made{0}, read{0}, next_columns{0};
   Runs runs(strips, parts);
-  const auto begin = [&](int strip) { return weights_ + static_cast<size_t>(strip) * kStripDepth * columns_; };
+  const auto begin = [&](int strip) { return weights_ + static_cast<size_t>(strip) * strip_size * columns_; };
   const auto add = [&](int part) {
-    used[part] = nullptr;
-    for (int strip = runs.take(part); strip >= 0; strip = runs.take(part)) {
-      const int from = strip * kStripDepth, last = runs.last(part);
+    int count = 0;
+    for (int strip = runs.take(part); strip >= 0; strip = runs.take(part), count++) {
+      const int from = strip * strip_size, last = runs.last(part);
       const int8_t* next = strip < last ? begin(strip + 1) : nullptr;
       if (strip == last) next = reinterpret_cast<const int8_t*>(successor_->begin(part));
-      arithmetic_.columns(x.values + from, x.count, x.stride, begin(strip), std::min(kStripDepth, depth_ - from),
-                          columns_, used[part] == nullptr, next, sums + part * own, stride);
+      arithmetic_.columns(x.values + from, x.count, x.stride, begin(strip), std::min(strip_size, depth_ - from),
+                          columns_, count == 0, next, sums + part * own, stride);
       used[part] = sums + part * own;
     }
+    read += count;
+  };
+  const auto scale = [&](int column) {
+    const int32_t* terms[kMostWorkers];
+    int count = 0;
+    for (int part = 0; part < parts; part++)
+      if (used[part] != nullptr) terms[count++] = used[part] + column;
+    arithmetic_.scale_parts(terms, count, stride, x.count, std::min(kTaskColumns, columns_ - column),
+                            y.from(0, column));
   };
   const auto work = [&](int part) {
     for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, part), made++;
     while (made < rows) relax();
     add(part);
-    if (++done < parts) return;
-    const int count = static_cast<int>(std::remove(used, used + parts, nullptr) - used);
-    arithmetic_.scale_parts(used, count, stride, x.count, columns_, y);
+    while (read < strips) relax();
+    for (int task = next_columns++; task * kTaskColumns < columns_; task = next_columns++) scale(task * kTaskColumns);
   };
   call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
@@ -48,7 +63,7 @@ void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const
   const auto work = [&](int worker) {
     for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, worker), made++;
     while (made < rows) relax();
-    int32_t sums[kMostDirect * kGroup];
+    int32_t sums[kMostDirectNibbles * kGroup];
     for (int group = runs.take(worker); group >= 0; group = runs.take(worker)) {
       const auto* next = reinterpret_cast<const uint8_t*>(successor_->begin(worker));
       if (group < runs.last(worker)) next = nibbles_.group(group + 1).values;
@@ -63,18 +78,15 @@ void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const
 void RowwiseMatMul::by_columns(Call& call, const Rows& x, const Result& y) const {
   const int tasks = pieces(columns_, kTaskColumns), workers = std::min(threads_, tasks);
   const size_t task_size = static_cast<size_t>(kTaskColumns) * depth_;
-  int32_t* const sums = integers(scratch(1, static_cast<size_t>(workers) * kTaskColumns * kFewRows));
+  int32_t* const sums = integers(scratch(1, static_cast<size_t>(workers) * kTaskColumns * x.count));
   Runs runs(tasks, workers);
   const auto work = [&](int worker) {
-    int32_t* const own = sums + static_cast<size_t>(worker) * kTaskColumns * kFewRows;
+    int32_t* const own = sums + static_cast<size_t>(worker) * kTaskColumns * x.count;
     for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
       const int begin = task * kTaskColumns, end = std::min(begin + kTaskColumns, columns_);
-      for (int row = 0; row < x.count; row += kFewRows) {
-        const int count = std::min(kFewRows, x.count - row);
-        arithmetic_.rows(x.values + row * x.stride, count, x.stride, weights_ + task * task_size, depth_, end - begin,
-                         own, kTaskColumns);
-        arithmetic_.scale(own, kTaskColumns, count, end - begin, y.from(row / planes_, begin));
-      }
+      arithmetic_.rows(x.values, x.count, x.stride, weights_ + task * task_size, depth_, end - begin, own,
+                       kTaskColumns);
+      arithmetic_.scale(own, kTaskColumns, x.count, end - begin, y.from(0, begin));
     }
   };
   call.parallel(workers, work, {weights_, tasks / workers * task_size}, successor_);
