@@ -200,8 +200,8 @@ def norm_weights(depth: int, norm: str = "g") -> Array:
 
 
 SIZES = st.tuples(
-    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 576])),
-    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 960])),
+    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 289, 576, 700])),
+    st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 257, 300, 530, 960])),
 )
 
 

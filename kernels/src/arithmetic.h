@@ -12,8 +12,9 @@ namespace edgelm {
 
 // Columns of a matrix that are computed together, and the length to which rows of quantized values are padded.
 constexpr int kBlock = 64;
-// Rows that are multiplied at once with a matrix as it stands.
-constexpr int kFewRows = 4;
+// Up to so many rows are multiplied with a matrix as it stands. For more, `columns` arranges strips of it, at most so
+// deep: the deeper, the fewer times are sums loaded and stored.
+constexpr int kFewRows = 4, kDeepestStrip = 96;
 // Lanes of the floating point functions. Lengths of float arrays are multiples of it.
 constexpr int kLanes = 16;
 // In attention, the integer weight of the largest score.
@@ -129,7 +130,8 @@ struct Arithmetic {
                   const int8_t* next, int32_t* sums, size_t stride_sums);
 
   // sums[row][n] = sum over k of x[row][k] * w[n][k], for n in [0, count).
-  // w: rows of `depth` values, a whole number of blocks.
+  // x: any number of rows of `stride_x` bytes; w: rows of `depth` values, a whole number of blocks. Some rows behind
+  // the last one are asked for.
   void (*rows)(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, int count, int32_t* sums,
                size_t stride_sums);
 

@@ -12,15 +12,14 @@
 namespace edgelm {
 namespace {
 
-// Rows of a matrix that are read together: a processor prefetches so many streams, and sums in the first-level cache
-// are loaded and stored once for 16 products.
+// Rows of a matrix that are read together for few rows of x: a processor prefetches so many streams, and sums in the
+// first-level cache are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
-// Depth of a strip that is arranged for many rows.
-constexpr int kArrangedDepth = 96;
 // Prefetch distance in a transposed matrix, in tiles.
 constexpr int kTilesAhead = 4;
 
-// Asks for a line that is read a strip or a panel later: in the first-level cache it would push out what is at hand.
+// Asks for a line that is read only a strip, a panel or some tiles later. The first-level cache would lose it again,
+// and what is at hand with it.
 inline void prefetch_later(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // Prefetches lines, spread evenly over steps of the arithmetic: a processor can wait for some 50 lines at a time, and
@@ -210,7 +209,17 @@ void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, in
     if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
 }
 
-// Adds the products with a strip of kBytes columns that is arranged as quads, M rows at once.
+// kBlock columns of a strip as quads, by vectors of columns.
+using Arranged = Bytes[kBlock / kBytes][kDeepestStrip / 4][4];
+
+// Whole lines are read at once, so that none leaves the first-level cache between two of its parts.
+inline void arrange(const int8_t* w, int k, int depth, size_t width, size_t column, Arranged& quads) {
+  for (int i = 0; k + 4 * i < depth; i++)
+    for (int part = 0; part < kBlock / kBytes; part++)
+      load_quads(w, k + 4 * i, depth, width, column + part * kBytes, quads[part][i]);
+}
+
+// Adds the products with kBytes columns of a strip, M rows at once.
 template <int M>
 void add_arranged(const uint8_t* x, int rows, size_t stride_x, const Bytes (*quads)[4], int steps, bool first,
                   Evenly& ahead, int32_t* sums, size_t stride_sums) {
@@ -230,32 +239,36 @@ void add_arranged(const uint8_t* x, int rows, size_t stride_x, const Bytes (*qua
     if (rows > 0) add_arranged<M - 1>(x, rows, stride_x, quads, steps, first, ahead, sums, stride_sums);
 }
 
-// The products of more rows than are multiplied at once: kBytes columns are arranged once for all of them.
-void arranged_columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
-                      bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
-  const int steps = (depth - k + 3) / 4;
-  for (size_t column = 0; column < width; column += kBytes) {
-    Bytes quads[kArrangedDepth / 4][4];
-    for (int i = 0; i < steps; i++) load_quads(w, k + 4 * i, depth, width, column, quads[i]);
+// Adds the products with the rows of w from k to depth - 1, at most kDeepestStrip: kBlock columns are arranged once for
+// all rows of x.
+void add_deep_strip(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
+                    bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
+  const int steps = (depth - k + 3) / 4, tiles = (rows + kPanelRows - 1) / kPanelRows * (kBlock / kBytes);
+  for (size_t column = 0; column < width; column += kBlock) {
+    Arranged quads;
+    arrange(w, k, depth, width, column, quads);
     Ahead lines{};
     if (next != nullptr)
-      lines = {reinterpret_cast<const uint8_t*>(next) + column * 4 * steps, kLine, 4 * steps * kBytes / kLine};
-    Evenly ahead(lines, (rows + kPanelRows - 1) / kPanelRows * steps);
-    add_arranged<kPanelRows>(x + k, rows, stride_x, quads, steps, first, ahead, sums + column, stride_sums);
+      lines = {reinterpret_cast<const uint8_t*>(next) + column * 4 * steps, kLine, 4 * steps * kBlock / kLine};
+    Evenly ahead(lines, tiles * steps);
+    for (int part = 0; part < kBlock / kBytes; part++)
+      add_arranged<kPanelRows>(x + k, rows, stride_x, quads[part], steps, first, ahead, sums + column + part * kBytes,
+                               stride_sums);
   }
 }
 
 void columns(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int depth, size_t width, bool first,
              const int8_t* next, int32_t* sums, size_t stride_sums) {
   // All rows use a strip while it is in the cache.
-  const int step = rows > kFewRows ? kArrangedDepth : kDepthStep;
+  const bool few = rows <= kFewRows;
+  const int step = few ? kDepthStep : kDeepestStrip;
   for (int k = 0; k < depth; k += step) {
     const int8_t* const ahead = k + step < depth ? w + (k + step) * width : next;
-    const int end = std::min(k + step, depth);
-    if (rows > kFewRows)
-      arranged_columns(x, rows, stride_x, w, k, end, width, first && k == 0, ahead, sums, stride_sums);
-    else
+    if (few)
       add_strips<kFewRows>(x, rows, stride_x, w, k, depth, width, first && k == 0, ahead, sums, stride_sums);
+    else
+      add_deep_strip(x, rows, stride_x, w, k, std::min(k + step, depth), width, first && k == 0, ahead, sums,
+                     stride_sums);
   }
 }
 

@@ -10,12 +10,14 @@ namespace edgelm {
 
 namespace {
 
-// Quantized rows for which the matrix is read as it stands. For more, arranging it in panels pays.
+// Quantized rows up to which the matrix is read from end to end. For more, arranging it in panels pays.
 constexpr int kMostDirect = 16, kMostDirectNibbles = 8;
+// The most sums of a thread that does so: 2 MiB, which it keeps.
+constexpr int64_t kMostSums = 1 << 19;
 // The same of a transposed matrix, whose panels cost more: a transposition.
 constexpr int kMostDirectTransposed = 24;
-// Depth of a strip of the matrix, which is shared out as a whole.
-constexpr int kStripDepth = 32, kDeepestStrip = 96;
+// Depth of a strip of the matrix, which a thread takes as a whole. Deeper ones are multiples of it.
+constexpr int kStripDepth = 32;
 // Depth of what a thread adds up at least, and columns of a task where columns are shared out.
 constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 256;
@@ -107,6 +109,12 @@ void RowwiseMatMul::correct() const {
   for (int32_t& correction : corrections_) correction *= arithmetic_.offset;
 }
 
+bool RowwiseMatMul::is_direct(int rows) const {
+  if (nibbles_) return rows <= kMostDirectNibbles;
+  if (transposed_) return rows <= kMostDirectTransposed;
+  return rows <= kMostDirect && static_cast<int64_t>(rows) * columns_ <= kMostSums;
+}
+
 template <typename Make>
 void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) const {
   std::vector<int64_t> shape = x.shape;
@@ -131,8 +139,7 @@ void RowwiseMatMul::multiply(Call& call, const Tensor& x, int width, Make make) 
     const float* const made = make(row, next, memory + worker * stride);
     factors[row] = arithmetic_.quantize(made, depth_, planes_, values + row * planes_ * stride);
   };
-  const int most_direct = nibbles_ ? kMostDirectNibbles : transposed_ ? kMostDirectTransposed : kMostDirect;
-  const bool direct = rows.count <= most_direct;
+  const bool direct = is_direct(rows.count);
   if (direct && nibbles_) return by_groups(call, rows, make_row, result);
   if (direct && !transposed_) return by_depth(call, rows, make_row, result);
   call.share(pieces(count, kTaskRows), threads_, [&](int task, int worker) {

@@ -74,7 +74,9 @@ class RowwiseMatMul {
   void read_matrix(const Info& info, size_t weights);
   void correct() const;
   void correct_nibbles() const;
-  // Depth of the strips in which `by_depth` reads the matrix for so many rows.
+  // Whether so many quantized rows are multiplied without panels.
+  bool is_direct(int rows) const;
+  // Depth of the strips in which `by_depth` reads the matrix, for so many quantized rows and threads.
   int strip_depth(int rows, int parts) const;
   template <typename MakeRow>
   void by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const;

@@ -5,15 +5,17 @@
 
 namespace edgelm {
 
-// The deeper a strip, the fewer times the sums of many rows are loaded and stored. All threads get as many strips.
+// For many rows the deepest with which the thread that reads most reads no more than with shallow strips.
 int RowwiseMatMul::strip_depth(int rows, int parts) const {
+  const auto most_read = [&](int depth) { return pieces(pieces(depth_, depth), parts) * depth; };
   int depth = rows > kFewRows ? kDeepestStrip : kStripDepth;
-  while (depth > kStripDepth && pieces(depth_, depth) % parts != 0) depth -= kStripDepth;
+  while (depth > kStripDepth && most_read(depth) > most_read(kStripDepth)) depth -= kStripDepth;
   return depth;
 }
 
 // Each thread reads a part of the matrix's depth: memory is read fastest from one end to the other. When all of it is
-// read, the threads add up their integer sums and scale them, by columns.
+// read, the threads add up their integer sums and scale them, by columns. A thread that has taken a strip must not
+// throw: the others wait for it.
 template <typename MakeRow>
 void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
   const int parts = std::min(threads_, pieces(depth_, kLeastDepth)), rows = x.count / planes_;
@@ -46,15 +48,15 @@ void RowwiseMatMul::by_depth(Call& call, const Rows& x, MakeRow make_row, const 
   };
   const auto work = [&](int part) {
     for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, part), made++;
-    while (made < rows) relax();
+    wait_until([&] { return made >= rows; });
     add(part);
-    while (read < strips) relax();
+    wait_until([&] { return read >= strips; });
     for (int task = next_columns++; task * kTaskColumns < columns_; task = next_columns++) scale(task * kTaskColumns);
   };
   call.parallel(parts, work, {weights_, static_cast<size_t>(begin(strips / parts) - weights_)}, successor_);
 }
 
-// The first thread makes the rows; then each thread reads consecutive groups of columns.
+// The threads make the rows; then each reads consecutive groups of columns.
 template <typename MakeRow>
 void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const Result& y) const {
   const int groups = pieces(columns_, kGroup), workers = std::min(threads_, groups), rows = x.count / planes_;
@@ -62,7 +64,7 @@ void RowwiseMatMul::by_groups(Call& call, const Rows& x, MakeRow make_row, const
   Runs runs(groups, workers);
   const auto work = [&](int worker) {
     for (int row = next_row++; row < rows; row = next_row++) make_row(row, 0, worker), made++;
-    while (made < rows) relax();
+    wait_until([&] { return made >= rows; });
     int32_t sums[kMostDirectNibbles * kGroup];
     for (int group = runs.take(worker); group >= 0; group = runs.take(worker)) {
       const auto* next = reinterpret_cast<const uint8_t*>(successor_->begin(worker));

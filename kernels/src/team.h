@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <thread>
 
 namespace edgelm {
 
@@ -77,6 +78,13 @@ inline void relax() {
 #else
   asm volatile("yield");
 #endif
+}
+
+// Waits for what another thread has begun. A processor that is not free for all threads lets others run.
+template <typename Done>
+inline void wait_until(Done done) {
+  constexpr int kLooks = 1024;
+  for (int look = 1; !done(); look++) look % kLooks == 0 ? std::this_thread::yield() : relax();
 }
 
 }  // namespace edgelm

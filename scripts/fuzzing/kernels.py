@@ -48,7 +48,7 @@ def _spoilt(source: random.Random, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _product(source: random.Random) -> tuple[Any, Any]:
-    depth, columns, rows = source.randint(1, 200), source.randint(1, 200), source.choice((0, 1, 2, 5, 9, 40))
+    depth, columns, rows = source.randint(1, 300), source.randint(1, 600), source.choice((0, 1, 2, 5, 7, 9, 12, 16, 40))
     name = source.choice(NAMES)
     width = 2 * depth if "Gated" in name else depth
     matrix = (columns, depth) if "Transposed" in name else (depth, columns)
