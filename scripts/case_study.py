@@ -221,7 +221,8 @@ def _load(study: Study, variant: Variant) -> tuple[Callable[[list[int], int], It
     engine = load(study.folder(variant), response_cache=False, prefix_cache=False)
 
     def generate(ids: list[int], count: int) -> Iterator[int]:
-        for chunk in engine.stream(token_ids=ids, max_tokens=count, min_tokens=count):
+        # No draft tokens: a damaged model repeats itself, which they would make look fast.
+        for chunk in engine.stream(token_ids=ids, max_tokens=count, min_tokens=count, lookup=False):
             yield from chunk.token_ids
 
     return generate, tokenizer

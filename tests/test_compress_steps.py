@@ -13,6 +13,7 @@ import torch
 from edgelm.export.compress.folder import write_compressed
 from edgelm.export.compress.importance.influence import MOST_TOKENS, all_windows, layer_influence, windows
 from edgelm.export.compress.importance.leaving_out import least_missed_attention, least_missed_layers
+from edgelm.export.compress.importance.moments import input_moments
 from edgelm.export.compress.recipe import available_recipes, load_recipe
 from edgelm.export.compress.step import Applied, Workbench, step_class, step_name
 from edgelm.export.errors import RecipeError
@@ -272,6 +273,21 @@ def test_layers_that_differ_cannot_share() -> None:
 
 
 # ---- prune-magnitude
+
+
+def test_input_moments_are_means_over_all_tokens() -> None:
+    """Of windows of any length, whether they run together or one by one."""
+    module, name = tiny_llama(), "model.layers.1.mlp.down_proj"
+    texts = [torch.randint(256, (1, length)) for length in (40, 40, 7, 40, 40, 40, 1)]
+    rows: list[torch.Tensor] = []
+    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0][0]))
+    with torch.no_grad():
+        for ids in texts:
+            module(input_ids=ids)
+    handle.remove()
+    every = torch.cat(rows)
+    assert len(every) == sum(ids.numel() for ids in texts)
+    torch.testing.assert_close(input_moments(module, [name], texts)[name], every.T @ every / len(every))
 
 
 def test_the_smallest_weights_become_zero() -> None:

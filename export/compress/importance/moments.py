@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SEED = 0  # of the sampled tokens
+_BATCH = 4  # windows that run together
 
 
 def input_moments(
@@ -25,24 +26,38 @@ def input_moments(
     texts: windows (1, tokens) int64. Cost: a forward pass per window.
     """
     sums: dict[str, torch.Tensor] = {}
+    tokens = sum(ids.numel() for ids in texts)
 
     def add(name: str) -> Any:
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            moment = rows.T @ rows / (len(rows) * len(texts))
-            sums[name] = sums[name] + moment if name in sums else moment
+            rows = args[0].flatten(0, -2)
+            if name not in sums:
+                sums[name] = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+            sums[name].addmm_(rows.T, rows, alpha=1 / tokens)
 
         return note
 
     handles = [own(module, name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        for ids in tracked(texts, "windows read"):
+        for ids in tracked(_batches(texts), "batches read"):
             with torch.no_grad():
                 module.base_model(input_ids=ids, use_cache=False)  # without the head
     finally:
         for handle in handles:
             handle.remove()
     return sums
+
+
+def _batches(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Windows of equal length as batches (rows, tokens)."""
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for ids in texts:
+        by_length.setdefault(ids.shape[1], []).append(ids)
+    return [
+        torch.cat(alike[begin : begin + _BATCH])
+        for alike in by_length.values()
+        for begin in range(0, len(alike), _BATCH)
+    ]
 
 
 def gradient_moments(
