@@ -276,7 +276,7 @@ def test_layers_that_differ_cannot_share() -> None:
 
 
 def test_input_moments_are_means_over_all_tokens() -> None:
-    """Of windows of any length, whether they run together or one by one."""
+    """Of windows of any length."""
     module, name = tiny_llama(), "model.layers.1.mlp.down_proj"
     texts = [torch.randint(256, (1, length)) for length in (40, 40, 7, 40, 40, 40, 1)]
     rows: list[torch.Tensor] = []

@@ -209,6 +209,10 @@ void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, in
     if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
 }
 
+// Rows that are multiplied at once with an arranged strip, whose sums are loaded and stored each time: also where some
+// of these do not fit into registers, four rows take less time than two.
+constexpr int kArrangedRows = std::max(kPanelRows, kFewRows);
+
 // kBlock columns of a strip as quads, by vectors of columns.
 using Arranged = Bytes[kBlock / kBytes][kDeepestStrip / 4][4];
 
@@ -243,7 +247,7 @@ void add_arranged(const uint8_t* x, int rows, size_t stride_x, const Bytes (*qua
 // all rows of x.
 void add_deep_strip(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
                     bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
-  const int steps = (depth - k + 3) / 4, tiles = (rows + kPanelRows - 1) / kPanelRows * (kBlock / kBytes);
+  const int steps = (depth - k + 3) / 4, tiles = (rows + kArrangedRows - 1) / kArrangedRows * (kBlock / kBytes);
   for (size_t column = 0; column < width; column += kBlock) {
     Arranged quads;
     arrange(w, k, depth, width, column, quads);
@@ -252,8 +256,8 @@ void add_deep_strip(const uint8_t* x, int rows, size_t stride_x, const int8_t* w
       lines = {reinterpret_cast<const uint8_t*>(next) + column * 4 * steps, kLine, 4 * steps * kBlock / kLine};
     Evenly ahead(lines, tiles * steps);
     for (int part = 0; part < kBlock / kBytes; part++)
-      add_arranged<kPanelRows>(x + k, rows, stride_x, quads[part], steps, first, ahead, sums + column + part * kBytes,
-                               stride_sums);
+      add_arranged<kArrangedRows>(x + k, rows, stride_x, quads[part], steps, first, ahead,
+                                  sums + column + part * kBytes, stride_sums);
   }
 }
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SEED = 0  # of the sampled tokens
-_BATCH = 4  # windows that run together
+_STRIPE = 256  # rows of a moment that are added to at once
 
 
 def input_moments(
@@ -33,31 +33,22 @@ def input_moments(
             rows = args[0].flatten(0, -2)
             if name not in sums:
                 sums[name] = rows.new_zeros(rows.shape[-1], rows.shape[-1])
-            sums[name].addmm_(rows.T, rows, alpha=1 / tokens)
+            # The lower triangle is the upper one's mirror image, and costs as much.
+            for begin in range(0, rows.shape[1], _STRIPE):
+                stripe = sums[name][begin : begin + _STRIPE, begin:]
+                stripe.addmm_(rows[:, begin : begin + _STRIPE].T, rows[:, begin:], alpha=1 / tokens)
 
         return note
 
     handles = [own(module, name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        for ids in tracked(_batches(texts), "batches read"):
+        for ids in tracked(texts, "windows read"):
             with torch.no_grad():
                 module.base_model(input_ids=ids, use_cache=False)  # without the head
     finally:
         for handle in handles:
             handle.remove()
-    return sums
-
-
-def _batches(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Windows of equal length as batches (rows, tokens)."""
-    by_length: dict[int, list[torch.Tensor]] = {}
-    for ids in texts:
-        by_length.setdefault(ids.shape[1], []).append(ids)
-    return [
-        torch.cat(alike[begin : begin + _BATCH])
-        for alike in by_length.values()
-        for begin in range(0, len(alike), _BATCH)
-    ]
+    return {name: upper.triu() + upper.triu(1).T for name, upper in sums.items()}
 
 
 def gradient_moments(
