@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from given import existing_folder
 from reference_model import SHAPES, export, prepare
 
 CONTEXTS = (128, 1024, 1900)
@@ -46,7 +47,9 @@ def main() -> None:
         "--kv", default="int8", choices=("int8", "float32"), help="KV cache of the bundle (%(default)s)"
     )
     parser.add_argument("--shape", default="llama", choices=SHAPES, help="shape of the model (%(default)s)")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model in place of one with random weights")
+    parser.add_argument(
+        "--model", type=existing_folder, metavar="FOLDER", help="a model in place of one with random weights"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -102,7 +102,11 @@ def peer(command: str) -> Iterator[tuple[str, psutil.Popen]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = psutil.Popen(shlex.split(command.format(port=port)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = shlex.split(command.format(port=port))
+    try:
+        process = psutil.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError as error:
+        raise SystemExit(f"{words[0]} cannot be started: {error.strerror}") from None
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
         while not is_healthy(address):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import real_model
+from given import existing_file
 from peers.harness import memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,12 @@ class Study:
         """The folder of the source or of the variant's bundle."""
         return self.model if variant.name == SOURCE else self.work / variant.name
 
+    def require_models(self) -> None:
+        """Raises: SystemExit, if a form of the model is not made yet."""
+        missing = [variant.name for variant in self.variants if not self.folder(variant).is_dir()]
+        if missing:
+            raise SystemExit(f"{', '.join(missing)}: not made yet below {self.work}: run with --only models first")
+
     def note(self, key: str, measure: Callable[[], Any]) -> None:
         """Measure a figure unless it is known, and store it at once."""
         if key in self.figures:
@@ -91,10 +98,15 @@ def main() -> None:
     """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--texts", type=Path, nargs="+", default=[], metavar="FILE", help="texts; the first 40 kB of each are read"
+        "--texts",
+        type=existing_file,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts; the first 40 kB of each are read",
     )
-    parser.add_argument("--lambada", type=Path, metavar="FILE", help="passages; 500 of them are read")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with the key turns")
+    parser.add_argument("--lambada", type=existing_file, metavar="FILE", help="passages; 500 of them are read")
+    parser.add_argument("--questions", type=existing_file, metavar="FILE", help="JSON lines with the key turns")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "case-study", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
@@ -112,6 +124,8 @@ def main() -> None:
     doing = {"models": models, "speed": speed, "quality": quality, "answers": answers, "report": report}
     for part in PARTS:
         if part in arguments.only:
+            if part not in ("models", "report"):
+                study.require_models()
             doing[part](study)
 
 

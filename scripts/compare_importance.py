@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from given import existing_file
 
 from edgelm.export.compress.importance.influence import attention_influence, layer_influence, windows
 from edgelm.export.compress.importance.leaving_out import least_missed_attention, least_missed_layers
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--parts", choices=("layers", "attention"), default="layers")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="numbers of parts to remove")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="a text of the kind that the models know")
+    parser.add_argument("--text", type=existing_file, metavar="FILE", help="a text of the kind that the models know")
     arguments = parser.parse_args()
     quiet_libraries()
     for model in arguments.models:

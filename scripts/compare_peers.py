@@ -26,6 +26,7 @@ from typing import Any
 
 import real_model
 import reference_model
+from given import existing_file, existing_folder
 from peers import quality, report
 from peers.environments import Environments, PeerError
 from peers.harness import COLD
@@ -115,10 +116,15 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of each peer (%(default)s)")
     parser.add_argument(
-        "--model", type=Path, action="append", help="a Hugging Face folder, more than once for several (both models)"
+        "--model",
+        type=existing_folder,
+        action="append",
+        help="a Hugging Face folder, more than once for several (both models)",
     )
-    parser.add_argument("--text", type=Path, help="UTF-8 text to measure quality on, its first 40 kB")
-    parser.add_argument("--questions", type=Path, help="JSON lines with the key turns, of which the first is asked")
+    parser.add_argument("--text", type=existing_file, help="UTF-8 text to measure quality on, its first 40 kB")
+    parser.add_argument(
+        "--questions", type=existing_file, help="JSON lines with the key turns, of which the first is asked"
+    )
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", help="kept environments and models")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "peers" / "results", help="for JSON and plot")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to a file")

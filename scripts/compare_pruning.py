@@ -13,11 +13,11 @@ import argparse
 import copy
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from compare_importance import Judge
+from given import existing_file
 
 from edgelm.export.compress.importance.influence import all_windows
 from edgelm.export.compress.steps.prune_structured import PruneStructured
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--importance", nargs="+", default=["curvature"], choices=("curvature", "taylor", "magnitude"))
     parser.add_argument("--not-refitted", action="store_true", help="also without refitting matrices")
-    parser.add_argument("--text", type=Path, metavar="FILE")
+    parser.add_argument("--text", type=existing_file, metavar="FILE")
     arguments = parser.parse_args()
     quiet_libraries()
     folder = find_source(arguments.model, None)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from given import existing_folder
 from reference_model import prepare, random_target
 
 CONTEXTS = (128, 1900)
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every bundle (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
-    parser.add_argument("--texts", type=Path, metavar="FOLDER", help="also compare training steps on these texts")
+    parser.add_argument(
+        "--texts", type=existing_folder, metavar="FOLDER", help="also compare training steps on these texts"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

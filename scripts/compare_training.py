@@ -30,6 +30,7 @@ import onnx_ir as ir
 import torch
 from example_model.model import END_OF_TEXT
 from example_model.texts import STORIES, Recipe, read_stories
+from given import existing_folder
 from numpy.typing import NDArray
 
 from edgelm.export.compress.recipe import parse_recipe
@@ -225,7 +226,7 @@ def compare(texts: Path, steps: int, names: Iterable[str] = tuple(COMPARISONS)) 
 def main() -> None:
     """Parse, then compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("texts", type=Path, help="folder of the texts")
+    parser.add_argument("texts", type=existing_folder, help="folder of the texts")
     parser.add_argument("--only", choices=sorted(COMPARISONS), action="append", help="one of the comparisons")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of each training (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
