@@ -924,6 +924,16 @@ def test_every_kind_of_processor_gets_the_same_bits(name: str, cases: Path) -> N
     assert digests(command, cases, library, name) == digests(command, cases, library)
 
 
+def test_an_unknown_instruction_set_is_named_in_one_line() -> None:
+    """Without an error, everything would run without kernels, and slowly."""
+    command = "from edgelm.runtime.sessions import kernels; print(kernels.identity())"
+    environment = {**os.environ, "EDGELM_KERNELS_ARITHMETIC": "avx3"}
+    environment.pop("EDGELM_KERNELS", None)
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "SessionError: EDGELM_KERNELS_ARITHMETIC=avx3 names no instruction set" in last
+
+
 @pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
 def test_a_raspberry_pi_gets_the_same_bits(cpu: str, cases: Path) -> None:
     machines = pytest.importorskip("scripts.emulated.machines", reason="scripts/ is missing")

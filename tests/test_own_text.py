@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from edgelm.export import ExportConfig, compress_model
 from edgelm.export.compress.recipe import parse_recipe
-from edgelm.export.compress.training.own_text import chat_opening, write_own_text
+from edgelm.export.compress.training.own_text import _drawn, chat_opening, write_own_text
 from edgelm.export.errors import RecipeError
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
@@ -30,14 +31,14 @@ def tokenizer_of(folder: Path, template: str | None) -> Any:
 
 
 def test_half_of_the_text_is_chats(tmp_path: Path) -> None:
-    """32 passages begin as the template begins a chat, 32 with a token of the text."""
+    """64 passages begin as the template begins a chat, 64 with a token of the text."""
     module, tokenizer = tiny_llama(), tokenizer_of(tmp_path, TEMPLATE)
     opening = chat_opening(tokenizer)
     assert opening == tokenizer("[user] ")["input_ids"]
-    rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 64 * 20, 20)).reshape(64, 20)
-    assert rows[:32, : len(opening)].tolist() == [opening] * 32
-    assert set(rows[32:, 0].tolist()) == {65, 66}
-    assert write_own_text(module, tokenizer, [65, 66], 64 * 20, 20) == rows.flatten().tolist(), "reproducible"
+    rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 128 * 20, 20)).reshape(128, 20)
+    assert rows[:64, : len(opening)].tolist() == [opening] * 64
+    assert set(rows[64:, 0].tolist()) == {65, 66}
+    assert write_own_text(module, tokenizer, [65, 66], 128 * 20, 20) == rows.flatten().tolist(), "reproducible"
 
 
 def test_tokens_are_sampled_from_the_models_predictions(tmp_path: Path) -> None:
@@ -49,6 +50,15 @@ def test_tokens_are_sampled_from_the_models_predictions(tmp_path: Path) -> None:
     surprise = -said.gather(2, rows[:, 1:, None]).mean()
     entropy = -(said.exp() * said).sum(-1).mean()
     assert float(surprise) == pytest.approx(float(entropy), rel=0.05)
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    logits = torch.full((2000, 5), -torch.inf)
+    logits[:, 1], logits[:, 3] = 0.0, 1.0
+    drawn = _drawn(logits)
+    assert drawn.shape == (2000, 1)
+    assert set(drawn.flatten().tolist()) == {1, 3}
+    assert float((drawn == 3).double().mean()) == pytest.approx(math.e / (1 + math.e), abs=0.04)
 
 
 def test_a_tokenizer_without_a_template_has_no_chats(tmp_path: Path) -> None:
@@ -74,15 +84,15 @@ def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkey
     keep = own_text.keep_own_text
     monkeypatch.setattr(own_text, "keep_own_text", lambda *a: (keep(*a), found.append(json.loads(kept.read_text())))[0])
     compress_model(config)
-    for origin, token_ids in ((found[0]["origin"], [7] * 1056), ("of another recipe", [9] * 1056)):
+    for origin, token_ids in ((found[0]["origin"], [7] * 2112), ("of another recipe", [9] * 2112)):
         shutil.rmtree(tmp_path / "out")
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"origin": origin, "token_ids": token_ids}), encoding="utf-8")
         compress_model(config)
-    written, reused, renewed = (rows[-1056:].tolist() for rows in seen)
-    assert reused == [7] * 1056
+    written, reused, renewed = (rows[-2112:].tolist() for rows in seen)
+    assert reused == [7] * 2112
     assert written == renewed != reused
-    assert seen[0][:-1056].tolist() == seen[1][:-1056].tolist() and len(seen[0]) == len(seen[1])
+    assert seen[0][:-2112].tolist() == seen[1][:-2112].tolist() and len(seen[0]) == len(seen[1])
 
 
 def test_a_negative_own_text_is_refused() -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,7 +28,9 @@ from edgelm.export.compress.steps.distil import Distil
 from edgelm.export.compress.steps.quantization_aware import QuantizationAware
 from edgelm.export.compress.steps.recover import Recover
 from edgelm.export.compress.training.checkpoint import Checkpoint
+from edgelm.export.compress.training.divergence import Mix, divergence
 from edgelm.export.compress.training.loop import make_accelerator, pace, rows_of
+from edgelm.export.compress.training.precision import fastest
 from edgelm.export.compress.training.schedule import Schedule
 from edgelm.export.compress.training.simulate import Quantized
 from edgelm.export.compress.training.train import distillation, next_token
@@ -99,6 +103,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
         ({"use": "distil", "alpha": 1.5}, "alpha must be 0 to 1"),
         ({"use": "distil", "temperature": 0}, "temperature must be above 0"),
         ({"use": "quantization-aware", "weight_bits": 3}, "weight_bits must be 4 to 8"),
+        ({"use": "quantization-aware", "precision": "bfloat16"}, "cannot represent the rounded values"),
+        ({"use": "recover", "precision": "float16"}, "precision"),
     ],
 )
 def test_settings_that_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -170,6 +176,73 @@ def test_loss_of_distillation_is_that_of_the_literature() -> None:
     loss: Any = distillation(Fixed(teacher), 2.0, 0.7)  # type: ignore[arg-type]
     assert float(loss(Fixed(student), rows)) == pytest.approx(0.7 * 4 * soft + 0.3 * hard, rel=1e-5)
     assert float(next_token(Fixed(student), rows)) == pytest.approx(hard, rel=1e-5)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(2, 50),
+    temperature=st.floats(0.5, 4),
+    alpha=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_gradient_of_distillation_is_autograds(
+    tokens: int, vocabulary: int, temperature: float, alpha: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ours, teacher = (4 * torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    theirs = ours.double().requires_grad_()
+    p, q = (torch.log_softmax(logits / temperature, -1) for logits in (teacher.double(), theirs))
+    soft = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    naive = alpha * temperature**2 * soft + (1 - alpha) * torch.nn.functional.cross_entropy(theirs, targets)
+    (3 * naive).backward()
+    ours.requires_grad_()
+    found = divergence(ours, teacher, targets, Mix(temperature, alpha))
+    (3 * found).backward()
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(float(naive.detach()), rel=1e-4, abs=1e-5)
+    assert ours.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=1e-4, rtol=1e-4)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_bfloat16_where_the_processor_has_instructions_for_it(
+    found: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert fastest(torch.device("cpu")) == expected
+    assert Recover().precision_on(torch.device("cpu")) == expected
+    assert Recover(precision="float32").precision_on(torch.device("cpu")) == "float32"
+    assert QuantizationAware().precision_on(torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_multiplies_in_its_precision_and_keeps_float32_weights(precision: Any, bench: Workbench) -> None:
+    """Evaluations are in float32 in any case: both trainings begin with the same."""
+    seen: set[tuple[bool, torch.dtype]] = set()
+
+    def watch(module: Any, _: Any, output: torch.Tensor) -> None:
+        seen.add((module.training, output.dtype))
+
+    module = tiny_llama()
+    module.lm_head.register_forward_hook(watch)
+    done = Distil(precision=precision, **{**QUICK, "steps": 20}).apply(module, bench)
+    assert seen == {(True, getattr(torch, precision)), (False, torch.float32)}
+    assert done.details["precision"] == precision
+    assert {weight.dtype for weight in done.module.parameters()} == {torch.float32}
+    plain = Distil(precision="float32", **{**QUICK, "steps": 20}).apply(
+        tiny_llama(), replace(bench, checkpoints=bench.checkpoints / "plain")
+    )
+    first, last = (done.details["training"]["curve"][index]["kl"] for index in (0, -1))
+    assert first == plain.details["training"]["curve"][0]["kl"]
+    assert last == pytest.approx(plain.details["training"]["curve"][-1]["kl"], rel=0.05)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from .providers import CPU
 
 # "off" switches the kernels off: to compare, or to find out whether a fault is theirs.
 SWITCH = "EDGELM_KERNELS"
+# Names the instruction set that the library computes with, to test on one processor what another computes.
+_CHOICE = "EDGELM_KERNELS_ARITHMETIC"
 _PACKAGE = "edgelm_kernels"
 # The interface number that the package must have. With another one, functions without a kernel would run as their
 # bodies: more slowly, and sometimes with other bits.
@@ -73,6 +75,9 @@ def _arithmetic() -> str | None:
             f"edgelm-kernels is installed and cannot be loaded ({error}): install it again, for this system, or leave "
             f"it out with  {SWITCH}=off"
         ) from error
+    chosen = os.environ.get(_CHOICE)
+    if found is None and chosen is not None:
+        raise SessionError(f"{_CHOICE}={chosen} names no instruction set that the kernels can use here: unset it")
     return found
 
 
@@ -88,7 +93,8 @@ def identity() -> str | None:
     """The kernels' digest and instruction sets, which decide the last bits of logits. None if no kernels are used: the
     package is not installed, has no code for this processor, is switched off, or is not `wanted`.
 
-    Raises: SessionError, if they cannot be loaded, or belong to another version of edgelm.
+    Raises: SessionError, if they cannot be loaded, belong to another version of edgelm, or were told to use an
+    instruction set that this processor lacks.
     """
     if not _wanted.get() or os.environ.get(SWITCH, "").lower() == "off" or _arithmetic() is None:
         return None

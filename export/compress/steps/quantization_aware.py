@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...codes.nibbles import WIDTHS
 from ...errors import RecipeError
 from ..step import Applied, Workbench
+from ..training.precision import Precision
 from ..training.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizationAware(Schedule):
-    """See `Schedule`. learning_rate: low, because the model starts near the minimum; weight_bits: 8 or 7, as in the
+    """See `Schedule`. learning_rate: low, because the model starts near the minimum; precision: float32, because
+    bfloat16 cannot represent the rounded values; weight_bits: 8 or 7, as in the
     target's profile (int8-rowwise), or 4, 5 or 6 for all matrices (int4-rowwise); activation_bits: 16, as for most
     matrices of a bundle, or 8."""
 
     KEEPS: ClassVar[Keep] = "kl"
 
     learning_rate: float = 1e-5
+    precision: Precision | None = "float32"
     weight_bits: int = 8
     activation_bits: int = 16
 
@@ -37,6 +40,8 @@ class QuantizationAware(Schedule):
         super().__post_init__()
         if self.weight_bits not in (*WIDTHS, 7, 8):
             raise RecipeError(f"weight_bits must be 4 to 8, found {self.weight_bits}")
+        if self.precision == "bfloat16":
+            raise RecipeError('precision = "bfloat16" cannot represent the rounded values that it trains: leave it out')
         if self.activation_bits not in (8, 16):
             raise RecipeError(f"activation_bits must be 8 or 16, found {self.activation_bits}")
 

@@ -21,6 +21,7 @@ from ..disk import require_bytes
 from ..progress import Clock, Say
 from .checkpoint import Checkpoint, State
 from .held_out import HeldOut, better
+from .precision import products_in
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class Loop:
         accelerator = self._accelerator
         torch.manual_seed((self._step.seed << 20) + index * accelerator.num_processes + accelerator.process_index)
         mine = rows[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-        value = self._loss(model, mine)
+        with products_in(self._step.precision_on(accelerator.device), accelerator.device):
+            value = self._loss(model, mine)
         mean = float(accelerator.reduce(value.detach(), "mean"))
         accelerator.backward(value)
         gradient = accelerator.clip_grad_norm_(list(self._weights.values()), _LARGEST_GRADIENT)
@@ -238,7 +240,7 @@ def pace(step: Schedule, index: int) -> float:
 
 
 def make_accelerator(step: Schedule) -> Accelerator:
-    """Data parallel, float32. One process and several give the same numbers up to the order of sums. Raises:
+    """Data parallel. One process and several give the same numbers up to the order of sums. Raises:
     RecipeError."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import DistributedType

@@ -21,7 +21,7 @@ from ..progress import tracked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROWS = 32  # passages per batch
+_ROWS = 64  # passages per batch
 _CONTENT = "\x00"  # placeholder for the user's message
 
 
@@ -35,7 +35,7 @@ def write_own_text(
     """Generate at least `tokens` token ids, in consecutive passages of `length`.
 
     module: in evaluation mode; starts: token ids to draw the first token of free text from. The same arguments give the
-    same text on the same machine. Cost: one forward pass per position, for 32 passages at a time.
+    same text on the same machine. Cost: one forward pass per position, for 64 passages at a time.
     """
     opening = chat_opening(tokenizer)
     written: list[int] = []
@@ -46,7 +46,7 @@ def write_own_text(
             prompts = [[starts[index]] for index in torch.randint(len(starts), (_ROWS,)).tolist()]
             if opening is not None and turn % 2 == 0:
                 prompts = [opening] * _ROWS
-            what = f"tokens of 32 passages generated, batch {turn + 1} of {batches}"
+            what = f"tokens of {_ROWS} passages generated, batch {turn + 1} of {batches}"
             written += _write(module, torch.tensor(prompts), length, what).flatten().tolist()
     return written
 
@@ -85,6 +85,14 @@ def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int, what: st
         for _ in tracked(range(length - ids.shape[1]), what):
             result: Any = module(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = result.past_key_values
-            fed = torch.multinomial(torch.softmax(result.logits[:, -1].float(), -1), 1)
+            fed = _drawn(result.logits[:, -1])
             ids = torch.cat([ids, fed], dim=1)
     return ids
+
+
+def _drawn(logits: torch.Tensor) -> torch.Tensor:
+    """One token a row, (rows, 1) int64. torch.multinomial draws a random number for each token of the vocabulary, which
+    took a quarter of the time; inverting the cumulative distribution needs one a row."""
+    below = torch.softmax(logits.float(), -1).cumsum(-1)
+    found = torch.searchsorted(below, torch.rand(len(below), 1, device=below.device) * below[:, -1:], right=True)
+    return found.clamp_max(logits.shape[-1] - 1)

@@ -12,9 +12,11 @@ from ....runtime.host.files import read_text
 from ...errors import RecipeError
 from ..processes import count_processes
 from ..step import Applied, Outlook, Workbench
+from .precision import Precision, fastest
 from .texts import TrainingTexts
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -38,7 +40,8 @@ class Schedule(ABC):
     is shorter than a row); evaluate_every: steps between evaluations (None: a tenth of `steps`); keep: weights to keep,
     those of the lowest held-out "loss", of the lowest KL divergence from the source ("kl"), or the "last" (None: the
     step's default); patience: consecutive evaluations without improvement before the training stops early (None:
-    never); samples: number of held-out passages that source and model continue, for the report.
+    never); samples: number of held-out passages that source and model continue, for the report; precision: of the
+    training's matrix products (None: the fastest of the device); evaluations compute in float32.
     """
 
     KEEPS: ClassVar[Keep] = "loss"
@@ -56,6 +59,7 @@ class Schedule(ABC):
     keep: Keep | None = None
     patience: int | None = None
     samples: int = 3
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         """Raises: RecipeError."""
@@ -121,6 +125,10 @@ class Schedule(ABC):
         """Whether an evaluation is due after `done` steps."""
         every = self.evaluate_every or math.ceil(self.steps / _TENTH)
         return done % every == 0 or done == self.steps
+
+    def precision_on(self, device: torch.device) -> Precision:
+        """Precision of the training's matrix products on a device."""
+        return self.precision or fastest(device)
 
     @property
     def kept(self) -> Keep:

@@ -12,8 +12,10 @@ import torch
 from ..progress import telling
 from ..step import Workbench
 from .checkpoint import Checkpoint, State, identify
+from .divergence import Mix, divergence
 from .held_out import HeldOut
 from .loop import Loop, Place, make_accelerator, mean_of, rows_of
+from .precision import products_in
 from .schedule import Schedule
 from .texts import TrainingTexts
 from .zeros import pruned_zeros, was_pruned
@@ -36,21 +38,14 @@ def next_token(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def distillation(teacher: torch.nn.Module, temperature: float, alpha: float) -> Loss:
-    """The loss alpha * T^2 * KL(teacher || student) at temperature T + (1 - alpha) * cross-entropy (Hinton et al.,
-    arXiv 1503.02531). The factor T^2 keeps the gradient's size when T changes."""
+    """The loss of a distillation, see `divergence`."""
+    mix = Mix(temperature, alpha)
 
     def loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1).float()
-        hard = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())
+        said = model(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1)
         with torch.no_grad():
-            wanted = teacher.to(rows.device)(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1).float()
-        soft = torch.nn.functional.kl_div(
-            torch.log_softmax(logits / temperature, -1),
-            torch.log_softmax(wanted / temperature, -1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return alpha * temperature**2 * soft + (1 - alpha) * hard
+            wanted = teacher.to(rows.device)(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1)
+        return divergence(said, wanted, rows[:, 1:].flatten(), mix)
 
     return loss
 
@@ -89,6 +84,7 @@ def train(
         state = Loop(step, student, loss, place, zeros).run(torch.tensor([*texts.training, *more]), length)
     return {
         **sizes,
+        "precision": step.precision_on(accelerator.device),
         "first-loss": mean_of(state.losses[:_SHOWN]),
         "last-loss": mean_of(state.losses[-_SHOWN:]),
         "training": _told(step, state, texts, bench),
@@ -127,7 +123,9 @@ def _estimate(step: Schedule, student: torch.nn.Module, loss: Loss, texts: Train
     Changes no weights."""
     row = rows_of(torch.tensor(texts.training), length, step, 0)[:1]
     started = time.monotonic()
-    loss(student, row).backward()  # type: ignore[no-untyped-call]
+    with products_in(step.precision_on(row.device), row.device):
+        value = loss(student, row)
+    value.backward()  # type: ignore[no-untyped-call]
     learned = time.monotonic() - started
     student.zero_grad()
     started = time.monotonic()
