@@ -38,23 +38,23 @@ class _Divergence(torch.autograd.Function):
     def forward(
         context: Any, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, mix: Mix
     ) -> torch.Tensor:
-        temperature, alpha = mix.temperature, mix.alpha
+        temperature, alpha, tokens = mix.temperature, mix.alpha, len(student)
         soft, hard = student.new_zeros(2, dtype=torch.float64).unbind()
         gradient = torch.empty_like(student)
-        for start in range(0, len(student), _ROWS):
+        for start in range(0, tokens, _ROWS):
             rows = slice(start, start + _ROWS)
             logits = student[rows].float()
             wanted = torch.log_softmax(teacher[rows].float() / temperature, -1)
             got = torch.log_softmax(logits / temperature, -1)
             shares = wanted.exp()
-            soft = soft + (shares * wanted.sub_(got)).sum(dtype=torch.float64)
+            soft = soft + (shares * wanted.sub_(got)).sum().double()
             # d(T^2 * KL) / d(logits) = T * (softmax(student / T) - softmax(teacher / T))
-            slope = got.exp_().sub_(shares).mul_(alpha * temperature)
+            slope = got.exp_().sub_(shares).mul_(alpha * temperature / tokens)
             if alpha < 1:
-                hard = hard + _cross_entropy(logits, targets[rows], 1 - alpha, slope)
-            gradient[rows] = slope / len(student)
+                hard = hard + _cross_entropy(logits, targets[rows], (1 - alpha) / tokens, slope)
+            gradient[rows] = slope
         context.save_for_backward(gradient)
-        return ((alpha * temperature**2 * soft + (1 - alpha) * hard) / len(student)).float()
+        return ((alpha * temperature**2 * soft + (1 - alpha) * hard) / tokens).float()
 
     @staticmethod
     def backward(context: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -65,7 +65,7 @@ class _Divergence(torch.autograd.Function):
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weight: float, slope: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies, float64. Adds weight x its gradient (softmax(logits) - one-hot) to `slope`."""
     says, where = torch.log_softmax(logits, -1), targets[:, None]
-    total = -says.gather(1, where).sum(dtype=torch.float64)
+    total = -says.gather(1, where).sum().double()
     slope.add_(says.exp_(), alpha=weight)
     slope.scatter_add_(1, where, torch.full_like(where, -weight, dtype=slope.dtype))
     return total

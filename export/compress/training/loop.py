@@ -67,7 +67,7 @@ class Loop:
         student.train().to(accelerator.device)
         self._weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
         self._zeros = {name: where.to(accelerator.device) for name, where in zeros.items()}
-        self._optimizer = torch.optim.AdamW(self._weights.values(), betas=_BETAS, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._weights.values(), betas=_BETAS, weight_decay=0.0, fused=True)
         self._best: dict[str, torch.Tensor] = {}
 
     def run(self, token_ids: torch.Tensor, length: int) -> State:
