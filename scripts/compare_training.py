@@ -85,8 +85,13 @@ class Comparison:
         self._plain = self._score(self._reference).losses
 
     def trained(self, use: str, **keys: Any) -> dict[str, Any]:
-        """A step that trains on the training stories."""
-        return {"use": use, **self._training, **{key.replace("_", "-"): value for key, value in keys.items()}}
+        """A step that trains on the training stories, in float32 on every processor."""
+        return {
+            "use": use,
+            **self._training,
+            "precision": "float32",
+            **{key.replace("_", "-"): value for key, value in keys.items()},
+        }
 
     def apply(self, module: PreTrainedModel, *steps: dict[str, Any]) -> PreTrainedModel:
         """A copy of a module after these steps."""

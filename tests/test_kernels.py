@@ -931,7 +931,7 @@ def test_an_unknown_instruction_set_is_named_in_one_line() -> None:
     environment.pop("EDGELM_KERNELS", None)
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
-    assert "SessionError: EDGELM_KERNELS_ARITHMETIC=avx3 names no instruction set" in last
+    assert "SessionError: EDGELM_KERNELS_ARITHMETIC='avx3' names no instruction set" in last
 
 
 @pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])

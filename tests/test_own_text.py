@@ -31,14 +31,18 @@ def tokenizer_of(folder: Path, template: str | None) -> Any:
 
 
 def test_half_of_the_text_is_chats(tmp_path: Path) -> None:
-    """64 passages begin as the template begins a chat, 64 with a token of the text."""
+    """10 passages begin as the template begins a chat, 10 with a token of the text; of many, at most 64 at a time."""
     module, tokenizer = tiny_llama(), tokenizer_of(tmp_path, TEMPLATE)
     opening = chat_opening(tokenizer)
     assert opening == tokenizer("[user] ")["input_ids"]
-    rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 128 * 20, 20)).reshape(128, 20)
-    assert rows[:64, : len(opening)].tolist() == [opening] * 64
-    assert set(rows[64:, 0].tolist()) == {65, 66}
-    assert write_own_text(module, tokenizer, [65, 66], 128 * 20, 20) == rows.flatten().tolist(), "reproducible"
+    rows = torch.tensor(write_own_text(module, tokenizer, [65, 66], 20 * 20, 20)).reshape(20, 20)
+    assert rows[:10, : len(opening)].tolist() == [opening] * 10
+    assert set(rows[10:, 0].tolist()) == {65, 66}
+    assert write_own_text(module, tokenizer, [65, 66], 20 * 20, 20) == rows.flatten().tolist(), "reproducible"
+    # 130 passages of 16 tokens: two turns of 33 chats and 33 others.
+    many = torch.tensor(write_own_text(module, tokenizer, [65, 66], 130 * 16, 16)).reshape(4, 33, 16)
+    chats = (many[:, :, : len(opening)] == torch.tensor(opening)).all(-1).all(-1)
+    assert chats.tolist() == [True, False, True, False]
 
 
 def test_tokens_are_sampled_from_the_models_predictions(tmp_path: Path) -> None:
@@ -53,12 +57,18 @@ def test_tokens_are_sampled_from_the_models_predictions(tmp_path: Path) -> None:
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
+    torch.manual_seed(0)
     logits = torch.full((2000, 5), -torch.inf)
     logits[:, 1], logits[:, 3] = 0.0, 1.0
     drawn = _drawn(logits)
     assert drawn.shape == (2000, 1)
     assert set(drawn.flatten().tolist()) == {1, 3}
     assert float((drawn == 3).double().mean()) == pytest.approx(math.e / (1 + math.e), abs=0.04)
+
+
+def test_a_teacher_whose_predictions_are_not_finite_is_refused() -> None:
+    with pytest.raises(RecipeError, match="the teacher cannot generate text"):
+        _drawn(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]))
 
 
 def test_a_tokenizer_without_a_template_has_no_chats(tmp_path: Path) -> None:
@@ -84,15 +94,15 @@ def test_a_distillation_trains_on_what_its_teacher_writes(tmp_path: Path, monkey
     keep = own_text.keep_own_text
     monkeypatch.setattr(own_text, "keep_own_text", lambda *a: (keep(*a), found.append(json.loads(kept.read_text())))[0])
     compress_model(config)
-    for origin, token_ids in ((found[0]["origin"], [7] * 2112), ("of another recipe", [9] * 2112)):
+    for origin, token_ids in ((found[0]["origin"], [7] * 1023), ("of another recipe", [9] * 1023)):
         shutil.rmtree(tmp_path / "out")
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"origin": origin, "token_ids": token_ids}), encoding="utf-8")
         compress_model(config)
-    written, reused, renewed = (rows[-2112:].tolist() for rows in seen)
-    assert reused == [7] * 2112
+    written, reused, renewed = (rows[-1023:].tolist() for rows in seen)
+    assert reused == [7] * 1023
     assert written == renewed != reused
-    assert seen[0][:-2112].tolist() == seen[1][:-2112].tolist() and len(seen[0]) == len(seen[1])
+    assert seen[0][:-1023].tolist() == seen[1][:-1023].tolist() and len(seen[0]) == len(seen[1])
 
 
 def test_a_negative_own_text_is_refused() -> None:

@@ -77,7 +77,7 @@ def _arithmetic() -> str | None:
         ) from error
     chosen = os.environ.get(_CHOICE)
     if found is None and chosen is not None:
-        raise SessionError(f"{_CHOICE}={chosen} names no instruction set that the kernels can use here: unset it")
+        raise SessionError(f"{_CHOICE}={chosen!r} names no instruction set that the kernels can use here: unset it")
     return found
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizationAware(Schedule):
-    """See `Schedule`. learning_rate: low, because the model starts near the minimum; precision: float32, because
-    bfloat16 cannot represent the rounded values; weight_bits: 8 or 7, as in the
+    """See `Schedule`. learning_rate: low, because the model starts near the minimum; precision: float32 only,
+    because in bfloat16 the products would not be those of the bundle; weight_bits: 8 or 7, as in the
     target's profile (int8-rowwise), or 4, 5 or 6 for all matrices (int4-rowwise); activation_bits: 16, as for most
     matrices of a bundle, or 8."""
 
@@ -40,8 +40,8 @@ class QuantizationAware(Schedule):
         super().__post_init__()
         if self.weight_bits not in (*WIDTHS, 7, 8):
             raise RecipeError(f"weight_bits must be 4 to 8, found {self.weight_bits}")
-        if self.precision == "bfloat16":
-            raise RecipeError('precision = "bfloat16" cannot represent the rounded values that it trains: leave it out')
+        if self.precision != "float32":
+            raise RecipeError('precision must be "float32": in bfloat16 the products would not be those of the bundle')
         if self.activation_bits not in (8, 16):
             raise RecipeError(f"activation_bits must be 8 or 16, found {self.activation_bits}")
 

@@ -28,13 +28,14 @@ from ...errors import OutputError, RecipeError
 from ...module.edits import edits_of
 from ..recipe import step_settings
 from ..step import Step, Workbench
+from .precision import Precision
 from .texts import TrainingTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "training.safetensors"
-_KEY, _VERSION = "edgelm", 2
+_KEY, _VERSION = "edgelm", 3
 # Key of a digest -> its subject, for messages.
 _PARTS = {
     "step": "the step's settings",
@@ -53,13 +54,14 @@ Parts = dict[str, str]
 class State:
     """State of a training. losses: one per step; curve: results of `HeldOut.read`, each with its step; best: step of
     the best evaluation so far, -1 for none; done: the training has ended; samples: `HeldOut.samples` of the kept
-    weights, set at the end."""
+    weights, set at the end; precision: of the matrix products, decided when the training starts."""
 
     losses: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: int = -1
     done: bool = False
     samples: list[dict[str, list[int]]] = field(default_factory=list)
+    precision: Precision | None = None
 
 
 class Checkpoint:
@@ -207,6 +209,8 @@ def _damaged(path: Path, error: Exception) -> RecipeError:
 def _put(weight: torch.nn.Parameter, kind: str, tensor: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     if kind == "weight":
         weight.copy_(tensor)
+    elif tensor.shape == weight.shape:
+        # The fused AdamW pairs elements by their place in memory, so a moment needs the weight's strides.
+        optimizer.state[weight][kind] = torch.empty_like(weight).copy_(tensor)
     else:
-        # AdamW keeps its step count, a scalar, on the CPU.
-        optimizer.state[weight][kind] = tensor.to(weight.device) if tensor.dim() else tensor
+        optimizer.state[weight][kind] = tensor.to(weight.device)  # the step count

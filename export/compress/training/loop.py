@@ -1,7 +1,7 @@
 """The training loop of all steps: rows of a text, a loss, AdamW, evaluations on held-out text, checkpoints.
 
 It uses Hugging Face accelerate, so the same code runs on a CPU, on a GPU and in several processes. Rows and random
-numbers depend only on the seed and the step: the same seed on the same machine gives the same weights, also if the
+numbers depend only on the seed and the step: the same seed on the same CPU gives the same weights, also if the
 training was interrupted and resumed from a checkpoint.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,17 +21,19 @@ from ..disk import require_bytes
 from ..progress import Clock, Say
 from .checkpoint import Checkpoint, State
 from .held_out import HeldOut, better
-from .precision import products_in
+from .precision import Precision, products_in
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Shared = TypeVar("Shared")
+
 _BETAS, _LARGEST_GRADIENT = (0.9, 0.95), 1.0
 _PATIENCE = timedelta(hours=6)
 _SHOWN = 10  # losses averaged in a progress line
-# Forward and backward cost about three times as much as forward alone.
-_LEARNING = 3
+# Seconds a token of forward and backward, in those of a forward pass in float32, for the first estimate.
+_LEARNING: dict[Precision, float] = {"float32": 3, "bfloat16": 1.5}
 # A checkpoint holds the weights, AdamW's two moments and the best weights so far, in float32.
 _KEPT_BYTES = 4 * 4
 
@@ -69,6 +71,7 @@ class Loop:
         self._zeros = {name: where.to(accelerator.device) for name, where in zeros.items()}
         self._optimizer = torch.optim.AdamW(self._weights.values(), betas=_BETAS, weight_decay=0.0, fused=True)
         self._best: dict[str, torch.Tensor] = {}
+        self._precision: Precision = "float32"
 
     def run(self, token_ids: torch.Tensor, length: int) -> State:
         """Train, and return the final state. The student then has the kept weights: the best or the last ones."""
@@ -76,6 +79,10 @@ class Loop:
         if state.best == len(state.losses):  # the checkpoint stores weights that are best and last once
             self._best = self._copied()
         self._agree(len(state.losses))
+        # A resumed training goes on in the precision that it started with, and all processes use the first one's.
+        state.precision = self._precision = self._shared(
+            state.precision or self._step.precision_on(self._accelerator.device)
+        )
         if state.losses:
             self._say(f"resumed after step {len(state.losses)} of {self._step.steps} from {self._checkpoint.path}")
         if not state.done:
@@ -89,7 +96,8 @@ class Loop:
         first, steps = len(state.losses), self._step.steps
         guess = self._read(state) if first == 0 else None
         model, optimizer = self._accelerator.prepare(self._student, self._optimizer)
-        clock = Clock(steps, first, None if guess is None else guess * self._step.batch * length * _LEARNING)
+        tokens = self._step.batch * length
+        clock = Clock(steps, first, None if guess is None else guess * tokens * _LEARNING[self._precision])
         self._tell(clock, state)
         for index in range(first, steps):
             rows = rows_of(token_ids, length, self._step, index)
@@ -106,7 +114,7 @@ class Loop:
         accelerator = self._accelerator
         torch.manual_seed((self._step.seed << 20) + index * accelerator.num_processes + accelerator.process_index)
         mine = rows[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-        with products_in(self._step.precision_on(accelerator.device), accelerator.device):
+        with products_in(self._precision, accelerator.device):
             value = self._loss(model, mine)
         mean = float(accelerator.reduce(value.detach(), "mean"))
         accelerator.backward(value)
@@ -147,13 +155,13 @@ class Loop:
     def _copied(self) -> dict[str, torch.Tensor]:
         return {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}
 
-    def _shared(self, reading: dict[str, float]) -> dict[str, float]:
-        """Broadcast the first process's evaluation, so that all processes decide alike."""
+    def _shared(self, value: Shared) -> Shared:
+        """The first process's value, so that all processes decide alike."""
         if self._accelerator.num_processes == 1:
-            return reading
+            return value
         from accelerate.utils import broadcast_object_list
 
-        shared: list[dict[str, float]] = [reading]
+        shared = [value]
         broadcast_object_list(shared)
         return shared[0]
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ....runtime.host.files import read_text, replacing
+from ...errors import RecipeError
 from ..progress import tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROWS = 64  # passages per batch
+_ROWS = 64  # passages per batch, at most
 _CONTENT = "\x00"  # placeholder for the user's message
 
 
@@ -35,18 +36,21 @@ def write_own_text(
     """Generate at least `tokens` token ids, in consecutive passages of `length`.
 
     module: in evaluation mode; starts: token ids to draw the first token of free text from. The same arguments give the
-    same text on the same machine. Cost: one forward pass per position, for 64 passages at a time.
+    same text on the same machine. Cost: one forward pass per position, for 64 passages at a time. Raises: RecipeError
+    if a prediction is not finite.
     """
     opening = chat_opening(tokenizer)
+    kinds = 1 if opening is None else 2
+    turns = -(-tokens // (kinds * _ROWS * length))
+    rows = -(-tokens // (kinds * turns * length))
     written: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        batches = -(-tokens // (_ROWS * length))
-        for turn in range(batches):
-            prompts = [[starts[index]] for index in torch.randint(len(starts), (_ROWS,)).tolist()]
+        for turn in range(kinds * turns):
+            prompts = [[starts[index]] for index in torch.randint(len(starts), (rows,)).tolist()]
             if opening is not None and turn % 2 == 0:
-                prompts = [opening] * _ROWS
-            what = f"tokens of {_ROWS} passages generated, batch {turn + 1} of {batches}"
+                prompts = [opening] * rows
+            what = f"tokens of {rows} passages generated, batch {turn + 1} of {kinds * turns}"
             written += _write(module, torch.tensor(prompts), length, what).flatten().tolist()
     return written
 
@@ -91,8 +95,12 @@ def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int, what: st
 
 
 def _drawn(logits: torch.Tensor) -> torch.Tensor:
-    """One token a row, (rows, 1) int64. torch.multinomial draws a random number for each token of the vocabulary, which
-    took a quarter of the time; inverting the cumulative distribution needs one a row."""
+    """One token a row, (rows, 1) int64, by inversion of the cumulative distribution: one random number a row, where
+    torch.multinomial draws one for each token of the vocabulary. Raises: RecipeError if a logit is not finite."""
     below = torch.softmax(logits.float(), -1).cumsum(-1)
-    found = torch.searchsorted(below, torch.rand(len(below), 1, device=below.device) * below[:, -1:], right=True)
-    return found.clamp_max(logits.shape[-1] - 1)
+    total = below[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise RecipeError("the teacher cannot generate text: its predictions are not finite numbers")
+    # Above 0 and at most the total, so that a token without probability is never drawn.
+    drawn = (1 - torch.rand(len(below), 1, device=below.device)) * total
+    return torch.searchsorted(below, drawn)

@@ -1,8 +1,8 @@
-"""Precision of a training's matrix products.
+"""Precision of the matrix products in a training.
 
-Weights, gradients, AdamW's moments, norms and the loss stay in float32. In bfloat16 (mixed precision, Micikevicius et
-al., arXiv 1710.03740; bfloat16 needs no loss scaling, Kalamkar et al., arXiv 1905.12322) a processor with instructions
-for it multiplies two to eight times as fast.
+In bfloat16 (mixed precision, Micikevicius et al., arXiv 1710.03740; bfloat16 needs no loss scaling, Kalamkar et al.,
+arXiv 1905.12322) weights are stored in float32 and rounded for each product; the results of products, logits included,
+are rounded too. Norms, the loss, the sums of gradients and AdamW's moments stay in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-# Processors without these instructions emulate bfloat16, which is slower than float32.
+# x86 processors without these instructions emulate bfloat16, which is slower than float32. Arm's were not measured.
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 

@@ -41,7 +41,7 @@ class Schedule(ABC):
     those of the lowest held-out "loss", of the lowest KL divergence from the source ("kl"), or the "last" (None: the
     step's default); patience: consecutive evaluations without improvement before the training stops early (None:
     never); samples: number of held-out passages that source and model continue, for the report; precision: of the
-    training's matrix products (None: the fastest of the device); evaluations compute in float32.
+    matrix products in training (None: the fastest of the device); evaluations compute in float32.
     """
 
     KEEPS: ClassVar[Keep] = "loss"

@@ -84,7 +84,7 @@ def train(
         state = Loop(step, student, loss, place, zeros).run(torch.tensor([*texts.training, *more]), length)
     return {
         **sizes,
-        "precision": step.precision_on(accelerator.device),
+        "precision": state.precision,
         "first-loss": mean_of(state.losses[:_SHOWN]),
         "last-loss": mean_of(state.losses[-_SHOWN:]),
         "training": _told(step, state, texts, bench),
@@ -119,18 +119,25 @@ def _told(step: Schedule, state: State, texts: TrainingTexts, bench: Workbench) 
 
 
 def _estimate(step: Schedule, student: torch.nn.Module, loss: Loss, texts: TrainingTexts, length: int) -> float:
-    """Estimated seconds of the training on this machine, from one row forward and backward and one row forward.
+    """Estimated seconds of the training on this machine, from one batch forward and backward and one row forward.
     Changes no weights."""
-    row = rows_of(torch.tensor(texts.training), length, step, 0)[:1]
+    rows = rows_of(torch.tensor(texts.training), length, step, 0)
+    row = rows[:1]
+    _learn(step, student, loss, row)  # the first pass is slower
     started = time.monotonic()
-    with products_in(step.precision_on(row.device), row.device):
-        value = loss(student, row)
-    value.backward()  # type: ignore[no-untyped-call]
+    _learn(step, student, loss, rows)
     learned = time.monotonic() - started
-    student.zero_grad()
     started = time.monotonic()
     with torch.no_grad():
         next_token(student, row)
     read = (time.monotonic() - started) * len(texts.held_out) / length
     readings = sum(step.due(done) for done in range(1, step.steps + 1)) + 2 if texts.held_out else 0
-    return step.steps * step.batch * learned + readings * read
+    return step.steps * learned + readings * read
+
+
+def _learn(step: Schedule, student: torch.nn.Module, loss: Loss, rows: torch.Tensor) -> None:
+    """Compute gradients, and drop them."""
+    with products_in(step.precision_on(rows.device), rows.device):
+        value = loss(student, rows)
+    value.backward()  # type: ignore[no-untyped-call]
+    student.zero_grad()
