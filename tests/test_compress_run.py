@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -24,9 +25,10 @@ from edgelm.export.compress.run import rehearse
 from edgelm.export.compress.size import weight_bytes
 from edgelm.export.compress.training import held_out
 from edgelm.export.errors import ExportError, OutputError, RecipeError
-from edgelm.export.source.compressed import load_compressed
+from edgelm.export.source.compressed import Record, load_compressed
 from edgelm.export.source.loading import load_module
 from edgelm.export.texts import built_in_texts, cut_text
+from edgelm.runtime.bundle.figures import compression_table
 from edgelm.runtime.cli import main
 
 from .conftest import TEXT, byte_tokenizer, tiny_llama
@@ -451,6 +453,24 @@ def test_a_recipe_that_cannot_keep_its_promise_says_so(
     assert ("above the limit of the recipe mild" in printed) is not kept
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert ("above the limit of the recipe mild" in page) is not kept
+
+
+def test_the_table_fits_into_a_terminal_of_80_characters() -> None:
+    """With the longest name of a step and all columns."""
+    from rich.console import Console
+
+    from edgelm.export.commands.compress import print_table
+
+    figures = {"parameters": 134_515_008, "bytes": 137_600_000, "perplexity": 118.767, "kl": 0.0386}
+    figures |= {"agreement_percent": 100.0, "last_words_percent": 100.0}
+    steps = ({"use": "quantization-aware", "before": figures, "after": figures, "details": {}},)
+    written = io.StringIO()
+    record = Record({"source": "model"}, "model", "light", steps)
+    print_table(Console(width=80, file=written), record, compression_table(steps))
+    lines = written.getvalue().splitlines()
+    assert lines[3].split()[:2] == ["source", "134,515,008"]
+    assert lines[4].split()[:2] == ["quantization-aware", "134,515,008"]
+    assert len(lines) == 5
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, "small", True])

@@ -87,10 +87,13 @@ def print_table(console: Console, record: Record, table: Sequence[Sequence[str]]
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=escape(f"{record.name}, recipe {record.recipe}"), box=None, title_justify="left")
+    shown = Table(
+        title=escape(f"{record.name}, recipe {record.recipe}"), box=None, pad_edge=False, title_justify="left"
+    )
     titles, *rows = table
     for number, title in enumerate(titles):
-        shown.add_column(title, justify="right" if number else "left", overflow="fold")
+        # Titles of two lines, so that all columns fit into a terminal of 80 characters.
+        shown.add_column(title.replace(" ", "\n"), justify="right" if number else "left", overflow="fold")
     for row in rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
