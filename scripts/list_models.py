@@ -19,18 +19,18 @@ from tests.model_zoo import NOT_TRIED, REFUSED, SAME, SAME_TOO  # noqa: E402, th
 
 _HEAD = """# Model types
 
-Written by `python scripts/list_models.py`. Nothing in edgelm names an architecture: this is what was tried, not what is
-allowed. Each type runs in `tests/test_models.py` as a random model of few layers, on the first way to trace it that
-gives the very tokens of transformers' `generate(do_sample=False)` over 32 steps from two prompts, one longer than
-the sliding window; the logits of a prompt in pieces are torch's within 1e-4; and in row-wise INT8, with an INT8
-cache where attention is fused, the model stays near that.
+Written by `python scripts/list_models.py`. Nothing in edgelm names an architecture: the table lists what was tried, not
+what is allowed. Each type runs in `tests/test_models.py` as a random model of few layers. The ways to trace it are
+tried in order. The first one counts that gives exactly the tokens of transformers' `generate(do_sample=False)` over 32
+steps from two prompts, one longer than the sliding window. The logits of a prompt in pieces must be torch's within
+1e-4; in row-wise INT8, with an INT8 cache where attention is fused, the model must stay near these logits.
 
 - *Fused*: attention is ONNX Runtime's `GroupQueryAttention`, which writes an INT8 or float32 cache in place.
 - *Plain*: attention as the model writes it, a float32 cache that grows by concatenation, and whatever other states the
   model keeps (convolutions, recurrences).
-- *Token by token*: plain, one token a step, also in the prompt: modeling code that loops over tokens.
+- *Token by token*: plain, one token a step, also in the prompt, for modeling code that loops over tokens.
 
-Where no way gives torch's tokens, the export ends with an error and writes nothing.
+If no way gives torch's tokens, the export ends with an error and writes nothing.
 """
 
 
