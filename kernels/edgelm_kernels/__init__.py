@@ -20,8 +20,8 @@ def library() -> Path:
 
 
 def arithmetic() -> str | None:
-    """The instruction sets that the operators use on this processor; None if they have no code for it, and must not be
-    registered. Raises: OSError, if the library is damaged or cannot be loaded."""
+    """The instruction sets that the operators use on this processor; None if they have no code for it: then they must
+    not be registered. Raises: OSError, if the library is damaged or cannot be loaded."""
     _require_whole()
     tell = ctypes.CDLL(str(_LIBRARY)).edgelm_kernels_arithmetic
     tell.restype = ctypes.c_char_p

@@ -18,12 +18,12 @@ namespace edgelm {
 
 namespace {
 
-// To test, on one processor, what others compute: the name of an implementation that it has too.
+// For tests on one processor of what others compute: the name of an implementation that this processor also has.
 constexpr const char* kChoice = "EDGELM_KERNELS_ARITHMETIC";
 
 #if defined(__x86_64__)
-// What the processor says of itself; zeros in leaves that it does not have. Asked here, since a compiler's own
-// __builtin_cpu_supports needs a library, which not every one of them brings.
+// What the cpuid instruction reports; zeros for leaves that the processor does not have. Not __builtin_cpu_supports: it
+// needs a library, which not every compiler comes with.
 struct Leaf {
   unsigned a = 0, b = 0, c = 0, d = 0;
 };
@@ -34,7 +34,7 @@ Leaf cpuid(unsigned leaf, unsigned subleaf) {
   return found;
 }
 
-// XCR0: a bit for each kind of register that the system saves when it changes threads.
+// XCR0: a bit for each kind of register that the system saves when it switches threads.
 unsigned saved_registers() {
   unsigned low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

@@ -1,4 +1,4 @@
-// `Arithmetic` over the lanes and bytes of the header that was included before this one.
+// Implements `Arithmetic` with the lanes and bytes of the header that is included before this one.
 #pragma once
 
 #include "attention_impl.h"

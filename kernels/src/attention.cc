@@ -13,30 +13,31 @@ namespace edgelm {
 
 namespace {
 
-// Positions of the cache that are weighed together: what is computed of them stays in the first cache.
+// Positions of the KV cache that are weighted together: their intermediate results stay in the first-level cache.
 constexpr int kChunk = 128;
-// Positions whose keys and values a thread puts into the cache at once.
+// Positions whose keys and values a thread writes to the KV cache at once.
 constexpr int kAppended = 32;
-// Rows of a tile: its scores and weights stay in the first cache. Where a step has no more of a group of heads, it is
-// shared out by chunks.
+// Rows of a tile: its scores and weights stay in the first-level cache. If a step has no more rows than this for a
+// group of heads, it is divided among threads by chunks.
 constexpr int kTileRows = 24;
-// Rows of a task, on average, so that arranging a chunk is small beside them and a thread's memory bounded; and as many
-// tasks for each thread as that allows, so that all of them end together.
+// Bounds of a task's rows, on average, and the tasks for each thread within these bounds. With at least kTaskRows, the
+// time to reorder a chunk is small beside the products. kMostTaskRows bounds the memory of a thread. With several tasks
+// for each thread, all threads end together.
 constexpr int kTaskRows = 96, kMostTaskRows = 768, kTasksPerThread = 3;
-// Of the integers that values are made, where they are floats, and of the sum of a chunk's weights, before they are
-// rounded: the products fit into 32 bits.
+// Limits with which the products fit into 32 bits: of the integers to which float values are rounded, and of the sum of
+// a chunk's weights before they are rounded.
 constexpr int kValueLimit = 1 << 12;
 constexpr float kWeightLimit = std::numeric_limits<int32_t>::max() / kValueLimit - kChunk;
 constexpr float kByteWeightLimit = std::numeric_limits<int32_t>::max() / 128 - kChunk;
-// What a row of an 8-bit cache is longer by where it has a scale of its own.
+// The bytes by which a row of an 8-bit cache is longer if it has a scale of its own.
 constexpr int kScaleBytes = sizeof(float);
-// The input that says which rows are kept: from the first of them on, counted from the end where that is negative.
+// The input that holds the first of the rows that are kept; a negative number counts from the end.
 constexpr size_t kStart = 14;
-// Heads of a query, and values of a head.
+// The most heads of a query, and the most values of a head.
 constexpr int kMostHeads = 1 << 12, kMostSize = 1 << 12;
-// Positions, or sequences; and heads of all rows of a step.
+// The most positions or sequences, and the most heads of all rows of a step.
 constexpr int kMostPositions = 1 << 24, kMostRows = 1 << 26;
-// Inputs of com.microsoft's operator that change what it computes, and are not computed here.
+// Inputs of com.microsoft's operator that change what it computes. They are not supported here.
 constexpr size_t kUnknown[] = {9, 10, 11};
 constexpr const char* kNoNumbers =
     "queries, keys or values are NaN or infinite: export the bundle again, and check its source";
@@ -80,7 +81,8 @@ template <typename Cached>
 int Attention<Cached>::head_size(const Info& info) const {
   const std::vector<int64_t> cache = info.shape(3);
   require(cache.size() == 4, "a cache has four axes: batch, groups, positions, values");
-  // Where the length of a row is left open, so that it may end with a scale, the channels tell the size.
+  // If the graph leaves the length of a row open, so that a row may end with a scale, the number of channels gives the
+  // size.
   if (!kRounded || cache[3] >= 1) return within(cache[3], 1, kMostSize, "the size of a head, which the graph fixes,");
   const std::vector<int64_t> channels = info.constant(12).shape;
   require(channels.size() == 1, "the scales of channels have one axis");
@@ -126,7 +128,7 @@ void Attention<Cached>::compute(Call& call) const {
     by_rows(call, step);
 }
 
-// A head of a query or key as it is at a position: normed, and rotated. There is memory for whole lanes.
+// Norm a head of a query or key, and rotate it for its position. `head` has memory for whole lanes.
 template <typename Cached>
 void Attention<Cached>::place_head(const Step& step, int position, const float* norm, float* head) const {
   const size_t place = static_cast<size_t>(position) * step.half;
@@ -134,7 +136,7 @@ void Attention<Cached>::place_head(const Step& step, int position, const float* 
   if (rotary_) arithmetic_.rotate(head, step.cosines + place, step.sines + place, step.half);
 }
 
-// Put the keys and values of a row into the cache.
+// Write the keys and values of a row to the KV cache.
 template <typename Cached>
 void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   const int position = step.past(sequence) + row;
@@ -159,7 +161,7 @@ void Attention<Cached>::append(const Step& step, int sequence, int row) const {
   }
 }
 
-// A row of a cache of 8 bits, with its scale where it has one.
+// Write a row of an 8-bit cache, with its scale if it has one.
 template <typename Cached>
 void Attention<Cached>::store_row(const float* x, const float* factors, bool scaled, Cached* row) const {
   if constexpr (kRounded) {
@@ -169,7 +171,7 @@ void Attention<Cached>::store_row(const float* x, const float* factors, bool sca
   }
 }
 
-// The scales that rows of a cache end with, up to a whole number of lanes.
+// Read the scales at the ends of a cache's rows, padded to a whole number of lanes.
 template <typename Cached>
 void Attention<Cached>::read_row_scales(const Step& step, const Cached* rows, int count, float* scales) const {
   for (int i = 0; i < count; i++)
@@ -225,7 +227,7 @@ Attention<Cached>::State Attention<Cached>::from(const State& state, size_t row)
 
 }  // namespace edgelm
 
-// They use the constants and functions above.
+// These headers use the constants and functions above.
 #include "attention_call.h"
 #include "attention_tiles.h"
 

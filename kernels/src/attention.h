@@ -8,14 +8,14 @@
 //
 // Products are integer products. Values of an 8-bit cache are used as they are; a query is rounded to 16 bits, relative
 // to its largest value, and the weights of a chunk's values to 15, relative to the largest of them. In a float cache,
-// keys and values are rounded to 13 bits for each position, and queries and weights to the rest of 32 bits. The sums
-// are exact in any order.
+// keys and values are rounded to 12 to 14 bits for each position, depending on the size of a head, and queries and
+// weights to the bits that remain of 32. The sums are exact in any order.
 //
 // The other additions for a position have one order, whatever other positions a step computes: the cache is cut into
 // chunks of kChunk positions, counted from its beginning. In a chunk, scores are weighted relative to the largest of
 // them; chunks are merged in order by online softmax (Milakov and Gimelshein, arXiv 1805.02867). Many rows are divided
-// among threads by rows, few rows by chunks (flash-decoding), with the same bits. Keys and values are arranged for the
-// products once for all rows of a task, which are multiplied tile by tile.
+// among threads by rows, few rows by chunks (flash-decoding), with the same bits. Keys and values are reordered for the
+// products once for all rows of a task, and multiplied with these rows tile by tile.
 #pragma once
 
 #include <type_traits>
@@ -39,12 +39,12 @@ class Attention {
   // The inputs of a call. Positions are counted within a sequence of the batch.
   struct Step {
     int batch, rows, capacity;
-    int kept;                         // of a sequence's rows: the last ones, whose results are asked for
+    int kept;                         // the last rows of each sequence, whose results are requested
     int stride_cache;                 // from one position's keys or values to the next
     bool scaled;                      // rows of the cache end with a scale of their own
     size_t stride_query, stride_key;  // from one position to the next
     const float *query, *key, *value;
-    const int32_t* lengths;  // of each sequence, with this step's rows, less 1
+    const int32_t* lengths;  // of each sequence, with this step's rows, minus 1
     bool first;              // nothing was cached before
     const float *cosines, *sines;
     int angles, half;  // positions that have angles, and half of a head's rotated values
@@ -55,30 +55,30 @@ class Attention {
     int left_out() const { return rows - kept; }
   };
   // Rows that attend together: the heads of a group, side by side, at positions [begin, begin + positions) of a step.
-  // Those of a task are cut into smaller ones.
+  // The tile of a task is cut into smaller tiles.
   struct Tile {
     int sequence, group, begin, positions;
   };
 
-  // Queries (rows, width) as integers, and for each row the factor from its scores to exponents of two.
+  // Queries (rows, width) as integers, and for each row the factor that turns its scores into exponents of two.
   struct Queries {
     int16_t* values;
     float* factors;
   };
   using Part = AttentionPart;
   using State = AttentionState;
-  // A chunk, arranged: keys and values of `count` positions as columns; and their scales by positions, null where
-  // there are none.
+  // A reordered chunk: keys and values of `count` positions as columns, and their scale at each position; null if they
+  // have no scales.
   struct Chunk {
     int16_t *keys, *values;
     float *key_scales, *value_scales;
     int count;
   };
-  // Of the rows of a tile (rows, kChunk).
+  // Scores and weights of a tile (rows, kChunk).
   struct Scores {
     float *values, *largest;
     int16_t* weights;
-    int *begin, *end;  // of the positions that they see
+    int *begin, *end;  // the positions that each row sees
   };
 
   Queries queries(Memory& memory, int rows) const;
@@ -126,8 +126,9 @@ class Attention {
   bool rotary_;
   float epsilon_;  // of the norms of queries and keys; below 0: there are none
   const float *query_norm_ = nullptr, *key_norm_ = nullptr;
-  int key_limit_, query_limit_;  // of their integers: a score fits into 32 bits
-  // By channels of all groups. A query's, with the scale of scores, for powers of two, and a value's.
+  int key_limit_, query_limit_;  // largest integers, with which a score fits into 32 bits
+  // For each channel of all groups: the scale of a query, which includes the scale of scores for powers of two, and the
+  // scale of a value.
   std::vector<float> query_scales_, value_scales_;
   std::vector<float> key_factors_, value_factors_;  // inverses of the scales of a cache of 8 bits
   std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();

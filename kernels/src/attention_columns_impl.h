@@ -1,4 +1,4 @@
-// Attention: write keys and values to the cache, and arrange them in the order in which products read them.
+// Attention: write keys and values to the KV cache, and reorder them for the products.
 #pragma once
 
 #include <algorithm>
@@ -31,9 +31,9 @@ float to_scaled_int8(const float* x, const float* factors, int size, int8_t* y) 
   Lanes most = zero();
   each_lanes(size, [&](int i, int count) { most = max(most, abs(scaled(i, count))); });
   constexpr int kLimit = 127;
-  // Infinity would give NaN for everything that it scales, also for positions that do not see it.
+  // An infinite scale would turn everything that it scales into NaN, even for positions that do not see this row.
   const float r = std::min(std::numeric_limits<float>::max(), largest(most));
-  // Below that, 127 / r is infinite, and times 0 it is NaN.
+  // For the smallest r, 127 / r is infinite, and infinity times 0 is NaN.
   const bool none = r < 0x1p-100f;
   const Lanes factor = set(none ? 0 : static_cast<float>(kLimit) / r);
   each_lanes(size, [&](int i, int count) {
@@ -117,7 +117,7 @@ inline void prefetch(const float* x, int row, int size) {
   for (int i = 0; i < size; i += kLanes) __builtin_prefetch(x + row * static_cast<size_t>(size) + i);
 }
 
-// The scales of rows, and the factors of their values; 0 for rows missing to `kSquare`.
+// The scales of rows, and the factors of their values. Missing rows, up to kSquare, have scale and factor 0.
 inline void round_rows(const float* x, int count, int size, int limit, float* scales, float* factors) {
   for (int i = 0; i < kSquare; i++) {
     const float r = i < count ? largest_magnitude(x + i * static_cast<size_t>(size), size) : 0;

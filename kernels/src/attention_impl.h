@@ -15,7 +15,7 @@ namespace {
 
 // --- weights --------------------------------------------------------------------------------------------------------
 
-// The positions [begin, end) of a chunk, which a row sees, and all of a chunk, a multiple of 2 * kLanes.
+// What a row sees of a chunk: the positions [begin, end), or the whole chunk, a multiple of 2 * kLanes.
 struct Some {
   int begin, end;
 };
@@ -36,7 +36,7 @@ inline Lanes or_lowest(Lanes x, Lanes seen) {
   return add(or_zero(x, seen), mul(sub(seen, set(1)), set(std::numeric_limits<float>::max())));
 }
 
-// step(i, seen) for the lanes of which some are seen: All, or those of `seen_lanes`.
+// Calls step(i, seen) for lanes [i, i + kLanes) if some of them are seen. seen: All, or the result of `seen_lanes`.
 template <typename Step>
 inline void each_seen(All all, Step step) {
   for (int i = 0; i < all.end; i += kLanes) step(i, all);
@@ -50,7 +50,7 @@ inline void each_seen(Some some, Step step) {
   }
 }
 
-// Zeros around what `each_seen` reaches of `count` weights.
+// Sets those of `count` weights to 0 that `each_seen` does not reach.
 inline void clear_unseen(All, int, int16_t*) {}
 inline void clear_unseen(Some seen, int count, int16_t* w) {
   for (int i = 0; i + kLanes <= seen.begin; i += kLanes) store_words(w + i, zero());
@@ -60,11 +60,11 @@ inline void clear_unseen(Some seen, int count, int16_t* w) {
 // Rows that are weighted together: while one waits for its largest score or a sum, others are computed.
 constexpr int kTogether = 32;
 
-// What all lanes of each row give.
+// The lanes of each row, reduced to one value.
 struct ByRows {
   alignas(64) float lanes[kTogether][kLanes];
 
-  // From the lanes on, those of row / 4 are what row gives, for four rows.
+  // Reduces each row with `operation`. Then lanes[row / 4] holds the results of four rows.
   template <typename Operation>
   void fold_rows(int rows, Operation operation) {
     for (int row = rows; row % 4 != 0; row++) store(lanes[row], zero());
@@ -105,12 +105,12 @@ inline float largest_score(const AttentionScores& scores, int row, const ByRows&
   return scores.end[row] == 0 ? -std::numeric_limits<float>::infinity() : high[row] * scores.factors[row];
 }
 
-// weigh(scores, rows, seen_by, part) for so many rows of them, of which row sees seen_by(row).
+// Calls weigh(scores, rows, seen_by, part) for up to kTogether rows at a time. seen_by(row): what a row sees.
 template <typename Weigh>
 inline void together(AttentionScores scores, int all_rows, int count, AttentionPart part, Weigh weigh) {
   for (; all_rows > 0; all_rows -= kTogether) {
     const int rows = std::min(all_rows, kTogether);
-    // Between two rows that see all of it, all do.
+    // If the first and the last row see the whole chunk, all rows do.
     const bool whole = count % (2 * kLanes) == 0 && scores.begin[rows - 1] == 0 && scores.end[rows - 1] == count &&
                        scores.end[0] == count;
     if (whole)
@@ -194,11 +194,12 @@ void scaled_weights(const AttentionScores& all, int all_rows, int count, const f
 
 // --- chunks, merged -------------------------------------------------------------------------------------------------
 
-// Rows that are merged together: a whole number of lanes, and of the rows of `pairs`.
+// Rows that are merged together: a multiple of kLanes and of the rows of `pairs`.
 constexpr int kMerged = 48;
 static_assert(kMerged % kLanes == 0 && kMerged % kPairRows == 0);
 
-// The factors of the values of earlier chunks and of a chunk. Sums and largest scores are merged already.
+// The factors of the values of earlier chunks (own) and of a chunk (other). The constructor merges the sums and the
+// largest scores.
 struct Merging {
   alignas(64) float own[kMerged], other[kMerged];
 

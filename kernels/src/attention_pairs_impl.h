@@ -1,4 +1,4 @@
-// Attention: products of queries with keys, and of weights with values, pairs of integers at a time.
+// Attention: products of queries with keys, and of weights with values, a pair of integers at a time.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,13 @@
 namespace edgelm {
 namespace {
 
-// finish.take<R, V>(tile, row, column) takes the sums of R rows and V groups of columns, from these on.
+// finish.take<R, V>(tile, row, column) receives the sums of R rows and V groups of columns, from `row` and `column` on.
 template <int R, int V, typename Finish>
 inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int row,
                        int column, const Finish& finish) {
   constexpr int kParts = kIntsPerLanes;
-  // Loops over sums are unrolled early: GCC 12 would keep them on the stack before and behind the loop over depth.
+  // Loops over sums are unrolled early. Otherwise GCC 12 keeps the sums on the stack before and behind the loop over
+  // depth.
   Ints tile[R * V * kParts];
 #pragma GCC unroll 64
   for (int i = 0; i < R * V * kParts; i++) tile[i] = zero_ints();
@@ -38,7 +39,7 @@ inline void pairs_tile(const int16_t* a, size_t stride_a, const int16_t* columns
   finish.template take<R, V>(tile, row, column);
 }
 
-// V groups of columns at once, of what is left half as many.
+// V groups of columns at once; for the remaining columns, half as many.
 template <int R, int V, typename Finish>
 inline void pairs_rows(const int16_t* a, size_t stride_a, const int16_t* columns, int stride, int depth, int count,
                        int row, int column, const Finish& finish) {

@@ -5,7 +5,8 @@
 
 namespace edgelm {
 
-// The queries of a tile, at their places, times the scale of scores and those of the keys' channels, as integers.
+// The queries of a tile as integers: put at their positions by `place_head`, then multiplied by the scale of scores and
+// the scales of the keys' channels.
 template <typename Cached>
 void Attention<Cached>::prepare(const Step& step, const Tile& tile, const Queries& queries) const {
   const float* const scales = query_scales_.data() + tile.group * size_;
@@ -39,7 +40,7 @@ size_t Attention<Cached>::place(const Step& step, const Tile& tile, int index) c
   return (row + static_cast<size_t>(index) * kChunk) * step.stride_cache;
 }
 
-// Arrange a chunk up to the last position that a tile sees. next: where the chunk begins that follows.
+// Reorder a chunk up to the last position that a tile sees. next: where the following chunk begins.
 template <typename Cached>
 Attention<Cached>::Chunk Attention<Cached>::arranged(const Step& step, const Tile& tile, int index, size_t next,
                                                      Chunk chunk) const {
@@ -111,7 +112,7 @@ void Attention<Cached>::write(const Step& step, const Tile& tile, const State& s
   }
 }
 
-// Parts into which a sequence's rows are cut, for each group of heads.
+// The number of parts into which a sequence's rows are cut, for each group of heads.
 template <typename Cached>
 int Attention<Cached>::parts_of(const Step& step) const {
   const auto parts = [&](int rows) { return (step.kept * per_group_ + rows - 1) / rows; };
@@ -119,7 +120,8 @@ int Attention<Cached>::parts_of(const Step& step) const {
   return std::clamp(enough, parts(kMostTaskRows), parts(kTaskRows));
 }
 
-// The end of the rows of the parts before this one. All parts cost the same; a row costs as much as it sees.
+// The first row of part `nth`, where the parts before it end. All parts cost the same; the cost of a row is the number
+// of positions that it sees.
 template <typename Cached>
 int Attention<Cached>::cut(const Step& step, int sequence, int nth, int parts) const {
   if (nth == parts) return step.rows;
@@ -184,7 +186,7 @@ void Attention<Cached>::by_chunks(Call& call, const Step& step) const {
     for (int task = runs.take(worker); task >= 0; task = runs.take(worker)) {
       const int index = task % most, i = task / most;
       const Tile tile = tile_of(i);
-      // A thread's chunks follow one another: while one is arranged, the next one is on its way from memory.
+      // A thread's chunks follow one another: while one is reordered, the next one is prefetched.
       if (index >= first_chunk(step, tile) && index <= last_chunk(step, tile)) {
         const Chunk chunk = arranged(step, tile, index, place_of(std::min(task + 1, tasks - 1)), memory);
         const Part part = from(parts, static_cast<size_t>(task) * rows);

@@ -1,4 +1,4 @@
-// Helpers of `Arithmetic`, over the lanes and bytes of the header that was included before this one.
+// Helpers of `Arithmetic`, with the lanes and bytes of the header that is included before this one.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,8 @@ inline void store_some(float* y, Lanes x, int count) {
   std::copy_n(lanes, count, y);
 }
 
-// step(i, count) for lanes [i, i + count) of a row: all but the last ones are whole, which is known when compiling.
+// Calls step(i, count) for lanes [i, i + count) of a row. count is a compile-time constant, kLanes, except for
+// incomplete last lanes.
 template <typename Step>
 inline void each_lanes(int size, Step step) {
   const int whole = size / kLanes * kLanes;
@@ -45,7 +46,7 @@ inline void each_lanes(int size, Step step) {
   if (whole < size) step(whole, size - whole);
 }
 
-// 8 lanes apart are added first, then 4, 2, 1.
+// Lanes 8 apart are added first, then 4, 2 and 1 apart.
 inline float sum(Lanes x) {
   float lanes[kLanes];
   store(lanes, x);
@@ -54,9 +55,9 @@ inline float sum(Lanes x) {
   return lanes[0];
 }
 
-// NaN if a value is.
+// NaN if one of the values is NaN.
 inline float largest_magnitude(const float* x, int size) {
-  // Several at once: a single one would wait for its own result.
+  // Several maxima at once: a single one would wait for its own previous result.
   constexpr int kAtOnce = 4;
   Lanes most[kAtOnce] = {zero(), zero(), zero(), zero()};
   const int whole = size / (kAtOnce * kLanes) * (kAtOnce * kLanes);
@@ -69,7 +70,8 @@ inline float largest_magnitude(const float* x, int size) {
 // The factor that scales a row to integers of magnitudes up to `limit`.
 inline float rounding(float largest, int limit) { return largest == 0 ? 0 : static_cast<float>(limit) / largest; }
 
-// one * 2^x for x <= 0 and a power of two, as Cephes' exp2f (S. Moshier): x = n + r, a polynomial in r, times 2^n.
+// one * 2^x for x <= 0, where `one` is a power of two. As in Cephes' exp2f (S. Moshier): x = n + r, and a polynomial in
+// r is multiplied by 2^n.
 inline Lanes power_of_two(Lanes x, float one) {
   const Lanes bounded = max(x, set(-100));
   const Lanes n = round(bounded), r = sub(bounded, n);
@@ -80,7 +82,7 @@ inline Lanes power_of_two(Lanes x, float one) {
   return times_power(y, n);
 }
 
-// The same with a polynomial of 18 bits.
+// The same for one = 1, with a polynomial accurate to 18 bits.
 inline Lanes nearly_power_of_two(Lanes x) {
   const Lanes bounded = max(x, set(-100));
   const Lanes n = round(bounded), r = sub(bounded, n);
@@ -90,7 +92,7 @@ inline Lanes nearly_power_of_two(Lanes x) {
   return times_power(y, n);
 }
 
-// Cephes' expf, in the same manner: 0 below 2^-126.
+// Cephes' expf, in the same way. Results below 2^-126 are 0.
 inline Lanes exp_of(Lanes x) {
   const Lanes lowest = set(-87.33654f);
   const Lanes bounded = max(x, lowest);
@@ -103,8 +105,9 @@ inline Lanes exp_of(Lanes x) {
   return where_at_least(x, lowest, times_power(y, n));
 }
 
-// The normal distribution's share below x. Below -|x| it is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.24 |x|),
-// whose relative error is 3e-9 (fitted in double precision, for |x| up to 13.3, beyond which the share is subnormal).
+// The cumulative normal distribution at x. At -|x| it is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.24 |x|). The
+// relative error of the polynomial is 3e-9 (fitted in double precision, for |x| up to 13.3; beyond that, the result is
+// subnormal).
 inline Lanes normal_distribution(Lanes x) {
   const Lanes size = abs(x), t = div(set(1), fma(size, set(0.24f), set(1)));
   Lanes y = set(2.538313727e-02f);
@@ -112,7 +115,7 @@ inline Lanes normal_distribution(Lanes x) {
                             8.719302203e-02f, 8.906811479e-02f, 9.583950780e-02f, 9.574308634e-02f})
     y = fma(y, t, set(coefficient));
   const Lanes below = mul(mul(y, t), exp_of(mul(mul(size, size), set(-0.5f))));
-  // Of the two, x < 0 takes the share below -|x| itself: 1 less the other one would have lost its digits.
+  // For x < 0 the result is `below` itself: 1 minus the value at |x| would have lost its digits.
   return add(where_at_least(x, zero(), sub(set(1), add(below, below))), below);
 }
 

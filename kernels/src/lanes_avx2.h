@@ -1,4 +1,4 @@
-// 16 floats, and 32 bytes with their sums of products, in AVX2 with FMA; with AVX-VNNI where that is compiled for.
+// 16 floats, and 32 bytes with their sums of products, in AVX2 with FMA, and with AVX-VNNI if compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -105,15 +105,16 @@ inline Lanes difference(const Ints* a, const Ints* b) {
 
 #if defined(__AVXVNNI__)
 constexpr int kOffset = 128;
-// _mm256_dpbusd_avx_epi32, written out: around the intrinsic, GCC moves all sums through memory.
+// _mm256_dpbusd_avx_epi32 as assembly: around the intrinsic, GCC moves all sums through memory.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
   return sums;
 }
 #else
 constexpr int kOffset = 0;
-// Pairs are summed in 16 bits, of weights up to 127 and values up to 128: 2 * 128 * 127 < 2^15, so nothing saturates.
-// Weights take the signs of the values, not the other way round: there is no 128 among int8.
+// Pairs of products are summed in 16 bits. Weights are at most 127 in magnitude and values 128: 2 * 128 * 127 < 2^15,
+// so nothing saturates. Weights take the signs of the values, not the other way round: a value of -128 cannot change
+// its sign, because int8 has no 128.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -185,7 +186,8 @@ inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
   return _mm256_add_epi32(total, _mm256_mullo_epi32(sum, factors));
 }
 #else
-// Sums stay in 16 bits, two for each column: at most 16 products of 15 and 128 in magnitude, or 4 of 63 and 128.
+// Sums stay in 16 bits, two for each column. A sum has at most 16 products of magnitudes 15 and 128, or 4 of 63 and
+// 128.
 inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)));
 }

@@ -24,15 +24,17 @@ inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a); }
-// The larger of magnitudes; NaN where one of them is: as integers, their bits have the same order, and NaN is on top.
+// The larger of two magnitudes; NaN where one of them is NaN. They are compared as integers: their bits have the same
+// order, with NaN above all numbers.
 inline Lanes larger(Lanes a, Lanes b) {
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
-// The largest of magnitudes; NaN if one of them is.
+// The largest of the magnitudes; NaN if one of them is NaN.
 inline float largest(Lanes x) {
   return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(x)))));
 }
-// Of four rows: lanes 4 i to 4 i + 3 are what all lanes of row i give, those that are 8 apart first, then 4, 2, 1.
+// Reduces the lanes of four rows: lanes 4 i to 4 i + 3 hold the result of row i. Lanes 8 apart are combined first, then
+// 4, 2 and 1 apart.
 template <typename Operation>
 inline Lanes fold(const Lanes (&rows)[4], Operation operation) {
   const auto eight = [&](Lanes a, Lanes b) {
@@ -44,13 +46,13 @@ inline Lanes fold(const Lanes (&rows)[4], Operation operation) {
   return operation(two, _mm512_shuffle_ps(two, two, 0xb1));
 }
 inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// y times 2 to the power of whole numbers n, where neither y nor that is subnormal.
+// y * 2^n for whole numbers n, where neither y nor the result is subnormal.
 inline Lanes times_power(Lanes y, Lanes n) { return _mm512_scalef_ps(y, n); }
 // y where x >= bound, else 0.
 inline Lanes where_at_least(Lanes x, Lanes bound, Lanes y) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), y);
 }
-// Not if there is one that is no number.
+// Whether x < bound in all lanes; false if a lane is NaN.
 inline bool all_below(Lanes x, Lanes bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ) == 0; }
 // Rounded to even, within the range of int16.
 inline void store_words(int16_t* y, Lanes x) {
@@ -75,20 +77,20 @@ inline Ints load_ints(const int32_t* x) { return _mm512_loadu_si512(x); }
 inline void store_ints(int32_t* y, Ints x) { _mm512_storeu_si512(y, x); }
 inline Lanes lanes_of(const Ints* x) { return _mm512_cvtepi32_ps(*x); }
 inline Lanes difference(const Ints* a, const Ints* b) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(*a, *b)); }
-// _mm512_dpbusd_epi32, written out: around the intrinsic, GCC moves all sums through memory.
+// _mm512_dpbusd_epi32 as assembly: around the intrinsic, GCC moves all sums through memory.
 inline Ints dot(Ints sums, Bytes w, Bytes x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
   return sums;
 }
 inline Bytes broadcast_pair(uint32_t x) { return broadcast(x); }
-// Adds the products of 16 pairs of int16: _mm512_dpwssd_epi32, written out.
+// Adds the products of 16 pairs of int16: _mm512_dpwssd_epi32 as assembly.
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   return sums;
 }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
-// The totals of four.
+// The totals of four vectors.
 inline void store_totals(int32_t* y, const Ints (&x)[4]) {
   const auto twos = [](Ints a, Ints b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -107,7 +109,8 @@ inline void interleave(Bytes row0, Bytes row1, Bytes row2, Bytes row3, Bytes qua
   quads[2] = _mm512_unpacklo_epi16(b, d), quads[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-// `interleave` works in parts of 128 bits; their sums of columns, in order: a 4 x 4 transposition of those parts.
+// Puts sums into the order of columns. `interleave` works in parts of 128 bits, so this is a 4 x 4 transposition of
+// those parts.
 inline void in_order(Ints sums[4]) {
   const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44), b = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee);
   const __m512i c = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44), d = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
@@ -115,7 +118,8 @@ inline void in_order(Ints sums[4]) {
   sums[2] = _mm512_shuffle_i32x4(b, d, 0x88), sums[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-// What `nibbles` needs. Values of columns, a byte each, as integers; the lower and the upper 4 bits of each byte.
+// From here on, what `nibbles` needs. widened: values of columns, a byte each, as integers. low_halves and high_halves:
+// the lower and the upper 4 bits of each byte.
 inline Ints widened(const uint8_t* x) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
@@ -130,14 +134,14 @@ inline Ints upper_bits(Ints x) {
   return _mm512_srli_epi32(x, Bits);
 }
 inline Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-// `value` in the bytes of x that have this bit.
+// `value` in the bytes where x has this bit, else 0.
 inline Bytes where_bits(Bytes x, int bit, int value) {
   const __mmask64 there = _mm512_test_epi8_mask(x, _mm512_set1_epi8(static_cast<char>(bit)));
   return _mm512_maskz_mov_epi8(there, _mm512_set1_epi8(static_cast<char>(value)));
 }
 inline Bytes in_each_byte(Ints x) { return _mm512_mullo_epi32(x, _mm512_set1_epi32(0x01010101)); }
 inline Bytes sub_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
-// The products of the four bytes of each integer with it, of which the lower 8 bits stay.
+// The four bytes of each integer of x times its factor; the lower 8 bits of each product stay.
 inline Bytes times_bytes(Bytes x, Ints factors) {
   const __m512i pairs = _mm512_or_si512(factors, _mm512_slli_epi32(factors, 16));
   const __m512i even = _mm512_mullo_epi16(x, pairs), odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), pairs);
@@ -151,7 +155,7 @@ inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
 }
 inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
 
-// a[i] and b[i] side by side, as int16, for 16 of them.
+// Pairs of a[i] and b[i], as int16, for 16 values of i.
 inline void store_pairs(int16_t* y, const int8_t* a, const int8_t* b) {
   const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
   const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
@@ -177,7 +181,7 @@ inline void square_pairs(const int8_t* x, size_t stride, int16_t* y) {
     rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  // The bytes of a word's first and second half as the upper ones of int16.
+  // The bytes of a word's first half become the upper bytes of int16. `later` has the second half in its place.
   const __m512i upper = _mm512_set4_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080);
   for (int word = 0; word < 4; word++, y += 4 * kLanes) {
     const __m512i order = _mm512_add_epi32(first, _mm512_set1_epi32(word));

@@ -1,4 +1,4 @@
-// 16 floats, and 16 bytes with their sums of products, in Arm's Neon; with its dot product where that is compiled for.
+// 16 floats, and 16 bytes with their sums of products, in Arm's Neon, and with its dot product if compiled for it.
 #pragma once
 
 #include <arm_neon.h>
@@ -123,8 +123,8 @@ inline Lanes difference(const Ints* a, const Ints* b) {
 inline Bytes broadcast(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
 inline Ints dot(Ints sums, Bytes w, Bytes x) { return vdotq_s32(sums, w, x); }
 #else
-// Here four columns' quads are their first two values, then their last two, so that a product of all takes three
-// instructions: magnitudes are at most 127 and 128, and a sum of two products fits into 16 bits.
+// Without dot product, the quads of four columns hold their first two values, then their last two. So the products of
+// all take three instructions: magnitudes are at most 127 and 128, and a sum of two products fits into 16 bits.
 inline Bytes broadcast(uint32_t x) {
   const uint8x16_t order = {0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3};
   return vreinterpretq_s8_u8(vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(x)), order));
@@ -135,7 +135,7 @@ inline Ints dot(Ints sums, Bytes w, Bytes x) {
 #endif
 
 inline Bytes broadcast_pair(uint32_t x) { return vreinterpretq_s8_u32(vdupq_n_u32(x)); }
-// a: four columns' first values, then their second ones; so nothing is added across a register.
+// a holds the first values of four columns, then their second values, so nothing is added across a register.
 inline Ints dot_pairs(Ints sums, Bytes a, Bytes b) {
   const int16x8_t columns = vreinterpretq_s16_s8(a);
   const int16x4_t factors = vget_low_s16(vreinterpretq_s16_s8(b));
@@ -196,8 +196,8 @@ inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) { return dot(sum, w
 inline Ints add_times(Ints total, BlockSum sum, Ints factors) { return vmlaq_s32(total, sum, factors); }
 inline void store_quad(int8_t* y, const int8_t* x) { std::memcpy(y, x, kQuad); }
 #else
-// Sums stay in 16 bits, four for each column: at most 8 products of 15 and 128 in magnitude, or 2 of 63 and 128, so
-// that two of these fit too.
+// Sums stay in 16 bits, four for each column. A sum has at most 8 products of magnitudes 15 and 128, or 2 of 63 and
+// 128, so that the sum of two also fits.
 struct BlockSum {
   int16x8_t low, high;
 };
@@ -208,7 +208,7 @@ inline BlockSum add_products(BlockSum sum, Bytes w, Bytes x) {
 inline Ints add_times(Ints total, BlockSum sum, Ints factors) {
   return vmlaq_s32(total, vpaddlq_s16(vpaddq_s16(sum.low, sum.high)), factors);
 }
-// In the order of `dot`.
+// Stores a quad in the order that `dot` reads.
 inline void store_quad(int8_t* y, const int8_t* x) {
   const int16x8_t pairs = vreinterpretq_s16_s8(vld1q_s8(x));
   vst1q_s16(reinterpret_cast<int16_t*>(y), vuzp1q_s16(pairs, vdupq_n_s16(0)));

@@ -16,14 +16,14 @@ namespace edgelm {
 namespace {
 
 constexpr const char* kDomain = "edgelm";
-// The session's threads, which onnxruntime does not tell operators; the runtime sets it beside its own option.
+// The session's number of threads. onnxruntime does not tell it to operators, so the runtime sets this option, too.
 constexpr const char* kThreadsKey = "edgelm.threads";
 // "1": operators compute on threads of their own, where hardly any other operator needs onnxruntime's.
 constexpr const char* kOwnThreadsKey = "edgelm.own_threads";
 
 using Types = std::vector<ONNXTensorElementDataType>;
 
-// An operator as onnxruntime knows it: a table of functions, with what they need behind it.
+// An operator in onnxruntime's form: a table of functions, followed by the data that they need.
 struct Definition : OrtCustomOp {
   std::string name;
   Types inputs, outputs;
@@ -90,7 +90,7 @@ Definition* define(std::string name, Types inputs, Types outputs, size_t require
   return op;
 }
 
-// The number that a session's option holds; 0: it is not set.
+// The number in a session's option; 0 if the option is not set.
 int option(const OrtSessionOptions* options, const char* key) {
   char text[16] = {};
   size_t size = sizeof text;
@@ -113,7 +113,7 @@ void add_operators(OrtSessionOptions* options) {
   constexpr auto kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   const int threads = threads_of(options);
   const bool own = option(options, kOwnThreadsKey) != 0;
-  // The definitions live as long as the process: onnxruntime does not say when a session needs them no more.
+  // The definitions live as long as the process: onnxruntime does not say when a session no longer needs them.
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain(kDomain, &domain));
   const Types product{kFloat, kInt8, kFloat}, normed{kFloat, kFloat, kFloat, kInt8, kFloat},
@@ -128,7 +128,8 @@ void add_operators(OrtSessionOptions* options) {
     add(define<Formed<Product, 2, true, OfNibbles>>("Biased" + name + "16", inputs, outputs, inputs.size(), threads,
                                                     own));
   };
-  // And with weights of 8 bits and of 4 to 6: these are two inputs, in front of the scales, the last one.
+  // With weights of 8 bits, and of 4 to 6 bits. The latter are two inputs, in front of the scales, which are the last
+  // input.
   const auto add_product = [&]<typename Product>(const std::string& name, Types inputs, Types outputs) {
     add_forms.operator()<Product, false>(name, inputs, outputs);
     inputs[inputs.size() - 2] = kUint8;
@@ -183,7 +184,7 @@ EDGELM_EXPORTED OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opt
     return edgelm::api->CreateStatus(ORT_FAIL, "edgelm-kernels has no implementation for this processor");
   return edgelm::guarded([&] {
     edgelm::add_operators(options);
-    // Threads outlive sessions: onnxruntime, which closes the library with the last of them, must not unmap it.
+    // Threads outlive sessions. onnxruntime closes the library with the last session, but must not unmap it.
     edgelm::stay_loaded();
   });
 }

@@ -1,8 +1,8 @@
-// Products with weights of 4, 5 and 6 bits, over the lanes and bytes of the header that was included before this one.
+// Products with weights of 4, 5 and 6 bits, with the lanes and bytes of the header that is included before this one.
 //
-// A weight is (q - z) * s, an int8 value: q is its bits, s and z are those of its block, kNibbleBlock inputs of a
-// column. So sums are what they are of int8 weights, in whatever order: here a block's sum of x * (q - z) is multiplied
-// by s.
+// A weight is (q - z) * s, an int8 value: q is its bits, s and z belong to its block, kNibbleBlock inputs of a column.
+// So sums are the same as with int8 weights, in any order of additions: here, a block's sum of x * (q - z) is
+// multiplied by s.
 #pragma once
 
 #include "lanes.h"
@@ -12,13 +12,13 @@ namespace {
 
 constexpr int kColumns = kBytes / 4;  // of one `Bytes`
 
-// What the blocks of kColumns columns have, with Planes bits of a weight beside its nibble.
+// Steps, zeros and planes of the blocks of kColumns columns. A weight has Planes bits beside its nibble.
 template <int Planes>
 struct BlockFactors {
   Ints steps;
   Bytes zeros, planes[2];
 
-  // lines: of the block, from the columns on.
+  // lines: the lines of the block, from the first of the columns on.
   BlockFactors(const uint8_t* factors, const uint8_t* lines) {
     const Ints both = widened(factors);
     steps = lower_bits<4 - Planes>(both);
@@ -26,14 +26,14 @@ struct BlockFactors {
     for (int i = 0; i < Planes; i++) planes[i] = load_bytes(lines + (kBlockLines + i) * kLine);
   }
 
-  // q - z of a line's lower or upper nibbles: `half` of them, counted from the block's begin.
+  // q - z of a line's lower or upper nibbles. half: the number of this half line, counted from the begin of the block.
   Bytes levels(Bytes nibbles, int half) const {
     for (int i = 0; i < Planes; i++) nibbles = or_bytes(nibbles, where_bits(planes[i], 1 << half, 16 << i));
     return sub_bytes(nibbles, zeros);
   }
 };
 
-// The sums of M rows of x in kColumns columns of a group, at `column` of it.
+// The sums of M rows of x in kColumns columns of a group, from its column `column` on.
 template <int Planes, int M>
 void nibble_tile(const uint8_t* x, size_t stride_x, const NibbleGroup& w, int column, const uint8_t* next,
                  int32_t* sums, size_t stride_sums) {
@@ -58,7 +58,7 @@ void nibble_tile(const uint8_t* x, size_t stride_x, const NibbleGroup& w, int co
         part[m] = add_products(part[m], low, broadcast_pair(four(values)));
         part[m] = add_products(part[m], high, broadcast_pair(four(values + 4)));
       }
-      // More than 4 bits: sums of 16 bits, where an implementation has them, hold those of one line.
+      // With more than 4 bits, the products of only one line fit into sums of 16 bits, which some implementations use.
       if (Planes == 0 && line + 1 < kBlockLines) continue;
       for (int m = 0; m < M; m++) {
         totals[m] = add_times(totals[m], part[m], factors.steps);
@@ -92,8 +92,8 @@ void nibbles(const uint8_t* x, int rows, size_t stride_x, const NibbleGroup& w, 
                   [&]<int Planes>() { nibble_rows<Planes, kFewRows>(x, rows, stride_x, w, next, sums, stride_sums); });
 }
 
-// Where a panel has the four values of four columns, of the kBlock / 4 such places of a quad: `interleave` works in
-// parts of 128 bits.
+// The offset of a quad in four rows of a panel, which have kBlock / 4 quads. columns: the number of the quad. The order
+// is that of `interleave`, which works in parts of 128 bits.
 constexpr int panel_place(int columns) {
   constexpr int kParts = kBytes / kQuad;
   const int vectors = columns / (4 * kParts) * 4 + columns % 4, part = columns / 4 % kParts;

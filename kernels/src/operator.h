@@ -91,8 +91,8 @@ class Call {
   }
 
   // Run work(worker) for each worker in [0, workers), on the operators' own threads as `together` does, or on
-  // onnxruntime's. work may only wait for something that a running worker has begun. Its first exception is thrown here
-  // when all workers are done; it must not throw while another worker waits for it.
+  // onnxruntime's. work may only wait for something that a running worker has begun. The first exception of a worker is
+  // thrown again here when all workers are done. A worker must not throw while another one waits for it.
   template <typename Work>
   void parallel(int workers, Work work, const Reads& reads = {},
                 const std::shared_ptr<Successor>& successor = nullptr) {
@@ -129,7 +129,8 @@ class Call {
 // Memory for intermediate results, in two parts. Each thread keeps it, so that the next call reuses its pages.
 float* scratch(int part, size_t floats);
 
-// Hands out arrays, each from a cache line on, of memory that begins at one; from 0 on it counts what is needed.
+// Hands out arrays from a piece of memory, each aligned to a cache line. If the memory begins at null, it only counts
+// what is needed.
 class Memory {
  public:
   explicit Memory(float* begin) : next_((reinterpret_cast<uintptr_t>(begin) + kLine - 1) / kLine * kLine) {}
@@ -140,7 +141,7 @@ class Memory {
     next_ += (count * sizeof(T) + kLine - 1) / kLine * kLine;
     return array;
   }
-  // `layout(memory)` with memory of a part of `scratch` that is as large as it takes.
+  // Returns `layout(memory)`, where memory is a part of `scratch`, as large as the layout needs.
   template <typename Layout>
   static auto laid_out(int part, Layout layout) {
     Memory counted(nullptr);

@@ -1,4 +1,4 @@
-// Panels: a part of a matrix, arranged for the multiplication with many rows.
+// Panels: parts of a matrix, reordered for the multiplication with many rows.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace edgelm {
 namespace {
 
-// A panel holds, for each four rows, kBlock / kBytes times four `Bytes`, as `interleave` gives them.
+// For each four rows, a panel holds kBlock / kBytes times four `Bytes`, in the order of `interleave`.
 void pack_columns(const int8_t* w, int depth, size_t width, size_t column, int8_t* panel) {
   for (int k = 0; k < depth; k += 4)
     for (size_t part = column; part < column + kBlock; part += kBytes, panel += 4 * kBytes) {
@@ -20,7 +20,7 @@ void pack_columns(const int8_t* w, int depth, size_t width, size_t column, int8_
     }
 }
 
-// The transposition of (count, depth) values at column k, as kSquare rows of kBlock columns; what is missing is 0.
+// The transposition of (count, depth) values from column k on, as kSquare rows of kBlock columns; missing values are 0.
 inline void transpose_block(const int8_t* w, int depth, int k, int count, int8_t (&columns)[kSquare * kBlock]) {
   for (int row = 0; row < kBlock; row += kSquare) {
     Square square[kSquare] = {};

@@ -12,18 +12,18 @@
 namespace edgelm {
 namespace {
 
-// Rows of a matrix that are read together for few rows of x: a processor prefetches so many streams, and sums in the
-// first-level cache are loaded and stored once for 16 products.
+// Rows of a matrix that are read together if x has few rows. A processor prefetches this number of streams, and the
+// sums, in the first-level cache, are loaded and stored once for 16 products.
 constexpr int kDepthStep = 16;
 // Prefetch distance in a transposed matrix, in tiles.
 constexpr int kTilesAhead = 4;
 
-// Asks for a line that is read only a strip, a panel or some tiles later. The first-level cache would lose it again,
-// and what is at hand with it.
+// Prefetches a line that is read only a strip, a panel or some tiles later, so not into the first-level cache: there it
+// would be evicted before it is read, and would evict data that is in use.
 inline void prefetch_later(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// Prefetches lines, spread evenly over steps of the arithmetic: a processor can wait for some 50 lines at a time, and
-// asked for more at once, it waits before it goes on.
+// Prefetches lines, spread evenly over steps of the arithmetic. A processor can wait for some 50 lines at a time; if
+// more are requested at once, it stalls.
 class Evenly {
  public:
   Evenly(Ahead ahead, int steps) : ahead_(ahead), each_((ahead.count + steps - 1) / std::max(steps, 1)) {}
@@ -38,12 +38,12 @@ class Evenly {
   int each_;
 };
 
-// What kLanes columns' sums are turned into values with. It is loaded before anything is written, which a compiler
-// cannot know to be elsewhere.
+// Turns the sums of kLanes columns into values. Its members are loaded before any result is written, because a compiler
+// cannot know that results are written elsewhere.
 struct Scaling {
   Ints corrections[kIntsPerLanes];
   Lanes scales, biases;
-  // No zeros as biases: adding them would turn -0 into 0.
+  // Without biases nothing is added: adding zeros would turn -0 into 0.
   bool biased;
 
   Scaling(const Result& result, int column)
@@ -52,7 +52,7 @@ struct Scaling {
         biased(result.biases != nullptr) {
     for (int i = 0; i < kIntsPerLanes; i++) corrections[i] = load_ints(result.corrections + column + i * kSumsPerInts);
   }
-  // The sums of a row's planes; of one plane, `low` is not read.
+  // high, low: the sums of a row's planes. With one plane, `low` is not read.
   template <int Planes>
   Lanes apply(const Ints* high, const Ints* low, float factor) const {
     Lanes whole = product(high);
@@ -95,7 +95,7 @@ inline void load_quads(const int8_t* w, size_t width, Bytes quads[4]) {
   interleave(load_bytes(w), load_bytes(w + width), load_bytes(w + 2 * width), load_bytes(w + 3 * width), quads);
 }
 
-// The same at the edges of a matrix (depth, width): rows and columns that it does not have are 0.
+// The same at the edges of a matrix (depth, width): missing rows and columns are 0.
 [[gnu::noinline]] void load_edge(const int8_t* w, int k, int depth, size_t width, size_t column, Bytes quads[4]) {
   int8_t rows[4 * kBytes] = {};
   if (column < width)
@@ -116,7 +116,7 @@ template <int M>
 struct Sums {
   Ints values[M][4];
 
-  // Loops over rows are unrolled: an index that is computed would put the sums into memory.
+  // Loops over rows are unrolled: with an index computed at run time, the sums would be in memory, not in registers.
   void clear() {
 #pragma GCC unroll 8
     for (auto& row : values)
@@ -157,7 +157,7 @@ struct Sums {
       for (int i = 0; i < 4; i++)
         values[m][i] = add_ints(values[m][i], load_ints(place + m * stride + i * kSumsPerInts));
   }
-  // Put in order and scaled; of less than kBytes columns so many.
+  // Puts the sums in order and scales them. If `columns` is less than kBytes, only so many columns are written.
   template <int Planes>
   void finish(int columns, const Result& result) {
 #pragma GCC unroll 8
@@ -169,7 +169,7 @@ struct Sums {
   }
 };
 
-// Adds the products with kDepthStep rows of w, the first of them row k of the matrix.
+// Adds the products with kDepthStep rows of w, from row k on.
 template <int M>
 void add_strip(const uint8_t* x, size_t stride_x, const int8_t* w, int k, int depth, size_t width, bool first,
                const int8_t* next, int32_t* sums, size_t stride_sums) {
@@ -209,11 +209,11 @@ void add_strips(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, in
     if (rows > 0) add_strips<M - 1>(x, rows, stride_x, w, k, depth, width, first, next, sums, stride_sums);
 }
 
-// Rows that are multiplied at once with an arranged strip, whose sums are loaded and stored each time: also where some
-// of these do not fit into registers, four rows take less time than two.
+// Rows that are multiplied at once with a reordered strip. Their sums are loaded and stored each time, so four rows
+// take less time than two, even if some sums do not fit into registers.
 constexpr int kArrangedRows = std::max(kPanelRows, kFewRows);
 
-// kBlock columns of a strip as quads, by vectors of columns.
+// kBlock columns of a strip, reordered to quads, by vectors of columns.
 using Arranged = Bytes[kBlock / kBytes][kDeepestStrip / 4][4];
 
 // Whole lines are read at once, so that none leaves the first-level cache between two of its parts.
@@ -243,8 +243,8 @@ void add_arranged(const uint8_t* x, int rows, size_t stride_x, const Bytes (*qua
     if (rows > 0) add_arranged<M - 1>(x, rows, stride_x, quads, steps, first, ahead, sums, stride_sums);
 }
 
-// Adds the products with the rows of w from k to depth - 1, at most kDeepestStrip: kBlock columns are arranged once for
-// all rows of x.
+// Adds the products with the rows of w from k to depth - 1, at most kDeepestStrip. kBlock columns are reordered once
+// for all rows of x.
 void add_deep_strip(const uint8_t* x, int rows, size_t stride_x, const int8_t* w, int k, int depth, size_t width,
                     bool first, const int8_t* next, int32_t* sums, size_t stride_sums) {
   const int steps = (depth - k + 3) / 4, tiles = (rows + kArrangedRows - 1) / kArrangedRows * (kBlock / kBytes);
@@ -290,7 +290,7 @@ void scale_parts(const int32_t* const* sums, int parts, size_t stride_sums, int 
   });
 }
 
-// The products of M rows of x with N of w.
+// The products of M rows of x with N rows of w.
 template <int M, int N>
 inline void rows_tile(const uint8_t* x, size_t stride_x, const int8_t* w, int depth, Evenly& ahead, int32_t* sums,
                       size_t stride_sums) {

@@ -12,9 +12,9 @@ namespace edgelm {
 namespace {
 
 void quantize_8(const float* x, int size, float r, uint8_t* q) {
-  // The order of QuantizeLinear: two divisions, then rounding to even. A product differs from them by five roundings of
-  // at most 127, 4e-5 together, so that it is rounded to the same unless it is as near to halfway between two, or a row
-  // has no values to divide by.
+  // QuantizeLinear computes two divisions, then rounds to even. A product differs from the divisions by five roundings
+  // of values up to 127, together 4e-5. So it is rounded to the same integer, unless it is that close to halfway
+  // between two integers, or the row has nothing to divide by.
   const Lanes divisor = set(r), step = set(kStep), factor = set(127 / r), almost_half = set(0.4999f);
   each_lanes(size, [&](int i, int count) {
     const Lanes values = load_some(x + i, count), scaled = mul(values, factor);
@@ -25,8 +25,8 @@ void quantize_8(const float* x, int size, float r, uint8_t* q) {
 }
 
 // x / divisor, rounded as by `div`, but faster: a product with the inverse, and a correction by the exact remainder (P.
-// Markstein). Quotients of 1 or less, of divisors whose inverse is far from the ends of floats; those below 2^-30 may
-// be off.
+// Markstein). For quotients of 1 or less, and divisors whose inverse is far from the limits of float. Quotients below
+// 2^-30 may be off.
 class Quotient {
  public:
   explicit Quotient(float divisor) : negative_(set(-divisor)), inverse_(set(1 / divisor)) {}
@@ -47,7 +47,8 @@ void quantize_16(const float* x, int size, float r, uint8_t* high, uint8_t* low)
       const Lanes shares = share(load_some(x + i, count)), whole = round(in_steps(shares));
       const Lanes rest = sub(shares, mul(whole, set(kStep)));
       store_bytes(high + i, whole, kOffset);
-      // In this order: of a row of zeros the rest is not a number, and x86 takes the second operand then, as Arm does.
+      // The order of the operands matters: for a row of zeros the rest is NaN. Then x86 returns the second operand,
+      // which is NaN, as on Arm.
       store_bytes(low + i, min(set(127), round(in_low_steps(rest))), kOffset);
     });
   };
@@ -114,7 +115,7 @@ inline void open(const float* gate, const float* up, int size, int next, float* 
 }
 
 inline Lanes sigmoid(Lanes x) {
-  // e is at most 1: it neither overflows nor takes digits from the sum.
+  // e is at most 1, so it does not overflow, and the sum loses no digits.
   const Lanes e = exp_of(mul(abs(x), set(-1)));
   return div(max(e, where_at_least(x, zero(), set(1))), add(e, set(1)));
 }

@@ -10,23 +10,26 @@ namespace edgelm {
 
 namespace {
 
-// Quantized rows up to which the matrix is read from end to end. For more, arranging it in panels pays.
+// Up to this number of quantized rows, the matrix is read from end to end. For more rows, it is worth reordering it
+// into panels.
 constexpr int kMostDirect = 16, kMostDirectNibbles = 8;
-// The most sums of a thread that does so: 2 MiB, which it keeps.
+// The most sums of a thread that reads the matrix from end to end: 2 MiB, which the thread keeps.
 constexpr int64_t kMostSums = 1 << 19;
-// The same of a transposed matrix, whose panels cost more: a transposition.
+// Like kMostDirect, for a transposed matrix. Its panels cost more: a transposition.
 constexpr int kMostDirectTransposed = 24;
 // Depth of a strip of the matrix, which a thread takes as a whole. Deeper ones are multiples of it.
 constexpr int kStripDepth = 32;
-// Depth of what a thread adds up at least, and columns of a task where columns are shared out.
+// The least depth that a thread adds up, and the columns of a task if a product is divided by columns.
 constexpr int kLeastDepth = 64;
 constexpr int kTaskColumns = 256;
-// Rows that a thread makes one after the other: their factors are a line of 64 bytes, which no two threads write.
+// Rows that a thread makes one after the other. Their factors take 64 bytes, the size of a cache line, so that two
+// threads seldom write to the same line.
 constexpr int kTaskRows = 16;
-// Rows that are multiplied by a panel at once, at least. The fewer, the more evenly are additions mixed with requests
-// for the next panel and with what is written.
+// The least number of rows that are multiplied by a panel at once. The fewer rows, the more evenly additions are mixed
+// with prefetches of the next panel and with writes.
 constexpr int kRowsAtOnce = 6;
-// Depth and columns of a matrix: sums of products, and those of a column's weights times the offset, fit into 32 bits.
+// The greatest depth and number of columns of a matrix: sums of products, and of a column's weights times the offset,
+// fit into 32 bits.
 constexpr int kMostDepth = 1 << 16, kMostColumns = 1 << 28;
 
 int pieces(int size, int piece) { return (size + piece - 1) / piece; }

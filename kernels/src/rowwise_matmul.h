@@ -11,15 +11,15 @@
 
 namespace edgelm {
 
-// planes: of 8 bits each, of a quantized row. biased: the last input is a bias for each column. nibbles: weights have 4
-// to 6 bits, and are two inputs, groups and the factors of their blocks.
+// planes: how many a quantized row has, of 8 bits each. biased: the last input is a bias for each column. nibbles:
+// weights have 4 to 6 bits and are two inputs, groups and the factors of their blocks.
 struct Form {
   int planes = 1;
   bool biased = false, nibbles = false;
 };
 
 // A matrix (depth, columns) of weights of 4 to 6 bits, as two constant inputs: groups of columns (groups, lines, 64),
-// whose lines say how many bits there are, and what their blocks have (groups, blocks, kGroup).
+// where the number of lines determines the number of bits, and the factors of their blocks (groups, blocks, kGroup).
 class Nibbles {
  public:
   Nibbles() = default;
@@ -29,7 +29,7 @@ class Nibbles {
   NibbleGroup group(int index) const {
     return {values_ + index * group_size(), factors_ + static_cast<size_t>(index) * blocks_ * kGroup, blocks_, planes_};
   }
-  // Bytes of a group's values, and the lines of 64 that they are.
+  // The bytes of a group's values, and their number of 64-byte lines.
   size_t group_size() const { return static_cast<size_t>(lines()) * kCacheLine; }
   int lines() const { return blocks_ * (kBlockLines + planes_); }
   int depth() const { return blocks_ * kNibbleBlock; }
@@ -44,18 +44,19 @@ class Nibbles {
 
 class RowwiseMatMul {
  public:
-  // threads: of the session.
+  // threads: the session's number of threads.
   RowwiseMatMul(const Info& info, int threads, Form form = {}) : RowwiseMatMul(info, threads, form, 1, false) {}
 
   void compute(Call& call) const;
 
  protected:
-  // weights: the input that is the matrix, with the scales behind it, and biases behind these. transposed: it is
+  // weights: the index of the input that is the matrix. Scales follow it, then biases. transposed: the matrix is
   // (columns, depth) instead of (depth, columns).
   RowwiseMatMul(const Info& info, int threads, Form form, size_t weights, bool transposed);
 
-  // The product of rows that are made of rows of x, `width` values each. make(row, next, own) returns the `depth`
-  // values of a row; next: how many rows further its thread goes on, 0 at the end; own: memory for them.
+  // The product of rows that are made from rows of x, which have `width` values. make(row, next, own) returns the
+  // `depth` values of a row. next: how many rows further the thread's next row is, 0 if there is none. own: memory for
+  // the values.
   template <typename Make>
   void multiply(Call& call, const Tensor& x, int width, Make make) const;
 
@@ -63,20 +64,20 @@ class RowwiseMatMul {
   int depth_, columns_;
 
  private:
-  // Quantized rows: as many for each row of x, one behind the other, as there are planes.
+  // Quantized rows. A row of x has one for each plane, one behind the other.
   struct Rows {
     const uint8_t* values;
     int count;
     size_t stride;
   };
 
-  // Reads the matrix, or the nibbles, and the inputs behind it.
+  // Reads the int8 matrix and its shape.
   void read_matrix(const Info& info, size_t weights);
   void correct() const;
   void correct_nibbles() const;
-  // Whether so many quantized rows are multiplied without panels.
+  // Whether `rows` quantized rows are multiplied without panels.
   bool is_direct(int rows) const;
-  // Depth of the strips in which `by_depth` reads the matrix, for so many quantized rows and threads.
+  // The depth of the strips in which `by_depth` reads the matrix, for `rows` quantized rows and `parts` threads.
   int strip_depth(int rows, int parts) const;
   template <typename MakeRow>
   void by_depth(Call& call, const Rows& x, MakeRow make_row, const Result& y) const;
@@ -85,24 +86,24 @@ class RowwiseMatMul {
   void by_columns(Call& call, const Rows& x, const Result& y) const;
   void by_panels(Call& call, const Rows& x, const Result& y) const;
 
-  // The lines of memory that are read for a block of columns, `block` bytes behind those of the one before it.
+  // The lines of memory that are read for a block of columns. The lines of the next block are `block` bytes further on.
   struct Lines {
     const uint8_t* begin;
     size_t block, stride;
     int count;
   };
   Lines lines_of_blocks() const;
-  // Arranges columns from begin to end - 1.
+  // Reorders columns begin to end - 1 into a panel.
   void pack(int begin, int end, int8_t* panel) const;
 
   bool transposed_;
   int threads_, planes_;
   const int8_t* weights_ = nullptr;
   Nibbles nibbles_;  // in place of weights_
-  // Offset * the sum of each column, summed up at the first call: a session that loads touches no weights.
+  // The offset times the sum of each column. Computed at the first call, so that loading a session touches no weights.
   mutable std::vector<int32_t> corrections_;
   mutable std::once_flag corrected_;
-  std::vector<float> scales_, biases_;  // for whole blocks, as are the corrections; biases_ is empty without biases
+  std::vector<float> scales_, biases_;  // padded to whole blocks, like the corrections; no biases: empty
   std::shared_ptr<Successor> successor_ = std::make_shared<Successor>();
 };
 
@@ -112,7 +113,7 @@ class RowwiseMatMulTransposed : public RowwiseMatMul {
       : RowwiseMatMul(info, threads, form, 1, true) {}
 };
 
-// Of a residual sum's norm. The sum is an output too.
+// The product of a residual sum's norm. The sum is an output, too.
 class NormedRowwiseMatMul : public RowwiseMatMul {
  public:
   NormedRowwiseMatMul(const Info& info, int threads, Form form = {}) : NormedRowwiseMatMul(info, threads, form, 2) {}
@@ -120,11 +121,11 @@ class NormedRowwiseMatMul : public RowwiseMatMul {
   void compute(Call& call) const;
 
  protected:
-  // norm: the input that is the norm's weights, with the matrix behind it.
+  // norm: the index of the input that is the norm's weights. The matrix follows it.
   NormedRowwiseMatMul(const Info& info, int threads, Form form, size_t norm);
 
   const float* norm_weights(const Info& info, size_t input) const;
-  // add(skip, own) returns what is added to a row of x, of a row of skip; own: memory for a row.
+  // add(skip, own) returns the row that is added to a row of x, made from a row of skip. own: memory for a row.
   template <typename Add>
   void compute(Call& call, Add add) const;
 
@@ -134,7 +135,7 @@ class NormedRowwiseMatMul : public RowwiseMatMul {
   const float* norm_;
 };
 
-// Of a residual sum of x and another row's norm.
+// The same, where the residual sum is of x and another row's norm.
 class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
  public:
   PostNormedRowwiseMatMul(const Info& info, int threads, Form form = {});
@@ -145,7 +146,7 @@ class PostNormedRowwiseMatMul : public NormedRowwiseMatMul {
   const float* post_;
 };
 
-// Of silu(the first half of a row) * the second half.
+// The product of silu(the first half of a row) * the second half.
 class GatedRowwiseMatMul : public RowwiseMatMul {
  public:
   GatedRowwiseMatMul(const Info& info, int threads, Form form = {})
@@ -168,14 +169,14 @@ class GeluGatedRowwiseMatMul : public GatedRowwiseMatMul {
   GeluGatedRowwiseMatMul(const Info& info, int threads, Form form = {});
 };
 
-// One of the above in a form of its own.
+// One of the above in one form.
 template <typename Product, int Planes, bool Biased, bool OfNibbles>
 class Formed : public Product {
  public:
   Formed(const Info& info, int threads) : Product(info, threads, {Planes, Biased, OfNibbles}) {}
 };
 
-// Rows of a matrix of nibbles that belong to tokens: (inputs of a column) * its scale.
+// The embeddings of tokens: the inputs of a token's column in a matrix of nibbles, times the column's scale.
 class NibbleEmbedding {
  public:
   NibbleEmbedding(const Info& info, int threads);

@@ -5,7 +5,7 @@
 
 namespace edgelm {
 
-// For many rows the deepest with which the thread that reads most reads no more than with shallow strips.
+// For many rows, the greatest depth with which the thread that reads most reads no more than with shallow strips.
 int RowwiseMatMul::strip_depth(int rows, int parts) const {
   const auto most_read = [&](int depth) { return pieces(pieces(depth_, depth), parts) * depth; };
   int depth = rows > kFewRows ? kDeepestStrip : kStripDepth;
@@ -111,8 +111,9 @@ void RowwiseMatMul::pack(int begin, int end, int8_t* panel) const {
     arithmetic_.pack_columns(weights_, depth_, columns_, begin, panel);
 }
 
-// A task arranges a block of columns as a panel and multiplies rows by it while it is in the caches. Meanwhile it asks
-// for the block that its thread is likely to take next. Blocks that are too few for all threads are shared out by rows.
+// A task reorders a block of columns into a panel and multiplies rows by it while it is in the caches. Meanwhile it
+// prefetches the block that its thread is likely to take next. If the last blocks are too few for all threads, they are
+// divided by rows.
 void RowwiseMatMul::by_panels(Call& call, const Rows& x, const Result& y) const {
   const int at_once = padded(kRowsAtOnce, arithmetic_.panel_rows);
   const int blocks = pieces(columns_, kBlock), groups = pieces(x.count, at_once);

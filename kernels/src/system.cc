@@ -4,7 +4,7 @@
 
 #if defined(_WIN32)
 #include <windows.h>
-// Needs the one before it.
+// Needs windows.h.
 #include <synchapi.h>
 #else
 #include <dlfcn.h>
@@ -18,7 +18,7 @@ constexpr const char* kRefused = "the system does not keep edgelm-kernels loaded
 
 #if defined(_WIN32)
 
-// libc++'s own way to wait, on Windows, is to look again and again.
+// On Windows, libc++'s own way to wait is polling.
 void sleep_while(const std::atomic<int>& number, int seen) {
   static_assert(sizeof number == sizeof seen);
   WaitOnAddress(const_cast<std::atomic<int>*>(&number), &seen, sizeof seen, INFINITE);

@@ -1,18 +1,19 @@
-// What operating systems have by different names.
+// Functions that operating systems provide under different names.
 #pragma once
 
 #include <atomic>
 
 namespace edgelm {
 
-// Sleep while a number is what it is; may return before it changes. Whoever changes it calls wake_all behind that.
+// Sleep while `number` is `seen`; may return before it changes. A thread that changes the number calls wake_all
+// afterwards.
 //
-// By the system's own means to wait for an address: a mutex and a condition variable would be kept by threads that a
-// forked process does not have.
+// Both use the system's own way to wait for an address. A mutex and a condition variable would stay held by threads
+// that a forked process does not have.
 void sleep_while(const std::atomic<int>& number, int seen);
 void wake_all(std::atomic<int>& number);
 
-// Keep this library in the process until its end, whoever closes it. Throws std::runtime_error.
+// Keep this library in the process until the process ends, even if somebody closes it. Throws std::runtime_error.
 void stay_loaded();
 
 }  // namespace edgelm

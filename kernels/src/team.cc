@@ -17,12 +17,12 @@ namespace {
 
 constexpr size_t kLine = 64;
 constexpr std::chrono::microseconds kAwake{1000};
-// How often a waiting thread looks before it looks at the clock, or lets others run.
+// How many times a waiting thread looks before it reads the clock or lets others run.
 constexpr int kLooks = 1024;
-// Lines that a thread asks for ahead of the next operator, and between two looks.
+// Lines that a thread prefetches for the next operator, in all and between two looks.
 constexpr int kLinesAhead = 2048, kLinesAtOnce = 4;
 
-// Asks for memory little by little, while a thread waits.
+// Prefetches memory little by little while a thread waits.
 class LookAhead {
  public:
   LookAhead() = default;
@@ -51,7 +51,7 @@ class Team {
   void run(Job job, const Reads& reads);
 
  private:
-  // Beside the number of threads inside: no more may come in.
+  // A bit of door_, beside the number of threads inside: no more threads may come in.
   static constexpr int kClosed = 1 << 30;
 
   void start(int index);
@@ -59,7 +59,7 @@ class Team {
   LookAhead take_part(int index);
 
   int threads_ = 0;
-  // Written while the door is closed and nobody is inside.
+  // Written while the door is closed and no thread is inside.
   Job job_;
   alignas(kLine) std::atomic<int> jobs_{0};
   alignas(kLine) std::atomic<int> door_{kClosed};
@@ -141,7 +141,7 @@ class Borrowed {
   struct Idle {
     std::mutex lock;
     std::vector<Team*> teams;
-    size_t made = 0;  // there is room for all of them: to give one back takes no memory
+    size_t made = 0;  // `teams` has room for all of them: giving one back allocates nothing
   };
   // Never destroyed: threads wait in teams until the process ends.
   static Idle& idle() {

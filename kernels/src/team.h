@@ -1,5 +1,5 @@
-// Threads that compute an operator together, in place of onnxruntime's, which rest between two operators: these read
-// ahead meanwhile.
+// A thread team, which computes an operator in place of onnxruntime's threads. Between two operators, onnxruntime's
+// threads would rest; a thread team prefetches.
 #pragma once
 
 #include <atomic>
@@ -17,8 +17,8 @@ struct Reads {
   size_t stride = 0;
 };
 
-// What the operator reads that is computed next: learned from one step to the next. Addresses are asked for, never
-// read, so that they may be out of date.
+// What the next operator reads, learned from one step to the next. Addresses are only prefetched, never read, so they
+// may be out of date.
 class Successor {
  public:
   void learn(const Reads& reads) {
@@ -37,21 +37,23 @@ class Successor {
 };
 
 // Run work(data, i) once for each i in [0, count), count at most kMostWorkers, on the calling thread and on threads
-// that wait for such calls; returns when all are done. Index i is meant for the i-th thread; another one takes it over
-// where that does not come in time, so that work may only wait for what a running index has begun. work must not throw.
+// that wait for such calls; returns when all are done. Index i is meant for the i-th thread. If that thread does not
+// come in time, another one takes the index over. So work may only wait for what a running index has begun. work must
+// not throw.
 //
-// reads: what the calling operator begins with. successor: of the calling operator. Threads that are done ask for the
-// memory that the next operator will read: meanwhile a row is normed, or onnxruntime works, and the memory would rest.
+// reads: what the calling operator reads first. successor: the calling operator's. Threads that are done prefetch the
+// memory that the next operator will read. Otherwise the memory would be idle while a row is normed or onnxruntime
+// works.
 //
-// Threads are started when they are first needed; throws std::runtime_error if there can be no more of them. They wait
-// for the next call awake for a millisecond, longer than a session takes between two operators or steps, then asleep.
-// Calls from several threads at once have threads of their own. In a forked process, which has none of them, the
-// calling thread computes alone.
+// Threads are started when they are first needed; throws std::runtime_error if no more can be started. They spin for a
+// millisecond while they wait for the next call, which is longer than a session takes between two operators or steps;
+// then they sleep. If several threads call at once, each call has a thread team of its own. A forked process has none
+// of these threads, so there the calling thread computes alone.
 void together(int count, void (*work)(void* data, int index), void* data, const Reads& reads,
               const std::shared_ptr<Successor>& successor);
 
-// Tasks [0, count) for some workers: each has a run of tasks, one behind the other, and who is done with its own takes
-// what others have left.
+// Tasks [0, count) for some workers. Each worker has a run of consecutive tasks; a worker that is done with its own run
+// takes tasks that others have left.
 class Runs {
  public:
   Runs(int count, int workers);
@@ -71,7 +73,7 @@ class Runs {
   Run runs_[kMostWorkers];
 };
 
-// A processor's hint that a thread waits for another one.
+// Tells the processor that a thread waits for another one.
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -80,7 +82,8 @@ inline void relax() {
 #endif
 }
 
-// Waits for what another thread has begun. A processor that is not free for all threads lets others run.
+// Waits for what another thread has begun. Lets other threads run from time to time, in case not all of them have a
+// processor.
 template <typename Done>
 inline void wait_until(Done done) {
   constexpr int kLooks = 1024;
