@@ -41,8 +41,8 @@ class BuildError(Exception):
 def build_all(names: Iterable[str], out: Path) -> list[Path]:
     """Build and check the kernels' wheels of some platforms of `PLATFORMS`, and edgelm's own.
 
-    Cost: some three minutes on two cores, mostly once for the tools (500 MB) and for zig's C++ libraries, which are
-    kept. Raises: BuildError.
+    Cost: some ten minutes on two cores, mostly once: tools (500 MB), zig's C++ libraries and compiled files are kept.
+    Raises: BuildError.
     """
     python = tools()
     out.mkdir(parents=True, exist_ok=True)
