@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ def write_own_text(
     kinds = 1 if opening is None else 2
     turns = -(-tokens // (kinds * _ROWS * length))
     rows = -(-tokens // (kinds * turns * length))
+    positions = turns * (length - 1 + (0 if opening is None else max(0, length - len(opening))))
+    steps = iter(tracked(range(positions), f"tokens of {rows} passages generated"))
     written: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,8 +52,8 @@ def write_own_text(
             prompts = [[starts[index]] for index in torch.randint(len(starts), (rows,)).tolist()]
             if opening is not None and turn % 2 == 0:
                 prompts = [opening] * rows
-            what = f"tokens of {rows} passages generated, batch {turn + 1} of {kinds * turns}"
-            written += _write(module, torch.tensor(prompts), length, what).flatten().tolist()
+            written += _write(module, torch.tensor(prompts), length, steps).flatten().tolist()
+    next(steps, None)  # the progress ends
     return written
 
 
@@ -81,12 +83,12 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return ids or None
 
 
-def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int, what: str) -> torch.Tensor:
-    """Prompts with sampled continuations, (rows, length) int64. An end-of-text token does not end a row. what: for
-    `tracked`."""
+def _write(module: PreTrainedModel, prompts: torch.Tensor, length: int, steps: Iterator[int]) -> torch.Tensor:
+    """Prompts with sampled continuations, (rows, length) int64. An end-of-text token does not end a row. steps: tell
+    the progress, one for each position of all batches."""
     ids, cache, fed = prompts, None, prompts
     with torch.no_grad():
-        for _ in tracked(range(length - ids.shape[1]), what):
+        for _ in zip(range(length - ids.shape[1]), steps, strict=False):
             result: Any = module(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = result.past_key_values
             fed = _drawn(result.logits[:, -1])
